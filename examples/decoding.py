@@ -1,0 +1,124 @@
+"""Text generation with a KV cache in two fixed shapes, so that a compiler sees one prefill and one decode graph.
+
+A prompt is padded on the right to the prefill length; what the padding wrote into the cache lies in the future of every
+later query, is masked, and is overwritten as decoding goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AfmoeForCausalLM
+from transformers.cache_utils import Cache, StaticLayer
+
+
+class Step(nn.Module):
+    """ids [1, S] at positions [1, S] -> logits [1, S, V]; the cache moves on by S. Masks are made inside, to be compiled too."""
+
+    def __init__(self, model: AfmoeForCausalLM, cache: Cache, length: int) -> None:
+        super().__init__()
+        self.model, self.cache, self.length = model, cache, length
+        self.window = model.config.sliding_window
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        query = positions[0, :, None]
+        key = torch.arange(self.length, device=ids.device)[None]
+        causal = key <= query
+        masks = {"full_attention": causal[None, None], "sliding_attention": (causal & (key > query - self.window))[None, None]}
+        out = self.model(ids, attention_mask=masks, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        logits: Tensor = out.logits
+        return logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; otherwise Gumbel-max sampling with noise that depends on the seed alone."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    def chooser(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """A function logits [V] -> id [1, 1], without a host synchronisation."""
+        if self.temperature <= 0:
+            return lambda logits: logits.argmax(-1).view(1, 1)
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def choose(logits: Tensor) -> Tensor:
+            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+            return (logits.float() / self.temperature - noise.log()).argmax(-1).view(1, 1)
+
+        return choose
+
+
+class Session:
+    """One model under one backend ("eager" or what torch.compile takes), with its own cache."""
+
+    def __init__(self, model: AfmoeForCausalLM, backend: str, prefill: int, length: int, **compile_options: Any) -> None:
+        self.model, self.backend, self.prefill_length, self.length = model, backend, prefill, length
+        self.device = model.lm_head.weight.device
+        self.cache = new_cache(model, length)
+        step = Step(model, self.cache, length)
+        self.step: Callable[[Tensor, Tensor], Tensor] = (
+            step if backend == "eager" else torch.compile(step, backend=backend, dynamic=False, **compile_options)
+        )
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """ids [N] with 1 <= N <= prefill_length, into an emptied cache -> logits [N, V]."""
+        n = len(ids)
+        if not 0 < n <= self.prefill_length:
+            raise ValueError(f"a prompt has 1 to {self.prefill_length} tokens, not {n}")
+        padded = torch.zeros(1, self.prefill_length, dtype=torch.long, device=self.device)
+        padded[0, :n] = ids
+        self._set_length(0)
+        logits = self.step(padded, torch.arange(self.prefill_length, device=self.device)[None])
+        self._set_length(n)
+        return logits[0, :n]
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, position: Tensor) -> Tensor:
+        """token [1, 1] at position [1, 1] -> logits [V]."""
+        return self.step(token, position)[0, -1]
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling | None = None) -> tuple[list[int], float, float]:
+        """(new ids, seconds of prefill, seconds of decoding new_tokens - 1 tokens)."""
+        if len(prompt) + new_tokens > self.length:
+            raise ValueError(f"{len(prompt)} + {new_tokens} tokens do not fit the cache of {self.length}")
+        choose = (sampling or Sampling()).chooser(self.device)
+        start = self.now()
+        token = choose(self.prefill(torch.tensor(prompt, device=self.device))[-1])
+        middle = self.now()
+        position = torch.full((1, 1), len(prompt), device=self.device)
+        tokens = [token]
+        for _ in range(new_tokens - 1):
+            token = choose(self.decode(token, position))
+            tokens.append(token)
+            position = position + 1
+        ids = torch.cat(tokens).flatten().tolist()
+        return ids, middle - start, self.now() - middle
+
+    def now(self) -> float:
+        """Seconds, after all work queued on the device is done."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def _set_length(self, n: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(n)
+
+
+def new_cache(model: AfmoeForCausalLM, length: int) -> Cache:
+    """A static cache of full length for every layer: sliding layers get their window from the mask, so that no Python
+    counter changes from step to step and nothing recompiles.
+    """
+    config = model.config
+    cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(config.num_hidden_layers)])
+    weight = model.lm_head.weight
+    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
+    return cache

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Train the byte-level AFMoE that run_trinity.py ships with, through a torch.compile backend of your choice.
+
+    python examples/train_tiny.py --backend moe_fused --out my-tiny     # train and save, about half an hour on two cores
+    python examples/train_tiny.py --backend compare --out my-curves     # eager and moe_fused from one seed: PNG and JSON
+
+Experts are balanced without an auxiliary loss, as Trinity does: after each step the bias of an expert that got fewer
+tokens than the mean goes up a little, that of a busier one goes down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import trinity
+from torch import Tensor, nn
+from transformers import AfmoeForCausalLM
+
+BACKENDS = ("eager", "inductor", "moe_fused")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run."""
+
+    steps: int = 3000
+    batch: int = 16
+    context: int = 256
+    lr: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    bias_step: float = 1e-3
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a twentieth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass
+class Run:
+    """What one training run leaves behind."""
+
+    backend: str
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    first_step_seconds: float = 0.0
+    busiest_expert: list[float] = field(default_factory=list)
+
+
+def new_model(seed: int) -> AfmoeForCausalLM:
+    """A fresh tiny model. The routers start random: all-zero ones, transformers' default, would start with every expert tied."""
+    torch.manual_seed(seed)
+    model = AfmoeForCausalLM(trinity.tiny_config())
+    for router in routers(model):
+        nn.init.normal_(router.gate.weight, std=model.config.initializer_range)
+    return model
+
+
+def routers(model: AfmoeForCausalLM) -> list[Any]:
+    return [layer.mlp.router for layer in model.model.layers if layer.moe_enabled]
+
+
+class Balancer:
+    """Counts tokens per expert inside the forward and moves the selection bias after each step. No auxiliary loss."""
+
+    def __init__(self, model: AfmoeForCausalLM, step: float) -> None:
+        self.step_size = step
+        self.blocks = [layer.mlp for layer in model.model.layers if layer.moe_enabled]
+        for block in self.blocks:
+            block.router.register_buffer("load", torch.zeros(model.config.num_experts), persistent=False)
+            block.router.register_forward_hook(_count)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Update every bias; returns the share of the busiest expert over the mean, averaged over layers (1 is even)."""
+        worst = 0.0
+        for block in self.blocks:
+            load = block.router.load
+            bias = block.expert_bias
+            bias.add_(torch.sign(load.mean() - load), alpha=self.step_size)
+            bias.sub_(bias.mean())
+            worst += float(load.max() / load.mean().clamp(min=1e-9)) / len(self.blocks)
+            load.zero_()
+        return worst
+
+
+def _count(router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Forward hook: add this batch's tokens per expert to `router.load` [E]."""
+    ids = output[2].flatten()
+    load = router.load
+    assert isinstance(load, Tensor)
+    load.scatter_add_(0, ids, torch.ones_like(ids, dtype=load.dtype))
+
+
+def batches(data: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (inputs, targets), each [batch, context], the same sequence for the same seed."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    while True:
+        starts = torch.randint(0, len(data) - recipe.context - 1, (recipe.batch,), generator=generator)
+        rows = torch.stack([data[s : s + recipe.context + 1] for s in starts.tolist()])
+        yield rows[:, :-1], rows[:, 1:]
+
+
+def optimizer_for(model: AfmoeForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+def loss_of(forward: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a byte; scalar."""
+    logits = forward(inputs, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def train(recipe: Recipe, backend: str, on_step: Callable[[int, float, Run], None], save: Callable[[Any, int], None] | None = None) -> Run:
+    """Train a fresh model. `on_step(step, loss, run)` after every step; `save(model, step)` at each tenth of the run."""
+    model = new_model(recipe.seed)
+    balancer = Balancer(model, recipe.bias_step)
+    torch._dynamo.reset()
+    forward: Callable[..., Any] = model if backend == "eager" else torch.compile(model, backend=backend)
+    optimizer = optimizer_for(model, recipe)
+    data, held_out = trinity.corpus()
+    run, begin = Run(backend), time.perf_counter()
+    checkpoints = {round(recipe.steps * tenth / 10) for tenth in range(1, 11)}
+    for step, (inputs, targets) in zip(range(recipe.steps), batches(data, recipe), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(step)
+        loss = loss_of(forward, inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.busiest_expert.append(balancer.step())
+        run.losses.append(loss.item())
+        run.seconds = time.perf_counter() - begin
+        if step == 0:
+            run.first_step_seconds = run.seconds
+        if save is not None and step + 1 in checkpoints:
+            run.held_out.append((step + 1, held_out_loss(model, held_out, recipe.context)))
+            save(model, step + 1)
+        on_step(step, run.losses[-1], run)
+    return run
+
+
+def held_out_loss(model: AfmoeForCausalLM, data: Tensor, context: int) -> float:
+    """Nats a byte on text never trained on, in eager mode; leaves the load counters as they were."""
+    loads = [router.load.clone() for router in routers(model)]
+    nats = math.log(trinity.perplexity(lambda ids: model(ids, use_cache=False).logits, data, context))
+    for router, load in zip(routers(model), loads, strict=True):
+        router.load.copy_(load)
+    return nats

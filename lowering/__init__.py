@@ -1,0 +1,50 @@
+"""What each target can run. Installed as `moe_compile.lowering`.
+
+Semantics and capability are two questions: `can_lower` reads the IR and nothing else. A target is a module with
+`can_lower(ir) -> str | None` and `lowering_name(ir) -> str`, imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from ..ir import MoeBlock
+
+# target -> module (relative to this package); a target without its module installed is not lowered
+TARGETS = {"cpu": ".cpu", "cuda": ".triton", "ascend": ".ascend"}
+
+
+def can_lower(ir: MoeBlock, target: str) -> str | None:
+    """None when `target` can run this block, else the reason, one sentence for the report."""
+    module = _module(target)
+    if module is None:
+        return f"no lowering for target {target!r} is installed"
+    reason: str | None = module.can_lower(ir)
+    return reason
+
+
+def lowering_name(ir: MoeBlock, target: str = "cpu") -> str:
+    """What runs the block on `target`, for the report. Raises ValueError where `can_lower` gives a reason."""
+    reason = can_lower(ir, target)
+    if reason is not None:
+        raise ValueError(reason)
+    module = _module(target)
+    assert module is not None
+    name: str = module.lowering_name(ir)
+    return name
+
+
+def prepare(target: str) -> None:
+    """Let a target get ready (build its kernels) while the graph is still being traced. Never raises, never waits."""
+    module = _module(target)
+    if module is not None and hasattr(module, "prepare"):
+        module.prepare()
+
+
+def _module(target: str) -> ModuleType | None:
+    name = TARGETS.get(target)
+    if name is None or importlib.util.find_spec(name, __name__) is None:
+        return None
+    return importlib.import_module(name, __name__)

@@ -1,0 +1,102 @@
+"""The torch.compile backend: passes first, then whoever compiles the rest."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import report as reports
+from .errors import NotFused
+from .inner import compile_with
+from .ir import Rejection
+from .options import Options
+from .snapshot import Snapshot
+
+log = logging.getLogger("moe_compile")
+
+
+def moe_fused(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Backend for ``torch.compile(model, backend="moe_fused", options={...}, mode=...)``.
+
+    Replaces every Mixture-of-Experts block of `gm` that can be proved by fused ops, hands the graph to the inner compiler and
+    returns what that makes of it. Options: see `moe_compile.options.Options`.
+    Raises `OptionError` (a ValueError) on a wrong option and, with `strict=True`, `NotFused` where a block was left as written.
+    """
+    started = time.perf_counter()
+    chosen = Options.parse(options, mode)
+    target, report = target_of(gm, example_inputs, chosen), reports.report_for(gm)
+    _fuse(gm, chosen, target, report)
+    compiled = compile_with(chosen, mode, target, gm, example_inputs)
+    report.add_seconds({"total": time.perf_counter() - started})
+    return compiled
+
+
+def _reset() -> None:
+    """torch._dynamo.reset() calls this; CUDA graphs of the inner compiler must go then."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
+
+
+moe_fused.is_moe_fused = True  # type: ignore[attr-defined]
+moe_fused.reset = _reset  # type: ignore[attr-defined]
+
+
+def _fuse(gm: torch.fx.GraphModule, options: Options, target: str, report: reports.Report) -> None:
+    """Run the passes on `gm` in place and note in `report` what came of it. Raises `NotFused` with `strict=True`."""
+    started = time.perf_counter()
+    blocks, rejected, seconds = _run_passes(gm, options, target)
+    report.add_blocks(blocks, target)
+    report.add_rejected(rejected)
+    report.add_seconds({**{k: v for k, v in seconds.items() if k not in ("total", "passes")}, "passes": time.perf_counter() - started})
+    for b in blocks:
+        log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
+    for r in rejected:
+        log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
+    if options.strict and rejected:
+        raise NotFused(rejected)
+
+
+def _run_passes(gm: torch.fx.GraphModule, options: Options, target: str) -> tuple[list[Any], list[Rejection], dict[str, float]]:
+    """The passes behind a safety net: whatever goes wrong inside becomes a rejection and the graph is as it was."""
+    before = Snapshot(gm)
+    try:
+        from .passes import pipeline
+
+        outcome = pipeline.run(gm, options, target)
+        return outcome.blocks, outcome.rejected, outcome.seconds
+    except Rejection as r:
+        before.restore()
+        return [], [r], {}
+    except Exception as e:
+        before.restore()
+        what = f"{type(e).__name__}: {e}"
+        log.warning("internal error, the graph stays as written: %s", what, exc_info=True)
+        return [], [Rejection(f"internal error: {what}", stage="internal")], {}
+
+
+def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
+    """The target for this graph: the option, or where the tensors are (an accelerator if there is one, else the CPU).
+
+    A device that no lowering knows (such as "mps") is its own target, so that `can_lower` says so.
+    """
+    if options.target != "auto":
+        return options.target
+    tensors = [t for t in [*example_inputs, *gm.parameters(), *gm.buffers()] if isinstance(t, Tensor)]
+    kinds = {t.device.type for t in tensors}
+    for device, target in (("npu", "ascend"), ("cuda", "cuda")):
+        if device in kinds:
+            return target
+    return "cpu" if "cpu" in kinds or not kinds else min(kinds)

@@ -1,0 +1,274 @@
+"""The fused ops ``torch.ops.moe_compile.route`` and ``.experts``: schema, shapes, gradients, autocast, dispatch to kernels.
+
+Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
+Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
+`experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
+A device without kernels of its own runs `moe_compile.lowering.generic`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowering import cpu, generic, routing
+
+_GATING = (
+    "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
+    "float group_fill, int norm, float norm_eps, float norm_clamp, float norm_p, float scale, ScalarType score_dtype, ScalarType weight_dtype"
+)
+_LAYOUT = (
+    "int[] act_ops, float[] act_consts, int form, int num_experts, bool stacked, bool up_transposed, bool down_transposed, "
+    "bool weight_on_input, int num_identity"
+)
+_EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
+
+SCHEMAS = (
+    f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
+    f"route_bwd(Tensor grad, Tensor ids, Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}, bool[] needs) -> Tensor[]",
+    f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
+    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
+    f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
+)
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
+
+_lib = torch.library.Library("moe_compile", "DEF")
+for _schema in SCHEMAS:
+    _lib.define(_schema)
+_ops = torch.ops.moe_compile
+Lists = Sequence[Sequence[Tensor]]
+
+
+# ---- kernels: the device picks them ------------------------------------------------------------------------------
+
+
+def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
+    return routing.forward(logits, bias, expert_scale, routing.Routing(*gating))
+
+
+def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
+    *gating, needs = rest
+    return routing.backward(grad, ids, logits, bias, expert_scale, routing.Routing(*gating), needs)
+
+
+def _layout(args: Sequence[Any]) -> generic.Layout:
+    act_ops, act_consts, *rest = args
+    return generic.Layout(tuple(act_ops), tuple(act_consts), *rest)
+
+
+def _experts(*args: Any) -> Tensor:
+    return generic.forward(*args[:8], _layout(args[8:]))[0]
+
+
+def _experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return generic.forward(*args[:8], _layout(args[8:]))
+
+
+def _experts_bwd(*args: Any) -> list[Tensor]:
+    return generic.backward(*args[:9], _layout(args[9:-1]), args[-1])
+
+
+def _experts_cpu(*args: Any) -> Tensor:
+    return cpu.forward(*args[:8], _layout(args[8:]), save=False)[0]
+
+
+def _experts_fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    return cpu.forward(*args[:8], _layout(args[8:]), save=True)
+
+
+def _experts_bwd_cpu(*args: Any) -> list[Tensor]:
+    return cpu.backward(*args[:9], _layout(args[9:-1]), args[-1])
+
+
+for _name, _any_device, _on_cpu in (
+    ("route", _route, None),
+    ("route_bwd", _route_bwd, None),
+    ("experts", _experts, _experts_cpu),
+    ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
+    ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
+):
+    _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
+    if _on_cpu is not None:
+        _lib.impl(_name, _on_cpu, "CPU")
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("moe_compile::route", lib=_lib)
+def _route_fake(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
+    tokens = logits.shape[0]
+    return logits.new_empty(tokens, k, dtype=gating[-1]), logits.new_empty(tokens, k, dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_compile::route_bwd", lib=_lib)
+def _route_bwd_fake(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
+    wanted = zip((logits, bias, expert_scale), rest[-1], strict=True)
+    return [_empty_contiguous(t) for t, needed in wanted if needed and t is not None]
+
+
+@torch.library.register_fake("moe_compile::experts", lib=_lib)
+def _experts_fake(*args: Any) -> Tensor:
+    return args[0].new_empty(args[0].shape[0], _layout(args[8:]).out_features(args[4]))
+
+
+@torch.library.register_fake("moe_compile::experts_fwd", lib=_lib)
+def _experts_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, ids, layout = args[0], args[1], _layout(args[8:])
+    out = x.new_empty(x.shape[0], layout.out_features(args[4]))
+    return out, x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+
+
+@torch.library.register_fake("moe_compile::experts_bwd", lib=_lib)
+def _experts_bwd_fake(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    tensors = [x, weights, *(t for ts in rest[:4] for t in ts)]
+    return [_empty_contiguous(t) for t, needed in zip(tensors, rest[-1], strict=True) if needed]
+
+
+def _empty_contiguous(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+class _Experts(torch.autograd.Function):
+    """`experts` with a gradient. Tensors of lists come one by one, because autograd only sees direct arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor) -> Tensor:
+        lists = _regroup(flat, sizes)
+        with torch._C._AutoDispatchBelowAutograd():
+            out, pre = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
+        ctx.save_for_backward(pre, x, ids, weights, *flat)
+        ctx.sizes, ctx.layout = sizes, layout
+        ctx.add_dtype = None if add is None else add.dtype
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pre, x, ids, weights, *flat = ctx.saved_tensors
+        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
+        needs = [need_x, need_w, *need_flat]
+        found: list[Tensor | None] = [None] * len(needs)
+        if any(needs):
+            given = iter(_ops.experts_bwd(grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
+            found = [next(given) if n else None for n in needs]
+        return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
+
+
+class _Route(torch.autograd.Function):
+    """`route` with a gradient to logits, to a bias that enters the weights, and to the per-expert scale."""
+
+    @staticmethod
+    def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            weights, ids = _ops.route(logits, bias, expert_scale, *gating)
+        ctx.mark_non_differentiable(ids)
+        ctx.save_for_backward(ids, logits, bias, expert_scale)
+        ctx.gating = gating
+        return weights, ids
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[1:])
+        needs[1] = needs[1] and ctx.gating[4]  # a bias that only selects has no gradient
+        found: list[Tensor | None] = [None] * 3
+        if any(needs):
+            given = iter(_ops.route_bwd(grad, *ctx.saved_tensors, *ctx.gating, needs))
+            found = [next(given) if n else None for n in needs]
+        return None, *found
+
+
+def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """The four lists back from one."""
+    it = iter(flat)
+    return [[next(it) for _ in range(size)] for size in sizes]
+
+
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _experts_autograd(*args: Any) -> Tensor:
+    x, ids, weights, *lists, add = args[:8]
+    flat = [t for ts in lists for t in ts]
+    if _needs_grad([x, weights, add, *flat]):
+        return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.experts(*args)  # type: ignore[no-any-return]
+
+
+def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
+    if _needs_grad([logits, bias, expert_scale]):
+        return _Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.route(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+
+
+_lib.impl("experts", _experts_autograd, "Autograd")
+_lib.impl("route", _route_autograd, "Autograd")
+
+
+# ---- autocast ----------------------------------------------------------------------------------------------------
+
+
+def _autocast(device_type: str, key: str) -> Callable[..., Tensor]:
+    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible and t is not None else t
+
+    def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        """Matrix products take the autocast dtype, as `F.linear` does; routing weights keep theirs."""
+        dtype = torch.get_autocast_dtype(device_type)
+        lists = [[cast(t, dtype) for t in ts] for ts in rest[:4]]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return _ops.experts(cast(x, dtype), ids, weights, *lists, *rest[4:])  # type: ignore[no-any-return]
+
+    return experts
+
+
+for _device, _key in _AUTOCAST.items():
+    if hasattr(torch._C.DispatchKey, _key):
+        _lib.impl("experts", _autocast(_device, _key), _key)
+
+
+def route_args(gating: Any) -> list[Any]:
+    """The plain arguments of `route`, after the tensors, for an `ir.Gating` (its normaliser must not be an expression)."""
+    groups, norm = gating.groups, gating.norm
+    return [
+        gating.k,
+        int(gating.score),
+        gating.score_over_selected,
+        int(gating.bias),
+        gating.bias_in_weights,
+        *((groups.count, groups.kept, groups.top, float(groups.fill)) if groups else (0, 0, 0, -math.inf)),
+        *((int(norm.kind), float(norm.eps), float(norm.clamp_min), float(norm.p)) if norm else (0, 0.0, 0.0, 1.0)),
+        float(gating.scale),
+        gating.score_dtype,
+        gating.weight_dtype,
+    ]
+
+
+def experts_args(experts: Any) -> list[Any]:
+    """The plain arguments of `experts`, after the tensors, for an `ir.Experts`. Raises `activation.UnknownActivation`."""
+    from .activation import encode
+
+    act_ops, act_consts = encode(experts.activation)
+    return [
+        act_ops,
+        act_consts,
+        int(experts.form),
+        experts.num_experts,
+        experts.stacked,
+        experts.up_transposed,
+        experts.down_transposed,
+        experts.weight_on_input,
+        experts.num_identity,
+    ]

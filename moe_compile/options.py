@@ -1,0 +1,128 @@
+"""The backend's options: checked once, then plain data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .errors import OptionError
+
+TARGETS = ("auto", "cpu", "cuda", "ascend")
+BACKEND_NAME = "moe_fused"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may pass as `options=` of `torch.compile(model, backend="moe_fused")`.
+
+    target: which lowering takes the fused ops; "auto" follows the device of the graph's tensors.
+    inner: the compiler of everything else: "auto" (Inductor; the "npu" backend on Ascend), the name of any Dynamo backend, or a callable.
+    inner_options: handed to `inner` as its own options.
+    validate: run every recovered block against its own subgraph before it replaces it.
+    strict: raise `NotFused` where a block is left as written.
+    overlap_shared: run the shared expert on a side stream ("auto": where the target gains from it).
+    """
+
+    target: str = "auto"
+    inner: str | Callable[..., Any] = "auto"
+    inner_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    validate: bool = True
+    strict: bool = False
+    overlap_shared: bool | str = "auto"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
+        """Check what a user gave and return it as `Options`.
+
+        `mode` is torch.compile's: it is checked against the inner compiler here so that a wrong one is told early.
+        Raises `OptionError` (a ValueError) naming the option and what is allowed.
+        """
+        if isinstance(given, Options):
+            options = given
+        else:
+            if given is not None and not isinstance(given, Mapping):
+                raise OptionError(f"options must be a dict, got {type(given).__name__}; valid options: {_names()}")
+            for key in given or {}:
+                _check_known(key)
+            options = cls(**(given or {}))
+        _check_values(options)
+        _check_inner(options, mode)
+        return options
+
+    def with_(self, **changes: Any) -> Options:
+        """A copy with some values changed."""
+        return replace(self, **changes)
+
+
+def _names() -> str:
+    return ", ".join(f.name for f in fields(Options))
+
+
+def _check_known(key: Any) -> None:
+    names = [f.name for f in fields(Options)]
+    if key in names:
+        return
+    hint = ""
+    if isinstance(key, str):
+        close = difflib.get_close_matches(key, names, 1)
+        if close:
+            hint = f"; did you mean {close[0]!r}?"
+        elif _is_inductor_option(key):
+            hint = f"; it is one of Inductor's: pass it as inner_options={{{key!r}: ...}}"
+    raise OptionError(f"unknown option {key!r} for backend {BACKEND_NAME!r}; valid options: {_names()}{hint}")
+
+
+def _is_inductor_option(key: str) -> bool:
+    from torch._inductor import config
+
+    return key.replace("-", "_") in config.get_config_copy()
+
+
+def _check_values(options: Options) -> None:
+    _one_of("target", options.target, TARGETS)
+    _one_of("validate", options.validate, (True, False))
+    _one_of("strict", options.strict, (True, False))
+    _one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
+    if not isinstance(options.inner_options, Mapping):
+        raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    # `is`-like comparison: 1 == True, but `validate=1` is more likely a mistake than a wish
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise OptionError(f"option {name!r} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
+
+
+def _check_inner(options: Options, mode: str | None) -> None:
+    inner = options.inner
+    if callable(inner):
+        if getattr(inner, "is_moe_fused", False):
+            raise OptionError(f"option 'inner' cannot be {BACKEND_NAME!r} itself")
+        return
+    if not isinstance(inner, str):
+        raise OptionError(f"option 'inner' is {inner!r}; allowed: 'auto', the name of a Dynamo backend, or a callable")
+    if inner == BACKEND_NAME:
+        raise OptionError(f"option 'inner' cannot be {BACKEND_NAME!r} itself")
+    if inner in ("auto", "inductor"):
+        _check_inductor(options, mode)
+        return
+    from torch._dynamo.backends.registry import list_backends
+
+    known = list_backends(exclude_tags=())
+    if inner not in known:
+        raise OptionError(f"option 'inner' is {inner!r}; allowed: 'auto', a callable, or one of {', '.join(known)}")
+
+
+def _check_inductor(options: Options, mode: str | None) -> None:
+    if not options.inner_options and mode in (None, "default"):
+        return
+    if options.inner == "auto" and options.target == "ascend":
+        return
+    from .inner import inductor
+
+    try:
+        inductor(options.inner_options, mode)
+    except RuntimeError as e:  # Inductor's own message names the key and what it knows
+        raise OptionError(f"option 'inner_options' or mode={mode!r} is not valid for Inductor: {e}") from None

@@ -1,0 +1,444 @@
+"""Indexing, scattering, sorting, selection and grouped matmuls as terms: everything a dispatch is made of."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from . import terms as T
+from .pull import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, truth
+from .pull_rules import TUPLES
+from .terms import Term
+
+Idx = tuple[Term, ...]
+Args = SimpleNamespace
+
+# ---- gather ------------------------------------------------------------------------------------------------------------
+
+
+class Index:
+    """The index list of an advanced indexing call, as terms over the broadcast index shape."""
+
+    def __init__(self, p: Puller, src: fx.Node, indices: Any) -> None:
+        self.puller = p
+        rank = len(shape_of(src))
+        self.at_dim: dict[int, Any] = {}  # source dim -> function of the broadcast index
+        self.mask: Mask | None = None
+        shapes: list[tuple[Any, ...]] = []
+        d = 0
+        for i in indices:
+            if i is None:
+                d += 1
+            elif dtype_of(i) is torch.bool:
+                m = p.mask(i)
+                self.mask = m
+                for c in range(len(m.shape)):
+                    self.at_dim[d] = lambda idx, m=m, c=c: T.mk("nz", m, idx[-1], c)
+                    d += 1
+                shapes.append(("rows",))
+            else:
+                self.at_dim[d] = lambda idx, i=i: p.broadcast(i, idx)
+                shapes.append(shape_of(i))
+                d += 1
+        self.shape = max(shapes, key=len, default=())
+        for s in shapes:
+            if len(s) == len(self.shape):
+                self.shape = tuple(a if a != 1 else b for a, b in zip(self.shape, s, strict=True))
+        dims = sorted(self.at_dim)
+        adjacent = bool(dims) and dims == list(range(dims[0], dims[0] + len(dims)))
+        self.front = dims[0] if adjacent else 0
+        self.kept = [d for d in range(rank) if d not in self.at_dim]
+
+    def source(self, idx: Idx) -> Idx:
+        """Index into the source of the gathered element `idx`."""
+        n = len(self.shape)
+        inner, outer = idx[self.front : self.front + n], iter(idx[: self.front] + idx[self.front + n :])
+        rank = len(self.at_dim) + len(self.kept)
+        return tuple(self.at_dim[d](inner) if d in self.at_dim else next(outer) for d in range(rank))
+
+
+@rule("index", "_unsafe_index")
+def _index(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    where = Index(p, src, a.indices).source(idx)
+    sizes = shape_of(src)
+    return p.at(src, tuple(_wrap(t, s) for t, s in zip(where, sizes, strict=True)))
+
+
+def _wrap(t: Term, size: Any) -> Term:
+    if t.op == "c" and isinstance(t.args[0], int) and t.args[0] < 0 and isinstance(size, int):
+        return T.const(t.args[0] + size)
+    return t
+
+
+@rule("gather", "take_along_dim")
+def _gather(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    index = getattr(a, "index", getattr(a, "indices", None))
+    if a.dim is None:
+        raise Opaque("take_along_dim without a dim")
+    d = normal_dim(a.dim, len(idx))
+    return p.at(src, replace(idx, d, p.at(index, idx)))
+
+
+@rule("index_select")
+def _index_select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    d = normal_dim(a.dim, len(idx))
+    return p.at(n.args[0], replace(idx, d, p.at(a.index, (idx[d],))))
+
+
+@rule("embedding")
+def _embedding(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return p.at(a.weight, (p.at(a.indices, idx[:-1]), idx[-1]))
+
+
+@rule("masked_select")
+def _masked_select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    m = p.mask(a.mask)
+    return p.broadcast(n.args[0], tuple(T.mk("nz", m, idx[0], d) for d in range(len(m.shape))))
+
+
+@rule("where")
+def _where(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.ite(truth(p.broadcast(a.condition, idx)), p.broadcast(a.self, idx), p.broadcast(a.other, idx))
+
+
+@rule("nonzero", "argwhere")
+def _nonzero(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if idx[1].op != "c":
+        raise Opaque("nonzero read by a variable column")
+    return T.mk("nz", p.mask(n.args[0]), idx[0], idx[1].args[0])  # type: ignore[arg-type]
+
+
+def _where_tuple(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    return T.mk("nz", p.mask(src.args[0]), idx[0], i)  # type: ignore[arg-type]
+
+
+TUPLES["where"] = TUPLES["nonzero_numpy"] = _where_tuple
+
+
+@rule("one_hot")
+def _one_hot(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.eq(p.at(n.args[0], idx[:-1]), idx[-1])
+
+
+# ---- scatter -----------------------------------------------------------------------------------------------------------
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def _scatter(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    d = normal_dim(a.dim, len(idx))
+    j = T.var(shape_of(a.index)[d], "j")
+    here = replace(idx, d, j)
+    hit = T.eq(p.at(a.index, here), idx[d])
+    base = p.at(n.args[0], idx)
+    reduce = getattr(a, "reduce", None)
+    if op_name(n) == "scatter_add" or reduce in ("add", "sum"):
+        return T.add(base, T.reduce_("sum", j, T.mul(hit, p.at(a.src, here))))
+    if reduce is not None:
+        raise Opaque(f"scatter with reduce={reduce}")
+    value = getattr(a, "value", None)
+    if value is not None:
+        return T.ite(T.reduce_("any", j, hit), T.const(value), base)
+    src = p.at(a.src, here)
+    if src.op == "c":
+        return T.ite(T.reduce_("any", j, hit), src, base)
+    total = T.reduce_("sum", j, T.mul(hit, src))
+    return total if T.is_c(base, 0) else T.ite(T.reduce_("any", j, hit), total, base)
+
+
+@rule("index_add")
+def _index_add(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    parts: list[Term] = []
+    node: Any = n
+    while isinstance(node, fx.Node) and node.op == "call_function" and not (node is not n and p.stop(node)):
+        added = _added(p, node, idx)
+        if added is None:
+            break
+        parts.append(added)
+        node = node.args[0]
+    return T.add(p.at(node, idx), *parts)
+
+
+def _added(p: Puller, n: fx.Node, idx: Idx) -> Term | None:
+    """What an accumulating node adds to its base at `idx`, or None if it is no accumulation."""
+    name = op_name(n)
+    if name == "index_add":
+        a = call_args(n)
+        d = normal_dim(a.dim, len(idx))
+        row = T.var(shape_of(a.index)[0], "n")
+        hit = T.eq(p.at(a.index, (row,)), idx[d])
+        return T.mul(T.const(a.alpha), T.reduce_("sum", row, T.mul(hit, p.at(a.source, replace(idx, d, row)))))
+    if name in ("index_put", "_index_put_impl"):
+        a = call_args(n)
+        values = a.values if a.accumulate else accumulated_value(n)
+        return None if values is None else _put_sum(p, n, a, values, idx)
+    return None
+
+
+def accumulated_value(n: fx.Node) -> Any:
+    """y of `out[idx] = out[idx] + y` (which is what `out[idx] += y` records), or None."""
+    a = call_args(n)
+    v = a.values
+    if not isinstance(v, fx.Node) or op_name(v) != "add" or call_args(v).alpha != 1:
+        return None
+    for x, y in (v.args[:2], v.args[1::-1]):
+        if isinstance(x, fx.Node) and op_name(x) == "index":
+            xa = call_args(x)
+            if x.args[0] is n.args[0] and list(xa.indices) == list(a.indices):
+                return y
+    return None
+
+
+def _put_sum(p: Puller, n: fx.Node, a: Args, values: Any, idx: Idx) -> Term:
+    where = Index(p, n.args[0], a.indices)  # type: ignore[arg-type]
+    rows = tuple(T.var(s if s != "rows" else f"rows:{n.name}", "n") for s in where.shape)
+    n_in = len(rows)
+    kept = iter(tuple(idx[d] for d in where.kept))
+    full = []
+    for d in range(len(idx) - len(where.at_dim) + n_in):
+        full.append(rows[d - where.front] if where.front <= d < where.front + n_in else next(kept))
+    src = where.source(tuple(full))
+    t = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim), p.broadcast(values, tuple(full)))
+    for r in reversed(rows):
+        t = T.reduce_("sum", r, t)
+    return t
+
+
+@rule("index_put", "_index_put_impl")
+def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if a.accumulate or accumulated_value(n) is not None:
+        return _index_add(p, n, a, idx)
+    where = Index(p, n.args[0], a.indices)  # type: ignore[arg-type]
+    if len(where.shape) != 1 and not _all_rows(where):
+        return _put_scatter(p, n, a, where, idx)
+    row = T.named(f"row:{n.name}", where.shape[0] if where.shape[0] != "rows" else f"rows:{n.name}")
+    kept = [idx[d] for d in where.kept]
+    full = tuple(kept[: where.front] + [row] + kept[where.front :])
+    src = where.source(full)
+    coords = [src[d] for d in where.at_dim]
+    value = p.broadcast(a.values, full)
+    back = {row: None}
+    (first, *_) = coords
+    if len(coords) == 1 and first.op == "perm" and first.args[2] is row:
+        (d,) = where.at_dim
+        return T.subst(value, {row: T.inv(first.args[0], first.args[1], idx[d])})
+    if len(coords) == 1 and first is row:  # out[arange] = y
+        (d,) = where.at_dim
+        return T.subst(value, {row: idx[d]})
+    del back
+    if all(c.op == "nz" and c.args[0] is first.args[0] and c.args[1] is row for c in coords) and first.op == "nz":
+        mask: Mask = first.args[0]
+        if sorted(c.args[2] for c in coords) == list(range(len(mask.shape))):
+            at = {c: idx[d] for c, d in zip(coords, where.at_dim, strict=True)}
+            inside = T.subst(value, dict(at))
+            if T.uses(inside, row):
+                raise Opaque("a masked write that depends on the row's number")
+            m = mask.at(tuple(idx[d] for c, d in sorted(zip(coords, where.at_dim, strict=True), key=lambda x: x[0].args[2])))
+            return T.ite(m, inside, p.at(n.args[0], idx))
+    return _put_scatter(p, n, a, where, idx)
+
+
+def _all_rows(where: Index) -> bool:
+    return False
+
+
+def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term:
+    """Plain writes at index tuples, e.g. dense[arange, ids] = w; distinct targets, as top-k ids are."""
+    base = p.at(n.args[0], idx)
+    rows = tuple(T.var(s, "n") for s in where.shape)
+    kept = iter(tuple(idx[d] for d in where.kept))
+    count = len(where.kept) + len(rows)
+    full = tuple(rows[d - where.front] if where.front <= d < where.front + len(rows) else next(kept) for d in range(count))
+    src = where.source(full)
+    if any(s == "rows" for s in where.shape):
+        raise Opaque("a write through a partial mask")
+    hit = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim))
+    value = p.broadcast(a.values, full)
+    total, any_hit = T.mul(hit, value), hit
+    for r in reversed(rows):
+        total, any_hit = T.reduce_("sum", r, total), _any_over(r, any_hit)
+    return total if T.is_c(base, 0) else T.ite(any_hit, total, base)
+
+
+def _any_over(v: Term, hit: Term) -> Term:
+    """any_v Π [..]: eliminate v when one factor fixes it."""
+    for f in hit.args if hit.op == "mul" else (hit,):
+        if f.op == "eq" and v in f.args:
+            other = f.args[0] if f.args[1] is v else f.args[1]
+            if not T.uses(other, v):
+                return T.subst(T.mul(*(g for g in hit.args if g is not f)), {v: other}) if hit.op == "mul" else T.const(1)
+    return T.reduce_("any", v, hit)
+
+
+# ---- sorting and selection ---------------------------------------------------------------------------------------------
+
+
+def _selected(p: Puller, node: fx.Node, src: fx.Node, dim: int, i: int, idx: Idx) -> Term:
+    """Values (i = 0) or indices (i = 1) of a selection of the best along the last dim."""
+    node.meta["moe_extent"] = shape_of(src)[dim]
+    chosen = T.mk("topk", node, idx)
+    return chosen if i == 1 else p.at(src, replace(idx, dim, chosen))
+
+
+def _topk(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    a = call_args(src)
+    x: Any = src.args[0]
+    return _selected(p, src, x, normal_dim(a.dim, len(idx)), i, idx)
+
+
+def _max_dim(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    a = call_args(src)
+    x: Any = src.args[0]
+    d = normal_dim(a.dim, len(shape_of(x)))
+    if i == 0:
+        v = T.var(shape_of(x)[d], "e")
+        at = replace(idx, d, v) if a.keepdim else (*idx[:d], v, *idx[d:])
+        return T.reduce_("max" if op_name(src) == "max" else "min", v, p.at(x, at))
+    src.meta["moe_extent"] = shape_of(x)[d]
+    return T.mk("topk", src, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
+
+
+TUPLES["topk"] = _topk
+TUPLES["max"] = TUPLES["min"] = _max_dim
+
+
+@rule("argmax", "argmin")
+def _argmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if a.dim is None:
+        raise Opaque("argmax over a flattened tensor")
+    x: Any = n.args[0]
+    d = normal_dim(a.dim, len(shape_of(x)))
+    n.meta["moe_extent"] = shape_of(x)[d]
+    return T.mk("topk", n, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
+
+
+def _sorted(p: Puller, node: fx.Node, i: int, idx: Idx) -> Term:
+    a = call_args(node)
+    x: Any = node.args[0]
+    shape = shape_of(x)
+    d = normal_dim(a.dim, len(shape))
+    if dtype_of(x).is_floating_point:
+        return _selected(p, node, x, d, i, idx)
+    if len(shape) != 1 or a.descending:
+        raise Opaque("an integer sort that is not ascending over one dim")
+    node.meta["extent"] = shape[0]
+    q = T.named(T.Q, shape[0])
+    key = p.at(x, (q,))
+    if key.op in ("perm", "inv") and key.args[2] is q:  # the argsort of a permutation is its inverse
+        if i == 0:
+            return idx[0]
+        return (T.inv if key.op == "perm" else T.perm)(key.args[0], key.args[1], idx[0])
+    key = T.canonical(key)
+    return T.perm(node, key, idx[0]) if i == 1 else T.sv(key, idx[0])
+
+
+TUPLES["sort"] = lambda p, src, i, n, idx: _sorted(p, src, i, idx)
+
+
+@rule("argsort")
+def _argsort(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return _sorted(p, n, 1, idx)
+
+
+# ---- counts and grouped matmuls ----------------------------------------------------------------------------------------
+
+
+@rule("histc")
+def _histc(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if a.min != 0 or a.max != a.bins - 1:
+        raise Opaque("a histogram whose bins are not the integers")
+    return _count(p, n, idx)
+
+
+@rule("bincount")
+def _bincount(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if a.weights is not None:
+        raise Opaque("a weighted bincount")
+    return _count(p, n, idx)
+
+
+def _count(p: Puller, n: fx.Node, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    at = tuple(T.var(s, "q") for s in shape_of(src))
+    t = T.eq(p.at(src, at), idx[0])
+    for v in reversed(at):
+        t = T.reduce_("sum", v, t)
+    return t
+
+
+def counted_key(p: Puller, counts: fx.Node) -> Term:
+    """The ids that `counts[e] = Σ_q [ids(q) = e]` counts, as a sort key in Q; Opaque if it is no such count."""
+    e = T.var(shape_of(counts)[0], "e")
+    t = p.at(counts, (e,))
+    binders = []
+    while t.op == "sum":
+        binders.append(t.args[0])
+        t = t.args[1]
+    if t.op != "eq" or e not in t.args or not binders:
+        raise Opaque("group sizes that are not the counts of the ids")
+    ids = t.args[0] if t.args[1] is e else t.args[1]
+    total: Any = 1
+    for v in binders:
+        total = total * v.args[1]
+    flat = T.named(T.Q, int(total) if not isinstance(total, int) and total.is_Integer else total)
+    at: dict[Term, Term] = {}
+    for v in reversed(binders[1:]):
+        at[v], flat = T.mod(flat, v.args[1]), T.fdiv(flat, v.args[1])
+    at[binders[0]] = flat
+    return T.canonical(T.subst(ids, at))
+
+
+def group_of(p: Puller, offs: fx.Node, row: Term) -> Term:
+    """Which group of a grouped matmul a row is in: the sorted id of that row."""
+    node: Any = offs
+    while op_name(node) in ("to", "_to_copy", "contiguous", "clone", "int", "long"):
+        node = node.args[0]
+    if op_name(node) != "cumsum":
+        raise Opaque("group offsets that are no running sum")
+    return T.sv(counted_key(p, node.args[0]), row)
+
+
+@rule("_grouped_mm", "grouped_mm_fallback", "grouped_mm")
+def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    x, w, offs = n.args[0], n.args[1], getattr(a, "offs", None)
+    if offs is None or getattr(a, "bias", None) is not None or len(shape_of(w)) != 3 or len(shape_of(x)) != 2:  # type: ignore[arg-type]
+        raise Opaque("a grouped matmul of another form")
+    m = T.var(shape_of(x)[1], "m")  # type: ignore[arg-type]
+    g = group_of(p, offs, idx[0])
+    return T.reduce_("sum", m, T.mul(p.at(x, (idx[0], m)), p.at(w, (g, m, idx[1]))))
+
+
+def grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | None:
+    """cat over experts of the rows of a sorted tensor whose sorted id is e: the sorted tensor again, expert by expert."""
+    if d != 0 or len(parts) < 2:
+        return None
+    row = T.named("row:cat", "rows")
+    pieces: list[tuple[Term, Term]] = []
+    key = None
+    for x in parts:
+        t = p.at(x, (row, *idx[1:]))
+        masks = {u.args[0] for u in T.walk(t) if u.op == "nz" and u.args[1] is row}
+        if len(masks) != 1:
+            return None
+        (mask,) = masks
+        if len(mask.shape) != 1:
+            return None
+        m = mask.at(idx[:1])
+        if m.op != "eq":
+            return None
+        s, e = m.args if m.args[0].op == "sv" else m.args[::-1]
+        if s.op != "sv" or e.op != "c" or s.args[1] is not idx[0] or (key is not None and s.args[0] is not key):
+            return None
+        key = s.args[0]
+        pieces.append((e, T.subst(t, {T.mk("nz", mask, row, 0): idx[0]})))
+    order = [e.args[0] for e, _ in pieces]
+    if order != sorted(set(order)):
+        return None
+    out = T.const(0)
+    for e, t in reversed(pieces):
+        out = T.ite(T.eq(T.sv(key, idx[0]), e), t, out)  # type: ignore[arg-type]
+    return out

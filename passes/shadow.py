@@ -1,0 +1,149 @@
+"""The shadow: a throw-away pre-dispatch ATen copy of a Dynamo graph, only for reading.
+
+The shadow has a smaller vocabulary than the Dynamo graph and is in SSA form: an in-place op is a new node that later
+readers use. It is never handed on (custom autograd.Functions would lose their gradients); `origin` and `image` map its
+nodes back to the Dynamo graph, where the rewrite happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
+from torch.fx.traceback import preserve_node_meta
+
+
+class Shadow:
+    """`graph`: ATen nodes with `meta["val"]`.
+
+    `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
+    `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like): never looked through.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.dynamo = gm
+        self.origin: dict[fx.Node, list[fx.Node]] = {}
+        self.image: dict[fx.Node, fx.Node] = {}
+        self.walls: set[fx.Node] = set()
+        self.module = self._trace(gm)
+        self.graph = self.module.graph
+        self.order = {n: i for i, n in enumerate(self.graph.nodes)}
+        self.stale = stale_views(self.graph)
+
+    def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
+        values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
+        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+        records: list[tuple[fx.Node, fx.Node]] = []
+        spans: list[tuple[int, int]] = []
+
+        def run(*args: Any) -> Any:
+            with preserve_node_meta():
+                return _Tracer(gm, records, spans).run(*args)
+
+        with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
+            traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
+        # make_fx copies its graph once more when it builds the module: names survive, node objects do not
+        by_name = {n.name: n for n in traced.graph.nodes}
+        for dynamo_node, recorded in records:
+            s = by_name.get(recorded.name)
+            if s is not None:
+                self.origin.setdefault(s, []).append(dynamo_node)
+                self.image[dynamo_node] = s
+        shadows = (n for n in traced.graph.nodes if n.op == "placeholder")
+        for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
+            self.image[d] = s
+            self.origin[s] = [d]
+        for names in spans:
+            self.walls.update(by_name[x] for x in names if x in by_name)  # type: ignore[union-attr]
+        return traced
+
+
+class _Tracer(fx.Interpreter):
+    """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has."""
+
+    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], spans: list[Any]) -> None:
+        super().__init__(gm)
+        self.records, self.spans = records, spans
+        self.garbage_collect_values = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        tracer = _current_tracer()
+        is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
+        before = {x.name for x in tracer.graph.nodes} if is_hop and tracer is not None else set()
+        out = super().run_node(n)
+        if tracer is None:
+            return out
+        if is_hop:
+            self.spans.append([x.name for x in tracer.graph.nodes if x.name not in before])
+        if isinstance(out, Tensor) and n.op not in ("placeholder", "output"):
+            proxy = get_proxy_slot(out, tracer, None, lambda p: p.proxy)
+            if proxy is not None:
+                self.records.append((n, proxy.node))
+        return out
+
+
+def _current_tracer() -> Any:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def example_value(n: fx.Node) -> Any:
+    """The fake (or real) value that Dynamo or a tracer recorded for a node."""
+    return n.meta["example_value"] if "example_value" in n.meta else n.meta.get("val")
+
+
+def schema_of(n: fx.Node) -> Any:
+    return getattr(n.target, "_schema", None)
+
+
+def named_args(n: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """(schema argument, value) pairs of an ATen call; defaults are left out."""
+    for spec, value in zip(schema_of(n).arguments, n.args, strict=False):
+        yield spec, value
+    for spec in schema_of(n).arguments[len(n.args) :]:
+        if spec.name in n.kwargs:
+            yield spec, n.kwargs[spec.name]
+
+
+def mutated_args(n: fx.Node) -> list[fx.Node]:
+    """The nodes that an ATen call writes to."""
+    if schema_of(n) is None:
+        return []
+    return [v for s, v in named_args(n) if s.alias_info is not None and s.alias_info.is_write and isinstance(v, fx.Node)]
+
+
+def aliased_arg(n: fx.Node) -> fx.Node | None:
+    """The node whose storage a view op returns, or None."""
+    if n.target is operator.getitem:
+        src = n.args[0]
+        return aliased_arg(src) if isinstance(src, fx.Node) else None
+    if schema_of(n) is None or not any(r.alias_info for r in schema_of(n).returns):
+        return None
+    return next((v for s, v in named_args(n) if s.alias_info is not None and isinstance(v, fx.Node)), None)
+
+
+def stale_views(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that are read after their storage was written through another alias: their SSA name no longer tells their value."""
+    root: dict[fx.Node, fx.Node] = {}
+    writes: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for n, i in order.items():
+        base = aliased_arg(n)
+        root[n] = n if base is None else root.get(base, base)
+        for m in mutated_args(n):
+            writes.setdefault(root.get(m, m), []).append((i, n))
+    stale: set[fx.Node] = set()
+    for n in order if writes else ():
+        for i, writer in writes.get(root[n], ()):
+            # a node's own chain of in-place results is renamed by the tracer; any other alias is not
+            if order[n] < i and n not in mutated_args(writer) and any(order[u] > i for u in n.users):
+                stale.add(n)
+    return stale

@@ -1,0 +1,137 @@
+"""Sums over index variables, simplified until no dispatch is left.
+
+    Σ_p f(perm p)            = Σ_q f(q)                    sorted order is a permutation
+    Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
+    Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
+    Σ_v [v = a] f(v)         = f(a)                        one-hot
+    Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+
+from . import terms as T
+from .terms import Term, add, const, mk, mul, subst, uses
+
+
+def sum_over(v: Term, body: Term) -> Term:
+    """Σ_v body, simplified."""
+    if T.is_c(body, 0):
+        return body
+    if not uses(body, v):
+        return mul(const(v.args[1]), body)
+    for rule in (_permuted, _masked_rows, _factor_out, _one_hot, _scattered):
+        out = rule(v, body)
+        if out is not None:
+            return out
+    if body.op == "add" and any(_distributes(a, v) for a in body.args):
+        return add(*(sum_over(v, a) for a in body.args))
+    return mk("sum", v, body)
+
+
+def _distributes(t: Term, v: Term) -> bool:
+    return not uses(t, v) or any(f.op in ("eq", "sum") for f in (t.args if t.op == "mul" else (t,)))
+
+
+def _permuted(v: Term, body: Term) -> Term | None:
+    """v occurs only as perm(S, v) and sorted(key, v): sum over unsorted positions instead."""
+    found = [t for t in T.walk(body) if t.op in ("perm", "sv") and t.args[-1] is v]
+    sort = next((t for t in found if t.op == "perm"), None)
+    if sort is None and len(found) == 1:
+        q = T.var(v.args[1], "q")
+        out = subst(body, {found[0]: T.at_key(found[0].args[0], q)})
+        return None if uses(out, v) else sum_over(q, out)
+    if sort is None:
+        return None
+    q = T.var(v.args[1], "q")
+    out = subst(body, {v: T.inv(sort.args[0], sort.args[1], q)})
+    if any(t.op == "inv" and t.args[2] is q for t in T.walk(out)):
+        return None
+    return sum_over(q, out)
+
+
+def _masked_rows(v: Term, body: Term) -> Term | None:
+    """v counts the true elements of a mask M and occurs only in its coordinates."""
+    rows = [t for t in T.walk(body) if t.op == "nz" and t.args[1] is v]
+    masks = {t.args[0] for t in rows}
+    if len(masks) != 1:
+        return None
+    (mask,) = masks
+    coords = tuple(T.var(n, "c") for n in mask.shape)
+    out = subst(body, {t: coords[t.args[2]] for t in rows})
+    if uses(out, v):
+        return None
+    out = mul(mask.at(coords), out)
+    for c in reversed(coords):
+        out = sum_over(c, out)
+    return out
+
+
+def _factor_out(v: Term, body: Term) -> Term | None:
+    if body.op != "mul":
+        return None
+    outside = [f for f in body.args if not uses(f, v)]
+    if not outside:
+        return None
+    return mul(*outside, sum_over(v, mul(*(f for f in body.args if uses(f, v)))))
+
+
+def _one_hot(v: Term, body: Term) -> Term | None:
+    """A factor [v = a], or [v // K = t], or one inside any_j, fixes v."""
+    for f in body.args if body.op == "mul" else (body,):
+        if f.op != "eq":
+            continue
+        rest = mul(*(g for g in body.args if g is not f)) if body.op == "mul" else const(1)
+        for a, b in (f.args, f.args[::-1]):
+            if uses(b, v):
+                continue
+            if a is v:
+                return subst(rest, {v: b})
+            if a.op == "fdiv" and a.args[0] is v:
+                k = a.args[1].args[0]
+                if not T.below(b, _ratio(v.args[1], k)) and not uses_any_bound(b):
+                    continue
+                j = T.var(k, "j")
+                return sum_over(j, subst(rest, {v: add(mul(const(k), b), j)}))
+            if a.op == "mod" and a.args[0] is v:
+                n = a.args[1].args[0]
+                j = T.var(_ratio(v.args[1], n), "j")
+                return sum_over(j, subst(rest, {v: add(mul(const(n), j), b)}))
+            if a.op == "add":  # v + c == b
+                k, others = _solve(a, v)
+                if k == 1 and others is not None:
+                    return None
+    return None
+
+
+def uses_any_bound(b: Term) -> bool:
+    """Output indices are in range by construction."""
+    return b.op == "v"
+
+
+def _solve(a: Term, v: Term) -> tuple[Any, Term | None]:
+    parts = [x for x in a.args if uses(x, v)]
+    if len(parts) == 1 and parts[0] is v:
+        return 1, add(*(x for x in a.args if x is not v))
+    return 0, None
+
+
+def _ratio(n: Any, k: Any) -> Any:
+    r = sp.cancel(sp.sympify(n) / sp.sympify(k))
+    return int(r) if r.is_Integer else r
+
+
+def _scattered(v: Term, body: Term) -> Term | None:
+    """A factor Σ_j [b_j = v] g_j: exchange the sums, then `_one_hot`."""
+    for f in body.args if body.op == "mul" else (body,):
+        if f.op != "sum":
+            continue
+        j, inner = f.args
+        if not any(g.op == "eq" and v in g.args for g in (inner.args if inner.op == "mul" else (inner,))):
+            continue
+        rest = mul(*(g for g in body.args if g is not f)) if body.op == "mul" else const(1)
+        return sum_over(j, sum_over(v, mul(inner, rest)))
+    return None

@@ -1,0 +1,188 @@
+"""A second reading of the IR: one token at a time, Python floats, no code shared with `moe_compile`.
+
+The dataclasses of `moe_compile.ir` are read as data only. `moe_compile.ir` and every module of the catalogue are held
+against these functions, so an error would have to be made twice to go unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sympy as sp
+import torch
+from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, SumK
+from torch import Tensor
+
+Rows = Sequence[float]
+
+
+@dataclass
+class Parts:
+    """The values at a block's edge: tokens [T, H], logits [T, E], parameters, and what is added to the routed result."""
+
+    x: Tensor
+    logits: Tensor
+    up: list[Tensor]
+    down: list[Tensor]
+    up_bias: list[Tensor] = field(default_factory=list)
+    down_bias: list[Tensor] = field(default_factory=list)
+    bias: Tensor | None = None
+    expert_scale: Tensor | None = None
+    add: Tensor | None = None
+    table: Tensor | None = None  # new id of each id the router gives
+    padding: Tensor | None = None  # [T] bool: tokens that go to no expert
+
+
+def sigmoid(v: float) -> float:
+    return 1.0 / (1.0 + math.exp(-v)) if v >= 0 else math.exp(v) / (1.0 + math.exp(v))
+
+
+def softplus(v: float) -> float:
+    return max(v, 0.0) + math.log1p(math.exp(-abs(v)))
+
+
+def scores(kind: Score, row: Rows) -> list[float]:
+    """The scores of one token."""
+    if kind is Score.SOFTMAX:
+        top = max(row)
+        weights = [math.exp(v - top) for v in row]
+        return [w / sum(weights) for w in weights]
+    pointwise = {
+        Score.IDENTITY: lambda v: v,
+        Score.SIGMOID: sigmoid,
+        Score.SQRT_SOFTPLUS: lambda v: math.sqrt(softplus(v)),
+        Score.SOFTPLUS: softplus,
+        Score.EXP: math.exp,
+        Score.TANH: math.tanh,
+        Score.RELU: lambda v: max(v, 0.0),
+    }
+    return [pointwise[kind](v) for v in row]
+
+
+def best(values: Rows, n: int) -> list[int]:
+    """Indices of the n largest values, largest first."""
+    return sorted(range(len(values)), key=lambda i: -values[i])[:n]
+
+
+def route_token(g: Gating, logits: Rows, bias: Rows, expert_scale: Rows) -> tuple[list[float], list[int]]:
+    """(weights, ids) of one token."""
+    all_scores = list(logits) if g.score_over_selected else scores(g.score, logits)
+    choice = list(logits) if g.bias is BiasOn.LOGIT else list(all_scores)
+    if g.bias is not BiasOn.NONE:
+        choice = [c + b for c, b in zip(choice, bias)]
+    if g.groups is not None:
+        size = g.num_experts // g.groups.count
+        chunks = [choice[i : i + size] for i in range(0, g.num_experts, size)]
+        ranks = [sum(sorted(c, reverse=True)[: g.groups.top]) for c in chunks]
+        kept = best(ranks, g.groups.kept)
+        choice = [c if i // size in kept else g.groups.fill for i, c in enumerate(choice)]
+    ids = best(choice, g.k)
+    w = [all_scores[i] for i in ids]
+    if g.score_over_selected:
+        w = scores(g.score, w)
+    if g.bias_in_weights:
+        w = [v + bias[i] for v, i in zip(w, ids)]
+    if g.norm is not None:
+        w = normalised(g.norm, w)
+    w = [v * g.scale for v in w]
+    if g.expert_scale:
+        w = [v * expert_scale[i] for v, i in zip(w, ids)]
+    return w, ids
+
+
+def normalised(n: Normaliser, w: list[float]) -> list[float]:
+    if n.kind is Norm.NONE:
+        return w
+    if n.kind is Norm.EXPR:
+        f = sp.lambdify(sp.Symbol("w", real=True), n.expr, [{"SumK": np.sum, "MaxK": np.max, "MinK": np.min}, "numpy"])
+        return [float(v) for v in np.broadcast_to(f(np.array(w)), len(w))]
+    reduction = {
+        Norm.SUM: lambda: math.fsum(w),
+        Norm.MAX: lambda: max(w),
+        Norm.PNORM: lambda: math.fsum(abs(v) ** n.p for v in w) ** (1.0 / n.p),
+    }[n.kind]()
+    if n.clamp_min:
+        reduction = max(reduction, n.clamp_min)
+    return [v / (reduction + n.eps) for v in w]
+
+
+def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray:
+    """The activation expression through sympy's own code printer."""
+    functions = {
+        "sigmoid": lambda v: 1.0 / (1.0 + np.exp(-v)),
+        "relu": lambda v: np.maximum(v, 0.0),
+        "softplus": lambda v: np.logaddexp(v, 0.0),
+        "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
+        "clamp": lambda v, lo, hi: np.minimum(np.maximum(v, float(lo)), float(hi)),
+        "erf": np.vectorize(math.erf, otypes=[float]),
+    }
+    f = sp.lambdify(sp.symbols("g u", real=True), expr, [functions, "numpy"])
+    return np.broadcast_to(f(g, g if u is None else u), g.shape)
+
+
+def array(t: Tensor) -> np.ndarray:
+    return t.detach().double().numpy()
+
+
+def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
+    """One expert on one token."""
+
+    def at(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
+        if not ts:
+            return None
+        return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
+
+    def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        y = v @ weight if transposed else weight @ v
+        return y if bias is None else y + bias
+
+    up = product(at(p.up), e.up_transposed, x, at(p.up_bias))
+    halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
+        Form.SINGLE: (up, None),
+        Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
+        Form.INTERLEAVED: (up[0::2], up[1::2]),
+    }
+    if e.form is Form.SEPARATE:
+        g, u = up, product(at(p.up, 1), e.up_transposed, x, at(p.up_bias, 1))
+    else:
+        g, u = halves[e.form]
+    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), at(p.down_bias))
+
+
+def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:
+    """[T, H_out] in float64."""
+    x = array(p.x)
+    out = np.zeros((len(ids), e.out_features)) if p.add is None else array(p.add).copy()
+    for t, (row_ids, row_weights) in enumerate(zip(ids, weights)):
+        for i, w in zip(row_ids, row_weights):
+            if e.num_experts <= i < e.num_experts + e.num_identity:
+                out[t] += w * x[t]
+            elif 0 <= i < e.num_experts:
+                out[t] += expert_row(e, p, i, w * x[t]) if e.weight_on_input else w * expert_row(e, p, i, x[t])
+    return out
+
+
+def block(gating: Gating, e: Experts, p: Parts) -> np.ndarray:
+    """A whole block with its routing, [T, H_out] in float64."""
+    bias = [] if p.bias is None else p.bias.double().tolist()
+    per_expert = [] if p.expert_scale is None else p.expert_scale.double().tolist()
+    routed = [route_token(gating, row, bias, per_expert) for row in p.logits.double().tolist()]
+    weights, ids = [list(w) for w, _ in routed], [list(i) for _, i in routed]
+    if p.table is not None:
+        ids = [[int(p.table[i]) for i in row] for row in ids]
+    if p.padding is not None:
+        ids = [[-1] * gating.k if pad else row for pad, row in zip(p.padding.tolist(), ids)]
+    return experts(e, p, ids, weights)
+
+
+def of_ir(ir: MoeBlock, p: Parts) -> Tensor:
+    """`block` for a recovered block, as a tensor."""
+    assert ir.gating is not None
+    return torch.from_numpy(block(ir.gating, ir.experts, p))
+
+
+__all__ = ["MaxK", "MinK", "Parts", "SumK", "block", "experts", "of_ir", "route_token"]

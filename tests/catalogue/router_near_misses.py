@@ -1,0 +1,427 @@
+"""Routers one step from a known one. Same shapes, other maths: another IR, or the routing stays as written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moe_compile.ir import Score
+from torch import Tensor
+
+from .base import RENORM, SIGMOID, SIGMOID_BIAS, SOFTMAX, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, K, Sound, gating
+
+Routed = tuple[Tensor, Tensor]
+WRITTEN = AsWritten(SWIGLU_EXPERTS)
+
+
+class _Softmax(Case):
+    near = "SoftmaxTopk"
+
+
+class _Sigmoid(Case):
+    near = "SigmoidMethod"
+
+    def finish(self, w: Tensor) -> Tensor:
+        return w / (w.sum(-1, keepdim=True) + 1e-20) * 2.5
+
+
+class SoftmaxOverTokens(_Softmax):
+    """Verdict: experts fused, routing as written: the softmax runs over the tokens."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        return logits.softmax(0).topk(K)
+
+
+class RenormOverTokens(_Softmax):
+    """Verdict: experts fused, routing as written: the sum runs over the tokens."""
+
+    expect = WRITTEN
+    near = "RenormDiv"
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w / w.sum(0, keepdim=True), ids
+
+
+class SmallestK(_Softmax):
+    """Verdict: experts fused, routing as written: largest=False."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        return torch.topk(logits.softmax(-1), K, dim=-1, largest=False)
+
+
+class SortAscending(_Softmax):
+    """Verdict: experts fused, routing as written: an ascending sort's first k are the smallest."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).sort(-1)
+        return w[:, :K], ids[:, :K]
+
+
+class SecondToThird(_Softmax):
+    """Verdict: experts fused, routing as written: the slice leaves the best expert out."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).sort(-1, descending=True)
+        return w[:, 1 : K + 1], ids[:, 1 : K + 1]
+
+
+class LastKAscending(Case):
+    """Verdict: either. The last k of an ascending sort are the top k in another order, which no sum can tell."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).sort(-1)
+        return w[:, -K:], ids[:, -K:]
+
+
+class TopkOverTokens(_Softmax):
+    """Verdict: experts fused, routing as written: top-k along the tokens, transposed."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        ids = logits.softmax(-1)[: max(1, logits.shape[0])].t().contiguous().topk(1, dim=0)[1].t()
+        rows = ids.expand(-1, K) % E
+        return logits.softmax(-1).gather(1, rows), rows
+
+    routes_all = False
+
+
+class RuntimeNoise(_Sigmoid):
+    """Verdict: experts fused, routing as written: the selection bias is a run-time [T, E] tensor."""
+
+    expect = WRITTEN
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Any, ...]:
+        return torch.randn(tokens, H), torch.randn(tokens, E)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        s = self.logits(x).sigmoid()
+        ids = (s + noise).topk(K)[1]
+        return self.run_experts(x, ids, self.finish(s.gather(1, ids)))
+
+
+class BiasOnePerToken(_Sigmoid):
+    """Verdict: experts fused, routing as written or an equal one: a bias [T, 1] changes no order."""
+
+    expect = Sound()
+    near = ""
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.sigmoid()
+        ids = (s + logits.mean(-1, keepdim=True)).topk(K)[1]
+        return self.finish(s.gather(1, ids)), ids
+
+
+class NoiseInWeights(_Sigmoid):
+    """Verdict: experts fused, routing as written: a run-time factor per token and expert is in the weights."""
+
+    expect = WRITTEN
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Any, ...]:
+        return torch.randn(tokens, H), torch.rand(tokens, E)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        s = self.logits(x).sigmoid()
+        ids = (s + self.bias).topk(K)[1]
+        return self.run_experts(x, ids, self.finish((s * noise).gather(1, ids)))
+
+
+class BiasInWeights(_Sigmoid):
+    """Verdict: fused, differs from SigmoidMethod in bias_in_weights: the top-k values are taken, bias and all."""
+
+    expect = Fused(replace(SIGMOID_BIAS, bias_in_weights=True), SWIGLU_EXPERTS)
+    group = "bias-in-weights"
+    differs = ("gating.bias_in_weights",)
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = (logits.sigmoid() + self.bias).topk(K)
+        return self.finish(w), ids
+
+
+class BiasInWeightsGather(BiasInWeights):
+    """Verdict: fused as BiasInWeights. The biased scores gathered."""
+
+    def route(self, logits: Tensor) -> Routed:
+        c = logits.sigmoid() + self.bias
+        ids = c.topk(K)[1]
+        return self.finish(c.gather(1, ids)), ids
+
+
+class BiasTimesTwo(_Sigmoid):
+    """Verdict: either. s + 2b is a bias of 2b, a value the graph need not hold."""
+
+    expect = Sound()
+    near = "SigmoidMethod"
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.sigmoid()
+        ids = torch.add(s, self.bias, alpha=2).topk(K)[1]
+        return self.finish(s.gather(1, ids)), ids
+
+
+class BiasSubtracted(_Sigmoid):
+    """Verdict: either. s - b is a bias of -b, a value the graph need not hold."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.sigmoid()
+        ids = (s - self.bias).topk(K)[1]
+        return self.finish(s.gather(1, ids)), ids
+
+
+class BiasMultiplied(_Sigmoid):
+    """Verdict: experts fused, routing as written: s * b is no additive bias."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.sigmoid()
+        ids = (s * self.bias).topk(K)[1]
+        return self.finish(s.gather(1, ids)), ids
+
+
+class SelectedByOther(_Sigmoid):
+    """Verdict: experts fused, routing as written: one router selects, another one weighs."""
+
+    expect = WRITTEN
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.logits(x)
+        other = F.linear(x, self.gate.flip(0))
+        ids = (other.sigmoid() + self.bias).topk(K)[1]
+        return self.run_experts(x, ids, self.finish(logits.sigmoid().gather(1, ids)))
+
+
+class WeightsFlipped(_Softmax):
+    """Verdict: experts fused, routing as written: the weights belong to the other slots."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w.flip(-1), ids
+
+
+class IdsFlipped(_Softmax):
+    """Verdict: experts fused, routing as written: the ids belong to the other slots."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w, ids.flip(1)
+
+
+class GatherOtherIds(_Softmax):
+    """Verdict: experts fused, routing as written: the weights are gathered for the worst experts."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        p = logits.softmax(-1)
+        ids = p.topk(K)[1]
+        return p.gather(1, (-p).topk(K)[1]), ids
+
+
+class IdsShifted(_Softmax):
+    """Verdict: either a mapping of the ids or as written: expert ids are moved on by one."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w, (ids + 1) % E
+
+
+class TokensRolled(_Softmax):
+    """Verdict: experts fused, routing as written: each token uses its neighbour's routing."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w.roll(1, 0), ids.roll(1, 0)
+
+
+class NegativeSigmoid(Case):
+    """Verdict: either. 1 / (1 + exp(l)) is σ(-l): another selection, on logits the graph need not hold."""
+
+    expect = Sound()
+    near = "SigmoidGather"
+
+    def route(self, logits: Tensor) -> Routed:
+        s = 1 / (1 + logits.exp())
+        w, ids = s.topk(K)
+        return w / w.sum(-1, keepdim=True), ids
+
+
+class Temperature(Case):
+    """Verdict: either. softmax(l / 2) of the selected is a softmax of other logits than the selection's."""
+
+    expect = Sound()
+    near = "TopkSoftmax"
+
+    def route(self, logits: Tensor) -> Routed:
+        v, ids = logits.topk(K)
+        return (v / 2.0).softmax(-1), ids
+
+
+class SigmoidSelectSoftmaxWeigh(Case):
+    """Verdict: experts fused, routing as written or an equal one: biased σ selects, softmax over E weighs."""
+
+    expect = WRITTEN
+    near = "SigmoidMethod"
+
+    def route(self, logits: Tensor) -> Routed:
+        ids = (logits.sigmoid() + self.bias).topk(K)[1]
+        return logits.softmax(-1).gather(1, ids), ids
+
+
+class PerTokenFactor(_Softmax):
+    """Verdict: experts fused, routing as written: an extra factor per token that is no function of the k weights."""
+
+    expect = WRITTEN
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.logits(x).softmax(-1).topk(K)
+        return self.run_experts(x, ids, w * x.mean(-1, keepdim=True).sigmoid())
+
+
+class SlotFactor(_Softmax):
+    """Verdict: experts fused, routing as written: the first slot weighs double."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return w * torch.tensor([2.0, 1.0]), ids
+
+
+class ThresholdedWeights(_Softmax):
+    """Verdict: either an expression or as written: weights under 0.2 become zero."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        return torch.where(w < 0.2, 0.0, w), ids
+
+
+class RenormOverAllExperts(Case):
+    """Verdict: experts fused, routing as written: the divisor sums all experts' σ, not the selected ones'."""
+
+    expect = WRITTEN
+    near = "SigmoidGather"
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.sigmoid()
+        w, ids = s.topk(K)
+        return w / s.sum(-1, keepdim=True), ids
+
+
+class OneMoreSelected(Case):
+    """Verdict: experts fused, routing as written: the divisor sums one expert more than is used."""
+
+    expect = WRITTEN
+    near = "SigmoidGather"
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.sigmoid().topk(K + 1)
+        return w[:, :K] / w.sum(-1, keepdim=True), ids[:, :K]
+
+
+class AnotherK(Case):
+    """Verdict: fused, differs from SoftmaxTopk in k."""
+
+    expect = Fused(replace(SOFTMAX, k=3), SWIGLU_EXPERTS)
+    near, differs = "SoftmaxTopk", ("gating.k",)
+
+    def route(self, logits: Tensor) -> Routed:
+        return logits.softmax(-1).topk(3)
+
+
+class KOfOne(Case):
+    """Verdict: fused. Top-1 with its softmax score as weight (k = 1 keeps the weight: no renormalisation)."""
+
+    expect = Fused(gating(k=1), SWIGLU_EXPERTS)
+    near, differs = "SoftmaxTopk", ("gating.k",)
+
+    def route(self, logits: Tensor) -> Routed:
+        return logits.softmax(-1).topk(1)
+
+
+class MaxOfOne(Case):
+    """Verdict: either, and if fused, as KOfOne: top-1 through max."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).max(-1, keepdim=True)
+        return w, ids
+
+
+class ReluScore(Case):
+    """Verdict: fused, differs from IdentityScore in the score: w = relu(l)[top2]."""
+
+    expect = Fused(gating(Score.RELU), SWIGLU_EXPERTS)
+    near, differs = "IdentityScore", ("gating.score",)
+
+    def route(self, logits: Tensor) -> Routed:
+        s = logits.relu()
+        ids = logits.topk(K)[1]
+        return s.gather(1, ids), ids
+
+
+class SquaredSigmoid(Case):
+    """Verdict: either an expression of the weight or as written: w = σ(l)² / Σ σ²."""
+
+    expect = Sound()
+    near = "SigmoidGather"
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.sigmoid().topk(K)
+        w = w * w
+        return w / w.sum(-1, keepdim=True), ids
+
+
+class NoTopk(Case):
+    """Verdict: either. Every expert for every token (k = E), weights softmax(l)."""
+
+    expect = Sound()
+
+    def route(self, logits: Tensor) -> Routed:
+        return logits.softmax(-1), torch.arange(E).expand(logits.shape[0], E)
+
+
+class HashRouting(_Softmax):
+    """Verdict: experts fused, routing as written: ids come from a table of token numbers."""
+
+    expect = WRITTEN
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randint(0, E, (50, K)))
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Any, ...]:
+        return torch.randn(tokens, H), torch.randint(0, 50, (tokens,))
+
+    def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
+        ids = self.table[numbers]
+        return self.run_experts(x, ids, self.logits(x).sigmoid().gather(1, ids))
+
+
+ALIKE = (RENORM, SIGMOID)  # the neighbours' meanings, for readers

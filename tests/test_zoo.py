@@ -1,0 +1,132 @@
+"""Every MoE architecture of transformers: recovered, proved, fused, and the logits are eager's."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+import zoo_report
+from torch import Tensor
+
+import moe_compile
+
+pytest.importorskip("transformers")
+
+CASES = [pytest.param(e, i, id=f"{e.name}-{i}") for e in zoo.ENTRIES for i in e.implementations]
+DECODED = ("qwen3_moe", "mixtral", "gpt_oss", "afmoe", "deepseek_v3", "dbrx")
+OPTIONS = {"inner": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def verdicts() -> Iterator[list[zoo_report.Verdict]]:
+    """Collects what every case found; with COVERAGE_DOC set the document is written from it at the end."""
+    collected: list[zoo_report.Verdict] = []
+    yield collected
+    if path := os.environ.get("COVERAGE_DOC"):
+        Path(path).write_text(zoo_report.render(collected), encoding="utf-8")
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max|a - b| over max|b|; NaN counts as infinite."""
+    difference = float((a - b).abs().max() / b.abs().max())
+    return difference if difference == difference else float("inf")
+
+
+def told(report: Any) -> str:
+    return f"{len(report.blocks)} blocks, rejected {[r.reason for r in report.rejected]}, breaks {[b.reason for b in report.graph_breaks]}"
+
+
+def check_blocks(entry: zoo.Entry, report: Any) -> None:
+    assert len(report.blocks) == entry.blocks, told(report)
+    assert all(b.validated for b in report.blocks)
+    if entry.blocks == 0:
+        assert report.rejected and all(r.reason for r in report.rejected), told(report)
+    if entry.gating:
+        assert all(b.ir.gating is not None for b in report.blocks), [b.formula for b in report.blocks]
+
+
+@pytest.mark.parametrize(("entry", "implementation"), CASES)
+@torch.no_grad()
+def test_inference(entry: zoo.Entry, implementation: str, verdicts: list[zoo_report.Verdict]) -> None:
+    model, inputs = entry.build(implementation), entry.make_inputs()
+    expected = zoo.output_of(model(**inputs))
+    actual = zoo.output_of(torch.compile(model, backend="moe_fused", options=OPTIONS)(**inputs))
+    report = moe_compile.last_report()
+    assert relative_difference(actual, expected) <= 1e-5, told(report)
+    check_blocks(entry, report)
+    verdict = zoo_report.verdict_of(entry, implementation, report)
+    verdicts.append(verdict)
+    if "COVERAGE_DOC" not in os.environ:
+        assert zoo_report.disagreement(entry, verdict, zoo_report.DOCUMENT.read_text(encoding="utf-8")) == ""
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in zoo.ENTRIES if e.name in DECODED])
+@torch.no_grad()
+def test_decoding_with_a_kv_cache(entry: zoo.Entry) -> None:
+    """A prompt, then single tokens: T = 1 has its own graph, and the MoE blocks are fused in it too."""
+    from transformers import DynamicCache
+
+    model = entry.build()
+    compiled = torch.compile(model, backend="moe_fused", options=OPTIONS)
+    tokens = entry.make_inputs(tokens=8)["input_ids"]
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 8)):
+        expected, actual = (f(input_ids=tokens[:, start:end], past_key_values=c).logits for f, c in zip((model, compiled), caches))
+        assert relative_difference(actual, expected) <= 1e-5
+        if start == 5:
+            check_blocks(entry, moe_compile.last_report())
+
+
+def decorated_packages() -> set[str]:
+    """Packages of transformers whose experts are decorated with `use_experts_implementation`."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    files = (Path(spec.origin).parent / "models").glob("*/modeling_*.py")
+    return {f.parent.name for f in files if re.search(r"^@use_experts_implementation", f.read_text(encoding="utf-8"), re.M)}
+
+
+def test_no_architecture_is_forgotten() -> None:
+    known = {e.package for e in zoo.ENTRIES} | set(zoo.EXCLUDED)
+    assert decorated_packages() <= known
+
+
+def test_the_settings_bite() -> None:
+    """Decorated entries follow `experts_implementation`; every block of an entry has experts and, where grouped, groups that exclude."""
+    for entry in zoo.ENTRIES:
+        for implementation in entry.implementations:
+            model = entry.build(implementation)
+            experts = [m for m in model.modules() if hasattr(m, "is_concatenated")]  # set by the decorator
+            assert bool(experts) == (entry.implementations == zoo.DECORATED), entry.name
+            if implementation != "default":
+                assert {m.config._experts_implementation for m in experts} == {implementation}, entry.name
+        if entry.router in ("R4", "R5") and "topk_group" in entry.kwargs:
+            gates = [m for m in model.modules() if hasattr(m, "num_group") and hasattr(m, "topk_group")]
+            assert gates and all(g.topk_group < g.num_group and g.num_experts > g.num_group for g in gates), entry.name
+
+
+def test_the_coverage_document_is_whole() -> None:
+    if "COVERAGE_DOC" in os.environ:
+        pytest.skip("the document is being written")
+    text = zoo_report.DOCUMENT.read_text(encoding="utf-8")
+    assert text.startswith(zoo_report.HEAD)
+    rows = zoo_report.rows_in(text)
+    assert set(rows) == {e.name for e in zoo.ENTRIES} | set(zoo.EXCLUDED)
+    assert [rows[e.name][5] for e in zoo.ENTRIES] == [", ".join(e.implementations) for e in zoo.ENTRIES]
+    assert [rows[n][1] for n in zoo.EXCLUDED] == list(zoo.EXCLUDED.values())
