@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 from rich.console import Console
@@ -17,11 +17,9 @@ err = Console(stderr=True, highlight=False)
 def stage(label: str) -> Iterator[None]:
     """Show `label` while the body runs, then how long it took if that was more than a second."""
     start = time.perf_counter()
-    if err.is_terminal:
-        with err.status(label):
-            yield
-    else:
+    if not err.is_terminal:
         err.print(f"{label} ...")
+    with err.status(label) if err.is_terminal else nullcontext():
         yield
     seconds = time.perf_counter() - start
     if seconds > 1:

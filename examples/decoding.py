@@ -56,15 +56,19 @@ class Sampling:
 
 
 class Session:
-    """One model under one backend ("eager" or what torch.compile takes), with its own cache."""
+    """One model under one backend ("eager" or what torch.compile takes), with its own cache.
 
-    def __init__(self, model: AfmoeForCausalLM, backend: str, prefill: int, length: int, **compile_options: Any) -> None:
+    prefill: longest prompt; length: most tokens in all; compile_args: `options` or `mode` of torch.compile.
+    """
+
+    def __init__(self, model: AfmoeForCausalLM, backend: str, prefill: int, length: int, **compile_args: Any) -> None:
         self.model, self.backend, self.prefill_length, self.length = model, backend, prefill, length
         self.device = model.lm_head.weight.device
         self.cache = new_cache(model, length)
+        self.first_calls_seconds = 0.0
         step = Step(model, self.cache, length)
         self.step: Callable[[Tensor, Tensor], Tensor] = (
-            step if backend == "eager" else torch.compile(step, backend=backend, dynamic=False, **compile_options)
+            step if backend == "eager" else torch.compile(step, backend=backend, dynamic=False, **compile_args)
         )
 
     @torch.no_grad()
@@ -78,7 +82,7 @@ class Session:
         self._set_length(0)
         logits = self.step(padded, torch.arange(self.prefill_length, device=self.device)[None])
         self._set_length(n)
-        return logits[0, :n]
+        return logits[0, :n].clone()  # under CUDA graphs the next call overwrites the output
 
     @torch.no_grad()
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
@@ -101,6 +105,23 @@ class Session:
             position = position + 1
         ids = torch.cat(tokens).flatten().tolist()
         return ids, middle - start, self.now() - middle
+
+    def warm_up(self, kind: str) -> None:
+        """Run the "prefill" or "decode" step once; what that takes is added to `first_calls_seconds`."""
+        start = self.now()
+        if kind == "prefill":
+            self.prefill(torch.zeros(1, dtype=torch.long, device=self.device))
+        else:
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self._set_length(0)
+            self.decode(token, torch.zeros_like(token))
+        self.first_calls_seconds += self.now() - start
+
+    def teacher_forced(self, ids: Tensor, start: int, tokens: int) -> Tensor:
+        """Logits [tokens, V] of decoding ids[start : start + tokens] one by one after a prefill of ids[:start]."""
+        self.prefill(ids[:start])
+        positions = torch.arange(len(ids), device=self.device)[:, None, None]
+        return torch.stack([self.decode(ids[i].view(1, 1), positions[i]).clone() for i in range(start, start + tokens)])
 
     def now(self) -> float:
         """Seconds, after all work queued on the device is done."""

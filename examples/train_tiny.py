@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import trinity
+from console import TrainingBar
 from torch import Tensor, nn
 from transformers import AfmoeForCausalLM
 
@@ -133,12 +134,21 @@ def loss_of(forward: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Ten
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def train(recipe: Recipe, backend: str, on_step: Callable[[int, float, Run], None], save: Callable[[Any, int], None] | None = None) -> Run:
-    """Train a fresh model. `on_step(step, loss, run)` after every step; `save(model, step)` at each tenth of the run."""
+def train(
+    recipe: Recipe,
+    backend: str,
+    on_step: Callable[[int, float, Run], None],
+    save: Callable[[AfmoeForCausalLM, int], None] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Run:
+    """Train a fresh model. `on_step(step, loss, run)` after every step; `save(model, step)` at each tenth of the run.
+
+    options: what torch.compile takes as `options`.
+    """
     model = new_model(recipe.seed)
     balancer = Balancer(model, recipe.bias_step)
     torch._dynamo.reset()
-    forward: Callable[..., Any] = model if backend == "eager" else torch.compile(model, backend=backend)
+    forward: Callable[..., Any] = model if backend == "eager" else torch.compile(model, backend=backend, options=options)
     optimizer = optimizer_for(model, recipe)
     data, held_out = trinity.corpus()
     run, begin = Run(backend), time.perf_counter()
@@ -170,3 +180,97 @@ def held_out_loss(model: AfmoeForCausalLM, data: Tensor, context: int) -> float:
     for router, load in zip(routers(model), loads, strict=True):
         router.load.copy_(load)
     return nats
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Loss of every run over the steps, and the difference of each from the first, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    steps = range(1, len(runs[0].losses) + 1)
+    styles: tuple[dict[str, Any], ...] = ({"lw": 3.5, "alpha": 0.4}, {"lw": 1.0, "color": "black", "ls": "--"})
+    for run, style in zip(runs, styles, strict=False):
+        above.plot(steps, run.losses, label=run.backend, **style)
+    above.set(ylabel="training loss (nats a byte)", title="Tiny AFMoE, one seed: eager and moe_fused")
+    above.legend()
+    for run in runs[1:]:
+        below.semilogy(steps, [max(abs(a - b), 1e-9) for a, b in zip(run.losses, runs[0].losses, strict=True)], lw=1.0, color="black")
+    below.set(xlabel="step", ylabel="|difference|")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def summary(recipe: Recipe, runs: list[Run]) -> dict[str, Any]:
+    """Numbers of the runs, JSON-ready; with several runs also how far their losses lie apart."""
+    result: dict[str, Any] = {"recipe": asdict(recipe), "torch": torch.__version__, "runs": [asdict(r) for r in runs]}
+    if len(runs) > 1:
+        gaps = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
+        result["largest_difference"] = max(gaps)
+        result["mean_difference"] = sum(gaps) / len(gaps)
+    return result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--backend", choices=(*BACKENDS, "compare"), default="moe_fused", help="compare: eager and moe_fused, one seed")
+    p.add_argument("--steps", type=int, help="default: the recipe's own, or 300 with --backend compare")
+    p.add_argument("--batch", type=int, default=Recipe.batch)
+    p.add_argument("--context", type=int, default=Recipe.context)
+    p.add_argument("--lr", type=float, default=Recipe.lr)
+    p.add_argument("--seed", type=int, default=Recipe.seed)
+    p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    p.add_argument("--out", type=Path, default=Path("tiny-run"), help="folder for weights, curves and numbers")
+    args = p.parse_args(argv)
+    if args.steps is None:
+        args.steps = 300 if args.backend == "compare" else Recipe.steps
+    for name in ("steps", "batch", "context", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            p.error(f"--{name} must be at least 1")
+    if args.lr <= 0:
+        p.error("--lr must be positive")
+    if args.out.exists() and not args.out.is_dir():
+        p.error(f"--out {args.out} is a file, not a folder")
+    return args
+
+
+def run_one(recipe: Recipe, backend: str, out: Path, keep: bool) -> Run:
+    """One run with its progress shown; `keep` writes the weights to `out` along the way."""
+    with TrainingBar(backend, recipe.steps) as bar:
+        return train(
+            recipe,
+            backend,
+            on_step=lambda step, loss, run: bar.update(step, loss, run.seconds),
+            save=(lambda model, step: trinity.save_tiny(model, out)) if keep else None,
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = Recipe(steps=args.steps, batch=args.batch, context=args.context, lr=args.lr, seed=args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    compare = args.backend == "compare"
+    backends = ["eager", "moe_fused"] if compare else [args.backend]
+    runs = [run_one(recipe, backend, args.out, keep=not compare) for backend in backends]
+    numbers = summary(recipe, runs)
+    stem = "loss_curves" if compare else "training"
+    (args.out / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    plot(runs, args.out / f"{stem}.png")
+    for run in runs:
+        tail = f", held-out perplexity {math.exp(run.held_out[-1][1]):.3f}" if run.held_out else ""
+        print(f"{run.backend}: loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} in {run.seconds:.0f} s{tail}")
+    if compare:
+        print(f"largest difference of the losses {numbers['largest_difference']:.2e}, mean {numbers['mean_difference']:.2e}")
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def load_tiny(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     missing, unexpected = model.load_state_dict(load_state(directory), strict=False)
     if missing or unexpected:
         raise ExampleError(f"{directory} does not hold this model: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    return model.to(device=device, dtype=dtype).eval()
+    return cast(model, dtype).to(device).eval()
 
 
 @torch.no_grad()
@@ -151,3 +151,81 @@ def perplexity(forward: Callable[[Tensor], Tensor], data: Tensor, context: int, 
         total += F.cross_entropy(logits.flatten(0, 1), targets[i : i + rows].flatten().to(logits.device), reduction="sum").item()
         count += rows * context
     return math.exp(total / count)
+
+
+def cast(model: AfmoeForCausalLM, dtype: torch.dtype) -> AfmoeForCausalLM:
+    """Matrices to `dtype`; norms, expert biases and rotary frequencies stay float32, as transformers keeps them."""
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data = p.data.to(dtype)
+    return model
+
+
+def needed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Memory for the parameters in `dtype`, and a tenth more for cache and activations."""
+    return int(sum(p.numel() for p in model.parameters()) * dtype.itemsize * 1.1)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated on the device; None when the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "npu":
+        return int(torch.npu.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def check_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, hint: str) -> None:
+    """Raises ExampleError, before anything is allocated, when the model does not fit. `model` may be on the meta device."""
+    need, free = needed_bytes(model, dtype), free_bytes(device)
+    if free is not None and need > free:
+        name = str(dtype).removeprefix("torch.")
+        raise ExampleError(f"this model needs {need / 1e9:.1f} GB in {name}, but {device} has {free / 1e9:.1f} GB free; {hint}")
+
+
+def build_mini(device: torch.device, dtype: torch.dtype, layers: int = 32, seed: int = 0) -> AfmoeForCausalLM:
+    """Trinity-Mini's shape with seeded random weights, made on the device itself: nothing passes through host memory."""
+    config = mini_config(layers)
+    with torch.device("meta"):
+        model = AfmoeForCausalLM(config)
+    check_memory(model, device, dtype, "use a device with more memory, or fewer layers (--layers N)")
+    cast(model, dtype).to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    _fill(model, torch.Generator(device).manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: AfmoeForCausalLM, generator: torch.Generator) -> None:
+    """Normal matrices, unit norms, and an expert bias small against the scores yet large enough to change selections."""
+    for name, p in model.named_parameters():
+        if name.endswith("expert_bias"):
+            p.normal_(std=0.02, generator=generator)
+        elif p.dim() == 1:
+            p.fill_(1.0)
+        else:
+            p.normal_(std=model.config.initializer_range, generator=generator)
+
+
+def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> tuple[AfmoeForCausalLM, Any]:
+    """(model, tokenizer) of a local AFMoE checkpoint. Raises ExampleError when it is none, or does not fit the device."""
+    from transformers import AutoTokenizer
+
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ExampleError(f"no checkpoint at {directory}: config.json is missing")
+    config = AfmoeConfig.from_pretrained(directory)
+    if json.loads(config_file.read_text()).get("model_type") != "afmoe":
+        raise ExampleError(f"{directory} is not an AFMoE checkpoint: its model_type is not 'afmoe'")
+    with torch.device("meta"):
+        check_memory(AfmoeForCausalLM(config), device, dtype, "use a device with more memory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = AfmoeForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExampleError(f"{directory} could not be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer

@@ -1,7 +1,158 @@
-"""The CPU target."""
+"""The CPU target: one call into kernels that group tokens by expert and stream each touched weight once.
 
-from .generic import backward, forward as _forward
+What the kernels do not take (float64, mixed dtypes, unusual strides, no compiler on the machine) runs in plain torch
+(`generic`): same results, within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import activation as act
+from ..ir import MoeBlock
+from . import cpu_build, generic
+from .cpu_call import Call
+from .generic import Layout
+
+_MAX_DEPTH = 8  # stack entries of the kernels' activation programs (act.h)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(*args, save):  # placeholder until the kernel lands
-    return _forward(*args)
+def can_lower(ir: MoeBlock) -> str | None:
+    """None when the CPU ops can run this block, else the reason."""
+    if ir.experts.dtype not in _FLOATS:
+        return f"expert weights of {ir.experts.dtype} have no CPU lowering"
+    try:
+        act.encode(ir.experts.activation)
+    except act.UnknownActivation as e:
+        return f"activation: {e}"
+    if ir.experts.num_identity and ir.experts.hidden != ir.experts.out_features:
+        return "identity experts need as many outputs as inputs"
+    return None
+
+
+def lowering_name(ir: MoeBlock) -> str:
+    """"cpu kernel" or "cpu torch" with the dtype of the products."""
+    dtype = str(ir.experts.dtype).removeprefix("torch.")
+    ops, _ = act.encode(ir.experts.activation)
+    kernel = ir.experts.dtype in cpu_build.STORAGE and _depth(ops) <= _MAX_DEPTH
+    return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Start building the kernels for a dtype in the background; returns at once."""
+    cpu_build.start(dtype)
+
+
+def forward(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    add: Tensor | None,
+    layout: Layout,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `generic.forward`; the second result is only filled when `save`."""
+    library = _library(x, layout, up, down, up_bias, down_bias) if ids.numel() else None
+    if library is None:
+        return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    call = _call(layout, x, ids, weights, up, down, up_bias, down_bias)
+    out = x.new_empty(x.shape[0], layout.out_features(down))
+    call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous())
+    pre = x.new_zeros(ids.numel() if save else 0, layout.pre_width(down))
+    if save:
+        call.tensors(pre=pre)
+    call.run(library.moe_experts_forward)
+    return out, pre
+
+
+def backward(
+    grad: Tensor,
+    pre: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    layout: Layout,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """As `generic.backward`."""
+    library = _library(x, layout, up, down, up_bias, down_bias) if ids.numel() else None
+    if library is None:
+        return generic.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout, needs)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    call = _call(layout, x, ids, weights, up, down, up_bias, down_bias)
+    call.tensors(grad=grad.to(x.dtype).contiguous(), pre=pre.contiguous())
+    wanted = zip((x, weights, *up, *down, *up_bias, *down_bias), needs, strict=True)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) if n else None for t, n in wanted]
+    call.tensors(out=grads[0])
+    grad_weights = torch.empty(ids.shape, dtype=torch.float32) if needs[1] else None
+    call.tensors(grad_weights=grad_weights)
+    rest = iter(grads[2:])
+    for_up, for_down, for_up_bias, for_down_bias = ([next(rest) for _ in ts] for ts in (up, down, up_bias, down_bias))
+    if any(g is not None for g in for_up):
+        call.up("grad_", for_up)
+    if any(g is not None for g in for_down):
+        call.down("grad_", for_down)
+    call.biases("grad_", for_up_bias, for_down_bias)
+    call.run(library.moe_experts_backward)
+    if grad_weights is not None:
+        grads[1] = grad_weights.to(weights.dtype)
+    return [g for g in grads if g is not None]
+
+
+def _call(
+    layout: Layout,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+) -> Call:
+    call = Call(layout, x, ids.long().contiguous(), weights.float().contiguous(), down)
+    call.up("", up)
+    call.down("", down)
+    call.biases("", [t.contiguous() for t in up_bias], [t.contiguous() for t in down_bias])
+    return call
+
+
+def _library(x: Tensor, layout: Layout, up: Sequence[Tensor], down: Sequence[Tensor], *biases: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+    """The kernels, when these operands are what they take."""
+    dtype = x.dtype
+    if dtype not in cpu_build.STORAGE or _depth(layout.act_ops) > _MAX_DEPTH or x.shape[1] == 0:
+        return None
+    for tensors in (up, down, *biases):
+        if not tensors:
+            continue
+        strides = tensors[0].stride()
+        if any(t.dtype != dtype or t.stride() != strides for t in tensors):
+            return None
+    for t in (up[0], down[0]):
+        if 1 not in t.stride()[-2:] or 0 in t.stride():
+            return None
+    return cpu_build.library(dtype)
+
+
+def _depth(ops: Sequence[int]) -> int:
+    """Stack entries an activation program needs."""
+    depth = most = 0
+    for op in ops:
+        if op <= act.OP_CONST:
+            depth += 1
+        elif op in (act.OP_ADD, act.OP_MUL):
+            depth -= 1
+        most = max(most, depth)
+    return most

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import capture
 from . import report as reports
 from .errors import NotFused
 from .inner import compile_with
@@ -37,9 +38,20 @@ def moe_fused(
     started = time.perf_counter()
     chosen = Options.parse(options, mode)
     target, report = target_of(gm, example_inputs, chosen), reports.report_for(gm)
-    _fuse(gm, chosen, target, report)
-    compiled = compile_with(chosen, mode, target, gm, example_inputs)
-    report.add_seconds({"total": time.perf_counter() - started})
+    before = Snapshot(gm)
+    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
+    seconds["passes"] = time.perf_counter() - started
+    try:
+        compiled = compile_with(chosen, mode, target, gm, example_inputs)
+    except Exception as e:
+        if not before.restore():
+            raise  # the graph is as the user wrote it: not our doing
+        rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
+        blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
+    seconds["total"] = time.perf_counter() - started
+    _note(report, target, blocks, rejected, seconds)
+    if chosen.strict and rejected:
+        raise NotFused(rejected)
     return compiled
 
 
@@ -54,37 +66,38 @@ moe_fused.is_moe_fused = True  # type: ignore[attr-defined]
 moe_fused.reset = _reset  # type: ignore[attr-defined]
 
 
-def _fuse(gm: torch.fx.GraphModule, options: Options, target: str, report: reports.Report) -> None:
-    """Run the passes on `gm` in place and note in `report` what came of it. Raises `NotFused` with `strict=True`."""
-    started = time.perf_counter()
-    blocks, rejected, seconds = _run_passes(gm, options, target)
-    report.add_blocks(blocks, target)
-    report.add_rejected(rejected)
-    report.add_seconds({**{k: v for k, v in seconds.items() if k not in ("total", "passes")}, "passes": time.perf_counter() - started})
-    for b in blocks:
-        log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
-    for r in rejected:
-        log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
-    if options.strict and rejected:
-        raise NotFused(rejected)
-
-
-def _run_passes(gm: torch.fx.GraphModule, options: Options, target: str) -> tuple[list[Any], list[Rejection], dict[str, float]]:
+def _run_passes(
+    gm: torch.fx.GraphModule, before: Snapshot, options: Options, target: str
+) -> tuple[list[Any], list[Rejection], dict[str, float]]:
     """The passes behind a safety net: whatever goes wrong inside becomes a rejection and the graph is as it was."""
-    before = Snapshot(gm)
     try:
         from .passes import pipeline
 
         outcome = pipeline.run(gm, options, target)
-        return outcome.blocks, outcome.rejected, outcome.seconds
+        return list(outcome.blocks), list(outcome.rejected), dict(outcome.seconds)
     except Rejection as r:
         before.restore()
         return [], [r], {}
     except Exception as e:
         before.restore()
-        what = f"{type(e).__name__}: {e}"
-        log.warning("internal error, the graph stays as written: %s", what, exc_info=True)
-        return [], [Rejection(f"internal error: {what}", stage="internal")], {}
+        return [], [_internal_error("the passes failed", e)], {}
+
+
+def _internal_error(what: str, e: Exception) -> Rejection:
+    """A fault of this package: the user's program goes on without it, and hears of it."""
+    reason = f"internal error, {what}: {type(e).__name__}: {e}"
+    log.warning("%s; the graph runs as written", reason, exc_info=True)
+    return Rejection(reason, stage="internal")
+
+
+def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], seconds: dict[str, float]) -> None:
+    report.add_blocks(blocks, target)
+    report.add_rejected(rejected)
+    report.add_seconds(seconds)
+    for b in blocks:
+        log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
+    for r in rejected:
+        log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
 
 
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
@@ -100,3 +113,6 @@ def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: 
         if device in kinds:
             return target
     return "cpu" if "cpu" in kinds or not kinds else min(kinds)
+
+
+capture.install()  # torch.compile() imports this module before anything is traced

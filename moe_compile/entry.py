@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
     frame = sys._getframe()
     while constructor is not None and frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is constructor.__code__:
+        if frame.f_code.co_qualname == constructor.__qualname__:
             Options.parse(frame.f_locals.get("options"), frame.f_locals.get("mode"))
             break
     return backend.moe_fused
@@ -46,5 +46,5 @@ def _wrap_constructor() -> Callable[..., Any] | None:
         if getattr(self, "compiler_fn", None) is backend.moe_fused:
             Options.parse(self.kwargs.get("options"), self.kwargs.get("mode"))
 
-    wrapper.__init__ = init  # type: ignore[union-attr]
+    wrapper.__init__ = init  # type: ignore[union-attr, misc]
     return original

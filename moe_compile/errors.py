@@ -27,4 +27,4 @@ class OptionError(ShortenTraceback, ValueError):
     """An option that does not exist or a value it does not take; the message names the option and what is allowed."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import sympy as sp
 import torch
 
 from . import activation as act
-from .ir import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert
+from .ir import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
 
 _SCORE = {
     Score.IDENTITY: "",
@@ -72,15 +75,15 @@ def _groups(g: Groups | None) -> str:
 
 def _normalised(norm: Normaliser, w: str) -> str:
     if norm.kind is Norm.EXPR:
-        return f"{_expression(norm.expr)} of w = {w}"
+        return f"{_expression(norm.expr)}, w' = {w}"
     d = {Norm.SUM: "Σ", Norm.MAX: "max", Norm.PNORM: f"‖·‖{_subscript(norm.p)}"}[norm.kind]
     if norm.clamp_min:
         d = f"max({d}, {number(norm.clamp_min)})"
     return f"{w} / ({d} + {number(norm.eps)})" if norm.eps else f"{w} / {d}"
 
 
-def _expression(expr: object) -> str:
-    text = str(expr)
+def _expression(expr: Any) -> str:
+    text = str(expr.subs(W, sp.Symbol("w'")))
     for a, b in (("SumK(", "Σ("), ("MaxK(", "max("), ("MinK(", "min("), ("**", "^"), ("*", "·")):
         text = text.replace(a, b)
     return text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,14 +52,28 @@ def compile_with(
 
 
 def _holds_our_ops(gm: torch.fx.GraphModule) -> bool:
-    return any(getattr(n.target, "namespace", None) == "moe_compile" for n in gm.graph.nodes if n.op == "call_function")
+    ops = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+    return any(isinstance(n.target, ops) and str(n.target).startswith("moe_compile.") for n in gm.graph.nodes)
 
 
 def _cache_tag() -> AbstractContextManager[Any]:
-    """Mark on-disk cache entries with this package's version.
+    """Mark on-disk cache entries with the state of this package's ops.
 
     A cached graph keeps the shapes, strides and gradient formulas that our ops had when it was compiled, but torch's cache keys
     only hold an op's name: without the mark a new version of this package would run graphs compiled against the old ops.
     """
     config = torch.compiler.config
-    return config.patch(cache_key_tag=f"{config.cache_key_tag}moe_compile-{__version__}")
+    return config.patch(cache_key_tag=f"{config.cache_key_tag}moe_compile-{__version__}-{_ops_digest()}")
+
+
+@functools.cache
+def _ops_digest() -> str:
+    """A digest of the source of the ops and their lowerings."""
+    from . import lowering
+
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in (here, *map(Path, lowering.__path__)):
+        for file in sorted([folder / "ops.py"] if folder == here else folder.rglob("*.py")):
+            digest.update(file.read_bytes() if file.exists() else b"")
+    return digest.hexdigest()[:16]

@@ -309,6 +309,8 @@ class Experts:
         out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
         for e in range(self.num_experts):
             t, j = torch.where(ids == e)
+            if not len(t):
+                continue
             w = weights[t, j, None]
             m = self.expert(e, up, down, up_bias, down_bias)
             y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)

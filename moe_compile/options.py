@@ -75,9 +75,13 @@ def _check_known(key: Any) -> None:
 
 
 def _is_inductor_option(key: str) -> bool:
+    return key.replace("-", "_") in _inductor_options()
+
+
+def _inductor_options() -> list[str]:
     from torch._inductor import config
 
-    return key.replace("-", "_") in config.get_config_copy()
+    return list(config.get_config_copy())
 
 
 def _check_values(options: Options) -> None:
@@ -120,9 +124,16 @@ def _check_inductor(options: Options, mode: str | None) -> None:
         return
     if options.inner == "auto" and options.target == "ascend":
         return
+    unknown = [key for key in options.inner_options if not (isinstance(key, str) and _is_inductor_option(key))]
+    if unknown:
+        hint = difflib.get_close_matches(str(unknown[0]), _inductor_options(), 3)
+        close = f"; close ones: {', '.join(hint)}" if hint else ""
+        known = "none of Inductor's (torch._inductor.list_options())"
+        raise OptionError(f"option 'inner_options' holds {unknown[0]!r}, which is {known}{close}")
     from .inner import inductor
 
     try:
         inductor(options.inner_options, mode)
-    except RuntimeError as e:  # Inductor's own message names the key and what it knows
-        raise OptionError(f"option 'inner_options' or mode={mode!r} is not valid for Inductor: {e}") from None
+    except RuntimeError as e:  # Inductor's own message names the value and what it takes
+        what = "option 'inner_options'" if mode in (None, "default") else f"mode={mode!r} or option 'inner_options'"
+        raise OptionError(f"{what} is not valid for Inductor: {e}") from None

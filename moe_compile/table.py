@@ -27,7 +27,7 @@ def render(report: Report, width: int | None = None) -> str:
         parts.append(_listing("left as written", [_rejection_text(r) for r in report.rejected], width))
     if report.graph_breaks:
         parts.append(_listing("graph breaks", [_break_text(b) for b in report.graph_breaks], width))
-    parts.append(_totals(report))
+    parts.append("\n".join(textwrap.wrap(_totals(report), width, break_on_hyphens=False)))
     return "\n".join(parts)
 
 

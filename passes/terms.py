@@ -174,6 +174,7 @@ def mul(*ts: Term) -> Term:
             powers[t] = powers.get(t, 0) + 1
     if k == 0:
         return const(0)
+    _exp_over_one_plus_exp(powers)
     out = []
     for b, e in powers.items():
         if e == 0:
@@ -189,6 +190,17 @@ def mul(*ts: Term) -> Term:
     return out[0] if len(out) == 1 else mk("mul", *out)
 
 
+def _exp_over_one_plus_exp(powers: dict[Term, Any]) -> None:
+    """exp(x) · sigmoid(-x) = sigmoid(x)."""
+    for b in [b for b in powers if b.op == "fn" and b.args[0] == "exp" and powers[b] == 1]:
+        x = b.args[1][0]
+        other = _table.get(("fn", "sigmoid", (mul(const(-1), x),), ()))
+        if other is not None and powers.get(other) == 1:
+            del powers[b], powers[other]
+            s = fn("sigmoid", x)
+            powers[s] = powers.get(s, 0) + 1
+
+
 def power(b: Term, e: Any) -> Term:
     if e == 1:
         return b
@@ -200,7 +212,20 @@ def power(b: Term, e: Any) -> Term:
         return mul(*(power(f, e) for f in b.args))
     if b.op == "pow" and e == int(e):
         return power(b.args[0], b.args[1] * e)
+    if e == -1:
+        x = _one_plus_exp(b)
+        if x is not None:
+            return fn("sigmoid", mul(const(-1), x))
     return mk("pow", b, e)
+
+
+def _one_plus_exp(b: Term) -> Term | None:
+    """x of 1 + exp(x): 1 / (1 + exp(x)) is sigmoid(-x)."""
+    if b.op == "add" and len(b.args) == 2:
+        for one, other in (b.args, b.args[::-1]):
+            if is_c(one, 1) and other.op == "fn" and other.args[0] == "exp":
+                return other.args[1][0]
+    return None
 
 
 def fn(name: str, *args: Term, consts: tuple[Any, ...] = ()) -> Term:

@@ -68,10 +68,10 @@ SAME_KV = dict(num_key_value_heads=4)
 class Entry:
     """One architecture.
 
-    name: the transformers model type (with a suffix for a second variant). model, config: class names. router, experts: the classes of
-    docs/coverage.md. blocks: MoE blocks that have to be fused. gating: whether the routing itself has to be recovered; False where it
-    stays as written or may stay so, while the experts are fused. scope: what is built, said where it is not the whole causal LM. inputs: builds
-    the forward's keyword arguments. prepare: run on the fresh model. note: goes into docs/coverage.md.
+    name: the transformers model type (with a suffix for a second variant). model, config: class names. router, experts: the
+    classes of docs/coverage.md. blocks: MoE blocks that have to be fused. gating: whether the routing itself has to be recovered;
+    False where it may stay as written while the experts are fused. scope: what is built, said where it is not the whole causal LM.
+    inputs: which of `INPUTS` builds the forward's keyword arguments. prepare: run on the fresh model. note: for docs/coverage.md.
     """
 
     name: str
@@ -228,8 +228,8 @@ ENTRIES: list[Entry] = [
     _entry("granitemoehybrid", "R2", "X1", "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM", mamba_n_heads=8, **FULL),
     _entry("aria", "R2", "X2", "AriaTextConfig", "AriaTextForCausalLM", moe_num_experts=8, moe_topk=2),
     _entry("gpt_oss", "R2", "X3", "GptOssConfig", "GptOssForCausalLM", swiglu_limit=1.5),
-    _entry("openai_privacy_filter", "R2", "X2", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterModel", swiglu_limit=1.5,
-           scope="encoder", inputs="tokens_only"),
+    _entry("openai_privacy_filter", "R2", "X2", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterModel", swiglu_limit=1.5, scope="encoder",
+           inputs="tokens_only"),
     _entry("cohere2_moe", "R2", "X1", "Cohere2MoeConfig", "Cohere2MoeForCausalLM", expert_selection_fn="softmax", num_shared_experts=1),
     _entry("jetmoe", "R2", "X7", "JetMoeConfig", "JetMoeForCausalLM", kv_channels=8, implementations=PLAIN, inputs="tokens"),
     # R3: score and selection bias
@@ -254,55 +254,63 @@ ENTRIES: list[Entry] = [
     # R4: R3 with groups
     _entry("deepseek_v3", "R4", "X1", "DeepseekV3Config", "DeepseekV3ForCausalLM", **GROUPED, **SAME_KV),
     _entry("deepseek_v32", "R4", "X1", "DeepseekV32Config", "DeepseekV32ForCausalLM", **GROUPED, **SAME_KV, **SPARSE),
-    _entry("dots1", "R4", "X1", "Dots1Config", "Dots1ForCausalLM", n_shared_experts=1, norm_topk_prob=False, note="no renormalisation", **GROUPED, **SAME_KV),
+    _entry("dots1", "R4", "X1", "Dots1Config", "Dots1ForCausalLM", n_shared_experts=1, norm_topk_prob=False, note="no renormalisation",
+           **GROUPED, **SAME_KV),
     _entry("glm4_moe", "R4", "X1", "Glm4MoeConfig", "Glm4MoeForCausalLM", **GROUPED),
     _entry("glm4_moe_lite", "R4", "X1", "Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", **GROUPED, **SAME_KV, **SPARSE),
     _entry("glm4v_moe", "R4", "X1", "Glm4vMoeTextConfig", "Glm4vMoeTextModel", scope="text model",
            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0, mrope_section=[2, 1, 1]), **GROUPED),
-    _entry("glm5_next", "R4", "X4", "Glm5NextTextConfig", "Glm5NextTextModel", scope="text model", swiglu_limit=1.5,
-           qk_rope_head_dim=0, head_dim=0, linear_head_dim=8, linear_num_heads=4, **GROUPED, **SAME_KV, **SPARSE),
+    _entry("glm5_next", "R4", "X4", "Glm5NextTextConfig", "Glm5NextTextModel", scope="text model", swiglu_limit=1.5, qk_rope_head_dim=0,
+           head_dim=0, linear_head_dim=8, linear_num_heads=4, **GROUPED, **SAME_KV, **SPARSE),
     _entry("glm_moe_dsa", "R4", "X1", "GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", **GROUPED, **SAME_KV, **SPARSE),
     _entry("solar_open", "R4", "X1", "SolarOpenConfig", "SolarOpenForCausalLM", **GROUPED),
     _entry("exaone_moe", "R4", "X1", "ExaoneMoeConfig", "ExaoneMoeForCausalLM", **GROUPED, **SPARSE),
     _entry("mimo_v2_flash", "R4", "X1", "MiMoV2FlashConfig", "MiMoV2FlashForCausalLM", **GROUPED, **SPARSE),
     _entry("kimi_linear", "R4", "X1", "KimiLinearConfig", "KimiLinearForCausalLM", **GROUPED, **SAME_KV, **SPARSE, **FULL),
     _entry("bailing_hybrid", "R4", "X1", "BailingHybridConfig", "BailingHybridForCausalLM", **GROUPED, **SAME_KV, **SPARSE, **FULL),
-    _entry("nemotron_h", "R4", "X5", "NemotronHConfig", "NemotronHForCausalLM", layers_block_type=["full_attention", "moe", "full_attention", "moe"],
-           moe_latent_size=16, **GROUPED),
+    _entry("nemotron_h", "R4", "X5", "NemotronHConfig", "NemotronHForCausalLM",
+           layers_block_type=["full_attention", "moe", "full_attention", "moe"], moe_latent_size=16, **GROUPED),
     _entry("hy_v4", "R4", "X4", "HYV4Config", "HYV4ForCausalLM", swiglu_limit=1.5, **GROUPED, **SPARSE),
     _entry("axk1", "R4", "X1", "AXK1Config", "AXK1ForCausalLM", **GROUPED, **SAME_KV, **SPARSE),
-    _entry("axk2", "R4", "X1", "AXK2Config", "AXK2ForCausalLM", note="losing groups are masked with 0, not -inf", **GROUPED, **SAME_KV, **SPARSE),
+    _entry("axk2", "R4", "X1", "AXK2Config", "AXK2ForCausalLM", note="losing groups are masked with 0, not -inf", **GROUPED, **SAME_KV,
+           **SPARSE),
     _entry("dots3_note", "R4", "X1", "Dots3NoteTextConfig", "Dots3NoteForCausalLM", **GROUPED, **SAME_KV, **SPARSE, **FULL),
     _entry("beam", "R4", "X5", "BeamConfig", "BeamForCausalLM", **GROUPED, **SPARSE),
     # R5: softmax with groups
-    _entry("deepseek_v2", "R5", "X1", "DeepseekV2Config", "DeepseekV2ForCausalLM", topk_method="group_limited_greedy", **GROUPED, **SAME_KV),
-    _entry("deepseek_v2+greedy", "R5", "X1", "DeepseekV2Config", "DeepseekV2ForCausalLM", topk_method="greedy", note="no groups", **SAME_KV),
-    _entry("deepseek_ocr2", "R5", "X1", "DeepseekOcr2TextConfig", "DeepseekOcr2TextModel", topk_method="group_limited_greedy", scope="text model",
-           **GROUPED, **SPARSE),
-    _entry("unlimited_ocr", "R5", "X1", "UnlimitedOcrTextConfig", "UnlimitedOcrTextModel", topk_method="group_limited_greedy", scope="text model",
-           **GROUPED, **SPARSE),
+    _entry("deepseek_v2", "R5", "X1", "DeepseekV2Config", "DeepseekV2ForCausalLM", topk_method="group_limited_greedy", **GROUPED,
+           **SAME_KV),
+    _entry("deepseek_v2+greedy", "R5", "X1", "DeepseekV2Config", "DeepseekV2ForCausalLM", topk_method="greedy", note="no groups",
+           **SAME_KV),
+    _entry("deepseek_ocr2", "R5", "X1", "DeepseekOcr2TextConfig", "DeepseekOcr2TextModel", topk_method="group_limited_greedy",
+           scope="text model", **GROUPED, **SPARSE),
+    _entry("unlimited_ocr", "R5", "X1", "UnlimitedOcrTextConfig", "UnlimitedOcrTextModel", topk_method="group_limited_greedy",
+           scope="text model", **GROUPED, **SPARSE),
     _entry("mistral4", "R5", "X1", "Mistral4Config", "Mistral4ForCausalLM", **GROUPED, **SAME_KV),
-    _entry("mistral_large4", "R5", "X1", "MistralLarge4TextConfig", "MistralLarge4TextModel", scope="text model", **GROUPED, **SAME_KV, **SPARSE),
+    _entry("mistral_large4", "R5", "X1", "MistralLarge4TextConfig", "MistralLarge4TextModel", scope="text model", **GROUPED, **SAME_KV,
+           **SPARSE),
     # R6: softmax with selection bias
-    _entry("ernie4_5_moe", "R6", "X1", "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", moe_layer_start_index=0, moe_norm_min=0.35, moe_num_shared_experts=1),
-    _entry("ernie4_5_vl_moe", "R6", "X1", "Ernie4_5_VLMoeTextConfig", "Ernie4_5_VLMoeTextModel", scope="text model", moe_intermediate_size=[24, 16],
-           moe_norm_min=0.35, moe_num_shared_experts=1,
+    _entry("ernie4_5_moe", "R6", "X1", "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", moe_layer_start_index=0, moe_norm_min=0.35,
+           moe_num_shared_experts=1),
+    _entry("ernie4_5_vl_moe", "R6", "X1", "Ernie4_5_VLMoeTextConfig", "Ernie4_5_VLMoeTextModel", scope="text model",
+           moe_intermediate_size=[24, 16], moe_norm_min=0.35, moe_num_shared_experts=1,
            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]), **SPARSE),
     _entry("longcat_flash", "R6", "X7", "LongcatFlashConfig", "LongcatFlashForCausalLM", num_layers=2, moe_topk=3, zero_expert_num=4,
            expert_ffn_hidden_size=24, ffn_hidden_size=40, implementations=PLAIN, **SAME_KV),
     # others
-    _entry("llama4", "R7", "X6", "Llama4TextConfig", "Llama4ForCausalLM", intermediate_size_mlp=40, num_experts_per_tok=2, implementations=PLAIN, **FULL),
-    _entry("phimoe", "R8", "X1", "PhimoeConfig", "PhimoeForCausalLM", gating=False),
+    _entry("llama4", "R7", "X6", "Llama4TextConfig", "Llama4ForCausalLM", intermediate_size_mlp=40, num_experts_per_tok=2,
+           implementations=PLAIN, **FULL),
+    _entry("phimoe", "R8", "X1", "PhimoeConfig", "PhimoeForCausalLM", gating=False, router_jitter_noise=0.1),
     _entry("inkling", "R9", "X1", "InklingTextConfig", "InklingForCausalLM", gating=False),
-    _entry("deepseek_v4+hash", "R10", "X4", "DeepseekV4Config", "DeepseekV4ForCausalLM", swiglu_limit=1.5, mlp_layer_types=["hash_moe", "moe"],
-           gating=False, prepare=_fill_hash_table, note="first layer: experts from a table of token ids"),
+    _entry("deepseek_v4+hash", "R10", "X4", "DeepseekV4Config", "DeepseekV4ForCausalLM", swiglu_limit=1.5,
+           mlp_layer_types=["hash_moe", "moe"], gating=False, prepare=_fill_hash_table,
+           note="first layer: experts from a table of token ids"),
     _entry("zaya", "R12", "X1", "ZayaConfig", "ZayaForCausalLM", gating=False, num_experts_per_tok=1, router_hidden_size=16,
            note="an MLP router with state across layers and a skip expert"),
 ]
 
 # Left out, with the reason. Each is a kind of routing that is not "k experts of E for every token".
 EXCLUDED: dict[str, str] = {
-    "switch_transformers": "R11, capacity: tokens beyond an expert's capacity are dropped (cumulative sum over the sequence), ModuleDict experts",
+    "switch_transformers": "R11, capacity: tokens beyond an expert's capacity are dropped; experts in a ModuleDict",
     "nllb_moe": "R11, capacity with random second expert and batch priority; tokens are dropped",
     "doge": "R12, product-key retrieval: the experts are single rows of an embedding, not MLPs",
     "vitpose_backbone": "R12, one extra MLP per dataset index given by the caller; no router",

@@ -20,18 +20,19 @@ FUSED, EXPERTS_ONLY, LEFT = "fused", "experts fused, routing as written", "left 
 
 HEAD = """# Coverage
 
-Every Mixture-of-Experts architecture of transformers 5.23 as a tiny random model: does the backend recover, prove and fuse all of its MoE
-blocks, and are the logits those of eager (float32, 1e-5 relative)? This file is generated from the test run
+Every Mixture-of-Experts architecture of transformers 5.23 as a tiny random model: does the backend recover, prove and fuse all of its
+MoE blocks, and are the logits those of eager (float32, 1e-5 relative)? This file is generated from the test run
 (`COVERAGE_DOC=docs/coverage.md python -m pytest tests/test_zoo.py`), and every test compares its result with its row here.
 
-*implementations*: the values of transformers' `experts_implementation` that passed, `default` meaning left alone; models whose experts
-ignore that setting have `default` only. In the formulas *l* is the router logits, *b* a selection bias per expert, *c* a scale per expert, Σ the
-sum over the selected experts. Where a model is not built as the whole causal LM, its name says which part is.
+*implementations*: the values of transformers' `experts_implementation` that passed, `default` meaning left alone; models whose
+experts ignore that setting have `default` only. In the formulas *l* is the router logits, *b* a selection bias per expert, *c* a
+scale per expert, Σ the sum over the selected experts. Where a model is not built as the whole causal LM, its name says which part is.
 
-Router classes: R1 softmax then top-k (g: own norm and scales, d: p-norm), R2 top-k then softmax, R3 score with selection bias (R3': no bias or bias on the
-logits), R4 R3 with groups of experts, R5 softmax with groups, R6 softmax with selection bias, R7 dense sigmoid gate on the input, R8 sparsemixer, R9 joint
-normalisation with the shared experts, R10 hashed token ids, R12 other. Expert forms: X1 stacked gate-up, X2 transposed, X3 interleaved with clamps, X4 clamps, X5 other
-activation or numerics, X6 every expert on every token, X7 loop of its own.
+Router classes: R1 softmax then top-k (R1g: own norm and scales, R1d: p-norm), R2 top-k then softmax, R3 score with selection bias
+(R3': no bias, or bias on the logits), R4 is R3 with groups of experts, R5 softmax with groups, R6 softmax with selection bias, R7 dense
+sigmoid gate on the input, R8 sparsemixer, R9 joint normalisation with the shared experts, R10 hashed token ids, R12 other.
+Expert forms: X1 stacked gate-up, X2 transposed, X3 interleaved with clamps, X4 clamps, X5 other activation or numerics, X6 every
+expert on every token, X7 a loop of its own.
 
 """
 

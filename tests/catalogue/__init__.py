@@ -7,8 +7,24 @@ from types import ModuleType
 
 import torch
 
-from . import base, combine, dispatch, expert_near_misses, groups, loops, loops_remote, near_norms, normalisers, router_near_misses
-from . import routers, serving, shared, sigmoids, weights
+from . import (
+    base,
+    combine,
+    constant_near_misses,
+    dispatch,
+    expert_near_misses,
+    groups,
+    loops,
+    loops_remote,
+    near_norms,
+    normalisers,
+    router_near_misses,
+    routers,
+    serving,
+    shared,
+    sigmoids,
+    weights,
+)
 from .base import AsWritten, Case, Fused, Rejected, Sound, Untouched
 
 FILES: tuple[ModuleType, ...] = (
@@ -26,6 +42,7 @@ FILES: tuple[ModuleType, ...] = (
     shared,
     serving,
     expert_near_misses,
+    constant_near_misses,
 )
 
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from moe_compile import activation as act
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert
-from torch import Tensor, nn
 
 from .naive import Parts
 
@@ -82,7 +83,7 @@ SOFTMAX = gating()
 RENORM = gating(norm=norm_sum())
 SIGMOID = gating(Score.SIGMOID, norm_sum())
 SIGMOID_BIAS = gating(Score.SIGMOID, norm_sum(1e-20), bias=BiasOn.SCORE, scale=2.5)
-GROUPED = replace(SIGMOID_BIAS, num_experts=12, groups=Groups(3, 2, 2, -math.inf))
+GROUPED = replace(SIGMOID_BIAS, num_experts=12, k=4, groups=Groups(3, 2, 2, -math.inf))
 GROUPED_ZERO = replace(GROUPED, groups=Groups(3, 2, 2, 0.0))
 GROUPED_SOFTMAX = gating(num_experts=12, groups=Groups(3, 2, 1, 0.0), scale=16.0)
 SWIGLU_EXPERTS = experts()

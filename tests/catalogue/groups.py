@@ -7,22 +7,27 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from moe_compile.ir import Score
 from torch import Tensor
+
+from moe_compile.ir import Score
 
 from .base import GROUPED, GROUPED_SOFTMAX, GROUPED_ZERO, Case, Fused, K, experts, norm_sum
 
 Routed = tuple[Tensor, Tensor]
-GROUPS, KEPT, SIZE = 3, 2, 4
+GROUPS, KEPT, SIZE, BEST = 3, 2, 4, 4
 EXPERTS12 = experts(num_experts=12)
 
 
 class _Grouped(Case):
-    """Verdict: fused. w = σ(l)[top2 of the 2 best of 3 groups of σ(l)+b] / (Σ + 1e-20) · 2.5; a group ranks by its top-2 sum."""
+    """Verdict: fused. w = σ(l)[top4 of the 2 best of 3 groups of σ(l)+b] / (Σ + 1e-20) · 2.5; a group ranks by its top-2 sum."""
 
     expect = Fused(GROUPED, EXPERTS12)
     group = "grouped"
     num_experts: ClassVar[int] = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias.mul_(0.3).sub_(0.6)  # biased scores of both signs
 
     def rank(self, c: Tensor) -> Tensor:
         """Choice scores [T, E] -> group scores [T, G]."""
@@ -42,7 +47,7 @@ class _Grouped(Case):
     def route(self, logits: Tensor) -> Routed:
         s = logits.sigmoid()
         c = s + self.bias.unsqueeze(0)
-        ids = torch.topk(self.limit(c, self.mask(self.rank(c))), k=K, dim=-1, sorted=False)[1]
+        ids = torch.topk(self.limit(c, self.mask(self.rank(c))), k=BEST, dim=-1, sorted=False)[1]
         w = s.gather(1, ids)
         w = w / (w.sum(dim=-1, keepdim=True) + 1e-20)
         return w * 2.5, ids
@@ -151,6 +156,11 @@ class _GroupedZero(_Grouped):
     group = "grouped-zero"
     near, differs = "GroupScatterMaskedFill", ("gating.groups.fill",)
 
+    def __init__(self) -> None:
+        super().__init__()
+        # All biased scores negative: the 4 losers at 0 are exactly the 4 best, with no tie for the last place.
+        self.bias.copy_(-1.2 - 0.5 * torch.rand(12))
+
 
 class GroupZeroMaskedFill(_GroupedZero):
     """Verdict: fused as written, differs from GroupScatterMaskedFill in groups.fill. masked_fill(~mask, 0.0)."""
@@ -240,9 +250,7 @@ class GroupSoftmaxMaxGather(GroupSoftmaxMaxValues):
 class GroupSoftmaxTop2Renorm(Case):
     """Verdict: fused. Softmax scores, groups ranked by top-2 sum, losers at 0, w = s[ids] / (Σ + 1e-20) · 2.5."""
 
-    expect = Fused(
-        replace(GROUPED_ZERO, score=Score.SOFTMAX, norm=norm_sum(1e-20), bias=replace(GROUPED_SOFTMAX).bias), EXPERTS12
-    )
+    expect = Fused(replace(GROUPED_ZERO, score=Score.SOFTMAX, norm=norm_sum(1e-20), bias=replace(GROUPED_SOFTMAX).bias), EXPERTS12)
     num_experts: ClassVar[int] = 12
 
     def route(self, logits: Tensor) -> Routed:
@@ -250,6 +258,6 @@ class GroupSoftmaxTop2Renorm(Case):
         ranks = s.view(-1, GROUPS, SIZE).topk(2, dim=-1)[0].sum(-1)
         mask = torch.zeros_like(ranks).scatter_(1, ranks.topk(KEPT)[1], 1)
         c = s.masked_fill(~mask.bool().repeat_interleave(SIZE, 1), 0.0)
-        ids = c.topk(K)[1]
+        ids = c.topk(BEST)[1]
         w = s.gather(1, ids)
         return w / (w.sum(-1, keepdim=True) + 1e-20) * 2.5, ids

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import sympy as sp
 import torch
-from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, SumK
 from torch import Tensor
+
+from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, SumK
 
 Rows = Sequence[float]
 
@@ -107,7 +108,12 @@ def normalised(n: Normaliser, w: list[float]) -> list[float]:
     }[n.kind]()
     if n.clamp_min:
         reduction = max(reduction, n.clamp_min)
-    return [v / (reduction + n.eps) for v in w]
+    return [divided(v, reduction + n.eps) for v in w]
+
+
+def divided(a: float, b: float) -> float:
+    """IEEE division."""
+    return float(np.divide(a, b)) if b else math.copysign(math.inf, a) if a else math.nan
 
 
 def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray:
@@ -131,26 +137,27 @@ def array(t: Tensor) -> np.ndarray:
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
 
-    def at(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
-        if not ts:
-            return None
+    def at(ts: list[Tensor], part: int = 0) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
 
     def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         y = v @ weight if transposed else weight @ v
         return y if bias is None else y + bias
 
-    up = product(at(p.up), e.up_transposed, x, at(p.up_bias))
+    def bias(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
+        return at(ts, part) if (e.down_bias if ts is p.down_bias else e.up_bias) else None
+
+    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias))
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
         Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
         Form.INTERLEAVED: (up[0::2], up[1::2]),
     }
     if e.form is Form.SEPARATE:
-        g, u = up, product(at(p.up, 1), e.up_transposed, x, at(p.up_bias, 1))
+        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1))
     else:
         g, u = halves[e.form]
-    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), at(p.down_bias))
+    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias))
 
 
 def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from moe_compile.ir import Norm, Normaliser
 from torch import Tensor
+
+from moe_compile.ir import Norm, Normaliser
 
 from .base import RENORM, SIGMOID_BIAS, SOFTMAX, SWIGLU_EXPERTS, AsWritten, Case, Fused, K, Sound, norm_sum
 

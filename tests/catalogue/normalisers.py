@@ -7,8 +7,9 @@ from typing import Any
 import sympy as sp
 import torch
 import torch.nn.functional as F
-from moe_compile.ir import Norm, Normaliser, Score, SumK
 from torch import Tensor
+
+from moe_compile.ir import Norm, Normaliser, Score, SumK
 
 from .base import RENORM, SIGMOID_BIAS, SWIGLU_EXPERTS, Case, Fused, K, gating, norm_sum
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_compile.ir import Score
 from torch import Tensor
 
-from .base import RENORM, SIGMOID, SIGMOID_BIAS, SOFTMAX, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, K, Sound, gating
+from moe_compile.ir import Score
+
+from .base import SIGMOID_BIAS, SOFTMAX, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, K, Rejected, Sound, gating
 
 Routed = tuple[Tensor, Tensor]
 WRITTEN = AsWritten(SWIGLU_EXPERTS)
@@ -86,17 +87,17 @@ class LastKAscending(Case):
         return w[:, -K:], ids[:, -K:]
 
 
-class TopkOverTokens(_Softmax):
-    """Verdict: experts fused, routing as written: top-k along the tokens, transposed."""
+class ExpertChoice(Case):
+    """Verdict: left alone. Experts choose tokens: top-k runs over the tokens, an expert takes as many as the capacity."""
 
-    expect = WRITTEN
+    expect = Rejected()
+    near = "SoftmaxTopk"
 
-    def route(self, logits: Tensor) -> Routed:
-        ids = logits.softmax(-1)[: max(1, logits.shape[0])].t().contiguous().topk(1, dim=0)[1].t()
-        rows = ids.expand(-1, K) % E
-        return logits.softmax(-1).gather(1, rows), rows
-
-    routes_all = False
+    def forward(self, x: Tensor) -> Tensor:
+        w, tokens = self.logits(x).softmax(-1).t().topk(1 + x.shape[0] // 4, dim=-1)  # [E, C]
+        g, u = torch.einsum("ech,eoh->eco", x[tokens], self.up).chunk(2, dim=-1)
+        y = torch.einsum("eci,ehi->ech", F.silu(g) * u, self.down) * w[..., None]
+        return torch.zeros_like(x).index_add(0, tokens.flatten(), y.flatten(0, 1))
 
 
 class RuntimeNoise(_Sigmoid):
@@ -381,9 +382,7 @@ class ReluScore(Case):
     near, differs = "IdentityScore", ("gating.score",)
 
     def route(self, logits: Tensor) -> Routed:
-        s = logits.relu()
-        ids = logits.topk(K)[1]
-        return s.gather(1, ids), ids
+        return logits.relu().topk(K)
 
 
 class SquaredSigmoid(Case):
@@ -422,6 +421,3 @@ class HashRouting(_Softmax):
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
         ids = self.table[numbers]
         return self.run_experts(x, ids, self.logits(x).sigmoid().gather(1, ids))
-
-
-ALIKE = (RENORM, SIGMOID)  # the neighbours' meanings, for readers

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from moe_compile.ir import BiasOn, Score
 from torch import Tensor, nn
+
+from moe_compile.ir import BiasOn, Score
 
 from .base import RENORM, SOFTMAX, SWIGLU_EXPERTS, Case, E, Fused, H, K, experts, gating, norm_sum
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from moe_compile.ir import BiasOn
 from torch import Tensor, nn
+
+from moe_compile.ir import BiasOn
 
 from .base import SIGMOID, SIGMOID_BIAS, SWIGLU_EXPERTS, Case, E, Fused, K
 

@@ -1,0 +1,41 @@
+# Two commands do everything on a machine that has Python 3.11+ and make: `make trinity` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+MYPY ?= $(abspath $(BIN))/mypy
+READY := $(VENV)/.ready
+
+.PHONY: trinity test lint types bench clean
+
+trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
+	$(BIN)/python examples/run_trinity.py $(ARGS)
+
+test: lint  ## lint, type check and run all tests
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory types
+
+# mypy knows no package-dir mapping: it is shown the package as it is once installed
+types:
+	rm -rf build/types && mkdir -p build/types/moe_compile
+	ln -s $(CURDIR)/moe_compile/* $(CURDIR)/passes $(CURDIR)/lowering build/types/moe_compile/
+	cd build/types && $(MYPY) --config-file $(CURDIR)/pyproject.toml
+
+bench: $(READY)  ## every benchmark; results and plots land in benchmarks/results
+	$(BIN)/python benchmarks/compile_time.py
+	for f in $(filter-out benchmarks/compile_time.py,$(wildcard benchmarks/cpu*.py)); do $(BIN)/python $$f || exit 1; done
+
+# Everything in one pip call: torch's version decides whether a small CPU build or gigabytes of CUDA come along.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,344 @@
+#!/usr/bin/env python3
+"""Generate text with a Trinity (AFMoE) model through torch.compile(model, backend="moe_fused"), and show what it did.
+
+    python examples/run_trinity.py                                    # the small trained model, on the CPU
+    python examples/run_trinity.py --prompt "And Jonah said"          # your own prompts
+    python examples/run_trinity.py --explain                          # only what the compiler recovered
+    python examples/run_trinity.py --size mini --device cuda          # Trinity-Mini's shape, random weights, 57 GB
+    python examples/run_trinity.py --checkpoint DIR --device cuda     # a real checkpoint
+
+Prints a row per MoE layer, the generated text, the largest logit difference and the perplexity on held-out text against
+eager, and tokens a second for eager, Inductor and moe_fused. Exits with 1 when a MoE layer was not fused and validated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import trinity
+from console import err, stage
+from decoding import Sampling, Session
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from transformers import AfmoeForCausalLM
+
+PROMPTS = (
+    "In the beginning ",
+    "And David said unto ",
+    "And the word of the LORD came unto Jonah",
+    "A certain man had two ",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REPEATS = 3
+DECODE_TOKENS = 64
+BLOCK = 64  # lengths are rounded up to a multiple of this
+
+
+@dataclass
+class Result:
+    """One backend's figures; differences are against eager on the same inputs."""
+
+    backend: str
+    first_calls_seconds: float = 0.0
+    prefill_tokens_per_second: float = 0.0
+    decode_tokens_per_second: float = 0.0
+    perplexity: float = 0.0
+    prefill_difference: float = 0.0
+    decode_difference: float = 0.0
+    same_greedy_tokens: bool = True
+
+
+@dataclass
+class Outcome:
+    """Everything the example found, JSON-ready through asdict."""
+
+    model: str
+    device: str
+    dtype: str
+    moe_layers: int
+    fused: dict[str, int] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    texts: list[dict[str, str]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.fused) and all(n == self.moe_layers for n in self.fused.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under test and how to speak to it."""
+
+    name: str
+    model: AfmoeForCausalLM
+    tokenizer: Any
+    device: torch.device
+    trained: bool
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, or the plain numbers where ids mean nothing (random weights)."""
+        return str(self.tokenizer.decode(ids)) if self.trained else " ".join(map(str, ids))
+
+    @property
+    def moe_layers(self) -> int:
+        return sum(layer.moe_enabled for layer in self.model.model.layers)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--size", choices=("tiny", "mini"), default="tiny", help="tiny: trained, shipped here; mini: Trinity-Mini's shape")
+    what.add_argument("--checkpoint", type=Path, metavar="DIR", help="a local AFMoE checkpoint with its tokenizer")
+    p.add_argument("--layers", type=int, default=32, help="with --size mini: fewer layers, for smaller machines")
+    p.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
+    p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for tiny, else bfloat16")
+    p.add_argument("--mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of torch.compile")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default: some built-in ones")
+    p.add_argument("--max-new-tokens", type=int, default=160)
+    p.add_argument("--temperature", type=float, default=0.5, help="0 is greedy")
+    p.add_argument("--seed", type=int, default=0, help="of sampling and of random weights")
+    p.add_argument("--windows", type=int, default=16, help="windows of held-out text for perplexity and logit difference")
+    p.add_argument("--explain", action="store_true", help="stop after the report")
+    p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of tables")
+    args = p.parse_args(argv)
+    if args.max_new_tokens < 1:
+        p.error("--max-new-tokens must be at least 1")
+    if args.temperature < 0:
+        p.error("--temperature must not be negative")
+    if args.windows < 1:
+        p.error("--windows must be at least 1")
+    if args.layers != 32 and (args.size != "mini" or args.checkpoint):
+        p.error("--layers goes with --size mini")
+    if not 3 <= args.layers <= 32:
+        p.error("--layers must be 3 to 32: the first two layers are dense")
+    if args.prompt and not all(args.prompt):
+        p.error("--prompt must not be empty")
+    return args
+
+
+def device_of(name: str) -> torch.device:
+    """Raises ExampleError, saying what is missing, when the device is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        raise trinity.ExampleError(f"no CUDA device: {why}; try --device cpu")
+    if name == "npu":
+        try:
+            import torch_npu  # noqa: F401
+        except ImportError as error:
+            raise trinity.ExampleError(f"no Ascend device: torch_npu cannot be imported ({error}); try --device cpu") from error
+        if not torch.npu.is_available():
+            raise trinity.ExampleError("no Ascend device: torch_npu is installed, but sees no NPU; try --device cpu")
+    return torch.device(name)
+
+
+def load(args: argparse.Namespace) -> Subject:
+    device = device_of(args.device)
+    tiny = args.size == "tiny" and args.checkpoint is None
+    dtype = DTYPES.get(args.dtype, torch.float32 if tiny else torch.bfloat16)
+    if args.checkpoint is not None:
+        with stage(f"loading {args.checkpoint}"):
+            model, tokenizer = trinity.load_checkpoint(args.checkpoint, device, dtype)
+        return Subject(args.checkpoint.name, model, tokenizer, device, True)
+    if tiny:
+        return Subject("tiny", trinity.load_tiny(device, dtype), trinity.ByteTokenizer(), device, True)
+    with stage(f"building Trinity-Mini's shape, {args.layers} layers, on {device}"):
+        model = trinity.build_mini(device, dtype, args.layers, args.seed)
+    return Subject(f"mini ({args.layers} layers, random weights)", model, trinity.ByteTokenizer(), device, False)
+
+
+def lengths(subject: Subject, prompts: list[list[int]], new_tokens: int) -> tuple[int, int]:
+    """(prefill length, cache length) that hold every prompt. Raises ExampleError when the model cannot go that far."""
+    longest = max(map(len, prompts))
+    prefill = max(256, -(-longest // BLOCK) * BLOCK)
+    length = max(prefill + DECODE_TOKENS, -(-(longest + new_tokens) // BLOCK) * BLOCK)
+    limit = subject.model.config.max_position_embeddings
+    if length > limit:
+        raise trinity.ExampleError(f"the longest prompt and the new tokens need {length} positions, the model has {limit}")
+    return prefill, length
+
+
+def fused_layers(report: Any) -> int:
+    return sum(1 for block in report.blocks if block.validated)
+
+
+def compile_fused(subject: Subject, shape: tuple[int, int], outcome: Outcome, mode: str, explain: bool) -> tuple[Session, str]:
+    """A moe_fused session, warmed up, and its report as text. Fills outcome.fused and outcome.report."""
+    import moe_compile
+
+    # --explain runs nothing afterwards, so the inner compiler's work would be wasted
+    how: dict[str, Any] = {"options": {"inner": "eager"}} if explain else {"mode": mode}
+    session = Session(subject.model, "moe_fused", *shape, **how)
+    text = ""
+    for kind in ("prefill",) if explain else ("prefill", "decode"):
+        with stage(f"moe_fused: compiling {kind}"):
+            session.warm_up(kind)
+        report = moe_compile.last_report()
+        outcome.fused[kind] = sum(block.validated for block in report.blocks) if report else 0
+        if report and not text:
+            outcome.report, text = report.to_dict(), str(report)
+    return session, text
+
+
+def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, mode: str) -> dict[str, Session]:
+    """Eager and Inductor beside the fused session, each warmed up, in the order of the table."""
+    sessions = {name: Session(subject.model, name, *shape, mode=mode) for name in ("eager", "inductor")}
+    for name, session in sessions.items():
+        for kind in ("prefill", "decode"):
+            with stage(f"{name}: {'compiling' if name != 'eager' else 'warming up'} {kind}"):
+                session.warm_up(kind)
+    return {**sessions, "moe_fused": fused}
+
+
+def held_out(subject: Subject, context: int, count: int) -> Tensor:
+    """[windows, context + 1] tokens of text the tiny model was never trained on."""
+    ids = subject.encode(bytes(trinity.corpus()[1].tolist()).decode())
+    count = min(count, (len(ids) - 1) // context)
+    if not count:
+        raise trinity.ExampleError(f"the held-out text has {len(ids)} tokens under this tokenizer, not one window of {context}")
+    rows = [ids[i * context : (i + 1) * context + 1] for i in range(count)]
+    return torch.tensor(rows, device=subject.device)
+
+
+def compare(sessions: dict[str, Session], windows: Tensor, results: dict[str, Result]) -> None:
+    """Perplexity of every session, and its largest logit difference from eager, in prefill and token by token."""
+    nats = dict.fromkeys(sessions, 0.0)
+    for row in windows:
+        reference = None
+        for name, session in sessions.items():
+            logits = session.prefill(row[:-1]).float()
+            nats[name] += torch.nn.functional.cross_entropy(logits, row[1:]).item() / len(windows)
+            reference = logits if reference is None else reference
+            results[name].prefill_difference = max(results[name].prefill_difference, (logits - reference).abs().max().item())
+    reference = None
+    for name, session in sessions.items():
+        logits = session.teacher_forced(windows[0], start=32, tokens=32).float()
+        reference = logits if reference is None else reference
+        results[name].decode_difference = (logits - reference).abs().max().item()
+        results[name].perplexity = float(torch.tensor(nats[name]).exp())
+
+
+def time_all(sessions: dict[str, Session], prompt: list[int], results: dict[str, Result]) -> None:
+    """Median tokens a second over a few rounds, the sessions taking turns, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
+    tokens: dict[str, list[int]] = {}
+    for _ in range(REPEATS):
+        for name, session in sessions.items():
+            tokens[name], prefill, decode = session.generate(prompt, DECODE_TOKENS)
+            seconds[name].append((prefill, decode))
+    for name, result in results.items():
+        result.prefill_tokens_per_second = len(prompt) / statistics.median(s[0] for s in seconds[name])
+        result.decode_tokens_per_second = (DECODE_TOKENS - 1) / statistics.median(s[1] for s in seconds[name])
+        result.same_greedy_tokens = tokens[name] == tokens["eager"]
+        result.first_calls_seconds = sessions[name].first_calls_seconds
+
+
+def measure(subject: Subject, shape: tuple[int, int], fused: Session, mode: str, window_count: int) -> list[Result]:
+    """A result for eager, Inductor and moe_fused."""
+    sessions = open_sessions(subject, shape, fused, mode)
+    windows = held_out(subject, shape[0], window_count)
+    results = {name: Result(name) for name in sessions}
+    with stage("comparing logits and perplexity on held-out text"):
+        compare(sessions, windows, results)
+    with stage("timing"):
+        time_all(sessions, windows[0, :-1].tolist(), results)
+    return list(results.values())
+
+
+def generate(subject: Subject, session: Session, prompts: list[str], args: argparse.Namespace) -> list[dict[str, str]]:
+    """One text for each prompt, cut at the end-of-text token if the model has one."""
+    ends = subject.model.config.eos_token_id
+    stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    texts = []
+    for i, prompt in enumerate(prompts):
+        with stage(f"generating {i + 1} of {len(prompts)}"):
+            ids, _, _ = session.generate(subject.encode(prompt), args.max_new_tokens, Sampling(args.temperature, args.seed + i))
+        end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+        texts.append({"prompt": prompt, "text": subject.decode(ids[:end])})
+    return texts
+
+
+def show_texts(out: Console, outcome: Outcome, trained: bool) -> None:
+    if not trained:
+        out.print("\nThe weights are random: what follows a prompt is token ids without meaning.")
+    for item in outcome.texts:
+        out.print()
+        out.print(f"[bold]{escape(item['prompt'])}[/bold]{escape(item['text'])}", soft_wrap=True)
+
+
+def show_results(out: Console, outcome: Outcome) -> None:
+    table = Table(title=f"{outcome.model} on {outcome.device}, {outcome.dtype}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", "max Δ prefill", "max Δ decode", "perplexity", "prefill tok/s", "decode tok/s"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for r in outcome.results:
+        reference = r.backend == "eager"
+        table.add_row(
+            r.backend,
+            "-" if reference else f"{r.prefill_difference:.1e}",
+            "-" if reference else f"{r.decode_difference:.1e}",
+            f"{r.perplexity:.4f}",
+            f"{r.prefill_tokens_per_second:,.0f}",
+            f"{r.decode_tokens_per_second:,.0f}",
+        )
+    out.print()
+    out.print(table)
+    out.print(
+        "Δ: largest difference of a logit from eager's, on held-out text. Tokens a second: one sequence, median of", REPEATS, "rounds."
+    )
+    other = [r.backend for r in outcome.results if not r.same_greedy_tokens]
+    out.print("Greedy text:", f"differs from eager's under {', '.join(other)}" if other else "the same under all.")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """The whole example. Raises ExampleError for what the person at the terminal can put right."""
+    out = Console(highlight=False, quiet=args.json)
+    if not out.is_terminal:
+        out.width = 120
+    subject = load(args)
+    dtype = str(subject.model.lm_head.weight.dtype).removeprefix("torch.")
+    outcome = Outcome(subject.name, str(subject.device), dtype, subject.moe_layers)
+    prompts = args.prompt or list(PROMPTS)
+    shape = lengths(subject, [subject.encode(p) for p in prompts], args.max_new_tokens)
+    fused, report = compile_fused(subject, shape, outcome, args.mode, args.explain)
+    out.print(report, markup=False, soft_wrap=True)
+    if not args.explain:
+        outcome.texts = generate(subject, fused, prompts, args)
+        show_texts(out, outcome, subject.trained)
+        outcome.results = measure(subject, shape, fused, args.mode, args.windows)
+        show_results(out, outcome)
+    return outcome
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    # transformers asks for its library versions inside the forward; Dynamo's remark on that is not the reader's business
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    try:
+        outcome = run(args)
+    except trinity.ExampleError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    if args.json:
+        print(json.dumps(asdict(outcome), indent=2))
+    if not outcome.complete:
+        err.print(f"not every MoE layer was fused and validated: {outcome.fused} of {outcome.moe_layers}", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

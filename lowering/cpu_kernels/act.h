@@ -1,0 +1,138 @@
+// Activation programs (postfix, opcodes of moe_compile/activation.py) on short runs of floats, with derivatives if asked.
+#pragma once
+#include "common.h"
+
+enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_UNARY = 16 };
+enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS };
+
+constexpr int RUN = 8 * VL;  // floats per step of the program
+constexpr int DEPTH = 8;     // stack entries; cpu.py refuses programs that need more
+
+// exp to about one unit in the last place; NaN stays NaN, overflow is inf, below -103 it is 0.
+static inline float exp_(float x) {
+  x = x > 89.f ? 89.f : x;
+  x = x < -104.f ? -104.f : x;
+  const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  float n = (x * 1.44269504f + magic) - magic;
+  float r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  float p = 1.f / 5040;
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  int32_t i = int32_t(float_to_bits(n + magic) - float_to_bits(magic));
+  int32_t half = i >> 1;  // 2^n in two factors, so that the ends of the range are reached
+  return p * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(i - half + 127) << 23);
+}
+static inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
+static inline float tanh_(float x) {
+  float q = x * x;  // Taylor near zero, where 1 - 2 / (1 + e^2x) cancels
+  float small = x * (1.f + q * (-1.f / 3 + q * (2.f / 15 + q * (-17.f / 315 + q * (62.f / 2835 + q * (-1382.f / 155925))))));
+  float large = 1.f - 2.f / (1.f + exp_(2.f * x));
+  return q < 0.09f ? small : large;
+}
+static inline float erf_(float x) {
+  float a = x < 0 ? -x : x, q = x * x;
+  // Taylor below 1, Abramowitz and Stegun 7.1.26 above (absolute error 1.5e-7)
+  float s = 1.f / 76204800;
+  s = s * q - 1.f / 6894720;
+  s = s * q + 1.f / 685440;
+  s = s * q - 1.f / 75600;
+  s = s * q + 1.f / 9360;
+  s = s * q - 1.f / 1320;
+  s = s * q + 1.f / 216;
+  s = s * q - 1.f / 42;
+  s = s * q + 1.f / 10;
+  s = s * q - 1.f / 3;
+  s = s * q + 1.f;
+  float t = 1.f / (1.f + 0.3275911f * a);
+  float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  float large = 1.f - p * exp_(-q);
+  return a < 1.f ? 1.12837917f * x * s : (x < 0 ? -large : large);
+}
+static inline float gelu_tanh_inner(float x) { return 0.797884561f * (x + 0.044715f * x * x * x); }
+static inline float power(float v, float p) { return p == 2.f ? v * v : p == -1.f ? 1.f / v : p == 0.5f ? sqrtf(v) : p == 3.f ? v * v * v : powf(v, p); }
+
+#define EACH(stmt) do { for (int i = 0; i < RUN; i++) { stmt; } } while (0)
+
+// value[i] = f(value[i]); slope[i] = f' unless null
+static void unary(i64 op, float* v, float* s) {
+  switch (op) {
+    case SIGMOID: EACH(v[i] = sigmoid_(v[i])); if (s) EACH(s[i] = v[i] * (1.f - v[i])); break;
+    case TANH: EACH(v[i] = tanh_(v[i])); if (s) EACH(s[i] = 1.f - v[i] * v[i]); break;
+    case EXP: EACH(v[i] = exp_(v[i])); if (s) EACH(s[i] = v[i]); break;
+    case LOG: if (s) EACH(s[i] = 1.f / v[i]); EACH(v[i] = logf(v[i])); break;
+    case ERF: if (s) EACH(s[i] = 1.12837917f * exp_(-v[i] * v[i])); EACH(v[i] = erf_(v[i])); break;
+    case RELU: if (s) EACH(s[i] = v[i] > 0 ? 1.f : 0.f); EACH(v[i] = v[i] < 0 ? 0.f : v[i]); break;
+    case SOFTPLUS: if (s) EACH(s[i] = sigmoid_(v[i])); EACH(v[i] = v[i] > 20.f ? v[i] : log1pf(expf(v[i]))); break;
+    case GELU_TANH:
+      for (int i = 0; i < RUN; i++) {
+        float x = v[i], t = tanh_(gelu_tanh_inner(x));
+        if (s) s[i] = 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * 0.797884561f * (1.f + 3.f * 0.044715f * x * x);
+        v[i] = 0.5f * x * (1.f + t);
+      }
+      break;
+    case ABS: if (s) EACH(s[i] = v[i] > 0 ? 1.f : v[i] < 0 ? -1.f : 0.f); EACH(v[i] = fabsf(v[i])); break;
+  }
+}
+
+struct Program {
+  const i64* ops;
+  const float* consts;
+  i64 n;
+};
+
+// out[i] = f(g[i], u[i]) for RUN floats; with DUAL also dg and du, the partial derivatives.
+template <bool DUAL>
+static void run_program(const Program& p, const float* g, const float* u, float* out, float* dg, float* du) {
+  alignas(64) float v[DEPTH][RUN], vg[DUAL ? DEPTH : 1][RUN], vu[DUAL ? DEPTH : 1][RUN], s[RUN];
+  int top = -1;
+  const float* c = p.consts;
+  for (i64 o = 0; o < p.n; o++) {
+    i64 op = p.ops[o];
+    if (op <= OP_CONST) {
+      top++;
+      const float* from = op == OP_G ? g : u;
+      float constant = op == OP_CONST ? *c++ : 0.f;
+      if (op == OP_CONST) EACH(v[top][i] = constant);
+      else memcpy(v[top], from, sizeof(v[top]));
+      if (DUAL) EACH(vg[top][i] = op == OP_G; vu[top][i] = op == OP_U);
+      continue;
+    }
+    float *a = v[top], *ag = vg[DUAL ? top : 0], *au = vu[DUAL ? top : 0];
+    if (op == OP_ADD || op == OP_MUL) {
+      const float *b = v[top], *bg = ag, *bu = au;
+      top--;
+      a = v[top], ag = vg[DUAL ? top : 0], au = vu[DUAL ? top : 0];
+      if (op == OP_ADD) {
+        EACH(a[i] += b[i]);
+        if (DUAL) EACH(ag[i] += bg[i]; au[i] += bu[i]);
+      } else {
+        if (DUAL) EACH(ag[i] = ag[i] * b[i] + a[i] * bg[i]; au[i] = au[i] * b[i] + a[i] * bu[i]);
+        EACH(a[i] *= b[i]);
+      }
+      continue;
+    }
+    if (op == OP_POW) {
+      float e = *c++;
+      if (DUAL) EACH(s[i] = e * power(a[i], e - 1.f));
+      if (e == 2.f) EACH(a[i] *= a[i]);
+      else EACH(a[i] = power(a[i], e));
+    } else if (op == OP_CLAMP) {
+      float lo = c[0], hi = c[1];
+      c += 2;
+      if (DUAL) EACH(s[i] = a[i] >= lo && a[i] <= hi ? 1.f : 0.f);
+      EACH(a[i] = a[i] < lo ? lo : a[i]);
+      EACH(a[i] = a[i] > hi ? hi : a[i]);
+    } else {
+      unary(op, a, DUAL ? s : nullptr);
+    }
+    if (DUAL) EACH(ag[i] = ag[i] == 0.f ? 0.f : ag[i] * s[i]; au[i] = au[i] == 0.f ? 0.f : au[i] * s[i]);
+  }
+  memcpy(out, v[0], sizeof(v[0]));
+  if (DUAL) memcpy(dg, vg[0], sizeof(v[0])), memcpy(du, vu[0], sizeof(v[0]));
+}

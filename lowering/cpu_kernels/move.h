@@ -1,0 +1,140 @@
+// Moving operands: transposes, panels over rows of tokens, weight rows and columns.
+#pragma once
+#include "tile.h"
+
+constexpr i64 SIDE = 16;  // edge of a transposed square
+
+// to[j][i] = rows[i][j] for one SIDE x SIDE square of 32-bit values; null rows read as zero.
+static inline void transpose(const uint32_t* const* rows, i64 at, uint32_t* to, i64 to_stride) {
+#if defined(__AVX512F__)
+  typedef uint32_t vi __attribute__((vector_size(64)));
+  typedef uint32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
+  vi a[SIDE], b[SIDE];
+  for (i64 i = 0; i < SIDE; i++) a[i] = rows[i] ? *(const vi_any*)(rows[i] + at) : vi{};
+#define INTERLEAVE(from, into)                                                                                              \
+  for (i64 i = 0; i < 8; i++) {                                                                                             \
+    into[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);      \
+    into[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); \
+  }
+  INTERLEAVE(a, b) INTERLEAVE(b, a) INTERLEAVE(a, b) INTERLEAVE(b, a)
+#undef INTERLEAVE
+  for (i64 j = 0; j < SIDE; j++) *(vi_any*)(to + j * to_stride) = a[j];
+#else
+  for (i64 j = 0; j < SIDE; j++)
+    for (i64 i = 0; i < SIDE; i++) to[j * to_stride + i] = rows[i] ? rows[i][at + j] : 0;
+#endif
+}
+
+// out[i][0 .. nc) for the nr rows of the transpose of a block in[nc][nr] (row stride `stride`), handed to `put` in pieces of
+// at most SIDE columns: put(row, first column, columns, floats).
+template <class Put>
+static inline void each_transposed(const float* in, i64 stride, i64 nc, i64 nr, Put put) {
+  alignas(64) float square[SIDE * SIDE];
+  for (i64 c = 0; c < nc; c += SIDE)
+    for (i64 r = 0; r < nr; r += SIDE) {
+      i64 cols = std::min(SIDE, nc - c), rows = std::min(SIDE, nr - r);
+      if (stride >= r + SIDE) {
+        const uint32_t* from[SIDE];
+        for (i64 i = 0; i < SIDE; i++) from[i] = i < cols ? reinterpret_cast<const uint32_t*>(in + (c + i) * stride + r) : nullptr;
+        transpose(from, 0, reinterpret_cast<uint32_t*>(square), SIDE);
+      } else {
+        for (i64 i = 0; i < rows; i++)
+          for (i64 j = 0; j < cols; j++) square[i * SIDE + j] = in[(c + j) * stride + r + i];
+      }
+      for (i64 i = 0; i < rows; i++) put(r + i, c, cols, square + i * SIDE);
+    }
+}
+
+// One matrix as stored: element (n, k) at base + n * sn + k * sk.
+struct Matrix {
+  const stored* base;
+  i64 sn, sk, n, k;
+  const stored* operator()(i64 i, i64 j) const { return base + i * sn + j * sk; }
+  bool rows_direct() const { return DIRECT && sk == 1; }
+  Matrix transposed() const { return {base, sk, sn, k, n}; }
+};
+
+// A panel from rows of whole units: [block of WIDE lanes][k][lane]; lanes past the rows are zero.
+static void pack_panel(unit* panel, const element* const* from, i64 rows, i64 lanes, i64 depth) {
+  i64 nu = units(depth);
+  for (i64 l = 0; l < lanes; l += SIDE) {
+    const uint32_t* row[SIDE];
+    for (i64 i = 0; i < SIDE; i++) row[i] = l + i < rows ? reinterpret_cast<const uint32_t*>(from[l + i]) : nullptr;
+    i64 first = l / WIDE * WIDE, w = block_lanes(lanes, first), side = std::min(SIDE, lanes - l);
+    uint32_t* to = reinterpret_cast<uint32_t*>(panel + first * nu + (l - first));
+    i64 k = 0;
+    if (side == SIDE && w - (l - first) >= SIDE)
+      for (; k + SIDE <= nu; k += SIDE) transpose(row, k, to + k * w, w);
+    for (; k < nu; k++)
+      for (i64 i = 0; i < side; i++) {
+        uint32_t v = 0;
+        if (row[i]) memcpy(&v, row[i] + k, 4);
+        to[k * w + i] = v;
+      }
+  }
+}
+
+// Rows n0 .. n0 + nb of a matrix as pointers to elements, copied into `scratch` where they cannot be used as they lie.
+static void weight_rows(const Matrix& m, i64 n0, i64 nb, bool whole_units, const element** rows, element* scratch) {
+  if (m.rows_direct() && (!whole_units || m.k % PER == 0)) {
+    for (i64 r = 0; r < nb; r++) rows[r] = reinterpret_cast<const element*>(m(n0 + r, 0));
+    return;
+  }
+  i64 depth = units(m.k) * PER;
+  for (i64 r = 0; r < nb; r++) {
+    element* to = scratch + r * depth;
+    for (i64 j = 0; j < m.k; j++) to[j] = to_element(load(*m(n0 + r, j)));
+    for (i64 j = m.k; j < depth; j++) to[j] = element(0);
+    rows[r] = to;
+  }
+}
+
+// Columns n0 .. n0 + w of a matrix (contiguous along n where it matters) as one panel block; returns the panel's stride.
+static i64 weight_panel(const Matrix& m, i64 n0, i64 w, [[maybe_unused]] bool reuse, const unit** panel, unit* scratch) {
+  i64 lanes = up_to(w, VL);
+#if defined(STORAGE_F32)
+  if (m.sn == 1 && lanes == w && !reuse) {
+    *panel = m(n0, 0);
+    return m.sk;
+  }
+#endif
+  for (i64 u = 0; u < units(m.k); u++) {
+#if defined(STORAGE_F32)
+    if (m.sn == 1 && lanes == w) {
+      memcpy(scratch + u * lanes, m(n0, u), size_t(w) * sizeof(unit));
+      continue;
+    }
+#endif
+#if defined(PAIRS)
+    if (m.sn == 1 && u * 2 + 1 < m.k && lanes == w) {
+      const stored *even = m(n0, u * 2), *odd = m(n0, u * 2 + 1);
+      for (i64 l = 0; l < w; l++) scratch[u * lanes + l] = uint32_t(even[l]) | uint32_t(odd[l]) << 16;
+      continue;
+    }
+#endif
+    element_any* to = reinterpret_cast<element_any*>(scratch + u * lanes);
+    for (int h = 0; h < PER; h++) {
+      i64 k = u * PER + h;
+      for (i64 l = 0; l < w; l++) to[l * PER + h] = k < m.k ? to_element(load(*m(n0 + l, k))) : element(0);
+      for (i64 l = w; l < lanes; l++) to[l * PER + h] = element(0);
+    }
+  }
+  *panel = scratch;
+  return lanes;
+}
+
+// out[r][0 .. n) (row stride os, room for whole vectors) = Σ_k rows[r][k] * m(n0 + ., k), vectors along n.
+static void columns_product(const element* const* rows, i64 n_rows, const Matrix& m, i64 n0, i64 n, unit* scratch, float* out, i64 os) {
+  for (i64 l = 0; l < n; l += WIDE) {
+    i64 w = std::min<i64>(WIDE, n - l);
+    const unit* panel;
+    i64 stride = weight_panel(m, n0 + l, w, n_rows > 32, &panel, scratch);
+    i64 nu = units(m.k);
+    switch (up_to(w, VL) / VL) {
+      case 4: tile_rows<4>(panel, stride, rows, n_rows, nu, out + l, os); break;
+      case 3: tile_rows<3>(panel, stride, rows, n_rows, nu, out + l, os); break;
+      case 2: tile_rows<2>(panel, stride, rows, n_rows, nu, out + l, os); break;
+      default: tile_rows<1>(panel, stride, rows, n_rows, nu, out + l, os);
+    }
+  }
+}

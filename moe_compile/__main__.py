@@ -1,0 +1,65 @@
+"""``python -m moe_compile explain --model qwen3_moe``: what the compiler makes of a model, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from . import NotFused, __version__, explain
+from .options import TARGETS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, 1 (not fused with --strict), 2 (wrong usage)."""
+    args = _parser().parse_args(argv)
+    try:
+        return _explain(args)
+    except NotFused as e:
+        print(_first_paragraph(e), file=sys.stderr)
+        return 1
+    except (ImportError, ValueError) as e:
+        print(f"error: {_first_paragraph(e)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe_compile", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tell = commands.add_parser("explain", help="compile a small random model of a type and tell what was fused")
+    tell.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
+    tell.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
+    tell.add_argument("--target", choices=TARGETS, default="auto", help="whose lowering to ask (default: %(default)s)")
+    tell.add_argument("--strict", action="store_true", help="fail where a block is left as written")
+    tell.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
+    tell.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .tiny import build
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, inputs = build(args.model)
+        if args.experts:
+            model.set_experts_implementation(args.experts)
+        options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}
+        with torch.no_grad():
+            report = explain(model, options=options, **inputs)
+    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report)
+    return 0
+
+
+def _first_paragraph(e: BaseException) -> str:
+    """Without the hints Dynamo appends to whatever passes through it."""
+    return str(e).split("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

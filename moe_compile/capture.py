@@ -1,0 +1,273 @@
+"""Hooks that act before Dynamo captures, so that data-dependent expert loops reach the backend whole.
+
+Installed once, when the backend is looked up; they act only while a graph is traced for this backend, so other backends,
+export, and the same model under another backend see no change. ``MOE_COMPILE_CAPTURE=0`` turns them all off, at any time.
+
+- *Whole loops*: where Dynamo is about to inline a function that dispatches tokens in a loop, the function is read by
+  example (`reading`); if that is proved, Dynamo inlines one call of ``torch.ops.moe_compile.experts`` instead. Otherwise it
+  inlines what the user wrote, and the reason is in `pending()`.
+- *Static loops*: ops whose output size depends on data stay in the graph (two of Dynamo's own flags).
+
+Both rest on private names of torch; where one is missing, its hook logs that and stays out.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import logging
+import os
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bench import Call, Spec, bind, roles_of
+from .ir import Rejection
+from .reading import Reading, Trial, matches, read
+
+log = logging.getLogger("moe_compile")
+
+# names in an expert loop's code: how it asks which tokens an expert has, and how it collects what the experts return
+_ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "argsort", "sort", "one_hot"}
+_COLLECTS = {"index_add_", "index_add", "scatter_add_", "scatter_reduce_", "split", "cat"}
+_EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
+_COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
+_WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_UNUSUAL = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+_lock = threading.RLock()
+_trials: weakref.WeakKeyDictionary[types.FunctionType, list[tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
+_pending: list[Rejection | Reading] = []
+
+
+def enabled() -> bool:
+    """Whether the hooks may act: the environment variable MOE_COMPILE_CAPTURE is not 0."""
+    return os.environ.get("MOE_COMPILE_CAPTURE", "1") != "0"
+
+
+def install() -> None:
+    """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
+    for hook in (_hook_inlining, _hook_flags):
+        try:
+            hook()
+        except (ImportError, AttributeError, TypeError) as e:
+            log.info("capture: %s is not available with torch %s: %s", hook.__name__.removeprefix("_hook_"), torch.__version__, e)
+
+
+def pending() -> list[Rejection | Reading]:
+    """What came of the loops met since the last call: a `Reading` for each one captured, a `Rejection` for each one left."""
+    with _lock:
+        found, _pending[:] = list(_pending), []
+    return found
+
+
+def for_us(compiler_fn: Any) -> bool:
+    """Whether what Dynamo calls with its graphs ends at this backend."""
+    for _ in range(16):
+        if compiler_fn is None or getattr(compiler_fn, "is_moe_fused", False):
+            break
+        steps = (getattr(compiler_fn, a, None) for a in ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__"))
+        compiler_fn = next((s for s in steps if s is not None), None)
+    return compiler_fn is not None and bool(getattr(compiler_fn, "is_moe_fused", False))
+
+
+# ---- whole loops -----------------------------------------------------------------------------------------------------
+
+
+def _recover(gm: torch.fx.GraphModule) -> Any:
+    """The passes' answer to a recorded graph: looked up late, because the passes are only needed when a loop was found."""
+    from .passes.pipeline import recover_recorded
+
+    return recover_recorded(gm)
+
+
+@functools.cache
+def _hook_inlining() -> None:
+    """Let Dynamo inline a reading in place of an expert loop."""
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator as Inliner
+
+    own = Inliner.__dict__["inline_call"]
+    original = own.__func__
+    takes_class = isinstance(own, classmethod)
+
+    @functools.wraps(original)
+    def inline_call(*all_args: Any, **kw: Any) -> Any:
+        head, (parent, func, args, kwargs, *rest) = all_args[:takes_class], all_args[takes_class:]
+        try:
+            found = _instead(parent, func, args, kwargs) if enabled() and for_us(parent.output.compiler_fn) else None
+        except _dynamo_refuses() as e:
+            log.debug("capture: %s", e)
+            found = None
+        if found is not None:
+            func, args, kwargs = *found, {}
+        return original(*head, parent, func, args, kwargs, *rest, **kw)
+
+    Inliner.inline_call = type(own)(inline_call)
+
+
+def _dynamo_refuses() -> type[Exception]:
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported
+
+
+def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]] | None:
+    """(function, arguments) to inline in place of this call, as Dynamo's variables; None to leave it alone."""
+    fn = _function_of(func)
+    if fn is None or not is_candidate(fn.__code__) or (_many_processes() and set(fn.__code__.co_names) & _COLLECTIVES):
+        return None
+    bound = bind(fn, args, kwargs)
+    if not bound:
+        return None
+    owner = None
+    if _module_of(next(iter(bound.values()))) is not None:
+        owner = bound.pop(next(iter(bound)))
+    call = _call(fn, None if owner is None else _module_of(owner), bound)
+    if call is None or roles_of(call.tensors) is None:
+        return None
+    trial = trial_of(call)
+    with _lock:
+        _pending.append(trial.outcome)
+    if isinstance(trial.outcome, Rejection):
+        log.info("capture: left as written: %s: %s", trial.outcome.source, trial.outcome.reason)
+        return None
+    reading = trial.outcome
+    _guard(parent, owner, reading)
+    from torch._dynamo.variables import UserFunctionVariable
+
+    params = [_attribute(parent, owner, p) for p in reading.params]
+    return UserFunctionVariable(reading.run), [*(bound[n] for n in reading.arguments), *params]
+
+
+@functools.cache
+def is_candidate(code: types.CodeType) -> bool:
+    """Whether code may be an expert loop: a loop, a choice of rows, and nothing that anyone outside could notice."""
+    codes = list(_with_inner(code))
+    names = {n for c in codes for n in c.co_names}
+    if code.co_flags & _UNUSUAL or not names & (_ASKS | _COLLECTS) or names & _EFFECTS:
+        return False
+    instructions = [i for c in codes for i in dis.get_instructions(c)]
+    outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
+    return any(i.opname == "FOR_ITER" for i in instructions) and not outer and not any(i.opname in _WRITES for i in instructions)
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for c in code.co_consts:
+        if isinstance(c, types.CodeType):
+            yield from _with_inner(c)
+
+
+def _many_processes() -> bool:
+    d = torch.distributed
+    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+
+
+def _function_of(func: Any) -> types.FunctionType | None:
+    if type(func).__name__ not in ("UserFunctionVariable", "UserMethodVariable"):
+        return None
+    fn = func.get_function()
+    return fn if isinstance(fn, types.FunctionType) and not getattr(fn, "_torchdynamo_disable", False) else None
+
+
+def _module_of(variable: Any) -> nn.Module | None:
+    """The module behind one of Dynamo's variables."""
+    variable = variable.realize()
+    value = getattr(variable, "value", None)
+    return value if isinstance(value, nn.Module) and type(variable).__name__.endswith("ModuleVariable") else None
+
+
+def _call(fn: types.FunctionType, module: nn.Module | None, bound: dict[str, Any]) -> Call | None:
+    """The call as `reading` wants it; None if an argument is neither a tensor nor a constant."""
+    tensors, constants, device = {}, {}, None
+    for name, variable in bound.items():
+        variable = variable.realize()
+        value = _example_value(variable)
+        if isinstance(value, torch.Tensor):
+            tensors[name] = Spec(value.dtype, tuple(_size(s) for s in value.shape))
+            device = device or value.device
+        elif variable.is_python_constant():
+            constants[name] = variable.as_python_constant()
+        else:
+            return None
+    if device is None:
+        return None
+    autocast = torch.get_autocast_dtype(device.type) if device.type != "meta" and torch.is_autocast_enabled(device.type) else None
+    return Call(fn, module, tensors, constants, device, autocast)
+
+
+def _example_value(variable: Any) -> Any:
+    if type(variable).__name__ != "TensorVariable":
+        return None
+    return variable.as_proxy().node.meta.get("example_value")
+
+
+def _size(s: Any) -> Any:
+    if isinstance(s, torch.SymInt):
+        e = s.node.expr
+        return int(e) if e.is_Integer else e
+    return s
+
+
+def trial_of(call: Call) -> Trial:
+    """The reading of a call's function, made once per function and configuration."""
+    shapes = {n: (s.dtype, len(s.shape), s.shape[-1] if isinstance(s.shape[-1], int) else None) for n, s in call.tensors.items() if s.shape}
+    roles = roles_of(call.tensors)
+    key = (type(call.module), shapes, roles, dict(call.constants), call.device.type, call.autocast, torch.get_default_dtype())
+    with _lock:
+        known = _trials.setdefault(call.fn, [])
+        for k, trial in known:
+            if k == key and matches(trial, call.module):
+                return trial
+        trial = read(call, _recover)
+        known.append((key, trial))
+        return trial
+
+
+def _guard(parent: Any, owner: Any, reading: Reading) -> None:
+    """Make Dynamo guard on the attributes that the reading rests on: reading them as Dynamo's variables does."""
+    module = None if owner is None else _module_of(owner)
+    for path, name in reading.reads:
+        sub = module.get_submodule(path) if module is not None else None
+        store = {**sub.__dict__, **sub._parameters, **sub._modules} if sub is not None else {}
+        value = store.get(name, sub)
+        if value is sub or isinstance(value, torch.Tensor) or (isinstance(value, nn.Module) and any(True for _ in value.parameters())):
+            continue
+        _attribute(parent, owner, f"{path}.{name}" if path else name).realize()
+
+
+def _attribute(parent: Any, owner: Any, path: str) -> Any:
+    """The variable of ``owner.path``, with Dynamo's guards and sources."""
+    variable = owner
+    for part in path.split("."):
+        variable = variable.realize().var_getattr(parent, part)
+    return variable
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _hook_flags() -> None:
+    """Keep ops whose output size depends on data in the graphs that are traced for this backend."""
+    from torch._dynamo import convert_frame
+
+    original: Callable[..., Any] = convert_frame._compile
+    signature = inspect.signature(original)
+    if "compiler_fn" not in signature.parameters:
+        raise AttributeError("_compile has no compiler_fn")
+
+    @functools.wraps(original)
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        if not enabled() or not for_us(signature.bind_partial(*args, **kwargs).arguments.get("compiler_fn")):
+            return original(*args, **kwargs)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+            return original(*args, **kwargs)
+
+    convert_frame._compile = compile_frame

@@ -1,0 +1,53 @@
+"""Fingerprints: what code can learn from a module, so that a reading made on one module holds for another."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Same:
+    """Equal only to itself, for as long as it lives."""
+
+    def __init__(self, value: Any) -> None:
+        self.id = id(value)
+        self.plain = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (int, float, str, bool, type(None)))}
+        try:
+            self.ref: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.ref = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.id == other.id and self.ref() is other.ref() is not None and self.plain == other.plain
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def fingerprint(module: nn.Module, path: str, name: str) -> Any:
+    """What a module answers when its submodule `path` is asked for `name`: equal for two modules iff code cannot tell them apart."""
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return None
+    for store in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
+        if name in store:
+            return type(owner), _print(store[name])
+    return (type(owner),)
+
+
+def _print(v: Any) -> Any:
+    if isinstance(v, Tensor):
+        return "tensor", tuple(v.shape), v.dtype
+    if isinstance(v, nn.Module):
+        return "module", type(v), len(v._modules)
+    if isinstance(v, (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)):
+        return type(v), v
+    if type(v) in (list, tuple):
+        return type(v), tuple(_print(x) for x in v)
+    if type(v) is dict:
+        return type(v), tuple((k, _print(x)) for k, x in v.items())
+    return _Same(v)

@@ -1,0 +1,231 @@
+"""Find: walk the shadow once and try to read experts at every node that could be their combined result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..ir import Rejection
+from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
+from . import terms as T
+from .experts import data_dependent, match_experts, outer_atoms
+from .match import ExpertsMatch
+from .pull import RULES, Puller, call_args, op_name
+from .terms import Term
+
+COMBINES = ("sum", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
+VIEWS = frozenset(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes t mT slice select narrow "
+    "movedim contiguous clone alias detach repeat repeat_interleave chunk split split_with_sizes unbind stack lift_fresh_copy view_as".split()
+)
+CREATION = frozenset("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange scalar_tensor eye".split())
+
+
+@dataclass
+class Findings:
+    matches: list[tuple[ExpertsMatch, Puller]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+class Finder:
+    """Labels say which selection (top-k) a node's value depends on, the latest one counting.
+
+    Nodes with the label at hand are looked into, others are the region's inputs. A matched result is labelled 0 again, so
+    later layers do not see this one's: every node is visited once.
+    """
+
+    def __init__(self, graph: fx.Graph, walls: set[fx.Node], stale: set[fx.Node], id_inputs: bool = False) -> None:
+        self.graph, self.walls, self.stale = graph, walls, stale
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
+        self.static = self._labels(lambda n: None)
+        self.live: dict[fx.Node, int] = {}
+
+    def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
+        number = {n: i + 1 for i, n in enumerate(self.sources)}
+        out: dict[fx.Node, int] = {}
+        for n in self.graph.nodes:
+            out[n] = number.get(n) or max((out[x] for x in n.all_input_nodes), default=0)
+        return out
+
+    def run(self) -> Findings:
+        number = {n: i + 1 for i, n in enumerate(self.sources)}
+        found = Findings()
+        tried: dict[int, list[Rejection]] = {}
+        closed: set[int] = set()
+        for n in self.graph.nodes:
+            label = max((self.live[x] for x in n.all_input_nodes), default=0)
+            if n in number:
+                closed.add(label)  # a selection that feeds another one is a part of it
+                label = number[n]
+            elif label and n.op == "call_function" and op_name(n) not in RULES:
+                label = 0
+            self.live[n] = label
+            if label and label not in closed and self._is_candidate(n, label):
+                out = self.attempt(n, label)
+                if not isinstance(out, Rejection):
+                    found.matches.append(out)
+                    self.live[n] = 0
+                    closed.add(label)
+                else:
+                    tried.setdefault(label, []).append(out)
+        for s, i in number.items():
+            if i not in closed:
+                found.rejected.append(_worst(tried.get(i, ()), s))
+        return found
+
+    def _is_candidate(self, n: fx.Node, label: int) -> bool:
+        if op_name(n) not in COMBINES or n in self.walls:
+            return False
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:
+            return False
+        return not any(self._continues(n, u, label) for u in n.users)
+
+    def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
+        """Whether u goes on accumulating onto n."""
+        name = op_name(u)
+        if name in ("index_add", "index_put", "scatter_add", "_index_put_impl"):
+            return u.args[0] is n
+        if name == "add":
+            others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
+            return bool(others) and all(self.static[x] == label for x in others)
+        return name == "index" and any(self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n)
+
+    def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        p = Puller(lambda x: self.stops(x, label), self.walls)
+        dense = DenseReader(p, self, label)
+        out = match_experts(p, n, dense)
+        if isinstance(out, Rejection):
+            blind = next(iter(p.unknown.items()), None)
+            if blind is not None and self.live.get(blind[0]) == label:
+                return Rejection(f"{out.reason} ({blind[1]})", blind[0], "experts")
+            return out
+        if self.stale & set(x for x, _ in p.memo):
+            return Rejection("a tensor of the block is written through another view", n, "experts")
+        return out, p
+
+    def stops(self, n: fx.Node, label: int) -> bool:
+        """Whether the experts' pass takes a node as a given tensor."""
+        if self.live.get(n, self.static[n]) == label:
+            return False
+        name = op_name(n)
+        if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]
+            return False
+        v = n.meta.get("val")
+        if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
+            return False
+        if name in VIEWS:
+            return False
+        if name in ("to", "_to_copy", "type_as", "float"):
+            src = n.args[0]
+            same = isinstance(src, fx.Node) and isinstance(v, torch.Tensor) and src.meta["val"].dtype == v.dtype
+            return not same
+        return True
+
+
+def is_selection(n: fx.Node) -> bool:
+    """A node that chooses indices by a floating-point score: top-k, sort, argmax."""
+    if n.op != "call_function":
+        return False
+    name = op_name(n)
+    if name not in ("topk", "sort", "argsort", "argmax", "max"):
+        return False
+    if name == "max" and not hasattr(call_args(n), "dim"):
+        return False
+    x = n.args[0]
+    v = x.meta.get("val") if isinstance(x, fx.Node) else None
+    return isinstance(v, torch.Tensor) and v.dtype.is_floating_point and v.ndim >= 2
+
+
+def _is_id_input(n: fx.Node) -> bool:
+    v = n.meta.get("val")
+    return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim == 2 and not v.dtype.is_floating_point
+
+
+TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
+
+
+def _worst(tried: Any, source: fx.Node) -> Rejection:
+    """The most telling of the reasons: one from a place where experts were seen."""
+    for r in reversed(list(tried)):
+        if not any(s in r.reason for s in TRIVIAL):
+            return Rejection(r.reason, r.node, r.stage)
+    return Rejection("the selected indices choose no experts", source, "find")
+
+
+class DenseReader:
+    """Looks into tensors that hold the outputs of experts for all tokens, down to the tokens and the parameters.
+
+    A dense combine multiplies every expert's output by a scattered weight; those outputs do not depend on the selection,
+    so the experts' pass stops there. The router's own inputs mark where to stop.
+    """
+
+    def __init__(self, p: Puller, finder: Finder, label: int) -> None:
+        self.outer = p
+        self.finder = finder
+        self.label = label
+        self._inner: Puller | None = None
+
+    def inner(self) -> Puller:
+        if self._inner is None:
+            edge = self.router_inputs()
+            self._inner = Puller(lambda n: n in edge, self.finder.walls)
+        return self._inner
+
+    def router_inputs(self) -> set[fx.Node]:
+        """Nodes the selection is computed from: tokens among them, experts' outputs never."""
+        source = self.finder.sources[self.label - 1]
+        out: set[fx.Node] = set()
+        frontier: list[Any] = list(source.all_input_nodes)
+        while frontier and len(out) < 400:
+            n = frontier.pop()
+            if n not in out:
+                out.add(n)
+                frontier.extend(n.all_input_nodes)
+        return out
+
+    def __call__(self, body: Term) -> Term:
+        for _ in range(40):
+            mapping = {a: self.look(a) for a in outer_atoms(body) if self.hides_experts(a)}
+            mapping = {k: v for k, v in mapping.items() if k is not v}
+            if not mapping:
+                return body
+            body = T.subst(body, mapping)
+        return body
+
+    def hides_experts(self, a: Term) -> bool:
+        nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+        n = nodes[0]
+        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
+            return False
+        row = any(v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms)
+        feature = any(v.args[0] == "h" for i in a.args[1] for v in i.atoms)
+        return row and feature and n not in self.inner_edge()
+
+    def inner_edge(self) -> set[fx.Node]:
+        if not hasattr(self, "_edge"):
+            self._edge = self.router_inputs()
+        return self._edge
+
+    def look(self, a: Term) -> Term:
+        nodes, idx = a.args
+        if isinstance(nodes, tuple):  # one tensor for each expert, stacked
+            out = T.const(0)
+            for e in range(len(nodes) - 1, -1, -1):
+                out = T.ite(T.eq(idx[0], T.const(e)), self.inner().at(nodes[e], idx[1:]), out)
+            return out
+        return self.inner().at(nodes, idx)
+
+
+def users_through_views(n: fx.Node) -> Iterator[fx.Node]:
+    """Users of n, seen through views and casts."""
+    for u in n.users:
+        if op_name(u) in VIEWS or op_name(u) in ("to", "_to_copy", "type_as"):
+            yield from users_through_views(u)
+        else:
+            yield u

@@ -1,0 +1,195 @@
+"""The way through the passes: shadow, find, read the gating, validate, rewrite. `run` is what the backend calls."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.fx as fx
+
+from ..ir import MoeBlock, Rejection
+from ..lowering import can_lower, lowering_name
+from . import terms as T
+from . import unify
+from .find import Finder
+from .gating import GatingMatch, match_gating
+from .match import ExpertsMatch
+from .pull import Puller, dtype_of
+from .region import Block, routing_nodes
+from .rewrite import Rewriter
+from .shadow import Shadow
+from .shared import match_shared
+from .validate import validate
+
+__all__ = ["Outcome", "Recovered", "recover_recorded", "run"]
+
+
+@dataclass
+class Recovered:
+    """One fused block. `source`: file:line of the user's code; `note`: what was left as written inside it."""
+
+    ir: MoeBlock
+    source: str
+    validated: bool
+    lowering: str
+    note: str = ""
+
+
+@dataclass
+class Outcome:
+    blocks: list[Recovered] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
+    """Recover, prove and replace every MoE block of a Dynamo graph, in place. What is not proved stays as it is.
+
+    `options`: `moe_compile.options.Options`; `target`: "cpu", "cuda" or "ascend". Raises nothing that a user's model can cause.
+    """
+    out = Outcome()
+    if not might_route(gm.graph):
+        return out
+    from .deep import deep_recursion
+
+    with deep_recursion():
+        _fresh_terms()
+        with _timed(out.seconds, "shadow"):
+            shadow = Shadow(gm)
+        with _timed(out.seconds, "recover"):
+            found = Finder(shadow.graph, shadow.walls, shadow.stale).run()
+            blocks = [assemble(m, shadow, p) for m, p in found.matches]
+        out.rejected.extend(_located(r, shadow) for r in found.rejected)
+        rewriter = Rewriter(shadow)
+        for b in blocks:
+            _take(b, rewriter, options, target, out)
+        with _timed(out.seconds, "rewrite"):
+            rewriter.finish()
+            gm.graph.lint()
+            gm.recompile()
+        _fresh_terms()
+    return out
+
+
+def _fresh_terms() -> None:
+    T.reset()
+    unify.reset()
+
+
+def might_route(graph: fx.Graph) -> bool:
+    """Whether a graph selects anything at all: a cheap look, so that other graphs cost nothing."""
+    words = ("topk", "sort", "argmax", "max", "grouped_mm", "moe_compile")
+    return any(n.op in ("call_function", "call_method") and any(w in str(n.target) for w in words) for n in graph.nodes)
+
+
+def _take(b: Block, rewriter: Rewriter, options: Any, target: str, out: Outcome) -> None:
+    """Validate and replace one block, or say why not."""
+    reason = can_lower(b.ir, target)
+    if reason is not None:
+        out.rejected.append(_located(Rejection(reason, b.match.out, "lower"), rewriter.shadow))
+        return
+    if options.validate:
+        with _timed(out.seconds, "validate"):
+            refusal = validate(b)
+            if refusal is not None and refusal.reason.startswith("the routing") and b.ids is not None and b.weights is not None:
+                b = as_written(b, refusal.reason)
+                refusal = validate(b)
+        if refusal is not None:
+            out.rejected.append(_located(refusal, rewriter.shadow))
+            return
+    try:
+        with _timed(out.seconds, "rewrite"):
+            rewriter.apply(b)
+    except Rejection as r:
+        out.rejected.append(_located(r, rewriter.shadow))
+        return
+    out.blocks.append(Recovered(b.ir, source_of(b.match.out), bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note))
+
+
+def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
+    """Everything about one block: its gating, its shared expert, the nodes at its boundary."""
+    ids, weights, raw = routing_nodes(m, p)
+    found = match_gating(m, shadow.walls)
+    gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
+    note = found.reason if isinstance(found, Rejection) else ""
+    if gating is not None and weights is not None:
+        gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
+    shared = match_shared(m, shadow.order, shadow.walls)
+    ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared[0], note)
+    ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
+    ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
+    if gating is not None:
+        ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
+    return Block(m, gating, ir, ids, weights, raw, None if shared is None else shared[1])
+
+
+def as_written(b: Block, note: str) -> Block:
+    """The same block with its routing left alone."""
+    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note))
+
+
+# ---- loops read by example ---------------------------------------------------------------------------------------------
+
+
+def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
+    """Experts of a recorded function: ATen calls with `meta["val"]`, ids [T, k] among the placeholders, one tensor out.
+
+    The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
+    shapes in which flattened parameters are read.
+    """
+    from .deep import deep_recursion
+    from .shadow import stale_views
+
+    with deep_recursion():
+        _fresh_terms()
+        stale = stale_views(gm.graph)
+        found = Finder(gm.graph, set(), stale, id_inputs=True).run()
+        if not found.matches:
+            return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
+        (m, p), *more = found.matches
+        if more:
+            return Rejection("the recorded function holds more than one block of experts", m.out, "record")
+        ids, weights, _ = routing_nodes(m, p)
+        if ids is None or weights is None:
+            return Rejection("the recorded function's ids or weights are no inputs of it", m.out, "record")
+        ir = MoeBlock(None, m.experts, None, "")
+        ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
+        for name in ("up", "down", "up_bias", "down_bias"):
+            ir.boundary[name] = [q.node for q in getattr(m, name)]
+        ir.boundary["views"] = {q.node: q.view for q in (*m.up, *m.down, *m.up_bias, *m.down_bias) if q.view is not None}
+        refusal = validate(Block(m, None, ir, ids, weights, ids))
+        return refusal if refusal is not None else Recovered(ir, "", True, "")
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------------
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source_of(n: Any) -> str:
+    """file:line of the innermost frame of the user's code that made a node, or ""."""
+    trace = n.meta.get("stack_trace") if isinstance(n, fx.Node) else None
+    frames = _FRAME.findall(trace or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def _located(r: Rejection, shadow: Shadow) -> Rejection:
+    n = r.node
+    if not r.source and isinstance(n, fx.Node):
+        r.source = source_of(n) or next((source_of(d) for d in shadow.origin.get(n, ()) if source_of(d)), "")
+    return r
+
+

@@ -1,0 +1,94 @@
+"""A recovered block as a region of the shadow: its boundary, the nodes inside, the nodes that hold ids and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ..ir import MoeBlock, Rejection
+from . import terms as T
+from .experts import row_index
+from .gating import GatingMatch
+from .match import ExpertsMatch
+from .pull import Puller, shape_of
+
+
+@dataclass
+class Block:
+    """A match with all that validation and rewrite need.
+
+    `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
+    when there is none). None where no node of the graph holds that value.
+    """
+
+    match: ExpertsMatch
+    gating: GatingMatch | None
+    ir: MoeBlock
+    ids: fx.Node | None
+    weights: fx.Node | None
+    raw_ids: fx.Node | None
+    shared: fx.Node | None = None
+
+    def params(self) -> list[fx.Node]:
+        m = self.match
+        return [q.node for q in (*m.up, *m.down, *m.up_bias, *m.down_bias)]
+
+    def routing_inputs(self) -> list[fx.Node]:
+        g = self.gating
+        return [] if g is None else [n for n in (g.logits, g.bias, g.expert_scale) if n is not None]
+
+    def expert_inputs(self) -> list[fx.Node]:
+        """Boundary of the experts' own region, given ids and weights."""
+        m = self.match
+        given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
+        return list(dict.fromkeys([*given, *self.params()]))
+
+
+def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """(ids, weights, ids before any mapping): the graph's own [.., k] tensors, found by comparing terms."""
+    slot = m.j if m.j.op == "v" else T.const(0)
+    raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
+    want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
+    found: dict[str, fx.Node] = {}
+    order = {n: i for i, n in enumerate(m.out.graph.nodes)}
+    reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
+    for n in sorted(reached, key=order.__getitem__):
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or v.ndim < 2 or shape_of(n)[-1] != m.k or not T.same_size(rows(n), m.t.args[1]):
+            continue
+        if n in p.walls or order[n] >= order[m.out]:
+            continue
+        term = T.canonical(p.at(n, (*row_index(m.t, shape_of(n)[:-1]), slot)))
+        for name, value in want.items():
+            if term is value and v.dtype.is_floating_point == (name == "weights"):
+                found.setdefault(name, n)
+    return found.get("ids"), found.get("weights"), found.get("raw")
+
+
+def rows(n: fx.Node) -> Any:
+    """Number of rows when all leading dims are flattened."""
+    total: Any = 1
+    for s in shape_of(n)[:-1]:
+        total = total * s
+    return total
+
+
+def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:
+    """Nodes between the boundary and `outs`, in graph order; a rejection when another tensor comes in."""
+    edge, seen = set(boundary), set()
+    outs = list(outs)
+    stack = [n for n in outs if n not in edge]
+    while stack:
+        n = stack.pop()
+        if n in seen or n in edge:
+            continue
+        seen.add(n)
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
+            return Rejection(f"the block reads one more input, {n.name}", n, "region")
+        stack.extend(n.all_input_nodes)
+    order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
+    return sorted(seen, key=order.__getitem__)

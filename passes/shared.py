@@ -1,0 +1,67 @@
+"""The shared expert: an MLP of the same tokens that is added to the routed result, found by dataflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+import torch.fx as fx
+
+from ..ir import Form, SharedExpert
+from . import terms as T
+from .experts import No, factors, layout, parse_core, row_index
+from .find import users_through_views
+from .gating import CONTRACTIONS
+from .match import ExpertsMatch
+from .pull import Puller, op_name, shape_of
+from .terms import Term
+
+
+def match_shared(m: ExpertsMatch, order: dict[fx.Node, int], walls: set[fx.Node]) -> tuple[SharedExpert, fx.Node] | None:
+    """(the shared expert, the node that holds its output), or None when nothing of that form is added to the result."""
+    for u in users_through_views(m.out):
+        if op_name(u) != "add":
+            continue
+        for other in u.args[:2]:
+            if isinstance(other, fx.Node) and not _comes_from(other, m.out) and shape_of(other)[-1:] == shape_of(m.out)[-1:]:
+                found = _read(m, other, order, walls)
+                if found is not None:
+                    return found, other
+    return None
+
+
+def _comes_from(n: fx.Node, out: fx.Node) -> bool:
+    while n is not out and n.op == "call_function" and n.all_input_nodes and op_name(n) not in ("add", *CONTRACTIONS):
+        n = n.all_input_nodes[0]
+    return n is out
+
+
+def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedExpert | None:
+    edge = order[m.tokens]
+    p = Puller(lambda n: order[n] <= edge, walls)
+    lead: Any = 1
+    for s in shape_of(other)[:-1]:
+        lead = lead * s
+    t, h = T.named("t", sp.expand(lead) if isinstance(lead, sp.Expr) else lead), T.named("h", shape_of(other)[-1])
+    try:
+        return _parse(m, p.at(other, (*row_index(t, shape_of(other)[:-1]), h)), t, h)
+    except No:
+        return None
+
+
+def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> SharedExpert | None:
+    """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one."""
+    one = T.named("expert", 1)
+    params = {x: T.atom(x.args[0], (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and not any(v.args[0] == "t" for v in x.atoms)}
+    term = T.subst(term, params)
+    core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
+    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
+    if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
+        return None
+    parsed = parse_core(core, t, h, one)
+    if parsed.on_input is not None or {x.args[0] for x in parsed.tokens} != {m.tokens}:
+        return None
+    form, order, expr = layout(parsed)
+    if not isinstance(parsed.inner, int) or form is Form.INTERLEAVED:
+        return None
+    return SharedExpert(parsed.inner, expr, gated=gate.op != "c", bias=parsed.linears[order[0]].bias is not None)

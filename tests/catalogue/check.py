@@ -1,0 +1,214 @@
+"""Compiling an entry and holding what came out against its verdict. Each check returns what is wrong, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compile.report import Report, collecting
+
+from . import naive
+from .base import AsWritten, Case, Fused, Rejected, Sound, Untouched
+from .compare import experts_differences, gating_differences, shared_differences
+
+OPTIONS = {"inner": "aot_eager"}
+
+
+@dataclass
+class Run:
+    """One compiled entry: the reports of the first graph and of the one-token graph, outputs beside eager's."""
+
+    case: Case
+    report: Report
+    one_token: Report = field(default_factory=Report)
+    outputs: list[tuple[str, Any, Any, tuple[Any, ...]]] = field(default_factory=list)
+
+
+class Host(torch.nn.Module):
+    """The model around the block: users compile a model, and Dynamo inlines the block's forward."""
+
+    def __init__(self, block: Case) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.block(*inputs)
+
+
+def routings(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Inputs after the first: peaked scores, every token alike (most experts empty), many tokens with faint scores."""
+    torch.manual_seed(3)
+    x, *rest = case.example_inputs(5)
+    yield "peaked", (x * 6, *rest)
+    x, *rest = case.example_inputs(6)
+    alike = x.reshape(-1, x.shape[-1])[:1].expand(x.numel() // x.shape[-1], -1).reshape(x.shape).contiguous()
+    yield "all tokens alike", (alike, *rest)
+    if case.dtype is torch.float32:  # in bf16 faint scores tie
+        x, *rest = case.example_inputs(33)
+        yield "many tokens, faint", (x * 0.01, *rest)
+
+
+@functools.cache
+def compiled(cls: Any) -> Run:
+    """Compile with symbolic sizes, run on every routing, then on one token."""
+    from . import build
+
+    torch._dynamo.reset()
+    case = build(cls).eval()
+    eager = copy.deepcopy(case)
+    fused = torch.compile(Host(case), backend="moe_fused", dynamic=True, options=OPTIONS)
+    torch.manual_seed(1)
+    first = case.example_inputs()
+    with torch.no_grad():
+        with collecting() as report:
+            got = fused(*copy.deepcopy(first))
+        run = Run(case, report, outputs=[("first", got, eager(*copy.deepcopy(first)), first)])
+        for name, inputs in routings(case):
+            run.outputs.append((name, fused(*copy.deepcopy(inputs)), eager(*copy.deepcopy(inputs)), inputs))
+        one = case.example_inputs(1)
+        with collecting() as run.one_token:
+            got = fused(*copy.deepcopy(one))
+        run.outputs.append(("one token", got, eager(*copy.deepcopy(one)), one))
+    return run
+
+
+def verdict_problem(cls: type[Case], report: Report) -> str:
+    """What the report says against what the docstring says."""
+    expect, told = cls.expect, [f"{r.stage}: {r.reason}" for r in report.rejected]
+    internal = [t for t in told if t.startswith("internal")]
+    if internal:
+        return f"internal error: {internal}"
+    if isinstance(expect, Sound):
+        return ""
+    if isinstance(expect, (Rejected, Untouched)):
+        if report.blocks:
+            return f"fused: {report.blocks[0].formula} | {report.blocks[0].experts}"
+        if isinstance(expect, Rejected) and not any(all(w in t.lower() for w in expect.reason.lower().split()) for t in told):
+            return f"no rejection says {expect.reason!r}; told: {told}, graph breaks: {[b.reason for b in report.graph_breaks]}"
+        return ""
+    wanted = getattr(cls, "blocks", 1)
+    if len(report.blocks) != wanted:
+        breaks = [f"{b.reason} ({b.source})" for b in report.graph_breaks]
+        return f"{len(report.blocks)} blocks instead of {wanted}; rejected: {told}; graph breaks: {breaks}"
+    for block in report.blocks:
+        problem = _meaning_problem(cls, expect, block)
+        if problem:
+            return problem
+    return ""
+
+
+def _meaning_problem(cls: type[Case], expect: Fused | AsWritten, block: Any) -> str:
+    ir = block.ir
+    wrong = experts_differences(ir.experts, expect.experts, getattr(cls, "any_layout", False), getattr(cls, "any_mapped", False))
+    if not getattr(cls, "any_shared", False):
+        wrong |= shared_differences(ir.shared, expect.shared)
+    if isinstance(expect, Fused):
+        wrong |= gating_differences(ir.gating, expect.gating)
+    elif ir.gating is not None:
+        wrong.add("gating (should be as written)")
+    elif expect.note.lower() not in ir.routing_note.lower():
+        wrong.add(f"routing_note {ir.routing_note!r}")
+    if wrong:
+        return f"IR differs in {sorted(wrong)}: got {ir.gating} {ir.routing_note} {ir.experts} {ir.shared}"
+    return "" if block.validated else "not validated"
+
+
+def tensors(output: Any) -> list[Tensor]:
+    return [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+
+
+def output_problem(run: Run) -> str:
+    """Outputs against eager's: 1e-5 of the largest value in float32; 1.25 x eager's own error in bf16."""
+    for name, got, want, inputs in run.outputs:
+        for i, (a, b) in enumerate(zip(tensors(got), tensors(want), strict=True)):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return f"{name}: output {i} is {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}"
+            if b.dtype is torch.bfloat16:
+                problem = bf16_problem(run.case, a, b, inputs)
+            else:
+                problem = difference_problem(a, b)
+            if problem:
+                return f"{name}: output {i}: {problem}"
+    return ""
+
+
+def loose_problem(a: Tensor, b: Tensor, relative: float) -> str:
+    """As `difference_problem`, for four tokens of five: rounded scores may tie where exact ones do not."""
+    worst = (a - b).abs().amax(-1).flatten().sort().values
+    largest = b.abs().max().item()
+    return "" if worst[int(0.8 * (len(worst) - 1))] <= relative * largest else f"differs by {worst.tolist()} of {largest:.3g}"
+
+
+def difference_problem(a: Tensor, b: Tensor, relative: float = 1e-5) -> str:
+    if not a.dtype.is_floating_point:
+        return "" if torch.equal(a, b) else "integers differ"
+    worst = (a - b).abs().max().item() if a.numel() else 0.0
+    largest = b.abs().max().item() if b.numel() else 0.0
+    return "" if worst <= relative * max(largest, 1e-30) else f"differs by {worst:.3g} of {largest:.3g}"
+
+
+def bf16_problem(case: Case, a: Tensor, b: Tensor, inputs: tuple[Any, ...]) -> str:
+    expect = case.expect
+    assert isinstance(expect, Fused)
+    exact = torch.from_numpy(naive.block(expect.gating, expect.experts, case.parts(*inputs))).reshape(b.shape)
+    ours, eager = ((t.double() - exact).square().mean().sqrt().item() for t in (a, b))
+    return "" if ours <= 1.25 * eager else f"error {ours:.3g}, eager's own {eager:.3g}"
+
+
+def oracle_problem(run: Run) -> str:
+    """The recovered IR, evaluated in float64 on the block's own values, against eager."""
+    expect = run.case.expect
+    if not isinstance(expect, Fused) or not run.report.blocks or run.report.blocks[0].ir.gating is None:
+        return ""
+    ir = run.report.blocks[0].ir
+    for name, _, want, inputs in run.outputs:
+        p = run.case.parts(*inputs)
+        if p.table is not None or p.padding is not None:
+            return ""
+        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add)
+        reference = tensors(want)[0].double().reshape(exact.shape)
+        exactly = run.case.dtype is torch.float32
+        problem = difference_problem(exact, reference) if exactly else loose_problem(exact, reference, 3e-2)
+        if problem:
+            return f"{name}: {problem}"
+    return ""
+
+
+def gradient_problem(cls: type[Case]) -> str:
+    """Gradients of every parameter and of the tokens, compiled for training, against eager's."""
+    from . import build
+
+    torch._dynamo.reset()
+    case = build(cls).train()
+    eager = copy.deepcopy(case)
+    fused = torch.compile(Host(case), backend="moe_fused", options=OPTIONS)
+    torch.manual_seed(2)
+    inputs = case.example_inputs()
+    both = []
+    for model, module in ((fused, case), (eager, eager)):
+        x = inputs[0].clone().requires_grad_()
+        outs = [o for o in tensors(model(x, *inputs[1:])) if o.dtype.is_floating_point and o.requires_grad]
+        torch.manual_seed(4)
+        loss = sum((o * torch.randn_like(o)).sum() for o in outs)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        both.append({"tokens": x.grad} | {n: p.grad for n, p in module.named_parameters()})
+    mine, theirs = both
+    for name, want in theirs.items():
+        got = mine[name]
+        if (got is None) != (want is None):
+            # a zero gradient and none are the same to an optimiser's result only if nothing is missing
+            if got is None and want is not None and want.abs().max() > 0:
+                return f"{name}: no gradient"
+            continue
+        if want is not None and got is not None:
+            problem = difference_problem(got, want, 2e-5 if case.dtype is torch.float32 else 3e-2)
+            if problem:
+                return f"{name}: {problem}"
+    return ""

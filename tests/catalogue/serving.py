@@ -1,0 +1,247 @@
+"""What serving code puts between router and experts: padding tokens, foreign experts, id tables, counts, identity experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compile.ir import BiasOn
+
+from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
+
+MAPPED = Fused(RENORM, replace(SWIGLU_EXPERTS, ids_mapped=True))
+
+
+def loop(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Every expert that has weights, by torch.where: other ids contribute nothing."""
+    out = torch.zeros_like(x)
+    for e in range(up.shape[0]):
+        token, slot = torch.where(ids == e)
+        out.index_add_(0, token, mlp(x[token], up[e], down[e]) * w[token, slot, None])
+    return out
+
+
+class PaddingMinusOne(Case):
+    """Verdict: fused, ids mapped. Padding tokens get id -1: no expert, a zero row."""
+
+    expect = MAPPED
+    group = "padding"
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Any, ...]:
+        return torch.randn(tokens, H), torch.arange(tokens) % 3 == 1
+
+    def mark(self, ids: Tensor, padding: Tensor) -> Tensor:
+        return torch.where(padding[:, None], -1, ids)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return loop(x, self.mark(ids, padding), w, self.up, self.down)
+
+    def parts(self, *inputs: Any) -> Any:
+        p = super().parts(*inputs)
+        p.padding = inputs[1]
+        return p
+
+
+class PaddingMaskedFill(PaddingMinusOne):
+    """Verdict: fused as PaddingMinusOne. masked_fill."""
+
+    def mark(self, ids: Tensor, padding: Tensor) -> Tensor:
+        return ids.masked_fill(padding.unsqueeze(-1), -1)
+
+
+class PaddingAbove(PaddingMinusOne):
+    """Verdict: fused as PaddingMinusOne. Padding gets id E, one more than there are experts."""
+
+    def mark(self, ids: Tensor, padding: Tensor) -> Tensor:
+        return ids.masked_fill(padding.unsqueeze(-1), E)
+
+
+class PaddingZeroWeight(Case):
+    """Verdict: fused, or routing as written: padding keeps its ids but weighs nothing."""
+
+    expect = Sound()
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Any, ...]:
+        return torch.randn(tokens, H), torch.arange(tokens) % 3 == 1
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return loop(x, ids, w.masked_fill(padding[:, None], 0.0), self.up, self.down)
+
+
+class ForeignExperts(Case):
+    """Verdict: fused, ids mapped. Experts 0..4 live here, ids 5..7 belong to another rank and contribute nothing."""
+
+    expect = Fused(RENORM, experts(num_experts=5, ids_mapped=False))
+    local_experts: ClassVar[int] = 5
+    any_mapped = True
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, w, self.up, self.down)
+
+
+class ForeignExpertsOffset(Case):
+    """Verdict: fused, ids mapped. Experts 3..7 live here: ids - 3, the others marked by the local count."""
+
+    expect = Fused(RENORM, experts(num_experts=5, ids_mapped=True))
+    local_experts: ClassVar[int] = 5
+    first: ClassVar[int] = 3
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        local = (ids >= self.first) & (ids < self.first + 5)
+        return loop(x, torch.where(local, ids - self.first, 5), w, self.up, self.down)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"table": torch.arange(E) - self.first}
+
+
+class ForeignExpertsSentinel(ForeignExpertsOffset):
+    """Verdict: fused as ForeignExpertsOffset. transformers' expert parallelism: the sentinel id is the local count, weights zeroed too."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        foreign = (ids < self.first) | (ids >= self.first + 5)
+        ids = (ids - self.first).masked_fill(foreign, 5)
+        return loop(x, ids, w.masked_fill(foreign, 0.0), self.up, self.down)
+
+
+class ForeignExpertsLoopOffset(Case):
+    """Verdict: fused, or rejected: the offset sits in the loop (`ids == e + 3`), not in the ids."""
+
+    expect = Sound()
+    local_experts: ClassVar[int] = 5
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(5):
+            token, slot = torch.where(ids == e + 3)
+            out.index_add_(0, token, mlp(x[token], self.up[e], self.down[e]) * w[token, slot, None])
+        return out
+
+
+class LogicalToPhysical(Case):
+    """Verdict: fused, ids mapped. A table of 8 logical to 10 physical experts."""
+
+    expect = Fused(RENORM, experts(num_experts=10, ids_mapped=True))
+    group = "table"
+    local_experts: ClassVar[int] = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.tensor([3, 9, 0, 1, 7, 2, 8, 4]))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return super().run_experts(x, self.look_up(ids), w)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"table": self.table}
+
+
+class LogicalToPhysicalGather(LogicalToPhysical):
+    """Verdict: fused as LogicalToPhysical. The table through index_select on flat ids, in a loop over physical experts."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        physical = torch.index_select(self.table, 0, ids.reshape(-1)).view(ids.shape)
+        return loop(x, physical, w, self.up, self.down)
+
+
+class CountsReadElsewhere(Case):
+    """Verdict: fused. The counts per expert, a by-product of the dispatch, are returned too."""
+
+    expect = Fused(RENORM, SWIGLU_EXPERTS)
+    group = "stacked"
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(self.logits(x))
+        counts = F.one_hot(ids, num_classes=E).sum(dim=(0, 1))
+        return self.run_experts(x, ids, w), counts
+
+
+class CountsBincount(CountsReadElsewhere):
+    """Verdict: fused as CountsReadElsewhere. bincount, and the running ends as int32."""
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(self.logits(x))
+        counts = torch.bincount(ids.flatten(), minlength=E)
+        return self.run_experts(x, ids, w), counts.cumsum(0).to(torch.int32)
+
+
+class CountsInBuffer(CountsReadElsewhere):
+    """Verdict: fused as CountsReadElsewhere. Counts added to a buffer that outlives the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(E, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        self.seen.add_(F.one_hot(ids, E).sum((0, 1)))
+        return self.run_experts(x, ids, w)
+
+
+class IdentityExperts(Case):
+    """Verdict: fused. longcat: the router knows E + 2 experts, the last two return their input; softmax with bias, times 6."""
+
+    expect = Fused(gating(num_experts=E + 2, bias=BiasOn.SCORE, scale=6.0), replace(SWIGLU_EXPERTS, num_identity=2))
+    group = "identity"
+    num_experts: ClassVar[int] = E + 2
+    local_experts: ClassVar[int] = E
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias.mul_(0.1)  # so that every expert is met, the last two too
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        s = logits.softmax(-1)
+        ids = (s + self.bias).topk(K)[1]
+        return s.gather(1, ids) * 6.0, ids
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E + 2):
+            token, slot = torch.where(ids == e)
+            y = mlp(x[token], self.up[e], self.down[e]) if e < E else x[token]
+            out.index_add_(0, token, y * w[token, slot, None])
+        return out
+
+
+class IdentityDense(IdentityExperts):
+    """Verdict: fused as IdentityExperts. The identity experts together, as one weight per token."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        free = torch.where(ids >= E, w, 0.0).sum(-1, keepdim=True)
+        return loop(x, ids, w, self.up, self.down) + x * free
+
+
+class ZeroExperts(IdentityExperts):
+    """Verdict: fused without identity experts: the last two ids contribute nothing."""
+
+    expect = Fused(gating(num_experts=E + 2, bias=BiasOn.SCORE, scale=6.0), SWIGLU_EXPERTS)
+    group = ""
+    any_mapped = True
+    near, differs = "IdentityExperts", ("experts.num_identity",)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, w, self.up, self.down)
+
+
+class LatentExperts(Case):
+    """Verdict: fused. The experts work in a smaller space: tokens projected before, results after; both outside the block."""
+
+    expect = Fused(RENORM, experts(hidden=6, out_features=6, intermediate=I))
+    routes_all = False
+
+    def build_experts(self, n: int) -> None:
+        self.into, self.back = parameter(6, H), parameter(H, 6)
+        self.up, self.down = parameter(n, 2 * I, 6), parameter(n, 6, I)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return F.linear(loop(F.linear(x, self.into), ids, w, self.up, self.down), self.back)

@@ -1,0 +1,63 @@
+"""Shared by all tests: one thread (two test processes share two cores), no leftovers of Dynamo, no hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Every test starts without compiled code and with one seed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass
+class Outcome:
+    """The shape of what `moe_compile.passes.pipeline.run` returns."""
+
+    blocks: list[Any] = field(default_factory=list)
+    rejected: list[Any] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Recovered:
+    """One block of an `Outcome`."""
+
+    ir: Any
+    source: str = "model.py:1"
+    validated: bool = True
+    lowering: str = "generic"
+    note: str = ""
+
+
+@pytest.fixture
+def fake_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Put a function in the place of the passes, to test the frame around them on its own."""
+
+    def install(run: Callable[..., Any]) -> None:
+        import moe_compile.passes
+
+        module = types.ModuleType("moe_compile.passes.pipeline")
+        module.run = run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(moe_compile.passes, "pipeline", module, raising=False)
+
+    return install

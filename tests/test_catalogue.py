@@ -1,0 +1,148 @@
+"""Every entry of the catalogue: what it computes, what is recovered from it, and that compiling changes no result."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import catalogue
+import pytest
+import torch
+from catalogue import AsWritten, Case, Fused, Rejected, Sound, Untouched, check, naive
+from catalogue.compare import experts_differences, gating_differences, shared_differences
+
+torch.set_num_threads(1)
+ENTRIES = catalogue.entries()
+FUSED = [n for n, c in ENTRIES.items() if isinstance(c.expect, Fused)]
+GROUPS = sorted({c.group for c in ENTRIES.values() if c.group})
+NEAR = [n for n, c in ENTRIES.items() if c.near]
+WORDS = {Fused: "fused", AsWritten: "experts fused", Rejected: ("rejected", "left alone"), Untouched: "left alone", Sound: ""}
+
+
+def representatives() -> list[str]:
+    """One entry of each group, and those that stand alone."""
+    seen: set[str] = set()
+    out = []
+    for name in FUSED:
+        cls = ENTRIES[name]
+        key = f"{cls.group or name}/{cls.__module__}"
+        if key not in seen and cls.dtype is torch.float32 and not getattr(cls, "inference_only", False):
+            seen.add(key)
+            out.append(name)
+    return out
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_docstring_carries_the_verdict(name: str) -> None:
+    cls = ENTRIES[name]
+    assert "__doc__" in vars(cls) and (cls.__doc__ or "").startswith("Verdict: ")
+    assert (cls.__doc__ or "").removeprefix("Verdict: ").startswith(WORDS[type(cls.expect)]), cls.__doc__
+
+
+@pytest.mark.parametrize("name", [n for n in FUSED if ENTRIES[n].routes_all])
+def test_eager_is_the_naive_reading(name: str) -> None:
+    """The module computes what its expected IR says, by a reading that shares no code with the package."""
+    cls = ENTRIES[name]
+    assert isinstance(cls.expect, Fused)
+    case = catalogue.build(cls).eval()
+    torch.manual_seed(1)
+    first = case.example_inputs()
+    for label, inputs in itertools.chain([("first", first)], check.routings(case)):
+        with torch.no_grad():
+            got = check.tensors(case(*inputs))[0]
+            want = torch.from_numpy(naive.block(cls.expect.gating, cls.expect.experts, case.parts(*inputs)))
+        got = got.double().reshape(want.shape)
+        problem = check.difference_problem(got, want) if cls.dtype is torch.float32 else check.loose_problem(got, want, 4e-2)
+        assert not problem, f"{label}: {problem}"
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_miss_is_different_maths(name: str) -> None:
+    """A near miss really computes something else than its neighbour, on the very same values."""
+    cls, other = ENTRIES[name], ENTRIES[ENTRIES[name].near]
+    case = catalogue.build(cls).eval()
+    torch.manual_seed(1)
+    plain = case.example_inputs(60)
+    # dtypes of the weights are a difference of rounding only
+    limit = 3e-5 if cls.differs != ("gating.weight_dtype",) else 0.0
+    assert max(distance(case, other, inputs) for inputs in (plain, (plain[0] * 5, *plain[1:]))) > limit
+
+
+def distance(case: Case, neighbour: type[Case], inputs: tuple[Any, ...]) -> float:
+    """Largest relative difference between a module and its neighbour's meaning on the same values."""
+    assert isinstance(neighbour.expect, Fused), "a near miss is near something that is fused"
+    with torch.no_grad():
+        got = check.tensors(case(*inputs))[0].double()
+        parts = case.parts(*inputs)
+        parts.add = neighbour.extra(case, parts.x).get("add", parts.add)
+        try:
+            other = torch.from_numpy(naive.block(neighbour.expect.gating, neighbour.expect.experts, parts)).reshape(got.shape)
+        except (ValueError, IndexError):  # the neighbour's layout does not even fit these values
+            return torch.inf
+    return ((got - other).abs().max() / other.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", [n for n in NEAR if isinstance(ENTRIES[n].expect, Fused) and ENTRIES[n].differs])
+def test_near_miss_differs_where_it_says(name: str) -> None:
+    cls = ENTRIES[name]
+    mine, theirs = cls.expect, ENTRIES[cls.near].expect
+    assert isinstance(mine, Fused) and isinstance(theirs, Fused)
+    found = gating_differences(mine.gating, theirs.gating) | experts_differences(mine.experts, theirs.experts)
+    assert found | shared_differences(mine.shared, theirs.shared) == set(cls.differs)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_verdict(name: str) -> None:
+    cls = ENTRIES[name]
+    problem = check.verdict_problem(cls, check.compiled(cls).report)
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_outputs_are_eagers(name: str) -> None:
+    problem = check.output_problem(check.compiled(ENTRIES[name]))
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("name", [n for n, c in ENTRIES.items() if isinstance(c.expect, Fused)])
+def test_one_token_means_the_same(name: str) -> None:
+    """One token is a graph of its own, in which dims of size one are gone."""
+    cls = ENTRIES[name]
+    run = check.compiled(cls)
+    if run.one_token.graph_count:  # else the symbolic graph served
+        problem = check.verdict_problem(cls, run.one_token)
+        assert not problem, problem
+
+
+@pytest.mark.parametrize("name", [n for n in FUSED if ENTRIES[n].routes_all])
+def test_recovered_ir_is_an_oracle(name: str) -> None:
+    problem = check.oracle_problem(check.compiled(ENTRIES[name]))
+    assert not problem, problem
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_equal_spellings_are_one_ir(group: str) -> None:
+    """Exactly one IR a group: no identities allowed here, dataclasses compare equal."""
+    found: dict[str, list[str]] = {}
+    for name, cls in ENTRIES.items():
+        blocks = check.compiled(cls).report.blocks if cls.group == group else []
+        for block in blocks:
+            found.setdefault(repr((block.ir.gating, block.ir.experts, block.ir.shared)), []).append(name)
+    assert len(found) <= 1, found
+
+
+@pytest.mark.parametrize("name", representatives())
+def test_gradients_are_eagers(name: str) -> None:
+    problem = check.gradient_problem(ENTRIES[name])
+    assert not problem, problem
+
+
+def test_groups_have_members() -> None:
+    for group in GROUPS:
+        assert len([c for c in ENTRIES.values() if c.group == group]) > 1, f"{group} has one spelling only"
+
+
+def test_every_near_miss_has_its_neighbour() -> None:
+    for name in NEAR:
+        near = ENTRIES[name].near
+        assert near in ENTRIES and issubclass(ENTRIES[near], Case), (name, near)

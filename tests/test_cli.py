@@ -1,0 +1,91 @@
+"""The command line, as a person and as a machine use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import Outcome, Recovered
+from test_report import AFTER_SIGMOID, SWIGLU_EXPERTS
+
+import moe_compile
+from moe_compile.__main__ import main
+from moe_compile.ir import MoeBlock, Rejection
+
+MODEL = "qwen3_moe"
+
+
+@pytest.fixture
+def one_block(fake_passes):
+    seen = []
+
+    def run(gm, options, target):
+        seen.append((options, target))
+        block = MoeBlock(AFTER_SIGMOID, SWIGLU_EXPERTS)
+        return Outcome([Recovered(block, "m.py:3")], [Rejection("odd fill", stage="gating", source="m.py:9")])
+
+    fake_passes(run)
+    return seen
+
+
+def test_table(one_block, capsys):
+    assert main(["explain", "--model", MODEL]) == 0
+    out = capsys.readouterr().out
+    assert "w = 2.826" in out and "m.py:9: odd fill [gating]" in out and "1 MoE block fused" in out
+
+
+def test_json(one_block, capsys):
+    assert main(["explain", "--model", MODEL, "--json", "--target", "cuda", "--no-validate"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["blocks"][0]["source"] == "m.py:3" and report["rejected"][0]["reason"] == "odd fill"
+    options, target = one_block[0]
+    assert target == "cuda" and not options.validate and options.inner == "eager"
+
+
+def test_strict_fails(one_block, capsys):
+    assert main(["explain", "--model", MODEL, "--strict"]) == 1
+    assert "odd fill" in capsys.readouterr().err
+
+
+def test_unknown_model_lists_close_ones(capsys):
+    assert main(["explain", "--model", "qwen3_mo"]) == 2
+    err = capsys.readouterr().err
+    assert "qwen3_mo" in err and "qwen3_moe" in err and "Traceback" not in err
+
+
+def test_without_transformers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["explain", "--model", MODEL]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["explain"], ["explain", "--model", "x", "--target", "tpu"], ["tell"]])
+def test_wrong_usage(argv):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+
+
+def test_version_is_the_packages():
+    out = subprocess.run([sys.executable, "-m", "moe_compile", "--version"], check=True, capture_output=True, text=True).stdout
+    assert out.strip() == moe_compile.__version__
+
+
+def test_tiny_models_keep_their_routing():
+    from moe_compile.tiny import build
+
+    model, inputs = build(MODEL)
+    default = type(model.config)()
+    assert model.config.num_experts == default.num_experts and model.config.num_experts_per_tok == default.num_experts_per_tok
+    assert sum(p.numel() for p in model.parameters()) < 5e6 and not model.training
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_every_block_of_a_real_model_is_told(capsys):
+    """End to end, with the real passes: one row per MoE layer, validated."""
+    assert main(["explain", "--model", MODEL, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["blocks"]) == 2 and all(b["validated"] for b in report["blocks"]) and report["graph_breaks"] == []
+    assert report["blocks"][0]["formula"].startswith("w = softmax(l)[top8]")

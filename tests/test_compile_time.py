@@ -1,0 +1,139 @@
+"""What keeps compile time in bounds, counted and not timed (for seconds see benchmarks/compile_time.py)."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from conftest import Outcome
+from test_bad_input import H, K, Moe, T
+from torch import Tensor, nn
+
+import moe_compile
+from moe_compile.snapshot import Snapshot
+
+
+class Layers(nn.Module):
+    """Equal MoE layers with a residual."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Moe(sigmoid=True) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class StaticLoop(nn.Module):
+    """Every expert on every token, masked by its share: Dynamo unrolls it."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, experts, bias=False)
+        self.up = nn.ModuleList(nn.Linear(H, 2 * H, bias=False) for _ in range(experts))
+        self.down = nn.ModuleList(nn.Linear(H, H, bias=False) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = torch.topk(self.router(x).softmax(-1), K, dim=-1)
+        w = w / w.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for e, (up, down) in enumerate(zip(self.up, self.down)):
+            g, u = up(x).chunk(2, -1)
+            out = out + torch.where(ids == e, w, 0.0).sum(-1, keepdim=True) * down(nn.functional.silu(g) * u)
+        return out
+
+
+def graph_after(model: nn.Module, x: Tensor) -> list[str]:
+    """What the inner compiler is given, by op."""
+    seen: list[str] = []
+
+    def inner(gm, inputs):
+        seen.extend(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend="moe_fused", options={"inner": inner})(x)
+    return seen
+
+
+def test_an_unrolled_loop_shrinks_to_a_few_nodes():
+    """Inductor's time follows the node count: 64 experts must not cost more of it than 8."""
+    sizes = {experts: len(graph_after(StaticLoop(experts), torch.randn(T, H))) for experts in (8, 64)}
+    assert sizes[8] == sizes[64] <= 20, sizes
+    assert len(moe_compile.last_report().blocks) == 1
+
+
+def test_layers_cost_the_same_each():
+    per_layer = {n: len(graph_after(Layers(n), torch.randn(T, H))) / n for n in (2, 6)}
+    assert abs(per_layer[2] - per_layer[6]) <= 2, per_layer
+
+
+def test_equal_layers_share_one_op_signature():
+    """No op carries a layer's name or number: what differs between layers are tensors only."""
+    constants = []
+
+    def inner(gm, inputs):
+        for n in gm.graph.nodes:
+            if str(n.target).startswith("moe_compile."):
+                plain = torch.fx.map_arg(n.args, lambda _: "tensor")
+                constants.append((str(n.target), str(plain)))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(Layers(4), backend="moe_fused", options={"inner": inner})(torch.randn(T, H))
+    assert constants and len(set(constants)) == len(constants) / 4
+
+
+def test_no_more_graphs_than_inductor_over_token_counts():
+    def graphs(backend) -> int:
+        torch._dynamo.reset()
+        count = 0
+
+        def counting(gm, inputs):
+            nonlocal count
+            count += 1
+            return gm.forward
+
+        kwargs = {"backend": counting} if backend == "plain" else {"backend": "moe_fused", "options": {"inner": counting}}
+        model = torch.compile(Moe(), **kwargs)
+        with torch.no_grad():
+            for tokens in (1, 2, 7, 64, 129):
+                model(torch.randn(tokens, H))
+        return count
+
+    assert graphs("ours") <= graphs("plain")
+
+
+def test_seconds_are_reported():
+    with torch.no_grad():
+        torch.compile(Moe(), backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
+    seconds = moe_compile.last_report().seconds
+    assert 0 < seconds["validate"] < seconds["passes"] <= seconds["total"]
+
+
+@pytest.mark.parametrize("nodes", [20_000])
+def test_the_way_back_is_linear(nodes):
+    """The copy that guards against failing passes: well under a millisecond per hundred nodes."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for _ in range(nodes):
+        x = graph.call_function(torch.relu, (x,))
+    graph.output(x)
+    gm = torch.fx.GraphModule(nn.Module(), graph)
+    started = time.process_time()
+    before = Snapshot(gm)
+    assert not before.restore()
+    assert time.process_time() - started < nodes * 2e-4
+
+
+def test_passes_run_once_per_graph(fake_passes):
+    calls = []
+    fake_passes(lambda gm, options, target: calls.append(1) or Outcome())
+    model = torch.compile(Layers(2), backend="moe_fused", options={"inner": "eager"})
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(T, H))
+    assert len(calls) == 1

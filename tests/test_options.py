@@ -1,0 +1,102 @@
+"""Options: what is allowed, and that a mistake is told early, by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import moe_compile
+from moe_compile import OptionError, Options
+from moe_compile.backend import moe_fused
+
+WRONG = [
+    ({"strikt": True}, None, ["'strikt'", "valid options: target, inner", "did you mean 'strict'"]),
+    ({"nonsense": 1}, None, ["'nonsense'", "valid options: target, inner"]),
+    ({3: 1}, None, ["3", "valid options"]),
+    ({"max_autotune": True}, None, ["'max_autotune'", "inner_options={'max_autotune'"]),
+    ({"target": "tpu"}, None, ["'target'", "'tpu'", "'cpu'", "'ascend'"]),
+    ({"validate": 1}, None, ["'validate'", "True, False"]),
+    ({"validate": None}, None, ["'validate'", "True, False"]),
+    ({"strict": "yes"}, None, ["'strict'", "True, False"]),
+    ({"overlap_shared": "maybe"}, None, ["'overlap_shared'", "'auto', True, False"]),
+    ({"inner": "no_such_backend"}, None, ["'inner'", "aot_eager", "inductor"]),
+    ({"inner": 7}, None, ["'inner'", "callable"]),
+    ({"inner": "moe_fused"}, None, ["'inner'", "itself"]),
+    ({"inner": moe_fused}, None, ["'inner'", "itself"]),
+    ({"inner_options": 3}, None, ["'inner_options'", "dict"]),
+    ({"inner_options": {"max_autotun": True}}, None, ["'inner_options'", "'max_autotun'", "max_autotune"]),
+    ({"inner_options": {"max_autotune": "please"}}, None, ["'inner_options'", "max_autotune"]),
+    (["strict"], None, ["dict", "valid options"]),
+    (None, "fastest", ["mode='fastest'", "reduce-overhead"]),
+]
+
+
+@pytest.mark.parametrize("options, mode, words", WRONG)
+def test_wrong_options_name_the_option_and_what_is_allowed(options, mode, words):
+    with pytest.raises(ValueError) as e:
+        Options.parse(options, mode)
+    assert isinstance(e.value, OptionError)
+    for word in words:
+        assert word in str(e.value)
+
+
+@pytest.mark.parametrize("options, mode, words", [w for w in WRONG if isinstance(w[0], dict) or w[1]])
+def test_torch_compile_itself_tells(options, mode, words):
+    kwargs = {"options": options} if options else {"mode": mode}
+    with pytest.raises(ValueError, match=words[0].replace("(", r"\(")):
+        torch.compile(nn.Linear(2, 2), backend="moe_fused", **kwargs)
+
+
+def test_the_first_torch_compile_of_a_process_tells_too():
+    code = """
+import torch
+try:
+    torch.compile(torch.nn.Linear(2, 2), backend="moe_fused", options={"strikt": True})
+except ValueError as e:
+    print("told:", e)
+try:
+    torch.compile(torch.nn.Linear(2, 2), backend="moe_fused", options={"validat": True})
+except ValueError as e:
+    print("told:", e)
+torch.compile(torch.nn.Linear(2, 2), backend="moe_fused", options={"inner": "eager"})
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "told: unknown option 'strikt'" in out and "told: unknown option 'validat'" in out
+
+
+def test_other_backends_keep_their_own_options():
+    torch.compile(nn.Linear(2, 2), backend="inductor", options={"max_autotune": False})
+    compiled = torch.compile(nn.Linear(2, 2), backend=lambda gm, inputs, options: gm.forward, options={"strikt": True})
+    assert compiled(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_backend_given_as_a_function_tells_at_the_first_call():
+    model = torch.compile(nn.Linear(2, 2), backend=lambda gm, inputs: moe_fused(gm, inputs, options={"strikt": True}))
+    with pytest.raises(ValueError, match="strikt"):
+        model(torch.ones(1, 2))
+
+
+def test_defaults_and_good_values():
+    assert Options.parse(None) == Options()
+    assert Options().target == "auto" and Options().inner == "auto" and Options().validate and not Options().strict
+    chosen = Options.parse({"target": "cpu", "inner": "aot_eager", "overlap_shared": False, "validate": False, "strict": True})
+    assert (chosen.target, chosen.inner, chosen.overlap_shared, chosen.validate, chosen.strict) == ("cpu", "aot_eager", False, False, True)
+    assert Options.parse(chosen) is chosen
+    Options.parse({"inner_options": {"max_autotune": True}})
+    Options.parse({"inner": lambda gm, inputs: gm.forward, "inner_options": {"anything": 1}})
+    Options.parse(None, "reduce-overhead")
+
+
+def test_options_are_immutable_and_hashable():
+    with pytest.raises(AttributeError):
+        Options().target = "cuda"  # type: ignore[misc]
+    assert hash(Options()) == hash(Options())
+
+
+def test_public_names():
+    assert set(moe_compile.__all__) >= {"explain", "last_report", "NotFused", "Report", "BlockReport", "ir", "__version__"}
+    assert all(hasattr(moe_compile, name) for name in moe_compile.__all__)
