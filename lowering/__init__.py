@@ -36,11 +36,11 @@ def lowering_name(ir: MoeBlock, target: str = "cpu") -> str:
     return name
 
 
-def prepare(target: str) -> None:
-    """Let a target get ready (build its kernels) while the graph is still being traced. Never raises, never waits."""
+def prepare(ir: MoeBlock, target: str) -> None:
+    """Let a target start getting ready for a block (build its kernels) while the rest of the graph still compiles; never waits."""
     module = _module(target)
     if module is not None and hasattr(module, "prepare"):
-        module.prepare()
+        module.prepare(ir)
 
 
 def _module(target: str) -> ModuleType | None:

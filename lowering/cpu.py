@@ -6,6 +6,7 @@ What the kernels do not take (float64, mixed dtypes, unusual strides, no compile
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -42,9 +43,9 @@ def lowering_name(ir: MoeBlock) -> str:
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
 
 
-def prepare(dtype: torch.dtype) -> None:
-    """Start building the kernels for a dtype in the background; returns at once."""
-    cpu_build.start(dtype)
+def prepare(ir: MoeBlock) -> None:
+    """Start building the kernels for this block in the background; returns at once."""
+    cpu_build.start("forward", ir.experts.dtype)
 
 
 def forward(
@@ -60,7 +61,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
-    library = _library(x, layout, up, down, up_bias, down_bias) if ids.numel() else None
+    library = _library("forward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
     if library is None:
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -69,6 +70,7 @@ def forward(
     call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous())
     pre = x.new_zeros(ids.numel() if save else 0, layout.pre_width(down))
     if save:
+        cpu_build.start("backward", x.dtype)  # somebody is going to want gradients
         call.tensors(pre=pre)
     call.run(library.moe_experts_forward)
     return out, pre
@@ -88,7 +90,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As `generic.backward`."""
-    library = _library(x, layout, up, down, up_bias, down_bias) if ids.numel() else None
+    library = _library("backward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
     if library is None:
         return generic.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout, needs)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -129,21 +131,19 @@ def _call(
     return call
 
 
-def _library(x: Tensor, layout: Layout, up: Sequence[Tensor], down: Sequence[Tensor], *biases: Sequence[Tensor]):  # type: ignore[no-untyped-def]
-    """The kernels, when these operands are what they take."""
+def _library(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]) -> ctypes.CDLL | None:
+    """The kernels, when these operands are what they take: one dtype, one stride pattern per list, rows or columns contiguous."""
     dtype = x.dtype
     if dtype not in cpu_build.STORAGE or _depth(layout.act_ops) > _MAX_DEPTH or x.shape[1] == 0:
         return None
-    for tensors in (up, down, *biases):
-        if not tensors:
-            continue
-        strides = tensors[0].stride()
+    for tensors in lists:
+        strides = tensors[0].stride() if tensors else ()
         if any(t.dtype != dtype or t.stride() != strides for t in tensors):
             return None
-    for t in (up[0], down[0]):
+    for t in (lists[0][0], lists[1][0]):
         if 1 not in t.stride()[-2:] or 0 in t.stride():
             return None
-    return cpu_build.library(dtype)
+    return cpu_build.library(direction, dtype)
 
 
 def _depth(ops: Sequence[int]) -> int:

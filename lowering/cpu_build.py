@@ -1,4 +1,4 @@
-"""Builds the CPU kernels: one small shared library per storage type, compiled once per machine and kept on disk.
+"""Builds the CPU kernels: one small shared library per direction and storage type, compiled once per machine, kept on disk.
 
 The compiler is the one Inductor would use. Without one, or with one that fails, `library` returns None and the ops run in
 plain torch. The cache is `$MOE_COMPILE_CACHE_DIR`, else `$XDG_CACHE_HOME/moe_compile`, else `~/.cache/moe_compile`.
@@ -30,41 +30,41 @@ _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trap
 _TIMEOUT_S = 300
 
 _lock = threading.Lock()
-_builds: dict[torch.dtype, Future[ctypes.CDLL | None]] = {}
+_builds: dict[tuple[str, torch.dtype], Future[ctypes.CDLL | None]] = {}
 
 
-def start(dtype: torch.dtype) -> None:
-    """Begin building for this dtype on another thread, unless it is built, being built, or has no kernels."""
+def start(direction: str, dtype: torch.dtype) -> None:
+    """Begin building "forward" or "backward" for a dtype on another thread, unless it is built or has no kernels."""
     if dtype not in STORAGE:
         return
     with _lock:
-        if dtype in _builds:
+        if (direction, dtype) in _builds:
             return
-        _builds[dtype] = future = Future()
-    threading.Thread(target=_fill, args=(future, dtype), name="moe_compile kernel build", daemon=True).start()
+        _builds[direction, dtype] = future = Future()
+    threading.Thread(target=_fill, args=(future, direction, dtype), name="moe_compile kernel build", daemon=True).start()
 
 
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The loaded kernels for this dtype; builds them or waits for the build. None when there is no way to have them."""
-    future = _builds.get(dtype)
+def library(direction: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The loaded kernels; builds them or waits for the build. None when there is no way to have them."""
+    future = _builds.get((direction, dtype))
     if future is None:
-        start(dtype)
-        future = _builds.get(dtype)
+        start(direction, dtype)
+        future = _builds.get((direction, dtype))
     return None if future is None else future.result()
 
 
-def _fill(future: Future[ctypes.CDLL | None], dtype: torch.dtype) -> None:
+def _fill(future: Future[ctypes.CDLL | None], direction: str, dtype: torch.dtype) -> None:
     try:
-        future.set_result(_load(dtype))
+        future.set_result(_load(direction, dtype))
     except Exception as e:  # whatever goes wrong here, plain torch still works
-        log.info("no CPU kernels for %s, running in plain torch: %s", dtype, e)
+        log.info("no CPU kernels for %s (%s), running in plain torch: %s", dtype, direction, e)
         future.set_result(None)
 
 
-def _load(dtype: torch.dtype) -> ctypes.CDLL:
+def _load(direction: str, dtype: torch.dtype) -> ctypes.CDLL:
     compiler = _compiler()
-    flags = [*_FLAGS, *_machine_flags(), f"-D{STORAGE[dtype]}"]
-    path = _cache_dir() / f"experts-{_key(compiler, flags)}.so"
+    flags = [*_FLAGS, *_machine_flags(), f"-D{STORAGE[dtype]}", str(SOURCES / f"{direction}.cpp")]
+    path = _cache_dir() / f"{direction}-{_key(compiler, flags)}.so"
     if not path.exists():
         _compile(compiler, flags, path)
     return ctypes.CDLL(str(path))
@@ -76,7 +76,7 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
     handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCES / "kernels.cpp"), "-o", name]
+        command = [compiler, *flags, "-o", name]
         if subprocess.run(command[:1] + _openmp_flags() + command[1:], capture_output=True, timeout=_TIMEOUT_S).returncode:
             # a compiler without OpenMP still gives correct kernels, on one thread
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)

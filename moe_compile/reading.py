@@ -139,6 +139,9 @@ class _Writer:
         self.call, self.roles, self.experts = call, roles, ir.experts
         b = ir.boundary
         self.lists = [_listed(b.get(n)) for n in ("up", "down", "up_bias", "down_bias")]
+        self.views: Mapping[fx.Node, Any] = b.get("views") or {}
+        if b.get("base") is not None:
+            raise Rejection("its result does not start from zero", stage="read")
         self.params = list(dict.fromkeys(p.meta["param_path"] for p in self._sources() if "param_path" in p.meta))
         for name in ("tokens", "ids", "weights"):
             if self._argument(b[name]) != getattr(roles, name):
@@ -189,7 +192,7 @@ class _Writer:
         lines.append(f"    rows = {r.tokens}" + ("" if len(t[r.tokens].shape) == 2 else f".reshape(-1, {t[r.tokens].shape[-1]})"))
         known = {"param_path": {p: f"p{i}" for i, p in enumerate(self.params)}, "arg": {n: n for n in t}}
         env: dict[fx.Node, str] = {}
-        lists = [f"[{', '.join(self._weight(n, known, env, lines) for n in ns)}]" for ns in self.lists]
+        lists = [f"[{', '.join(self._viewed(n, known, env, lines) for n in ns)}]" for ns in self.lists]
         route = [n if len(t[n].shape) == 2 else f"{n}.reshape(-1, {r.k})" for n in (r.ids, r.weights)]
         plain = ", ".join(_literal(v) for v in experts_args(self.experts))
         lines.append(f"    out = torch.ops.moe_compile.experts(rows, {', '.join(route)}, {', '.join(lists)}, None, {plain})")
@@ -197,6 +200,10 @@ class _Writer:
             lines.append(f"    out = out.to({self.dtype})")  # what autocast makes of the op; the user's function decides for itself
         lines.append("    return out" + ("" if self.shape is None else f".view({', '.join(self.shape)})"))
         return "\n".join(lines)
+
+    def _viewed(self, n: fx.Node, known: Mapping[str, Mapping[str, str]], env: dict[fx.Node, str], lines: list[str]) -> str:
+        name = self._weight(n, known, env, lines)
+        return name if n not in self.views else f"{name}.view({', '.join(_literal(int(s)) for s in self.views[n])})"
 
     def _weight(self, n: fx.Node, known: Mapping[str, Mapping[str, str]], env: dict[fx.Node, str], lines: list[str]) -> str:
         """The name of a weight in the code; views on the way get a line each, once."""
@@ -249,10 +256,13 @@ class _Writer:
                     memo[n] = n.target(value(n.args[0]), *n.args[1:], **n.kwargs)  # type: ignore[operator, arg-type]
             return memo[n]
 
+        def viewed(n: fx.Node) -> Any:
+            return value(n).view(tuple(int(s) for s in self.views[n])) if n in self.views else value(n)
+
         r = self.roles
         x = values[r.tokens].reshape(-1, values[r.tokens].shape[-1])
         ids, w = values[r.ids].reshape(-1, r.k), values[r.weights].reshape(-1, r.k)
-        return self.experts.evaluate(x, ids, w, *([value(n) for n in ns] for ns in self.lists), dtype=torch.float32)
+        return self.experts.evaluate(x, ids, w, *([viewed(n) for n in ns] for ns in self.lists), dtype=torch.float32)
 
     def compare(
         self, bench: Bench, arguments: Mapping[str, Any], what: str, autocast: torch.dtype | None = None, may_raise: bool = False

@@ -15,6 +15,7 @@ from . import terms as T
 from .experts import data_dependent, match_experts, outer_atoms
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
+from .pull_rules import TUPLES
 from .terms import Term
 
 COMBINES = ("sum", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
@@ -62,7 +63,7 @@ class Finder:
             if n in number:
                 closed.add(label)  # a selection that feeds another one is a part of it
                 label = number[n]
-            elif label and n.op == "call_function" and op_name(n) not in RULES:
+            elif label and n.op == "call_function" and op_name(n) not in RULES and op_name(n) not in TUPLES:
                 label = 0
             self.live[n] = label
             if label and label not in closed and self._is_candidate(n, label):

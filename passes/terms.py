@@ -136,12 +136,27 @@ def add(*ts: Term) -> Term:
         else:
             k, body = coefficient(t)
             rest[body] = rest.get(body, 0) + k
+    _whole_division(rest)
     out = [scaled(k, b) for b, k in rest.items() if k != 0]
     if total != 0 or not out:
         out.append(const(total))
     if len(out) == 1:
         return out[0]
     return mk("add", *sorted(out, key=lambda x: x.serial))
+
+
+def _whole_division(rest: dict[Term, Any]) -> None:
+    """n (x // n) + x % n = x."""
+    for m in [b for b in rest if b.op == "mod"]:
+        q = _table.get(("fdiv", *m.args))
+        k = rest.get(m)
+        if q is None or q not in rest or k is None or not same_size(rest[q], k * m.args[1].args[0]):
+            continue
+        del rest[q], rest[m]
+        x = m.args[0]
+        for part in x.args if x.op == "add" else (x,):
+            c, body = coefficient(part)
+            rest[body] = rest.get(body, 0) + k * c
 
 
 def coefficient(t: Term) -> tuple[Any, Term]:

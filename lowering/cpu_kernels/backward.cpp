@@ -1,0 +1,12 @@
+// Entry point of the gradient library. Returns 0, or 1 when there is no memory.
+#include "backward.h"
+
+extern "C" int moe_experts_backward(const Args* args) {
+  try {
+    Forward forward{*args, make_plan(*args), {args->act_ops, args->act_consts, args->n_act}, nullptr, nullptr};
+    Backward{*args, forward, nullptr, nullptr, nullptr}.run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
