@@ -34,7 +34,7 @@ BACKENDS = ("eager", "inductor", "moe_fused")
 class Recipe:
     """Everything that decides the result of a run."""
 
-    steps: int = 3000
+    steps: int = 1800
     batch: int = 16
     context: int = 256
     lr: float = 3e-3

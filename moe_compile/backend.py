@@ -40,6 +40,7 @@ def moe_fused(
     target, report = target_of(gm, example_inputs, chosen), reports.report_for(gm)
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
+    rejected += loops_left([b.source for b in blocks])
     seconds["passes"] = time.perf_counter() - started
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
@@ -98,6 +99,15 @@ def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list
         log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
     for r in rejected:
         log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
+
+
+def loops_left(fused: Sequence[str]) -> list[Rejection]:
+    """The expert loops that capture met since the last graph and left alone, and that no block at the `fused` sources covers.
+
+    One for each loop and reason: Dynamo may trace the same loop several times.
+    """
+    left = {(r.source, r.reason): r for r in capture.pending() if isinstance(r, Rejection)}
+    return [r for r in left.values() if not any(reports.same_function(r.source, s) for s in fused)]
 
 
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:

@@ -33,9 +33,7 @@ from .reading import Reading, Trial, matches, read
 
 log = logging.getLogger("moe_compile")
 
-# names in an expert loop's code: how it asks which tokens an expert has, and how it collects what the experts return
-_ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "argsort", "sort", "one_hot"}
-_COLLECTS = {"index_add_", "index_add", "scatter_add_", "scatter_reduce_", "split", "cat"}
+# names in code that does more than compute
 _EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
 _COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
@@ -147,10 +145,10 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
 
 @functools.cache
 def is_candidate(code: types.CodeType) -> bool:
-    """Whether code may be an expert loop: a loop, a choice of rows, and nothing that anyone outside could notice."""
+    """Whether code may be an expert loop: it has a loop, and does nothing that anyone outside could notice."""
     codes = list(_with_inner(code))
     names = {n for c in codes for n in c.co_names}
-    if code.co_flags & _UNUSUAL or not names & (_ASKS | _COLLECTS) or names & _EFFECTS:
+    if code.co_flags & _UNUSUAL or names & _EFFECTS:
         return False
     instructions = [i for c in codes for i in dis.get_instructions(c)]
     outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
@@ -265,9 +263,30 @@ def _hook_flags() -> None:
 
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
-        if not enabled() or not for_us(signature.bind_partial(*args, **kwargs).arguments.get("compiler_fn")):
+        given = signature.bind_partial(*args, **kwargs).arguments
+        config = torch._dynamo.config
+        on_already = given.get("one_graph") or (config.capture_dynamic_output_shape_ops and config.capture_scalar_outputs)
+        if on_already or not enabled() or not for_us(given.get("compiler_fn")):
             return original(*args, **kwargs)
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-            return original(*args, **kwargs)
+        try:
+            with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+                return original(*args, **kwargs)
+        except Exception as e:
+            if not _from_data_dependence(e):
+                raise
+            log.info("capture: a frame is compiled again without data-dependent sizes: %s", e)
+        return original(*args, **kwargs)
 
     convert_frame._compile = compile_frame
+
+
+def _from_data_dependence(e: BaseException | None) -> bool:
+    """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
+    seen = 0
+    while e is not None and seen < 8:
+        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
+            return True
+        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
+            return True
+        e, seen = e.__cause__ or e.__context__, seen + 1
+    return False

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .backend import loops_left
 from .options import BACKEND_NAME, Options
 from .report import Report, collecting
 
@@ -23,8 +24,10 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     chosen = Options.parse({"inner": "eager", **(options or {})})
     devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     compiled = torch.compile(_original(model), backend=BACKEND_NAME, options=_as_dict(chosen), **_apart())
+    loops_left(())  # what was met earlier is not part of this
     with torch.random.fork_rng(devices), collecting() as report:
         compiled(*args, **kwargs)
+        report.add_rejected(loops_left([b.source for b in report.blocks]))
     return report
 
 

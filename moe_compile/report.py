@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import linecache
 import math
 import sys
 import threading
@@ -153,6 +155,24 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def same_function(definition: str, source: str) -> bool:
+    """Whether file:line `source` lies in the body of the function defined (or decorated) at file:line `definition`."""
+    path, _, first = definition.rpartition(":")
+    other, _, line = source.rpartition(":")
+    if path != other or not first.isdigit() or not line.isdigit():
+        return False
+    try:
+        tree = ast.parse("".join(linecache.getlines(path)))
+    except SyntaxError:
+        return False
+    for f in ast.walk(tree):
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            start = min([f.lineno, *(d.lineno for d in f.decorator_list)])
+            if start <= int(first) <= f.body[0].lineno and f.lineno <= int(line) <= (f.end_lineno or 0):
+                return True
+    return False
+
+
 # -- graph breaks -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +256,9 @@ class _Store:
         return mine.report
 
     def _restarts(self, compile_id: tuple[Any, int] | None) -> bool:
-        """A whole-model graph that is compiled again (other shapes) starts a new compilation."""
+        """A whole-model graph that is compiled again (other shapes, after a reset) starts a new compilation."""
         root = self.mine.root
-        return compile_id is not None and root is not None and compile_id[0] == root[0] and compile_id[1] > root[1]
+        return compile_id is not None and root is not None and compile_id[0] == root[0]
 
     def record_breaks(self, report: Report, gm: torch.fx.GraphModule | None) -> None:
         with self.lock:

@@ -59,12 +59,12 @@ class Reductions:
             self.by_symbol[symbol] = key
         return outside * self.by_key[key]
 
-    def replace(self, expr: sp.Expr, f: Any) -> sp.Expr:
-        """Apply `f` to an expression, and to what its reductions reduce."""
+    def replace(self, expr: sp.Expr, f: Any, keep: tuple[sp.Symbol, ...] = ()) -> sp.Expr:
+        """Apply `f` to an expression, and to what its reductions reduce (those in `keep` excepted)."""
         out = f(expr)
-        for z in sorted(out.free_symbols & set(self.by_symbol), key=str):
+        for z in sorted((expr.free_symbols & set(self.by_symbol)) - set(keep), key=str):
             r = self.by_symbol[z]
-            body = self.replace(r.body, f)
+            body = self.replace(r.body, f, keep)
             if body != r.body:
                 out = out.subs(z, self.make(r.kind, r.over, body))
         return out
@@ -135,11 +135,21 @@ class Translator:
 def _function(name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:
     if name == "exp":
         return sp.exp(sp.expand(x))
+    if name == "sigmoid":
+        return 1 - act.sigmoid(-x) if x.could_extract_minus_sign() else act.sigmoid(x)
+    if name == "tanh":  # one spelling for both: tanh(x) = 2 sigmoid(2x) - 1
+        return sp.expand(2 * _function("sigmoid", 2 * x, ()) - 1)
+    if name == "log":
+        for e in x.atoms(sp.exp):
+            if x == 1 + e:
+                return act.softplus(e.args[0])
+        if x.func is act.sigmoid:
+            return -act.softplus(-x.args[0])
     if name == "clamp":
         lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c, rational=True) for c in consts)
         return act.clamp(x, lo, hi)
     heads = {
-        "sigmoid": act.sigmoid, "softplus": act.softplus, "relu": act.relu, "tanh": sp.tanh, "log": sp.log, "abs": sp.Abs,
+        "softplus": act.softplus, "relu": act.relu, "log": sp.log, "abs": sp.Abs,
     }  # fmt: skip
     if name not in heads:
         raise Unknown(f"{name} in the router")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def deep_recursion(limit: int = 50_000) -> Iterator[None]:
+def deep_recursion(limit: int = 12_000) -> Iterator[None]:
     """Raise Python's recursion limit while the passes run (Python 3.11 and later keep Python calls off the C stack)."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, before))

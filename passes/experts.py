@@ -67,7 +67,7 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     tokens: Any = 1
     for s in shape[:-1]:
         tokens = tokens * s
-    t, h = T.named("t", tokens if not isinstance(tokens, sp.Expr) else sp.expand(tokens)), T.named("h", shape[-1])
+    t, h = row_variable(tokens), T.named("h", shape[-1])
     term = p.at(out, (*row_index(t, shape[:-1]), h))
     if not any(x.op in ("topk", "sv", "nz", "a") and x.op != "a" or (x.op == "a" and _ids_atom(x)) for x in T.walk(term)):
         raise No("the result does not depend on expert ids")
@@ -77,6 +77,23 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     j, k = slot_variable(parts)
     body, ids, foreign = one_body(parts, j)
     return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+
+
+def row_variable(tokens: Any) -> Term:
+    """The token index; with a single token it is 0, as it is wherever a dim of size 1 is read."""
+    if isinstance(tokens, sp.Expr):
+        tokens = sp.expand(tokens)
+    return T.const(0) if tokens == 1 else T.named("t", tokens)
+
+
+def is_row(a: Term, d: int) -> bool:
+    """Whether dim d of an atom is read at the token itself."""
+    i = a.args[1][d]
+    if data_dependent(i):
+        return False
+    if any(v.args[0] == "t" for v in i.atoms):
+        return True
+    return T.is_c(i, 0) and isinstance(a.args[0], fx.Node) and shape_of(a.args[0])[d] == 1
 
 
 def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:
@@ -139,9 +156,11 @@ def split_parts(term: Term, dense: Any) -> tuple[list[Part], list[Term]]:
 
 def _parts_of(a: Term, dense: Any) -> list[Part]:
     """Σ_j c · body of one addend, opened into one part for each expert that is named by a condition."""
-    outer = [f for f in factors(a) if f.op != "sum" or not _routes(f)]
     sums = [f for f in factors(a) if f.op == "sum" and _routes(f)]
-    if len(sums) == 1:
+    if len(sums) > 1:  # the other ones are a part of the weights
+        sums = [f for f in sums if _has_feature(f)] or [f for f in sums if any(_condition(x) for x in factors(f.args[1]))]
+    outer = [f for f in factors(a) if f not in sums[:1]]
+    if sums:
         v, inner = sums[0].args
         slot = T.named("slot", v.args[1])
         body = T.mul(*outer, T.subst(inner, {v: slot}))
@@ -149,6 +168,10 @@ def _parts_of(a: Term, dense: Any) -> list[Part]:
             return [q for x in body.args for q in _open(x, dense)]
         return _open(body, dense)
     return _open(a, dense)
+
+
+def _has_feature(t: Term) -> bool:
+    return any(v.args[0] == "h" for v in t.atoms)
 
 
 def _routes(s: Term) -> bool:
@@ -183,7 +206,7 @@ def _open(body: Term, dense: Any) -> list[Part]:
 
 def _plain_row(a: Term) -> bool:
     """Whether an atom has the token row itself as an index (scores and tokens do, weights do not)."""
-    return any(not data_dependent(i) and any(v.args[0] == "t" for v in i.atoms) for i in a.args[1])
+    return any(is_row(a, d) for d in range(len(a.args[1])))
 
 
 def _condition(f: Term) -> tuple[Term, int] | None:
@@ -281,16 +304,15 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     found: dict[Term, None] = {}
     sizes = []
     for a in outer_atoms(part.body):
-        if _plain_row(a) or not any(data_dependent(i) for i in a.args[1]):
+        if _plain_row(a) or len(a.args[1]) < 2 or not any(data_dependent(i) for i in a.args[1]):
             continue
         for d, i in enumerate(a.args[1]):
             for piece in i.args if i.op == "add" else (i,):
                 if data_dependent(piece):
                     found[T.coefficient(piece)[1]] = None
-                    if len(a.args[1]) > 1:
-                        stride = T.coefficient(piece)[0]
-                        n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
-                        sizes.append(T.exact_div(n, stride))
+                    stride = T.coefficient(piece)[0]
+                    n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
+                    sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
         raise No("expert weights are indexed by different ids" if found else "no expert weight is indexed by the ids")
     if len(set(sizes)) != 1 or not isinstance(sizes[0], int):
@@ -299,7 +321,7 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     expert = T.named(EXPERT, sizes[0])
     mapping = {}
     for a in outer_atoms(part.body):
-        if not _plain_row(a) and any(data_dependent(i) for i in a.args[1]):
+        if not _plain_row(a) and len(a.args[1]) > 1 and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
     return T.canonical(T.subst(part.body, mapping)), ids, {}
 
@@ -633,8 +655,9 @@ def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> l
         if shape_of(nodes)[0] != want[0] * want[1]:
             raise No(f"expert parameter {nodes} has shape {shape_of(nodes)}, used as {want}")
         return [Param(nodes, tuple(want))]
-    if shape_of(nodes) != tuple(want):
-        raise No(f"expert parameter {nodes} has shape {shape_of(nodes)}, used as {want}")
+    shape = shape_of(nodes)
+    if shape[1:] != tuple(want[1:]) or shape[0] < want[0]:  # rows of identity experts may follow
+        raise No(f"expert parameter {nodes} has shape {shape}, used as {want}")
     return [Param(nodes)]
 
 

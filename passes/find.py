@@ -12,7 +12,7 @@ import torch.fx as fx
 from ..ir import Rejection
 from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
 from . import terms as T
-from .experts import data_dependent, match_experts, outer_atoms
+from .experts import data_dependent, is_row, match_experts, outer_atoms
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
 from .pull_rules import TUPLES
@@ -140,12 +140,14 @@ def is_selection(n: fx.Node) -> bool:
         return False
     x = n.args[0]
     v = x.meta.get("val") if isinstance(x, fx.Node) else None
-    return isinstance(v, torch.Tensor) and v.dtype.is_floating_point and v.ndim >= 2
+    if not (isinstance(v, torch.Tensor) and v.dtype.is_floating_point and v.ndim >= 2):
+        return False
+    return name in ("argsort", "argmax") or any(u.args[1] == 1 and u.users for u in n.users)  # its indices are read
 
 
 def _is_id_input(n: fx.Node) -> bool:
     v = n.meta.get("val")
-    return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim == 2 and not v.dtype.is_floating_point
+    return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim in (1, 2) and v.dtype in (torch.int64, torch.int32)
 
 
 TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
@@ -204,7 +206,9 @@ class DenseReader:
         n = nodes[0]
         if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
             return False
-        row = any(v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms)
+        row = any(is_row(a, d) for d in range(len(a.args[1]))) if isinstance(a.args[0], fx.Node) else any(
+            v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms
+        )
         feature = any(v.args[0] == "h" for i in a.args[1] for v in i.atoms)
         return row and feature and n not in self.inner_edge()
 

@@ -96,7 +96,7 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
     rows = chosen.args[1][:-1]
     tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*rows, v)), m.k, num_experts)
     criterion = T.canonical(p.at(source, (*rows, e)))
-    weight = T.canonical(expand(m.weight, p))
+    weight = roll_slots(T.canonical(expand(m.weight, p)), choice, rows, m.k)
     plain, groups = split_groups(criterion, e, p)
     ids_term = T.mk("topk", choice, (*rows, m.j if m.k > 1 or m.j.op == "v" else chosen.args[1][-1]))
     if m.ids is not ids_term and chosen is not ids_term:
@@ -122,6 +122,33 @@ def expand(t: Term, p: Puller) -> Term:
     """Look into the score tensors that the experts' pass left as atoms."""
     mapping = {x: p.at(x.args[0], x.args[1]) for x in T.walk(t) if x.op == "a" and isinstance(x.args[0], fx.Node)}
     return T.subst(t, {k: v for k, v in mapping.items() if k is not v})
+
+
+def roll_slots(t: Term, choice: fx.Node, rows: tuple[Term, ...], k: int) -> Term:
+    """f(slot 0) + f(slot 1) + ... + f(slot k-1) is a sum over the slots, also when it is written out."""
+    slots = [T.mk("topk", choice, (*rows, T.const(c))) for c in range(k)]
+    memo: dict[Term, Term] = {}
+    for x in T.walk(t):
+        y = T.rebuild(x, lambda c: memo[c]) if x.op not in ("c", "v") else x
+        if y.op == "add" and k > 1:
+            y = _rolled(y, slots)
+        memo[x] = y
+    return memo[t]
+
+
+def _rolled(t: Term, slots: list[Term]) -> Term:
+    v = T.named("#rolled", len(slots))
+    any_slot = T.mk("topk", slots[0].args[0], (*slots[0].args[1][:-1], v))
+    groups: dict[Term, dict[int, Term]] = {}
+    for a in t.args:
+        here = [c for c, s in enumerate(slots) if any(x is s for x in T.walk(a))]
+        if len(here) == 1:
+            groups.setdefault(T.subst(a, {slots[here[0]]: any_slot}), {})[here[0]] = a
+    for form, members in groups.items():
+        if len(members) == len(slots):
+            rest = [a for a in t.args if a not in members.values()]
+            return T.canonical(T.add(T.reduce_("sum", v, form), *rest))
+    return t
 
 
 def _score_dtype(p: Puller, logits: fx.Node, source: fx.Node) -> torch.dtype:
@@ -214,7 +241,7 @@ SCORES: tuple[tuple[Score, Any], ...] = (
     (Score.SIGMOID, act.sigmoid(L)),
     (Score.SQRT_SOFTPLUS, sp.sqrt(act.softplus(L))),
     (Score.SOFTPLUS, act.softplus(L)),
-    (Score.TANH, sp.tanh(L)),
+    (Score.TANH, 2 * act.sigmoid(2 * L) - 1),
     (Score.RELU, act.relu(L)),
     (Score.EXP, sp.exp(L)),
 )
@@ -238,8 +265,8 @@ def build(select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None
     else:
         kind, over_selected, out = _score(value, red, softmax_all)
         if kind is Score.SOFTMAX and not over_selected:
-            assert softmax_all is not None
-            select = _with_softmax(select, red, softmax_all)
+            if softmax_all is not None:
+                select = _with_softmax(select, red, softmax_all)
         elif kind not in (Score.IDENTITY, Score.SOFTMAX):
             f = dict(SCORES)[kind]
             select = red.replace(select, lambda x: x.subs(f, S))
@@ -279,7 +306,7 @@ def _softmax_all(red: Reductions) -> sp.Symbol | None:
 
 def _with_softmax(expr: sp.Expr, red: Reductions, z: sp.Symbol) -> sp.Expr:
     """Write exp(l) as s Z: s is the softmax over all experts."""
-    out = red.replace(expr, lambda x: sp.expand_power_base(x.subs(sp.exp(L), S * z)))
+    out = red.replace(expr, lambda x: sp.expand_power_base(x.subs(sp.exp(L), S * z)), (z,))
     out = sp.cancel(sp.together(out)) if z in out.free_symbols else out
     return out
 
@@ -288,7 +315,7 @@ def _score(value: sp.Expr, red: Reductions, softmax_all: sp.Symbol | None) -> tu
     """(score, whether it runs over the selected experts only, the weights as an expression in s)."""
     selected = next((z for z, r in red.by_symbol.items() if (r.kind, r.over, r.body) == ("sum", "K", sp.exp(L))), None)
     if selected is not None and selected in value.free_symbols and (softmax_all is None or softmax_all not in value.free_symbols):
-        out = red.replace(value, lambda x: x.subs(sp.exp(L), S * selected)) if not (value * selected / sp.exp(L)).is_number else value * selected / sp.exp(L) * S
+        out = red.replace(value, lambda x: x.subs(sp.exp(L), S * selected), (selected,)) if not (value * selected / sp.exp(L)).is_number else value * selected / sp.exp(L) * S
         if not _mentions(out, red, L, selected):
             return Score.SOFTMAX, True, out
     if softmax_all is not None and softmax_all in _all_symbols(value, red):
@@ -299,9 +326,17 @@ def _score(value: sp.Expr, red: Reductions, softmax_all: sp.Symbol | None) -> tu
     for kind, f in SCORES:
         out = red.replace(value, lambda x, f=f: x.subs(f, S))
         if out != value and not _mentions(out, red, L):
+            if kind is Score.EXP and _scale_free(out, red):
+                return Score.SOFTMAX, False, out  # the softmax's own sum cancels; keep it, for exp alone overflows
             return kind, False, out
     out = red.replace(value, lambda x: x.subs(L, S))
     return Score.IDENTITY, False, out
+
+
+def _scale_free(out: sp.Expr, red: Reductions) -> bool:
+    """Whether the weights stay the same when every score is multiplied by one positive number."""
+    a = sp.Symbol("a", positive=True)
+    return bool(sp.simplify(red.replace(out, lambda x: x.subs(S, S * a)) - out) == 0)
 
 
 def _mentions(e: sp.Expr, red: Reductions, *symbols: sp.Symbol) -> bool:

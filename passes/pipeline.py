@@ -116,7 +116,8 @@ def _take(b: Block, rewriter: Rewriter, options: Any, target: str, out: Outcome)
     except Rejection as r:
         out.rejected.append(_located(r, rewriter.shadow))
         return
-    out.blocks.append(Recovered(b.ir, source_of(b.match.out), bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note))
+    source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
+    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note))
 
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
@@ -179,11 +180,25 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
+def _frames(n: Any) -> list[tuple[str, str]]:
+    trace = n.meta.get("stack_trace") if isinstance(n, fx.Node) else None
+    return _FRAME.findall(trace or "")
+
+
 def source_of(n: Any) -> str:
     """file:line of the innermost frame of the user's code that made a node, or ""."""
-    trace = n.meta.get("stack_trace") if isinstance(n, fx.Node) else None
-    frames = _FRAME.findall(trace or "")
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+    frames = _frames(n)
+    return ":".join(frames[-1]) if frames else ""
+
+
+def block_source(out: fx.Node, choice: fx.Node | None) -> str:
+    """The line of the function that holds both the routing and the experts: where their stacks part."""
+    a, b = _frames(out), _frames(choice)
+    common = 0
+    while common < min(len(a), len(b)) and a[common] == b[common]:
+        common += 1
+    frame = a[min(common, len(a) - 1)] if a else None
+    return ":".join(frame) if frame else ""
 
 
 def _located(r: Rejection, shadow: Shadow) -> Rejection:

@@ -329,6 +329,10 @@ def _unary(name: str) -> Any:
 
 for _n in ("sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "erf", "relu", "neg", "reciprocal", "square", "abs", "log1p", "expm1"):
     rule(_n)(_unary(_n))
+rule("log_sigmoid", "logsigmoid")(_unary("log_sigmoid"))
+rule("special_expit", "expit")(_unary("sigmoid"))
+rule("special_log1p")(_unary("log1p"))
+rule("special_expm1")(_unary("expm1"))
 rule("negative")(_unary("neg"))
 rule("absolute")(_unary("abs"))
 

@@ -82,8 +82,11 @@ def record(fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe | 
     gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
     for r in gm.meta["host_reads"]:
         _check_read(r.node)
+    _fix_indices(gm, values)
     name_selections(gm, values)
     _drop_dead(gm)
+    if gm.meta["selections"]:
+        _check_result(replay(gm), results[0])
     return gm
 
 
@@ -229,6 +232,21 @@ def _check_result(values: dict[fx.Node, Any], result: Any) -> None:
             raise Rejection("the recorded operations do not give the function's result", stage="record")
 
 
+def _fix_indices(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """A single number that was read back decided what the code did next; where it also goes on as a tensor, it is the same number.
+
+    ``for e in hit: mask[e]; experts[e]``: expert 3 was called because `e` was read as 3, so `mask[e]` is `mask[3]`.
+    """
+    for n in dict.fromkeys(r.node for r in gm.meta["host_reads"]):
+        v = values[n]
+        if n.op == "placeholder" or not n.users or v.numel() != 1 or v.is_floating_point() or v.dtype is torch.bool:
+            continue
+        with gm.graph.inserting_after(n):
+            fixed = gm.graph.call_function(torch.ops.aten.full.default, (list(v.shape), v.item()), {"dtype": v.dtype})
+        fixed.meta, values[fixed] = dict(n.meta), v
+        n.replace_all_uses_with(fixed)
+
+
 def _plain(v: Any) -> Any:
     return v.tolist() if isinstance(v, Tensor) else v
 
@@ -259,13 +277,18 @@ def _chooses(n: fx.Node) -> bool:
 
 def _drop_dead(gm: fx.GraphModule) -> None:
     for n in reversed(gm.graph.nodes):
-        fresh = _writes(n) and isinstance(n.args[0], fx.Node) and n.args[0].op == "call_function" and set(n.args[0].users) == {n}
-        if not n.users and n.op == "call_function" and (fresh or not _writes(n)):
+        if not n.users and n.op == "call_function" and (not _writes(n) or _is_fresh(n.args[0], n)):
             gm.graph.erase_node(n)
     for n in list(gm.graph.nodes):
         if n.op == "placeholder" and "param_path" in n.meta and not n.users:
             gm.graph.erase_node(n)
     gm.recompile()
+
+
+def _is_fresh(n: Any, writer: fx.Node) -> bool:
+    """Whether `n` made a tensor of its own that nobody but `writer` looks at."""
+    schema = getattr(n.target, "_schema", None) if isinstance(n, fx.Node) and n.op == "call_function" else None
+    return schema is not None and not any(r.alias_info for r in schema.returns) and set(n.users) == {writer}
 
 
 def _writes(n: fx.Node) -> bool:

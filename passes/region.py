@@ -14,7 +14,7 @@ from . import terms as T
 from .experts import row_index
 from .gating import GatingMatch
 from .match import ExpertsMatch
-from .pull import Puller, shape_of
+from .pull import Puller, op_name, shape_of
 
 
 @dataclass
@@ -65,7 +65,7 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
         term = T.canonical(p.at(n, (*row_index(m.t, shape_of(n)[:-1]), slot)))
         for name, value in want.items():
             if term is value and v.dtype.is_floating_point == (name == "weights"):
-                found.setdefault(name, n)
+                found[name] = n  # the last one: weights may be cast after they are computed
     return found.get("ids"), found.get("weights"), found.get("raw")
 
 
@@ -89,6 +89,11 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
         seen.add(n)
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
             return Rejection(f"the block reads one more input, {n.name}", n, "region")
-        stack.extend(n.all_input_nodes)
+        stack.extend(data_inputs(n))
     order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
     return sorted(seen, key=order.__getitem__)
+
+
+def data_inputs(n: fx.Node) -> list[fx.Node]:
+    """Inputs whose values matter; type_as reads no more than a dtype off its second one."""
+    return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

@@ -33,10 +33,10 @@ class _Order:
     last: fx.Node | None = None  # the latest node made for this order
 
 
-def name_selections(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
+def name_selections(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
     """Replace slices of rows sorted by expert id by selections on the sorted ids, in place.
 
-    values: what each node was on the probe. Adds the number of selections made as ``gm.meta["selections"]``.
+    values: what each node was on the probe; new nodes are added. The number of selections made is ``gm.meta["selections"]``.
     """
     made = 0
     orders: list[_Order] = []
@@ -110,12 +110,13 @@ def _selection(graph: fx.Graph, o: _Order, e: int, values: Mapping[fx.Node, Any]
     return o.selections[e]
 
 
-def _replace(graph: fx.Graph, piece: fx.Node, source: fx.Node, rows: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+def _replace(graph: fx.Graph, piece: fx.Node, source: fx.Node, rows: fx.Node, values: dict[fx.Node, Any]) -> None:
     """Reads of the piece become reads of the rows; a copy into the piece becomes a write to the rows of its source."""
     for user in list(piece.users):
         if user.target is _aten.copy_.default and user.args[0] is piece:
             with graph.inserting_before(user):
                 put = _call(graph, user, _aten.index_put_.default, (source, [rows], user.args[1]), values[source])
+            values[put] = values[source]
             source.replace_all_uses_with(put, delete_user_cb=_later_than(put))
             user.replace_all_uses_with(piece)
             graph.erase_node(user)

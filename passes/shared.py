@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy as sp
 import torch.fx as fx
 
 from ..ir import Form, SharedExpert
 from . import terms as T
-from .experts import No, factors, layout, parse_core, row_index
+from .experts import No, factors, is_row, layout, parse_core, row_index, row_variable
 from .find import users_through_views
 from .gating import CONTRACTIONS
 from .match import ExpertsMatch
@@ -42,7 +41,7 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
     lead: Any = 1
     for s in shape_of(other)[:-1]:
         lead = lead * s
-    t, h = T.named("t", sp.expand(lead) if isinstance(lead, sp.Expr) else lead), T.named("h", shape_of(other)[-1])
+    t, h = row_variable(lead), T.named("h", shape_of(other)[-1])
     try:
         return _parse(m, p.at(other, (*row_index(t, shape_of(other)[:-1]), h)), t, h)
     except No:
@@ -52,7 +51,7 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
 def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> SharedExpert | None:
     """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one."""
     one = T.named("expert", 1)
-    params = {x: T.atom(x.args[0], (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and not any(v.args[0] == "t" for v in x.atoms)}
+    params = {x: T.atom(x.args[0], (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and not any(is_row(x, d) for d in range(len(x.args[1])))}
     term = T.subst(term, params)
     core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
     gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))

@@ -23,6 +23,8 @@ def sum_over(v: Term, body: Term) -> Term:
         return body
     if not uses(body, v):
         return mul(const(v.args[1]), body)
+    if v.args[1] == 1:
+        return subst(body, {v: const(0)})
     for rule in (_permuted, _masked_rows, _factor_out, _one_hot, _scattered):
         out = rule(v, body)
         if out is not None:
@@ -90,6 +92,8 @@ def _one_hot(v: Term, body: Term) -> Term | None:
                 continue
             if a is v:
                 return subst(rest, {v: b})
+            if T.same_choice(a, b, v):
+                return subst(rest, {v: b.args[1][-1]})
             if a.op == "fdiv" and a.args[0] is v:
                 k = a.args[1].args[0]
                 if not T.below(b, _ratio(v.args[1], k)) and not uses_any_bound(b):
@@ -100,23 +104,12 @@ def _one_hot(v: Term, body: Term) -> Term | None:
                 n = a.args[1].args[0]
                 j = T.var(_ratio(v.args[1], n), "j")
                 return sum_over(j, subst(rest, {v: add(mul(const(n), j), b)}))
-            if a.op == "add":  # v + c == b
-                k, others = _solve(a, v)
-                if k == 1 and others is not None:
-                    return None
     return None
 
 
 def uses_any_bound(b: Term) -> bool:
     """Output indices are in range by construction."""
     return b.op == "v"
-
-
-def _solve(a: Term, v: Term) -> tuple[Any, Term | None]:
-    parts = [x for x in a.args if uses(x, v)]
-    if len(parts) == 1 and parts[0] is v:
-        return 1, add(*(x for x in a.args if x is not v))
-    return 0, None
 
 
 def _ratio(n: Any, k: Any) -> Any:

@@ -258,6 +258,12 @@ def fn(name: str, *args: Term, consts: tuple[Any, ...] = ()) -> Term:
         return power(x, -0.5)
     if name == "square":
         return power(x, 2)
+    if name == "log1p":
+        return fn("log", add(const(1), x))
+    if name == "expm1":
+        return add(fn("exp", x), const(-1))
+    if name == "log_sigmoid":
+        return fn("log", fn("sigmoid", x))
     return mk("fn", name, args, consts)
 
 
@@ -527,11 +533,20 @@ def reduce_(op: str, v: Term, body: Term) -> Term:
         return sum_over(v, body)
     if not uses(body, v) and op in ("max", "min", "any"):
         return body
+    if op == "any" and body.op == "eq" and any(same_choice(a, b, v) for a, b in (body.args, body.args[::-1])):
+        return const(1)
     if op == "any" and body.op == "eq":
         for a, b in (body.args, body.args[::-1]):
             if a is v and not uses(b, v) and below(b, v.args[1]):
                 return const(1)
     return mk(op, v, body)
+
+
+def same_choice(a: Term, b: Term, v: Term) -> bool:
+    """a is the choice in slot v, b one of the same top-k's choices: they are equal in just one slot, b's own."""
+    if a.op != "topk" or b.op != "topk" or a.args[0] is not b.args[0] or not a.args[1]:
+        return False
+    return a.args[1][-1] is v and a.args[1][:-1] == b.args[1][:-1] and below(b.args[1][-1], v.args[1])
 
 
 def canonical(t: Term) -> Term:

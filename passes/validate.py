@@ -257,6 +257,8 @@ def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
         elif n.op == "get_attr":
             v = _constant(n)
             env[n] = v.to(torch.float64) if isinstance(v, Tensor) and v.is_floating_point() else v
+        elif op_name(n) == "type_as":
+            env[n] = _cast(n, load(n.args[0]))
         else:
             env[n] = _call(n, load(n.args), {k: load(v) for k, v in n.kwargs.items()})
 
@@ -277,7 +279,7 @@ def _call(n: fx.Node, args: Any, kwargs: Any) -> Any:
     if name.startswith(("empty", "new_empty")):
         out = n.target(*args, **kwargs)  # type: ignore[operator]
         return out.fill_(7) if isinstance(out, Tensor) else out
-    if name in ("to", "_to_copy", "type_as", "float", "double", "half") and isinstance(args[0], Tensor):
+    if name in ("to", "_to_copy", "float", "double", "half") and isinstance(args[0], Tensor):
         return _cast(n, args[0])
     out = n.target(*args, **kwargs)  # type: ignore[operator]
     if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != torch.float64:

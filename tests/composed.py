@@ -378,7 +378,8 @@ class Composed(nn.Module):
             order = ids.flatten().argsort(stable=True)
             chosen, token = ids.flatten()[order], order // ids.shape[1]
             y = self.batched(x[token], lambda t: t[chosen], "n", "n", "n")
-            return ADD[how.add](base.clone(), token, y * w.flatten()[order][:, None])
+            add = "index_add" if how.add == "index_put" else how.add  # a token comes k times here: overwriting is not adding
+            return ADD[add](base.clone(), token, y * w.flatten()[order][:, None])
         y = self.gathered(x, ids)
         return base + (torch.einsum("tkh,tk->th", y, w) if how.add == "accumulate" else (y * w.unsqueeze(-1)).sum(1))
 

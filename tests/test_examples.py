@@ -226,7 +226,8 @@ def test_mini_is_trinity_minis_shape() -> None:
 def test_explain_shows_every_moe_layer_validated(capsys) -> None:
     assert run_trinity.main(["--explain"]) == 0
     table = capsys.readouterr().out
-    assert table.count("16 × SwiGLU") == 3 and "2.826" in table
+    assert "16 × SwiGLU" in table and "2.826 · σ(l)" in table
+    assert "3 MoE blocks fused · 0 left as written" in table
 
 
 @needs_passes

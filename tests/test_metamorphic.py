@@ -96,7 +96,7 @@ def test_residual_as_base_is_added_once(pair: tuple[Spec, Spelling]) -> None:
     assert not differences(ir, meaning(spec))
 
 
-@examples(150)
+@examples(80)
 @given(spelled())
 def test_generator_writes_what_its_spec_says(pair: tuple[Spec, Spelling]) -> None:
     """The modules themselves, in eager, against the naive reading of their Spec."""

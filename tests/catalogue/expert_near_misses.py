@@ -175,6 +175,22 @@ class Overwrites(_Loop):
         return out.index_put((token,), rows)
 
 
+class OverwritesSorted(Case):
+    """Verdict: rejected. Sorted rows of all experts at once: out[token] += rows keeps one row of each token, not the sum."""
+
+    expect = Rejected()
+    near = "SortedSegments"
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        token, chosen = order // K, ids.flatten()[order]
+        g, u = torch.einsum("nh,noh->no", x[token], self.up[chosen]).chunk(2, -1)
+        y = torch.einsum("ni,nhi->nh", F.silu(g) * u, self.down[chosen])
+        out = torch.zeros_like(x)
+        out[token] += y * w.flatten()[order, None]
+        return out
+
+
 class TakesMaximum(_Loop):
     """Verdict: rejected. Rows are combined by maximum."""
 

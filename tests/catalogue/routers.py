@@ -197,6 +197,8 @@ class TopkFloatSoftmax(_Renorm):
 class TopkExpSum(_Renorm):
     """Verdict: fused as RenormDiv. exp over its sum, over the k values only."""
 
+    overflows = True
+
     def route(self, logits: Tensor) -> Routed:
         v, ids = logits.topk(K, dim=1)
         e = v.exp()
