@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,15 +188,13 @@ def measure(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, A
             difference = check(sides, inputs[0])
             found = interleaved({name: inference_step(side, inputs) for name, side in sides.items()}, args.rounds)
             limits = floor(shape, inputs, block, speed)
-            points.append(point("inference", dtype_name, tokens, found, limits, difference))
+            points.append(tell(point("inference", dtype_name, tokens, found, limits, difference)))
             if tokens == TRAINING_TOKENS and not args.no_training:
                 grad = torch.randn_like(inputs[0])
                 steps = {name: training_step(side, inputs, grad) for name, side in sides.items()}
                 found = interleaved(steps, max(args.rounds // 2, 3))
                 tripled = {"weights": 3 * limits["weights"], "dense": 3 * limits["dense"]}
-                points.append(point("training", dtype_name, tokens, found, tripled, difference))
-            print(".", end="", flush=True)
-    print()
+                points.append(tell(point("training", dtype_name, tokens, found, tripled, difference)))
     return points
 
 
@@ -204,6 +203,12 @@ def point(kind: str, dtype: str, tokens: int, found: dict[str, float], limits: d
     speedup = round(found["inductor"] / found["fused"], 3)
     floor_ms = max(ms["weights_ms"], ms["dense_ms"])
     return {"kind": kind, "dtype": dtype, "tokens": tokens, **ms, "floor_ms": floor_ms, "speedup": speedup, "difference": difference}
+
+
+def tell(p: dict[str, Any]) -> dict[str, Any]:
+    """Progress: a run takes minutes."""
+    print(f"  {p['kind']} {p['dtype']} {p['tokens']} tokens: {p['inductor_ms']:.2f} -> {p['fused_ms']:.2f} ms, {p['speedup']:.2f} x", flush=True)
+    return p
 
 
 COLUMNS = ("kind", "dtype", "tokens", "inductor_ms", "fused_ms", "speedup", "floor_ms", "weights_ms", "dense_ms")
@@ -286,6 +291,7 @@ def main() -> None:
     for name, value in (("experts", 64), ("k", 8), ("hidden", 512), ("intermediate", 256)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*functools.lru_cache.*")  # Dynamo on transformers' version checks
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = {name: getattr(args, name) for name in ("experts", "k", "hidden", "intermediate")}

@@ -145,7 +145,7 @@ def forward(
         outs[slots] = y if layout.weight_on_input else y * w[slots]
     if rows.identity is not None:
         outs[rows.identity] = x[rows.identity // ids.shape[1]].to(acc) * w[rows.identity]
-    out = outs.view(*ids.shape, -1).sum(1)
+    out = outs.view(*ids.shape, outs.shape[-1]).sum(1)
     return (out if add is None else out + add.to(acc)).to(x.dtype), pre
 
 
@@ -212,7 +212,7 @@ def backward(
         if grad_x is not None:
             grad_x[rows.identity] = grad[tokens].to(acc) * w[rows.identity]
     if grad_x is not None:
-        grads.out[0] = grad_x.view(*ids.shape, -1).sum(1).to(x.dtype)
+        grads.out[0] = grad_x.view(*ids.shape, grad_x.shape[-1]).sum(1).to(x.dtype)
     if needs[1]:
         grads.out[1] = grad_w.view_as(ids).to(weights.dtype)
     return grads.asked()

@@ -163,3 +163,29 @@ def describe(expr: sp.Expr) -> str:
         relu(G) ** 2: "ReLU²",
     }
     return named.get(expr) or str(expr).replace("**", "^")
+
+
+def decode(ops: Sequence[int], consts: Sequence[float]) -> sp.Expr:
+    """The expression that a program computes: the inverse of `encode` up to sympy's own rearrangement."""
+    stack: list[Any] = []
+    const = iter(consts)
+
+    def number() -> Any:
+        return sp.nsimplify(next(const), rational=True)
+
+    for op in ops:
+        if op in (OP_G, OP_U):
+            stack.append(G if op == OP_G else U)
+        elif op == OP_CONST:
+            stack.append(number())
+        elif op in (OP_ADD, OP_MUL):
+            b = stack.pop()
+            stack[-1] = stack[-1] + b if op == OP_ADD else stack[-1] * b
+        elif op == OP_POW:
+            stack[-1] = stack[-1] ** number()
+        elif op == OP_CLAMP:
+            lo, hi = next(const), next(const)
+            stack[-1] = clamp(stack[-1], *(sp.sympify(v) if abs(v) == float("inf") else sp.nsimplify(v, rational=True) for v in (lo, hi)))
+        else:
+            stack[-1] = _UNARY[op - OP_UNARY][0](stack[-1])
+    return stack[-1]

@@ -19,6 +19,10 @@ from .passes.record import neutral
 BATCH = 3
 
 
+class NoExperts(Rejection):
+    """The function's ids choose nothing: no expert loop at all, so nobody wants to hear of it."""
+
+
 class Spec(NamedTuple):
     """A tensor argument: sizes are ints, or expressions where they are dynamic."""
 
@@ -145,7 +149,7 @@ def token_count(experts: int, k: int, taken: set[int]) -> int:
 
 
 def number_of_experts(bench: Bench) -> int:
-    """The largest candidate N such that id N - 1 is legal and contributes. Raises `Rejection` if there is none."""
+    """The largest candidate N such that id N - 1 is legal and contributes. Raises `NoExperts` if there is none."""
     k = bench.roles.k
 
     def weights() -> Any:
@@ -174,7 +178,7 @@ def number_of_experts(bench: Bench) -> int:
             outs.append(out)
         if len(outs) == 2 and not torch.equal(*outs):
             return n
-    raise Rejection("no argument or parameter tells how many experts there are", stage="read")
+    raise NoExperts("no argument or parameter tells how many experts there are", stage="read")
 
 
 def bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -130,8 +130,11 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
     if call is None or roles_of(call.tensors) is None:
         return None
     trial = trial_of(call)
+    if not trial.about_experts:
+        return None
     with _lock:
-        _pending.append(trial.outcome)
+        if not any(p is trial.outcome for p in _pending):  # layers share an outcome, and Dynamo may trace a call twice
+            _pending.append(trial.outcome)
     if isinstance(trial.outcome, Rejection):
         log.info("capture: left as written: %s: %s", trial.outcome.source, trial.outcome.reason)
         return None

@@ -19,7 +19,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from .bench import BATCH, Bench, Call, Roles, number_of_experts, roles_of, token_count
+from .bench import BATCH, Bench, Call, NoExperts, Roles, number_of_experts, roles_of, token_count
 from .fingerprint import fingerprint
 from .ir import Experts, Rejection
 from .ops import experts_args
@@ -52,12 +52,14 @@ class Reading:
 
 @dataclass
 class Trial:
-    """The outcome of one attempt at reading, with everything it depended on."""
+    """The outcome of one attempt at reading, with everything it depended on; `about_experts`: ids did choose something."""
 
     outcome: Reading | Rejection
     reads: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    about_experts: bool = True
 
 
+@neutral()
 def read(call: Call, recover: Recover) -> Trial:
     """Read a call's function. Never raises for what the function does: the outcome is then a `Rejection` with its source."""
     reads: set[tuple[str, str]] = set()
@@ -66,6 +68,8 @@ def read(call: Call, recover: Recover) -> Trial:
         if roles is None:
             raise Rejection("its arguments are not tokens, expert ids and routing weights", stage="read")
         outcome: Reading | Rejection = _read(call, roles, recover, reads)
+    except NoExperts as r:
+        outcome = r
     except Rejection as r:
         outcome = Rejection(r.reason, None, r.stage, r.source or call.source)
     except Exception as e:
@@ -73,7 +77,8 @@ def read(call: Call, recover: Recover) -> Trial:
     prints = {} if call.module is None else {r: fingerprint(call.module, *r) for r in sorted(reads)}
     if isinstance(outcome, Reading):
         outcome = replace(outcome, reads=prints)
-    return Trial(outcome, prints)
+        _meanings.append(outcome)
+    return Trial(outcome, prints, not isinstance(outcome, NoExperts))
 
 
 def _read(call: Call, roles: Roles, recover: Recover, reads: set[tuple[str, str]]) -> Reading:
@@ -338,6 +343,17 @@ def _agree(a: Tensor, b: Tensor, tol: float) -> bool:
     size = b.abs().amax(-1)
     floor = tol * 1e-3 * size.max() if size.numel() else 0.0
     return bool(((a - b).abs().amax(-1) <= tol * size + floor).all())
+
+
+_meanings: list[Reading] = []
+
+
+def reading_of(plain: list[Any], hidden: int) -> Reading | None:
+    """The reading behind a captured ``experts`` call: `plain` are its arguments after the tensors, `hidden` its tokens' width."""
+    for r in _meanings:
+        if r.experts.hidden == hidden and experts_args(r.experts) == list(plain):
+            return r
+    return None
 
 
 def matches(trial: Trial, module: nn.Module | None) -> bool:

@@ -6,6 +6,7 @@ import os
 import shutil
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -65,8 +66,7 @@ def _break_text(b: GraphBreak) -> str:
 
 def _listing(title: str, texts: Sequence[str], width: int) -> str:
     lines = [f"{title}:"]
-    for text, same in groupby(texts):
-        n = len(list(same))
+    for text, n in Counter(texts).items():
         lines += textwrap.wrap(text + (f" ×{n}" if n > 1 else ""), width - 2, initial_indent="  ", subsequent_indent="      ")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from ..ir import Rejection
 from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
 from . import terms as T
 from .experts import data_dependent, is_row, match_experts, outer_atoms
+from .fused import is_fused, read_fused
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
 from .pull_rules import TUPLES
@@ -63,10 +64,11 @@ class Finder:
             if n in number:
                 closed.add(label)  # a selection that feeds another one is a part of it
                 label = number[n]
-            elif label and n.op == "call_function" and op_name(n) not in RULES and op_name(n) not in TUPLES:
+            elif label and n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES:
                 label = 0
             self.live[n] = label
-            if label and label not in closed and self._is_candidate(n, label):
+            ready = is_fused(n)
+            if ready or label and label not in closed and self._is_candidate(n, label):
                 out = self.attempt(n, label)
                 if not isinstance(out, Rejection):
                     found.matches.append(out)
@@ -99,8 +101,7 @@ class Finder:
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         p = Puller(lambda x: self.stops(x, label), self.walls)
-        dense = DenseReader(p, self, label)
-        out = match_experts(p, n, dense)
+        out = read_fused(n, p) if is_fused(n) else match_experts(p, n, DenseReader(p, self, label))
         if isinstance(out, Rejection):
             blind = next(iter(p.unknown.items()), None)
             if blind is not None and self.live.get(blind[0]) == label:

@@ -63,7 +63,7 @@ class Probe:
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: what the code asked the copy's modules for so far; `reading()` starts anew.
     Floats become `dtype` if one is given. Integer tables keep their values.
-    Raises `Rejection` for what cannot be copied faithfully: hooks inside, unusual tensors, tables without values.
+    Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Probe:
         self.reads: set[Read] = set()
         generator = torch.Generator().manual_seed(seed)
         self._windows = Windows(device, generator, scale if scale is not None else _scale(module))
-        self._tensor_of: dict[int, Tensor] = {}
-        self._copies: dict[int, nn.Module] = {}
+        self._path_of: dict[int, str] = {}
+        self._busy: set[int] = set()
         self._kept: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._sources: list[Any] = []
         self.module = self._copy(module, "")
 
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
-        if id(module) in self._copies:
-            return self._copies[id(module)]
+        if id(module) in self._busy:
+            raise Rejection(f"module {path} contains itself", stage="record")
+        self._busy.add(id(module))
         if path and any(getattr(module, h, None) for h in _HOOKS):
             raise Rejection(f"module {path} has hooks", stage="record")
         new: nn.Module = object.__new__(_watched(type(module), self, path))
-        self._copies[id(module)] = new
         state = {k: type(v)(v) if type(v) in _CONTAINERS else v for k, v in module.__dict__.items()}
         for kind in ("_parameters", "_buffers"):
             state[kind] = {k: None if v is None else self._tensor(v, _join(path, k)) for k, v in module.__dict__[kind].items()}
@@ -97,12 +97,13 @@ class Probe:
             if isinstance(v, Tensor):
                 state[k] = self._tensor(v, _join(path, k))
         new.__dict__.update(state)
+        self._busy.discard(id(module))
         self._kept.append((path, new.__dict__, _shallow(state)))
         return new
 
     def _tensor(self, t: Tensor, path: str) -> Tensor:
-        if id(t) in self._tensor_of:
-            return self._tensor_of[id(t)]
+        if id(t) in self._path_of:  # the experts of another module need not share theirs
+            raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="record")
         if not isinstance(t, nn.Buffer) and type(t) not in (Tensor, nn.Parameter):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="record")
         if t.layout is not torch.strided:
@@ -110,7 +111,7 @@ class Probe:
         new = self._float(t) if t.is_floating_point() else self._table(t, path)
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
-        self._tensor_of[id(t)] = self.tensors[path] = new
+        self._path_of[id(t)], self.tensors[path] = path, new
         self._sources.append(t)  # an id stays one object's as long as that lives
         return new
 

@@ -43,67 +43,6 @@ class HostRead:
     value: Any
 
 
-def record(fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe | None = None) -> fx.GraphModule:
-    """Straight-line graph of one call ``fn(probe.module, **arguments)`` (without a probe: ``fn(**arguments)``).
-
-    arguments: the call's arguments by name; its tensors become placeholders with ``meta["arg"]``. Parameters and buffers that
-    the function reads become placeholders with ``meta["param_path"]``. Every node has ``meta["val"]`` (a fake tensor) and
-    ``meta["grad"]`` (whether gradients were on); placeholders also have ``meta["real"]``, the probe itself.
-    ``gm.meta["host_reads"]``: every `HostRead`, in order; ``gm.meta["host_values"]``: its values alone.
-    Rows picked by numbers from the host are named by what they are (see `selections`).
-    Raises `Rejection` if the function fails, draws random numbers, writes to its module or its inputs, or branches on the
-    values of its floats.
-    """
-    inputs = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
-    params = probe.tensors if probe is not None else {}
-    flat = [*inputs.values(), *params.values()]
-    versions = [t._version for t in flat]
-    results: list[Any] = []
-
-    def call(*_: Tensor) -> Any:
-        results.append(fn(*(() if probe is None else (probe.module,)), **arguments))
-        return results[0]
-
-    with neutral():
-        try:
-            traced = make_fx(call, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*flat)
-        except Rejection:
-            raise
-        except Exception as e:
-            raise Rejection(f"running it on probes raised {type(e).__name__}: {_first_line(e)}", stage="record") from e
-    if probe is not None:
-        probe.check_unchanged()
-    if [t._version for t in flat] != versions:
-        raise Rejection("it writes to its inputs or parameters", stage="record")
-    gm, reads = _clean(traced, list(inputs), list(params), flat)
-    values = replay(gm)
-    _check_result(values, results[0])
-    gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
-    gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
-    for r in gm.meta["host_reads"]:
-        _check_read(r.node)
-    _fix_indices(gm, values)
-    name_selections(gm, values)
-    _drop_dead(gm)
-    if gm.meta["selections"]:
-        _check_result(replay(gm), results[0])
-    return gm
-
-
-def record_symbolically(fn: Callable[..., Any], routings: Sequence[Mapping[str, Any]], probe: Probe | None = None) -> fx.GraphModule:
-    """`record` on the first of several routings, with nothing left in it that belongs to that routing.
-
-    Rows picked by host numbers are replaced by selections such as ``nonzero(sorted_ids == e)``; if there were any, or constants
-    made from tensors, the function is recorded on the other routings too and must give the same graph but for row counts.
-    Raises `Rejection` as `record` does, and when a number in the graph depends on the routing.
-    """
-    gm = record(fn, routings[0], probe)
-    if gm.meta["selections"] or any(n.op == "get_attr" for n in gm.graph.nodes):
-        for other in routings[1:]:
-            _same_graph(gm, record(fn, other, probe))
-    return gm
-
-
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
     """Run user code apart from whatever is being traced: no modes, no autocast, gradients on, and no random number drawn.
@@ -176,6 +115,70 @@ def _same_state(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+# ---- recording ---------------------------------------------------------------------------------------------------------
+
+
+@neutral()
+def record(fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe | None = None) -> fx.GraphModule:
+    """Straight-line graph of one call ``fn(probe.module, **arguments)`` (without a probe: ``fn(**arguments)``).
+
+    arguments: the call's arguments by name; its tensors become placeholders with ``meta["arg"]``. Parameters and buffers that
+    the function reads become placeholders with ``meta["param_path"]``. Every node has ``meta["val"]`` (a fake tensor) and
+    ``meta["grad"]`` (whether gradients were on); placeholders also have ``meta["real"]``, the probe itself.
+    ``gm.meta["host_reads"]``: every `HostRead`, in order; ``gm.meta["host_values"]``: its values alone.
+    Rows picked by numbers from the host are named by what they are (see `selections`).
+    Raises `Rejection` if the function fails, draws random numbers, writes to its module or its inputs, or branches on the
+    values of its floats.
+    """
+    inputs = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
+    params = probe.tensors if probe is not None else {}
+    flat = [*inputs.values(), *params.values()]
+    versions = [t._version for t in flat]
+    results: list[Any] = []
+
+    def call(*_: Tensor) -> Any:
+        results.append(fn(*(() if probe is None else (probe.module,)), **arguments))
+        return results[0]
+
+    try:
+        traced = make_fx(call, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(*flat)
+    except Rejection:
+        raise
+    except Exception as e:
+        raise Rejection(f"running it on probes raised {type(e).__name__}: {_first_line(e)}", stage="record") from e
+    if probe is not None:
+        probe.check_unchanged()
+    if [t._version for t in flat] != versions:
+        raise Rejection("it writes to its inputs or parameters", stage="record")
+    gm, reads = _clean(traced, list(inputs), list(params), flat)
+    values = replay(gm)
+    _check_result(values, results[0])
+    gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
+    gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
+    for r in gm.meta["host_reads"]:
+        _check_read(r.node)
+    _fix_indices(gm, values)
+    name_selections(gm, values)
+    _drop_dead(gm)
+    if gm.meta["selections"]:
+        _check_result(replay(gm), results[0])
+    return gm
+
+
+def record_symbolically(fn: Callable[..., Any], routings: Sequence[Mapping[str, Any]], probe: Probe | None = None) -> fx.GraphModule:
+    """`record` on the first of several routings, with nothing left in it that belongs to that routing.
+
+    Rows picked by host numbers are replaced by selections such as ``nonzero(sorted_ids == e)``; if there were any, or constants
+    made from tensors, the function is recorded on the other routings too and must give the same graph but for row counts.
+    Raises `Rejection` as `record` does, and when a number in the graph depends on the routing.
+    """
+    gm = record(fn, routings[0], probe)
+    if gm.meta["selections"] or any(n.op == "get_attr" or _cuts_rows(n) for n in gm.graph.nodes):
+        for other in routings[1:]:
+            _same_graph(gm, record(fn, other, probe))
+    return gm
+
+
 def _first_line(e: Exception) -> str:
     return (str(e).splitlines() or [""])[0][:200]
 
@@ -219,8 +222,7 @@ def replay(gm: fx.GraphModule) -> dict[fx.Node, Any]:
             values[n] = super().run_node(n)
             return values[n]
 
-    with neutral():
-        Keep(gm, garbage_collect_values=False).run(*(n.meta["real"] for n in gm.graph.nodes if n.op == "placeholder"))
+    Keep(gm, garbage_collect_values=False).run(*(n.meta["real"] for n in gm.graph.nodes if n.op == "placeholder"))
     return values
 
 
@@ -317,6 +319,13 @@ def _same_graph(a: fx.GraphModule, b: fx.GraphModule) -> None:
             continue
         if _writes(n) or _schema_name(n).removeprefix("aten::") not in _SIZES:
             _same_arguments((n.args, n.kwargs), (m.args, m.kwargs), twin)
+
+
+def _cuts_rows(n: fx.Node) -> bool:
+    """A run of leading rows taken by numbers, which may have come from the host."""
+    name = _schema_name(n).removeprefix("aten::")
+    dim = n.args[1:2] if name in ("slice", "narrow") else n.args[2:3]
+    return name in ("slice", "narrow", "split", "split_with_sizes", "tensor_split") and (*dim, 0)[0] == 0
 
 
 def _same_arguments(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> None:

@@ -12,9 +12,10 @@ import torch.fx as fx
 from ..ir import MoeBlock, Rejection
 from . import terms as T
 from .experts import row_index
+from .fused import is_fused
 from .gating import GatingMatch
 from .match import ExpertsMatch
-from .pull import Puller, op_name, shape_of
+from .pull import Puller, call_args, op_name, shape_of
 
 
 @dataclass
@@ -55,6 +56,10 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
     want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
     found: dict[str, fx.Node] = {}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}
+    if is_fused(m.out):
+        a = call_args(m.out)
+        found.update(ids=a.ids, weights=a.weights)
+        p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     for n in sorted(reached, key=order.__getitem__):
         v = n.meta.get("val")
@@ -65,7 +70,8 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
         term = T.canonical(p.at(n, (*row_index(m.t, shape_of(n)[:-1]), slot)))
         for name, value in want.items():
             if term is value and v.dtype.is_floating_point == (name == "weights"):
-                found[name] = n  # the last one: weights may be cast after they are computed
+                if not (name == "weights" and is_fused(m.out)):
+                    found[name] = n  # the last one: weights may be cast after they are computed
     return found.get("ids"), found.get("weights"), found.get("raw")
 
 

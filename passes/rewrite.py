@@ -12,6 +12,7 @@ import torch.fx as fx
 from .. import activation as act
 from ..ir import MaxK, MinK, Norm, Rejection, SumK, W
 from ..ops import experts_args, route_args
+from .fused import is_fused
 from .liveness import live_nodes, remove_dead
 from .region import Block
 from .shadow import Shadow, example_value, mutated_args
@@ -46,6 +47,10 @@ class Rewriter:
         return found[0]
 
     def apply(self, b: Block) -> None:
+        if is_fused(b.match.out):
+            if b.gating is not None:
+                self._route(b, [self.locate(n, n) for n in b.routing_inputs()])
+            return
         m, fused = b.match, b.gating is not None
         out = self.locate(m.out, m.out)
         tokens = self.locate(m.tokens, m.out)

@@ -30,7 +30,11 @@ class Fused:
 
 @dataclass(frozen=True)
 class AsWritten:
-    """The experts are fused, the routing runs as the user wrote it; the note says why (substring, any case)."""
+    """The experts are fused, the routing runs as the user wrote it, and the note says why (substring, any case).
+
+    Or the part of it that no Gating says runs as written, and its result is the input ("logits") of a Gating that scores
+    nothing: the identity.
+    """
 
     experts: Experts
     note: str = ""
@@ -51,7 +55,7 @@ class Untouched:
 
 @dataclass(frozen=True)
 class Sound:
-    """Either verdict is right as long as outputs equal eager's; the docstring says why both are."""
+    """Either verdict is right as long as outputs equal eager's and no IR is the neighbour's; the docstring says why."""
 
 
 Verdict = Fused | AsWritten | Rejected | Untouched | Sound

@@ -95,7 +95,7 @@ def verdict_problem(cls: type[Case], report: Report) -> str:
     if internal:
         return f"internal error: {internal}"
     if isinstance(expect, Sound):
-        return ""
+        return _taken_for_neighbour(cls, report)
     if isinstance(expect, (Rejected, Untouched)):
         if report.blocks:
             return f"fused: {report.blocks[0].formula} | {report.blocks[0].experts}"
@@ -113,6 +113,18 @@ def verdict_problem(cls: type[Case], report: Report) -> str:
     return ""
 
 
+def _taken_for_neighbour(cls: type[Case], report: Report) -> str:
+    """Whether a near miss was recovered as the very thing it is near."""
+    from . import entries
+
+    if not cls.near or not report.blocks or report.blocks[0].ir.gating is None:
+        return ""
+    ir, neighbour = report.blocks[0].ir, entries()[cls.near].expect
+    assert isinstance(neighbour, Fused)
+    found = gating_differences(ir.gating, neighbour.gating) | experts_differences(ir.experts, neighbour.experts)
+    return "" if found else f"recovered as {cls.near}: {report.blocks[0].formula}"
+
+
 def _meaning_problem(cls: type[Case], expect: Fused | AsWritten, block: Any) -> str:
     ir = block.ir
     wrong = experts_differences(ir.experts, expect.experts, getattr(cls, "any_layout", False), getattr(cls, "any_mapped", False))
@@ -121,7 +133,8 @@ def _meaning_problem(cls: type[Case], expect: Fused | AsWritten, block: Any) -> 
     if isinstance(expect, Fused):
         wrong |= gating_differences(ir.gating, expect.gating)
     elif ir.gating is not None:
-        wrong.add("gating (should be as written)")
+        if ir.gating.score is not Score.IDENTITY:
+            wrong.add("gating (should be as written)")
     elif expect.note.lower() not in ir.routing_note.lower():
         wrong.add(f"routing_note {ir.routing_note!r}")
     if wrong:

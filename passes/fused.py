@@ -1,0 +1,54 @@
+"""Experts that capture has already put into the graph as the fused op: read back, so that their routing can be recovered too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.fx as fx
+
+from .. import activation as act
+from ..ir import Experts, Form, Rejection
+from . import terms as T
+from .experts import row_index, row_variable
+from .match import ExpertsMatch, Param
+from .pull import Puller, call_args, dtype_of, shape_of
+
+
+def is_fused(n: fx.Node) -> bool:
+    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") == "moe_compile::experts"
+
+
+def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
+    """The match that an existing `moe_compile::experts` call stands for; `out` is the call itself."""
+    a = call_args(n)
+    x, ids, weights = a.x, a.ids, a.weights
+    form = Form(a.form)
+    rows = _inner(a, form)
+    tokens, k = shape_of(x)[0], shape_of(ids)[-1]
+    t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
+    ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
+    experts = Experts(
+        num_experts=a.num_experts,
+        hidden=shape_of(x)[-1],
+        intermediate=rows,
+        out_features=shape_of(n)[-1],
+        form=form,
+        activation=act.decode(a.act_ops, a.act_consts),
+        stacked=a.stacked,
+        up_transposed=a.up_transposed,
+        down_transposed=a.down_transposed,
+        up_bias=bool(a.up_bias),
+        down_bias=bool(a.down_bias),
+        weight_on_input=a.weight_on_input,
+        num_identity=a.num_identity,
+        ids_mapped=ids_term.op != "topk",
+        dtype=dtype_of(x),
+    )
+    weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
+    lists = {name: [Param(q) for q in getattr(a, name)] for name in ("up", "down", "up_bias", "down_bias")}
+    return ExpertsMatch(experts=experts, out=n, tokens=x, ids=T.canonical(ids_term), weight=T.canonical(weight), t=t, j=j, k=k, base=a.add, **lists)
+
+
+def _inner(a: Any, form: Form) -> int:
+    """Intermediate size, off the down projection: [.., out, I], or [.., I, out] when transposed."""
+    return int(shape_of(a.down[0])[-2 if a.down_transposed else -1])
