@@ -207,7 +207,8 @@ def point(kind: str, dtype: str, tokens: int, found: dict[str, float], limits: d
 
 def tell(p: dict[str, Any]) -> dict[str, Any]:
     """Progress: a run takes minutes."""
-    print(f"  {p['kind']} {p['dtype']} {p['tokens']} tokens: {p['inductor_ms']:.2f} -> {p['fused_ms']:.2f} ms, {p['speedup']:.2f} x", flush=True)
+    times = f"{p['inductor_ms']:.2f} -> {p['fused_ms']:.2f} ms"
+    print(f"  {p['kind']} {p['dtype']} {p['tokens']} tokens: {times}, {p['speedup']:.2f} x", flush=True)
     return p
 
 
@@ -299,7 +300,8 @@ def main() -> None:
     show(points)
     about = machine()
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{args.device}.json").write_text(json.dumps({"machine": about, "shape": shape, "fused": args.fused, "points": points}, indent=1) + "\n")
+    result = {"machine": about, "shape": shape, "fused": args.fused, "points": points}
+    (args.output / f"{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(points, about, args.output / f"{args.device}.png")
 
 

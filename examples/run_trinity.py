@@ -112,6 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--max-new-tokens", type=int, default=160)
     p.add_argument("--temperature", type=float, default=0.5, help="0 is greedy")
     p.add_argument("--seed", type=int, default=0, help="of sampling and of random weights")
+    p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     p.add_argument("--windows", type=int, default=16, help="windows of held-out text for perplexity and logit difference")
     p.add_argument("--explain", action="store_true", help="stop after the report")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of tables")
@@ -122,6 +123,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--temperature must not be negative")
     if args.windows < 1:
         p.error("--windows must be at least 1")
+    if args.threads is not None and args.threads < 1:
+        p.error("--threads must be at least 1")
     if args.layers != 32 and (args.size != "mini" or args.checkpoint):
         p.error("--layers goes with --size mini")
     if not 3 <= args.layers <= 32:
@@ -184,7 +187,7 @@ def compile_fused(subject: Subject, shape: tuple[int, int], outcome: Outcome, mo
     how: dict[str, Any] = {"options": {"inner": "eager"}} if explain else {"mode": mode}
     session = Session(subject.model, "moe_fused", *shape, **how)
     text = ""
-    for kind in ("prefill",) if explain else ("prefill", "decode"):
+    for kind in ("prefill", "decode"):
         with stage(f"moe_fused: compiling {kind}"):
             session.warm_up(kind)
         report = moe_compile.last_report()
@@ -308,6 +311,8 @@ def run(args: argparse.Namespace) -> Outcome:
     out = Console(highlight=False, quiet=args.json)
     if not out.is_terminal:
         out.width = 120
+    if args.threads:
+        torch.set_num_threads(args.threads)
     subject = load(args)
     dtype = str(subject.model.lm_head.weight.dtype).removeprefix("torch.")
     outcome = Outcome(subject.name, str(subject.device), dtype, subject.moe_layers)
@@ -315,6 +320,8 @@ def run(args: argparse.Namespace) -> Outcome:
     shape = lengths(subject, [subject.encode(p) for p in prompts], args.max_new_tokens)
     fused, report = compile_fused(subject, shape, outcome, args.mode, args.explain)
     out.print(report, markup=False, soft_wrap=True)
+    for kind, count in outcome.fused.items():
+        out.print(f"{kind} graph: {count} of {outcome.moe_layers} MoE layers fused and validated")
     if not args.explain:
         outcome.texts = generate(subject, fused, prompts, args)
         show_texts(out, outcome, subject.trained)

@@ -36,7 +36,7 @@ def can_lower(ir: MoeBlock) -> str | None:
 
 
 def lowering_name(ir: MoeBlock) -> str:
-    """"cpu kernel" or "cpu torch" with the dtype of the products."""
+    """What runs the block, a kernel or plain torch, and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in cpu_build.STORAGE and _depth(ops) <= _MAX_DEPTH
@@ -68,7 +68,7 @@ def forward(
     call = _call(layout, x, ids, weights, up, down, up_bias, down_bias)
     out = x.new_empty(x.shape[0], layout.out_features(down))
     call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous())
-    pre = x.new_zeros(ids.numel() if save else 0, layout.pre_width(down))
+    pre = x.new_empty(ids.numel() if save else 0, layout.pre_width(down))
     if save:
         cpu_build.start("backward", x.dtype)  # somebody is going to want gradients
         call.tensors(pre=pre)

@@ -234,7 +234,7 @@ def _expert_backward(
     acc: torch.dtype,
 ) -> None:
     """One expert's share of every gradient, from its rows."""
-    up, down, up_bias, down_bias = lists
+    up, down, _, down_bias = lists
     g_out, row_w, inputs = grad[tokens].to(x.dtype), w[slots], x[tokens]
     value, dg, du = _activate_dual(layout, pre, acc)
     grad_a = (g_out @ _down(layout, down, e, x.dtype)).to(acc)

@@ -19,7 +19,8 @@ from .lowering import cpu, generic, routing
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
-    "float group_fill, int norm, float norm_eps, float norm_clamp, float norm_p, float scale, ScalarType score_dtype, ScalarType weight_dtype"
+    "float group_fill, int norm, float norm_eps, float norm_clamp, float norm_p, float scale, "
+    "ScalarType score_dtype, ScalarType weight_dtype"
 )
 _LAYOUT = (
     "int[] act_ops, float[] act_consts, int form, int num_experts, bool stacked, bool up_transposed, bool down_transposed, "
@@ -106,7 +107,9 @@ def _route_fake(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None
 
 
 @torch.library.register_fake("moe_compile::route_bwd", lib=_lib)
-def _route_bwd_fake(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
+def _route_bwd_fake(
+    grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any
+) -> list[Tensor]:
     wanted = zip((logits, bias, expert_scale), rest[-1], strict=True)
     return [_empty_contiguous(t) for t, needed in wanted if needed and t is not None]
 
@@ -140,7 +143,9 @@ class _Experts(torch.autograd.Function):
     """`experts` with a gradient. Tensors of lists come one by one, because autograd only sees direct arguments."""
 
     @staticmethod
-    def forward(ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
+    ) -> Tensor:
         lists = _regroup(flat, sizes)
         with torch._C._AutoDispatchBelowAutograd():
             out, pre = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)

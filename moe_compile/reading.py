@@ -200,7 +200,7 @@ class _Writer:
         lists = [f"[{', '.join(self._viewed(n, known, env, lines) for n in ns)}]" for ns in self.lists]
         route = [n if len(t[n].shape) == 2 else f"{n}.reshape(-1, {r.k})" for n in (r.ids, r.weights)]
         plain = ", ".join(_literal(v) for v in experts_args(self.experts))
-        lines.append(f"    out = torch.ops.moe_compile.experts(rows, {', '.join(route)}, {', '.join(lists)}, None, {plain})")
+        lines.append(f"    out = torch.ops.moe_compile.experts.default(rows, {', '.join(route)}, {', '.join(lists)}, None, {plain})")
         if self.call.autocast is not None:
             lines.append(f"    out = out.to({self.dtype})")  # what autocast makes of the op; the user's function decides for itself
         lines.append("    return out" + ("" if self.shape is None else f".view({', '.join(self.shape)})"))

@@ -15,7 +15,7 @@ from .report import BlockReport, GraphBreak, Report
 
 WIDTH = 120
 _HEAD = ("source", "routing, experts", "shared", "target", "lowering", "valid")
-_LIMITS = (26, 0, 20, 8, 20, 5)  # the widest each column may get; the second one takes what the others leave
+_LIMITS = (32, 0, 20, 8, 20, 5)  # the widest each column may get; the second one takes what the others leave
 
 
 def render(report: Report, width: int | None = None) -> str:
@@ -52,7 +52,7 @@ def _row(b: BlockReport, count: int) -> tuple[str, ...]:
     source = os.path.basename(b.source) or "unknown source"
     if count > 1:
         source = f"{source}\n× {count}"
-    lowering = f"{b.lowering}\n{b.note}" if b.note else b.lowering
+    lowering = f"{b.lowering}\n{b.note}" if b.note and b.note not in b.formula else b.lowering
     return source, f"{b.formula}\n{b.experts}", b.shared, b.target, lowering, "yes" if b.validated else "no"
 
 

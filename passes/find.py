@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from .terms import Term
 
 COMBINES = ("sum", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
 VIEWS = frozenset(
-    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes t mT slice select narrow "
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes swapdims t mT mH numpy_T adjoint moveaxis slice select narrow "
     "movedim contiguous clone alias detach repeat repeat_interleave chunk split split_with_sizes unbind stack lift_fresh_copy view_as".split()
 )
 CREATION = frozenset("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange scalar_tensor eye".split())
@@ -78,8 +78,18 @@ class Finder:
                     tried.setdefault(label, []).append(out)
         for s, i in number.items():
             if i not in closed:
-                found.rejected.append(_worst(tried.get(i, ()), s))
+                found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
+
+    def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
+        """The most telling of the reasons: one from a place where experts were seen."""
+        for r in reversed(list(tried)):
+            if not any(s in r.reason for s in TRIVIAL):
+                return Rejection(r.reason, r.node, r.stage)
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        if any(self.live.get(n) == label for n in output.all_input_nodes):
+            return Rejection("the selected indices leave this graph before any expert is applied: the expert loop was not captured", source, "capture")
+        return Rejection("the selected indices choose no experts", source, "find")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
         if op_name(n) not in COMBINES or n in self.walls:
@@ -152,14 +162,6 @@ def _is_id_input(n: fx.Node) -> bool:
 
 
 TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
-
-
-def _worst(tried: Any, source: fx.Node) -> Rejection:
-    """The most telling of the reasons: one from a place where experts were seen."""
-    for r in reversed(list(tried)):
-        if not any(s in r.reason for s in TRIVIAL):
-            return Rejection(r.reason, r.node, r.stage)
-    return Rejection("the selected indices choose no experts", source, "find")
 
 
 class DenseReader:

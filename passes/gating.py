@@ -284,7 +284,7 @@ def build(select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None
         _check_monotone(select, groups, kind)
     norm, scale = normaliser(out, red)
     if kind is Score.SOFTMAX and not over_selected and norm is not None and norm.clamp_min and norm.kind is Norm.SUM:
-        if norm.clamp_min < red.size["K"] / red.size["E"] and not in_weights:
+        if norm.clamp_min < red.size["K"] / red.size["E"] and not whole:
             norm = Normaliser(Norm.SUM, eps=norm.eps)  # k softmax values never sum to less than k/E
             if norm.eps == 0 and not whole:
                 kind, over_selected, norm = Score.SOFTMAX, True, None

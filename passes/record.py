@@ -90,11 +90,13 @@ def _no_random_numbers() -> Iterator[None]:
             found.append(numpy.random.get_state())
         return found
 
-    before = states()
+    before, refused = states(), None
     try:
         yield
-        used = not all(_same_state(a, b) for a, b in zip(before, states(), strict=True))
+    except Rejection as e:
+        refused = e
     finally:
+        used = not all(_same_state(a, b) for a, b in zip(before, states(), strict=True))
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         if accelerator is not None:
@@ -103,6 +105,8 @@ def _no_random_numbers() -> Iterator[None]:
             numpy.random.set_state(before[-1])
     if used:
         raise Rejection("it draws random numbers", stage="record")
+    if refused is not None:
+        raise refused
 
 
 def _same_state(a: Any, b: Any) -> bool:

@@ -63,7 +63,7 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     for n in sorted(reached, key=order.__getitem__):
         v = n.meta.get("val")
-        if not isinstance(v, torch.Tensor) or v.ndim < 2 or shape_of(n)[-1] != m.k or not T.same_size(rows(n), m.t.args[1]):
+        if not isinstance(v, torch.Tensor) or v.ndim < 2 or shape_of(n)[-1] != m.k or not T.same_size(rows(n), rows(m.tokens)):
             continue
         if n in p.walls or order[n] >= order[m.out]:
             continue

@@ -14,8 +14,11 @@ from ..ir import MaxK, MinK, Norm, Rejection, SumK, W
 from ..ops import experts_args, route_args
 from .fused import is_fused
 from .liveness import live_nodes, remove_dead
-from .region import Block
+from .match import ExpertsMatch
+from .pull import shape_of
+from .region import Block, rows
 from .shadow import Shadow, example_value, mutated_args
+from .terms import same_size
 
 ops = torch.ops.moe_compile
 
@@ -153,12 +156,26 @@ class Rewriter:
             if value.dtype != example_value(tokens).dtype:
                 new = self._method("to", (new, value.dtype), out)
             if value.ndim != 2:
-                lead = [self._method("size", (tokens, d), out) for d in range(value.ndim - 1)]
-                new = self._method("reshape", (new, *lead, m.experts.out_features), out)
+                new = self._method("reshape", (new, *self._sizes(m, tokens, new, out), m.experts.out_features), out)
         new.meta["example_value"] = value
         for u in readers:
             for d in same_tensor:
                 u.replace_input_with(d, new)
+
+    def _sizes(self, m: ExpertsMatch, tokens: fx.Node, flat: fx.Node, like: fx.Node) -> list[Any]:
+        """The result's leading sizes: numbers, or read off the tokens."""
+        lead = shape_of(m.tokens)[:-1]
+        out: list[Any] = []
+        for s in shape_of(m.out)[:-1]:
+            if isinstance(s, int):
+                out.append(s)
+            elif any(same_size(s, x) for x in lead):
+                out.append(self._method("size", (tokens, next(d for d, x in enumerate(lead) if same_size(s, x))), like))
+            elif same_size(s, rows(m.tokens)):
+                out.append(self._method("size", (flat, 0), like))
+            else:
+                raise Rejection(f"the result's shape {shape_of(m.out)} is not that of the tokens", m.out, "rewrite")
+        return out
 
     def _aliases(self, s: fx.Node) -> list[fx.Node]:
         """Dynamo nodes that are the result's tensor object: the result, and what it was accumulated into in place."""

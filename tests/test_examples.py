@@ -234,7 +234,7 @@ def test_explain_shows_every_moe_layer_validated(capsys) -> None:
 def test_explain_as_json(capsys) -> None:
     assert run_trinity.main(["--explain", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fused"] == {"prefill": found["moe_layers"]}
+    assert found["fused"] == {"prefill": 3, "decode": 3} and found["moe_layers"] == 3
     assert all(block["validated"] for block in found["report"]["blocks"])
 
 

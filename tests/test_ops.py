@@ -46,7 +46,10 @@ CASES = [
     Case("separate list", experts(ir.Form.SEPARATE, stacked=False)),
     Case("transposed", experts(up_transposed=True, down_transposed=True)),
     Case("down transposed", experts(ir.Form.SEPARATE, down_transposed=True)),
-    Case("interleaved transposed biased", experts(ir.Form.INTERLEAVED, GPT_OSS, up_transposed=True, down_transposed=True, up_bias=True, down_bias=True)),
+    Case(
+        "interleaved transposed biased",
+        experts(ir.Form.INTERLEAVED, GPT_OSS, up_transposed=True, down_transposed=True, up_bias=True, down_bias=True),
+    ),
     Case("list transposed", experts(stacked=False, up_transposed=True, down_transposed=True)),
     Case("biases", experts(up_bias=True, down_bias=True)),
     Case("separate list biases", experts(ir.Form.SEPARATE, stacked=False, up_bias=True, down_bias=True)),
@@ -246,7 +249,9 @@ def test_compiled_training_step_with_changing_tokens() -> None:
         got = compiled(u["x"], u["ids"], u["weights"])
         want = step(u["x"], u["ids"], u["weights"])
         assert torch.equal(got, want)
-        for a, b in zip(torch.autograd.grad(got.sum(), [u["x"], t["up"][0]]), torch.autograd.grad(want.sum(), [u["x"], t["up"][0]]), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), [u["x"], t["up"][0]]), torch.autograd.grad(want.sum(), [u["x"], t["up"][0]]), strict=True
+        ):
             close(a, b)
     assert len(graphs) == 1
 
@@ -255,7 +260,9 @@ GATINGS = {
     "softmax renormalised": ir.Gating(8, 2, ir.Score.SOFTMAX, norm=ir.Normaliser(ir.Norm.SUM)),
     "softmax bias clamp": ir.Gating(8, 3, ir.Score.SOFTMAX, bias=ir.BiasOn.SCORE, norm=ir.Normaliser(ir.Norm.SUM, clamp_min=1e-3)),
     "sigmoid bias": ir.Gating(8, 2, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, norm=ir.Normaliser(ir.Norm.SUM, 1e-20), scale=2.826),
-    "groups": ir.Gating(8, 2, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, groups=ir.Groups(4, 2, 2, -math.inf), norm=ir.Normaliser(ir.Norm.SUM, 1e-20)),
+    "groups": ir.Gating(
+        8, 2, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, groups=ir.Groups(4, 2, 2, -math.inf), norm=ir.Normaliser(ir.Norm.SUM, 1e-20)
+    ),
     "groups filled with zero": ir.Gating(8, 2, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, groups=ir.Groups(4, 2, 1, 0.0)),
     "softmax of the selected": ir.Gating(8, 3, ir.Score.SOFTMAX, score_over_selected=True),
     "bias on logits, sigmoid of the selected": ir.Gating(8, 2, ir.Score.SIGMOID, score_over_selected=True, bias=ir.BiasOn.LOGIT),

@@ -210,7 +210,14 @@ struct Forward {
     for (i64 o = 0; o < width; o++) out[o] = store(sum[o]);
   }
 
+  // Rows of pre-activations that belong to no expert are zero.
+  void clear_rest_of_pre() const {
+    i64 used = i64(plan.slots.size()), row = a.halves * a.inter;
+    if (a.pre) memset(static_cast<stored*>(a.pre) + used * row, 0, size_t((a.tokens * a.k - used) * row) * sizeof(stored));
+  }
+
   void run() {
+    clear_rest_of_pre();
     thread_local Workspace shared, own;
     for (int pass = 0; pass < 2; pass++) {
       Carver c{pass ? shared.data : nullptr};
