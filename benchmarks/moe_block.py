@@ -226,7 +226,7 @@ def show(points: list[dict[str, Any]]) -> None:
         table = Table(*heads)
         for row in cells:
             table.add_row(*row)
-        Console().print(table)
+        Console(width=max(Console().width, 112)).print(table)
         return
     widths = [max(len(r[i]) for r in [heads, *cells]) for i in range(len(heads))]
     for row in [heads, *cells]:

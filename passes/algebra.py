@@ -46,6 +46,8 @@ class Reductions:
     def make(self, kind: str, over: str, body: sp.Expr) -> sp.Expr:
         """The reduction of `body`, factors that are equal for all experts pulled out."""
         body = sp.powsimp(sp.expand_power_base(sp.expand_power_exp(body)))
+        if kind == "sum" and (split := sp.expand(body)).is_Add:
+            return sp.Add(*(self.make(kind, over, part) for part in split.args))
         outside, inside = body.as_independent(*PER_EXPERT, as_Add=False)
         if kind != "sum" and not outside.is_positive:
             outside, inside = sp.Integer(1), body
@@ -143,8 +145,6 @@ def _function(name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:
         for e in x.atoms(sp.exp):
             if x == 1 + e:
                 return act.softplus(e.args[0])
-        if x.func is act.sigmoid:
-            return -act.softplus(-x.args[0])
     if name == "clamp":
         lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c, rational=True) for c in consts)
         return act.clamp(x, lo, hi)

@@ -64,10 +64,7 @@ def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejecti
 
 def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     shape = shape_of(out)
-    tokens: Any = 1
-    for s in shape[:-1]:
-        tokens = tokens * s
-    t, h = row_variable(tokens), T.named("h", shape[-1])
+    t, h = row_variable(rows(out)), T.named("h", shape[-1])
     term = p.at(out, (*row_index(t, shape[:-1]), h))
     if not any(x.op in ("topk", "sv", "nz", "a") and x.op != "a" or (x.op == "a" and _ids_atom(x)) for x in T.walk(term)):
         raise No("the result does not depend on expert ids")
@@ -84,6 +81,14 @@ def row_variable(tokens: Any) -> Term:
     if isinstance(tokens, sp.Expr):
         tokens = sp.expand(tokens)
     return T.const(0) if tokens == 1 else T.named("t", tokens)
+
+
+def rows(n: fx.Node) -> Any:
+    """Number of rows when all leading dims are flattened."""
+    total: Any = 1
+    for s in shape_of(n)[:-1]:
+        total = total * s
+    return total
 
 
 def is_row(a: Term, d: int) -> bool:
@@ -351,6 +356,8 @@ def _assemble(
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)
     tokens = token_node(parsed.tokens, t)
+    if not T.same_size(rows(tokens), rows(out)):
+        raise No("the experts' input has another number of rows than their result")
     form, order, expression = layout(parsed)
     inter = parsed.inner
     if not isinstance(inter, int):
@@ -363,7 +370,7 @@ def _assemble(
     if stacked == isinstance(parsed.down.weight, tuple):
         raise No("some expert weights are stacked and some are not")
     store = ups if form is Form.SEPARATE else ups[:1]
-    rows = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    width = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)
     experts = Experts(
         num_experts=count,
         hidden=hidden,
@@ -381,7 +388,7 @@ def _assemble(
         ids_mapped=ids.op != "topk" and not (ids.op == "a" and ids.args[0].op == "placeholder"),
         dtype=dtype_of(tokens),
     )
-    up = [q for x in store for q in params(x.weight, (count, rows, hidden), x.transposed, x.flat)]
+    up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
     return ExpertsMatch(
         experts=experts,
         out=out,
@@ -393,7 +400,7 @@ def _assemble(
         k=k,
         up=up,
         down=params(parsed.down.weight, (count, experts.out_features, inter), parsed.down.transposed, parsed.down.flat),
-        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, rows), False, False)],
+        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
         down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
         base=base_node(base, out, t, h),
     )
@@ -668,7 +675,7 @@ def base_node(base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | Non
     if len(base) == 1 and base[0].op == "a" and isinstance(base[0].args[0], fx.Node):
         node, idx = base[0].args
         lead = shape_of(node)[:-1]
-        if idx[-1] is h and idx[:-1] == _clamped(row_index(t, lead), lead) and dtype_of(node) == dtype_of(out):
+        if T.same_size(rows(node), rows(out)) and idx[-1] is h and idx[:-1] == _clamped(row_index(t, lead), lead) and dtype_of(node) == dtype_of(out):
             return node
     raise No(f"the accumulator starts from more than one tensor: {_clip(T.add(*base))}")
 

@@ -11,9 +11,9 @@ import torch
 import torch.fx as fx
 
 from .. import activation as act
-from ..ir import W, BiasOn, Gating, Groups, MaxK, MinK, Norm, Normaliser, Rejection, Score, SumK
+from ..ir import BiasOn, Gating, Groups, MaxK, MinK, Norm, Normaliser, Rejection, Score, SumK, W
 from . import terms as T
-from .algebra import L, PER_EXPERT, S, Reductions, Translator, Unknown, show_expr
+from .algebra import PER_EXPERT, L, Reductions, S, Translator, Unknown, show_expr
 from .match import ExpertsMatch
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
 from .terms import Term

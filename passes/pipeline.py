@@ -16,9 +16,10 @@ from ..lowering import can_lower, lowering_name
 from . import terms as T
 from . import unify
 from .find import Finder
+from .fused import is_fused
 from .gating import GatingMatch, match_gating
 from .match import ExpertsMatch
-from .pull import Puller, dtype_of
+from .pull import Puller, call_args, dtype_of, op_name
 from .region import Block, routing_nodes
 from .rewrite import Rewriter
 from .shadow import Shadow
@@ -121,7 +122,33 @@ def _take(b: Block, rewriter: Rewriter, options: Any, target: str, out: Outcome)
 
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
-    """Everything about one block: its gating, its shared expert, the nodes at its boundary."""
+    """Everything about one block; a number that scales the combined result becomes a part of the weights where they are recovered."""
+    scaled = scaled_result(m)
+    if scaled is not None:
+        block = _assemble(scaled, shadow, p)
+        if block.gating is not None:
+            return block
+    return _assemble(m, shadow, p)
+
+
+def scaled_result(m: ExpertsMatch) -> ExpertsMatch | None:
+    """c · Σ_j w y = Σ_j (c w) y, when the result goes nowhere but into that product."""
+    n, factor = m.out, 1.0
+    if m.base is not None or m.experts.weight_on_input or is_fused(n):
+        return None
+    while len(n.users) == 1:
+        (u,) = n.users
+        if op_name(u) in ("mul", "div") and u.args[0] is n and isinstance(u.args[1], (int, float)) and getattr(call_args(u), "rounding_mode", None) is None:
+            factor = factor * u.args[1] if op_name(u) == "mul" else factor / u.args[1]
+            m = replace(m, out=u, weight=T.mul(T.const(u.args[1] if op_name(u) == "mul" else 1 / u.args[1]), m.weight))
+        elif op_name(u) not in ("view", "reshape", "_unsafe_view", "unflatten", "flatten") and not (op_name(u) == "to" and dtype_of(u) == dtype_of(n)):
+            break
+        n = u
+    return m if factor != 1.0 else None
+
+
+def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
+    """The gating, the shared expert, the nodes at the boundary."""
     ids, weights, raw = routing_nodes(m, p)
     found = match_gating(m, shadow.walls)
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from . import terms as T
-from .experts import row_index
+from .experts import row_index, rows
 from .fused import is_fused
 from .gating import GatingMatch
 from .match import ExpertsMatch
@@ -73,14 +72,6 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
     return found.get("ids"), found.get("weights"), found.get("raw")
-
-
-def rows(n: fx.Node) -> Any:
-    """Number of rows when all leading dims are flattened."""
-    total: Any = 1
-    for s in shape_of(n)[:-1]:
-        total = total * s
-    return total
 
 
 def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:

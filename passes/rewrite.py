@@ -12,11 +12,12 @@ import torch.fx as fx
 from .. import activation as act
 from ..ir import MaxK, MinK, Norm, Rejection, SumK, W
 from ..ops import experts_args, route_args
+from .experts import rows
 from .fused import is_fused
 from .liveness import live_nodes, remove_dead
 from .match import ExpertsMatch
 from .pull import shape_of
-from .region import Block, rows
+from .region import Block
 from .shadow import Shadow, example_value, mutated_args
 from .terms import same_size
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.fx as fx
 
 from ..ir import Form, SharedExpert
 from . import terms as T
-from .experts import No, factors, is_row, layout, parse_core, row_index, row_variable
+from .experts import No, factors, is_row, layout, parse_core, row_index, row_variable, rows
 from .find import users_through_views
 from .gating import CONTRACTIONS
 from .match import ExpertsMatch
@@ -38,10 +36,7 @@ def _comes_from(n: fx.Node, out: fx.Node) -> bool:
 def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedExpert | None:
     edge = order[m.tokens]
     p = Puller(lambda n: order[n] <= edge, walls)
-    lead: Any = 1
-    for s in shape_of(other)[:-1]:
-        lead = lead * s
-    t, h = row_variable(lead), T.named("h", shape_of(other)[-1])
+    t, h = row_variable(rows(other)), T.named("h", shape_of(other)[-1])
     try:
         return _parse(m, p.at(other, (*row_index(t, shape_of(other)[:-1]), h)), t, h)
     except No:

@@ -117,12 +117,22 @@ def _ratio(n: Any, k: Any) -> Any:
     return int(r) if r.is_Integer else r
 
 
+def _one_of_distinct(inner: Term, j: Term, v: Term) -> bool:
+    """[v is among the choices of one top-k]: at most one slot matches, so any is a sum."""
+    if inner.op != "eq" or v not in inner.args:
+        return False
+    other = inner.args[0] if inner.args[1] is v else inner.args[1]
+    return other.op == "topk" and bool(other.args[1]) and other.args[1][-1] is j
+
+
 def _scattered(v: Term, body: Term) -> Term | None:
     """A factor Σ_j [b_j = v] g_j: exchange the sums, then `_one_hot`."""
     for f in body.args if body.op == "mul" else (body,):
-        if f.op != "sum":
+        if f.op not in ("sum", "any"):
             continue
         j, inner = f.args
+        if f.op == "any" and not _one_of_distinct(inner, j, v):
+            continue
         if not any(g.op == "eq" and v in g.args for g in (inner.args if inner.op == "mul" else (inner,))):
             continue
         rest = mul(*(g for g in body.args if g is not f)) if body.op == "mul" else const(1)

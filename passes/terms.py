@@ -298,10 +298,10 @@ def ite(c: Term, a: Term, b: Term) -> Term:
         return ite(c.args[0], b, a)
     if a is b:
         return a
-    if is_c(b, 0):
-        return mul(c, a) if is_truth(c) else mk("ite", c, a, b)
-    if is_c(a, 0) and is_truth(c) and c.op != "ite":
-        return mk("ite", c, a, b)
+    if is_truth(c) and is_c(b, 0):
+        return mul(c, a)
+    if is_truth(c) and is_c(a, 0) and is_c(b, 1):
+        return not_(c)
     return mk("ite", c, a, b)
 
 
@@ -351,7 +351,7 @@ def extent(t: Term) -> Any:
     if t.op == "nz":
         return t.args[0].shape[t.args[2]]
     if t.op in ("perm", "inv"):
-        return t.args[0].meta["extent"] if "extent" in t.args[0].meta else None
+        return t.args[0].meta.get("extent")
     if t.op == "topk":
         return t.args[0].meta.get("moe_extent")
     return None
