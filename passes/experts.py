@@ -451,15 +451,29 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
     """act(w·a, w·b) with one routing weight w: the weight multiplies the expert's input."""
     if not reader.scalars:
         return expr, None
-    if len(reader.scalars) > 1:
-        raise No("an expert's inside depends on more than one routing value")
-    ((symbol, term),) = reader.scalars.items()
-    fresh = {s: sp.Symbol(f"in_{s.name}", real=True) for s in reader.linears}
-    out = expr.subs({s: f / symbol for s, f in fresh.items()}, simultaneous=True)
-    out = sp.powsimp(sp.expand_power_base(out)) if symbol in out.free_symbols else out
-    if symbol in out.free_symbols:
-        raise No("a routing value enters an expert's activation")
-    return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
+    scalars = set(reader.scalars)
+    for weight in _products(expr, set(reader.linears), scalars):
+        fresh = {s: sp.Symbol(f"in_{s.name}", real=True) for s in reader.linears}
+        out = expr.subs({s: f / weight for s, f in fresh.items()}, simultaneous=True)
+        out = sp.powsimp(sp.expand_power_base(out)) if scalars & out.free_symbols else out
+        if not scalars & out.free_symbols:
+            powers = weight.as_powers_dict()
+            term = T.mul(*(T.power(reader.scalars[s], int(e)) for s, e in powers.items() if s in scalars))
+            return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
+    raise No("a routing value enters an expert's activation")
+
+
+def _products(expr: sp.Expr, linears: set[sp.Symbol], scalars: set[sp.Symbol]) -> list[sp.Expr]:
+    """What multiplies a projection inside the activation: candidates for the routing weight."""
+    out: dict[sp.Expr, None] = {}
+    for place in (*expr.atoms(sp.Mul), expr):
+        found = [s for s in linears if s in place.free_symbols]
+        if len(found) == 1 and place.is_Mul:
+            ratio = sp.cancel(place / found[0])
+            weight = sp.Mul(*(b**e for b, e in ratio.as_powers_dict().items() if b in scalars))
+            if weight != 1 and not linears & ratio.free_symbols:
+                out[weight] = None
+    return list(out)
 
 
 def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
@@ -514,28 +528,33 @@ class Reader:
         if x.op == "c":
             return sp.sympify(x.args[0])
         if not T.uses(x, self.i):
-            if T.uses(x, self.expert):
-                raise No(f"an expert's inside reads a parameter that is no projection: {_clip(x)}")
-            symbol = sp.Symbol(f"w{len(self.scalars)}", positive=True)
-            for s, term in self.scalars.items():
-                if term is x:
-                    return s
-            self.scalars[symbol] = x
-            return symbol
+            return self.scalar(x)
         if x.op == "sum":
             return self.linear(x, None)
         if x.op == "add":
             return self.add(x)
         if x.op == "mul":
-            plain = [f for f in x.args if T.uses(f, self.i) or f.op == "c"]
-            scalar = [f for f in x.args if f not in plain]
-            out = sp.Mul(*(self.read(f) for f in plain))
-            return out * self.read(T.mul(*scalar)) if scalar else out
+            return sp.Mul(*(self.read(f) for f in x.args))
         if x.op == "pow":
             return self.read(x.args[0]) ** sp.nsimplify(x.args[1])
         if x.op == "fn":
             return function(x.args[0], [self.read(a) for a in x.args[1]], x.args[2])
         raise No(f"an expert's activation holds {x.op}: {_clip(x)}")
+
+    def scalar(self, x: Term) -> sp.Expr:
+        """A value that is the same for all features: factor by factor a symbol."""
+        if x.op == "mul":
+            return sp.Mul(*(self.read(f) for f in x.args))
+        if x.op == "pow" and x.args[1] == int(x.args[1]):
+            return self.read(x.args[0]) ** int(x.args[1])
+        if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
+            raise No(f"an expert's inside reads a parameter that is no projection: {_clip(x)}")
+        for s, term in self.scalars.items():
+            if term is x:
+                return s
+        symbol = sp.Symbol(f"w{len(self.scalars)}", positive=True)
+        self.scalars[symbol] = x
+        return symbol
 
     def add(self, x: Term) -> sp.Expr:
         """A sum of pointwise terms, where `Σ_m ... + b[e, i]` is one projection with its bias."""

@@ -136,6 +136,14 @@ def roll_slots(t: Term, choice: fx.Node, rows: tuple[Term, ...], k: int) -> Term
     return memo[t]
 
 
+def is_last_slot(x: Term, t: Term) -> bool:
+    """Whether x reads the last one, n >= 1, of a top-k's slots that t reads by number."""
+    if not x.args[1] or x.args[1][-1].op != "c" or x.args[1][-1].args[0] < 1:
+        return False
+    same = [y.args[1][-1] for y in T.walk(t) if y.op == "topk" and y.args[0] is x.args[0] and y.args[1][:-1] == x.args[1][:-1]]
+    return all(s.op == "c" and s.args[0] <= x.args[1][-1].args[0] for s in same)
+
+
 def _rolled(t: Term, slots: list[Term]) -> Term:
     v = T.named("#rolled", len(slots))
     any_slot = T.mk("topk", slots[0].args[0], (*slots[0].args[1][:-1], v))
@@ -192,6 +200,8 @@ def _groups(cond: Term, inside: Term, fill: float, e: Term, p: Puller) -> Groups
         raise Unknown("groups are chosen in an unknown way")
     g = T.named("g", count)
     score = T.canonical(p.at(chooser.args[0], (*pick.args[1][:-1], g)))
+    for x in [x for x in T.walk(score) if x.op == "topk" and is_last_slot(x, score)]:
+        score = roll_slots(score, x.args[0], x.args[1][:-1], x.args[1][-1].args[0] + 1)
     return Groups(count, kept, _group_top(score, inside, e, g, per_group), fill)
 
 

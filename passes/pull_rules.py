@@ -415,15 +415,8 @@ def _maximum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("eq", "ne", "not_equal")
 def _eq(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    t = _equal(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
+    t = T.eq(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
     return t if op_name(n) == "eq" else T.not_(t)
-
-
-def _equal(x: Term, y: Term) -> Term:
-    for s, z in ((x, y), (y, x)):
-        if s.op == "sum" and T.is_c(z, 0) and T.is_truth(s.args[1]):
-            return T.not_(T.reduce_("any", *s.args))
-    return T.eq(x, y)
 
 
 @rule("lt", "gt", "le", "ge", "less", "greater", "greater_equal", "less_equal")
@@ -441,14 +434,9 @@ def _less(x: Term, y: Term) -> Term:
     if T.is_c(x, 0) and T.is_truth(y):
         return y
     if T.is_c(x, 0) and y.op == "sum":
-        inner, binders = y, []
-        while inner.op == "sum":
-            binders.append(inner.args[0])
-            inner = inner.args[1]
-        if T.is_truth(inner):
-            for v in reversed(binders):
-                inner = T.reduce_("any", v, inner)
-            return inner
+        t = T.eq(y, x)  # a count is positive when it is not 0
+        if t.op == "not":
+            return T.not_(t)
     if T.is_c(y, 1) and (T.is_truth(x)):
         return T.not_(x)
     return T.lt(x, y)

@@ -75,10 +75,10 @@ def _masked_rows(v: Term, body: Term) -> Term | None:
 def _factor_out(v: Term, body: Term) -> Term | None:
     if body.op != "mul":
         return None
-    outside = [f for f in body.args if not uses(f, v)]
+    outside = [f for f in body.args if not uses(f, v) and f.op != "c"]  # a number stays where it was written
     if not outside:
         return None
-    return mul(*outside, sum_over(v, mul(*(f for f in body.args if uses(f, v)))))
+    return mul(*outside, sum_over(v, mul(*(f for f in body.args if f not in outside))))
 
 
 def _one_hot(v: Term, body: Term) -> Term | None:

@@ -132,17 +132,30 @@ def add(*ts: Term) -> Term:
         if t.op == "add":
             stack.extend(t.args)
         elif t.op == "c" and _is_num(t.args[0]):
-            total = total + t.args[0]
+            total = exact_sum(total, t.args[0])
         else:
             k, body = coefficient(t)
             rest[body] = rest.get(body, 0) + k
     _whole_division(rest)
+    for b in rest:  # x + (0 where c, else -inf) is x where c, else -inf
+        if b.op == "ite" and rest[b] == 1 and is_c(b.args[1], 0) and is_c(b.args[2], -float("inf")):
+            others = [scaled(k, x) for x, k in rest.items() if x is not b]
+            return ite(b.args[0], add(const(total), *others), b.args[2])
     out = [scaled(k, b) for b, k in rest.items() if k != 0]
     if total != 0 or not out:
         out.append(const(total))
     if len(out) == 1:
         return out[0]
     return mk("add", *sorted(out, key=lambda x: x.serial))
+
+
+def exact_sum(a: Any, b: Any) -> Any:
+    """a + b without rounding: 2 + 1e-20 must not become 2."""
+    if isinstance(a, float) != isinstance(b, float) and 0 in (a, b) or not (isinstance(a, float) or isinstance(b, float)):
+        return a + b
+    if any(isinstance(x, float) and abs(x) == float("inf") for x in (a, b)):
+        return float(a) + float(b)
+    return sp.nsimplify(a, rational=True) + sp.nsimplify(b, rational=True)
 
 
 def _whole_division(rest: dict[Term, Any]) -> None:
@@ -275,8 +288,21 @@ def eq(a: Term, b: Term) -> Term:
     for p, q in ((a, b), (b, a)):  # a truth value compared with a number
         if p.op in ("eq", "any", "not", "lt") and q.op == "c":
             return p if q.args[0] == 1 else not_(p) if q.args[0] == 0 else const(0)
+        if is_c(q, 0) and p.op == "sum" and is_truth(_unbound(p)):
+            return not_(_any_of(p))
     lo, hi = sorted((a, b), key=lambda x: x.serial)
     return mk("eq", lo, hi)
+
+
+def _unbound(t: Term) -> Term:
+    while t.op == "sum":
+        t = t.args[1]
+    return t
+
+
+def _any_of(t: Term) -> Term:
+    """A count of true values as "is any of them true"."""
+    return reduce_("any", t.args[0], _any_of(t.args[1])) if t.op == "sum" else t
 
 
 def lt(a: Term, b: Term) -> Term:

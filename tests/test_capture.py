@@ -41,7 +41,7 @@ class Loop(nn.Module):
         out = torch.zeros_like(x)
         for e in ids.unique().tolist():
             t, j = torch.where(ids == e)
-            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+            out.index_add_(0, t, (self.expert(e, x[t]) * w[t, j, None]).to(out.dtype))
         return out
 
     def expert(self, e: int, x: Tensor) -> Tensor:
