@@ -20,6 +20,9 @@ G, U = sp.symbols("g u", real=True)
 class sigmoid(sp.Function):  # type: ignore[misc]
     nargs = 1
 
+    def _eval_is_positive(self) -> bool:
+        return True
+
 
 class relu(sp.Function):  # type: ignore[misc]
     nargs = 1
@@ -27,6 +30,9 @@ class relu(sp.Function):  # type: ignore[misc]
 
 class softplus(sp.Function):  # type: ignore[misc]
     nargs = 1
+
+    def _eval_is_positive(self) -> bool:
+        return True
 
 
 class gelu_tanh(sp.Function):  # type: ignore[misc]

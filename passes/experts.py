@@ -308,7 +308,8 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     """Weights are indexed by the ids themselves: name that index `expert`."""
     found: dict[Term, None] = {}
     sizes = []
-    for a in outer_atoms(part.body):
+    core = T.mul(*(f for f in factors(part.body) if _has_feature(f)))
+    for a in outer_atoms(core):
         if _plain_row(a) or len(a.args[1]) < 2 or not any(data_dependent(i) for i in a.args[1]):
             continue
         for d, i in enumerate(a.args[1]):

@@ -98,6 +98,8 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
     criterion = T.canonical(p.at(source, (*rows, e)))
     weight = roll_slots(T.canonical(expand(m.weight, p)), choice, rows, m.k)
     plain, groups = split_groups(criterion, e, p)
+    if groups is not None and _always_kept(groups, plain, tr, e, num_experts, m.k):
+        weight = assume_kept(weight, choice)
     ids_term = T.mk("topk", choice, (*rows, m.j if m.k > 1 or m.j.op == "v" else chosen.args[1][-1]))
     if m.ids is not ids_term and chosen is not ids_term:
         ids_term = chosen
@@ -116,6 +118,28 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
         **gating,
     )
     return GatingMatch(full, logits, bias, table, choice)
+
+
+def _always_kept(groups: Groups, plain: Term, tr: Translator, e: Term, num_experts: int, k: int) -> bool:
+    """Whether a chosen expert is certain to be in a kept group: the others' fill must lose against any score."""
+    enough = k <= groups.kept * (num_experts // groups.count)
+    return enough and (groups.fill == -math.inf or groups.fill == 0 and bool(tr(plain, e).is_positive))
+
+
+def assume_kept(t: Term, choice: fx.Node) -> Term:
+    """[the group of a chosen expert is among the kept ones] = 1."""
+
+    def holds(x: Term) -> bool:
+        body = x.args[1] if x.op == "any" else x
+        if body.op != "eq":
+            return False
+        return any(
+            g.op == "fdiv" and g.args[0].op == "topk" and g.args[0].args[0] is choice and pick.op == "topk" and pick.args[0] is not choice
+            for g, pick in (body.args, body.args[::-1])
+        )
+
+    found = [x for x in T.walk(t) if x.op in ("any", "eq") and holds(x)]
+    return T.canonical(T.subst(t, dict.fromkeys(sorted(found, key=lambda x: x.op), T.const(1)))) if found else t
 
 
 def expand(t: Term, p: Puller) -> Term:
@@ -146,6 +170,7 @@ def is_last_slot(x: Term, t: Term) -> bool:
 
 def _rolled(t: Term, slots: list[Term]) -> Term:
     v = T.named("#rolled", len(slots))
+    rest, forms = list(t.args), []
     any_slot = T.mk("topk", slots[0].args[0], (*slots[0].args[1][:-1], v))
     groups: dict[Term, dict[int, Term]] = {}
     for a in t.args:
@@ -154,9 +179,9 @@ def _rolled(t: Term, slots: list[Term]) -> Term:
             groups.setdefault(T.subst(a, {slots[here[0]]: any_slot}), {})[here[0]] = a
     for form, members in groups.items():
         if len(members) == len(slots):
-            rest = [a for a in t.args if a not in members.values()]
-            return T.canonical(T.add(T.reduce_("sum", v, form), *rest))
-    return t
+            rest = [a for a in rest if a not in members.values()]
+            forms.append(form)
+    return T.canonical(T.add(T.reduce_("sum", v, T.add(*forms)), *rest)) if forms else t
 
 
 def _score_dtype(p: Puller, logits: fx.Node, source: fx.Node) -> torch.dtype:

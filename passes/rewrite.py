@@ -137,7 +137,8 @@ class Rewriter:
                 return self._call(functions[type(e).__name__], (parts[0],), like)
             raise Rejection(f"no tensor op is known for {e}", None, "rewrite")
 
-        return emit(expr)  # type: ignore[no-any-return]
+        out = emit(expr)
+        return out if isinstance(out, fx.Node) else self._call(torch.full_like, (w, out), like)
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 
