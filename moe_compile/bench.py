@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import sympy
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from .ir import Rejection
 from .passes.probe import Probe, Windows, candidates
 from .passes.record import neutral
-
-BATCH = 3
 
 
 class NoExperts(Rejection):
@@ -40,6 +38,7 @@ class Call:
     constants: Mapping[str, Any]
     device: torch.device
     autocast: torch.dtype | None = None
+    grad: bool = True
 
     @property
     def source(self) -> str:
@@ -88,36 +87,17 @@ def _per_token(x: Spec, ids: Spec) -> int | None:
 
 
 class Bench:
-    """Everything to run a call's function with: a probe module, the weights handed in, and routings."""
+    """A call's function on a probe module: made for one element type and device, run on arguments of any token count."""
 
-    def __init__(self, call: Call, roles: Roles, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        self.call, self.roles, self.dtype = call, roles, dtype
+    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        self.call, self.dtype = call, dtype
         self.device = device or torch.device("cpu")
         self.generator = torch.Generator().manual_seed(20)
         self.probe = None if call.module is None else Probe(call.module, self.device, dtype=dtype)
-        windows = Windows(self.device, self.generator, 0.2)
-        self.given = {n: windows.take(call.tensors[n].shape, dtype or call.tensors[n].dtype) for n in roles.params}
 
-    def arguments(self, ids: Tensor) -> dict[str, Any]:
-        """Call arguments for a routing ids [T, k]: tokens of several sizes, routing weights of both signs."""
-        r, t = self.roles, self.call.tensors
-        x = torch.randn(ids.shape[0], t[r.tokens].shape[-1], generator=self.generator)
-        x = x * torch.tensor([0.25, 1.0, 4.0, 32.0])[torch.arange(ids.shape[0]) % 4, None]
-        w = torch.rand(ids.shape, generator=self.generator) * 1.5 - 0.25
-        if len(t[r.tokens].shape) == 3:
-            batch = BATCH if ids.shape[0] % BATCH == 0 else 1
-            x = x.view(batch, -1, x.shape[-1])
-        if len(t[r.ids].shape) == 1:
-            ids, w = ids.reshape(-1), w.reshape(-1)
-        if len(t[r.weights].shape) > ids.ndim:
-            w = w.unsqueeze(-1)
-        made = {
-            r.tokens: x.to(self.device, self.dtype or t[r.tokens].dtype),
-            r.ids: ids.to(self.device, t[r.ids].dtype),
-            r.weights: w.to(self.device, self.dtype or t[r.weights].dtype),
-            **self.given,
-        }
-        return {n: made[n] if n in made else self.call.constants[n] for n in (*t, *self.call.constants)}
+    def again(self, **kw: Any) -> Self:
+        """The same bench for another element type or device."""
+        return type(self)(self.call, **kw)
 
     def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None) -> Any:
         """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects."""
@@ -126,6 +106,69 @@ class Bench:
         if self.probe is not None:
             self.probe.check_unchanged()
         return out
+
+    def weights(self) -> Iterator[Tensor]:
+        """Every tensor that may hold parameters."""
+        yield from self.probe.tensors.values() if self.probe is not None else ()
+
+    def sizes(self) -> set[int]:
+        """Every size and number around, but for the token counts."""
+        found = {d for w in self.weights() for d in w.shape}
+        found |= {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int)}
+        return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
+
+    def rows(self, lead: Sequence[int], spec: Spec) -> Tensor:
+        """Tokens [*lead, H] of several magnitudes."""
+        x = torch.randn(*lead, spec.shape[-1], generator=self.generator)
+        x = x * torch.tensor([0.25, 1.0, 4.0, 32.0])[torch.arange(x[..., 0].numel()) % 4].view(*lead, 1)
+        return x.to(self.device, self.dtype or spec.dtype)
+
+    def complete(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments in the call's order."""
+        return {n: made[n] if n in made else self.call.constants[n] for n in (*self.call.tensors, *self.call.constants)}
+
+
+class BlockBench(Bench):
+    """For functions of tokens alone, with the router inside."""
+
+    def arguments(self, lead: Sequence[int], alike: bool = False) -> dict[str, Any]:
+        """Arguments for tokens [*lead, H]; `alike`: all tokens nearly the same, so that few experts are chosen."""
+        ((name, spec),) = self.call.tensors.items()
+        x = self.rows(lead, spec)
+        if alike:
+            x = x.flatten()[: x.shape[-1]] + x * 1e-3
+        return self.complete({name: x})
+
+
+class DispatchBench(Bench):
+    """For functions of tokens, ids and routing weights."""
+
+    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        super().__init__(call, dtype, device)
+        roles = roles_of(call.tensors)
+        assert roles is not None
+        self.roles = roles
+        windows = Windows(self.device, self.generator, 0.2)
+        self.given = {n: windows.take(call.tensors[n].shape, dtype or call.tensors[n].dtype) for n in roles.params}
+
+    def weights(self) -> Iterator[Tensor]:
+        yield from self.given.values()
+        yield from super().weights()
+
+    def arguments(self, ids: Tensor, lead: Sequence[int] | None = None) -> dict[str, Any]:
+        """Arguments for a routing ids [T, k] of tokens [*lead, H]: routing weights of both signs."""
+        r, t = self.roles, self.call.tensors
+        if lead is None:
+            lead = [1] * (len(t[r.tokens].shape) - 2) + [ids.shape[0]]
+        w = torch.rand(ids.shape, generator=self.generator) * 1.5 - 0.25
+        made = {
+            r.tokens: self.rows(lead, t[r.tokens]),
+            r.ids: (ids.reshape(-1) if len(t[r.ids].shape) == 1 else ids).to(self.device, t[r.ids].dtype),
+            **self.given,
+        }
+        w = w.view(*made[r.ids].shape, *[1] * (len(t[r.weights].shape) - made[r.ids].ndim))
+        made[r.weights] = w.to(self.device, self.dtype or t[r.weights].dtype)
+        return self.complete(made)
 
     def routing(self, tokens: int, experts: Sequence[int] | range) -> Tensor:
         """ids [tokens, k], distinct in each row, that hit each of `experts` if tokens * k >= len(experts)."""
@@ -140,35 +183,33 @@ class Bench:
         return ids
 
 
-def token_count(experts: int, k: int, taken: set[int]) -> int:
-    """A prime number of tokens: enough for each expert to be hit twice on average, and no size that occurs elsewhere."""
-    n = max(17, -(-2 * experts // k))
-    while not sympy.isprime(n) or taken & {n, n * k, n * BATCH, n * BATCH * k}:
+def primes(least: int, taken: set[int], count: int = 1) -> list[int]:
+    """Different primes that divide no number in `taken`: the last is at least `least`, the others are small."""
+    found: list[int] = []
+    n = 5
+    while len(found) < count:
+        n = max(n, least) if len(found) == count - 1 else n
+        if sympy.isprime(n) and not any(v % n == 0 for v in taken if v):
+            found.append(n)
         n += 1
-    return n
+    return found
 
 
-def number_of_experts(bench: Bench) -> int:
+def number_of_experts(bench: DispatchBench) -> int:
     """The largest candidate N such that id N - 1 is legal and contributes. Raises `NoExperts` if there is none."""
-    k = bench.roles.k
-
-    def weights() -> Any:
-        yield from bench.given.values()
-        yield from bench.probe.tensors.values() if bench.probe is not None else ()
-
-    for n in candidates(bench.call.module, weights):
-        others = [e for e in range(n - 1)][: k - 1]
+    k, tokens = bench.roles.k, 3
+    for n in candidates(bench.call.module, bench.weights):
+        others = list(range(n - 1))[: k - 1]
         if len(others) < k - 1:
             continue
-        args = bench.arguments(torch.tensor([[n - 1, *others]] * BATCH))
+        args = bench.arguments(torch.tensor([[n - 1, *others]] * tokens))
         w = args[bench.roles.weights]
         outs = []
         for size in (1.0, 2.0):
-            first = torch.zeros(BATCH, k, dtype=w.dtype)
+            first = torch.zeros(tokens, k, dtype=w.dtype)
             first[:, 0] = size
-            args[bench.roles.weights] = first.view_as(w)
             try:
-                out = bench.run(args)
+                out = bench.run({**args, bench.roles.weights: first.view_as(w)})
             except Rejection:
                 raise
             except Exception:  # an id out of range; what is raised then is the function's own affair

@@ -34,6 +34,7 @@ from .reading import Reading, Trial, matches, read
 log = logging.getLogger("moe_compile")
 
 # names in code that does more than compute
+_ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "numel"}  # what an expert loop asks its ids
 _EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
 _COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
@@ -51,7 +52,7 @@ def enabled() -> bool:
 
 def install() -> None:
     """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
-    for hook in (_hook_inlining, _hook_flags):
+    for hook in (_hook_inlining, _hook_root, _hook_flags):
         try:
             hook()
         except (ImportError, AttributeError, TypeError) as e:
@@ -81,8 +82,9 @@ def for_us(compiler_fn: Any) -> bool:
 def _recover(gm: torch.fx.GraphModule) -> Any:
     """The passes' answer to a recorded graph: looked up late, because the passes are only needed when a loop was found."""
     from .passes.pipeline import recover_recorded
+    from .passes.recorded import recover_block
 
-    return recover_recorded(gm)
+    return recover_recorded(gm) if "roles" in gm.meta else recover_block(gm)
 
 
 @functools.cache
@@ -109,6 +111,37 @@ def _hook_inlining() -> None:
     Inliner.inline_call = type(own)(inline_call)
 
 
+@functools.cache
+def _hook_root() -> None:
+    """Put a frame around an expert loop that is compiled on its own: Dynamo inlines only what is called in a frame that it traces."""
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+
+    original = _TorchDynamoContext.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, fn: Any) -> Any:
+        forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
+        code = getattr(forward, "__code__", None)
+        if not enabled() or code is None or not for_us(getattr(self, "callback", None)) or not is_candidate(code) or not _asks(code):
+            return original(self, fn)
+        if not isinstance(fn, nn.Module):
+            return original(self, functools.wraps(fn)(_frame_around(fn)))
+        compiled = original(self, fn)
+        if isinstance(compiled, OptimizedModule):
+            compiled.forward = original(self, _frame_around(fn))
+        return compiled
+
+    _TorchDynamoContext.__call__ = call
+
+
+def _frame_around(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    frame.__code__ = frame.__code__.replace()  # Dynamo keeps compiled code by code object: one of its own for each function
+    return frame
+
+
 def _dynamo_refuses() -> type[Exception]:
     from torch._dynamo.exc import Unsupported
 
@@ -127,7 +160,7 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
     if _module_of(next(iter(bound.values()))) is not None:
         owner = bound.pop(next(iter(bound)))
     call = _call(fn, None if owner is None else _module_of(owner), bound)
-    if call is None or roles_of(call.tensors) is None:
+    if call is None or (roles_of(call.tensors) is None and not _may_be_block(call)):
         return None
     trial = trial_of(call)
     if not trial.about_experts:
@@ -156,6 +189,10 @@ def is_candidate(code: types.CodeType) -> bool:
     instructions = [i for c in codes for i in dis.get_instructions(c)]
     outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
     return any(i.opname == "FOR_ITER" for i in instructions) and not outer and not any(i.opname in _WRITES for i in instructions)
+
+
+def _asks(code: types.CodeType) -> bool:
+    return bool({n for c in _with_inner(code) for n in c.co_names} & _ASKS)
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -200,7 +237,15 @@ def _call(fn: types.FunctionType, module: nn.Module | None, bound: dict[str, Any
     if device is None:
         return None
     autocast = torch.get_autocast_dtype(device.type) if device.type != "meta" and torch.is_autocast_enabled(device.type) else None
-    return Call(fn, module, tensors, constants, device, autocast)
+    return Call(fn, module, tensors, constants, device, autocast, torch.is_grad_enabled())
+
+
+def _may_be_block(call: Call) -> bool:
+    """Whether a function may be a whole MoE block: its tokens are its only tensor, and its code asks for rows that depend on data."""
+    specs = list(call.tensors.values())
+    if call.module is None or len(specs) != 1 or not _asks(call.fn.__code__):
+        return False
+    return specs[0].dtype.is_floating_point and 2 <= len(specs[0].shape) <= 3 and isinstance(specs[0].shape[-1], int)
 
 
 def _example_value(variable: Any) -> Any:
@@ -220,7 +265,7 @@ def trial_of(call: Call) -> Trial:
     """The reading of a call's function, made once per function and configuration."""
     shapes = {n: (s.dtype, len(s.shape), s.shape[-1] if isinstance(s.shape[-1], int) else None) for n, s in call.tensors.items() if s.shape}
     roles = roles_of(call.tensors)
-    key = (type(call.module), shapes, roles, dict(call.constants), call.device.type, call.autocast, torch.get_default_dtype())
+    key = (type(call.module), shapes, roles, dict(call.constants), call.device.type, call.autocast, call.grad, torch.get_default_dtype())
     with _lock:
         known = _trials.setdefault(call.fn, [])
         for k, trial in known:

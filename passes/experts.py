@@ -161,6 +161,7 @@ def split_parts(term: Term, dense: Any) -> tuple[list[Part], list[Term]]:
 
 def _parts_of(a: Term, dense: Any) -> list[Part]:
     """Σ_j c · body of one addend, opened into one part for each expert that is named by a condition."""
+    a = scaled_input(dense(a)) or a
     sums = [f for f in factors(a) if f.op == "sum" and _routes(f)]
     if len(sums) > 1:  # the other ones are a part of the weights
         sums = [f for f in sums if _has_feature(f)] or [f for f in sums if any(_condition(x) for x in factors(f.args[1]))]
@@ -173,6 +174,35 @@ def _parts_of(a: Term, dense: Any) -> list[Part]:
             return [q for x in body.args for q in _open(x, dense)]
         return _open(body, dense)
     return _open(a, dense)
+
+
+def scaled_input(a: Term) -> Term | None:
+    """Σ_e F(Σ_j [ids_j = e] g_j, e) = Σ_j F(g_j, ids_j) when F(0, e) = 0: every expert sees every token, scaled by its weight or 0."""
+    for s in factors(a):
+        if s.op != "sum":
+            continue
+        v, body = s.args
+        for x in T.walk(body):
+            found = _gate_of(x, v) if x.atoms <= body.atoms else None
+            if found is None or not T.is_c(T.subst(body, {x: T.const(0)}), 0):
+                continue
+            j, ids, g = found
+            inner = T.subst(T.subst(body, {x: g}), {v: ids})
+            inner = inner if j is None else T.reduce_("sum", j, inner)
+            return T.mul(inner, *(f for f in factors(a) if f is not s))
+    return None
+
+
+def _gate_of(x: Term, v: Term) -> tuple[Term | None, Term, Term] | None:
+    """(slot variable or None, ids, g) when x is Σ_j [ids_j = v] g_j, or [ids = v] itself."""
+    j, inner = x.args if x.op == "sum" else (None, x)
+    for f in factors(inner) if x.op == "sum" else (x,):
+        if f.op == "eq":
+            for ids, other in (f.args, f.args[::-1]):
+                if other is v and data_dependent(ids):
+                    g = T.mul(*(y for y in factors(inner) if y is not f)) if x.op == "sum" else T.const(1)
+                    return None if T.uses(g, v) else (j, ids, g)
+    return None
 
 
 def _has_feature(t: Term) -> bool:
@@ -281,6 +311,8 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     copies = {e: T.canonical(T.add(*bs)) if len(bs) == 1 else _twice(e) for e, bs in by_expert.items()}
     identity = {e: c for e, c in copies.items() if _is_identity(c)}
     real = {e: c for e, c in copies.items() if e not in identity}
+    if not real:
+        raise No("no expert is applied")
     if sorted(real) != list(range(len(real))):
         raise No(f"the experts are not 0..{len(real) - 1}, each once: {_brief(sorted(real))}")
     expert = T.named(EXPERT, len(real))

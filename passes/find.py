@@ -135,8 +135,8 @@ class Finder:
             return False
         if name in ("to", "_to_copy", "type_as", "float"):
             src = n.args[0]
-            same = isinstance(src, fx.Node) and isinstance(v, torch.Tensor) and src.meta["val"].dtype == v.dtype
-            return not same
+            u = src.meta["val"] if isinstance(src, fx.Node) else None
+            return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
 
 

@@ -236,8 +236,10 @@ def _group_top(score: Term, inside: Term, e: Term, g: Term, n: int) -> int:
         v, body = score.args
         if v.args[1] == n and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), v)):
             return 1
-    elif score.op == "sum":
-        v, body = score.args
+    elif score.op == "sum" or score.op == "mul" and sum(f.op == "sum" for f in score.args) == 1:
+        inner = next(f for f in (score.args if score.op == "mul" else (score,)) if f.op == "sum")
+        v, body = inner.args
+        body = T.mul(body, *(f for f in score.args if f is not inner)) if score.op == "mul" else body
         for x in T.walk(body):
             if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):
                 if _takes_largest(x.args[0]) and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), x)):

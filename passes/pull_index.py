@@ -375,7 +375,7 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
     e = T.var(shape_of(counts)[0], "e")
     t = p.at(counts, (e,))
     binders = []
-    while t.op == "sum":
+    while t.op in ("sum", "any"):
         binders.append(t.args[0])
         t = t.args[1]
     if t.op != "eq" or e not in t.args or not binders:

@@ -32,6 +32,8 @@ def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 )  # fmt: skip
 def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
+    if src.meta["val"].device != n.meta["val"].device:
+        raise Opaque("a copy to another device")
     t = p.at(src, idx)
     before, after = dtype_of(src), dtype_of(n)
     if after is torch.bool and before is not torch.bool:

@@ -65,6 +65,10 @@ class Rewriter:
         ids = self._required(b.ids, m.out, "expert ids") if own_ids else None
         weights = None if fused else self._required(b.weights, m.out, "routing weights")
         inputs = [tokens, *params.values(), *routing, *(n for n in (base, ids, weights) if n is not None)]
+        devices = {example_value(n).device for n in (*inputs, out)}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise Rejection(f"the block's tensors are on different devices: {names}", m.out, "rewrite")
         if any(self.position[n] > self.position[out] for n in inputs):
             raise Rejection("an input of the block is computed after its result", m.out, "rewrite")
         if fused:

@@ -25,6 +25,10 @@ def sum_over(v: Term, body: Term) -> Term:
         return mul(const(v.args[1]), body)
     if v.args[1] == 1:
         return subst(body, {v: const(0)})
+    if body.op == "ite" and (cases := _cases(v, body)) is not None:
+        return add(*cases)
+    if body.op == "eq" and any(_is_slot(a, v) and not uses(b, v) for a, b in (body.args, body.args[::-1])):
+        return mk("any", v, body)  # choices are distinct: at most one slot matches
     for rule in (_permuted, _masked_rows, _factor_out, _one_hot, _scattered):
         out = rule(v, body)
         if out is not None:
@@ -117,12 +121,34 @@ def _ratio(n: Any, k: Any) -> Any:
     return int(r) if r.is_Integer else r
 
 
+def _cases(v: Term, body: Term) -> list[Term] | None:
+    """Σ_v of a body that is written case by case: one tensor for each value of v, stacked."""
+    size = v.args[1]
+    if not isinstance(size, int):
+        return None
+    out: dict[int, Term] = {}
+    while body.op == "ite" and body.args[0].op == "eq" and v in body.args[0].args:
+        (c,) = (x for x in body.args[0].args if x is not v)
+        if c.op != "c" or not isinstance(c.args[0], int):
+            return None
+        out.setdefault(c.args[0], subst(body.args[1], {v: c}))
+        body = body.args[2]
+    left = [c for c in range(size) if c not in out]
+    if not out or len(left) > 1 and uses(body, v):
+        return None
+    return [*out.values(), *(subst(body, {v: const(c)}) for c in left)]
+
+
+def _is_slot(t: Term, v: Term) -> bool:
+    return t.op == "topk" and bool(t.args[1]) and t.args[1][-1] is v
+
+
 def _one_of_distinct(inner: Term, j: Term, v: Term) -> bool:
     """[v is among the choices of one top-k]: at most one slot matches, so any is a sum."""
     if inner.op != "eq" or v not in inner.args:
         return False
     other = inner.args[0] if inner.args[1] is v else inner.args[1]
-    return other.op == "topk" and bool(other.args[1]) and other.args[1][-1] is j
+    return _is_slot(other, j)
 
 
 def _scattered(v: Term, body: Term) -> Term | None:

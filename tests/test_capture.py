@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_compile import activation as act
 from moe_compile import backend, capture, reading
-from moe_compile.bench import Roles, Spec, roles_of, token_count
+from moe_compile.bench import Roles, Spec, primes, roles_of
 from moe_compile.ir import Experts, Form, MoeBlock, Rejection
 
 E, K, H, I = 6, 2, 16, 8
@@ -31,7 +31,7 @@ class Loop(nn.Module):
         self.gate = nn.Linear(H, E, bias=False)
         self.up = nn.Parameter(torch.randn(E, 2 * I, H) * 0.3)
         self.down = nn.Parameter(torch.randn(E, H, I) * 0.3)
-        self.num_experts, self.factor = E, 1.0
+        self.num_experts, self.limit = E, 7.0
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
@@ -46,7 +46,7 @@ class Loop(nn.Module):
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.up[e]).chunk(2, -1)
-        return F.linear(self.act(g) * u * self.factor, self.down[e])
+        return F.linear(self.act(g.clamp(max=self.limit)) * u, self.down[e])
 
 
 class Counter:
@@ -178,7 +178,7 @@ def test_different_activations_do_not_share_a_reading() -> None:
         torch.testing.assert_close(compiled(m, counter)(x), m(x))
         assert counter.ops == 1
     m = Loop()
-    m.factor = 3.0
+    m.limit = 0.5
     torch.testing.assert_close(compiled(m, Counter())(x), m(x))
 
 
@@ -193,7 +193,7 @@ def test_changes_after_compilation_are_seen() -> None:
     m, counter, x = ByInstance(), Counter(), torch.randn(9, H)
     c = compiled(m, counter)
     torch.testing.assert_close(c(x), m(x))
-    m.factor = 2.0
+    m.limit = 0.5
     torch.testing.assert_close(c(x), m(x))
     m.act = nn.ReLU()
     torch.testing.assert_close(c(x), m(x))
@@ -535,13 +535,15 @@ def test_code_with_side_effects_is_no_candidate() -> None:
     assert not any(capture.is_candidate(f.__code__) for f in (prints, writes, generates, Loop.forward))
 
 
+CLAMPED = act.silu(act.clamp(act.G, -sympy.oo, 7)) * act.U
+
+
 def _meaning(gm: torch.fx.GraphModule, **changes: Any) -> Any:
     """What the passes say of `Loop.dispatch`, with changes that make it wrong."""
     at = {n.meta.get("arg") or n.meta.get("param_path"): n for n in gm.graph.nodes if n.op == "placeholder"}
-    experts = Experts(
-        **{**dict(num_experts=E, hidden=H, intermediate=I, out_features=H, form=Form.CONCAT, activation=act.SWIGLU), **changes}
-    )
-    boundary = dict(tokens=at["x"], ids=at["ids"], weights=at["w"], up=[at["up"]], down=[at["down"]])
+    out = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    experts = Experts(**{**dict(num_experts=E, hidden=H, intermediate=I, out_features=H, form=Form.CONCAT, activation=CLAMPED), **changes})
+    boundary = dict(tokens=at["x"], ids=at["ids"], weights=at["w"], up=[at["up"]], down=[at["down"]], out=out)
     return types.SimpleNamespace(ir=MoeBlock(None, experts, boundary=boundary))
 
 
@@ -550,7 +552,8 @@ def _meaning(gm: torch.fx.GraphModule, **changes: Any) -> Any:
     [
         ({}, 1),
         (dict(activation=act.gelu(act.G) * act.U), 0),
-        (dict(activation=act.SWIGLU * sympy.Rational(1001, 1000)), 0),
+        (dict(activation=CLAMPED * sympy.Rational(1001, 1000)), 0),
+        (dict(activation=act.SWIGLU), 0),
         (dict(form=Form.INTERLEAVED), 0),
         (dict(num_experts=E - 1), 0),
         (dict(weight_on_input=True), 0),
@@ -601,6 +604,7 @@ def test_roles_of_arguments(tensors: dict[str, Spec], roles: Roles | None) -> No
     assert roles_of(tensors) == roles
 
 
-def test_token_count_is_no_other_size() -> None:
-    n = token_count(experts=64, k=8, taken={17, 19 * 8, 64})
-    assert n == 23 and sympy.isprime(n)
+def test_token_counts_are_told_from_all_other_sizes() -> None:
+    small, large = primes(17, taken={16, 5 * 64, 19}, count=2)
+    assert (small, large) == (7, 17)
+    assert primes(17, taken={17 * 8, 19, 64}) == [23]

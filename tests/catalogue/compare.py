@@ -29,6 +29,9 @@ def normal(g: Gating) -> Gating:
         norm = None
     if norm is not None and norm.kind is Norm.PNORM and norm.p == 1.0 and g.score in NOT_NEGATIVE and not g.bias_in_weights:
         norm = dataclasses.replace(norm, kind=Norm.SUM)
+    scale = g.scale
+    if norm is not None and norm.kind is Norm.EXPR:  # a factor may stand inside the expression or beside it
+        norm, scale = dataclasses.replace(norm, expr=norm.expr * scale), 1.0
     free = g.bias is BiasOn.NONE and g.groups is None
     if norm is not None and free and g.score is Score.SOFTMAX and norm.kind is Norm.SUM and norm.clamp_min < g.k / g.num_experts:
         norm = dataclasses.replace(norm, clamp_min=0.0)
@@ -37,7 +40,7 @@ def normal(g: Gating) -> Gating:
         selected, norm = False, Normaliser(Norm.SUM)
     if selected and g.score in POINTWISE and (free or g.bias is BiasOn.LOGIT):
         selected = False
-    return dataclasses.replace(g, norm=norm, score_over_selected=selected)
+    return dataclasses.replace(g, norm=norm, scale=scale, score_over_selected=selected)
 
 
 def same_activation(a: Any, b: Any) -> bool:
