@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .bench import Call, Spec, bind, roles_of
+from .fingerprint import OF_CLASS, own_attribute
 from .ir import Rejection
 from .reading import Reading, Trial, matches, read
 
@@ -279,11 +280,16 @@ def trial_of(call: Call) -> Trial:
 def _guard(parent: Any, owner: Any, reading: Reading) -> None:
     """Make Dynamo guard on the attributes that the reading rests on: reading them as Dynamo's variables does."""
     module = None if owner is None else _module_of(owner)
+    if module is None:
+        return
     for path, name in reading.reads:
-        sub = module.get_submodule(path) if module is not None else None
-        store = {**sub.__dict__, **sub._parameters, **sub._modules} if sub is not None else {}
-        value = store.get(name, sub)
-        if value is sub or isinstance(value, torch.Tensor) or (isinstance(value, nn.Module) and any(True for _ in value.parameters())):
+        value = own_attribute(module.get_submodule(path), name)
+        # parameters are guarded where they are used, and modules that hold some with them
+        if (
+            value is OF_CLASS
+            or isinstance(value, torch.Tensor)
+            or (isinstance(value, nn.Module) and next(value.parameters(), None) is not None)
+        ):
             continue
         _attribute(parent, owner, f"{path}.{name}" if path else name).realize()
 

@@ -27,16 +27,28 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+OF_CLASS = object()
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """What a module's own state answers for `name`, in Python's order of looking; `OF_CLASS` where its class does."""
+    if name in module.__dict__:
+        return module.__dict__[name]
+    if not hasattr(type(module), name):
+        for store in (module._parameters, module._buffers, module._modules):
+            if name in store:
+                return store[name]
+    return OF_CLASS
+
+
 def fingerprint(module: nn.Module, path: str, name: str) -> Any:
     """What a module answers when its submodule `path` is asked for `name`: equal for two modules iff code cannot tell them apart."""
     try:
         owner = module.get_submodule(path)
     except AttributeError:
         return None
-    for store in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
-        if name in store:
-            return type(owner), _print(store[name])
-    return (type(owner),)
+    value = own_attribute(owner, name)
+    return (type(owner),) if value is OF_CLASS else (type(owner), _print(value))
 
 
 def _print(v: Any) -> Any:

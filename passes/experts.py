@@ -71,6 +71,7 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     parts, base = split_parts(term, dense)
     if not parts:
         raise No("no expert is applied")
+    parts = rolled(parts)
     j, k = slot_variable(parts)
     body, ids, foreign = one_body(parts, j)
     return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
@@ -275,6 +276,21 @@ def _chain(f: Term) -> list[tuple[Term, int, Term]] | None:
     raise No("rows that no expert writes keep an old value")
 
 
+def rolled(parts: list[Part]) -> list[Part]:
+    """Slots that are written out, f(slot 0) + ... + f(slot k-1), as one part in the slot variable."""
+    if len(parts) < 2 or any(q.expert is not None for q in parts):
+        return parts
+    slot = T.named("slot", len(parts))
+    forms = set()
+    for c in range(len(parts)):
+        mapping = {x: T.mk("topk", x.args[0], (*x.args[1][:-1], slot)) for x in T.walk(parts[c].body) if x.op == "topk" and x.args[1][-1].op == "c"}
+        if len(mapping) != 1:
+            return parts
+        forms.add((T.canonical(T.subst(parts[c].body, mapping)), next(iter(mapping)).args[1][-1].args[0]))
+    bodies, slots = {f for f, _ in forms}, sorted(s for _, s in forms)
+    return [Part(None, bodies.pop(), None)] if len(bodies) == 1 and slots == list(range(len(parts))) else parts
+
+
 def slot_variable(parts: list[Part]) -> tuple[Term, int]:
     slots = {v for part in parts for t in (part.body, *([part.ids] if part.ids is not None else [])) for v in t.atoms if v.args[0] == "slot"}
     if not slots:
@@ -381,13 +397,12 @@ def _assemble(
     is_core = [T.uses(f, h) for f in factors(body)]
     core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
     weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
-    parsed = parse_core(core, t, h, expert)
+    parsed = parse_core(core, t, h, expert, weight)
     if parsed.on_input is not None:
-        if not T.is_c(weight, 1):
-            raise No("a routing weight on both the input and the output of the experts")
         weight = parsed.on_input
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)
+    _check_rows(ids, t, j, k)
     tokens = token_node(parsed.tokens, t)
     if not T.same_size(rows(tokens), rows(out)):
         raise No("the experts' input has another number of rows than their result")
@@ -439,6 +454,20 @@ def _assemble(
     )
 
 
+def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
+    """Ids must be those of token t in slot j: [T, k] tensors (or [B, S, k]), read row by row."""
+    for x in T.walk(ids):
+        if x.op == "topk" or x.op == "a" and len(x.args[1]) > 1:
+            *lead, last = x.args[1]
+            free = {v for i in x.args[1] for v in i.atoms}
+            if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
+                raise No(f"the expert ids are not one row a token: {_clip(ids)}")
+            if t.op == "v" and any(i.op in ("fdiv", "mod") and i.args[1].args[0] == k for i in lead) and k > 1:
+                raise No(f"the expert ids are not one row a token: {_clip(ids)}")
+            if k == 1 and T.uses(last, t):
+                raise No(f"the expert ids are not one row a token: {_clip(ids)}")
+
+
 def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed: Core, t: Term, h: Term) -> None:
     """Identity experts must be w · x[t, h], with the same w and x as the others, numbered on from E."""
     if not identity:
@@ -452,8 +481,11 @@ def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed:
             raise No(f"expert {e} is neither like the others nor the identity")
 
 
-def parse_core(core: Term, t: Term, h: Term, expert: Term) -> Core:
-    """down[e, h, i] · act(...) summed over i, plus a bias [e, h]."""
+def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None) -> Core:
+    """down[e, h, i] · act(...) summed over i, plus a bias [e, h].
+
+    `outside`: what multiplies it. It belongs to the activation when the routing weight scales the expert's input.
+    """
     sums, bias = [], None
     for part in core.args if core.op == "add" else (core,):
         if part.op == "sum":
@@ -476,6 +508,10 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term) -> Core:
         down.bias = bias.args[0]
     reader = Reader(t, i, expert)
     expr = reader.read(rest)
+    if reader.scalars and outside is not None:
+        if bias is not None:
+            raise No("a routing weight on the input of experts whose output has a bias")
+        expr = expr * reader.read(outside)
     expr, on_input = _input_weight(expr, reader)
     return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens)
 

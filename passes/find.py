@@ -212,7 +212,7 @@ class DenseReader:
         row = any(is_row(a, d) for d in range(len(a.args[1]))) if isinstance(a.args[0], fx.Node) else any(
             v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms
         )
-        feature = any(v.args[0] == "h" for i in a.args[1] for v in i.atoms)
+        feature = any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
         return row and feature and n not in self.inner_edge()
 
     def inner_edge(self) -> set[fx.Node]:

@@ -149,7 +149,8 @@ def scaled_result(m: ExpertsMatch) -> ExpertsMatch | None:
 
 def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
     """The gating, the shared expert, the nodes at the boundary."""
-    ids, weights, raw = routing_nodes(m, p)
+    nodes = routing_nodes(m, p)
+    ids, weights = nodes.ids, nodes.weights
     found = match_gating(m, shadow.walls)
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
     note = found.reason if isinstance(found, Rejection) else ""
@@ -161,7 +162,7 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, raw, None if shared is None else shared[1])
+    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins)
 
 
 def as_written(b: Block, note: str) -> Block:
@@ -190,7 +191,8 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         (m, p), *more = found.matches
         if more:
             return Rejection("the recorded function holds more than one block of experts", m.out, "record")
-        ids, weights, _ = routing_nodes(m, p)
+        nodes = routing_nodes(m, p)
+        ids, weights = nodes.ids, nodes.weights
         if ids is None or weights is None:
             return Rejection("the recorded function's ids or weights are no inputs of it", m.out, "record")
         ir = MoeBlock(None, m.experts, None, "")
@@ -198,7 +200,7 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         for name in ("up", "down", "up_bias", "down_bias"):
             ir.boundary[name] = [q.node for q in getattr(m, name)]
         ir.boundary["views"] = {q.node: q.view for q in (*m.up, *m.down, *m.up_bias, *m.down_bias) if q.view is not None}
-        refusal = validate(Block(m, None, ir, ids, weights, ids))
+        refusal = validate(Block(m, None, ir, ids, weights, ids, None, nodes.twins))
         return refusal if refusal is not None else Recovered(ir, "", True, "")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
@@ -32,6 +32,7 @@ class Block:
     weights: fx.Node | None
     raw_ids: fx.Node | None
     shared: fx.Node | None = None
+    twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
 
     def params(self) -> list[fx.Node]:
         m = self.match
@@ -45,16 +46,29 @@ class Block:
         """Boundary of the experts' own region, given ids and weights."""
         m = self.match
         given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
-        return list(dict.fromkeys([*given, *self.params()]))
+        return list(dict.fromkeys([*given, *self.params(), *self.twins]))
 
 
-def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-    """(ids, weights, ids before any mapping): the graph's own [.., k] tensors, found by comparing terms."""
+@dataclass
+class RoutingNodes:
+    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`: see Block."""
+
+    ids: fx.Node | None
+    weights: fx.Node | None
+    raw: fx.Node | None
+    twins: dict[fx.Node, fx.Node]
+
+
+def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     slot = m.j if m.j.op == "v" else T.const(0)
     raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
     want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
     found: dict[str, fx.Node] = {}
+    holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}
+    for name, term in (("ids", m.ids), ("weights", m.weight)):
+        if term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
+            found[name] = term.args[0]
     if is_fused(m.out):
         a = call_args(m.out)
         found.update(ids=a.ids, weights=a.weights)
@@ -68,10 +82,13 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> tuple[fx.Node | None, fx.Node |
             continue
         term = T.canonical(p.at(n, (*row_index(m.t, shape_of(n)[:-1]), slot)))
         for name, value in want.items():
+            if term is value and name in holders and v.dtype.is_floating_point == (name == "weights"):
+                holders[name].append(n)
             if term is value and v.dtype.is_floating_point == (name == "weights"):
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
-    return found.get("ids"), found.get("weights"), found.get("raw")
+    twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
+    return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
 
 
 def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:

@@ -30,7 +30,10 @@ def skeleton(t: Term) -> int:
         elif x.op == "v":
             key = ("v", x.args[0])
         else:
-            extra = x.args[0] if x.op == "fn" else len(x.args[1]) if x.op in ("a", "topk") else ()
+            if x.op == "a":
+                _skeleton[x] = hash(("a", *(T.show(constant_part(i)[1]) for i in x.args[1])))
+                continue
+            extra = x.args[0] if x.op == "fn" else len(x.args[1]) if x.op == "topk" else ()
             parts = [_skeleton[c] for c in T.children(x)]
             key = (x.op, extra, *(sorted(parts) if x.op in ("add", "mul", "eq") else parts))
         _skeleton[x] = hash(key)

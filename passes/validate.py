@@ -129,7 +129,8 @@ def size_choices(block: Block) -> list[Sizes]:
 
 def _compare(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node], sizes: Sizes, seed: int) -> str | None:
     gen = torch.Generator().manual_seed(seed)
-    env = {n: make_input(block, n, sizes, seed, gen) for n in boundary}
+    env = {n: make_input(block, n, sizes, seed, gen) for n in boundary if n not in block.twins}
+    env.update({n: env[o].reshape(sizes.shape(n)) for n, o in block.twins.items() if n in boundary})
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         run(nodes, env, sizes)
         bad: str | None = probe(block, env, outs)

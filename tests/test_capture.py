@@ -24,10 +24,9 @@ E, K, H, I = 6, 2, 16, 8
 class Loop(nn.Module):
     """Router and `for e in hit` in two functions, as most models have them."""
 
-    act: Callable[[Tensor], Tensor] = staticmethod(F.silu)
-
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
+        self.act = act
         self.gate = nn.Linear(H, E, bias=False)
         self.up = nn.Parameter(torch.randn(E, 2 * I, H) * 0.3)
         self.down = nn.Parameter(torch.randn(E, H, I) * 0.3)
@@ -164,17 +163,9 @@ def test_layers_share_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_different_activations_do_not_share_a_reading() -> None:
-    class Gelu(Loop):
-        act = staticmethod(F.gelu)
-
-    class ByInstance(Loop):
-        def __init__(self, act: Any) -> None:
-            super().__init__()
-            self.act = act
-
     x = torch.randn(9, H)
-    for m in (Loop(), Gelu(), ByInstance(F.relu), ByInstance(F.silu), ByInstance(nn.GELU()), ByInstance(nn.GELU(approximate="tanh"))):
-        counter = Counter()
+    for f in (F.silu, F.gelu, F.relu, nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")):
+        m, counter = Loop(f), Counter()
         torch.testing.assert_close(compiled(m, counter)(x), m(x))
         assert counter.ops == 1
     m = Loop()
@@ -185,12 +176,7 @@ def test_different_activations_do_not_share_a_reading() -> None:
 def test_changes_after_compilation_are_seen() -> None:
     """Dynamo guards on what the function asked its module for, although the function itself is gone from the graph."""
 
-    class ByInstance(Loop):
-        def __init__(self) -> None:
-            super().__init__()
-            self.act = nn.SiLU()
-
-    m, counter, x = ByInstance(), Counter(), torch.randn(9, H)
+    m, counter, x = Loop(nn.SiLU()), Counter(), torch.randn(9, H)
     c = compiled(m, counter)
     torch.testing.assert_close(c(x), m(x))
     m.limit = 0.5
@@ -250,6 +236,86 @@ def test_weights_handed_in_as_arguments() -> None:
     m, counter, x = Stateless(), Counter(), torch.randn(9, H)
     torch.testing.assert_close(compiled(m, counter)(x), m(x))
     assert counter.ops == 1
+
+
+# ---- whole blocks ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Router and loop in one function, an in-place normalisation between them, the logits handed out too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, I), nn.SiLU(), nn.Linear(I, H)) for _ in range(E))
+        self.shared = nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, s, h = x.shape
+        x = x.view(-1, h)
+        logits = self.gate(x)
+        w, ids = torch.topk(F.softmax(logits, dim=1, dtype=torch.float), K, dim=-1)
+        w /= w.sum(dim=-1, keepdim=True)
+        out = torch.zeros((b * s, h), dtype=x.dtype, device=x.device)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            j, t = torch.where(mask[e].squeeze(0))
+            out.index_add_(0, t, self.experts[e](x[None, t].reshape(-1, h)) * w[t, j, None])
+        return out.reshape(b, s, h) + self.shared(x).view(b, s, h), logits
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            y, logits = layer(x)
+            x = x + y
+        return x, logits
+
+
+@pytest.mark.parametrize(("cls", "ops"), [(Block, 1), (Stack, 2)])
+def test_router_and_loop_in_one_function(cls: type[nn.Module], ops: int) -> None:
+    """Inlined, and compiled alone; other sizes make no more graphs than Dynamo's own shapes do."""
+    m, counter = cls(), Counter()
+    c = compiled(m, counter, dynamic=True)
+    for shape in ((2, 7), (3, 5), (4, 9)):
+        x = torch.randn(*shape, H)
+        torch.testing.assert_close(c(x), m(x), rtol=1e-4, atol=1e-5)
+    assert len(counter.graphs) == 1 and counter.ops == ops
+
+
+def test_training_through_a_whole_block() -> None:
+    m, x = Block().train(), torch.randn(2, 7, H)
+    c = torch.compile(m, backend="moe_fused", options={"inner": "aot_eager"})
+    found = []
+    for f in (c, m):
+        m.zero_grad()
+        y, logits = f(x)
+        (y.square().sum() + logits.logsumexp(-1).sum()).backward()
+        found.append([p.grad.clone() for p in m.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_functions_without_experts_are_not_reported() -> None:
+    class Search(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.n = nn.ModuleList(nn.Linear(H, H) for _ in range(3)), 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                if (x[0] > 0).any().item():
+                    x = part(x)
+            return x
+
+    m, x = Search(), torch.randn(9, H)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(m, Counter())(x), m(x))
+    assert capture.pending() == []
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -363,9 +429,6 @@ def test_export_is_left_alone() -> None:
 
 
 def test_threads() -> None:
-    class Gelu(Loop):
-        act = staticmethod(F.gelu)
-
     errors: list[BaseException] = []
 
     def work(m: nn.Module) -> None:
@@ -377,7 +440,7 @@ def test_threads() -> None:
         except BaseException as e:
             errors.append(e)
 
-    threads = [threading.Thread(target=work, args=(m,)) for m in (Loop(), Gelu(), Loop())]
+    threads = [threading.Thread(target=work, args=(m,)) for m in (Loop(), Loop(F.gelu), Loop())]
     for t in threads:
         t.start()
     for t in threads:
