@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of torch.compile")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default: some built-in ones")
     p.add_argument("--max-new-tokens", type=int, default=160)
-    p.add_argument("--temperature", type=float, default=0.5, help="0 is greedy")
+    p.add_argument("--temperature", type=float, default=0.4, help="0 is greedy")
     p.add_argument("--seed", type=int, default=0, help="of sampling and of random weights")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     p.add_argument("--windows", type=int, default=16, help="windows of held-out text for perplexity and logit difference")

@@ -83,9 +83,8 @@ def for_us(compiler_fn: Any) -> bool:
 def _recover(gm: torch.fx.GraphModule) -> Any:
     """The passes' answer to a recorded graph: looked up late, because the passes are only needed when a loop was found."""
     from .passes.pipeline import recover_recorded
-    from .passes.recorded import recover_block
 
-    return recover_recorded(gm) if "roles" in gm.meta else recover_block(gm)
+    return recover_recorded(gm)
 
 
 @functools.cache
@@ -165,6 +164,7 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
         return None
     trial = trial_of(call)
     if not trial.about_experts:
+        log.debug("capture: no expert loop: %s: %s", call.source, trial.outcome)
         return None
     with _lock:
         if not any(p is trial.outcome for p in _pending):  # layers share an outcome, and Dynamo may trace a call twice
@@ -229,7 +229,7 @@ def _call(fn: types.FunctionType, module: nn.Module | None, bound: dict[str, Any
         variable = variable.realize()
         value = _example_value(variable)
         if isinstance(value, torch.Tensor):
-            tensors[name] = Spec(value.dtype, tuple(_size(s) for s in value.shape))
+            tensors[name] = Spec(value.dtype, (*(_size(s) for s in value.shape[:-1]), *(_width(s) for s in value.shape[-1:])))
             device = device or value.device
         elif variable.is_python_constant():
             constants[name] = variable.as_python_constant()
@@ -260,6 +260,14 @@ def _size(s: Any) -> Any:
         e = s.node.expr
         return int(e) if e.is_Integer else e
     return s
+
+
+def _width(s: Any) -> Any:
+    """The last dim: a number if there is any to be had, for the weights that it meets make it one anyway."""
+    size = _size(s)
+    if isinstance(size, int) or len(size.free_symbols) != 1 or getattr(s.node, "hint", None) is None:
+        return size
+    return int(s.node.hint)
 
 
 def trial_of(call: Call) -> Trial:

@@ -12,16 +12,18 @@ from typing import Any
 import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
-from ..lowering import can_lower, lowering_name
+from ..lowering import can_lower, lowering_name, prepare
+from . import recall, unify
 from . import terms as T
-from . import unify
+from .deep import deep_recursion
 from .find import Finder
 from .fused import is_fused
 from .gating import GatingMatch, match_gating
 from .match import ExpertsMatch
+from .plan import BlockPlan, execute
 from .pull import Puller, call_args, dtype_of, op_name
 from .region import Block, routing_nodes
-from .rewrite import Rewriter
+from .rewrite import Planner
 from .shadow import Shadow
 from .shared import match_shared
 from .validate import validate
@@ -64,8 +66,25 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     out = Outcome()
     if not might_route(gm.graph):
         return out
-    from .deep import deep_recursion
+    with _timed(out.seconds, "recall"):
+        key = recall.key_of(gm.graph, (target, bool(options.validate)))
+        kept = recall.load(key)
+    if kept is not None:
+        plans, out.blocks, out.rejected = kept
+    else:
+        plans = search(gm, options, target, out)
+        recall.save(key, (plans, _portable(out.blocks), [_bare(r) for r in out.rejected]))
+    for b in out.blocks:
+        prepare(b.ir, target)
+    with _timed(out.seconds, "rewrite"):
+        if plans:
+            execute(gm, plans)
+    return out
 
+
+def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[BlockPlan]:
+    """Find and prove the blocks; what is found goes into `out`."""
+    plans: list[BlockPlan] = []
     with deep_recursion():
         _fresh_terms()
         with _timed(out.seconds, "shadow"):
@@ -74,15 +93,26 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
             found = Finder(shadow.graph, shadow.walls, shadow.stale).run()
             blocks = [assemble(m, shadow, p) for m, p in found.matches]
         out.rejected.extend(_located(r, shadow) for r in found.rejected)
-        rewriter = Rewriter(shadow)
+        planner = Planner(shadow)
         for b in blocks:
-            _take(b, rewriter, options, target, out)
-        with _timed(out.seconds, "rewrite"):
-            rewriter.finish()
-            gm.graph.lint()
-            gm.recompile()
+            plan = _take(b, planner, options, target, out)
+            if plan is not None:
+                plans.append(plan)
         _fresh_terms()
-    return out
+    return plans
+
+
+def _portable(blocks: list[Recovered]) -> list[Recovered]:
+    """Blocks without graph nodes: names only."""
+
+    def name(v: Any) -> Any:
+        return v.name if isinstance(v, fx.Node) else [name(x) for x in v] if isinstance(v, list) else v
+
+    return [replace(b, ir=replace(b.ir, boundary={k: name(v) for k, v in b.ir.boundary.items()})) for b in blocks]
+
+
+def _bare(r: Rejection) -> Rejection:
+    return Rejection(r.reason, None, r.stage, r.source)
 
 
 def _fresh_terms() -> None:
@@ -96,29 +126,29 @@ def might_route(graph: fx.Graph) -> bool:
     return any(n.op in ("call_function", "call_method") and any(w in str(n.target) for w in words) for n in graph.nodes)
 
 
-def _take(b: Block, rewriter: Rewriter, options: Any, target: str, out: Outcome) -> None:
-    """Validate and replace one block, or say why not."""
+def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -> BlockPlan | None:
+    """Validate and plan one block, or say why not."""
+    refusal, plan = None, None
     reason = can_lower(b.ir, target)
     if reason is not None:
-        out.rejected.append(_located(Rejection(reason, b.match.out, "lower"), rewriter.shadow))
-        return
-    if options.validate:
+        refusal = Rejection(reason, b.match.out, "lower")
+    elif options.validate:
         with _timed(out.seconds, "validate"):
             refusal = validate(b)
-            if refusal is not None and refusal.reason.startswith("the routing") and b.ids is not None and b.weights is not None:
+            if refusal is not None and refusal.reason.startswith("the routing"):
                 b = as_written(b, refusal.reason)
                 refusal = validate(b)
-        if refusal is not None:
-            out.rejected.append(_located(refusal, rewriter.shadow))
-            return
-    try:
-        with _timed(out.seconds, "rewrite"):
-            rewriter.apply(b)
-    except Rejection as r:
-        out.rejected.append(_located(r, rewriter.shadow))
-        return
+    if refusal is None:
+        try:
+            plan = planner.plan(b)
+        except Rejection as r:
+            refusal = r
+    if refusal is not None:
+        out.rejected.append(_located(refusal, planner.shadow))
+        return None
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
     out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note))
+    return plan
 
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
@@ -174,18 +204,18 @@ def as_written(b: Block, note: str) -> Block:
 
 
 def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
-    """Experts of a recorded function: ATen calls with `meta["val"]`, ids [T, k] among the placeholders, one tensor out.
+    """Experts of a recorded function: ATen calls with `meta["val"]`. With `gm.meta["roles"]` ids [T, k] are among its placeholders,
+    without them the router is in the recording too.
 
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    from .deep import deep_recursion
     from .shadow import stale_views
 
     with deep_recursion():
         _fresh_terms()
         stale = stale_views(gm.graph)
-        found = Finder(gm.graph, set(), stale, id_inputs=True).run()
+        found = Finder(gm.graph, set(), stale, id_inputs="roles" in gm.meta).run()
         if not found.matches:
             return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
         (m, p), *more = found.matches

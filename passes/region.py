@@ -108,6 +108,11 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
     return sorted(seen, key=order.__getitem__)
 
 
+SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like")
+
+
 def data_inputs(n: fx.Node) -> list[fx.Node]:
-    """Inputs whose values matter; type_as reads no more than a dtype off its second one."""
+    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like no more than a shape."""
+    if op_name(n) in SHAPE_ONLY:
+        return []
     return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

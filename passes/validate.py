@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir import Rejection
 from .fused import is_fused
 from .pull import op_name, shape_of, size_of
-from .region import Block, inside
+from .region import SHAPE_ONLY, Block, inside
 
 TOLERANCE = 1e-7
 FEW = 7  # probing tokens, a prime that rarely equals another size
@@ -90,6 +90,15 @@ def _constant_key(n: fx.Node) -> Any:
 
 
 def _check(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node]) -> str | None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # probes are tiny: threads only wait for each other
+    try:
+        return _try_sizes(block, probe, nodes, outs, boundary)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try_sizes(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node]) -> str | None:
     errors = None
     for sizes in size_choices(block):
         try:
@@ -273,10 +282,19 @@ def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
         elif n.op == "get_attr":
             v = _constant(n)
             env[n] = v.to(torch.float64) if isinstance(v, Tensor) and v.is_floating_point() else v
+        elif op_name(n) in SHAPE_ONLY and n.args[0] not in env:
+            env[n] = _filled(n, sizes)
         elif op_name(n) == "type_as":
             env[n] = _cast(n, load(n.args[0]))
         else:
             env[n] = _call(n, load(n.args), {k: load(v) for k, v in n.kwargs.items()})
+
+
+def _filled(n: fx.Node, sizes: Sizes) -> Tensor:
+    """zeros_like and its kin where only the shape is known."""
+    value = {"zeros_like": 0, "ones_like": 1, "empty_like": 7, "full_like": n.args[1] if len(n.args) > 1 else n.kwargs.get("fill_value")}
+    dtype = n.meta["val"].dtype
+    return torch.full(sizes.shape(n), value[op_name(n)], dtype=torch.float64 if dtype.is_floating_point else dtype)
 
 
 def _constant(n: fx.Node) -> Any:

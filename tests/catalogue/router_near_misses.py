@@ -218,9 +218,9 @@ class WeightsFlipped(_Softmax):
 
 
 class IdsFlipped(_Softmax):
-    """Verdict: experts fused, routing as written: the ids belong to the other slots."""
+    """Verdict: either as written or rejected, with a reason: the ids belong to the other slots."""
 
-    expect = WRITTEN
+    expect = Sound()
 
     def route(self, logits: Tensor) -> Routed:
         w, ids = logits.softmax(-1).topk(K)
@@ -228,9 +228,9 @@ class IdsFlipped(_Softmax):
 
 
 class GatherOtherIds(_Softmax):
-    """Verdict: experts fused, routing as written: the weights are gathered for the worst experts."""
+    """Verdict: either as written or rejected, with a reason: the weights are gathered for the worst experts."""
 
-    expect = WRITTEN
+    expect = Sound()
 
     def route(self, logits: Tensor) -> Routed:
         p = logits.softmax(-1)
@@ -249,9 +249,9 @@ class IdsShifted(_Softmax):
 
 
 class TokensRolled(_Softmax):
-    """Verdict: experts fused, routing as written: each token uses its neighbour's routing."""
+    """Verdict: either as written or rejected, with a reason: each token uses its neighbour's routing."""
 
-    expect = WRITTEN
+    expect = Sound()
 
     def route(self, logits: Tensor) -> Routed:
         w, ids = logits.softmax(-1).topk(K)
@@ -407,9 +407,9 @@ class NoTopk(Case):
 
 
 class HashRouting(_Softmax):
-    """Verdict: experts fused, routing as written: ids come from a table of token numbers."""
+    """Verdict: left alone, or routing as written: ids come from a table of token numbers, no top-k chooses."""
 
-    expect = WRITTEN
+    expect = Sound()
 
     def __init__(self) -> None:
         super().__init__()

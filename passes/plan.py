@@ -1,0 +1,225 @@
+"""A rewrite as data: which Dynamo nodes, by name, become which fused ops. `execute` carries it out.
+
+Plans hold names and plain values only, so that they can be kept on disk and replayed on an equal graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from .. import activation as act
+from ..ir import Experts, MaxK, MinK, Rejection, SumK, W
+from ..ops import experts_args
+from .liveness import live_nodes, remove_dead
+from .shadow import example_value
+
+ops = torch.ops.moe_compile
+Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """weights, ids = route(logits, bias, table, *plain), and the nodes that read it from then on."""
+
+    logits: str
+    bias: str | None
+    table: str | None
+    num_experts: int
+    plain: tuple[Any, ...]
+    normaliser: sp.Expr | None
+    ids: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """out = experts(tokens, ids, weights, ...); ids or weights None: those of the route op.
+
+    `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
+    `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
+    """
+
+    out: str
+    same_tensor: tuple[str, ...]
+    tokens: str
+    ids: str | None
+    weights: str | None
+    k: int
+    up: tuple[Operand, ...]
+    down: tuple[Operand, ...]
+    up_bias: tuple[Operand, ...]
+    down_bias: tuple[Operand, ...]
+    base: str | None
+    experts: Experts
+    lead: tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its routing, its experts, or only the first when capture has put the experts in already."""
+
+    route: RoutePlan | None
+    experts: ExpertsPlan | None
+
+
+@dataclass
+class Executor:
+    """Carries plans out on one graph; `now` says what stands for a node that an earlier plan replaced."""
+
+    graph: fx.Graph
+    now: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = {n.name: n for n in self.graph.nodes}
+        self.position = {n: i for i, n in enumerate(self.graph.nodes)}
+
+    def node(self, name: str) -> fx.Node:
+        n = self.names[name]
+        while n in self.now:
+            n = self.now[n]
+        return n
+
+    def block(self, plan: BlockPlan) -> None:
+        weights = ids = None
+        if plan.route is not None:
+            weights, ids = self.route(plan.route)
+        if plan.experts is not None:
+            p = plan.experts
+            ids = self.node(p.ids) if p.ids is not None else ids
+            weights = self.node(p.weights) if p.weights is not None else weights
+            assert ids is not None and weights is not None
+            self.experts(p, ids, weights)
+
+    # ---- gating --------------------------------------------------------------------------------------------------------
+
+    def route(self, p: RoutePlan) -> tuple[fx.Node, fx.Node]:
+        """The op stands right after its inputs."""
+        inputs = [self.node(n) for n in (p.logits, p.bias, p.table) if n is not None]
+        logits = inputs[0]
+        where = _after(max(inputs, key=lambda n: self.position.get(n, -1)))
+        with self.graph.inserting_before(where):
+            tensors = (_rows(self.graph, logits, p.num_experts), *(None if n is None else self.node(n) for n in (p.bias, p.table)))
+            pair = _call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
+            weights = _call(self.graph, operator.getitem, (pair, 0), logits)
+            ids = _call(self.graph, operator.getitem, (pair, 1), logits)
+            if p.normaliser is not None:
+                weights = normalised(self.graph, p.normaliser, weights)
+        for names, new in ((p.ids, ids), (p.weights, weights)):
+            for name in names:
+                old = self.names[name]
+                new.meta.setdefault("example_value", example_value(old))
+                old.replace_all_uses_with(new)
+                self.now[old] = new
+        return weights, ids
+
+    # ---- experts -------------------------------------------------------------------------------------------------------
+
+    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> None:
+        """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
+        out, tokens = self.names[p.out], self.node(p.tokens)
+        value = example_value(out)
+        aliases = [self.names[n] for n in p.same_tensor]
+        readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
+        g = self.graph
+        with g.inserting_before(out):
+            lists = [[self.operand(q) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
+            routed = (_rows(g, tokens, p.experts.hidden), _rows(g, ids, p.k), _rows(g, weights, p.k))
+            add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
+            new = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
+            if value.dtype != example_value(tokens).dtype:
+                new = _method(g, "to", (new, value.dtype), out)
+            if p.lead is not None:
+                sizes = [s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead]
+                new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
+        new.meta["example_value"] = value
+        for u in readers:
+            for d in aliases:
+                u.replace_input_with(d, new)
+        for d in aliases:
+            self.now[d] = new
+
+    def operand(self, q: Operand) -> fx.Node:
+        n = self.node(q[0])
+        return n if q[1] is None else _method(self.graph, "view", (n, *q[1]), n)
+
+
+def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
+    """Rewrite the graph; nodes that only the old regions needed go out."""
+    alive = live_nodes(gm.graph)
+    run = Executor(gm.graph)
+    for p in plans:
+        run.block(p)
+    remove_dead(gm.graph, alive)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
+    """A recovered normaliser expression as plain tensor ops on w [T, k]. Raises Rejection when no op is known for a part."""
+    reductions = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
+    functions = {"sigmoid": torch.sigmoid, "relu": torch.relu, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "Abs": torch.abs}
+    pairs = {sp.Add: operator.add, sp.Mul: operator.mul, sp.Pow: operator.pow}
+
+    def fold(f: Any, parts: list[Any]) -> Any:
+        out = parts[0]
+        for p in parts[1:]:
+            out = _call(g, f, (out, p), w) if isinstance(out, fx.Node) or isinstance(p, fx.Node) else f(out, p)
+        return out
+
+    def emit(e: Any) -> Any:
+        if e == W:
+            return w
+        if e.is_number:
+            return float(e)
+        if isinstance(e, tuple(reductions)):
+            return _call(g, reductions[type(e)], (emit(e.args[0]), -1, True), w)
+        parts = [emit(a) for a in e.args]
+        if isinstance(e, (sp.Add, sp.Mul, sp.Pow)):
+            return fold(next(f for head, f in pairs.items() if isinstance(e, head)), parts)
+        if isinstance(e, act.clamp):
+            return _call(g, torch.clamp, (parts[0], *(None if abs(p) == float("inf") else p for p in parts[1:])), w)
+        return _call(g, functions[type(e).__name__], (parts[0],), w)
+
+    out = emit(expr)
+    return out if isinstance(out, fx.Node) else _call(g, torch.full_like, (w, out), w)
+
+
+def can_emit(expr: sp.Expr) -> Rejection | None:
+    """Whether `normalised` knows every function of an expression."""
+    known = (SumK, MaxK, MinK, act.clamp, act.sigmoid, act.relu, sp.exp, sp.log, sp.tanh, sp.Abs)
+    other = next((f for f in expr.atoms(sp.Function) if not isinstance(f, known)), None)
+    return None if other is None else Rejection(f"no tensor op is known for {other}", None, "rewrite")
+
+
+def _rows(g: fx.Graph, n: fx.Node, width: int) -> fx.Node:
+    """[.., width] as [T, width]."""
+    value = example_value(n)
+    return _method(g, "reshape", (n, -1, width), n) if isinstance(value, torch.Tensor) and value.ndim != 2 else n
+
+
+def _method(g: fx.Graph, name: str, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    return _dressed(g.call_method(name, args), like)
+
+
+def _call(g: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    return _dressed(g.call_function(target, args), like)
+
+
+def _dressed(n: fx.Node, like: fx.Node) -> fx.Node:
+    """Give a new node the source location of the one it stands for."""
+    n.meta.update({k: like.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in like.meta})
+    return n
+
+
+def _after(n: fx.Node) -> fx.Node:
+    """The first place after n where a call may stand (placeholders stay together)."""
+    out = n.next
+    while out.op == "placeholder":
+        out = out.next
+    return out
