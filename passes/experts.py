@@ -229,15 +229,26 @@ def _open(body: Term, dense: Any) -> list[Part]:
         chain = _chain(f)
         if chain is not None:
             rest = T.mul(*(g for g in fs if g is not f))
-            return [Part(e, T.mul(rest, y), ids) for ids, e, y in chain]
+            return [Part(e, T.mul(rest, given(y, ids, e)), ids) for ids, e, y in chain]
     for f in fs:
         hit = _condition(f)
         if hit is not None:
             ids, e = hit
-            return [Part(e, T.mul(*(g for g in fs if g is not f)), ids)]
+            return [Part(e, given(T.mul(*(g for g in fs if g is not f)), ids, e), ids)]
     if any(data_dependent(i) for a in outer_atoms(body) for i in a.args[1] if not _plain_row(a)):
         return [Part(None, body, None)]
     return []
+
+
+def given(t: Term, ids: Term, e: int) -> Term:
+    """t where ids = e is known: conditions on ids inside it are decided."""
+    mapping = {}
+    for x in T.walk(t):
+        if x.op == "eq" and ids in x.args:
+            (c,) = (y for y in x.args if y is not ids)
+            if c.op == "c":
+                mapping[x] = T.const(c.args[0] == e)
+    return T.subst(t, mapping) if mapping else t
 
 
 def _plain_row(a: Term) -> bool:

@@ -131,13 +131,24 @@ class Finder:
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in VIEWS:
+        if name in VIEWS or name == "index" and _by_position(n):
             return False
         if name in ("to", "_to_copy", "type_as", "float"):
             src = n.args[0]
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
+
+
+def _by_position(n: fx.Node) -> bool:
+    """Whether rows are gathered by computed positions (such as arange // k), not by data."""
+    seen: list[Any] = [i for i in call_args(n).indices if i is not None]
+    for x in seen:
+        if x.op != "call_function" or len(seen) > 20:
+            return False
+        if op_name(x) not in CREATION:
+            seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
+    return True
 
 
 def is_selection(n: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from . import terms as T
-from .pull import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, truth
+from .pull import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, size_of, truth
 from .pull_rules import TUPLES
 from .terms import Term
 
@@ -349,6 +349,11 @@ def _argsort(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("histc")
 def _histc(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if a.min == 0 and a.max == a.bins:  # the last bin also counts the id E: there must be none
+        src: Any = n.args[0]
+        top = T.upper(p.at(src, tuple(T.var(s, "q") for s in shape_of(src))))
+        if top is not None and top < a.bins:
+            return _count(p, n, idx)
     if a.min != 0 or a.max != a.bins - 1:
         raise Opaque("a histogram whose bins are not the integers")
     return _count(p, n, idx)
@@ -416,29 +421,75 @@ def grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | Non
     """cat over experts of the rows of a sorted tensor whose sorted id is e: the sorted tensor again, expert by expert."""
     if d != 0 or len(parts) < 2:
         return None
+    cases = _masked_cases(p, parts, idx) or _counted_cases(p, parts, idx)
+    if cases is None:
+        return None
+    sorted_id, pieces = cases
+    out = T.const(0)
+    for e in sorted(pieces, reverse=True):
+        out = T.ite(T.eq(sorted_id, T.const(e)), pieces[e], out)
+    return out
+
+
+def _masked_cases(p: Puller, parts: list[fx.Node], idx: Idx) -> tuple[Term, dict[int, Term]] | None:
+    """Parts that are rows where [sorted id = e], in the order of e: (the sorted id at this row, each expert's value)."""
     row = T.named("row:cat", "rows")
-    pieces: list[tuple[Term, Term]] = []
-    key = None
+    pieces: dict[int, Term] = {}
+    seen: set[Term] = set()
     for x in parts:
         t = p.at(x, (row, *idx[1:]))
         masks = {u.args[0] for u in T.walk(t) if u.op == "nz" and u.args[1] is row}
         if len(masks) != 1:
             return None
         (mask,) = masks
-        if len(mask.shape) != 1:
-            return None
-        m = mask.at(idx[:1])
+        m = mask.at(idx[:1]) if len(mask.shape) == 1 else T.const(0)
         if m.op != "eq":
             return None
-        s, e = m.args if m.args[0].op == "sv" else m.args[::-1]
-        if s.op != "sv" or e.op != "c" or s.args[1] is not idx[0] or (key is not None and s.args[0] is not key):
+        s, e = m.args if m.args[1].op == "c" else m.args[::-1]
+        if e.op != "c" or not _is_sorted(s, idx[0]) or (pieces and e.args[0] <= max(pieces)):
             return None
-        key = s.args[0]
-        pieces.append((e, T.subst(t, {T.mk("nz", mask, row, 0): idx[0]})))
-    order = [e.args[0] for e, _ in pieces]
-    if order != sorted(set(order)):
+        seen.add(s)
+        pieces[e.args[0]] = T.subst(t, {T.mk("nz", mask, row, 0): idx[0]})
+    return (seen.pop(), pieces) if len(seen) == 1 else None
+
+
+def _is_sorted(s: Term, row: Term) -> bool:
+    """Whether s is the value at `row` of an ascending order: sorted(key)[row], or key[perm[row]]."""
+    if s.op == "sv":
+        return s.args[1] is row
+    return any(T.at_key(u.args[1], u) is s for u in T.walk(s) if u.op == "perm" and u.args[2] is row) or row.op == "inv" and T.at_key(row.args[1], row.args[2]) is s
+
+
+def _counted_cases(p: Puller, parts: list[fx.Node], idx: Idx) -> tuple[Term, dict[int, Term]] | None:
+    """Parts whose sizes are the counts of ids 0, 1, ..., E-1 read off one tensor: part e holds the rows of expert e."""
+    sources = scalar_sources(parts[0].graph)
+    counts: set[fx.Node] = set()
+    pieces: dict[int, Term] = {}
+    start: Any = 0
+    for e, x in enumerate(parts):
+        size = shape_of(x)[0]
+        source = sources.get(str(size))
+        if source is None or source[1] != e:
+            return None
+        counts.add(source[0])
+        pieces[e] = p.at(x, (T.add(idx[0], T.const(-start)), *idx[1:]))
+        start = start + size
+    if len(counts) != 1 or shape_of(next(iter(counts)))[0] != len(parts):
         return None
-    out = T.const(0)
-    for e, t in reversed(pieces):
-        out = T.ite(T.eq(T.sv(key, idx[0]), e), t, out)  # type: ignore[arg-type]
-    return out
+    return T.sv(counted_key(p, counts.pop()), idx[0]), pieces
+
+
+def scalar_sources(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
+    """Size symbol -> (tensor, position) for sizes that were read with .item() or .tolist()."""
+    owner: Any = graph
+    cached: dict[str, tuple[fx.Node, int]] | None = getattr(owner, "_moe_scalars", None)
+    if cached is None:
+        cached = owner._moe_scalars = {}
+        for n in graph.nodes:
+            if op_name(n) in ("item", "_local_scalar_dense") and isinstance(n.args[0], fx.Node):
+                x = n.args[0]
+                while op_name(x) in ("to", "_to_copy", "clone", "detach", "alias"):
+                    x = x.args[0]  # type: ignore[assignment]
+                if op_name(x) == "select" and isinstance(call_args(x).index, int):
+                    cached[str(size_of(n))] = (x.args[0], call_args(x).index)  # type: ignore[assignment]
+    return cached

@@ -390,6 +390,8 @@ def upper(t: Term) -> int | None:
     if t.op in ("v", "nz", "topk", "perm", "inv"):
         n = extent(t)
         return int(n) - 1 if isinstance(n, (int, sp.Integer)) else None
+    if t.op == "sv":
+        return upper(t.args[0])
     if t.op == "mod" and is_c(t.args[1]) and isinstance(t.args[1].args[0], int):
         return t.args[1].args[0] - 1
     if t.op == "fdiv" and isinstance(t.args[1].args[0], int):

@@ -67,7 +67,7 @@ def test_shipped_model_predicts_held_out_text(model) -> None:
     unigram = math.exp(-(frequency / frequency.sum()).log()[held_out].mean().item())
     perplexity = trinity.perplexity(lambda ids: model(ids, use_cache=False).logits, held_out, context=128)
     assert unigram > 15
-    assert perplexity < 3.6
+    assert perplexity < 3.4
 
 
 def test_every_expert_is_used(model) -> None:

@@ -113,6 +113,7 @@ class Case(nn.Module):
     dtype: ClassVar[torch.dtype] = torch.float32
     num_experts: ClassVar[int] = E
     local_experts: ClassVar[int] = 0  # experts with weights, where that is not num_experts
+    huge_logits: ClassVar[bool] = True  # False: not comparable there, the entry says why
     routes_all: ClassVar[bool] = True  # False: no naive reading exists (not a MoE block)
 
     gate: nn.Parameter

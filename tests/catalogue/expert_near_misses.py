@@ -65,7 +65,6 @@ class SwappedListEntry(ListCase):
     """Verdict: either. With weights in a list, expert 3 using expert 2's module is a list that names it twice."""
 
     expect = Sound()
-    near = "ListSeparate"
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
