@@ -6,6 +6,7 @@ It is data, not a class: a new activation needs no new code, only functions that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,7 +169,8 @@ def describe(expr: sp.Expr) -> str:
         relu(G): "ReLU",
         relu(G) ** 2: "ReLU²",
     }
-    return named.get(expr) or str(expr).replace("**", "^")
+    decimals = expr.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(str(float(e))))
+    return named.get(expr) or re.sub(r"(\.\d*?[1-9])0+\b", r"\1", str(decimals).replace("**", "^"))
 
 
 def decode(ops: Sequence[int], consts: Sequence[float]) -> sp.Expr:

@@ -3,10 +3,12 @@
 Installed once, when the backend is looked up; they act only while a graph is traced for this backend, so other backends,
 export, and the same model under another backend see no change. ``MOE_COMPILE_CAPTURE=0`` turns them all off, at any time.
 
-- *Whole loops*: where Dynamo is about to inline a function that dispatches tokens in a loop, the function is read by
-  example (`reading`); if that is proved, Dynamo inlines one call of ``torch.ops.moe_compile.experts`` instead. Otherwise it
-  inlines what the user wrote, and the reason is in `pending()`.
-- *Static loops*: ops whose output size depends on data stay in the graph (two of Dynamo's own flags).
+- *Whole loops*: where Dynamo is about to inline a function that dispatches tokens in a loop (with the router outside of it or
+  inside), the function is read by example (`reading`); if that is proved, Dynamo inlines the same function with one call of
+  ``torch.ops.moe_compile.experts`` for the loop. Otherwise it inlines what the user wrote, and the reason is in `pending()`.
+  A loop that is compiled on its own gets a frame around it, because Dynamo never inlines the frame it starts with.
+- *Static loops*: ops whose output size depends on data stay in the graph (two of Dynamo's own flags); a frame that cannot be
+  compiled so is compiled again without.
 
 Both rest on private names of torch; where one is missing, its hook logs that and stays out.
 """

@@ -84,7 +84,7 @@ def _read(call: Call, reader: _Dispatch | _Block, recover: Recover) -> Reading:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
     written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped)
     _confirm(written, reader)
-    return Reading(found.ir.experts, written.function(), (*call.tensors, *call.constants), tuple(written.params), {}, call.source)
+    return Reading(found.ir.experts, written.by_op, (*call.tensors, *call.constants), tuple(written.params), {}, call.source)
 
 
 class _Dispatch:
@@ -98,7 +98,12 @@ class _Dispatch:
         self.own = self.sharp.again()
         _log_reads(self.own, reads)
         r, k = self.sharp.roles, self.sharp.roles.k
-        self.lead = primes(max(17, -(-2 * self.experts // k)), self.own.sizes() | {self.experts, k}, len(call.tensors[r.tokens].shape) - 1)
+        # more tokens than experts: then no expert's number is a token count
+        self.lead = primes(
+            max(17, self.experts + 1, -(-2 * self.experts // k)),
+            self.own.sizes() | {self.experts, k},
+            len(call.tensors[r.tokens].shape) - 1,
+        )
         self.primes = {p: f"{r.tokens}.shape[{d}]" for d, p in enumerate(self.lead)}
         # ids and weights may come flattened; the recording has them as [T, k], from where the function's own shape is a view
         self.shapes = {n: len(call.tensors[n].shape) for n in (r.ids, r.weights)}
@@ -118,14 +123,12 @@ class _Dispatch:
         return gm
 
     def trials(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Routings that the recording never saw."""
+        """Routings that the recording never saw, with as few tokens as they need."""
         n, k = self.experts, b.roles.k
-        tokens = torch.Size(self.lead).numel()
-        few = min(n, max(k, 3))
-        yield "other tokens", b.arguments(b.routing(tokens + 2, range(n)))
-        yield "few experts", b.arguments(b.routing(tokens, range(few)))
-        yield "only the first experts", b.arguments(b.routing(tokens, range(k)))
-        yield "only the last experts", b.arguments(b.routing(tokens, range(n - k, n)))
+        yield "other tokens", self.usual(b)
+        yield "few experts", b.arguments(b.routing(11, range(min(n, max(k, 3)))))
+        yield "only the first experts", b.arguments(b.routing(5, range(k)))
+        yield "only the last experts", b.arguments(b.routing(6, range(n - k, n)))
         yield "one token", b.arguments(b.routing(1, range(n)))
 
     def optional(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -135,7 +138,8 @@ class _Dispatch:
         yield "an id beyond the last expert", b.arguments(ids)
 
     def usual(self, b: DispatchBench) -> dict[str, Any]:
-        return b.arguments(b.routing(torch.Size(self.lead).numel(), range(self.experts)))
+        """Every expert is hit."""
+        return b.arguments(b.routing(-(-self.experts // b.roles.k) + 2, range(self.experts)))
 
 
 class _Block:
@@ -155,7 +159,7 @@ class _Block:
             raise NoExperts("nothing tells how many experts there are", stage="read")
         ((name, spec),) = call.tensors.items()
         rank = len(spec.shape) - 1
-        self.lead = primes(-(-4 * min(most, 512) // 5 ** (rank - 1)), self.own.sizes(), rank)
+        self.lead = primes(max(min(most, 512) + 1, -(-4 * min(most, 512) // 5 ** (rank - 1))), self.own.sizes(), rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
 
     def record(self) -> fx.GraphModule:
@@ -199,9 +203,6 @@ def _confirm(written: Regenerated, reader: Any) -> None:
         _compare_gradients(written, sharp, reader.usual(sharp))
     bench = own if call.device.type in ("cpu", "meta") else own.again(device=call.device)
     _compare(written, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)
-    run = written.function()
-    for _, arguments in reader.trials(own):
-        _check_shapes(written, own, arguments, run)
 
 
 def _given(written: Regenerated, bench: Bench, arguments: Mapping[str, Any]) -> list[Any]:
@@ -227,9 +228,10 @@ def _compare(
             return
         raise Rejection(f"it fails on {what}: {type(e).__name__}: {str(e)[:200]}", stage="confirm") from e
     with torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None):
-        got = written.by_oracle()(*_given(written, bench, arguments))
+        got = written.by_oracle(*_given(written, bench, arguments))
     if not _same_results(got, expected, autocast, f32=bench.dtype is torch.float32):
         raise Rejection(f"what was read does not hold for {what}", stage="confirm")
+    _check_shapes(written, bench, arguments, expected)
 
 
 def _same_results(got: Any, expected: Any, autocast: torch.dtype | None, f32: bool) -> bool:
@@ -258,7 +260,7 @@ def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[st
     for t in leaves:
         t.requires_grad_(True)
     try:
-        results = bench.run(arguments), written.by_oracle()(*_given(written, bench, arguments))
+        results = bench.run(arguments), written.by_oracle(*_given(written, bench, arguments))
         both = [[t for t in pytree.tree_leaves(r) if _is_float(t) and t.requires_grad] for r in results]
         cotangents = [torch.randn(t.shape, generator=bench.generator).to(t.device, t.dtype) for t in both[1]]
         if [t.shape for t in both[0]] != [t.shape for t in both[1]]:
@@ -277,13 +279,12 @@ def _is_float(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point()
 
 
-def _check_shapes(written: Regenerated, bench: Bench, arguments: Mapping[str, Any], run: types.FunctionType) -> None:
-    """Raise `Rejection` unless ours, with the op itself, gives results of the same shapes and types, on the meta device."""
-    call = written.call
-    expected = pytree.tree_leaves(bench.run(arguments, call.autocast))
-    got = pytree.tree_leaves(run(*(t.to("meta") if isinstance(t, Tensor) else t for t in _given(written, bench, arguments))))
-    for x, y in zip(got, expected, strict=True):
-        if isinstance(y, Tensor) and (x.shape != y.shape or (x.dtype != y.dtype and call.autocast is None)):
+def _check_shapes(written: Regenerated, bench: Bench, arguments: Mapping[str, Any], expected: Any) -> None:
+    """Raise `Rejection` unless the function with the op itself gives results of the same shapes and types, on the meta device."""
+    meta = [t.to("meta") if isinstance(t, Tensor) else t for t in _given(written, bench, arguments)]
+    got = pytree.tree_leaves(written.by_op(*meta))
+    for x, y in zip(got, pytree.tree_leaves(expected), strict=True):
+        if isinstance(y, Tensor) and (x.shape != y.shape or (x.dtype != y.dtype and written.call.autocast is None)):
             raise Rejection(f"its result is {list(y.shape)} {y.dtype}, ours would be {list(x.shape)} {x.dtype}", stage="confirm")
 
 

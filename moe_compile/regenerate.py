@@ -7,8 +7,8 @@ comes from: 3 * 37 is the number of tokens of a batch of 3, whatever was meant b
 from __future__ import annotations
 
 import ast
+import functools
 import operator
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,11 +47,14 @@ class Regenerated:
         self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias")]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
         self.live = self._live()
+        if self.out not in self.live:
+            raise Rejection("its result is a view made before the experts wrote to it", stage="read")
         self._check_types()
         self._check_writes()
         placeholders = [n for n in gm.graph.nodes if n in self.live and n.op == "placeholder"]
         self.params = [n.meta["param_path"] for n in placeholders if "param_path" in n.meta]
-        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"_p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
         self.device = f"{next(iter(call.tensors))}.device"
 
     def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
@@ -90,10 +93,10 @@ class Regenerated:
 
     # ---- code ----------------------------------------------------------------------------------------------------------
 
-    def code(self, experts: str = "torch.ops.moe_compile.experts.default") -> str:
+    def code(self, experts: str) -> str:
         """Source of a function of the call's arguments and the parameters; `experts` is what to call for the experts."""
-        heads = [*self.call.tensors, *self.call.constants, *(f"p{i}" for i in range(len(self.params)))]
-        lines = [f"def {self.call.fn.__name__}({', '.join(heads)}):"]
+        heads = [*self.call.tensors, *self.call.constants, *(f"_p{i}" for i in range(len(self.params)))]
+        lines = [f"def {self.function_name}({', '.join(heads)}):"]
         lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
         env = dict(self.names)
         indent, result = "    ", "None"
@@ -107,7 +110,7 @@ class Regenerated:
             if (indent == "    ") != grad:
                 indent = "    " if grad else "        "
                 lines += [] if grad else ["    with torch.no_grad():"]
-            env[n] = f"v{len(env)}"
+            env[n] = f"_v{len(env)}"
             lines += [f"{indent}{line}" for line in self._statement(n, env, experts)]
         return "\n".join([*lines, f"    return {result}"])
 
@@ -168,26 +171,31 @@ class Regenerated:
                 v //= p
         return " * ".join([*factors, *([str(v)] if v != 1 or not factors else [])])
 
-    def function(self, experts: Any = None) -> types.FunctionType:
-        """The code as a function that stands, for stack traces, where the user's does; `experts`: what to call instead of the op."""
-        code = self.call.fn.__code__
-        tree = ast.parse(self.code() if experts is None else self.code("experts"))
-        for node in ast.walk(tree):
-            if hasattr(node, "lineno"):
-                node.lineno = node.end_lineno = code.co_firstlineno  # type: ignore[attr-defined]
-                node.col_offset = node.end_col_offset = 0  # type: ignore[attr-defined]
-        space: dict[str, Any] = {}
-        exec(compile(tree, code.co_filename, "exec"), globals() if experts is None else {"torch": torch, "experts": experts}, space)
-        return space[self.call.fn.__name__]  # type: ignore[no-any-return]
+    @functools.cached_property
+    def by_op(self) -> Any:
+        """The code as a function that stands, for stack traces, where the user's does."""
+        return self._compiled("torch.ops.moe_compile.experts.default", globals())
 
-    def by_oracle(self) -> types.FunctionType:
+    @functools.cached_property
+    def by_oracle(self) -> Any:
         """The function with the IR's own evaluation for the experts, in float32 (float64 where the tokens are)."""
 
         def experts(x: Tensor, ids: Tensor, w: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, add: Any, *_: Any) -> Tensor:
             dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
             return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype=dtype).to(x.dtype)
 
-        return self.function(experts)
+        return self._compiled("_experts", {"torch": torch, "_experts": experts})
+
+    def _compiled(self, experts: str, names: dict[str, Any]) -> Any:
+        code = self.call.fn.__code__
+        tree = ast.parse(self.code(experts))
+        for node in ast.walk(tree):
+            if hasattr(node, "lineno"):
+                node.lineno = node.end_lineno = code.co_firstlineno  # type: ignore[attr-defined]
+                node.col_offset = node.end_col_offset = 0  # type: ignore[attr-defined]
+        space: dict[str, Any] = {}
+        exec(compile(tree, code.co_filename, "exec"), names, space)
+        return space[self.function_name]
 
 
 def _literal(v: Any) -> str:

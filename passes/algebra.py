@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from .. import activation as act
 from . import terms as T
+from .pull import shape_of
 from .terms import Term
 
 L, B, C = sp.symbols("l b c", real=True)
@@ -129,7 +130,7 @@ class Translator:
         if idx and idx[-1] is at:
             if node is self.logits:
                 return L
-            if len(idx) == 1:
+            if all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
                 return self.tables.setdefault(node, sp.Symbol(f"table{len(self.tables)}", real=True))
         raise Unknown(f"the router reads {T.show(x)[:90]}")
 

@@ -15,7 +15,7 @@ from . import terms as T
 from .experts import data_dependent, is_row, match_experts, outer_atoms
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
-from .pull import RULES, Puller, call_args, op_name
+from .pull import RULES, Puller, TooLarge, call_args, op_name
 from .pull_rules import TUPLES
 from .terms import Term
 
@@ -43,6 +43,7 @@ class Finder:
     def __init__(self, graph: fx.Graph, walls: set[fx.Node], stale: set[fx.Node], id_inputs: bool = False) -> None:
         self.graph, self.walls, self.stale = graph, walls, stale
         self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.limit = 20_000 + 40 * len(self.order)
         self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
@@ -77,7 +78,7 @@ class Finder:
                 else:
                     tried.setdefault(label, []).append(out)
         for s, i in number.items():
-            if i not in closed:
+            if i not in closed and not is_table(s):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
 
@@ -110,7 +111,16 @@ class Finder:
         return name == "index" and any(self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n)
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        p = Puller(lambda x: self.stops(x, label), self.walls)
+        p = Puller(lambda x: self.stops(x, label), self.walls, self.limit)
+        try:
+            out = self._match(n, p, label)
+        except TooLarge as e:
+            return Rejection(str(e), n, "experts")
+        if isinstance(out, Rejection):
+            return Rejection(out.reason[:240], out.node, out.stage)
+        return out, p
+
+    def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
         out = read_fused(n, p) if is_fused(n) else match_experts(p, n, DenseReader(p, self, label))
         if isinstance(out, Rejection):
             blind = next(iter(p.unknown.items()), None)
@@ -119,7 +129,7 @@ class Finder:
             return out
         if self.stale & set(x for x, _ in p.memo):
             return Rejection("a tensor of the block is written through another view", n, "experts")
-        return out, p
+        return out
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
@@ -151,11 +161,22 @@ def _by_position(n: fx.Node) -> bool:
     return True
 
 
+def is_table(n: fx.Node) -> bool:
+    """Ids read from a table of integers, as hash routing does."""
+    v = n.meta.get("val")
+    if op_name(n) not in ("index", "embedding", "gather") or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
+        return False
+    src = n.args[0]
+    return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
+
+
 def is_selection(n: fx.Node) -> bool:
     """A node that chooses indices by a floating-point score: top-k, sort, argmax."""
     if n.op != "call_function":
         return False
     name = op_name(n)
+    if is_table(n):
+        return True
     if name not in ("topk", "sort", "argsort", "argmax", "max"):
         return False
     if name == "max" and not hasattr(call_args(n), "dim"):
@@ -191,7 +212,7 @@ class DenseReader:
     def inner(self) -> Puller:
         if self._inner is None:
             edge = self.router_inputs()
-            self._inner = Puller(lambda n: n in edge, self.finder.walls)
+            self._inner = Puller(lambda n: n in edge, self.finder.walls, self.finder.limit)
         return self._inner
 
     def router_inputs(self) -> set[fx.Node]:

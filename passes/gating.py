@@ -14,6 +14,7 @@ from .. import activation as act
 from ..ir import BiasOn, Gating, Groups, MaxK, MinK, Norm, Normaliser, Rejection, Score, SumK, W
 from . import terms as T
 from .algebra import PER_EXPERT, L, Reductions, S, Translator, Unknown, show_expr
+from .experts import rows
 from .match import ExpertsMatch
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
 from .terms import Term
@@ -59,10 +60,11 @@ def _takes_largest(choice: fx.Node) -> bool:
 
 def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
     """Where the logits may be cut: the projection that makes them, then each [.., E] node towards the top-k."""
-    num_experts = shape_of(choice.args[0])[-1]  # type: ignore[arg-type]
+    source: Any = choice.args[0]
+    num_experts = shape_of(source)[-1]
     path: list[fx.Node] = []
     seen: set[fx.Node] = set()
-    frontier: list[Any] = [choice.args[0]]
+    frontier: list[Any] = [source]
     while frontier and len(seen) < 80:
         n = frontier.pop(0)
         if not isinstance(n, fx.Node) or n in seen:
@@ -70,7 +72,8 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
         seen.add(n)
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and shape_of(n)[-1] == num_experts:
-            path.append(n)
+            if T.same_size(rows(n), rows(source)):
+                path.append(n)
         if n.op == "call_function" and op_name(n) not in CONTRACTIONS and n not in walls:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
@@ -93,14 +96,14 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
         raise Unknown("the number of experts is dynamic")
     p = Puller(lambda n: n is logits or op_name(n) in CONTRACTIONS, walls)
     e = T.named("e", num_experts)
-    rows = chosen.args[1][:-1]
-    tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*rows, v)), m.k, num_experts)
-    criterion = T.canonical(p.at(source, (*rows, e)))
-    weight = roll_slots(T.canonical(expand(m.weight, p)), choice, rows, m.k)
+    row = chosen.args[1][:-1]
+    tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*row, v)), m.k, num_experts)
+    criterion = T.canonical(p.at(source, (*row, e)))
+    weight = roll_slots(T.canonical(expand(m.weight, p)), choice, row, m.k)
     plain, groups = split_groups(criterion, e, p)
     if groups is not None and _always_kept(groups, plain, tr, e, num_experts, m.k):
         weight = assume_kept(weight, choice)
-    ids_term = T.mk("topk", choice, (*rows, m.j if m.k > 1 or m.j.op == "v" else chosen.args[1][-1]))
+    ids_term = T.mk("topk", choice, (*row, m.j if m.k > 1 or m.j.op == "v" else chosen.args[1][-1]))
     if m.ids is not ids_term and chosen is not ids_term:
         ids_term = chosen
     select = tr(plain, e)

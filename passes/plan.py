@@ -28,8 +28,8 @@ class RoutePlan:
     """weights, ids = route(logits, bias, table, *plain), and the nodes that read it from then on."""
 
     logits: str
-    bias: str | None
-    table: str | None
+    bias: Operand | None
+    table: Operand | None
     num_experts: int
     plain: tuple[Any, ...]
     normaliser: sp.Expr | None
@@ -100,11 +100,11 @@ class Executor:
 
     def route(self, p: RoutePlan) -> tuple[fx.Node, fx.Node]:
         """The op stands right after its inputs."""
-        inputs = [self.node(n) for n in (p.logits, p.bias, p.table) if n is not None]
+        inputs = [self.node(p.logits), *(self.node(q[0]) for q in (p.bias, p.table) if q is not None)]
         logits = inputs[0]
         where = _after(max(inputs, key=lambda n: self.position.get(n, -1)))
         with self.graph.inserting_before(where):
-            tensors = (_rows(self.graph, logits, p.num_experts), *(None if n is None else self.node(n) for n in (p.bias, p.table)))
+            tensors = (_rows(self.graph, logits, p.num_experts), *(None if q is None else self.operand(q) for q in (p.bias, p.table)))
             pair = _call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
             weights = _call(self.graph, operator.getitem, (pair, 0), logits)
             ids = _call(self.graph, operator.getitem, (pair, 1), logits)

@@ -23,6 +23,10 @@ Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
 
 
+class TooLarge(Exception):
+    """More elements were asked for than a block of experts has: the graph mixes values in a way that no dispatch does."""
+
+
 class Opaque(Exception):
     """A rule cannot say what this element is: the node becomes an atom."""
 
@@ -110,10 +114,10 @@ def truth(t: Term) -> Term:
 class Puller:
     """`stop(node)` says where to make an atom; `dtypes` notes the dtype in which a pointwise function was computed."""
 
-    def __init__(self, stop: Callable[[fx.Node], bool], walls: set[fx.Node] = frozenset()) -> None:  # type: ignore[assignment]
+    def __init__(self, stop: Callable[[fx.Node], bool], walls: set[fx.Node] = frozenset(), limit: int = 400_000) -> None:  # type: ignore[assignment]
         from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
 
-        self.stop, self.walls = stop, walls
+        self.stop, self.walls, self.left = stop, walls, limit
         self.memo: dict[tuple[fx.Node, tuple[Term, ...]], Term] = {}
         self.masks: dict[fx.Node, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
@@ -126,6 +130,9 @@ class Puller:
         key = (node, tuple(idx))
         out = self.memo.get(key)
         if out is None:
+            self.left -= 1
+            if self.left < 0:
+                raise TooLarge("the values around the selection depend on each other in too many ways")
             out = self.memo[key] = self._look(node, key[1])
         return out
 

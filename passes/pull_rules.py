@@ -400,6 +400,8 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
+    if lo == -math.inf and hi == math.inf:
+        return x
     if lo == 0 and hi == math.inf:
         return T.fn("relu", x)
     return T.fn("clamp", x, consts=(float(lo), float(hi)))

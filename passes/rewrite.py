@@ -53,10 +53,9 @@ class Planner:
             refusal = can_emit(expr)
             if refusal is not None:
                 raise refusal
-        names = [None if n is None else self.locate(n, n).name for n in (g.logits, g.bias, g.expert_scale)]
-        assert names[0] is not None
+        tables = [None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)]
         redirected = (self._readable(b.raw_ids, torch.int64), self._readable(b.weights, g.gating.weight_dtype))
-        return RoutePlan(names[0], names[1], names[2], g.gating.num_experts, tuple(plain), expr, *redirected)
+        return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
 
     def _readable(self, s: fx.Node | None, dtype: torch.dtype) -> tuple[str, ...]:
         """Dynamo nodes of the graph's own ids or weights that the fused op's can stand in for."""

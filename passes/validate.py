@@ -190,7 +190,7 @@ def _routing_values(block: Block, env: dict[fx.Node, Tensor]) -> tuple[Tensor, T
     g = block.gating
     assert g is not None
     logits = env[g.logits].reshape(-1, g.gating.num_experts)
-    return logits, None if g.bias is None else env[g.bias], None if g.expert_scale is None else env[g.expert_scale]
+    return logits, *(None if n is None else env[n].reshape(-1) for n in (g.bias, g.expert_scale))  # type: ignore[return-value]
 
 
 def _experts_value(block: Block, env: dict[fx.Node, Tensor], ids: Tensor, w: Tensor) -> Tensor:

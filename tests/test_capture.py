@@ -238,6 +238,63 @@ def test_weights_handed_in_as_arguments() -> None:
     assert counter.ops == 1
 
 
+def test_ids_that_leave_torch() -> None:
+    """Counts in numpy, slices of the sorted tokens, one cat: nothing of the loop is left."""
+
+    class Numpy(Loop):
+        @torch.no_grad()
+        def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+            counts = ids.new_zeros((ids.shape[0], self.num_experts)).scatter_(1, ids, 1).sum(dim=0)
+            order = ids.view(-1).argsort()
+            rows, outs, start = x[order // ids.shape[1]], [], 0
+            for e, n in enumerate(counts.cpu().numpy()):
+                if n == 0:
+                    continue
+                outs.append(self.expert(e, rows[start : start + n]))
+                start += n
+            y = torch.cat(outs)
+            back = torch.empty_like(y)
+            back[order] = y
+            return (back.view(*ids.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
+
+    m, counter = Numpy(), Counter()
+    c = compiled(m, counter)
+    for n in (9, 2):
+        x = torch.randn(n, H)
+        torch.testing.assert_close(c(x), m(x))
+    assert counter.ops == len(counter.graphs) <= 2
+
+
+def test_an_accumulator_that_starts_from_the_residual() -> None:
+    class Residual(Loop):
+        def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+            out = x.clone()
+            for e in ids.unique().tolist():
+                t, j = torch.where(ids == e)
+                out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+            return out
+
+    m, counter, x = Residual(), Counter(), torch.randn(9, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1
+
+
+def test_a_loop_compiled_alone() -> None:
+    """The frame that Dynamo starts with is never inlined; one of its own is put around it."""
+
+    def dispatch(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, F.silu(x[t] @ up[e].t()) @ down[e].t() * w[t, j, None])
+        return out
+
+    counter = Counter()
+    given = torch.randn(9, H), torch.randint(0, E, (9, 1)), torch.rand(9, 1), torch.randn(E, I, H), torch.randn(E, H, I)
+    torch.testing.assert_close(compiled(dispatch, counter)(*given), dispatch(*given))
+    assert counter.ops == 1 and len(counter.graphs) == 1
+
+
 # ---- whole blocks ----------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,8 @@ class _Loop(Case):
 class SwappedDown(_Loop):
     """Verdict: rejected. Expert 3 multiplies by expert 2's down weight."""
 
+    expect = Rejected("weights another expert")
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         return mlp(x, self.up[e], self.down[2 if e == 3 else e])
 
@@ -48,12 +50,16 @@ class SwappedDown(_Loop):
 class SwappedPair(_Loop):
     """Verdict: rejected. Experts 2 and 3 have changed places in the down weights."""
 
+    expect = Rejected("weights another expert")
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         return mlp(x, self.up[e], self.down[{2: 3, 3: 2}.get(e, e)])
 
 
 class SwappedHalves(_Loop):
     """Verdict: rejected. In expert 5 alone, up and gate have changed places."""
+
+    expect = Rejected("weights another expert")
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.up[e]).chunk(2, -1)
@@ -86,12 +92,16 @@ class MissingExpert(_Loop):
 class MissingMiddleExpert(_Loop):
     """Verdict: rejected. Expert 4 is never run."""
 
+    expect = Rejected("each once")
+
     def numbers(self) -> list[int]:
         return [0, 1, 2, 3, 5, 6, 7]
 
 
 class ExpertTwice(_Loop):
     """Verdict: rejected. Expert 0 is run and added twice."""
+
+    expect = Rejected("twice")
 
     def numbers(self) -> list[int]:
         return [*range(E), 0]
@@ -111,6 +121,8 @@ class ExpertOrder(_Loop):
 class OtherActivation(_Loop):
     """Verdict: rejected. Expert 3 activates with gelu."""
 
+    expect = Rejected("same function")
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.up[e]).chunk(2, -1)
         return F.linear((F.gelu(g) if e == 3 else F.silu(g)) * u, self.down[e])
@@ -119,12 +131,16 @@ class OtherActivation(_Loop):
 class OtherConstant(_Loop):
     """Verdict: rejected. Each expert's output has a factor of its own, 1 + e."""
 
+    expect = Rejected("same function")
+
     def expert(self, e: int, x: Tensor) -> Tensor:
         return mlp(x, self.up[e], self.down[e]) * (1.0 + e)
 
 
 class OneBias(_Loop):
     """Verdict: rejected. Expert 6 alone has a bias."""
+
+    expect = Rejected("same function")
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
@@ -150,6 +166,8 @@ class OneBiasForAll(_Loop):
 
 class OtherTokens(_Loop):
     """Verdict: rejected. Expert 2 reads the tokens in reverse order."""
+
+    expect = Rejected("token")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
