@@ -59,7 +59,8 @@ class Finder:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
         found = Findings()
         tried: dict[int, list[Rejection]] = {}
-        closed: set[int] = set()
+        closed: set[int] = set()  # selections that feed another one
+        matched: set[int] = set()  # selections whose experts were found; there may be more of them
         for n in self.graph.nodes:
             label = max((self.live[x] for x in n.all_input_nodes), default=0)
             if n in number:
@@ -74,11 +75,11 @@ class Finder:
                 if not isinstance(out, Rejection):
                     found.matches.append(out)
                     self.live[n] = 0
-                    closed.add(label)
+                    matched.add(label)
                 else:
                     tried.setdefault(label, []).append(out)
         for s, i in number.items():
-            if i not in closed and not is_table(s):
+            if i not in closed | matched and not is_table(s):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
 
@@ -103,7 +104,7 @@ class Finder:
     def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
         """Whether u goes on accumulating onto n."""
         name = op_name(u)
-        if name in ("index_add", "index_put", "scatter_add", "_index_put_impl"):
+        if name in ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl"):
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]

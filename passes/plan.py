@@ -74,6 +74,7 @@ class Executor:
 
     graph: fx.Graph
     now: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    routed: dict[RoutePlan, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # blocks may share a router
 
     def __post_init__(self) -> None:
         self.names = {n.name: n for n in self.graph.nodes}
@@ -88,7 +89,9 @@ class Executor:
     def block(self, plan: BlockPlan) -> None:
         weights = ids = None
         if plan.route is not None:
-            weights, ids = self.route(plan.route)
+            if plan.route not in self.routed:
+                self.routed[plan.route] = self.route(plan.route)
+            weights, ids = self.routed[plan.route]
         if plan.experts is not None:
             p = plan.experts
             ids = self.node(p.ids) if p.ids is not None else ids
