@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis
 
 from . import capture
 from . import report as reports
@@ -44,6 +45,8 @@ def moe_fused(
     seconds["passes"] = time.perf_counter() - started
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
+    except RestartAnalysis:
+        raise  # Dynamo's own way to say "trace once more"
     except Exception as e:
         if not before.restore():
             raise  # the graph is as the user wrote it: not our doing

@@ -288,18 +288,32 @@ def _chain(f: Term) -> list[tuple[Term, int, Term]] | None:
 
 
 def rolled(parts: list[Part]) -> list[Part]:
-    """Slots that are written out, f(slot 0) + ... + f(slot k-1), as one part in the slot variable."""
-    if len(parts) < 2 or any(q.expert is not None for q in parts):
+    """Slots that are written out, f(slot 0) + ... + f(slot k-1), as one part (for each expert) in the slot variable."""
+    groups: dict[int | None, list[Part]] = {}
+    for q in parts:
+        groups.setdefault(q.expert, []).append(q)
+    k = len(next(iter(groups.values())))
+    if k < 2 or any(len(g) != k for g in groups.values()):
         return parts
-    slot = T.named("slot", len(parts))
-    forms = set()
-    for c in range(len(parts)):
-        mapping = {x: T.mk("topk", x.args[0], (*x.args[1][:-1], slot)) for x in T.walk(parts[c].body) if x.op == "topk" and x.args[1][-1].op == "c"}
-        if len(mapping) != 1:
-            return parts
-        forms.add((T.canonical(T.subst(parts[c].body, mapping)), next(iter(mapping)).args[1][-1].args[0]))
-    bodies, slots = {f for f, _ in forms}, sorted(s for _, s in forms)
-    return [Part(None, bodies.pop(), None)] if len(bodies) == 1 and slots == list(range(len(parts))) else parts
+    out = [_rolled(g, T.named("slot", k)) for g in groups.values()]
+    return parts if None in out else [q for q in out if q is not None]
+
+
+def _rolled(group: list[Part], slot: Term) -> Part | None:
+    forms, slots = set(), []
+    for q in group:
+        terms = [q.body, *([q.ids] if q.ids is not None else [])]
+        found = {x for t in terms for x in T.walk(t) if x.op == "topk" and x.args[1][-1].op == "c"}
+        if len(found) != 1:
+            return None
+        (x,) = found
+        mapping = {x: T.mk("topk", x.args[0], (*x.args[1][:-1], slot))}
+        forms.add((T.canonical(T.subst(q.body, mapping)), None if q.ids is None else T.canonical(T.subst(q.ids, mapping))))
+        slots.append(x.args[1][-1].args[0])
+    if len(forms) != 1 or sorted(slots) != list(range(len(group))):
+        return None
+    ((body, ids),) = forms
+    return Part(group[0].expert, body, ids)
 
 
 def slot_variable(parts: list[Part]) -> tuple[Term, int]:

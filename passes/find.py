@@ -19,7 +19,7 @@ from .pull import RULES, Puller, TooLarge, call_args, op_name
 from .pull_rules import TUPLES
 from .terms import Term
 
-COMBINES = ("sum", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
+COMBINES = ("sum", "mean", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
 VIEWS = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes swapdims t mT mH numpy_T adjoint moveaxis slice select narrow "
     "movedim contiguous clone alias detach repeat repeat_interleave chunk split split_with_sizes unbind stack lift_fresh_copy view_as".split()
@@ -71,17 +71,28 @@ class Finder:
             self.live[n] = label
             ready = is_fused(n)
             if ready or label and label not in closed and self._is_candidate(n, label):
-                out = self.attempt(n, label)
-                if not isinstance(out, Rejection):
-                    found.matches.append(out)
-                    self.live[n] = 0
-                    matched.add(label)
-                else:
-                    tried.setdefault(label, []).append(out)
+                for x in (n, *self._summands(n, label)):
+                    out = self.attempt(x, label)
+                    if not isinstance(out, Rejection):
+                        found.matches.append(out)
+                        self.live[x] = 0
+                        matched.add(label)
+                    else:
+                        tried.setdefault(label, []).append(out)
+                    if x is n and not isinstance(out, Rejection):
+                        break
+        found.matches.sort(key=lambda m: self.order[m[0].out])
         for s, i in number.items():
             if i not in closed | matched and not is_table(s):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
+
+    def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
+        """What an add puts together that could be a result of its own: two blocks of one selection, added."""
+        if op_name(n) != "add":
+            return []
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in COMBINES]
+        return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
         """The most telling of the reasons: one from a place where experts were seen."""

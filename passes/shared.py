@@ -16,6 +16,10 @@ from .terms import Term
 
 def match_shared(m: ExpertsMatch, order: dict[fx.Node, int], walls: set[fx.Node]) -> tuple[SharedExpert, fx.Node] | None:
     """(the shared expert, the node that holds its output), or None when nothing of that form is added to the result."""
+    if m.base is not None:
+        found = _read(m, m.base, order, walls)
+        if found is not None:
+            return found, m.base
     for u in users_through_views(m.out):
         if op_name(u) != "add":
             continue

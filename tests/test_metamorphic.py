@@ -18,7 +18,7 @@ def meaning(spec: Spec) -> MoeBlock:
     return MoeBlock(spec.gating, spec.experts, spec.shared_ir())
 
 
-@examples(150)
+@examples(110)
 @given(spelled(), st.sampled_from([False, False, True]))
 def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], dynamic: bool) -> None:
     spec, how = pair
@@ -27,7 +27,7 @@ def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], d
     assert not differences(ir, meaning(spec)), ir
 
 
-@examples(40)
+@examples(30)
 @given(changed())
 def test_a_changed_field_changes_exactly_that(pair: tuple[Spec, Spelling, Spec, Spelling]) -> None:
     before, how, after, how_after = pair
@@ -49,7 +49,7 @@ def routing_mutants(draw: st.DrawFn) -> tuple[Spec, Spelling, str]:
     return spec, how, mutation
 
 
-@examples(50)
+@examples(40)
 @given(routing_mutants())
 def test_mutated_routing_is_left_as_written(mutant: tuple[Spec, Spelling, str]) -> None:
     """No reduction over tokens, no run-time bias, no foreign order: whatever is fused has no Gating, or another one."""
@@ -75,7 +75,7 @@ def expert_mutants(draw: st.DrawFn) -> tuple[Spec, Spelling, str]:
     return spec, how, mutation
 
 
-@examples(50)
+@examples(40)
 @given(expert_mutants())
 def test_mutated_experts_are_left_alone(mutant: tuple[Spec, Spelling, str]) -> None:
     spec, how, mutation = mutant

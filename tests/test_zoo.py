@@ -54,6 +54,7 @@ def told(report: Any) -> str:
 
 
 def check_blocks(entry: zoo.Entry, report: Any) -> None:
+    """What the report has to say: every block fused and validated, with its routing where that is asked for."""
     assert len(report.blocks) == entry.blocks, told(report)
     assert all(b.validated for b in report.blocks)
     if entry.blocks == 0:
