@@ -458,7 +458,7 @@ def _assemble(
         down_bias=parsed.down.bias is not None,
         weight_on_input=parsed.on_input is not None,
         num_identity=len(identity),
-        ids_mapped=ids.op != "topk" and not (ids.op == "a" and ids.args[0].op == "placeholder"),
+        ids_mapped=ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1])),
         dtype=dtype_of(tokens),
     )
     up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]

@@ -24,7 +24,7 @@ VIEWS = frozenset(
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes swapdims t mT mH numpy_T adjoint moveaxis slice select narrow "
     "movedim contiguous clone alias detach repeat repeat_interleave chunk split split_with_sizes unbind stack lift_fresh_copy view_as".split()
 )
-CREATION = frozenset("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange scalar_tensor eye".split())
+CREATION = frozenset("zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange scalar_tensor eye".split())
 
 
 @dataclass

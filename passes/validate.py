@@ -18,6 +18,7 @@ from ..ir import Rejection
 from .fused import is_fused
 from .pull import op_name, shape_of, size_of
 from .region import SHAPE_ONLY, Block, inside
+from .shadow import mutated_args
 
 TOLERANCE = 1e-7
 FEW = 7  # probing tokens, a prime that rarely equals another size
@@ -141,8 +142,13 @@ def _compare(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node]
     env = {n: make_input(block, n, sizes, seed, gen) for n in boundary if n not in block.twins}
     env.update({n: env[o].reshape(sizes.shape(n)) for n, o in block.twins.items() if n in boundary})
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        run(nodes, env, sizes)
-        bad: str | None = probe(block, env, outs)
+        computed = dict(env)
+        if any(mutated_args(n) for n in nodes):  # in-place ops of the region must not change the probe's own inputs
+            heavy = set(block.params())
+            computed.update({n: v.clone() for n, v in env.items() if n not in heavy})
+        run(nodes, computed, sizes)
+        computed.update({n: v for n, v in env.items() if n not in outs})
+        bad: str | None = probe(block, computed, outs)
     return None if bad is None else f"{bad} on probe {seed}"
 
 
