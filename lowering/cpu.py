@@ -98,6 +98,9 @@ def backward(
     call.tensors(grad=grad.to(x.dtype).contiguous(), pre=pre.contiguous())
     wanted = zip((x, weights, *up, *down, *up_bias, *down_bias), needs, strict=True)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) if n else None for t, n in wanted]
+    for g in grads[2:]:
+        if g is not None and layout.stacked and g.shape[0] > layout.num_experts:
+            g[layout.num_experts :].zero_()  # rows that no expert of this block uses
     call.tensors(out=grads[0])
     grad_weights = torch.empty(ids.shape, dtype=torch.float32) if needs[1] else None
     call.tensors(grad_weights=grad_weights)

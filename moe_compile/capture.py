@@ -103,8 +103,8 @@ def _hook_inlining() -> None:
         head, (parent, func, args, kwargs, *rest) = all_args[:takes_class], all_args[takes_class:]
         try:
             found = _instead(parent, func, args, kwargs) if enabled() and for_us(parent.output.compiler_fn) else None
-        except _dynamo_refuses() as e:
-            log.debug("capture: %s", e)
+        except Exception as e:  # whatever a look at the call meets, the call itself must go on as it would without us
+            log.debug("capture: the call is left alone: %s: %s", type(e).__name__, e)
             found = None
         if found is not None:
             func, args, kwargs = *found, {}
@@ -220,8 +220,10 @@ def _function_of(func: Any) -> types.FunctionType | None:
 def _module_of(variable: Any) -> nn.Module | None:
     """The module behind one of Dynamo's variables."""
     variable = variable.realize()
+    if not type(variable).__name__.endswith("ModuleVariable"):
+        return None  # other variables may refuse even the look
     value = getattr(variable, "value", None)
-    return value if isinstance(value, nn.Module) and type(variable).__name__.endswith("ModuleVariable") else None
+    return value if isinstance(value, nn.Module) else None
 
 
 def _call(fn: types.FunctionType, module: nn.Module | None, bound: dict[str, Any]) -> Call | None:

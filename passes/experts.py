@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy as sp
+import torch
 import torch.fx as fx
 
 from .. import activation as act
 from ..ir import Experts, Form, Rejection
 from . import terms as T
 from .match import ExpertsMatch, Param
-from .pull import Puller, dtype_of, shape_of
+from .pull import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
 from .terms import Term
 from .unify import constant_part, unify
 
@@ -459,7 +460,7 @@ def _assemble(
         weight_on_input=parsed.on_input is not None,
         num_identity=len(identity),
         ids_mapped=ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1])),
-        dtype=dtype_of(tokens),
+        dtype=compute_dtype(p, tokens),
     )
     up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
     return ExpertsMatch(
@@ -477,6 +478,13 @@ def _assemble(
         down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
         base=base_node(base, out, t, h),
     )
+
+
+def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:
+    """The dtype the experts' matrix products are computed in: autocast may make it another one than the tokens'."""
+    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in CONTRACTIONS and not p.stop(n)}
+    found = {d for d in found if d.is_floating_point}
+    return found.pop() if len(found) == 1 else dtype_of(tokens)
 
 
 def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:

@@ -47,6 +47,7 @@ class Finder:
         self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
+        self.left: dict[int, int] = {}
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -122,12 +123,19 @@ class Finder:
             return bool(others) and all(self.static[x] == label for x in others)
         return name == "index" and any(self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n)
 
+    def spend(self, label: int) -> int:
+        """Elements that may still be asked for around one selection: the whole search stays linear in the graph."""
+        return self.left.setdefault(label, 4 * self.limit)
+
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        p = Puller(lambda x: self.stops(x, label), self.walls, self.limit)
+        allowed = min(self.limit, self.spend(label))
+        p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:
             out = self._match(n, p, label)
         except TooLarge as e:
             return Rejection(str(e), n, "experts")
+        finally:
+            self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
             return Rejection(out.reason[:240], out.node, out.stage)
         return out, p

@@ -16,11 +16,8 @@ from . import terms as T
 from .algebra import PER_EXPERT, L, Reductions, S, Translator, Unknown, show_expr
 from .experts import rows
 from .match import ExpertsMatch
-from .pull import Puller, call_args, dtype_of, op_name, shape_of
+from .pull import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
 from .terms import Term
-
-CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "embedding", "_grouped_mm", "grouped_mm_fallback")
-
 
 @dataclass
 class GatingMatch:

@@ -5,7 +5,9 @@ Plans hold names and plain values only, so that they can be kept on disk and rep
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,13 +131,13 @@ class Executor:
         value = example_value(out)
         aliases = [self.names[n] for n in p.same_tensor]
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
-        g = self.graph
-        with g.inserting_before(out):
-            lists = [[self.operand(q) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
-            routed = (_rows(g, tokens, p.experts.hidden), _rows(g, ids, p.k), _rows(g, weights, p.k))
+        g, dtype = self.graph, p.experts.dtype
+        with g.inserting_before(out), self.no_autocast(value.device.type, out):
+            lists = [[self.cast(self.operand(q), self.names[q[0]], dtype) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
+            routed = (self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype), _rows(g, ids, p.k), _rows(g, weights, p.k))
             add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
             new = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
-            if value.dtype != example_value(tokens).dtype:
+            if value.dtype != dtype:
                 new = _method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
                 sizes = [s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead]
@@ -146,6 +148,21 @@ class Executor:
                 u.replace_input_with(d, new)
         for d in aliases:
             self.now[d] = new
+
+    def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return n if example_value(source).dtype == dtype else _method(self.graph, "to", (n, dtype), n)
+
+    @contextlib.contextmanager
+    def no_autocast(self, device: str, like: fx.Node) -> Iterator[None]:
+        """Under autocast the op still computes in the dtype that was recovered: casts are explicit."""
+        inside = torch.is_autocast_enabled(device) or any("_enter_autocast" in str(n.target) for n in self.names.values())
+        if not inside:
+            yield
+            return
+        mode = torch.amp.autocast_mode
+        entered = _call(self.graph, mode._enter_autocast, (device, torch.get_autocast_dtype(device), False, True), like)
+        yield
+        _call(self.graph, mode._exit_autocast, (entered,), like)
 
     def operand(self, q: Operand) -> fx.Node:
         n = self.node(q[0])

@@ -21,6 +21,7 @@ from .terms import Term
 
 Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
+CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "embedding", "_grouped_mm", "grouped_mm_fallback")
 
 
 class TooLarge(Exception):

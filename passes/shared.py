@@ -8,9 +8,8 @@ from ..ir import Form, SharedExpert
 from . import terms as T
 from .experts import No, factors, is_row, layout, parse_core, row_index, row_variable, rows
 from .find import users_through_views
-from .gating import CONTRACTIONS
 from .match import ExpertsMatch
-from .pull import Puller, op_name, shape_of
+from .pull import CONTRACTIONS, Puller, op_name, shape_of
 from .terms import Term
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import sympy as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile.ir import BiasOn, Score
+from moe_compile.ir import BiasOn, Norm, Normaliser, Score, SumK, W
 
-from .base import RENORM, SOFTMAX, SWIGLU_EXPERTS, Case, E, Fused, H, K, experts, gating, norm_sum
+from .base import RENORM, SOFTMAX, SWIGLU_EXPERTS, Case, E, Fused, H, K, Sound, experts, gating, norm_sum
 
 Routed = tuple[Tensor, Tensor]
 
@@ -326,6 +327,30 @@ class ExpertScaleEmbedding(_ExpertScale):
     def route(self, logits: Tensor) -> Routed:
         w, ids = super().route(logits)
         return w * self.expert_scale.index_select(0, ids.flatten()).view_as(ids), ids
+
+
+class ExpertScaleAfterCustomNorm(_ExpertScale):
+    """Verdict: fused. A normaliser no kernel knows, then the table: the scale must not enter the sum of the normaliser."""
+
+    expect = Fused(gating(Score.SIGMOID, Normaliser(Norm.EXPR, expr=W / sp.sqrt(SumK(W) + 1)), expert_scale=True), SWIGLU_EXPERTS)
+    group = ""
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.sigmoid().topk(K)
+        return w / (w.sum(-1, keepdim=True) + 1).sqrt() * self.expert_scale[ids], ids
+
+
+class ExpertScaleBeforeNorm(_ExpertScale):
+    """Verdict: either as written or rejected, with a reason: the table's entries enter the sum they are divided by."""
+
+    expect = Sound()
+    group = ""
+    near = "ExpertScaleIndex"
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).topk(K)
+        w = w * self.expert_scale[ids]
+        return w / w.sum(-1, keepdim=True), ids
 
 
 # Dtypes are part of the meaning ---------------------------------------------------------------------------------------
