@@ -13,7 +13,7 @@ trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like 
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
 test: lint  ## lint, type check and run all tests
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -19,6 +19,14 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and isinstance(call.params.get("name"), str):
+            item.add_marker(pytest.mark.xdist_group(call.params["name"]))
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """Every test starts without compiled code and with one seed."""

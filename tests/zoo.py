@@ -275,7 +275,8 @@ ENTRIES: list[Entry] = [
     _entry("axk1", "R4", "X1", "AXK1Config", "AXK1ForCausalLM", **GROUPED, **SAME_KV, **SPARSE),
     _entry("axk2", "R4", "X1", "AXK2Config", "AXK2ForCausalLM", note="losing groups are masked with 0, not -inf", **GROUPED, **SAME_KV,
            **SPARSE),
-    _entry("dots3_note", "R4", "X1", "Dots3NoteTextConfig", "Dots3NoteForCausalLM", **GROUPED, **SAME_KV, **SPARSE, **FULL),
+    _entry("dots3_note", "R4", "X1", "Dots3NoteTextConfig", "Dots3NoteForCausalLM", shared_experts_intermediate_size=20, **GROUPED,
+           **SAME_KV, **SPARSE, **FULL),
     _entry("beam", "R4", "X5", "BeamConfig", "BeamForCausalLM", **GROUPED, **SPARSE),
     # R5: softmax with groups
     _entry("deepseek_v2", "R5", "X1", "DeepseekV2Config", "DeepseekV2ForCausalLM", topk_method="group_limited_greedy", **GROUPED,
@@ -300,8 +301,10 @@ ENTRIES: list[Entry] = [
     # others
     _entry("llama4", "R7", "X6", "Llama4TextConfig", "Llama4ForCausalLM", intermediate_size_mlp=40, num_experts_per_tok=2,
            implementations=PLAIN, **FULL),
-    _entry("phimoe", "R8", "X1", "PhimoeConfig", "PhimoeForCausalLM", gating=False, router_jitter_noise=0.1),
-    _entry("inkling", "R9", "X1", "InklingTextConfig", "InklingForCausalLM", gating=False),
+    _entry("phimoe", "R8", "X1", "PhimoeConfig", "PhimoeForCausalLM", gating=False, router_jitter_noise=0.1,
+           note="sparsemixer: two masked argmaxes, no top-k"),
+    _entry("inkling", "R9", "X1", "InklingTextConfig", "InklingForCausalLM", gating=False,
+           note="weights normalised jointly with those of the shared experts"),
     _entry("deepseek_v4+hash", "R10", "X4", "DeepseekV4Config", "DeepseekV4ForCausalLM", swiglu_limit=1.5,
            mlp_layer_types=["hash_moe", "moe"], gating=False, prepare=_fill_hash_table,
            note="first layer: experts from a table of token ids"),

@@ -57,13 +57,13 @@ def verdict_of(entry: zoo.Entry, implementation: str, report: Any) -> Verdict:
         return "; ".join(dict.fromkeys(t.replace("|", "¦") for t in texts)) or "–"
 
     if not blocks:
-        reasons = once(r.reason for r in report.rejected)
-        return Verdict(entry.name, implementation, "–", "–", "–", f"{LEFT}: {reasons}")
+        return Verdict(entry.name, implementation, "–", "–", "–", LEFT)
     whole = all(b.ir.gating is not None for b in blocks)
     return Verdict(
         entry.name,
         implementation,
-        once(b.formula for b in blocks),
+        # the report's reason for routing left as written names nodes of one graph; the entry's note says it in words
+        once(b.formula if b.ir.gating is not None else "as written" for b in blocks),
         once(b.experts for b in blocks),
         once(b.shared for b in blocks),
         FUSED if whole else EXPERTS_ONLY,
@@ -74,7 +74,7 @@ def row_of(entry: zoo.Entry, verdicts: list[Verdict]) -> tuple[str, ...]:
     """The table row of one architecture; its verdicts agree, or the row says in what they differ."""
 
     def agreed(values: Iterable[str]) -> str:
-        return " ‖ ".join(dict.fromkeys(values))
+        return " **or** ".join(dict.fromkeys(values))
 
     notes = [n for n in (entry.scope if entry.scope != "causal LM" else "", entry.note) if n]
     name = f"`{entry.name}`" + (f" ({'; '.join(notes)})" if notes else "")
