@@ -15,7 +15,7 @@ from . import terms as T
 from .experts import data_dependent, is_row, match_experts, outer_atoms
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
-from .pull import RULES, Puller, TooLarge, call_args, op_name
+from .pull import RULES, Puller, call_args, op_name
 from .pull_rules import TUPLES
 from .terms import Term
 
@@ -129,12 +129,14 @@ class Finder:
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
+        T.allow(50 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:
             out = self._match(n, p, label)
-        except TooLarge as e:
+        except T.TooLarge as e:
             return Rejection(str(e), n, "experts")
         finally:
+            T.allow(10_000_000)
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
             return Rejection(out.reason[:240], out.node, out.stage)

@@ -320,6 +320,8 @@ def build(select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None
     else:
         _check_monotone(select, groups, kind)
     norm, scale = normaliser(out, red)
+    if norm is not None and norm.kind is Norm.EXPR and c is not None:
+        raise Unknown("a per-expert table together with a normaliser that no kernel knows")
     if kind is Score.SOFTMAX and not over_selected and norm is not None and norm.clamp_min and norm.kind is Norm.SUM:
         if norm.clamp_min < red.size["K"] / red.size["E"] and not whole:
             norm = Normaliser(Norm.SUM, eps=norm.eps)  # k softmax values never sum to less than k/E

@@ -24,10 +24,6 @@ RULES: dict[str, Rule] = {}
 CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "embedding", "_grouped_mm", "grouped_mm_fallback")
 
 
-class TooLarge(Exception):
-    """More elements were asked for than a block of experts has: the graph mixes values in a way that no dispatch does."""
-
-
 class Opaque(Exception):
     """A rule cannot say what this element is: the node becomes an atom."""
 
@@ -133,7 +129,7 @@ class Puller:
         if out is None:
             self.left -= 1
             if self.left < 0:
-                raise TooLarge("the values around the selection depend on each other in too many ways")
+                raise T.TooLarge("the values around the selection depend on each other in too many ways")
             out = self.memo[key] = self._look(node, key[1])
         return out
 

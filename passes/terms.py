@@ -48,12 +48,32 @@ class Term:
 def reset() -> None:
     """Forget all terms (once a compilation; terms of different compilations must not meet)."""
     _table.clear()
+    allow(10_000_000)
+
+
+class TooLarge(Exception):
+    """More distinct terms than any block of experts needs: values depend on each other in too many ways."""
+
+
+_work = [10_000_000]  # steps left
+
+
+def allow(steps: int) -> None:
+    """Start a piece of work that may take so many steps of rebuilding and walking before it is given up (`TooLarge`)."""
+    _work[0] = steps
+
+
+def _step(n: int = 1) -> None:
+    _work[0] -= n
+    if _work[0] < 0:
+        raise TooLarge("the values around the selection depend on each other in too many ways")
 
 
 def mk(op: str, *args: Any) -> Term:
     key = (op, *args)
     t = _table.get(key)
     if t is None:
+        _step()
         t = object.__new__(Term)
         t.op, t.args, t.serial = op, args, next(_serial)
         free: set[Term] = {t} if op == "v" else set()
@@ -511,6 +531,7 @@ def subst(t: Term, mapping: dict[Term, Term]) -> Term:
         if y is None:
             y = x if only_vars and not (x.atoms & keys) else rebuild(x, go)
             memo[x] = y
+            _step()
         return y
 
     return go(t)
@@ -526,6 +547,7 @@ def walk(t: Term) -> Iterator[Term]:
             yield x
         elif x not in seen:
             seen.add(x)
+            _step()
             stack.append((x, True))
             stack.extend((c, False) for c in children(x))
 

@@ -109,6 +109,8 @@ def test_gradient_checkpointing(name: str) -> None:
     loss, gradients = loss_and_gradients(model, compiled, inputs, projected)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-4)
     assert_same_gradients(gradients, expected)
+    report = moe_compile.last_report()
+    assert report is not None and (report.blocks or report.rejected), "neither fused nor told why not"
 
 
 AUTOCAST = [("mixtral", "default"), ("mixtral", "eager"), ("afmoe", "default"), ("gpt_oss", "batched_mm"), ("ernie4_5_moe", "default")]
