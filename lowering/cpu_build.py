@@ -40,7 +40,8 @@ def start(direction: str, dtype: torch.dtype) -> None:
     with _lock:
         if (direction, dtype) in _builds:
             return
-        _builds[direction, dtype] = future = Future()
+        future: Future[ctypes.CDLL | None] = Future()
+        _builds[direction, dtype] = future
     threading.Thread(target=_fill, args=(future, direction, dtype), name="moe_compile kernel build", daemon=True).start()
 
 

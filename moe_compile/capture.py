@@ -279,7 +279,8 @@ def trial_of(call: Call) -> Trial:
     shapes = {n: (s.dtype, len(s.shape), s.shape[-1] if isinstance(s.shape[-1], int) else None) for n, s in call.tensors.items() if s.shape}
     roles = roles_of(call.tensors)
     handed_in = {n: tuple(map(str, call.tensors[n].shape)) for n in (roles.params if roles is not None else ())}  # weights as arguments
-    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), call.device.type, call.autocast, call.grad, torch.get_default_dtype())
+    state = (call.device.type, call.autocast, call.grad, torch.get_default_dtype())
+    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), state)
     with _lock:
         known = _trials.setdefault(call.fn, [])
         for k, trial in known:

@@ -210,12 +210,12 @@ def normalise(norm: Normaliser, w: Tensor) -> Tensor:
 
 def _evaluate_norm(expr: Any, w: Tensor) -> Tensor:
     """Evaluate a recovered normaliser expression on w [T, k]."""
-    reductions = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
+    reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
     if expr == W:
         return w
     if expr.is_number:
         return torch.full_like(w, float(expr))
-    if isinstance(expr, tuple(reductions)):
+    if type(expr) in reductions:
         return reductions[type(expr)](_evaluate_norm(expr.args[0], w), -1, keepdim=True).expand_as(w)
     parts = [_evaluate_norm(a, w) for a in expr.args]
     if isinstance(expr, sp.Add):
@@ -255,7 +255,9 @@ class Experts:
     ids_mapped: bool = False
     dtype: torch.dtype = torch.float32
 
-    def expert(self, e: int, up: Sequence[Tensor], down: Sequence[Tensor], up_bias: Sequence[Tensor], down_bias: Sequence[Tensor]) -> dict[str, Any]:
+    def expert(
+        self, e: int, up: Sequence[Tensor], down: Sequence[Tensor], up_bias: Sequence[Tensor], down_bias: Sequence[Tensor]
+    ) -> dict[str, Any]:
         """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down, and the biases or None."""
         n = self.num_experts
 

@@ -318,7 +318,9 @@ def _rolled(group: list[Part], slot: Term) -> Part | None:
 
 
 def slot_variable(parts: list[Part]) -> tuple[Term, int]:
-    slots = {v for part in parts for t in (part.body, *([part.ids] if part.ids is not None else [])) for v in t.atoms if v.args[0] == "slot"}
+    slots = {
+        v for part in parts for t in (part.body, *([part.ids] if part.ids is not None else [])) for v in t.atoms if v.args[0] == "slot"
+    }
     if not slots:
         return T.const(0), 1
     if len(slots) > 1:
@@ -796,7 +798,12 @@ def base_node(base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | Non
     if len(base) == 1 and base[0].op == "a" and isinstance(base[0].args[0], fx.Node):
         node, idx = base[0].args
         lead = shape_of(node)[:-1]
-        if T.same_size(rows(node), rows(out)) and idx[-1] is h and idx[:-1] == _clamped(row_index(t, lead), lead) and dtype_of(node) == dtype_of(out):
+        if (
+            T.same_size(rows(node), rows(out))
+            and idx[-1] is h
+            and idx[:-1] == _clamped(row_index(t, lead), lead)
+            and dtype_of(node) == dtype_of(out)
+        ):
             return node
     raise No(f"the accumulator starts from more than one tensor: {_clip(T.add(*base))}")
 

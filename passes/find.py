@@ -19,12 +19,35 @@ from .pull import RULES, Puller, call_args, op_name
 from .pull_rules import TUPLES
 from .terms import Term
 
-COMBINES = ("sum", "mean", "index_add", "index_put", "scatter_add", "add", "mm", "bmm", "matmul", "einsum", "addmm", "baddbmm", "scatter_reduce", "_index_put_impl")
-VIEWS = frozenset(
-    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes swapdims t mT mH numpy_T adjoint moveaxis slice select narrow "
-    "movedim contiguous clone alias detach repeat repeat_interleave chunk split split_with_sizes unbind stack lift_fresh_copy view_as".split()
+COMBINES = (
+    "sum",
+    "mean",
+    "index_add",
+    "index_put",
+    "scatter_add",
+    "add",
+    "mm",
+    "bmm",
+    "matmul",
+    "einsum",
+    "addmm",
+    "baddbmm",
+    "scatter_reduce",
+    "_index_put_impl",
 )
-CREATION = frozenset("zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange scalar_tensor eye".split())
+VIEWS = frozenset(
+    (
+        "view reshape _unsafe_view flatten unflatten view_as squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes "
+        "swapdims t mT mH numpy_T adjoint movedim moveaxis slice select narrow contiguous clone alias detach lift_fresh_copy "
+        "repeat repeat_interleave chunk split split_with_sizes unbind stack"
+    ).split()
+)
+CREATION = frozenset(
+    (
+        "zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange "
+        "scalar_tensor eye"
+    ).split()
+)
 
 
 @dataclass
@@ -102,7 +125,9 @@ class Finder:
                 return Rejection(r.reason, r.node, r.stage)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label for n in output.all_input_nodes):
-            return Rejection("the selected indices leave this graph before any expert is applied: the expert loop was not captured", source, "capture")
+            return Rejection(
+                "the selected indices leave this graph before any expert is applied: the expert loop was not captured", source, "capture"
+            )
         return Rejection("the selected indices choose no experts", source, "find")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
@@ -121,7 +146,9 @@ class Finder:
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
             return bool(others) and all(self.static[x] == label for x in others)
-        return name == "index" and any(self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n)
+        return name == "index" and any(
+            self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n
+        )
 
     def spend(self, label: int) -> int:
         """Elements that may still be asked for around one selection: the whole search stays linear in the graph."""
@@ -129,7 +156,7 @@ class Finder:
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
-        T.allow(50 * self.limit)
+        T.allow(15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:
             out = self._match(n, p, label)
@@ -263,10 +290,14 @@ class DenseReader:
         n = nodes[0]
         if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
             return False
-        row = any(is_row(a, d) for d in range(len(a.args[1]))) if isinstance(a.args[0], fx.Node) else any(
-            v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms
+        row = (
+            any(is_row(a, d) for d in range(len(a.args[1])))
+            if isinstance(a.args[0], fx.Node)
+            else any(v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms)
         )
-        feature = any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
+        feature = (
+            any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
+        )
         return row and feature and n not in self.inner_edge()
 
     def inner_edge(self) -> set[fx.Node]:

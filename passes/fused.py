@@ -45,8 +45,9 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         dtype=dtype_of(x),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
-    lists = {name: [Param(q) for q in getattr(a, name)] for name in ("up", "down", "up_bias", "down_bias")}
-    return ExpertsMatch(experts=experts, out=n, tokens=x, ids=T.canonical(ids_term), weight=T.canonical(weight), t=t, j=j, k=k, base=a.add, **lists)
+    up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
+    ids_term, weight = T.canonical(ids_term), T.canonical(weight)
+    return ExpertsMatch(experts, n, x, ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add)
 
 
 def _inner(a: Any, form: Form) -> int:

@@ -19,6 +19,7 @@ from .match import ExpertsMatch
 from .pull import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
 from .terms import Term
 
+
 @dataclass
 class GatingMatch:
     """A recovered gating and the shadow nodes at its edge: logits ([T, E] or [..., E]), bias and table [E], the choice."""
@@ -284,7 +285,9 @@ SCORES: tuple[tuple[Score, Any], ...] = (
 )
 
 
-def build(select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None, bias: fx.Node | None, table: fx.Node | None) -> dict[str, Any]:
+def build(
+    select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None, bias: fx.Node | None, table: fx.Node | None
+) -> dict[str, Any]:
     """The fields of `Gating` that the two expressions determine; raises `Unknown` with the reason."""
     red = tr.reductions
     b = tr.tables[bias] if bias is not None else None
@@ -354,7 +357,11 @@ def _score(value: sp.Expr, red: Reductions, softmax_all: sp.Symbol | None) -> tu
     """(score, whether it runs over the selected experts only, the weights as an expression in s)."""
     selected = next((z for z, r in red.by_symbol.items() if (r.kind, r.over, r.body) == ("sum", "K", sp.exp(L))), None)
     if selected is not None and selected in value.free_symbols and (softmax_all is None or softmax_all not in value.free_symbols):
-        out = red.replace(value, lambda x: x.subs(sp.exp(L), S * selected), (selected,)) if not (value * selected / sp.exp(L)).is_number else value * selected / sp.exp(L) * S
+        out = (
+            red.replace(value, lambda x: x.subs(sp.exp(L), S * selected), (selected,))
+            if not (value * selected / sp.exp(L)).is_number
+            else value * selected / sp.exp(L) * S
+        )
         if not _mentions(out, red, L, selected):
             return Score.SOFTMAX, True, out
     if softmax_all is not None and softmax_all in _all_symbols(value, red):

@@ -15,7 +15,18 @@ _IN_PLACE = {
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul,
 }  # fmt: skip
 _ASSERTIONS = ("_assert", "sym_constrain", "_check")
-_EFFECTS = ("set_grad_enabled", "autocast", "_log_api", "manual_seed", "print", "lock", "record_function", "profiler")
+_EFFECTS = (
+    "set_grad_enabled",
+    "autocast",
+    "_log_api",
+    "manual_seed",
+    "print",
+    "lock",
+    "nesting",
+    "batch_dim",
+    "record_function",
+    "profiler",
+)
 
 
 def is_write(n: fx.Node) -> bool:
@@ -110,7 +121,7 @@ def _needs(n: fx.Node) -> set[fx.Node]:
 def remove_dead(graph: fx.Graph, alive_before: set[fx.Node]) -> None:
     """Erase nodes that were alive in `alive_before` and are not any more, and checks of values that are gone."""
     live = live_nodes(graph)
-    dead = [n for n in graph.nodes if n not in live and (n in alive_before or is_assertion(n) or is_write(n) or not n.users)]
+    dead = [n for n in graph.nodes if n in alive_before and n not in live]
     for n in reversed(dead):
         _erase(graph, n, live)
 

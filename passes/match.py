@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
@@ -40,5 +40,3 @@ class ExpertsMatch:
     up_bias: list[Param]
     down_bias: list[Param]
     base: fx.Node | None = None
-    nodes: set[fx.Node] = field(default_factory=set)
-    steps: int = 0

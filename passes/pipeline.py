@@ -64,22 +64,46 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     `options`: `moe_compile.options.Options`; `target`: "cpu", "cuda" or "ascend". Raises nothing that a user's model can cause.
     """
     out = Outcome()
+    for body in bodies(gm):
+        _merge(out, run(body, options, target))
     if not might_route(gm.graph):
         return out
     with _timed(out.seconds, "recall"):
         key = recall.key_of(gm.graph, (target, bool(options.validate)))
         kept = recall.load(key)
     if kept is not None:
-        plans, out.blocks, out.rejected = kept
+        plans, blocks, rejected = kept
+        out.blocks.extend(blocks)
+        out.rejected.extend(rejected)
     else:
-        plans = search(gm, options, target, out)
-        recall.save(key, (plans, _portable(out.blocks), [_bare(r) for r in out.rejected]))
+        here = Outcome(seconds=out.seconds)
+        plans = search(gm, options, target, here)
+        recall.save(key, (plans, _portable(here.blocks), [_bare(r) for r in here.rejected]))
+        out.blocks.extend(here.blocks)
+        out.rejected.extend(here.rejected)
     for b in out.blocks:
         prepare(b.ir, target)
     with _timed(out.seconds, "rewrite"):
         if plans:
             execute(gm, plans)
     return out
+
+
+def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """Graphs inside this one that are called by a checkpoint: the same code, run once more in the backward pass."""
+    found: list[fx.GraphModule] = []
+    for n in gm.graph.nodes:
+        body = getattr(gm, str(n.target), None) if n.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule) and any("checkpoint" in str(u.target) for u in n.users):
+            found.append(body)
+    return found
+
+
+def _merge(out: Outcome, part: Outcome) -> None:
+    out.blocks.extend(part.blocks)
+    out.rejected.extend(part.rejected)
+    for name, spent in part.seconds.items():
+        out.seconds[name] = out.seconds.get(name, 0.0) + spent
 
 
 def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[BlockPlan]:
@@ -168,10 +192,17 @@ def scaled_result(m: ExpertsMatch) -> ExpertsMatch | None:
         return None
     while len(n.users) == 1:
         (u,) = n.users
-        if op_name(u) in ("mul", "div") and u.args[0] is n and isinstance(u.args[1], (int, float)) and getattr(call_args(u), "rounding_mode", None) is None:
+        if (
+            op_name(u) in ("mul", "div")
+            and u.args[0] is n
+            and isinstance(u.args[1], (int, float))
+            and getattr(call_args(u), "rounding_mode", None) is None
+        ):
             factor = factor * u.args[1] if op_name(u) == "mul" else factor / u.args[1]
             m = replace(m, out=u, weight=T.mul(T.const(u.args[1] if op_name(u) == "mul" else 1 / u.args[1]), m.weight))
-        elif op_name(u) not in ("view", "reshape", "_unsafe_view", "unflatten", "flatten") and not (op_name(u) == "to" and dtype_of(u) == dtype_of(n)):
+        elif op_name(u) not in ("view", "reshape", "_unsafe_view", "unflatten", "flatten") and not (
+            op_name(u) == "to" and dtype_of(u) == dtype_of(n)
+        ):
             break
         n = u
     return m if factor != 1.0 else None
@@ -265,5 +296,3 @@ def _located(r: Rejection, shadow: Shadow) -> Rejection:
     if not r.source and isinstance(n, fx.Node):
         r.source = source_of(n) or next((source_of(d) for d in shadow.origin.get(n, ()) if source_of(d)), "")
     return r
-
-

@@ -133,14 +133,22 @@ class Executor:
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
-            lists = [[self.cast(self.operand(q), self.names[q[0]], dtype) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
-            routed = (self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype), _rows(g, ids, p.k), _rows(g, weights, p.k))
+            lists = [
+                [self.cast(self.operand(q), self.names[q[0]], dtype) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)
+            ]
+            routed = (
+                self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
+                _rows(g, ids, p.k),
+                _rows(g, weights, p.k),
+            )
             add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
             new = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
             if value.dtype != dtype:
                 new = _method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
-                sizes = [s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead]
+                sizes = [
+                    s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
+                ]
                 new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
         new.meta["example_value"] = value
         for u in readers:
@@ -182,7 +190,7 @@ def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
 
 def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
     """A recovered normaliser expression as plain tensor ops on w [T, k]. Raises Rejection when no op is known for a part."""
-    reductions = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
+    reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
     functions = {"sigmoid": torch.sigmoid, "relu": torch.relu, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "Abs": torch.abs}
     pairs = {sp.Add: operator.add, sp.Mul: operator.mul, sp.Pow: operator.pow}
 
@@ -197,7 +205,7 @@ def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
             return w
         if e.is_number:
             return float(e)
-        if isinstance(e, tuple(reductions)):
+        if type(e) in reductions:
             return _call(g, reductions[type(e)], (emit(e.args[0]), -1, True), w)
         parts = [emit(a) for a in e.args]
         if isinstance(e, (sp.Add, sp.Mul, sp.Pow)):

@@ -175,7 +175,7 @@ def _watched(cls: type, probe: Probe, path: str) -> type:
     def __getattribute__(self: Any, name: str) -> Any:
         if name not in _OWN and not (name.startswith("__") and name.endswith("__")):
             probe.reads.add((path, name))
-        return cls.__getattribute__(self, name)
+        return cls.__getattribute__(self, name)  # type: ignore[call-arg]
 
     return type(cls)(
         cls.__name__, (cls,), {"__getattribute__": __getattribute__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

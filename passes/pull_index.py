@@ -457,7 +457,11 @@ def _is_sorted(s: Term, row: Term) -> bool:
     """Whether s is the value at `row` of an ascending order: sorted(key)[row], or key[perm[row]]."""
     if s.op == "sv":
         return s.args[1] is row
-    return any(T.at_key(u.args[1], u) is s for u in T.walk(s) if u.op == "perm" and u.args[2] is row) or row.op == "inv" and T.at_key(row.args[1], row.args[2]) is s
+    return (
+        any(T.at_key(u.args[1], u) is s for u in T.walk(s) if u.op == "perm" and u.args[2] is row)
+        or row.op == "inv"
+        and T.at_key(row.args[1], row.args[2]) is s
+    )
 
 
 def _counted_cases(p: Puller, parts: list[fx.Node], idx: Idx) -> tuple[Term, dict[int, Term]] | None:

@@ -276,7 +276,12 @@ def _add(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     parts: list[Term] = []
     name = op_name(n)
     node: Any = n
-    while isinstance(node, fx.Node) and op_name(node) == name == "add" and (node is n or shape_of(node) == shape_of(n)) and not (node is not n and p.stop(node)):
+    while (
+        isinstance(node, fx.Node)
+        and op_name(node) == name == "add"
+        and (node is n or shape_of(node) == shape_of(n))
+        and not (node is not n and p.stop(node))
+    ):
         from .pull import call_args
 
         args = call_args(node)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from .. import activation as _activation
 from .shadow import example_value
 
 log = logging.getLogger("moe_compile")
@@ -64,14 +65,23 @@ def _arg(a: Any) -> Any:
         return tuple((k, _arg(v)) for k, v in sorted(a.items()))
     if isinstance(a, slice):
         return ("slice", _arg(a.start), _arg(a.stop), _arg(a.step))
-    if a is None or isinstance(a, (int, float, bool, str, complex, torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))):
+    if a is None or isinstance(
+        a, (int, float, bool, str, complex, torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+    ):
         return repr(a)
     raise _Unkeyable
 
 
 def _value(v: Any) -> Any:
     if isinstance(v, torch.Tensor):
-        return (type(v).__name__, str(tuple(v.shape)), str(v.dtype), str(v.device), v.requires_grad, str(v.stride()) if v.layout is torch.strided else "")
+        return (
+            type(v).__name__,
+            str(tuple(v.shape)),
+            str(v.dtype),
+            str(v.device),
+            v.requires_grad,
+            str(v.stride()) if v.layout is torch.strided else "",
+        )
     if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return str(v)
     if isinstance(v, (list, tuple)):
@@ -84,7 +94,7 @@ def _sources() -> str:
     """A digest of this package's own files: a change of the compiler forgets everything."""
     h = hashlib.sha256()
     root = Path(__file__).resolve().parent
-    package = Path(__import__("moe_compile").__file__).resolve().parent
+    package = Path(_activation.__file__).resolve().parent
     for f in sorted({*root.glob("*.py"), *package.glob("*.py")}):
         h.update(f.name.encode() + f.read_bytes())
     return h.hexdigest()

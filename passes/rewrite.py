@@ -53,7 +53,9 @@ class Planner:
             refusal = can_emit(expr)
             if refusal is not None:
                 raise refusal
-        tables = [None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)]
+        tables = [
+            None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
+        ]
         redirected = (self._readable(b.raw_ids, torch.int64), self._readable(b.weights, g.gating.weight_dtype))
         return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
 

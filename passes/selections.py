@@ -82,7 +82,8 @@ def _slices(n: fx.Node, values: Mapping[fx.Node, Any]) -> list[tuple[fx.Node, fx
         return []
     source, value = n.args[0], values.get(n.args[0])
     if n.target is _aten.slice.Tensor and isinstance(value, Tensor):
-        dim, start, end, step = (*n.args[1:], *(0, None, None, 1)[len(n.args) - 1 :])
+        given: tuple[Any, ...] = tuple(n.args[1:])
+        dim, start, end, step = given + (0, None, None, 1)[len(given) :]
         if dim != 0 or step != 1:
             return []
         start, end, _ = slice(start, end).indices(value.shape[0])  # type: ignore[arg-type]

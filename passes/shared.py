@@ -49,7 +49,11 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
 def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> SharedExpert | None:
     """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one."""
     one = T.named("expert", 1)
-    params = {x: T.atom(x.args[0], (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and not any(is_row(x, d) for d in range(len(x.args[1])))}
+    params = {
+        x: T.atom(x.args[0], (one, *x.args[1]))
+        for x in T.walk(term)
+        if x.op == "a" and not any(is_row(x, d) for d in range(len(x.args[1])))
+    }
     term = T.subst(term, params)
     core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
     gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))

@@ -1,10 +1,10 @@
 """Sums over index variables, simplified until no dispatch is left.
 
-    Σ_p f(perm p)            = Σ_q f(q)                    sorted order is a permutation
-    Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
-    Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
-    Σ_v [v = a] f(v)         = f(a)                        one-hot
-    Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
+Σ_p f(perm p)            = Σ_q f(q)                    sorted order is a permutation
+Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
+Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
+Σ_v [v = a] f(v)         = f(a)                        one-hot
+Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
 """
 
 from __future__ import annotations

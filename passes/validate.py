@@ -53,7 +53,9 @@ def validate(block: Block) -> Rejection | None:
         if block.gating is not None and block.raw_ids is not None:
             parts.append((_routing_probe, [block.raw_ids, block.weights], block.routing_inputs(), "the routing"))
     else:
-        tokens_and_rest = [n for n in dict.fromkeys([block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]) if n is not None]
+        tokens_and_rest = [
+            n for n in dict.fromkeys([block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]) if n is not None
+        ]
         parts.append((_joint_probe, [block.match.out], tokens_and_rest, "the block"))
     for probe, outs, boundary, what in parts:
         nodes = inside(outs, boundary)
@@ -81,7 +83,9 @@ def signature(nodes: list[fx.Node], boundary: list[fx.Node], outs: list[fx.Node]
         return (type(a).__name__, str(a))
 
     head = tuple((str(shape_of(n)), str(n.meta["val"].dtype)) for n in boundary)
-    body = tuple((str(n.target), arg(n.args), arg(tuple(sorted(n.kwargs.items())))) if n.op != "get_attr" else _constant_key(n) for n in nodes)
+    body = tuple(
+        (str(n.target), arg(n.args), arg(tuple(sorted(n.kwargs.items())))) if n.op != "get_attr" else _constant_key(n) for n in nodes
+    )
     return hash((head, body, tuple(number.get(o, -1) for o in outs)))
 
 
@@ -137,7 +141,9 @@ def size_choices(block: Block) -> list[Sizes]:
     return [traced] if taken & set(literal) or len(lead) > 1 and rest in literal else [Sizes({}, literal), traced]
 
 
-def _compare(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node], sizes: Sizes, seed: int) -> str | None:
+def _compare(
+    block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node], sizes: Sizes, seed: int
+) -> str | None:
     gen = torch.Generator().manual_seed(seed)
     env = {n: make_input(block, n, sizes, seed, gen) for n in boundary if n not in block.twins}
     env.update({n: env[o].reshape(sizes.shape(n)) for n, o in block.twins.items() if n in boundary})
