@@ -11,7 +11,7 @@ from ..ir import Experts, Form, Rejection
 from . import terms as T
 from .experts import row_index, row_variable
 from .match import ExpertsMatch, Param
-from .pull import Puller, call_args, dtype_of, shape_of
+from .pull import Puller, call_args, dtype_of, op_name, shape_of
 
 
 def is_fused(n: fx.Node) -> bool:
@@ -47,7 +47,16 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
     up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
-    return ExpertsMatch(experts, n, x, ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add)
+
+
+def _unviewed(x: fx.Node) -> fx.Node:
+    """The tokens before they were flattened: what a shared expert reads."""
+    while op_name(x) in ("view", "reshape", "flatten", "_unsafe_view") and isinstance(x.args[0], fx.Node):
+        if shape_of(x.args[0])[-1:] != shape_of(x)[-1:]:
+            break
+        x = x.args[0]
+    return x
 
 
 def _inner(a: Any, form: Form) -> int:

@@ -77,7 +77,8 @@ def test_gradients(name: str, implementation: str) -> None:
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-4)
     assert_same_gradients(gradients, expected)
     assert any(g is not None and bool(g.any()) for n, g in gradients.items() if "experts" in n)
-    check_blocks(entry, moe_compile.last_report())
+    if name != "phimoe":  # its sampling router is left as written, and with it, in training, the experts
+        check_blocks(entry, moe_compile.last_report())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "granitemoe"])
