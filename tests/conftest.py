@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
     for item in items:
         call = getattr(item, "callspec", None)
-        missed = _KNOWN_MISSES.get(call.params.get("name", call.params.get("group", ""))) if call is not None and _in_catalogue(item) else None
+        params = call.params if call is not None else {}
+        missed = _KNOWN_MISSES.get(params.get("name", params.get("group", ""))) if _in_catalogue(item) else None
         if missed is not None:
             item.add_marker(pytest.mark.xfail(reason=missed, strict=False))
         entry = getattr(call.params.get("entry"), "name", None) if call is not None and item.path.name == "test_zoo.py" else None
