@@ -31,7 +31,7 @@ _KNOWN_MISSES = {
     "ForeignExpertsSentinel": "weights masked by the id keep the routing as written",
     "IdentityDense": "identity experts written as a dense addend are kept as an addend",
     "identity": "holds IdentityDense",
-    "sigmoid-clamp": "holds ExpertScaleAfterCustomNorm's group",
+    "sigmoid-clamp": "torch.maximum with a constant tensor is recovered as another guard than clamp",
 }
 
 
@@ -44,7 +44,9 @@ _BEYOND = {
 
 
 def _in_catalogue(item: pytest.Item) -> bool:
-    return item.path.name == "test_catalogue.py" and "output" not in item.name
+    """What an entry is recovered as; its outputs and gradients stay strict."""
+    what = ("test_verdict", "test_one_token", "test_recovered_ir", "test_equal_spellings")
+    return item.path.name == "test_catalogue.py" and item.name.startswith(what)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
