@@ -1,0 +1,53 @@
+"""The combine: out[t] = add[t] + Σ_j w[t, j] Y[t·k + j], one pass, summed in fp32 in slot order (so it is deterministic)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine(
+    y, ids, weights, x, add, out,
+    tokens, width, k, num_experts, num_identity,
+    stride_x, stride_add,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = t < tokens
+    mask = inside[:, None] & (columns < width)[None, :]
+    total = tl.zeros((BT, BN), tl.float32)
+    for j in range(k):
+        slot = t * k + j
+        e = tl.load(ids + slot, mask=inside, other=-1)
+        w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
+        known = (e >= 0) & (e < num_experts)
+        row = tl.load(y + slot[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+        total += row * w[:, None] if WEIGHTED else row
+        if IDENTITY:
+            same = (e >= num_experts) & (e < num_experts + num_identity)
+            total += tl.load(x + t[:, None] * stride_x + columns[None, :], mask=mask & same[:, None], other=0.0).to(tl.float32) * w[:, None]
+    if ADD:
+        total += tl.load(add + t[:, None] * stride_add + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + t[:, None] * width + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+def combine(
+    y: Tensor, ids: Tensor, weights: Tensor, x: Tensor, add: Tensor | None, out: Tensor, num_experts: int, num_identity: int, weighted: bool
+) -> Tensor:
+    """y [T·k, H] by slot, ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
+
+    `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
+    """
+    tokens, k = ids.shape
+    width = out.shape[1]
+    columns = min(1024, triton.next_power_of_2(width))
+    grid = (tokens, triton.cdiv(width, columns))
+    warps = max(1, columns // 256)
+    _combine[grid](
+        y, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
+        WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, num_warps=warps,
+    )  # fmt: skip
+    return out
