@@ -186,9 +186,25 @@ def _functions(ops: tuple[int, ...], consts: tuple[float, ...]) -> Functions:
 
     text = source(ops, consts)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    # triton reads a function's source through linecache; an entry without a time stamp is never dropped
+    return Functions(*(triton.jit(f) for f in _define(text, key, {"tl": tl})), key)
+
+
+@functools.lru_cache(maxsize=256)
+def gluon_act(ops: tuple[int, ...], consts: tuple[float, ...]) -> Any:
+    """The activation for Gluon kernels, which know no `tl.sigmoid`."""
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    text = source(ops, consts).replace("tl.sigmoid(", "sigmoid(")
+    (sigmoid,) = _define("def sigmoid(x):\n    return 1.0 / (1.0 + tl.exp(-x))\n", "sigmoid", {"tl": gl})
+    return gluon.jit(_define(text, hashlib.sha256(text.encode()).hexdigest()[:16], {"tl": gl, "sigmoid": gluon.jit(sigmoid)})[0])
+
+
+def _define(text: str, key: str, space: dict[str, Any]) -> list[Any]:
+    """The functions of generated source. Triton reads a function's source through linecache; an entry without a time stamp stays."""
     name = f"<moe_compile activation {key}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    space: dict[str, Any] = {"tl": tl, "__name__": f"moe_compile_activation_{key}"}
+    space["__name__"] = f"moe_compile_activation_{key}"
+    before = set(space)
     exec(compile(text, name, "exec"), space)
-    return Functions(triton.jit(space["act"]), triton.jit(space["dual"]), key)
+    return [v for k, v in space.items() if k not in before and k != "__builtins__"]

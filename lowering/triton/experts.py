@@ -17,7 +17,19 @@ from . import activation, decode, gemm, tune
 from .combine import combine
 from .dispatch import Dispatch, dispatch
 from .tune import Choice, Tile, Vector
-from .weights import Biases, Matrices, descriptor, down_biases, down_matrices, tma_fits, up_biases, up_matrices
+from .weights import (
+    Biases,
+    Matrices,
+    descriptor,
+    down_biases,
+    down_matrices,
+    flat_descriptor,
+    flat_fits,
+    rows_descriptor,
+    tma_fits,
+    up_biases,
+    up_matrices,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
@@ -161,6 +173,9 @@ def grouped_gemm(
     if mode == gemm.DUAL and w.whole is not None:
         mode, parts, stride_n, bn = gemm.INTERLEAVED, (w.whole,), w.whole.stride(-2), max(tile.bn // 2, 16)
     width = 2 * bn if mode == gemm.INTERLEAVED else bn
+    if tile.hopper and mode != gemm.INTERLEAVED and hopper_fits(a, w, tile):
+        _warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, scatter, pre, row_weights)
+        return
     kind = _kind(w)
     if tile.tma and not w.table and a.is_cuda and all(tma_fits(p) for p in parts):
         kind = gemm.TMA
@@ -178,6 +193,46 @@ def grouped_gemm(
         GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
         BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
+    """What the warp-specialised kernel asks of its operands."""
+    card = a.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(a.device) == (9, 0)
+    rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0
+    return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in w.parts)
+
+
+def _warp_specialised(
+    a: Tensor,
+    w: Matrices,
+    bias: Biases | None,
+    rows: Dispatch,
+    out: Tensor,
+    tile: Tile,
+    mode: Any,
+    layout: Layout | None,
+    gather: int,
+    scatter: bool,
+    pre: Tensor | None,
+    row_weights: Tensor | None,
+) -> None:
+    """`grouped_gemm` by hopper.py."""
+    from . import hopper
+
+    box = (tile.bn, tile.bk) if w.out_in else (tile.bk, tile.bn)
+    parts = [flat_descriptor(p, box) for p in w.parts]
+    tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
+    row = w.stride_n if w.out_in else w.stride_k
+    blocks = triton.cdiv(w.n, tile.bn if mode == gemm.DUAL else 2 * tile.bn)
+    fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
+    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
+        a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1], w.parts[0], w.parts[-1],
+        *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
+        tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, parts[0].shape[0] - 1, row, a.stride(0), *_bias_strides(bias),
+        out.stride(0), pre.stride(0) if pre is not None else 0,
+        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None,
+        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, AHEAD=tile.ahead, num_warps=4,
     )  # fmt: skip
 
 

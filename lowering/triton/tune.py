@@ -12,6 +12,8 @@ class Tile:
     """A grouped GEMM's tile and launch: rows, columns (of each projection), depth, warps, pipeline stages, programs an SM.
 
     `tma`: weights through the copy engine. `flatten`: one pipelined loop over all tiles of a program.
+    `hopper`: the warp-specialised kernel where it fits (128 rows, `bn` columns twice), else the plain one with the same tile.
+    `ahead`: there, how many steps before its copy a weight is asked into L2.
     """
 
     bm: int
@@ -22,6 +24,8 @@ class Tile:
     per_sm: int = 2
     tma: bool = False
     flatten: bool = False
+    hopper: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,19 @@ def choose(tokens: int, k: int, experts: int, hidden: int, intermediate: int, dt
     if dtype == torch.float32:
         tile = Tile(16 if rows <= 16 else 64, 64, 32, 4, 3)
         return Choice(tile, tile, _decode(tokens, hidden, intermediate, 4))
-    if rows <= 16:
-        up, down = Tile(16, 64, 128, 4, 4, tma=True), Tile(16, 64, 128, 4, 4, tma=True)
+    if rows <= 10:
+        up, down = Tile(16, 32, 256, 4, 3, per_sm=0), Tile(16, 64, 128, 4, 4, per_sm=0)
     elif rows <= 40:
-        up, down = Tile(32, 64, 128, 4, 3, tma=True), Tile(32, 128, 128, 4, 3, tma=True)
-    elif rows <= 96:
-        up, down = Tile(64, 64, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 4, tma=True)
+        up = down = Tile(32, 64, 128, 4, 3, per_sm=0, tma=True)
+    elif rows <= 128:
+        up, down = Tile(64, 128, 64, 8, 4, per_sm=0, tma=True), Tile(64, 128, 64, 4, 3, per_sm=0, tma=True)
     else:
-        up, down = Tile(128, 128, 64, 8, 3, per_sm=1, tma=True), Tile(128, 256, 64, 8, 3, per_sm=1, tma=True)
+        up = down = Tile(128, 128, 64, 8, 4, per_sm=0, tma=True, hopper=True, ahead=8)
     return Choice(up, down, _decode(tokens, hidden, intermediate, 2))
 
 
 def _decode(tokens: int, hidden: int, intermediate: int, size: int) -> tuple[Vector, Vector] | None:
-    """A program's weights: about 8 to 16 KB a projection, in one go."""
+    """A program's weights: 4 to 16 KB a projection, in one go."""
     if tokens > 4:
         return None
-    return Vector(4, 2048 * 2 // size, 4), Vector(4, 1024 * 2 // size, 4)
+    return Vector(4, 2048 * 2 // size, 4), Vector(2, 1024 * 2 // size, 4)

@@ -101,6 +101,42 @@ def descriptor(t: Tensor, block: tuple[int, int]) -> Any:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, *block])
 
 
+def flat_descriptor(t: Tensor, block: tuple[int, int]) -> Any:
+    """A Gluon TMA descriptor over the matrices of t [E, ., .] one below the other (storage order), boxes of `block`. Needs `flat_fits`."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    t = t if t.stride(-1) == 1 else t.transpose(-1, -2)
+    per_expert = t.stride(0) // t.stride(1)
+    rows = (t.shape[0] - 1) * per_expert + t.shape[1]
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[t.dtype]())
+    return TensorDescriptor(t, [rows, t.shape[2]], [t.stride(1), 1], list(block), layout)
+
+
+def rows_descriptor(a: Tensor, block: tuple[int, int]) -> Any:
+    """A Gluon TMA descriptor over the rows of a [rows, k]."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(a, list(block), gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[a.dtype]()))
+
+
+def flat_fits(t: Tensor) -> bool:
+    """`tma_fits`, and experts a whole number of rows apart."""
+    inner = min(t.stride(1), t.stride(2))
+    row = max(t.stride(1), t.stride(2))
+    return tma_fits(t) and inner == 1 and t.stride(0) % row == 0 and t.shape[0] * t.stride(0) // row < 2**31
+
+
+def _gluon_dtype(name: str) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return getattr(gl, name)
+
+
+_GLUON = {torch.bfloat16: lambda: _gluon_dtype("bfloat16"), torch.float16: lambda: _gluon_dtype("float16")}
+
+
 def tma_fits(t: Tensor) -> bool:
     """Whether the copy engine can address t [E, ., .]: 16-byte aligned start and strides, one contiguous dimension, 32-bit sizes."""
     size = t.element_size()
@@ -140,7 +176,7 @@ def _table(tensors: list[Tensor]) -> Tensor:
     pointers = tuple(t.data_ptr() for t in tensors)
     key = (device, *pointers)
     if key not in _tables:
-        host = torch.tensor(pointers, dtype=torch.int64)
+        host = torch.tensor(pointers, dtype=torch.int64, device="cpu")
         host = host.pin_memory() if device.type == "cuda" else host
         _tables[key] = (host, host.to(device, non_blocking=True))
         if len(_tables) > _MOST_TABLES:
