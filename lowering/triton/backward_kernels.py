@@ -80,23 +80,36 @@ def _tile(tiles, offsets, max_tiles, blocks, BM: tl.constexpr):
 
 
 @triton.jit
-def _halves(values, HALF: tl.constexpr):
-    """Left and right half of the columns of [BM, 2 · HALF]."""
-    return tl.split(values.reshape(values.shape[0], 2, HALF).permute(0, 2, 1))
+def _finish_hidden(
+    acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+    DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
+    D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Stores what `grad_hidden` gives for the columns from n0 on, in PARTS, one after the other; Σ dA a over them, [BM]."""
+    if PARTS == 1:
+        return _finish_part(acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                            DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN)  # fmt: skip
+    else:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
+        total = _finish_hidden(left, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS // 2)  # fmt: skip
+        total += _finish_hidden(right, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0 + HALF, n, stride_pre,
+                                DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS // 2)  # fmt: skip
+        return total
 
 
 @triton.jit
-def _finish_hidden(
-    acc, rows, slots, live, scale, pre, d_pre, scaled_pre, hidden, columns, n, stride_pre,
+def _finish_part(
+    acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
     DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
     D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Stores what `grad_hidden` gives for some columns; Σ dA a over them, [BM]."""
     DTYPE: tl.constexpr = pre.dtype.element_ty
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
-    inside = columns < n
-    mask = live[:, None] & inside[None, :]
+    columns = n0 + tl.arange(0, BN)
+    mask = live[:, None] & (columns < n)[None, :]
     at = rows.to(tl.int64)[:, None] * stride_pre + columns[None, :]
     g = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
     if GATED:
@@ -111,7 +124,7 @@ def _finish_hidden(
     if D_PRE:
         d_a = acc * scale[:, None] if WEIGHTED else acc
         if INTERLEAVED:
-            wide = 2 * tl.min(columns, 0) + tl.arange(0, 2 * BN)
+            wide = 2 * n0 + tl.arange(0, 2 * BN)
             at = rows.to(tl.int64)[:, None] * stride_pre + wide[None, :]
             mask = live[:, None] & (wide < 2 * n)[None, :]
             both = tl.join(d_a * slope_g, d_a * slope_u).reshape(BM, 2 * BN)
@@ -153,16 +166,8 @@ def grad_hidden(
         acc = tl.zeros((BM, BN), tl.float32)
         acc = _product(acc, grad, source, stride_grad, w, e, n0, k, n, stride_e, stride_k, stride_n, KIND, N_FAST, EVEN, BK, PRECISION, STAGES)
         scale = tl.load(weights + slots, mask=live, other=0.0).to(tl.float32)
-        if PARTS == 1:
-            total = _finish_hidden(acc, rows, slots, live, scale, pre, d_pre, scaled_pre, hidden, n0 + tl.arange(0, BN), n, stride_pre,
-                                   DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN)  # fmt: skip
-        else:
-            left, right = _halves(acc, BN // 2)
-            columns = n0 + tl.arange(0, BN // 2)
-            total = _finish_hidden(left, rows, slots, live, scale, pre, d_pre, scaled_pre, hidden, columns, n, stride_pre,
-                                   DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN)  # fmt: skip
-            total += _finish_hidden(right, rows, slots, live, scale, pre, d_pre, scaled_pre, hidden, columns + BN // 2, n, stride_pre,
-                                    DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN)  # fmt: skip
+        total = _finish_hidden(acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS)  # fmt: skip
         if SUMS:
             tl.store(sums + slots.to(tl.int64) * blocks + block, total, mask=live)
 

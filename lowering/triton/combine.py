@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +14,11 @@ def _combine(
     tokens, width, k, num_experts, num_identity,
     stride_x, stride_add,
     WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = t < tokens
@@ -34,6 +39,11 @@ def _combine(
     tl.store(out + t[:, None] * width + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
+def early_launch(x: Tensor) -> bool:
+    """Programmatic dependent launch: the next kernel starts while this one drains, and waits for it before it reads anything."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def combine(
     y: Tensor, ids: Tensor, weights: Tensor, x: Tensor, add: Tensor | None, out: Tensor, num_experts: int, num_identity: int, weighted: bool
 ) -> Tensor:
@@ -48,6 +58,6 @@ def combine(
     warps = max(1, columns // 256)
     _combine[grid](
         y, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
-        WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, num_warps=warps,
+        WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, PDL=early_launch(x), num_warps=warps, **({"launch_pdl": True} if early_launch(x) else {}),
     )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ from ...ir import Form
 from .. import generic
 from ..generic import Layout
 from . import activation, decode, gemm, tune
-from .combine import combine
+from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .tune import Choice, Tile, Vector
 from .weights import (
@@ -53,10 +53,6 @@ class Call:
     def slots(self) -> int:
         return self.ids.numel()
 
-    @property
-    def dual(self) -> bool:
-        return self.layout.gated
-
 
 def forward(
     x: Tensor,
@@ -80,7 +76,8 @@ def forward(
     if call.slots == 0:
         return (out.zero_() if add is None else out.copy_(add)), pre
     if choice is None:
-        choice = tune.choose(x.shape[0], ids.shape[1], layout.num_experts, call.up.k, call.up.n, x.dtype, call.dual, x.is_cuda)
+        problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, ids.shape[1], x.dtype, layout.gated)
+        choice = tune.choose(problem, x.shape[0], x.device)
     if choice.decode is not None and not save:
         return _few_tokens(call, out, *choice.decode), pre
     return _grouped(call, out, pre if save else None, choice), pre
@@ -115,7 +112,7 @@ def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
     layout = c.layout
     a = c.x.new_empty(c.slots, c.up.n)
     fns = activation.functions(layout.act_ops, layout.act_consts)
-    launch = {"launch_pdl": True} if _pdl(c.x) else {}
+    launch = {"launch_pdl": True} if early_launch(c.x) else {}
     k = c.ids.shape[1]
     bias = c.up_bias
     bn, bk = _extents(up, c.up)
@@ -185,6 +182,7 @@ def grouped_gemm(
     fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
     most = tiles.shape[1] * triton.cdiv(w.n, bn)
     grid = (min(most, tile.per_sm * _processors(a.device)) if tile.per_sm else most,)
+    launch = {"launch_pdl": True} if early_launch(a) else {}
     gemm.grouped_gemm[grid](
         a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
         tiles.shape[1], w.n, w.k, max(gather, 1),
@@ -192,7 +190,8 @@ def grouped_gemm(
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
         GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch),
+        num_warps=tile.warps, num_stages=tile.stages, **launch,
     )  # fmt: skip
 
 
@@ -227,12 +226,12 @@ def _warp_specialised(
     blocks = triton.cdiv(w.n, tile.bn if mode == gemm.DUAL else 2 * tile.bn)
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
-        a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1], w.parts[0], w.parts[-1],
+        a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
-        tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, parts[0].shape[0] - 1, row, a.stride(0), *_bias_strides(bias),
+        tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, AHEAD=tile.ahead, num_warps=4,
+        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, LAG=tile.lag, num_warps=4,
     )  # fmt: skip
 
 
@@ -265,8 +264,3 @@ def _bias_strides(bias: Biases | None) -> tuple[int, int]:
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def _pdl(x: Tensor) -> bool:
-    """Programmatic dependent launch: the next kernel starts while this one drains."""
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -65,11 +65,14 @@ def grouped_gemm(
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, A_TMA: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """n output columns, k columns of `a`. `pre` [rows, 2n] (or n) keeps the pre-activations when SAVE."""
     WIDTH: tl.constexpr = 2 * BN if MODE == INTERLEAVED else BN
     DTYPE: tl.constexpr = out.dtype.element_ty
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n_wide = 2 * n if MODE == INTERLEAVED else n
     blocks = tl.cdiv(n, BN)
     total = tl.load(num_tiles) * blocks

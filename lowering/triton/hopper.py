@@ -28,41 +28,21 @@ HALF_ROWS = gl.constexpr(64)
 
 
 @gluon.jit
-def _tile(tile, blocks, tiles, max_tiles, offsets):
-    """Expert, first row, end of the expert's rows, column block."""
+def _tile(tile, total, blocks, tiles, max_tiles, offsets):
+    """Expert, first row, end of the expert's rows, column block; of the last tile for a tile beyond it."""
+    tile = gl.maximum(gl.minimum(tile, total - 1), 0)
     at = tile // blocks
     e = gl.load(tiles + at)
     return e, gl.load(tiles + max_tiles + at), gl.load(offsets + e + 1), tile % blocks
 
 
 @gluon.jit
-def _prefetch(p0, p1, row, column, last_row, stride_row, OUT_IN: gl.constexpr, NEXT: gl.constexpr, BN: gl.constexpr):
-    """Ask L2 for one stage of both column blocks: 128 lines each, one a thread. row, column: where the first block starts, in storage order."""
-    i = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    if OUT_IN:
-        rows0, rows1, columns = row + i % BN, row + NEXT + i % BN, column + i * 0
-    else:
-        rows0, rows1, columns = row + i // 2, row + i // 2, column + i % 2 * (BN // 2)
-    at0 = gl.minimum(rows0, last_row).to(gl.int64) * stride_row + columns
-    at1 = gl.minimum(rows1, last_row).to(gl.int64) * stride_row + columns + (0 if OUT_IN else NEXT)
-    _ask(p0 + at0)
-    _ask(p1 + at1)
-
-
-@gluon.jit
-def _ask(pointers):
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _produce(
-    a, a_tma, w0, w1, p0, p1, last_row, stride_row, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a, rows_per_expert,
+    a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a, rows_per_expert,
     ring_a, ring_0, ring_1, full, empty,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, AHEAD: gl.constexpr,
+    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """AHEAD: how many steps before its copy a stage's weights are asked into L2; the ring alone does not cover the latency of a busy HBM."""
+    """What a tile is (and which rows it gathers) is loaded one tile (two tiles) before it is needed: nothing waits for these small loads."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -70,29 +50,22 @@ def _produce(
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     at_k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     total = gl.load(num_tiles) * blocks
+    stride = gl.num_programs(0)
+    begin = gl.program_id(0)
+    e, first, end, block = _tile(begin, total, blocks, tiles, max_tiles, offsets)
+    e1, first1, end1, block1 = _tile(begin + stride, total, blocks, tiles, max_tiles, offsets)
+    slots = gl.load(order + first + at_row, mask=first + at_row < end, other=-1) if GATHER else at_row
     step = 0
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, end, block = _tile(tile, blocks, tiles, max_tiles, offsets)
+    for tile in range(begin, total, stride):
+        e2, first2, end2, block2 = _tile(tile + 2 * stride, total, blocks, tiles, max_tiles, offsets)
         if GATHER:
-            rows = first + at_row
-            slots = gl.load(order + rows, mask=rows < end, other=0)
-            pointers = gl.expand_dims(a + (slots // slots_per_token).to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
+            mask = gl.expand_dims(slots >= 0, 1)
+            source = gl.maximum(slots, 0) // slots_per_token
+            pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
+            slots = gl.load(order + first1 + at_row, mask=first1 + at_row < end1, other=-1)
         n0 = block * WIDE
         base = e * rows_per_expert
-        if AHEAD > 0:
-            follows = gl.minimum(tile + gl.num_programs(0), total - 1)
-            next_base = gl.load(tiles + follows // blocks) * rows_per_expert
-            next_n0 = (follows % blocks) * WIDE
         for k in range(steps):
-            if AHEAD > 0:
-                ahead = k + AHEAD
-                here = ahead < steps
-                ahead = gl.where(here, ahead, ahead - steps) * BK
-                ahead_base, ahead_n = gl.where(here, base, next_base), gl.where(here, n0, next_n0)
-                if OUT_IN:
-                    _prefetch(p0, p1, ahead_base + ahead_n, ahead, last_row, stride_row, OUT_IN, NEXT, WIDE if NEXT == 0 else NEXT)
-                else:
-                    _prefetch(p0, p1, ahead_base + ahead, ahead_n, last_row, stride_row, OUT_IN, NEXT, WIDE if NEXT == 0 else NEXT)
             s = step % STAGES
             mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
             bytes: gl.constexpr = w0.block_type.nbytes + w1.block_type.nbytes + (0 if GATHER else a_tma.block_type.nbytes)
@@ -103,13 +76,15 @@ def _produce(
             else:
                 tma.async_copy_global_to_shared(w0, [base + k * BK, n0], full.index(s), ring_0.index(s))
                 tma.async_copy_global_to_shared(w1, [base + k * BK, n0 + NEXT], full.index(s), ring_1.index(s))
-            if GATHER:
-                async_copy.async_copy_global_to_shared(ring_a.index(s), pointers)
+            if GATHER:  # rows beyond the expert's end are not read
+                async_copy.async_copy_global_to_shared(ring_a.index(s), pointers, mask=mask)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
                 pointers += BK
             else:
                 tma.async_copy_global_to_shared(a_tma, [first, k * BK], full.index(s), ring_a.index(s))
             step += 1
+        e, first, end, block = e1, first1, end1, block1
+        e1, first1, end1, block1 = e2, first2, end2, block2
 
 
 @gluon.jit
@@ -172,16 +147,27 @@ def _consume(
     bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
     HALF: gl.constexpr, OUT_IN: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     total = gl.load(num_tiles) * blocks
+    stride = gl.num_programs(0)
+    begin = gl.program_id(0)
+    e, first, end, block = _tile(begin, total, blocks, tiles, max_tiles, offsets)
+    if LAG > 0:  # consumers that never finish together leave the tensor cores to each other during their epilogues
+        if (begin < total) & (steps > LAG):
+            mbarrier.wait(full.index(LAG), 0)
     step = 0
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, end, block = _tile(tile, blocks, tiles, max_tiles, offsets)
+    for tile in range(begin, total, stride):
+        e1, first1, end1, block1 = _tile(tile + stride, total, blocks, tiles, max_tiles, offsets)
         first += HALF * HALF_ROWS
         if first < end:
+            rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
+            live = rows < end
+            slots = rows
+            if SCATTER or WEIGHTED:
+                slots = gl.load(order + rows, mask=live, other=0)
             acc0 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
             acc1 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
             for k in range(steps):
@@ -201,11 +187,6 @@ def _consume(
             acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
-            rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
-            live = rows < end
-            slots = rows
-            if SCATTER or WEIGHTED:
-                slots = gl.load(order + rows, mask=live, other=0)
             if MODE == DUAL:
                 _finish(acc0, acc1, e, rows, live, slots, block * BN, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn,
                         stride_out, stride_pre, mma, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED)  # fmt: skip
@@ -220,16 +201,17 @@ def _consume(
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(s))
                 step += 1
+        e, first, end, block = e1, first1, end1, block1
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
 def grouped_gemm(
-    a, a_tma, w0, w1, p0, p1, bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles,
-    max_tiles, n, k, slots_per_token, rows_per_expert, last_row, stride_row, stride_a, stride_be, stride_bn, stride_out, stride_pre,
+    a, a_tma, w0, w1, bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles,
+    max_tiles, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
 ):  # fmt: skip
-    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN]; `p0`, `p1` their first elements.
+    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN].
 
     k is a multiple of BK, MODE not INTERLEAVED.
     """
@@ -250,10 +232,10 @@ def grouped_gemm(
     gl.warp_specialize([
         (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    0, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN)),
+                    0, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, 0)),
         (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    1, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN)),
-        (_produce, (a, a_tma, w0, w1, p0, p1, last_row, stride_row, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a,
-                    rows_per_expert, ring_a, ring_0, ring_1, full, empty, 0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, AHEAD)),
+                    1, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, LAG)),
+        (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a,
+                    rows_per_expert, ring_a, ring_0, ring_1, full, empty, 0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE)),
     ], [4, 4], [224, 56])  # fmt: skip

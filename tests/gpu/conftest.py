@@ -1,4 +1,7 @@
-"""Kernels run on the GPU where there is one, else under Triton's interpreter; without triton there is nothing to test."""
+"""Kernels run on the GPU where there is one, else under Triton's interpreter; without triton there is nothing to test.
+
+The folder is not called `triton`: tests/ is on the path, and where triton is not installed it would be found in its place.
+"""
 
 from __future__ import annotations
 
@@ -24,5 +27,5 @@ def device() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The interpreter computes with numpy, which warns where a kernel makes infinities and masks them."""
     for item in items:
-        if item.path.parent.name == "triton":
+        if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
