@@ -7,11 +7,12 @@ or read through the dispatch. Nothing reads the device on the host, and no sum d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
@@ -21,22 +22,29 @@ from . import activation
 from . import backward_kernels as kernels
 from .combine import combine
 from .dispatch import Dispatch, dispatch
-from .experts import Call, precision, read
+from .experts import Call, _processors, precision, read
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
 UP, DOWN, UP_BIAS, DOWN_BIAS = range(4)
+_PAD = 64
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _PART = 16  # elements a thread that an epilogue holds at once: activation and slopes need several registers for each
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of the four products: `bm` rows of the left operand, `bn` columns, `bk` of what is summed over."""
+    """Tiles of the four products: `bm` rows of the left operand, `bn` columns, `bk` of what is summed over.
+
+    `padded`: tokens and incoming gradients are first copied in row order, every expert's rows filled up with zeros to whole groups of 64,
+    and all products take both operands through the copy engine; else rows are gathered as they are read. Needs row tiles of 64 or more.
+    """
 
     hidden: Tile
     input: Tile
     up: Tile
     down: Tile
+    padded: bool = False
 
 
 def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tiles:
@@ -50,9 +58,12 @@ def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tile
         return Tiles(by_row, by_row, by_weight, by_weight)
     bm = 16 if rows <= 16 else 32 if rows <= 40 else 64 if rows <= 96 else 128
     hidden = Tile(bm, 128, 64, 8 if bm >= 64 else 4, 3, tma=True)
-    to_input = Tile(bm, 256, 64, 8, 3, tma=True) if bm >= 64 else hidden
-    by_weight = Tile(128, 256, 64 if rows > 32 else 32, 8, 3)
-    return Tiles(hidden, to_input, by_weight, by_weight)
+    to_input = Tile(bm, 256, 64, 8, 3, per_sm=1, tma=True, flatten=True) if bm >= 64 else hidden
+    padded = bm == 128
+    stages = 3 if padded else 5  # rows are gathered through loaded indices: two stages more for as many copies under way
+    few = rows <= 512  # short sums: two small programs a processor, one multiplies while the other stores
+    by_weight = Tile(128, 128 if few else 256, 64 if rows > 32 else 32, 4 if few else 8, stages)
+    return Tiles(hidden, to_input, by_weight, by_weight, padded)
 
 
 class _Gradients:
@@ -108,6 +119,20 @@ class _Pass:
         return self.call.ids.shape[1]
 
     @property
+    def pad(self) -> int:
+        return _PAD if self.tiles.padded else 0
+
+    @property
+    def starts(self) -> Tensor | None:
+        """The first group of 64 rows of every expert."""
+        return self.rows.tile_starts[_PAD] if self.tiles.padded else None
+
+    @property
+    def length(self) -> int:
+        """Rows of what is kept in row order."""
+        return self.rows.tiles[_PAD].shape[1] * _PAD if self.tiles.padded else self.call.slots
+
+    @property
     def precision(self) -> str:
         return precision(self.call.x.dtype)
 
@@ -140,10 +165,19 @@ def backward(
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda) if tiles is None else tiles
-    rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys((tiles.hidden.bm, tiles.input.bm))))
+    tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
+    blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[_PAD] * tiles.padded)
+    rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))
     out = _Gradients(tensors, [len(ts) for ts in lists], needs, layout)
     _run(_Pass(call, grad, pre.contiguous(), rows, tiles, out))
     return out.asked()
+
+
+def _can_pad(c: Call, grad: Tensor, tiles: Tiles) -> bool:
+    """Whether every operand can come through the copy engine: rows of whole 16 bytes, row tiles of whole groups, one row tile for both."""
+    widths = (c.x.shape[1], grad.shape[1], c.down.k, c.up.n)
+    rows = tiles.hidden.bm % _PAD == 0 and tiles.hidden.bm == tiles.input.bm
+    return rows and all(w * c.x.element_size() % 16 == 0 for w in widths)
 
 
 def _run(p: _Pass) -> None:
@@ -153,10 +187,12 @@ def _run(p: _Pass) -> None:
     d_pre = need_x or out.wants(UP) or out.wants(UP_BIAS) or (need_w and on_input)
     sums = None
     if d_pre or out.wants(DOWN) or need_w:
-        hidden = _grad_hidden(p, d_pre, scaled_pre=on_input and out.wants(UP), hidden=out.wants(DOWN), sums=need_w and not on_input)
+        grad = _sorted(p, p.grad) if p.tiles.padded else p.grad
+        hidden = _grad_hidden(p, grad, d_pre, scaled_pre=on_input and out.wants(UP), hidden=out.wants(DOWN), sums=need_w and not on_input)
         sums = hidden.sums
         if out.wants(DOWN):
-            _down_grads(p, hidden.hidden)
+            _down_grads(p, grad, hidden.hidden)
+        del grad
         if out.wants(UP):
             _up_grads(p, hidden.scaled_pre if on_input else hidden.d_pre)
         _bias_grads(p, hidden.d_pre)
@@ -179,28 +215,63 @@ class _Hidden:
     sums: Tensor | None
 
 
-def _grad_hidden(p: _Pass, d_pre: bool, scaled_pre: bool, hidden: bool, sums: bool) -> _Hidden:
+def _sorted(p: _Pass, source: Tensor) -> Tensor:
+    """Rows of source [T, n] by token, in the dispatch's order, padded with zeros."""
+    tiles = p.rows.tiles[_PAD]
+    n = source.shape[1]
+    out = source.new_empty(tiles.shape[1] * _PAD, n)
+    block = min(128, triton.next_power_of_2(n))
+    kernels.sort_rows[(tiles.shape[1], triton.cdiv(n, block))](
+        source, out, p.rows.order, p.rows.offsets, tiles, tiles.shape[1], n, source.stride(0), SLOTS=p.k, PAD=_PAD, BN=block, num_warps=4
+    )
+    return out
+
+
+def _rows(t: Tensor, tile: tuple[int, int]) -> Any:
+    """A descriptor over the rows of t, for blocks of `tile`."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(t, list(tile))
+
+
+def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: bool, sums: bool) -> _Hidden:
     c, tile, layout = p.call, p.tiles.hidden, p.layout
     w, n = c.down, c.down.k
     blocks = triton.cdiv(n, tile.bn)
+    length = p.length
     out = _Hidden(
-        torch.empty_like(p.pre) if d_pre else None,
-        torch.empty_like(p.pre) if scaled_pre else None,
-        p.pre.new_empty(c.slots, n) if hidden else None,
+        p.pre.new_empty(length, p.pre.shape[1]) if d_pre else None,
+        p.pre.new_empty(length, p.pre.shape[1]) if scaled_pre else None,
+        p.pre.new_empty(length, n) if hidden else None,
         p.pre.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None,
     )
     kind, (operand,) = _operands([p.out.tensors[p.out.first[DOWN]]], list(w.parts), w.out_in, w.table, tile)
     tiles = p.rows.tiles[tile.bm]
-    kernels.grad_hidden[(tiles.shape[1] * blocks,)](
-        p.grad, p.pre, c.weights, operand, out.d_pre, out.scaled_pre, out.hidden, out.sums, p.rows.order, p.rows.offsets, tiles,
-        tiles.shape[1], blocks, n, w.n, p.grad.stride(0), p.pre.stride(0), w.stride_e, w.stride_n, w.stride_k,
+    kernels.grad_hidden[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
+        _rows(grad, (tile.bm, tile.bk)) if p.tiles.padded else grad, p.pre, c.weights, operand,
+        out.d_pre, out.scaled_pre, out.hidden, out.sums, p.rows.order, p.rows.offsets, p.starts, tiles, p.rows.num_tiles[tile.bm],
+        tiles.shape[1], blocks, n, w.n, grad.stride(0), p.pre.stride(0), w.stride_e, w.stride_n, w.stride_k,
         DUAL=activation.functions(layout.act_ops, layout.act_consts).dual, GATED=layout.gated, INTERLEAVED=layout.form == Form.INTERLEAVED,
         WEIGHTED=not layout.weight_on_input, SLOTS=p.k, D_PRE=d_pre, SCALED_PRE=scaled_pre, HIDDEN=hidden, SUMS=sums,
-        KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and w.n % tile.bk == 0, PRECISION=p.precision,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, PARTS=max(1, min(tile.bm * tile.bn // (32 * tile.warps * _PART), tile.bn // 16)),
-        num_warps=tile.warps, num_stages=tile.stages,
+        A_TMA=p.tiles.padded, PAD=p.pad, KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and w.n % tile.bk == 0, PRECISION=p.precision,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, FLATTEN=tile.flatten, PARTS=_epilogue_parts(tile),
+        num_warps=tile.warps, num_stages=tile.stages, **_registers(tile),
     )  # fmt: skip
     return out
+
+
+def _grid(tile: Tile, most: int, device: torch.device) -> tuple[int]:
+    """One program a tile, or as many as the card holds at once."""
+    return (min(most, tile.per_sm * _processors(device)) if tile.per_sm else most,)
+
+
+def _registers(tile: Tile) -> dict[str, int]:
+    """Two programs of 8 warps on one processor need 128 registers a thread or fewer: one multiplies while the other is in its epilogue."""
+    return {"maxnreg": 128} if torch.cuda.is_available() and tile.warps == 8 and tile.bm * tile.bn <= 16384 else {}
+
+
+def _epilogue_parts(tile: Tile) -> int:
+    return max(1, min(tile.bm * tile.bn // (32 * tile.warps * _PART), tile.bn // 16))
 
 
 def _operands(stacked: list[Tensor], parts: list[Tensor], n_fast: bool, table: bool, tile: Tile) -> tuple[Any, list[Any]]:
@@ -227,12 +298,14 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
     by_slot = c.x.new_empty(c.slots, n) if need_x else None
     partial = c.x.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None
     tiles = p.rows.tiles[tile.bm]
-    kernels.grad_input[(tiles.shape[1] * blocks,)](
-        d_pre, c.x, c.weights, operands[0], operands[-1], by_slot, partial, p.rows.order, p.rows.offsets, tiles,
+    kernels.grad_input[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
+        _rows(d_pre, (tile.bm, tile.bk)) if p.tiles.padded else d_pre, c.x, c.weights, operands[0], operands[-1], by_slot, partial,
+        p.rows.order, p.rows.offsets, p.starts, tiles, p.rows.num_tiles[tile.bm],
         tiles.shape[1], blocks, n, k, d_pre.stride(0), c.x.stride(0), w.stride_e, stride_k, w.stride_k,
         HALVES=2 if separate else 1, WEIGHTED=layout.weight_on_input, SLOTS=p.k, OUT=need_x, SUMS=sums,
-        KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and k % tile.bk == 0, PRECISION=p.precision,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        A_TMA=p.tiles.padded, PAD=p.pad, KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and k % tile.bk == 0, PRECISION=p.precision,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, FLATTEN=tile.flatten and not separate,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if by_slot is not None:
         grad_x = torch.empty_like(c.x, memory_format=torch.contiguous_format)
@@ -242,33 +315,55 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
 
 def _up_grads(p: _Pass, d_pre: Tensor | None) -> None:
     assert d_pre is not None
-    for part, columns in enumerate(d_pre.chunk(p.layout.halves(), -1)):
+    x, gather = (_sorted(p, p.call.x), False) if p.tiles.padded else (p.call.x, True)
+    width = d_pre.shape[1] // p.layout.halves()
+    for part in range(p.layout.halves()):
         if p.out.wants(UP, part):
-            targets = p.out.empty(UP, part)
-            if p.layout.up_transposed:
-                _weight_grad(p, targets, p.call.x, columns, True, False, p.tiles.up)
-            else:
-                _weight_grad(p, targets, columns, p.call.x, False, True, p.tiles.up)
+            columns = _Operand(d_pre, width * part, width, False)
+            _weight_grad(p, p.out.empty(UP, part), columns, _Operand(x, 0, x.shape[1], gather), p.layout.up_transposed, p.tiles.up)
 
 
-def _down_grads(p: _Pass, hidden: Tensor | None) -> None:
+def _down_grads(p: _Pass, grad: Tensor, hidden: Tensor | None) -> None:
     assert hidden is not None
-    targets = p.out.empty(DOWN, 0)
-    if p.layout.down_transposed:
-        _weight_grad(p, targets, hidden, p.grad, False, True, p.tiles.down)
-    else:
-        _weight_grad(p, targets, p.grad, hidden, True, False, p.tiles.down)
+    left = _Operand(grad, 0, grad.shape[1], not p.tiles.padded)
+    _weight_grad(p, p.out.empty(DOWN, 0), left, _Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
 
 
-def _weight_grad(p: _Pass, targets: list[Tensor], left: Tensor, right: Tensor, gather_left: bool, gather_right: bool, tile: Tile) -> None:
-    """targets[e] = Σ over e's rows of left[row]ᵀ right[row]; a gathered operand is by token."""
-    m, n = left.shape[1], right.shape[1]
+@dataclass(frozen=True)
+class _Operand:
+    """Some columns of a tensor of rows; `gather`: its rows are tokens."""
+
+    rows: Tensor
+    first: int
+    width: int
+    gather: bool
+
+    @property
+    def columns(self) -> Tensor:
+        return self.rows[:, self.first : self.first + self.width]
+
+
+def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand, transposed: bool, tile: Tile) -> None:
+    """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
+    left, right = (into, out) if transposed else (out, into)
+    m, n = left.width, right.width
     blocks_m, blocks_n = triton.cdiv(m, tile.bm), triton.cdiv(n, tile.bn)
-    kernels.weight_grad[(p.layout.num_experts * blocks_m * blocks_n,)](
-        left, right, targets[0] if p.layout.stacked else _table(targets), p.rows.order, p.rows.offsets,
-        m, n, blocks_m, blocks_n, left.stride(0), right.stride(0), m * n, n,
-        GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, SLOTS=p.k, TABLED=not p.layout.stacked,
-        EVEN=m % tile.bm == 0 and n % tile.bn == 0, PRECISION=p.precision,
+    grid = (p.layout.num_experts * blocks_m * blocks_n,)
+    target = targets[0] if p.layout.stacked else _table(targets)
+    even = m % tile.bm == 0 and n % tile.bn == 0
+    if p.tiles.padded:
+        kernels.weight_grad_padded[grid](
+            _rows(left.rows, (_PAD, tile.bm)), _rows(right.rows, (_PAD, tile.bn)), target, p.starts,
+            m, n, left.first, right.first, blocks_m, blocks_n, m * n, n,
+            TABLED=not p.layout.stacked, EVEN=even, PRECISION=p.precision, DTYPE=_TYPES[left.rows.dtype],
+            BM=tile.bm, BN=tile.bn, PAD=_PAD, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return
+    kernels.weight_grad[grid](
+        left.columns, right.columns, target, p.rows.order, p.rows.offsets,
+        m, n, blocks_m, blocks_n, left.rows.stride(0), right.rows.stride(0), m * n, n,
+        GATHER_LEFT=left.gather, GATHER_RIGHT=right.gather, SLOTS=p.k, TABLED=not p.layout.stacked,
+        EVEN=even, PRECISION=p.precision,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -288,8 +383,9 @@ def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> N
     whole = targets[0] if p.layout.stacked else source.new_empty(p.layout.num_experts, n)
     block = min(128, triton.next_power_of_2(n))
     kernels.row_sum[(p.layout.num_experts, triton.cdiv(n, block))](
-        source, p.call.weights, whole, p.rows.order, p.rows.offsets, n, source.stride(0),
-        GATHER=gather, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k, BK=32, BN=block, num_warps=4,
+        source, p.call.weights, whole, p.rows.order, p.rows.offsets, p.starts, n, source.stride(0),
+        GATHER=gather, PAD=0 if gather else p.pad, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k,
+        BK=32, BN=block, num_warps=4,
     )  # fmt: skip
     if not p.layout.stacked:
         torch._foreach_copy_(targets, list(whole.unbind(0)))

@@ -8,7 +8,6 @@
 
 Rows beyond an expert's end are masked where they are summed over, so whatever a neighbour holds stays with it.
 """
-# ruff: noqa: SIM300
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ def _matrix(w, e, stride_e, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _block(w, e, k0, n0, k, n, stride_k, stride_n, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+def _block(
+    w, e, k0, n0, k, n, stride_k, stride_n,
+    KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """W[e][k0 : k0 + BK, n0 : n0 + BN], zero outside."""
     if KIND == TMA:
         if N_FAST:
@@ -52,16 +54,20 @@ def _block(w, e, k0, n0, k, n, stride_k, stride_n, KIND: tl.constexpr, N_FAST: t
 
 @triton.jit
 def _product(
-    acc, a, source, stride_a, w, e, n0, k, n, stride_e, stride_k, stride_n,
-    KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    acc, a, source, row0, column0, stride_a, w, e, n0, k, n, stride_e, stride_k, stride_n,
+    A_TMA: tl.constexpr, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, BN] + A[source, :k] W[e][:k, n0 : n0 + BN]."""
+    """acc [BM, BN] + A[rows, column0 : column0 + k] W[e][:k, n0 : n0 + BN]; the rows are `source`, or those from row0 on (A_TMA)."""
     BN: tl.constexpr = acc.shape[1]
-    base = _matrix(w, e, stride_e, KIND, a.dtype.element_ty)
+    base = _matrix(w, e, stride_e, KIND, DTYPE)
     at_k = tl.arange(0, BK)
-    pointers = a + source[:, None] * stride_a + at_k[None, :]
+    if not A_TMA:
+        pointers = a + source[:, None] * stride_a + (column0 + at_k)[None, :]
     for k0 in tl.range(0, k, BK, num_stages=STAGES):
-        if EVEN:
+        if A_TMA:
+            rows = a.load([row0, column0 + k0])
+        elif EVEN:
             rows = tl.load(pointers + k0)
         else:
             rows = tl.load(pointers + k0, mask=(k0 + at_k < k)[None, :], other=0.0)
@@ -70,40 +76,48 @@ def _product(
 
 
 @triton.jit
-def _tile(tiles, offsets, max_tiles, blocks, BM: tl.constexpr):
-    """Expert, rows [BM], which of them are the expert's, column block."""
-    at = tl.program_id(0) // blocks
+def _tile(at, tiles, offsets, max_tiles, BM: tl.constexpr):
+    """Expert, first row, rows [BM], which of them are the expert's."""
     e = tl.load(tiles + at)
     first = tl.load(tiles + max_tiles + at)
     rows = first + tl.arange(0, BM)
-    return e, rows, rows < tl.load(offsets + e + 1, mask=e >= 0, other=0), tl.program_id(0) % blocks
+    return e, first, rows, rows < tl.load(offsets + e + 1)
+
+
+@triton.jit
+def _moved(e, offsets, starts, PAD: tl.constexpr):
+    """How far expert e's rows lie behind their place when each expert's fill whole groups of PAD rows (PAD 0: they do not), and the end."""
+    if PAD == 0:
+        return 0, tl.load(offsets + e + 1)
+    else:
+        return tl.load(starts + e) * PAD - tl.load(offsets + e), tl.load(starts + e + 1) * PAD
 
 
 @triton.jit
 def _finish_hidden(
-    acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+    acc, rows, to, live, keep, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
     DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
-    D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr,
+    D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores what `grad_hidden` gives for the columns from n0 on, in PARTS, one after the other; Σ dA a over them, [BM]."""
     if PARTS == 1:
-        return _finish_part(acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
-                            DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN)  # fmt: skip
+        return _finish_part(acc, rows, to, live, keep, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                            DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PAD)  # fmt: skip
     else:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
-        total = _finish_hidden(left, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
-                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS // 2)  # fmt: skip
-        total += _finish_hidden(right, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0 + HALF, n, stride_pre,
-                                DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS // 2)  # fmt: skip
+        total = _finish_hidden(left, rows, to, live, keep, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PAD, PARTS // 2)  # fmt: skip
+        total += _finish_hidden(right, rows, to, live, keep, scale, pre, d_pre, scaled_pre, hidden, n0 + HALF, n, stride_pre,
+                                DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PAD, PARTS // 2)  # fmt: skip
         return total
 
 
 @triton.jit
 def _finish_part(
-    acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+    acc, rows, to, live, keep, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
     DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr,
-    D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr,
+    D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = pre.dtype.element_ty
     BM: tl.constexpr = acc.shape[0]
@@ -118,80 +132,97 @@ def _finish_part(
         u = g
     value, slope_g, slope_u = DUAL(g, u)
     total = tl.sum(tl.where(mask, acc * value, 0.0), 1)
+    to = to.to(tl.int64)[:, None]
+    stored = keep[:, None] & (columns < n)[None, :]
+    at = to * stride_pre + columns[None, :]
     if HIDDEN:
         kept = value * scale[:, None] if WEIGHTED else value
-        tl.store(hidden + rows.to(tl.int64)[:, None] * n + columns[None, :], kept.to(DTYPE), mask=mask)
+        if PAD > 0:
+            kept = tl.where(mask, kept, 0.0)
+        tl.store(hidden + to * n + columns[None, :], kept.to(DTYPE), mask=stored)
     if D_PRE:
         d_a = acc * scale[:, None] if WEIGHTED else acc
+        first = d_a * slope_g
+        second = d_a * slope_u
+        if PAD > 0:
+            first = tl.where(mask, first, 0.0)
+            second = tl.where(mask, second, 0.0)
         if INTERLEAVED:
             wide = 2 * n0 + tl.arange(0, 2 * BN)
-            at = rows.to(tl.int64)[:, None] * stride_pre + wide[None, :]
-            mask = live[:, None] & (wide < 2 * n)[None, :]
-            both = tl.join(d_a * slope_g, d_a * slope_u).reshape(BM, 2 * BN)
-            tl.store(d_pre + at, both.to(DTYPE), mask=mask)
+            at = to * stride_pre + wide[None, :]
+            stored = keep[:, None] & (wide < 2 * n)[None, :]
+            both = tl.join(first, second).reshape(BM, 2 * BN)
+            tl.store(d_pre + at, both.to(DTYPE), mask=stored)
             if SCALED_PRE:
-                tl.store(scaled_pre + at, (both * scale[:, None]).to(DTYPE), mask=mask)
+                tl.store(scaled_pre + at, (both * scale[:, None]).to(DTYPE), mask=stored)
         else:
-            first = d_a * slope_g
-            tl.store(d_pre + at, first.to(DTYPE), mask=mask)
+            tl.store(d_pre + at, first.to(DTYPE), mask=stored)
             if SCALED_PRE:
-                tl.store(scaled_pre + at, (first * scale[:, None]).to(DTYPE), mask=mask)
+                tl.store(scaled_pre + at, (first * scale[:, None]).to(DTYPE), mask=stored)
             if GATED:
-                second = d_a * slope_u
-                tl.store(d_pre + at + n, second.to(DTYPE), mask=mask)
+                tl.store(d_pre + at + n, second.to(DTYPE), mask=stored)
                 if SCALED_PRE:
-                    tl.store(scaled_pre + at + n, (second * scale[:, None]).to(DTYPE), mask=mask)
+                    tl.store(scaled_pre + at + n, (second * scale[:, None]).to(DTYPE), mask=stored)
     return total
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
 def grad_hidden(
-    grad, pre, weights, w, d_pre, scaled_pre, hidden, sums, order, offsets, tiles,
+    grad, pre, weights, w, d_pre, scaled_pre, hidden, sums, order, offsets, starts, tiles, num_tiles,
     max_tiles, blocks, n, k, stride_grad, stride_pre, stride_e, stride_k, stride_n,
     DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr,
     D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, SUMS: tl.constexpr,
-    KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    A_TMA: tl.constexpr, PAD: tl.constexpr, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """n columns of the hidden layer, k outputs. d_pre has the up projection's column order, pre is (g | u).
 
     sums [N, blocks] by slot. WEIGHTED: the routing weight multiplies the expert's output; else scaled_pre = w d_pre can be kept.
-    PARTS: the epilogue takes the tile in so many column parts, one after the other.
+    PARTS: the epilogue takes the tile in so many column parts, one after the other. PAD: what is stored has padded rows, zero where no
+    row is; A_TMA: grad is a descriptor of rows sorted and padded likewise.
     """
-    e, rows, live, block = _tile(tiles, offsets, max_tiles, blocks, BM)
-    if e >= 0:
+    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0), flatten=FLATTEN):
+        e, first, rows, live = _tile(tile // blocks, tiles, offsets, max_tiles, BM)
+        block = tile % blocks
         n0 = block * BN
         slots = tl.load(order + rows, mask=live, other=0)
+        shift, end = _moved(e, offsets, starts, PAD)
+        to = rows + shift
         source = (slots // SLOTS).to(tl.int64)
         acc = tl.zeros((BM, BN), tl.float32)
-        acc = _product(acc, grad, source, stride_grad, w, e, n0, k, n, stride_e, stride_k, stride_n, KIND, N_FAST, EVEN, BK, PRECISION, STAGES)
+        acc = _product(acc, grad, source, first + shift, 0, stride_grad, w, e, n0, k, n, stride_e, stride_k, stride_n,
+                       A_TMA, KIND, N_FAST, EVEN, BK, PRECISION, STAGES, pre.dtype.element_ty)  # fmt: skip
         scale = tl.load(weights + slots, mask=live, other=0.0).to(tl.float32)
-        total = _finish_hidden(acc, rows, live, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
-                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PARTS)  # fmt: skip
+        total = _finish_hidden(acc, rows, to, live, to < end, scale, pre, d_pre, scaled_pre, hidden, n0, n, stride_pre,
+                               DUAL, GATED, INTERLEAVED, WEIGHTED, D_PRE, SCALED_PRE, HIDDEN, PAD, PARTS)  # fmt: skip
         if SUMS:
             tl.store(sums + slots.to(tl.int64) * blocks + block, total, mask=live)
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
 def grad_input(
-    d_pre, x, weights, w0, w1, out, sums, order, offsets, tiles,
+    d_pre, x, weights, w0, w1, out, sums, order, offsets, starts, tiles, num_tiles,
     max_tiles, blocks, n, k, stride_pre, stride_x, stride_e, stride_k, stride_n,
     HALVES: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr, OUT: tl.constexpr, SUMS: tl.constexpr,
-    KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    A_TMA: tl.constexpr, PAD: tl.constexpr, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out [N, n] by slot = d_pre[row] W; k columns of each of the HALVES. WEIGHTED: times w, and sums = Σ product · x by column block."""
-    e, rows, live, block = _tile(tiles, offsets, max_tiles, blocks, BM)
-    if e >= 0:
+    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0), flatten=FLATTEN):
+        e, first, rows, live = _tile(tile // blocks, tiles, offsets, max_tiles, BM)
+        block = tile % blocks
         n0 = block * BN
         slots = tl.load(order + rows, mask=live, other=0)
-        source = tl.where(live, rows, 0).to(tl.int64)
+        shift, _ = _moved(e, offsets, starts, PAD)
+        source = tl.where(live, rows + shift, 0).to(tl.int64)
+        DTYPE: tl.constexpr = x.dtype.element_ty
         acc = tl.zeros((BM, BN), tl.float32)
-        acc = _product(acc, d_pre, source, stride_pre, w0, e, n0, k, n, stride_e, stride_k, stride_n, KIND, N_FAST, EVEN, BK, PRECISION, STAGES)
+        acc = _product(acc, d_pre, source, first + shift, 0, stride_pre, w0, e, n0, k, n, stride_e, stride_k, stride_n,
+                       A_TMA, KIND, N_FAST, EVEN, BK, PRECISION, STAGES, DTYPE)  # fmt: skip
         if HALVES == 2:
-            acc = _product(
-                acc, d_pre + k, source, stride_pre, w1, e, n0, k, n, stride_e, stride_k, stride_n, KIND, N_FAST, EVEN, BK, PRECISION, STAGES
-            )  # fmt: skip
+            acc = _product(acc, d_pre, source, first + shift, k, stride_pre, w1, e, n0, k, n, stride_e, stride_k, stride_n,
+                           A_TMA, KIND, N_FAST, EVEN, BK, PRECISION, STAGES, DTYPE)  # fmt: skip
         columns = n0 + tl.arange(0, BN)
         mask = live[:, None] & (columns < n)[None, :]
         if SUMS:
@@ -247,16 +278,59 @@ def weight_grad(
 
 
 @triton.jit
+def weight_grad_padded(
+    left, right, out, starts, m, n, left0, right0, blocks_m, blocks_n, stride_e, stride_m,
+    TABLED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`weight_grad` of sorted rows padded with zeros to groups of PAD: descriptors, columns from left0 and right0 on, nothing to mask."""
+    e = tl.program_id(0) // (blocks_m * blocks_n)
+    block = tl.program_id(0) % (blocks_m * blocks_n)
+    m0 = (block // blocks_n) * BM
+    n0 = (block % blocks_n) * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for group in tl.range(tl.load(starts + e), tl.load(starts + e + 1), num_stages=STAGES):
+        a = left.load([group * PAD, left0 + m0])
+        b = right.load([group * PAD, right0 + n0])
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    base = _matrix(out, e, stride_e, TABLE if TABLED else POINTER, DTYPE)
+    at_m = m0 + tl.arange(0, BM)
+    at_n = n0 + tl.arange(0, BN)
+    target = base + at_m.to(tl.int64)[:, None] * stride_m + at_n[None, :]
+    if EVEN:
+        tl.store(target, acc.to(DTYPE))
+    else:
+        tl.store(target, acc.to(DTYPE), mask=(at_m < m)[:, None] & (at_n < n)[None, :])
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def sort_rows(source, out, order, offsets, tiles, max_tiles, n, stride, SLOTS: tl.constexpr, PAD: tl.constexpr, BN: tl.constexpr):
+    """out[PAD · i + j] = source[token] of row j of tile i (of PAD rows), zero behind the expert's end."""
+    if tl.load(tiles + tl.program_id(0)) >= 0:
+        _, _, rows, live = _tile(tl.program_id(0), tiles, offsets, max_tiles, PAD)
+        token = (tl.load(order + rows, mask=live, other=0) // SLOTS).to(tl.int64)
+        to = (tl.program_id(0) * PAD + tl.arange(0, PAD)).to(tl.int64)
+        columns = tl.program_id(1) * BN + tl.arange(0, BN)
+        inside = (columns < n)[None, :]
+        values = tl.load(source + token[:, None] * stride + columns[None, :], mask=live[:, None] & inside, other=0.0)
+        tl.store(out + to[:, None] * n + columns[None, :], values, mask=inside)
+
+
+@triton.jit
 def row_sum(
-    source, weights, out, order, offsets, n, stride, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr,
+    source, weights, out, order, offsets, starts, n, stride,
+    GATHER: tl.constexpr, PAD: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out[e, n] = Σ over the expert's rows of source[row] (of [w] source[token(row)] with GATHER)."""
     e = tl.program_id(0)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.load(offsets + e)
     end = tl.load(offsets + e + 1)
+    if PAD > 0:  # rows of a padded tensor
+        end += tl.load(starts + e) * PAD - first
+        first = tl.load(starts + e) * PAD
     total = tl.zeros((BN,), tl.float32)
-    for r in range(tl.load(offsets + e), end, BK):
+    for r in range(first, end, BK):
         rows = r + tl.arange(0, BK)
         live = rows < end
         at = rows
@@ -274,7 +348,8 @@ def row_sum(
 @triton.jit(do_not_specialize=["slots"])
 def slot_weight(
     sums, ids, grad, x, bias, out, slots, blocks, n, num_experts, num_identity, stride_grad, stride_x, stride_be, stride_bn,
-    SLOTS: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr, IDENTITY: tl.constexpr, BS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    SLOTS: tl.constexpr, SUMS: tl.constexpr, BIAS: tl.constexpr, IDENTITY: tl.constexpr,
+    BS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = Σ sums[slot] + dY[t] · b_d[e]; for an identity expert dY[t] · x[t]; for no expert 0."""
     s = tl.program_id(0) * BS + tl.arange(0, BS)

@@ -33,12 +33,14 @@ class Dispatch:
     offsets: int32 [E + 1], first sorted row of each expert.
     tiles: row-tile height BM -> int32 [2, E + N // BM] of (expert, first sorted row), expert -1 behind the last tile.
     num_tiles: row-tile height BM -> int32 [1], how many tiles there are (read by persistent kernels on the device).
+    tile_starts: row-tile height BM -> int32 [E + 1], the first tile of each expert.
     """
 
     order: Tensor
     offsets: Tensor
     tiles: dict[int, Tensor]
     num_tiles: dict[int, Tensor]
+    tile_starts: dict[int, Tensor]
 
 
 @triton.jit
@@ -50,8 +52,8 @@ def _experts_of(ids, i, n, E: tl.constexpr):
 
 
 @triton.jit
-def _write_tiles(counts, starts, tiles, num_tiles, length, program, BM: tl.constexpr, SLOTS: tl.constexpr):
-    """Entries [program * SLOTS, ...) of the tile list from counts and starts [EP]."""
+def _write_tiles(counts, starts, tiles, tile_starts, length, program, E: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """Entries [program * SLOTS, ...) of the tile list from counts and starts [EP]; program 0 writes the first tile of each expert."""
     EP: tl.constexpr = counts.shape[0]
     each = (counts + (BM - 1)) // BM
     ends = tl.cumsum(each, 0)
@@ -63,12 +65,12 @@ def _write_tiles(counts, starts, tiles, num_tiles, length, program, BM: tl.const
     used = i < total
     tl.store(tiles + i, tl.where(used, e, -1), mask=i < length)
     tl.store(tiles + length + i, tl.where(used, row, 0), mask=i < length)
-    if program == 0:
-        tl.store(num_tiles, total)
+    _write_offsets(tile_starts, ends, program, E)
 
 
 @triton.jit
 def _write_offsets(offsets, ends, program, E: tl.constexpr):
+    """[0, ends]."""
     if program == 0:
         e = tl.arange(0, ends.shape[0])
         tl.store(offsets + e + 1, ends, mask=e < E)
@@ -77,7 +79,7 @@ def _write_offsets(offsets, ends, program, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "length0", "length1"])
 def _sort_few(
-    ids, order, offsets, tiles0, tiles1, num_tiles, n, length0, length1,
+    ids, order, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
 ):  # fmt: skip
     """Program e places the pairs of expert e."""
@@ -93,9 +95,9 @@ def _sort_few(
     tl.store(order + start + rank, i, mask=mine)
     _write_offsets(offsets, ends, program, E)
     if BM0 > 0:
-        _write_tiles(counts, starts, tiles0, num_tiles, length0, program, BM0, SLOTS0)
+        _write_tiles(counts, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
     if BM1 > 0:
-        _write_tiles(counts, starts, tiles1, num_tiles + 1, length1, program, BM1, SLOTS1)
+        _write_tiles(counts, starts, tiles1, tile_starts + (E + 1), length1, program, E, BM1, SLOTS1)
 
 
 @triton.jit(do_not_specialize=["n", "segment"])
@@ -124,7 +126,7 @@ def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
 def _place(
-    ids, counts, order, offsets, tiles0, tiles1, num_tiles, n, segment, segments, length0, length1,
+    ids, counts, order, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
     E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
 ):  # fmt: skip
@@ -147,9 +149,9 @@ def _place(
         target += here
     _write_offsets(offsets, ends, program, E)
     if BM0 > 0:
-        _write_tiles(total, starts, tiles0, num_tiles, length0, program, BM0, SLOTS0)
+        _write_tiles(total, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
     if BM1 > 0:
-        _write_tiles(total, starts, tiles1, num_tiles + 1, length1, program, BM1, SLOTS1)
+        _write_tiles(total, starts, tiles1, tile_starts + (E + 1), length1, program, E, BM1, SLOTS1)
 
 
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
@@ -161,11 +163,12 @@ def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch
     if n >= 2**31 - _CHUNK:
         raise ValueError(f"{n} pairs of tokens and experts do not fit the int32 metadata")
     lengths = [num_experts + n // block for block in blocks]
-    order, offsets, num_tiles = (ids.new_empty(size, dtype=torch.int32) for size in (n, num_experts + 1, 2))
+    order, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, num_experts + 1, 2 * (num_experts + 1)))
     tiles = [ids.new_empty(2, length, dtype=torch.int32) for length in lengths]
     launch = _launch_few if n <= _ONE_LAUNCH else _launch_many
-    launch(ids.contiguous(), num_experts, blocks, lengths, [order, offsets, *tiles, *[None] * (2 - len(tiles)), num_tiles])
-    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {block: num_tiles[i : i + 1] for i, block in enumerate(blocks)})
+    launch(ids.contiguous(), num_experts, blocks, lengths, [order, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
+    by_block = dict(zip(blocks, starts.view(2, -1).unbind(0)))
+    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {b: t[num_experts:] for b, t in by_block.items()}, by_block)
 
 
 def _bins(num_experts: int) -> int:

@@ -190,7 +190,7 @@ def grouped_gemm(
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
         GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch),
+        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group,
         num_warps=tile.warps, num_stages=tile.stages, **launch,
     )  # fmt: skip
 
@@ -231,7 +231,7 @@ def _warp_specialised(
         tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, LAG=tile.lag, num_warps=4,
+        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, LAG=tile.lag, GROUP=tile.group, num_warps=4,
     )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
     up    C[r] = act(x[token(r)] W_g[e]ᵀ + b_g, x[token(r)] W_u[e]ᵀ + b_u)     rows gathered, activation in the epilogue
     down  Y[slot(r)] = A[r] W_d[e]ᵀ + b_d                                        rows scattered back to their slot
 
-One kernel is both. Programs are persistent: each walks (row tile, column block) pairs from the dispatch's tile list, column blocks fastest,
-so that programs running at the same time share an expert's matrix and a tile's rows in L2. Weights stay where the model has them:
+One kernel is both. A program walks (row tile, column block) pairs from the dispatch's tile list, in an order in which programs running at
+the same time share an expert's matrix and a tile's rows in L2. Weights stay where the model has them:
 [E, out, in] or [E, in, out], or one matrix per expert through a table of pointers.
 """
 
@@ -48,6 +48,17 @@ def _weight(
 
 
 @triton.jit
+def _place(tile, row_tiles, blocks, GROUP: tl.constexpr):
+    """Row tile and column block of a tile: in groups of GROUP row tiles, rows fastest, so that what runs together shares both operands."""
+    if GROUP == 1:
+        return tile // blocks, tile % blocks
+    group = tile // (GROUP * blocks)
+    size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    rest = tile - group * GROUP * blocks
+    return group * GROUP + rest % size, rest // size
+
+
+@triton.jit
 def _bias(bias, e, columns, n, stride_e, stride_n):
     return tl.load(bias + e.to(tl.int64) * stride_e + columns * stride_n, mask=columns < n, other=0.0).to(tl.float32)[None, :]
 
@@ -66,6 +77,7 @@ def grouped_gemm(
     GATHER: tl.constexpr, SCATTER: tl.constexpr, A_TMA: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """n output columns, k columns of `a`. `pre` [rows, 2n] (or n) keeps the pre-activations when SAVE."""
     WIDTH: tl.constexpr = 2 * BN if MODE == INTERLEAVED else BN
@@ -75,11 +87,12 @@ def grouped_gemm(
         tl.extra.cuda.gdc_launch_dependents()
     n_wide = 2 * n if MODE == INTERLEAVED else n
     blocks = tl.cdiv(n, BN)
-    total = tl.load(num_tiles) * blocks
+    row_tiles = tl.load(num_tiles)
+    total = row_tiles * blocks
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
-        at = tile // blocks
-        n0 = (tile % blocks) * BN
-        wide0 = (tile % blocks) * WIDTH
+        at, block = _place(tile, row_tiles, blocks, GROUP)
+        n0 = block * BN
+        wide0 = block * WIDTH
         e = tl.load(tiles + at)
         first = tl.load(tiles + max_tiles + at)
         end = tl.load(offsets + e + 1)

@@ -28,19 +28,22 @@ HALF_ROWS = gl.constexpr(64)
 
 
 @gluon.jit
-def _tile(tile, total, blocks, tiles, max_tiles, offsets):
-    """Expert, first row, end of the expert's rows, column block; of the last tile for a tile beyond it."""
-    tile = gl.maximum(gl.minimum(tile, total - 1), 0)
-    at = tile // blocks
+def _tile(tile, row_tiles, blocks, tiles, max_tiles, offsets, GROUP: gl.constexpr):
+    """Expert, first row, end of the expert's rows, column block; of the last tile for a tile beyond it. The order is gemm.py's."""
+    tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
+    group = tile // (GROUP * blocks)
+    size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
+    rest = tile - group * GROUP * blocks
+    at = group * GROUP + rest % size
     e = gl.load(tiles + at)
-    return e, gl.load(tiles + max_tiles + at), gl.load(offsets + e + 1), tile % blocks
+    return e, gl.load(tiles + max_tiles + at), gl.load(offsets + e + 1), rest // size
 
 
 @gluon.jit
 def _produce(
     a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a, rows_per_expert,
     ring_a, ring_0, ring_1, full, empty,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr,
+    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """What a tile is (and which rows it gathers) is loaded one tile (two tiles) before it is needed: nothing waits for these small loads."""
     STAGES: gl.constexpr = ring_a.shape[0]
@@ -49,15 +52,16 @@ def _produce(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     at_k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
-    total = gl.load(num_tiles) * blocks
+    row_tiles = gl.load(num_tiles)
+    total = row_tiles * blocks
     stride = gl.num_programs(0)
     begin = gl.program_id(0)
-    e, first, end, block = _tile(begin, total, blocks, tiles, max_tiles, offsets)
-    e1, first1, end1, block1 = _tile(begin + stride, total, blocks, tiles, max_tiles, offsets)
+    e, first, end, block = _tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
+    e1, first1, end1, block1 = _tile(begin + stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
     slots = gl.load(order + first + at_row, mask=first + at_row < end, other=-1) if GATHER else at_row
     step = 0
     for tile in range(begin, total, stride):
-        e2, first2, end2, block2 = _tile(tile + 2 * stride, total, blocks, tiles, max_tiles, offsets)
+        e2, first2, end2, block2 = _tile(tile + 2 * stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
         if GATHER:
             mask = gl.expand_dims(slots >= 0, 1)
             source = gl.maximum(slots, 0) // slots_per_token
@@ -147,20 +151,21 @@ def _consume(
     bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
     HALF: gl.constexpr, OUT_IN: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, LAG: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, LAG: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    total = gl.load(num_tiles) * blocks
+    row_tiles = gl.load(num_tiles)
+    total = row_tiles * blocks
     stride = gl.num_programs(0)
     begin = gl.program_id(0)
-    e, first, end, block = _tile(begin, total, blocks, tiles, max_tiles, offsets)
+    e, first, end, block = _tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
     if LAG > 0:  # consumers that never finish together leave the tensor cores to each other during their epilogues
         if (begin < total) & (steps > LAG):
             mbarrier.wait(full.index(LAG), 0)
     step = 0
     for tile in range(begin, total, stride):
-        e1, first1, end1, block1 = _tile(tile + stride, total, blocks, tiles, max_tiles, offsets)
+        e1, first1, end1, block1 = _tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
         first += HALF * HALF_ROWS
         if first < end:
             rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
@@ -210,6 +215,7 @@ def grouped_gemm(
     max_tiles, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN].
 
@@ -232,10 +238,10 @@ def grouped_gemm(
     gl.warp_specialize([
         (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    0, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, 0)),
+                    0, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, 0, GROUP)),
         (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    1, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, LAG)),
+                    1, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, LAG, GROUP)),
         (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a,
-                    rows_per_expert, ring_a, ring_0, ring_1, full, empty, 0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE)),
+                    rows_per_expert, ring_a, ring_0, ring_1, full, empty, 0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP)),
     ], [4, 4], [224, 56])  # fmt: skip

@@ -28,6 +28,7 @@ class Tile:
     `tma`: weights through the copy engine. `flatten`: one pipelined loop over all tiles of a program.
     `hopper`: the warp-specialised kernel where it fits (128 rows, `bn` columns twice), else the plain one with the same tile.
     `lag`: there, how many steps the second consumer starts behind the first.
+    `group`: row tiles that are walked together, rows fastest.
     """
 
     bm: int
@@ -39,7 +40,8 @@ class Tile:
     tma: bool = False
     flatten: bool = False
     hopper: bool = False
-    lag: int = 2
+    lag: int = 0
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def rule(p: Problem, tokens: int) -> Choice:
     elif rows <= 90:
         up, down = Tile(64, 128, 64, 8, 4, tma=True), Tile(64, 128, 64, 4, 3, tma=True)
     else:
-        up = down = Tile(128, 128, 64, 8, 4, tma=True, hopper=True)
+        up = down = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
     return Choice(up, down, _decode(tokens, 2))
 
 

@@ -25,7 +25,9 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 MORE = [
     Case("exact gelu list", experts(ir.Form.SEPARATE, act.gelu(act.G) * act.U, stacked=False, down_transposed=True)),
     Case("interleaved list", experts(ir.Form.INTERLEAVED, stacked=False, up_bias=True)),
-    Case("weight on input, all biases", experts(ir.Form.INTERLEAVED, weight_on_input=True, up_bias=True, down_bias=True, up_transposed=True)),
+    Case(
+        "weight on input, all biases", experts(ir.Form.INTERLEAVED, weight_on_input=True, up_bias=True, down_bias=True, up_transposed=True)
+    ),
     Case("weight on input, separate", experts(ir.Form.SEPARATE, weight_on_input=True), foreign=True),
     Case("single transposed", experts(ir.Form.SINGLE, act.silu(act.G), up_transposed=True, down_transposed=True), tokens=20),
     Case("half", experts(up_bias=True, down_bias=True), dtype=torch.float16),
@@ -66,6 +68,9 @@ def tolerance(case: Case) -> float:
     return 1e-2 if case.dtype in (torch.float16, torch.bfloat16) else 2e-5
 
 
+PADDED = Tile(64, 32, 16, 4, 1) if not ON_GPU else Tile(128, 64, 64, 8, 3, tma=True)
+
+
 def check(case: Case, t: dict[str, Any], tiles: b.Tiles | None = None) -> None:
     grad = torch.randn(t["x"].shape[0], case.experts.out_features, device=DEVICE).to(case.dtype)
     for got, want, leaf in zip(run(case, t, grad, tiles=tiles), expected(case, t, grad), leaves({**t, "add": None}), strict=True):
@@ -77,6 +82,33 @@ def check(case: Case, t: dict[str, Any], tiles: b.Tiles | None = None) -> None:
 def test_gradients(case: Case) -> None:
     """All gradients of every layout."""
     check(case, moved(tensors(case)))
+
+
+@pytest.mark.parametrize(
+    "name", ["stacked", "interleaved", "separate", "list", "transposed", "biases", "weight on input", "identity experts"]
+)
+def test_padded(name: str) -> None:
+    """Rows copied in order and filled up with zeros: all operands through descriptors (16-byte rows)."""
+    case = next(c for c in CASES if c.name == name)
+    meaning = replace(case.experts, num_experts=5, hidden=24, intermediate=16, out_features=24)
+    case = replace(case, experts=meaning, tokens=90, k=2)
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+        grown = b.kernels.weight_grad_padded
+        patch.setattr(b.kernels, "weight_grad_padded", _Seen(grown, seen))
+        check(case, moved(tensors(case)), b.Tiles(PADDED, PADDED, PADDED, PADDED, padded=True))
+        assert seen
+
+
+class _Seen:
+    """A kernel that tells when it was launched."""
+
+    def __init__(self, kernel: Any, seen: list[str]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.seen.append("launched")
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("name", ["stacked", "biases", "separate list biases", "weight on input", "identity experts"])
@@ -176,8 +208,11 @@ def test_any_layout(form: ir.Form, flags: tuple[bool, ...], sizes: tuple[int, ..
 @pytest.mark.skipif(not ON_GPU, reason="sizes for a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["stacked", "transposed", "separate list", "interleaved", "biases", "weight on input"])
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(5, 256, 192), (700, 512, 256), (3000, 256, 384)])
-def test_real_sizes(tokens: int, hidden: int, intermediate: int, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "padded"),
+    [(5, 256, 192, False), (700, 512, 256, False), (700, 512, 256, True), (3000, 256, 384, True)],
+)
+def test_real_sizes(tokens: int, hidden: int, intermediate: int, padded: bool, name: str, dtype: torch.dtype) -> None:
     case = next(c for c in CASES if c.name == name)
     meaning = replace(case.experts, num_experts=8, hidden=hidden, intermediate=intermediate, out_features=hidden)
     t = moved(tensors(replace(case, experts=meaning, tokens=tokens, k=2)))
@@ -186,4 +221,6 @@ def test_real_sizes(tokens: int, hidden: int, intermediate: int, name: str, dtyp
             ts[i] = (w.detach() / hidden**0.5).requires_grad_()
     t = {n: [i.detach().to(dtype).requires_grad_() for i in v] if isinstance(v, list) else v for n, v in t.items()}
     t["x"] = t["x"].detach().to(dtype).requires_grad_()
-    check(replace(case, experts=meaning, tokens=tokens, k=2, dtype=dtype), t)
+    tiles = b.choose(2 * tokens, 8, dtype, True)
+    tiles = replace(tiles, padded=padded and dtype != torch.float32)
+    check(replace(case, experts=meaning, tokens=tokens, k=2, dtype=dtype), t, tiles)

@@ -48,6 +48,7 @@ def check(ids: Tensor, experts: int, blocks: tuple[int, ...] = (16, 32)) -> None
         assert got.num_tiles[block].tolist() == [len(wanted)]
         assert [(e, row) for e, row in tiles.t().tolist()[: len(wanted)]] == wanted
         assert (tiles[0, len(wanted) :] == -1).all()
+        assert got.tile_starts[block].tolist() == [sum(e < expert for e, _ in wanted) for expert in range(experts + 1)]
 
 
 def random_ids(tokens: int, k: int, experts: int, low: int = 0, high: int | None = None) -> Tensor:
