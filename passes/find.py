@@ -10,13 +10,14 @@ import torch
 import torch.fx as fx
 
 from ..ir import Rejection
-from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
+from . import pull_index, pull_rules, pull_select  # noqa: F401  (they fill RULES)
 from . import terms as T
-from .experts import data_dependent, is_row, match_experts, outer_atoms
+from .experts import match_experts
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
-from .pull_rules import TUPLES
+from .pull_views import TUPLES
+from .rows import data_dependent, is_row, outer_atoms
 from .terms import Term
 
 COMBINES = (
@@ -145,7 +146,7 @@ class Finder:
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
-            return bool(others) and all(self.static[x] == label for x in others)
+            return bool(others) and all(self.static[x] == label or is_zero(x) for x in others)
         return name == "index" and any(
             self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n
         )
@@ -197,6 +198,13 @@ class Finder:
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
+
+
+def is_zero(n: fx.Node) -> bool:
+    """Whether a tensor was made of zeros."""
+    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return op_name(n) in ("zeros", "zeros_like", "new_zeros")
 
 
 def _by_position(n: fx.Node) -> bool:

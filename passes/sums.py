@@ -25,7 +25,7 @@ def sum_over(v: Term, body: Term) -> Term:
         return mul(const(v.args[1]), body)
     if v.args[1] == 1:
         return subst(body, {v: const(0)})
-    if body.op == "ite" and (cases := _cases(v, body)) is not None:
+    if body.op in ("ite", "mul") and (cases := _cases(v, body)) is not None:
         return add(*cases)
     if body.op == "eq" and any(_is_slot(a, v) and not uses(b, v) for a, b in (body.args, body.args[::-1])):
         return mk("any", v, body)  # choices are distinct: at most one slot matches
@@ -122,10 +122,17 @@ def _ratio(n: Any, k: Any) -> Any:
 
 
 def _cases(v: Term, body: Term) -> list[Term] | None:
-    """Σ_v of a body that is written case by case: one tensor for each value of v, stacked."""
+    """Σ_v of a body, or of a factor of it, that is written case by case: one tensor for each value of v, stacked."""
     size = v.args[1]
     if not isinstance(size, int):
         return None
+    if body.op == "mul":
+        written = [f for f in body.args if f.op == "ite" and f.args[0].op == "eq" and v in f.args[0].args]
+        cases = _cases(v, written[0]) if len(written) == 1 else None
+        if cases is None or len(cases) != size:
+            return None
+        rest = mul(*(f for f in body.args if f is not written[0]))
+        return [mul(subst(rest, {v: const(c)}), case) for c, case in enumerate(cases)]
     out: dict[int, Term] = {}
     while body.op == "ite" and body.args[0].op == "eq" and v in body.args[0].args:
         (c,) = (x for x in body.args[0].args if x is not v)
@@ -136,7 +143,8 @@ def _cases(v: Term, body: Term) -> list[Term] | None:
     left = [c for c in range(size) if c not in out]
     if not out or len(left) > 1 and uses(body, v):
         return None
-    return [*out.values(), *(subst(body, {v: const(c)}) for c in left)]
+    out.update((c, subst(body, {v: const(c)})) for c in left)
+    return [out[c] for c in sorted(out)]
 
 
 def _is_slot(t: Term, v: Term) -> bool:

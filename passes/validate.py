@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..ir import Rejection
 from .fused import is_fused
-from .pull import op_name, shape_of, size_of
-from .region import SHAPE_ONLY, Block, inside
+from .pull import fixed_number, op_name, shape_of, size_of
+from .region import SHAPE_ONLY, SIZES, Block, inside
 from .shadow import mutated_args
 
 TOLERANCE = 1e-7
@@ -32,8 +32,10 @@ class Sizes:
     symbols: dict[Any, int]
     literal: dict[int, int]
 
-    def of(self, s: Any) -> int:
+    def of(self, s: Any) -> Any:
         s = size_of(s)
+        if isinstance(s, float):
+            return s
         if isinstance(s, sp.Expr):
             return int(s.subs({x: self.symbols.get(x, 3) for x in s.free_symbols}))
         return self.literal.get(s, s)
@@ -61,7 +63,7 @@ def validate(block: Block) -> Rejection | None:
         nodes = inside(outs, boundary)
         if isinstance(nodes, Rejection):
             return nodes
-        key = (probe.__name__, block.ir, signature(nodes, boundary, outs))
+        key = (probe.__name__, block.ir, block.fold.factor, signature(nodes, boundary, outs))
         if key not in _proved:
             if len(_proved) > 4096:
                 _proved.clear()
@@ -188,14 +190,14 @@ def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]
     if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()) or not torch.allclose(chosen, best, rtol=1e-9, atol=1e-12):
         return "other experts are selected"
     _, bias, table = _routing_values(block, env)
-    return _difference(weights, gating.weights_of(raw, ids, bias, table))
+    return _difference(weights * block.fold.factor, gating.weights_of(raw, ids, bias, table))
 
 
 def _joint_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
     g = block.gating
     assert g is not None
     w, ids = g.gating.evaluate(*_routing_values(block, env))
-    return _difference(env[outs[0]], _experts_value(block, env, ids, w))
+    return _difference(env[outs[0]] * block.fold.factor, _experts_value(block, env, ids, w))
 
 
 def _routing_values(block: Block, env: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -289,7 +291,7 @@ def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
         return a
 
     for n in nodes:
-        if n.op == "placeholder":
+        if n.op == "placeholder" or op_name(n) in SIZES or fixed_number(n):
             env[n] = sizes.of(n.meta["val"])
         elif n.op == "get_attr":
             v = _constant(n)
