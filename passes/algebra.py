@@ -47,7 +47,7 @@ class Reductions:
     def make(self, kind: str, over: str, body: sp.Expr) -> sp.Expr:
         """The reduction of `body`, factors that are equal for all experts pulled out."""
         body = sp.powsimp(sp.expand_power_base(sp.expand_power_exp(body)))
-        if kind == "sum" and (split := sp.expand(body)).is_Add:
+        if kind == "sum" and (split := sp.expand(body, multinomial=False)).is_Add:
             return sp.Add(*(self.make(kind, over, part) for part in split.args))
         outside, inside = body.as_independent(*PER_EXPERT, as_Add=False)
         if kind != "sum" and not outside.is_positive:

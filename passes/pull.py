@@ -101,7 +101,7 @@ def fixed_number(n: fx.Node) -> bool:
 
 
 class Mask:
-    """A boolean tensor whose true elements are rows; identity is the node it came from."""
+    """A boolean tensor whose true elements are rows; nodes that say the same are one mask."""
 
     def __init__(self, puller: Puller, node: fx.Node) -> None:
         self.node, self.shape = node, shape_of(node)
@@ -125,6 +125,7 @@ class Puller:
         self.stop, self.walls, self.left = stop, walls, limit
         self.memo: dict[tuple[fx.Node, tuple[Term, ...]], Term] = {}
         self.masks: dict[fx.Node, Mask] = {}
+        self.mask_of: dict[Any, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
         self.unknown: dict[fx.Node, str] = {}
 
@@ -175,7 +176,9 @@ class Puller:
     def mask(self, node: fx.Node) -> Mask:
         m = self.masks.get(node)
         if m is None:
-            m = self.masks[node] = Mask(self, node)
+            m = Mask(self, node)
+            value = T.canonical(m.at(tuple(T.named(f"mask{d}", s) for d, s in enumerate(m.shape))))
+            m = self.masks[node] = self.mask_of.setdefault((m.shape, value), m)
         return m
 
     def broadcast(self, node: Any, idx: tuple[Term, ...]) -> Term:

@@ -21,7 +21,7 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
 
     `result`: the node that the routed experts end in, after a scale on the output.
     """
-    for other in (*([] if m.base is None else [m.base]), *_joined(result)):
+    for other in (*_addends(m.base), *_joined(result)):
         if shape_of(other)[-1:] == shape_of(m.out)[-1:]:
             found = _read(m, other, order, walls)
             if found is not None:
@@ -30,6 +30,17 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
 
 
 FAR = 4  # additions that are looked through: zeros, a scale, a residual
+
+
+def _addends(base: fx.Node | None) -> list[fx.Node]:
+    """What an accumulator starts from, and what that is a sum of."""
+    out = [] if base is None else [base]
+    for n in out:
+        while op_name(n) in ("clone", "view", "reshape", "contiguous"):
+            n = n.args[0]  # type: ignore[assignment]
+        if op_name(n) == "add" and len(out) < FAR:
+            out.extend(x for x in n.args[:2] if isinstance(x, fx.Node))
+    return out
 
 
 def _joined(out: fx.Node) -> Iterator[fx.Node]:

@@ -97,6 +97,7 @@ def mul(*ts: Term) -> Term:
     if k == 0:
         return const(0)
     _exp_over_one_plus_exp(powers)
+    _any_of_summed(powers)
     out = []
     for b, e in powers.items():
         if e == 0:
@@ -121,6 +122,24 @@ def _exp_over_one_plus_exp(powers: dict[Term, Any]) -> None:
             del powers[b], powers[other]
             s = fn("sigmoid", x)
             powers[s] = powers.get(s, 0) + 1
+
+
+def _any_of_summed(powers: dict[Term, Any]) -> None:
+    """(any_j c_j) · Σ_j c_j g_j = Σ_j c_j g_j."""
+    for a in [b for b in powers if b.op == "any"]:
+        if any(b.op == "sum" and powers[b] == 1 and _counts(b, a) for b in powers):
+            del powers[a]
+
+
+def _counts(total: Term, a: Term) -> bool:
+    from .term_rebuild import subst
+
+    (v, body), (u, cond) = total.args, a.args
+    if v.args[1] != u.args[1]:
+        return False
+    here = subst(cond, {u: v})
+    own = body.args if body.op == "mul" else (body,)
+    return all(c in own for c in (here.args if here.op == "mul" else (here,)))
 
 
 def power(b: Term, e: Any) -> Term:
