@@ -106,7 +106,7 @@ class Finder:
                         tried.setdefault(label, []).append(out)
                     if x is n and not isinstance(out, Rejection):
                         break
-        found.matches.sort(key=lambda m: self.order[m[0].out])
+        found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
             if i not in closed | matched and not is_table(s):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
@@ -198,6 +198,32 @@ class Finder:
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
+
+
+def outermost(matches: list[tuple[ExpertsMatch, Puller]]) -> list[tuple[ExpertsMatch, Puller]]:
+    """Without those whose result goes nowhere but into another one of the same selection: there the routing weight is still to come."""
+    chosen = [{x.args[0] for x in T.walk(m.ids) if x.op == "topk"} for m, _ in matches]
+    kept = []
+    for i, (m, p) in enumerate(matches):
+        later = (n for (n, _), c in zip(matches[i + 1 :], chosen[i + 1 :], strict=True) if c & chosen[i])
+        if not any(_part_of(m.out, n) for n in later):
+            kept.append((m, p))
+    return kept
+
+
+def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
+    """Whether all that is made of `out` is the result of m."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack and len(seen) < 64:
+        n = stack.pop()
+        if n is m.out or n in seen:
+            continue
+        seen.add(n)
+        if not n.users or n is m.tokens or n is m.base or n.op == "output":
+            return False
+        stack.extend(n.users)
+    return not stack
 
 
 def is_zero(n: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
@@ -47,6 +47,34 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
             return out
         last = last or out
     return last or Rejection("no router logits were found", choice, "gating")
+
+
+def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:
+    """The weights where the ids are experts at all: [t is foreign] is 0 there when foreign slots get an id beyond the experts.
+
+    None when that says nothing about the weights.
+    """
+    known: dict[Term, Term] = {}
+    ids, experts = m.ids, range(m.experts.num_experts + m.experts.num_identity)
+    while ids.op == "ite":
+        cond, *cases = ids.args
+        outside = [x.op == "c" and x.args[0] not in experts for x in cases]
+        if outside[0] == outside[1]:
+            break
+        _suppose(cond, outside[1], known)
+        ids = cases[outside[0]]
+    weight = T.subst(m.weight, known) if known else m.weight
+    return None if weight is m.weight else replace(m, weight=weight)
+
+
+def _suppose(cond: Term, true: bool, known: dict[Term, Term]) -> None:
+    if cond.op == "not":
+        _suppose(cond.args[0], not true, known)
+    elif true and cond.op == "mul":
+        for f in cond.args:
+            _suppose(f, True, known)
+    else:
+        known[cond] = T.const(true)
 
 
 def _takes_largest(choice: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
 from .fold import Fold, fold_of, scaled
-from .gating import GatingMatch, match_gating
+from .gating import GatingMatch, match_gating, where_valid
 from .match import ExpertsMatch
 from .plan import BlockPlan, execute
 from .pull import Puller, dtype_of
@@ -190,6 +190,10 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     nodes = routing_nodes(m, p)
     ids, weights = nodes.ids, nodes.weights
     found = match_gating(m, shadow.walls)
+    masked = False
+    if isinstance(found, Rejection) and ids is not None and (valid := where_valid(m)) is not None:
+        again = match_gating(valid, shadow.walls)
+        found, masked = (again, True) if isinstance(again, GatingMatch) else (found, False)
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
@@ -200,12 +204,12 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins)
+    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins, masked=masked)
 
 
 def as_written(b: Block, note: str) -> Block:
     """The same block with its routing left alone."""
-    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note), fold=Fold())
+    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note), fold=Fold(), masked=False)
 
 
 # ---- loops read by example ---------------------------------------------------------------------------------------------

@@ -116,6 +116,22 @@ def _count(p: Puller, n: fx.Node, idx: Idx) -> Term:
     return t
 
 
+@rule("cumsum")
+def _cumsum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """Running counts of each key: cumsum over positions of a one-hot table."""
+    shape = shape_of(n)
+    if len(shape) != 2 or normal_dim(a.dim, 2) != 0:
+        raise Opaque("a running sum that is no count")
+    q, e = T.named(T.Q, shape[0]), T.var(shape[1], "e")
+    hit = p.at(n.args[0], (q, e))
+    if hit.op != "eq" or e not in hit.args:
+        raise Opaque("a running sum that is no count")
+    key = hit.args[0] if hit.args[1] is e else hit.args[1]
+    if T.uses(key, e):
+        raise Opaque("a running sum that is no count")
+    return T.mk("rank", T.canonical(key), *idx)
+
+
 def counted_key(p: Puller, counts: fx.Node) -> Term:
     """The ids that `counts[e] = Σ_q [ids(q) = e]` counts, as a sort key in Q; Opaque if it is no such count."""
     e = T.var(shape_of(counts)[0], "e")

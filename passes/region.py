@@ -24,6 +24,7 @@ class Block:
 
     `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
     when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
+    `masked`: the weights are those of the gating only where the ids are experts.
     """
 
     match: ExpertsMatch
@@ -35,6 +36,7 @@ class Block:
     shared: fx.Node | None = None
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
     fold: Fold = field(default_factory=Fold)
+    masked: bool = False
 
     def params(self) -> list[fx.Node]:
         m = self.match

@@ -43,7 +43,7 @@ class Planner:
         route = None if b.gating is None else self._route(b)
         fused = is_fused(b.match.out)
         folded = tuple((d.name, source.name) for d, source in b.fold.products)
-        reader = self.locate(b.match.out, b.match.out).name if fused and folded else None
+        reader = self.locate(b.match.out, b.match.out).name if fused and (folded or b.masked) else None
         return BlockPlan(route, None if fused else self._experts(b), folded, self._fixed(b), reader)
 
     def _fixed(self, b: Block) -> tuple[str, ...]:
@@ -65,7 +65,9 @@ class Planner:
         tables = [
             None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
         ]
-        weights = () if b.fold.products else self._readable(b.weights, g.gating.weight_dtype)  # others read them without the scale
+        weights = (
+            () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
+        )
         redirected = (self._readable(b.raw_ids, torch.int64), weights)
         return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
 

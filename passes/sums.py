@@ -4,6 +4,7 @@
 Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
 Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
 Σ_v [v = a] f(v)         = f(a)                        one-hot
+Σ_q [k_q = k_p] [q is as far down its group as p] f(q) = f(p)    rows in a padded batch
 Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
 """
 
@@ -29,7 +30,7 @@ def sum_over(v: Term, body: Term) -> Term:
         return add(*cases)
     if body.op == "eq" and any(_is_slot(a, v) and not uses(b, v) for a, b in (body.args, body.args[::-1])):
         return mk("any", v, body)  # choices are distinct: at most one slot matches
-    for rule in (_permuted, _masked_rows, _factor_out, _one_hot, _scattered):
+    for rule in (_permuted, _masked_rows, _factor_out, _same_place, _one_hot, _scattered):
         out = rule(v, body)
         if out is not None:
             return out
@@ -108,6 +109,19 @@ def _one_hot(v: Term, body: Term) -> Term | None:
                 n = a.args[1].args[0]
                 j = T.var(_ratio(v.args[1], n), "j")
                 return sum_over(j, subst(rest, {v: add(mul(const(n), j), b)}))
+    return None
+
+
+def _same_place(v: Term, body: Term) -> Term | None:
+    """Two positions with one key and one rank among those of that key are one position."""
+    fs = body.args if body.op == "mul" else ()
+    for f in fs:
+        if f.op != "eq" or any(x.op != "rank" for x in f.args):
+            continue
+        for (key, q, e), (other, p, g) in ((f.args[0].args, f.args[1].args), (f.args[1].args, f.args[0].args)):
+            own = q is v and key is other and not uses(p, v) and T.below(p, v.args[1])
+            if own and e is T.at_key(key, q) and g is T.at_key(key, p) and T.eq(e, g) in fs:
+                return subst(mul(*(x for x in fs if x is not f)), {v: p})
     return None
 
 

@@ -203,8 +203,18 @@ def eq(a: Term, b: Term) -> Term:
             return p if q.args[0] == 1 else not_(p) if q.args[0] == 0 else const(0)
         if is_c(q, 0) and p.op == "sum" and is_truth(_unbound(p)):
             return not_(_any_of(p))
+    a, b = _without_shift(a, b)
     lo, hi = sorted((a, b), key=lambda x: x.serial)
     return mk("eq", lo, hi)
+
+
+def _without_shift(a: Term, b: Term) -> tuple[Term, Term]:
+    """c + x = c + y as x = y."""
+    numbers = [[x for x in t.args if x.op == "c"] if t.op == "add" else [] for t in (a, b)]
+    if not numbers[0] or numbers[0] != numbers[1]:
+        return a, b
+    x, y = (add(*(x for x in t.args if x.op != "c")) for t in (a, b))
+    return x, y
 
 
 def _unbound(t: Term) -> Term:

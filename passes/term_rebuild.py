@@ -47,6 +47,8 @@ def rebuild(t: Term, f: Callable[[Term], Term]) -> Term:
         return inv(a[0], a[1], f(a[2]))
     if op == "sv":
         return sv(a[0], f(a[1]))
+    if op == "rank":
+        return mk("rank", a[0], f(a[1]), f(a[2]))
     if op == "nz":
         return mk("nz", a[0], f(a[1]), a[2])
     raise AssertionError(op)

@@ -15,6 +15,7 @@ Terms are interned: equal terms are one object, so equality is identity and shar
     ("sum"|"max"|"min"|"any"|"prod", var, body)       reductions
     ("fdiv"|"mod", a, n)    integer division, for flattened indices
     ("perm"|"inv", sort, key, p), ("sv", key, p)      sorted order: its permutation, the inverse, the sorted value
+    ("rank", key, q, e)     how many of the positions up to q have the key e
     ("nz", mask, row, dim)  coordinate `dim` of the row-th true element of a mask
     ("topk", node, idx)     index chosen by a top-k (an expert id)
 """

@@ -47,13 +47,14 @@ class Sizes:
 def validate(block: Block) -> Rejection | None:
     """None when the block's IR and its subgraph agree on every probe; else which part does not, and by how much."""
     parts: list[Any] = []
+    routing = [n for n in (block.raw_ids, block.weights, block.ids if block.masked else None) if n is not None]
     if is_fused(block.match.out):  # its experts were compared with the original function when it was captured
         if block.gating is not None and block.raw_ids is not None and block.weights is not None:
-            parts.append((_routing_probe, [block.raw_ids, block.weights], block.routing_inputs(), "the routing"))
+            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
     elif block.ids is not None and block.weights is not None:
         parts.append((_experts_probe, [block.match.out], block.expert_inputs(), "the experts"))
         if block.gating is not None and block.raw_ids is not None:
-            parts.append((_routing_probe, [block.raw_ids, block.weights], block.routing_inputs(), "the routing"))
+            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
     else:
         tokens_and_rest = [
             n for n in dict.fromkeys([block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]) if n is not None
@@ -183,14 +184,19 @@ def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]
     g = block.gating
     assert g is not None
     gating = g.gating
-    ids, weights = (env[o].reshape(-1, gating.k) for o in outs)
+    ids, weights, *mapped = (env[o].reshape(-1, gating.k) for o in outs)
     choice, raw = gating.selection(*_routing_values(block, env)[:2], torch.float64)
     best = choice.topk(gating.k, dim=-1).values
     chosen = choice.gather(-1, ids).sort(-1, descending=True).values
     if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()) or not torch.allclose(chosen, best, rtol=1e-9, atol=1e-12):
         return "other experts are selected"
     _, bias, table = _routing_values(block, env)
-    return _difference(weights * block.fold.factor, gating.weights_of(raw, ids, bias, table))
+    wanted = gating.weights_of(raw, ids, bias, table)
+    if mapped:
+        e = block.match.experts
+        valid = (mapped[0] >= 0) & (mapped[0] < e.num_experts + e.num_identity)
+        weights, wanted = weights * valid, wanted * valid
+    return _difference(weights * block.fold.factor, wanted)
 
 
 def _joint_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
