@@ -17,6 +17,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 
 
 # Spellings that the catalogue asks to be fused and that are left as written so far: outputs are eager's all the same.
@@ -52,6 +54,8 @@ def _in_catalogue(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
     for item in items:
+        if item.path.parent.name == "gpu":  # the interpreter is numpy, which warns of infinities that a kernel masks
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
         call = getattr(item, "callspec", None)
         params = call.params if call is not None else {}
         missed = _KNOWN_MISSES.get(params.get("name", params.get("group", ""))) if _in_catalogue(item) else None

@@ -23,11 +23,11 @@ _UNARY: list[tuple[str, str]] = [
     ("tl.log({v})", "1.0 / {v}"),
     ("tl.erf({v})", "1.1283791670955126 * tl.exp(-{v} * {v})"),
     ("tl.where({v} < 0.0, 0.0, {v})", "tl.where({v} > 0.0, 1.0, 0.0)"),
-    ("tl.where({v} > 0.0, {v}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({v})))", "tl.sigmoid({v})"),
+    ("tl.where({v} > 0.0, {v}, 0.0) + {log1p}", "tl.sigmoid({v})"),
     ("{v} * tl.sigmoid(1.5957691216057308 * ({v} + 0.044715 * {v} * {v} * {v}))", ""),
     ("tl.abs({v})", "tl.where({v} > 0.0, 1.0, tl.where({v} < 0.0, -1.0, 0.0))"),
 ]
-_GELU_TANH = 7
+_SOFTPLUS, _GELU_TANH = 6, 7
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _clamp(w: _Writer, x: _Dual, lo: float, hi: float) -> _Dual:
 
 def _unary(w: _Writer, x: _Dual, which: int) -> _Dual:
     value, slope = _UNARY[which]
-    s = w.let(value.format(v=x.v))
+    s = w.let(value.format(v=x.v, log1p=_log1p(w, f"tl.exp(-tl.abs({x.v}))") if which == _SOFTPLUS else ""))
     if which == _GELU_TANH:
         if not w.slopes:
             return _Dual(s, None, None)
@@ -173,6 +173,13 @@ def _unary(w: _Writer, x: _Dual, which: int) -> _Dual:
         slope = f"{gate} + {x.v} * {gate} * (1.0 - {gate}) * 1.5957691216057308 * (1.0 + 0.134145 * {x.v} * {x.v})"
         return w.chain(x, s, slope)
     return w.chain(x, s, slope.format(v=x.v, s=s))
+
+
+def _log1p(w: _Writer, t: str) -> str:
+    """log(1 + t), t in [0, 1], exact to rounding where 1 + t is 1 or nearly so: t log(q) / (q - 1) with q = 1 + t rounded."""
+    t = w.let(t)
+    q = w.let(f"1.0 + {t}")
+    return w.let(f"tl.where({q} == 1.0, {t}, tl.log({q}) * ({t} / tl.where({q} == 1.0, 1.0, {q} - 1.0)))")
 
 
 def _number(c: float) -> str:

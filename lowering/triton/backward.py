@@ -80,6 +80,10 @@ class _Gradients:
         first = self.first[which] + part * each
         return range(first, first + each) if self.sizes[which] else range(0)
 
+    def given(self, which: int) -> Sequence[Tensor]:
+        """The operands of one list."""
+        return self.tensors[self.first[which] : self.first[which] + self.sizes[which]]
+
     def parts(self, which: int) -> int:
         return self.layout.halves() if which in (UP, UP_BIAS) else 1
 
@@ -245,7 +249,7 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
         p.pre.new_empty(length, n) if hidden else None,
         p.pre.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None,
     )
-    kind, (operand,) = _operands([p.out.tensors[p.out.first[DOWN]]], list(w.parts), w.out_in, w.table, tile)
+    kind, (operand,) = _operands(p.out.given(DOWN), w.parts, w.out_in, w.table, tile)
     tiles = p.rows.tiles[tile.bm]
     kernels.grad_hidden[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
         _rows(grad, (tile.bm, tile.bk)) if p.tiles.padded else grad, p.pre, c.weights, operand,
@@ -274,14 +278,14 @@ def _epilogue_parts(tile: Tile) -> int:
     return max(1, min(tile.bm * tile.bn // (32 * tile.warps * _PART), tile.bn // 16))
 
 
-def _operands(stacked: list[Tensor], parts: list[Tensor], n_fast: bool, table: bool, tile: Tile) -> tuple[Any, list[Any]]:
-    """How the kernels reach matrices, and the arguments for it. n_fast: blocks are stored [bk, bn]."""
+def _operands(tensors: Sequence[Tensor], parts: Sequence[Tensor], n_fast: bool, table: bool, tile: Tile) -> tuple[Any, list[Any]]:
+    """How the kernels reach the matrices in `tensors`, and the arguments for it. n_fast: blocks are stored [bk, bn]."""
     if table:
-        return kernels.TABLE, parts
-    if tile.tma and parts[0].is_cuda and all(tma_fits(t) for t in stacked):
+        return kernels.TABLE if all(t.data_ptr() % 16 == 0 for t in tensors) else kernels.LOOSE_TABLE, list(parts)
+    if tile.tma and parts[0].is_cuda and all(tma_fits(t) for t in tensors):
         block = (tile.bk, tile.bn) if n_fast else (tile.bn, tile.bk)
-        return kernels.TMA, [descriptor(t, block) for t in stacked]
-    return kernels.POINTER, parts
+        return kernels.TMA, [descriptor(t, block) for t in tensors]
+    return kernels.POINTER, list(parts)
 
 
 def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Tensor | None:
@@ -292,9 +296,7 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
     n, blocks = w.k, triton.cdiv(w.k, tile.bn)
     k = w.n if separate or not layout.gated else 2 * w.n
     stride_k = w.stride_n // 2 if layout.form == Form.INTERLEAVED else w.stride_n  # the parts are every other row
-    first = p.out.first[UP]
-    stacked = list(p.out.tensors[first : first + layout.halves()])
-    kind, operands = _operands(stacked, list(w.parts if separate else w.parts[:1]), w.out_in, w.table, tile)
+    kind, operands = _operands(p.out.given(UP), w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
     by_slot = c.x.new_empty(c.slots, n) if need_x else None
     partial = c.x.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None
     tiles = p.rows.tiles[tile.bm]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-POINTER, TABLE, TMA = (tl.constexpr(i) for i in range(3))
+# how a matrix is reached: strides, a table of pointers (each at whole 16 bytes, or anywhere), the copy engine
+POINTER, TABLE, TMA, LOOSE_TABLE = (tl.constexpr(i) for i in range(4))
 
 
 # ---- rows times an expert's matrix ----------------------------------------------------------------------------------
@@ -24,6 +25,8 @@ POINTER, TABLE, TMA = (tl.constexpr(i) for i in range(3))
 @triton.jit
 def _matrix(w, e, stride_e, KIND: tl.constexpr, DTYPE: tl.constexpr):
     if KIND == TABLE:
+        return tl.multiple_of(tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False), 16)
+    elif KIND == LOOSE_TABLE:
         return tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False)
     elif KIND == POINTER:
         return w + e.to(tl.int64) * stride_e
@@ -269,7 +272,7 @@ def weight_grad(
             a = tl.load(from_left, mask=live[:, None] & (at_m < m)[None, :], other=0.0)
             b = tl.load(from_right, mask=live[:, None] & (at_n < n)[None, :], other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    base = _matrix(out, e, stride_e, TABLE if TABLED else POINTER, DTYPE)
+    base = _matrix(out, e, stride_e, TABLE if TABLED else POINTER, DTYPE)  # new tensors are aligned
     target = base + at_m.to(tl.int64)[:, None] * stride_m + at_n[None, :]
     if EVEN:
         tl.store(target, acc.to(DTYPE))
@@ -293,7 +296,7 @@ def weight_grad_padded(
         a = left.load([group * PAD, left0 + m0])
         b = right.load([group * PAD, right0 + n0])
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    base = _matrix(out, e, stride_e, TABLE if TABLED else POINTER, DTYPE)
+    base = _matrix(out, e, stride_e, TABLE if TABLED else POINTER, DTYPE)  # new tensors are aligned
     at_m = m0 + tl.arange(0, BM)
     at_n = n0 + tl.arange(0, BN)
     target = base + at_m.to(tl.int64)[:, None] * stride_m + at_n[None, :]

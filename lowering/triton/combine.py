@@ -30,7 +30,7 @@ def _combine(
         w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
         known = (e >= 0) & (e < num_experts)
         row = tl.load(y + slot[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
-        total += row * w[:, None] if WEIGHTED else row
+        total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
         if IDENTITY:
             same = (e >= num_experts) & (e < num_experts + num_identity)
             total += tl.load(x + t[:, None] * stride_x + columns[None, :], mask=mask & same[:, None], other=0.0).to(tl.float32) * w[:, None]

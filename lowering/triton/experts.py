@@ -237,7 +237,7 @@ def _warp_specialised(
 
 def precision(dtype: torch.dtype) -> str:
     """tf32 only where the user allows it to torch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _mode(layout: Layout) -> Any:
