@@ -100,6 +100,14 @@ def fixed_number(n: fx.Node) -> bool:
     return isinstance(v, torch.SymFloat) and v.node.hint is not None
 
 
+def as_written(value: Tensor) -> Any:
+    """A constant tensor's number; a float32 as the shortest decimal that rounds to it (1e-12, not 9.99999996e-13)."""
+    number = value.item()
+    if value.dtype is not torch.float32 or number != number or number in (float("inf"), -float("inf")):
+        return number
+    return next(x for p in range(1, 18) if float(torch.tensor(x := float(f"{number:.{p}g}"), dtype=torch.float32)) == number)
+
+
 class Mask:
     """A boolean tensor whose true elements are rows; nodes that say the same are one mask."""
 
@@ -168,7 +176,7 @@ class Puller:
         value = getattr(owner, str(node.target), None) if owner is not None else None
         if isinstance(value, Tensor) and value.ndim == 0 and not isinstance(value, torch.nn.Parameter):
             try:
-                return T.const(value.item())
+                return T.const(as_written(value))
             except (RuntimeError, TypeError):
                 pass
         return T.atom(node, ())

@@ -21,7 +21,8 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
 
     `result`: the node that the routed experts end in, after a scale on the output.
     """
-    for other in (*_addends(m.base), *_joined(result)):
+    starts = [] if m.base is None else [m.base]
+    for other in (x for n in (*starts, *_joined(result)) for x in _addends(n)):
         if shape_of(other)[-1:] == shape_of(m.out)[-1:]:
             found = _read(m, other, order, walls)
             if found is not None:
@@ -32,9 +33,9 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
 FAR = 4  # additions that are looked through: zeros, a scale, a residual
 
 
-def _addends(base: fx.Node | None) -> list[fx.Node]:
-    """What an accumulator starts from, and what that is a sum of."""
-    out = [] if base is None else [base]
+def _addends(n: fx.Node) -> list[fx.Node]:
+    """What is added, and what that is a sum of."""
+    out = [n]
     for n in out:
         while op_name(n) in ("clone", "view", "reshape", "contiguous"):
             n = n.args[0]  # type: ignore[assignment]

@@ -23,17 +23,8 @@ if not torch.cuda.is_available():
 
 # Spellings that the catalogue asks to be fused and that are left as written so far: outputs are eager's all the same.
 _KNOWN_MISSES = {
-    "ExpertScaleAfterCustomNorm": "a per-expert table behind a custom normaliser stays as written",
-    "KOfOne": "top-1 with renormalisation is recovered as two nested blocks",
-    "LoopBoolMask": "the recording of a boolean-mask loop does not reproduce the function",
-    "LoopMaskAny": "`if mask.any()` loops are not read",
-    "LoopRootFrame": "router and loop in one root frame are not captured",
-    "ScatterAddInfer": "scatter_reduce chains are not read",
-    "SortedPadded": "padded bmm through a running count is not read",
-    "ForeignExpertsSentinel": "weights masked by the id keep the routing as written",
     "IdentityDense": "identity experts written as a dense addend are kept as an addend",
     "identity": "holds IdentityDense",
-    "sigmoid-clamp": "torch.maximum with a constant tensor is recovered as another guard than clamp",
 }
 
 
