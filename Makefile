@@ -7,13 +7,21 @@ BIN := $(VENV)/bin
 MYPY ?= $(abspath $(BIN))/mypy
 READY := $(VENV)/.ready
 
-.PHONY: trinity test lint types bench clean
+.PHONY: trinity test test-cuda lint types bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
 test: lint  ## lint, type check and run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
+test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="-n 8"), then a small run under compute-sanitizer
+	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch finds no CUDA device")'
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+	if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest tests/gpu -k sanitizer; \
+	else echo "compute-sanitizer is not installed: left out"; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

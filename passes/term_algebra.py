@@ -233,6 +233,12 @@ def _any_of(t: Term) -> Term:
 def lt(a: Term, b: Term) -> Term:
     if a.op == "c" and b.op == "c":
         return const(a.args[0] < b.args[0])
+    if b.op == "c" and isinstance(b.args[0], int):
+        from .term_index import upper
+
+        top = upper(a)  # an index is never negative
+        if top is not None and (top < b.args[0] or b.args[0] <= 0):
+            return const(b.args[0] > 0)
     return mk("lt", a, b)
 
 
