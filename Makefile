@@ -20,7 +20,7 @@ test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="
 	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch finds no CUDA device")'
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 	if command -v compute-sanitizer >/dev/null; then \
-		compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest tests/gpu -k sanitizer; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest tests/gpu -k sanitizer; \
 	else echo "compute-sanitizer is not installed: left out"; fi
 
 lint: $(READY)

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import generic, routing
+from .. import routing
 from ..generic import Layout
 from . import route as kernels
+from .backward import backward
 from .experts import forward
 
 
@@ -41,4 +42,4 @@ def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def experts_bwd(*args: Any) -> list[Tensor]:
-    return generic.backward(*args[:9], _layout(args[9:-1]), args[-1])
+    return backward(*args[:9], _layout(args[9:-1]), args[-1])

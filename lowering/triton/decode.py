@@ -16,9 +16,9 @@ from .gemm import DUAL, TABLE
 
 
 @triton.jit
-def _base(w, e, stride_e, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):
+def _base(w, e, stride_e, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if WEIGHTS == TABLE:
-        return tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False)
+        return tl.multiple_of(tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False), ALIGNED)
     else:
         return w + e.to(tl.int64) * stride_e
 
@@ -57,7 +57,7 @@ def up_decode(
     x, ids, weights, w0, w1, bias0, bias1, out,
     n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, stride_be, stride_bn,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """INTERLEAVED comes as DUAL here: two views with twice the stride."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -70,9 +70,9 @@ def up_decode(
     if (e >= 0) & (e < num_experts):
         vector = x + (slot // slots_per_token).to(tl.int64) * stride_x
         columns = n0 + tl.arange(0, BN)
-        g = _product(_base(w0, e, stride_e, WEIGHTS, DTYPE), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+        g = _product(_base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
         if MODE == DUAL:
-            u = _product(_base(w1, e, stride_e, WEIGHTS, DTYPE), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+            u = _product(_base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
         else:
             u = g
         if WEIGHTED:
@@ -90,7 +90,7 @@ def down_decode(
     a, ids, weights, w, bias, x, add, out,
     n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = a.dtype.element_ty
     t = tl.program_id(0)
@@ -105,7 +105,7 @@ def down_decode(
         e = tl.load(ids + slot)
         scale = tl.load(weights + slot).to(tl.float32)
         if (e >= 0) & (e < num_experts):
-            y = _product(_base(w, e, stride_e, WEIGHTS, DTYPE), a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+            y = _product(_base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED), a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
             if BIAS:
                 y += tl.load(bias + e.to(tl.int64) * stride_be + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
             total += y * scale if WEIGHTED else y

@@ -120,7 +120,7 @@ def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
         c.up.n, c.up.k, k, layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k, *_bias_strides(bias),
         MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
-        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), num_warps=up.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=up.warps, **launch,
     )  # fmt: skip
     bias = c.down_bias
     bn, bk = _extents(down, c.down)
@@ -130,7 +130,8 @@ def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
         *_bias_strides(bias), c.x.stride(0), c.add.stride(0) if c.add is not None else 0,
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
         ADD=c.add is not None, IDENTITY=layout.num_identity > 0,
-        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), num_warps=down.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
+        num_warps=down.warps, **launch,
     )  # fmt: skip
     return out
 
@@ -190,7 +191,7 @@ def grouped_gemm(
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
         GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group,
+        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
         num_warps=tile.warps, num_stages=tile.stages, **launch,
     )  # fmt: skip
 

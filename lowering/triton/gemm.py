@@ -23,6 +23,7 @@ POINTER, TABLE, TMA = (tl.constexpr(i) for i in range(3))
 def _weight(
     w, e, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """W[e][n0:n0+BN, k0:k0+BK] as [BK, BN]; columns beyond n are anything, rows beyond k are zero."""
     if WEIGHTS == TMA:
@@ -32,7 +33,7 @@ def _weight(
             b = w.load([e, k0, n0]).reshape(BK, BN)
     else:
         if WEIGHTS == TABLE:
-            base = tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False)
+            base = tl.multiple_of(tl.load(w + e).to(tl.pointer_type(DTYPE), bitcast=False), ALIGNED)
         else:
             base = w + e.to(tl.int64) * stride_e
         at_n = n0 + tl.arange(0, BN)
@@ -77,7 +78,7 @@ def grouped_gemm(
     GATHER: tl.constexpr, SCATTER: tl.constexpr, A_TMA: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """n output columns, k columns of `a`. `pre` [rows, 2n] (or n) keeps the pre-activations when SAVE."""
     WIDTH: tl.constexpr = 2 * BN if MODE == INTERLEAVED else BN
@@ -116,10 +117,10 @@ def grouped_gemm(
                     tile_a = tl.load(pointers)
                 else:
                     tile_a = tl.load(pointers, mask=(at_k < k)[None, :], other=0.0)
-            b0 = _weight(w0, e, wide0, k0, n_wide, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, WIDTH, BK, EVEN_N, EVEN_K, DTYPE)
+            b0 = _weight(w0, e, wide0, k0, n_wide, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, WIDTH, BK, EVEN_N, EVEN_K, DTYPE, ALIGNED)
             acc0 = tl.dot(tile_a, b0, acc0, input_precision=PRECISION)
             if MODE == DUAL:
-                b1 = _weight(w1, e, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN_N, EVEN_K, DTYPE)
+                b1 = _weight(w1, e, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN_N, EVEN_K, DTYPE, ALIGNED)
                 acc1 = tl.dot(tile_a, b1, acc1, input_precision=PRECISION)
 
         columns = n0 + tl.arange(0, BN)

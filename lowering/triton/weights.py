@@ -20,6 +20,7 @@ class Matrices:
     """W[e] as [n, k] with strides in elements; `parts` are the first (gate) and second (up) projection, or one.
 
     A part is a tensor whose data pointer is the first element of expert 0 (`table` False), or an int64 table of E pointers.
+    `aligned`: bytes that every pointer of a table is a multiple of, at most 16.
     `whole`: both parts with their columns alternating, [E, 2n, k], when the model stores them so.
     """
 
@@ -31,6 +32,7 @@ class Matrices:
     stride_n: int
     stride_k: int
     table: bool
+    aligned: int
 
     @property
     def out_in(self) -> bool:
@@ -162,8 +164,12 @@ def _matrices(layout: Layout, parts: list[list[Tensor]], n: int, k: int, whole: 
     first = parts[0][0]
     strides = (first.stride(-2), first.stride(-1))
     if layout.stacked:
-        return Matrices(tuple(p[0] for p in parts), whole, n, k, first.stride(0), *strides, table=False)
-    return Matrices(tuple(_table(p) for p in parts), None, n, k, 0, *strides, table=True)
+        return Matrices(tuple(p[0] for p in parts), whole, n, k, first.stride(0), *strides, table=False, aligned=16)
+    return Matrices(tuple(_table(p) for p in parts), None, n, k, 0, *strides, table=True, aligned=_alignment(parts))
+
+
+def _alignment(parts: list[list[Tensor]]) -> int:
+    return math.gcd(16, *(t.data_ptr() for p in parts for t in p))
 
 
 _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
