@@ -330,6 +330,8 @@ def _call(n: fx.Node, args: Any, kwargs: Any) -> Any:
     args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
     if name in ("_grouped_mm", "grouped_mm"):
         return _grouped_mm(*args, **kwargs)
+    if name == "histc" and not args[0].is_floating_point():  # counts of integers: accelerators only
+        return n.target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)  # type: ignore[operator]
     if name.startswith(("empty", "new_empty")):
         out = n.target(*args, **kwargs)  # type: ignore[operator]
         return out.fill_(7) if isinstance(out, Tensor) else out
