@@ -123,9 +123,20 @@ def windows(shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=gen, dtype=torch.float64) * scale
     last = shape[-1]
     if len(shape) == 2:
-        return (torch.randn(last + 3 * shape[0], generator=gen, dtype=torch.float64) * scale).as_strided(shape, (3, 1))
-    base = torch.randn(shape[-2] * last + 8 * shape[0], generator=gen, dtype=torch.float64) * scale
-    return base.as_strided(shape, (8, last, 1))
+        return (_noise(last + 3 * shape[0], gen) * scale).as_strided(shape, (3, 1))
+    return (_noise(shape[-2] * last + 8 * shape[0], gen) * scale).as_strided(shape, (8, last, 1))
+
+
+_SPARE = 1 << 14
+_kept: list[Tensor] = []
+
+
+def _noise(size: int, gen: torch.Generator) -> Tensor:
+    """So many random numbers: a piece, from a random place on, of one buffer that is kept."""
+    start = int(torch.randint(0, _SPARE, (), generator=gen))
+    if not _kept or _kept[0].numel() < size + _SPARE:
+        _kept[:] = [torch.randn(size + _SPARE, generator=torch.Generator().manual_seed(7), dtype=torch.float64)]
+    return _kept[0][start : start + size]
 
 
 TROUBLE = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError)  # what running a region may raise
