@@ -102,14 +102,19 @@ def stub(*_: Any) -> None:
     """Stands for an operation of the user's that a plan replaces."""
 
 
+def view_stub(x: Any) -> Any:
+    """Stands for the user's views of the result, between it and a product that the weights carry."""
+    return x
+
+
 def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
     """The plan carried out on placeholders and stubs: (the graph, the nodes that hold the result, or weights and ids)."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
 
-    def add(op: str, name: str, args: tuple[Any, ...] = ()) -> fx.Node:
+    def add(op: str, name: str, args: tuple[Any, ...] = (), target: Any = stub) -> fx.Node:
         if name not in made:
-            made[name] = graph.create_node(op, name if op == "placeholder" else stub, args, name=name)
+            made[name] = graph.create_node(op, name if op == "placeholder" else target, args, name=name)
             made[name].meta["example_value"] = example_value(names[name])
         return made[name]
 
@@ -124,7 +129,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
         add("call_function", plan.reader, (None, None, None))
     last = made[e.out] if e is not None else None
     for product, source in plan.folded:
-        last = add("call_function", product, (made.get(source, last),))
+        last = add("call_function", product, (add("call_function", source, (last,), view_stub),))
     output = graph.output(last) if last is not None else None
     weights, ids = Executor(graph).block(BlockPlan(plan.route, e, plan.folded, (), plan.reader))
     if e is None or output is None:
@@ -148,6 +153,8 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
     for n in graph.nodes:
         if n.op == "placeholder":
             env[n] = value(n.name)
+        elif n.target is view_stub:
+            env[n] = load(n.args[0]).reshape(value(n.name).shape)
         elif n.target is ops.route.default:
             logits, bias, table, *plain = load(n.args)
             env[n] = routing.forward(logits, bias, table, routing.Routing(*plain))

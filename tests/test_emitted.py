@@ -75,7 +75,7 @@ def test_a_wrong_layout_in_the_emitted_op_is_found(monkeypatch: pytest.MonkeyPat
 
 
 class Scaled(nn.Module):
-    """Sigmoid routing whose scale is a plain float attribute; dense experts."""
+    """Sigmoid routing whose scale is a plain float attribute, on the weights or behind a view of the result; gathered experts."""
 
     def __init__(self, at_output: bool) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Scaled(nn.Module):
         g, u = torch.einsum("th,tkoh->tko", x, self.up[ids]).chunk(2, dim=-1)
         y = torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.down[ids])
         out = (y * w[..., None]).sum(1)
-        return out * self.scale if self.at_output else out
+        return out.view(1, *out.shape) * self.scale if self.at_output else out
 
 
 @pytest.mark.parametrize("at_output", [False, True])
