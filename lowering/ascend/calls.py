@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import activation as act
-from ...ir import Form, Norm, Score
+from ...ir import BiasOn, Form, Norm, Score
 from ...ir import score as apply_score
 from .. import generic, routing
 from ..routing import Routing
@@ -93,7 +93,7 @@ def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
     """As recovered, with ops that every graph mode converts."""
     logits = cast(logits, r.score_dtype)
     raw = logits if r.score_over_selected else apply_score(Score(r.score), logits)
-    choice = raw
+    choice = logits if r.bias_on == BiasOn.LOGIT else raw
     if bias is not None and r.bias_on:
         choice = choice + cast(bias, r.score_dtype)
     ids = routing._keep_groups(choice, r).topk(r.k, -1)[1]

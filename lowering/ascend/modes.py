@@ -11,6 +11,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ... import report as reports
+from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
 from . import schemas
 from .rewrite import Lowered, lower, needs_gradients, ops
@@ -20,15 +22,38 @@ log = logging.getLogger("moe_compile")
 
 
 def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Lower the fused ops of `gm`, hand it to a graph mode, and give back a function of the original inputs."""
+    """Lower the fused ops of `gm`, hand it to a graph mode, and give back a function of the original inputs.
+
+    A graph that cannot be lowered keeps its fused ops, which run on any device; the report says why. With `strict=True` it raises.
+    """
     if not any(n.target in (ops.route.default, ops.experts.default) for n in gm.graph.nodes):
         return _inner(options, mode, gm, example_inputs, False)
     schemas.ensure()
-    lowered = lower(gm, needs_gradients(gm))
-    if lowered.training and options.quantize is not None:
-        raise ValueError("quantised experts have no gradients: option 'quantize' is for inference")
-    inner = _inner(options, mode, lowered.module, _inputs(lowered, example_inputs), lowered.training)
+    train = needs_gradients(gm)
+    if train and options.quantize is not None:
+        raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
+    try:
+        lowered = lower(gm, train)
+    except Exception as e:
+        if options.strict:
+            raise
+        log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
+        _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
+        return _inner(options, mode, gm, example_inputs, train)
+    _tell(lowered.notes)
+    for sink in SINKS:
+        sink(lowered)
+    inner = _inner(options, mode, lowered.module, _inputs(lowered, example_inputs), train)
     return _with_packed(inner, lowered)
+
+
+SINKS: list[Callable[[Lowered], None]] = []  # who wants to see lowered graphs (`dry_run`)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    report = reports.current()
+    if report is not None:
+        report.add_notes(notes)
 
 
 def _inputs(lowered: Lowered, old: Sequence[Any]) -> list[Any]:

@@ -135,7 +135,7 @@ class _Lowering:
             *rows, own = step.start(*v, self._values(operands, r), layout, known)  # type: ignore[arg-type]
             if base is not None:
                 own.append(r.value(base))  # type: ignore[arg-type]
-        place, other = _addend(n, len(own)) if not self.train else (n, None)
+        place, other, between = _addend(n, len(own)) if not self.train else (n, None, [])
         with recording(place, n, reads) as late:
             late.nodes, late.kept = r.nodes, r.kept
             addends = [] if other is None else [late.value(other).reshape(-1, rows[0].shape[-1])]
@@ -143,10 +143,8 @@ class _Lowering:
             if other is not None:
                 out = out.view_as(late.value(other))
         place.replace_all_uses_with(late.node(out))
-        while place is not n:
-            self.graph.erase_node(place)
-            place = next(p for p in place.args if isinstance(p, fx.Node) and not p.users and p is not other)
-        self.graph.erase_node(n)
+        for gone in dict.fromkeys((place, *reversed(between), n)):
+            self.graph.erase_node(gone)
         r.drop_unused()
         late.drop_unused()
 
@@ -162,7 +160,7 @@ class _Lowering:
 
         def group(nodes: Sequence[fx.Node], parts: int, transposed: bool, wanted: torch.dtype) -> list[fx.Node]:
             size = len(nodes) // parts
-            return [self._operand(n, nodes[i * size : (i + 1) * size], layout.stacked, transposed, wanted) for i in range(parts)]
+            return [self._operand(n, nodes[i * size : (i + 1) * size], layout, transposed, wanted) for i in range(parts)]
 
         return {
             "up": group(up, halves, not layout.up_transposed, dtype),
@@ -171,13 +169,15 @@ class _Lowering:
             "down_bias": group(down_bias, 1, False, bias) if down_bias else [],
         }
 
-    def _operand(self, at: fx.Node, nodes: Sequence[fx.Node], stacked: bool, transposed: bool, dtype: torch.dtype) -> fx.Node:
+    def _operand(self, at: fx.Node, nodes: Sequence[fx.Node], layout: generic.Layout, transposed: bool, dtype: torch.dtype) -> fx.Node:
         sources = [trace_back(n, self.placeholders) for n in nodes]
         if all(s is not None for s in sources):
-            return self._input(Recipe(tuple(s for s in sources if s is not None), stacked, transposed, dtype))
+            known = tuple(s for s in sources if s is not None)
+            return self._input(Recipe(known, layout.num_experts, layout.stacked, transposed, dtype))
         with recording(at, at, nodes) as r:  # computed in the graph: nothing to make ahead
             values = [r.value(n) for n in nodes]
-            t = values[0] if stacked else torch.stack(values)
+            t = values[0] if layout.stacked else torch.stack(values)
+            t = t if t.shape[0] == layout.num_experts else t[: layout.num_experts]
             t = calls.cast(t.transpose(-1, -2) if transposed else t, dtype)
         self.notes.append("expert weights are computed in the graph: their layout is made on every step")
         return r.node(t)
@@ -246,22 +246,23 @@ def _all_within(ids: fx.Node, num_experts: int) -> bool:
     return False
 
 
-def _addend(n: fx.Node, taken: int) -> tuple[fx.Node, fx.Node | None]:
-    """(the add that the result alone goes into, the other operand), or (n, None).
+def _addend(n: fx.Node, taken: int) -> tuple[fx.Node, fx.Node | None, list[fx.Node]]:
+    """(the add that the result alone goes into, the other operand, the views between), or (n, None, []).
 
     The op adds in fp32 and rounds once. The combine moves to the add, so nothing in between may write anywhere.
     """
-    end = n
+    end, between = n, []
     while len(end.users) == 1 and taken < 2:
         (u,) = end.users
         if u.op == "call_method" and u.args[0] is end and (u.target in _RESHAPES or (u.target == "to" and _same_kind(end, u))):
             end = u
+            between.append(u)
             continue
         other = _other_operand(u, end)
         if other is None or not _same_kind(end, other) or _written_between(n, u):
             break
-        return u, other
-    return n, None
+        return u, other, between
+    return n, None, []
 
 
 def _other_operand(u: fx.Node, mine: fx.Node) -> fx.Node | None:

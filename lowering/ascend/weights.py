@@ -37,9 +37,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one packed operand is made: a stacked tensor or one of many, transposed or not, cast or not."""
+    """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not."""
 
     sources: tuple[Source, ...]
+    experts: int
     stacked: bool
     transposed: bool
     dtype: torch.dtype
@@ -48,6 +49,7 @@ class Recipe:
         """The operand's value in the wanted orientation and dtype; free where no stacking and no cast is needed."""
         parts = [s.value(t) for s, t in zip(self.sources, tensors)]
         t = parts[0] if self.stacked else torch.stack(parts) if differentiable else _together(parts)
+        t = t if t.shape[0] == self.experts else t[: self.experts]
         if self.transposed:
             t = t.transpose(-1, -2)
         return t if t.dtype == self.dtype else t.to(self.dtype)
@@ -120,7 +122,7 @@ class Store:
         self.copied = 0  # bytes of the copies that are alive
 
     def get(self, recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
-        key = (recipe.stacked, recipe.transposed, recipe.dtype, *(s.chain for s in recipe.sources), *map(id, tensors))
+        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, *(s.chain for s in recipe.sources), *map(id, tensors))
         found = self.kept.get(key)
         if found is not None and found.holds(tensors):
             return found.packed
@@ -136,7 +138,7 @@ class Store:
         if not free and key not in self.kept:
             size = packed.numel() * packed.element_size()
             self.copied += size
-            log.warning(
+            log.info(
                 "expert weights were copied into the layout of grouped matmul: %.1f MiB more memory; "
                 "moe_compile.prepare(model, target='ascend') rearranges them in place instead", size / 2**20,
             )  # fmt: skip
