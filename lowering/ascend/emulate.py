@@ -424,10 +424,6 @@ def token_unpermute_grad_v2(
     return out.index_copy(0, index, by_slot).to(permuted_tokens_dtype), d_probs.to(probs.dtype)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stream scopes and events mean nothing on one stream."""
-
-
 KERNELS: dict[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": gating_top_k,
     "npu_moe_gating_top_k_softmax": gating_top_k_softmax,
@@ -446,6 +442,16 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "npu_dynamic_quant": dynamic_quant,
     "npu_dequant_swiglu_quant": dequant_swiglu_quant,
 }
+
+
+def register_streams(space: str) -> None:
+    """Stream scopes and events mean nothing on one stream; graphs keep them because they have effects."""
+    lib = torch.library.Library(space, "IMPL")
+    for name in ("scope_enter", "scope_exit", "tagged_event_record", "tagged_event_wait"):
+        lib.impl(name, lambda *args, **kwargs: None, "CompositeExplicitAutograd")
+        torch.fx.node.has_side_effect(getattr(getattr(torch.ops, space), name).default)
+    lib.impl("wait_tensor", lambda self, dependency: self.clone(), "CompositeExplicitAutograd")
+    _libraries.append(lib)
 
 
 def register(own: bool) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch import Tensor
 
 from ... import report as reports
 from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
-from . import schemas
+from . import schemas, streams, workarounds
 from .rewrite import Lowered, lower, needs_gradients, ops
 from .weights import STORE, Recipe
 
@@ -82,8 +80,96 @@ def _as_is(t: Tensor) -> Tensor:
 
 
 def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
+    """The compiler behind: what the user named, else a graph mode of torch_npu, else (no NPU) the emulated ops, one by one."""
     if options.inner != "auto":
         from ...inner import compile_with as generic
 
         return generic(options, None if mode in ASCEND_MODES else mode, "any", gm, example_inputs)
+    chosen = graph_mode(options, mode, training)
+    if not any(isinstance(t, Tensor) and t.device.type == "npu" for t in example_inputs):
+        chosen = "eager"
+    if chosen == "ge":
+        return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
+    if chosen == "npugraph_ex":
+        return npugraph_ex_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
+    if overlaps(options) and not training:
+        streams.overlap(gm.graph, streams.Eager, options.core_limit)
+        gm.recompile()
     return gm
+
+
+def graph_mode(options: Options, mode: str | None, training: bool) -> str:
+    """Which mode compiles: training has none, because neither takes a backward pass with these ops."""
+    asked = mode if mode in ASCEND_MODES else options.mode
+    if training:
+        return "eager"
+    return "npugraph_ex" if asked in ("auto", None) else asked
+
+
+def overlaps(options: Options) -> bool:
+    return options.overlap_shared is not False
+
+
+def ge_backend(options: Options) -> Callable[..., Any]:
+    """torchair in max-autotune mode: a GE graph."""
+    import torchair
+
+    return torchair.get_npu_backend(compiler_config=ge_config(options))  # type: ignore[no-any-return]
+
+
+def ge_config(options: Options) -> Any:
+    """The compiler config of GE mode, with the stream pass in it."""
+    import torchair
+    import torchair.scope._wait_tensor  # defines air.wait_tensor, on first use only
+
+    workarounds.install()
+    config = torchair.CompilerConfig()
+    config.mode = "max-autotune"
+    config.experimental_config.frozen_parameter = True
+    config.post_grad_custom_pre_pass = stream_pass(options, streams.Ge)
+    return _with_inner_options(config, options)
+
+
+def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
+    """The npugraph_ex package where the wheel has it (2.13 on), else torchair's own aclgraph mode without a side stream."""
+    import torch_npu  # noqa: F401
+
+    try:
+        import npugraph_ex
+    except ImportError:
+        log.warning("this torch_npu has no npugraph_ex: GE compiles instead")
+        return ge_backend(options)
+    return npugraph_ex.get_npu_backend(compiler_config=npugraph_ex_config(options))  # type: ignore[no-any-return]
+
+
+def npugraph_ex_config(options: Options) -> Any:
+    """The compiler config of npugraph_ex, with the stream pass in it."""
+    import npugraph_ex
+    import npugraph_ex.ops._tagged_event  # defines the event ops, on first use only
+
+    config = npugraph_ex.CompilerConfig()
+    config.frozen_parameter = True
+    config.post_grad_custom_pre_pass = stream_pass(options, streams.NpugraphEx)
+    return _with_inner_options(config, options)
+
+
+def _with_inner_options(config: Any, options: Options) -> Any:
+    """`inner_options` set attributes of the config; a dotted name goes into a part of it."""
+    for path, value in options.inner_options.items():
+        part = config
+        *parents, name = path.split(".")
+        for p in parents:
+            part = getattr(part, p)
+        setattr(part, name, value)
+    return config
+
+
+def stream_pass(options: Options, dialect: Callable[..., streams.Dialect]) -> Callable[..., None]:
+    """torchair's form of a custom pass: works on the ATen graph in place."""
+
+    def shared_expert_overlap(gm: fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        if overlaps(options):
+            streams.overlap(gm.graph, dialect, options.core_limit)
+            gm.recompile()
+
+    return shared_expert_overlap

@@ -18,7 +18,7 @@ from ..routing import Routing
 from . import calls, training
 from .calls import Packed
 from .record import Recorder, recording
-from .weights import Recipe, Source, trace_back
+from .weights import Recipe, trace_back
 
 ops = torch.ops.moe_compile
 _RESHAPES = ("view", "reshape", "view_as", "reshape_as")

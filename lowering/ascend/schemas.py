@@ -63,6 +63,7 @@ _STREAM = (
     "wait(Tensor[] x) -> ()",
     "tagged_event_record(str tag, bool created_inside=False) -> ()",
     "tagged_event_wait(str tag, bool created_inside=False) -> ()",
+    "wait_tensor(Tensor self, Tensor dependency) -> Tensor",
 )
 
 _libraries: list[torch.library.Library] = []
@@ -92,6 +93,7 @@ def ensure() -> bool:
         _define("npu", NPU)
         for space in ("air", "npugraph_ex"):
             _define(space, _STREAM)
+            emulate.register_streams(space)
     emulate.register(own)
     return not own
 
