@@ -1,6 +1,7 @@
 """The Ascend target: fused ops become calls of npu ops, for torchair's graph modes or the eager npu backend.
 
-Checked without an NPU: laws (`law`), argument rules (`rules`), emulated numerics (`emulate`), the real torch_npu wheel (tests/ascend/wheel).
+Checked without an NPU: laws (`law`), argument rules (`rules`), emulated numerics (`emulate`), the real
+torch_npu wheel (tests/ascend/wheel).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Row:
 
 
 def _scored_in_fp32(r: Routing, _: int) -> str | None:
-    return None if r.score_dtype == torch.float32 else f"scores are computed in {r.score_dtype}, the op's are in fp32: near ties would differ"
+    return None if r.score_dtype == torch.float32 else f"scores are computed in {r.score_dtype}, the op's in fp32: near ties would differ"
 
 
 def _sigmoid(r: Routing, _: int) -> str | None:

@@ -18,6 +18,7 @@ from ..routing import Routing
 from . import calls, training
 from .calls import Packed
 from .record import Recorder, recording
+from .streams import is_product
 from .weights import Recipe, trace_back
 
 ops = torch.ops.moe_compile
@@ -82,7 +83,7 @@ def _fill_values(graph: fx.Graph) -> None:
 
     with mode, torch.no_grad():
         for n in graph.nodes:
-            if "example_value" in n.meta or not (n.op == "call_method" or isinstance(n.target, torch._ops.OpOverload) or callable(n.target)):
+            if "example_value" in n.meta or n.op not in ("call_method", "call_function"):
                 continue
             if all("example_value" in a.meta for a in n.all_input_nodes):
                 args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
@@ -143,6 +144,9 @@ class _Lowering:
             if other is not None:
                 out = out.view_as(late.value(other))
         place.replace_all_uses_with(late.node(out))
+        if other is not None and other in place.args[:1]:  # `shared.add_(routed)`: from here on `shared` is the sum
+            for u in [u for u in other.users if u is not place and _follows(place, u)]:
+                u.replace_input_with(other, late.node(out))
         for gone in dict.fromkeys((place, *reversed(between), n)):
             self.graph.erase_node(gone)
         r.drop_unused()
@@ -267,11 +271,22 @@ def _addend(n: fx.Node, taken: int) -> tuple[fx.Node, fx.Node | None, list[fx.No
 
 def _other_operand(u: fx.Node, mine: fx.Node) -> fx.Node | None:
     in_place = u.target is operator.iadd or (u.op == "call_method" and u.target == "add_")
+    if in_place and not u.kwargs and len(u.args) == 2 and u.args[1] is mine and _only_written(u.args[0], u):
+        return u.args[0]  # type: ignore[return-value]
     plain = u.target in (operator.add, torch.add) or (u.op == "call_method" and u.target == "add")
     if u.kwargs or len(u.args) != 2 or not (plain or (in_place and u.args[0] is mine)):
         return None
     other = u.args[1] if u.args[0] is mine else u.args[0]
     return other if isinstance(other, fx.Node) and other is not mine else None
+
+
+def _only_written(other: Any, u: fx.Node) -> bool:
+    """Whether nobody but `u` and what follows it sees this value's memory: a fresh product, not read before."""
+    return isinstance(other, fx.Node) and is_product(other) and all(x is u or _follows(u, x) for x in other.users)
+
+
+def _follows(first: fx.Node, n: fx.Node) -> bool:
+    return bool(first < n)
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:

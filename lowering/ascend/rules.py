@@ -63,8 +63,8 @@ def _shape(t: Tensor | None, *sizes: Any) -> bool:
     return t.ndim == len(sizes) and all(s is None or same(n, s) for n, s in zip(t.shape, sizes))
 
 
-def _one(ts: Sequence[Tensor] | None) -> Tensor | None:
-    return ts[0] if ts else None
+def _is_index(t: Tensor) -> bool:
+    return t.dtype == torch.int32 and t.ndim == 1
 
 
 def _align(n: int, to: int) -> int:
@@ -104,7 +104,7 @@ _GATING_SOFTMAX = (
     Rule("finished", "must be bool", lambda a: a.finished is None or a.finished.dtype == torch.bool),
 )
 _PERMUTED = (
-    Rule("sorted_indices", "must be int32 and one-dimensional", lambda a: a.sorted_indices.dtype == torch.int32 and a.sorted_indices.ndim == 1),
+    Rule("sorted_indices", "must be int32 and one-dimensional", lambda a: _is_index(a.sorted_indices)),
     Rule("padded_mode", "is not supported", lambda a: not a.padded_mode),
 )
 
@@ -145,10 +145,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("x", "must be [M, K] with the K of weight, in fp16, bf16, fp32 or int8", lambda a: a.x[0].ndim == 2 and
              a.x[0].dtype in (*FLOATS, torch.int8) and (a.group_type == 2 or same(a.x[0].shape[1], a.weight[0].shape[1]))),
         Rule("x", "must be contiguous when rows are grouped", lambda a: a.group_type == 2 or is_contiguous_or_false(a.x[0])),
-        Rule("group_list", "must have an entry for each expert", lambda a: a.group_type == 2 or same(a.group_list.shape[0], a.weight[0].shape[0])),
+        Rule("group_list", "must have an entry for each expert",
+             lambda a: a.group_type == 2 or same(a.group_list.shape[0], a.weight[0].shape[0])),
         Rule("bias", "must be [E, N]: one tensor for one weight", lambda a: not a.bias or (
             len(a.bias) == 1 and _shape(a.bias[0], a.weight[0].shape[0], a.weight[0].shape[2]))),
-        Rule("bias", "must be fp16 for fp16, fp32 for bf16 and fp32, int32 for int8", lambda a: not a.bias or a.bias[0].dtype == _bias_dtype(a.x[0].dtype)),
+        Rule("bias", "must be fp16 for fp16, fp32 for bf16 and fp32, int32 for int8",
+             lambda a: not a.bias or a.bias[0].dtype == _bias_dtype(a.x[0].dtype)),
         Rule("group_type", "2 takes neither bias nor scales, and no bytes", lambda a: a.group_type == 0 or (
             not a.bias and not a.scale and not a.per_token_scale and a.x[0].dtype != torch.int8)),
         Rule("scale", "must be [E, N], and only for int8", lambda a: not a.scale or (
@@ -175,9 +177,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("expanded_permuted_rows", "must be fp16, bf16 or fp32", lambda a: a.expanded_permuted_rows.dtype in FLOATS),
         Rule("drop_pad_mode", "must be 2: rows come from init_routing_v2 with row_idx_type 0, other modes permute tokens",
              lambda a: a.drop_pad_mode == 2),
-        Rule("expanded_permuted_rows", "must be [T k, H]", lambda a: _shape(a.expanded_permuted_rows, a.expanded_src_to_dst_row.shape[0], None)),
-        Rule("expanded_src_to_dst_row", "must be int32 [T k]", lambda a: a.expanded_src_to_dst_row.dtype == torch.int32 and
-             a.expanded_src_to_dst_row.ndim == 1),
+        Rule("expanded_src_to_dst_row", "must be int32 [T k]", lambda a: _is_index(a.expanded_src_to_dst_row)),
+        Rule("expanded_permuted_rows", "must be [T k, H]",
+             lambda a: _shape(a.expanded_permuted_rows, a.expanded_src_to_dst_row.shape[0], None)),
         Rule("skip2", "needs skip1", lambda a: a.skip1 is not None or a.skip2 is None),
         Rule("skip1", "and skip2 must be [T, H] in the dtype of the rows", lambda a: all(
             s is None or (s.dtype == a.expanded_permuted_rows.dtype and _shape(s, None, a.expanded_permuted_rows.shape[1]))
@@ -190,8 +192,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("bias", "needs export_for_source_row", lambda a: a.bias is None or a.export_for_source_row is not None),
     ),
     "npu_moe_token_permute": (
-        Rule("indices", "must be int32 or int64, [T] or [T, k] with k up to 512", lambda a: a.indices.dtype in (torch.int32, torch.int64) and
-             (a.indices.ndim == 1 or (a.indices.ndim == 2 and a.indices.shape[1] <= 512))),
+        Rule("indices", "must be int32 or int64", lambda a: a.indices.dtype in (torch.int32, torch.int64)),
+        Rule("indices", "must be [T], or [T, k] with k up to 512",
+             lambda a: a.indices.ndim == 1 or (a.indices.ndim == 2 and a.indices.shape[1] <= 512)),
         Rule("tokens", "must be [T, H]", lambda a: _shape(a.tokens, a.indices.shape[0], None)),
         Rule("padded_mode", "is not supported", lambda a: not a.padded_mode),
     ),
@@ -213,7 +216,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("weight_scale", "and activation_scale must be given for int32",
              lambda a: a.x.dtype != torch.int32 or (a.weight_scale is not None and a.activation_scale is not None)),
         Rule("activation_scale", "must be fp32", lambda a: a.activation_scale is None or a.activation_scale.dtype == torch.float32),
-        Rule("activate_left", "must be True for [gate | up]: the default activates the right half", lambda a: a.activate_left or a.swiglu_mode),
+        Rule("activate_left", "must be True for [gate | up]: the default activates the right half",
+             lambda a: a.activate_left or a.swiglu_mode),
         Rule("quant_mode", "must be 1 (dynamic)", lambda a: a.quant_mode == 1),
         Rule("group_index", "must be int64 counts", lambda a: a.group_index is None or a.group_index.dtype == torch.int64),
     ),

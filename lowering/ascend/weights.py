@@ -163,9 +163,9 @@ def prepare(model: nn.Module) -> dict[str, int]:
     """Rearrange the memory of the expert weights of `model` in place, so that compiled graphs use them without a copy.
 
     Shapes, names and values stay as they are, so a state_dict loads and saves as before: a parameter [E, out, in] becomes a view, with
-    other strides, of memory that lies as [E, in, out]; matrices of a list of experts come to lie one behind the other. One weight at a time
-    is copied. Returns {name: bytes} of what was rearranged. Which weights are experts' is guessed from shapes: a wrong guess costs nothing but
-    the copy on first use that there would have been without this call.
+    other strides, of memory that lies as [E, in, out]; matrices of a list of experts come to lie one behind the other. One weight at a
+    time is copied. Returns {name: bytes} of what was rearranged. Which weights are experts' is guessed from shapes: a wrong guess costs
+    nothing but the copy on first use that there would have been without this call.
     """
     moved: dict[str, int] = {}
     for prefix, module in model.named_modules():
@@ -221,7 +221,8 @@ def _looks_like_experts(member: dict[str, nn.Parameter]) -> bool:
 
 def _alike(ps: Sequence[nn.Parameter]) -> bool:
     first = ps[0]
-    return all(p.shape == first.shape and p.dtype == first.dtype and p.device == first.device for p in ps) and len(set(map(id, ps))) == len(ps)
+    alike = all(p.shape == first.shape and p.dtype == first.dtype and p.device == first.device for p in ps)
+    return alike and len(set(map(id, ps))) == len(ps)
 
 
 def _lay_together(ps: Sequence[nn.Parameter]) -> None:

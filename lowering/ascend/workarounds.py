@@ -37,7 +37,9 @@ def _softmax_v2() -> None:
     from torchair.ge import attr
 
     @torchair.register_fx_node_ge_converter(torch.ops.npu.npu_moe_gating_top_k_softmax_v2.default)
-    def convert(x: Any, *, k: int = 1, finished: Any = None, renorm: int = 0, output_softmax: bool = False, meta_outputs: Any = None) -> Any:
+    def convert(
+        x: Any, *, k: int = 1, finished: Any = None, renorm: int = 0, output_softmax: bool = False, meta_outputs: Any = None
+    ) -> Any:
         return ge_op(
             op_type="MoeGatingTopKSoftmaxV2",
             inputs={"x": x, "finished": finished},

@@ -19,7 +19,9 @@ EMPTY = (
     "libhccl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so", "libfmk_parser.so",
     "libascend_protobuf.so",
 )  # fmt: skip
-SYSTEM = ("libstdc++.so.6", "libm.so.6", "libc.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2")
+SYSTEM = (
+    "libstdc++.so.6", "libm.so.6", "libc.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2",
+)  # fmt: skip
 FOLDERS = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64")
 
 # functions that torch_npu looks up by name at run time; some other names it looks up are feature probes and must stay absent
@@ -43,7 +45,10 @@ BODIES: dict[str, tuple[str, str, str]] = {
         "int", "char* to, size_t n, size_t, const char* format, ...",
         "va_list rest; va_start(rest, format); int r = vsnprintf(to, n, format, rest); va_end(rest); return r;",
     ),
-    "strcpy_s": ("int", "char* to, size_t n, const char* from", "if (!to || !n) return 22; strncpy(to, from, n - 1); to[n - 1] = 0; return 0;"),
+    "strcpy_s": (
+        "int", "char* to, size_t n, const char* from",
+        "if (!to || !n) return 22; strncpy(to, from, n - 1); to[n - 1] = 0; return 0;",
+    ),
     "aclrtGetDeviceCount": ("int", "uint32_t* out", "*out = 1; return 0;"),
     "aclrtGetDevice": ("int", "int32_t* out", "*out = 0; return 0;"),
     "aclrtGetMemInfo": ("int", "int, size_t* free, size_t* total", "*free = *total = (size_t)64 << 30; return 0;"),
