@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-WHEEL_VERSION = "2.13"  # what the strings below were compared with (tests/ascend/wheel)
+WHEEL_VERSION = "2.13"  # what the strings below were compared with (tests/ascend/test_wheel.py)
 
 _GMM = (
     "Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, Tensor[]? antiquant_scale=None, "

@@ -7,6 +7,7 @@ init_routing_v2 keeps the first default of active_expert_range (rules.py demands
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,9 @@ def install() -> list[str]:
 def _softmax_v2() -> None:
     """The wheel's converter hands `renorm` to an op that has no such attribute: TypeError. The op it means is MoeGatingTopKSoftmaxV2."""
     import torchair
+
+    # loaded now, or the wheel's converter is registered behind this one when the first graph is converted
+    importlib.import_module("torchair._ge_concrete_graph.ge_converter.custom.npu_moe_gating_top_k_softmax_v2")
     from torchair._ge_concrete_graph.compat_ir import ge_op
     from torchair.ge import attr
 
