@@ -87,7 +87,7 @@ def _value(v: Any) -> str:
 
 def _source(n: fx.Node) -> str:
     """The line of the user's code that the call stands for."""
-    lines = [line.strip() for line in (n.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (n.meta.get("stack_trace") or "").splitlines() if line.strip(" ^~")]
     return lines[-1] if lines else ""
 
 
@@ -101,6 +101,7 @@ def ge_backend(options: Options, sink: Callable[[list[GeNode]], None]) -> Callab
     import torchair
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def compile_one(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = torchair.get_compiler(modes.ge_config(options))(gm, example_inputs)
@@ -108,9 +109,14 @@ def ge_backend(options: Options, sink: Callable[[list[GeNode]], None]) -> Callab
         return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
 
     decompositions = torchair.get_npu_backend(compiler_config=modes.ge_config(options)).keywords.get("decompositions")
-    return aot_autograd(  # type: ignore[no-any-return]
-        fw_compiler=compile_one, inference_compiler=compile_one, decompositions=decompositions
-    )
+    backend = aot_autograd(fw_compiler=compile_one, inference_compiler=compile_one, decompositions=decompositions)
+
+    def compile_all(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        # tensors are on the CPU here: its own attention kernels mean nothing to GE
+        with sdpa_kernel(SDPBackend.MATH):
+            return backend(gm, example_inputs)  # type: ignore[no-any-return]
+
+    return compile_all
 
 
 def ge_nodes(graph: Any) -> list[GeNode]:

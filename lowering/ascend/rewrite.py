@@ -97,6 +97,7 @@ class _Lowering:
         self.placeholders = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         self.packed: dict[Recipe, fx.Node] = {}
         self.notes: list[str] = []
+        self.copied = 0  # bytes of packed copies
 
     # ---- routing -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class _Lowering:
             value = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
         value.requires_grad_(self.train and any(v.requires_grad for v in values))
         if not self.train and not recipe.is_free(values):
-            self.notes.append(_packing_note(value))
+            self.copied += value.numel() * value.element_size()
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
             n = self.graph.placeholder(f"packed_{sources[0].name}")
         n.meta.update(sources[0].meta, example_value=value, val=value)
@@ -222,13 +223,14 @@ class _Lowering:
                 inputs.append(self.placeholders[n])
             else:
                 self.graph.erase_node(n)
+        if self.copied:
+            self.notes.append(
+                f"expert weights are copied on first use into the layout of grouped matmul: {self.copied / 2**20:.1f} MiB more memory "
+                "(moe_compile.prepare(model, target='ascend') rearranges them in place instead)"
+            )
         self.graph.lint()
         self.gm.recompile()
         return Lowered(self.gm, inputs, self.train, list(dict.fromkeys(self.notes)))
-
-
-def _packing_note(t: Tensor) -> str:
-    return "expert weights are copied once, on first use, into the layout of grouped matmul (moe_compile.prepare does it in place)"
 
 
 # ---- what is known of the graph around -----------------------------------------------------------------------------------

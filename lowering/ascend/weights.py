@@ -138,10 +138,7 @@ class Store:
         if not free and key not in self.kept:
             size = packed.numel() * packed.element_size()
             self.copied += size
-            log.info(
-                "expert weights were copied into the layout of grouped matmul: %.1f MiB more memory; "
-                "moe_compile.prepare(model, target='ascend') rearranges them in place instead", size / 2**20,
-            )  # fmt: skip
+            log.info("an expert weight was copied into the layout of grouped matmul: %.1f MiB", size / 2**20)
             weakref.finalize(tensors[0], self._drop, key, size)
         elif free and key not in self.kept:
             weakref.finalize(tensors[0], self._drop, key, 0)
