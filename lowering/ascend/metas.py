@@ -1,4 +1,4 @@
-"""Shapes, dtypes and gradients of the npu ops where torch_npu's own are not there; compared with the wheel's in tests/ascend/test_wheel.py."""
+"""Shapes, dtypes and gradients of the npu ops where torch_npu's own are not there; compared with those in tests/ascend/test_wheel.py."""
 
 from __future__ import annotations
 

@@ -142,16 +142,24 @@ class _Lowering:
             late.nodes, late.kept = r.nodes, r.kept
             addends = [] if other is None else [late.value(other).reshape(-1, rows[0].shape[-1])]
             out = step.finish(*rows, own, addends)
-            if other is not None:
-                out = out.view_as(late.value(other))
-        place.replace_all_uses_with(late.node(out))
+        combined = self._reshaped(late.node(out), place, between)
+        place.replace_all_uses_with(combined)
         if other is not None and other in place.args[:1]:  # `shared.add_(routed)`: from here on `shared` is the sum
             for u in [u for u in other.users if u is not place and _follows(place, u)]:
-                u.replace_input_with(other, late.node(out))
+                u.replace_input_with(other, combined)
         for gone in dict.fromkeys((place, *reversed(between), n)):
             self.graph.erase_node(gone)
         r.drop_unused()
         late.drop_unused()
+
+    def _reshaped(self, n: fx.Node, place: fx.Node, between: Sequence[fx.Node]) -> fx.Node:
+        """The views that stood between the result and the add, on the sum."""
+        for view in between:
+            if view.target in _RESHAPES:
+                with self.graph.inserting_before(place):
+                    n = self.graph.call_method(str(view.target), (n, *view.args[1:]))
+                n.meta.update(view.meta)
+        return n
 
     def _values(self, p: dict[str, list[fx.Node]], r: Recorder) -> Packed:
         up, down, up_bias, down_bias = ([r.value(n) for n in p[name]] for name in ("up", "down", "up_bias", "down_bias"))
