@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -110,18 +111,28 @@ def overlaps(options: Options) -> bool:
     return options.overlap_shared is not False
 
 
+def load(package: str, defines: str) -> Any:
+    """A graph mode's package, and the module of it that defines its stream ops.
+
+    Both packages are lazy objects until an attribute is asked for; a submodule imported before that is loaded twice.
+    """
+    module = importlib.import_module(package)
+    assert module.CompilerConfig is not None
+    importlib.import_module(defines)
+    return module
+
+
 def ge_backend(options: Options) -> Callable[..., Any]:
     """torchair in max-autotune mode: a GE graph."""
+    config = ge_config(options)
     import torchair
 
-    return torchair.get_npu_backend(compiler_config=ge_config(options))  # type: ignore[no-any-return]
+    return torchair.get_npu_backend(compiler_config=config)  # type: ignore[no-any-return]
 
 
 def ge_config(options: Options) -> Any:
     """The compiler config of GE mode, with the stream pass in it."""
-    import torchair
-    import torchair.scope._wait_tensor  # defines air.wait_tensor, on first use only
-
+    torchair = load("torchair", "torchair.scope._wait_tensor")
     workarounds.install()
     config = torchair.CompilerConfig()
     config.mode = "max-autotune"
@@ -144,9 +155,7 @@ def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
 
 def npugraph_ex_config(options: Options) -> Any:
     """The compiler config of npugraph_ex, with the stream pass in it."""
-    import npugraph_ex
-    import npugraph_ex.ops._tagged_event  # defines the event ops, on first use only
-
+    npugraph_ex = load("npugraph_ex", "npugraph_ex.ops._tagged_event")
     config = npugraph_ex.CompilerConfig()
     config.frozen_parameter = True
     config.post_grad_custom_pre_pass = stream_pass(options, streams.NpugraphEx)

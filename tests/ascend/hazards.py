@@ -1,8 +1,8 @@
 """Simulates a stream program: which op runs on which stream, what happens before what, and which buffer may be used again when.
 
-Works on FX graphs with npugraph_ex's scopes and tagged events, or with the eager helpers' nodes. Memory follows the caching allocator: a tensor
-belongs to the stream its producer runs on and is free after its last use in program order; any later op of that stream may then write over
-it. So every reader on another stream must happen before every later op of the owner's stream.
+Works on FX graphs with npugraph_ex's scopes and tagged events, or with the eager helpers' nodes. Memory follows the caching allocator:
+a tensor belongs to the stream its producer runs on and is free after its last use in program order; any later op of that stream may then
+write over it. So every reader on another stream must happen before every later op of the owner's stream.
 """
 
 from __future__ import annotations

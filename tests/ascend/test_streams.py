@@ -1,4 +1,4 @@
-"""The shared expert on its side stream: every cross-stream use is ordered, no buffer is used again too early, and the checker would notice."""
+"""The shared expert on its side stream: every cross-stream use is ordered, no buffer is used again early, and the checker would notice."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hazards import hazards, simulate
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from moe_compile.lowering.ascend import schemas, streams
+from moe_compile.lowering.ascend import modes, schemas, streams
 
 schemas.ensure()
 DIALECTS = {"npugraph_ex": streams.NpugraphEx, "eager": streams.Eager}
 
 
 @pytest.fixture(autouse=True)
-def events_need_no_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+def stream_ops() -> None:
     if schemas.wheel():
-        import npugraph_ex.ops._tagged_event
-        import torchair.scope._wait_tensor  # noqa: F401
+        modes.load("torchair", "torchair.scope._wait_tensor")
+        modes.load("npugraph_ex", "npugraph_ex.ops._tagged_event")
 
 
 class Stack(nn.Module):
