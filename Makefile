@@ -23,7 +23,7 @@ test-ascend:  ## the Ascend lowering against the real torch_npu wheel
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
 
 run-ascend: $(ASCEND)/.ready
-	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -p no:cacheprovider tests/ascend
+	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/ascend
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
 	test -x $(ASCEND)/bin/python || $(BIN)/python -m venv $(ASCEND)

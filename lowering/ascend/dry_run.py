@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,8 +59,8 @@ def collect() -> Iterator[DryRun]:
         modes.SINKS.remove(found.lowered.append)
 
 
-def calls_text(graph: fx.Graph) -> str:
-    """The npu calls of a lowered graph, in order."""
+def calls_text(graph: fx.Graph, blocks: int | None = None) -> str:
+    """The npu calls of a lowered graph, in order; of the first `blocks` blocks only."""
     lines: list[str] = []
     shown = ""
     for n in graph.nodes:
@@ -70,6 +71,9 @@ def calls_text(graph: fx.Graph) -> str:
             lines.append(f"# {source}")
             shown = source
         lines.append(f"{n.name} = torch.ops.{n.target}({_arguments(n)})")
+        combines = sum("finalize" in line or "token_unpermute" in line for line in lines)
+        if blocks is not None and combines == blocks:
+            break
     return "\n".join(lines)
 
 
@@ -81,8 +85,13 @@ def _value(v: Any) -> str:
     if isinstance(v, fx.Node):
         value = v.meta.get("example_value")
         shape = f":{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "shape") else ""
-        return f"{v.name}{shape}"
+        return f"{_short(v.name)}{shape}"
     return f"[{', '.join(map(_value, v))}]" if isinstance(v, (list, tuple)) else repr(v)
+
+
+def _short(name: str) -> str:
+    """A weight by its path in the model, without the words that Dynamo puts around it."""
+    return re.sub(r"(l_self)?_(modules|parameters|buffers)_+", ".", name).replace("packed_.", "packed ").strip("._")
 
 
 def _source(n: fx.Node) -> str:
