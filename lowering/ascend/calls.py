@@ -5,7 +5,7 @@ Every npu op goes through `call`, which checks the arguments first. Sizes are ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,15 +230,18 @@ def experts(
 
 
 def start(
-    x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout, all_known: bool
+    x: Tensor, ids: Tensor, weights: Tensor, p: Any, layout: generic.Layout, all_known: bool, rows: Callable[..., Any] = experts_rows
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Everything up to the combine: rows, index, weights, and addends that the block has by itself."""
+    """Everything up to the combine: rows, index, weights, and addends that the block has by itself.
+
+    `p`: the packed weights, in the form that `rows` (experts_rows, or the quantised one) takes.
+    """
     own = []
     if layout.num_identity:
         own.append(identity_addend(x, ids, weights, layout.num_experts, layout.num_identity))
     if layout.num_identity or not all_known:
         ids, weights = within(ids, weights, layout.num_experts)
-    return (*experts_rows(x, cast(ids, torch.int32), weights, p, layout), own)
+    return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
 
 
 def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
     if train and options.quantize is not None:
         raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
     try:
-        lowered = lower(gm, train)
+        lowered = lower(gm, train, options.quantize)
     except Exception as e:
         if options.strict:
             raise

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...passes.liveness import is_write
 from .. import generic
 from ..routing import Routing
-from . import calls, training
+from . import calls, quant, training
 from .calls import Packed
 from .record import Recorder, recording
 from .streams import is_product
@@ -35,9 +35,9 @@ class Lowered:
     notes: list[str] = field(default_factory=list)
 
 
-def lower(gm: fx.GraphModule, train: bool) -> Lowered:
+def lower(gm: fx.GraphModule, train: bool, quantize: str | None = None) -> Lowered:
     """A copy of `gm` without fused ops. Raises `rules.ArgumentError` where a call would break an op's rules."""
-    run = _Lowering(_copy(gm), train)
+    run = _Lowering(_copy(gm), train, quantize)
     _fill_values(run.graph)
     for n in list(run.graph.nodes):
         if n.target is ops.route.default:
@@ -92,8 +92,8 @@ def _fill_values(graph: fx.Graph) -> None:
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule, train: bool) -> None:
-        self.gm, self.graph, self.train = gm, gm.graph, train
+    def __init__(self, gm: fx.GraphModule, train: bool, quantize: str | None) -> None:
+        self.gm, self.graph, self.train, self.quantize = gm, gm.graph, train, quantize
         self.placeholders = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         self.packed: dict[Recipe, fx.Node] = {}
         self.notes: list[str] = []
@@ -128,13 +128,15 @@ class _Lowering:
         x, ids, weights, up, down, up_bias, down_bias, base, *plain = n.args
         layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
         dtype = x.meta["example_value"].dtype  # type: ignore[union-attr]
-        operands = self._operands(n, layout, up, down, up_bias, down_bias, dtype)
+        quantised = self._quantised(n, layout, up, down, bool(up_bias or down_bias), dtype)
+        operands = {} if quantised is not None else self._operands(n, layout, up, down, up_bias, down_bias, dtype)
         reads = [a for a in (x, ids, weights, base) if isinstance(a, fx.Node)]
-        step = training if self.train else calls
+        step: Any = quant if quantised is not None else training if self.train else calls
         with recording(n, n, reads) as r:
             v = [r.value(a) for a in (x, ids, weights)]
             known = _all_within(ids, layout.num_experts)  # type: ignore[arg-type]
-            *rows, own = step.start(*v, self._values(operands, r), layout, known)  # type: ignore[arg-type]
+            p = self._values(operands, r) if quantised is None else quant.Quantised(*map(r.value, quantised))
+            *rows, own = step.start(*v, p, layout, known)
             if base is not None:
                 own.append(r.value(base))  # type: ignore[arg-type]
         place, other, between = _addend(n, len(own)) if not self.train else (n, None, [])
@@ -195,6 +197,28 @@ class _Lowering:
         self.notes.append("expert weights are computed in the graph: their layout is made on every step")
         return r.node(t)
 
+    def _quantised(
+        self, at: fx.Node, layout: generic.Layout, up: Any, down: Any, biases: bool, dtype: torch.dtype
+    ) -> list[fx.Node] | None:
+        """Int8 weights and scales of both products as graph inputs, or None where they stay as they are."""
+        if self.quantize is None:
+            return None
+        inner = layout.intermediate([d.meta["example_value"] for d in down])
+        sources = [[trace_back(n, self.placeholders) for n in group] for group in (up, down)]
+        why = quant.refuses(layout, inner, biases, dtype)
+        if why is None and any(s is None for group in sources for s in group):
+            why = "the weights are computed in the graph"
+        if why is not None:
+            self.notes.append(f"a block is not quantised: {why}")
+            return None
+        out = []
+        scales = (torch.float32, quant.scale_dtype(dtype))
+        for group, stored, scale in zip(sources, (layout.up_transposed, layout.down_transposed), scales):
+            for part in ("int8", "scale"):
+                known = tuple(s for s in group if s is not None)
+                out.append(self._input(Recipe(known, layout.num_experts, layout.stacked, not stored, scale, part)))
+        return out
+
     def _input(self, recipe: Recipe) -> fx.Node:
         """The new graph input that holds a packed operand; equal operands share one."""
         if recipe in self.packed:
@@ -210,7 +234,9 @@ class _Lowering:
         if not self.train and not recipe.is_free(values):
             self.copied += value.numel() * value.element_size()
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-            n = self.graph.placeholder(f"packed_{sources[0].name}")
+            kind = f"{recipe.part}_" if recipe.part else ""
+            again = sum(r.sources == recipe.sources and r.part == recipe.part for r in self.packed)
+            n = self.graph.placeholder(f"packed_{kind}{sources[0].name}{f'_{again}' if again else ''}")
         n.meta.update(sources[0].meta, example_value=value, val=value)
         n.meta.pop("grapharg", None)
         self.packed[recipe] = n

@@ -18,6 +18,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from . import quant
+
 log = logging.getLogger("moe_compile")
 _VIEWS = ("view", "reshape", "to", "detach", "flatten", "unflatten", "contiguous", "float", "bfloat16", "half")
 
@@ -37,13 +39,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not."""
+    """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not.
+
+    part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself.
+    """
 
     sources: tuple[Source, ...]
     experts: int
     stacked: bool
     transposed: bool
     dtype: torch.dtype
+    part: str = ""
 
     def view(self, tensors: Sequence[Tensor], differentiable: bool = False) -> Tensor:
         """The operand's value in the wanted orientation and dtype; free where no stacking and no cast is needed."""
@@ -52,6 +58,9 @@ class Recipe:
         t = t if t.shape[0] == self.experts else t[: self.experts]
         if self.transposed:
             t = t.transpose(-1, -2)
+        if self.part:
+            scale = quant.channel_scale(t).to(self.dtype)
+            return scale if self.part == "scale" else quant.to_int8(t, scale)
         return t if t.dtype == self.dtype else t.to(self.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -60,6 +69,8 @@ class Recipe:
     def is_free(self, tensors: Sequence[Tensor]) -> bool:
         """Whether packing copies nothing."""
         first = tensors[0]
+        if self.part:
+            return False
         if not isinstance(first, torch._subclasses.FakeTensor):
             return self.view(tensors).is_contiguous() and _shares(self.view(tensors), first)
         return self.stacked and not any(name in ("to", "float", "half", "bfloat16") for name, _ in self.sources[0].chain) and (
@@ -122,7 +133,8 @@ class Store:
         self.copied = 0  # bytes of the copies that are alive
 
     def get(self, recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
-        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, *(s.chain for s in recipe.sources), *map(id, tensors))
+        chains = (s.chain for s in recipe.sources)
+        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, recipe.part, *chains, *map(id, tensors))
         found = self.kept.get(key)
         if found is not None and found.holds(tensors):
             return found.packed
