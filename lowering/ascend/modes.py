@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import report as reports
 from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
-from . import schemas, streams, workarounds
+from . import schemas, streams, weights, workarounds
 from .rewrite import Lowered, lower, needs_gradients, ops
 from .weights import STORE, Recipe
 
@@ -43,7 +43,7 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
     for sink in SINKS:
         sink(lowered)
     inner = _inner(options, mode, lowered.module, _inputs(lowered, example_inputs), train)
-    return _with_packed(inner, lowered)
+    return _with_packed(inner, lowered, weights.to_nz if options.weight_format == "nz" else weights.as_is)
 
 
 SINKS: list[Callable[[Lowered], None]] = []  # who wants to see lowered graphs (`dry_run`)
@@ -60,7 +60,7 @@ def _inputs(lowered: Lowered, old: Sequence[Any]) -> list[Any]:
     return [old[i] if isinstance(i, int) else n.meta["example_value"] for i, n in zip(lowered.inputs, placeholders)]
 
 
-def _with_packed(inner: Callable[..., Any], lowered: Lowered) -> Callable[..., Any]:
+def _with_packed(inner: Callable[..., Any], lowered: Lowered, finish: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """The compiled function on the inputs that Dynamo gives: weights go in as packed operands."""
     inputs, training = lowered.inputs, lowered.training
 
@@ -68,16 +68,12 @@ def _with_packed(inner: Callable[..., Any], lowered: Lowered) -> Callable[..., A
         if isinstance(i, int):
             return args[i]
         tensors = [args[s.position] for s in i.sources]
-        return i.view(tensors, differentiable=True) if training else STORE.get(i, tensors, _as_is)
+        return i.view(tensors, differentiable=True) if training else STORE.get(i, tensors, finish)
 
     def run(*args: Any) -> Any:
         return inner(*[operand(i, args) for i in inputs])
 
     return run
-
-
-def _as_is(t: Tensor) -> Tensor:
-    return t
 
 
 def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:

@@ -262,9 +262,24 @@ class _Lowering:
                 f"expert weights are copied on first use into the layout of grouped matmul: {self.copied / 2**20:.1f} MiB more memory "
                 "(moe_compile.prepare(model, target='ascend') rearranges them in place instead)"
             )
+        if self.train and _sharded():
+            self.notes += sorted({_alignment_note(recipe, n) for recipe, n in self.packed.items()} - {""})
         self.graph.lint()
         self.gm.recompile()
         return Lowered(self.gm, inputs, self.train, list(dict.fromkeys(self.notes)))
+
+
+def _sharded() -> bool:
+    """Whether weights are likely to be spread over several devices."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _alignment_note(recipe: Recipe, n: fx.Node) -> str:
+    """Shards of expert weights are cast to the fractal format as they are gathered: blocks of 512 are what that wants."""
+    sizes = n.meta["example_value"].shape[1:]
+    odd = [int(s) for s in sizes if len(sizes) == 2 and s % 512]
+    return f"expert weights are sharded: sizes that are multiples of 512 are recommended, one has {odd}" if odd else ""
 
 
 # ---- what is known of the graph around -----------------------------------------------------------------------------------

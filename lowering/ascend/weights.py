@@ -106,6 +106,34 @@ def trace_back(n: fx.Node, placeholders: dict[fx.Node, int]) -> Source | None:
     return Source(placeholders[n], tuple(reversed(chain)))
 
 
+# ---- the fractal format ------------------------------------------------------------------------------------------------
+
+FRACTAL_NZ = 29  # ACL's number of the format
+_NZ_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
+
+
+def as_is(t: Tensor) -> Tensor:
+    return t
+
+
+def to_nz(t: Tensor) -> Tensor:
+    """A packed 3-D weight in FRACTAL_NZ, where npu_grouped_matmul takes it; biases and scales stay as they are.
+
+    There is no shape function for the cast, so it cannot be part of a graph: it happens here, once.
+    """
+    if t.ndim != 3 or t.dtype not in _NZ_DTYPES or t.device.type != "npu":
+        return t
+    return _format_cast(t)
+
+
+def _format_cast(t: Tensor) -> Tensor:
+    import torch_npu
+
+    torch_npu.npu.config.allow_internal_format = True  # without it the cast does nothing but warn
+    out: Tensor = torch_npu.npu_format_cast(t.contiguous(), FRACTAL_NZ)
+    return out
+
+
 # ---- what is packed, kept for all graphs -------------------------------------------------------------------------------
 
 
@@ -132,9 +160,10 @@ class Store:
         self.kept: dict[tuple[Any, ...], _Kept] = {}
         self.copied = 0  # bytes of the copies that are alive
 
-    def get(self, recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
+    def get(self, recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor] = as_is) -> Tensor:
+        """The packed operand made of `tensors`; `finish` brings it into its format."""
         chains = (s.chain for s in recipe.sources)
-        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, recipe.part, *chains, *map(id, tensors))
+        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, recipe.part, finish, *chains, *map(id, tensors))
         found = self.kept.get(key)
         if found is not None and found.holds(tensors):
             return found.packed
@@ -143,8 +172,9 @@ class Store:
 
     def _make(self, key: tuple[Any, ...], recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.no_grad():
-            free = recipe.is_free(tensors)
-            packed = finish(recipe.pack(tensors))
+            plain = recipe.pack(tensors)
+            packed = finish(plain)
+            free = recipe.is_free(tensors) and packed is plain
         # graph modes treat parameters as fixed addresses
         packed = nn.Parameter(packed.detach(), requires_grad=False) if packed.is_floating_point() else packed
         if not free and key not in self.kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,59 @@ def test_the_generated_code_holds_the_calls() -> None:
     code = acl_of("afmoe").codegen(extend_config={})
     for word in ("npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing", "moe_shared"):
         assert word in code
+
+
+# ---- int8 and training -----------------------------------------------------------------------------------------------------
+
+
+def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
+    import test_quant
+
+    # the converter asks CANN which attributes its ops have; the stub knows none
+    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
+    compat = sys.modules["torchair._ge_concrete_graph.compat_ir"]
+    monkeypatch.setattr(compat, "is_cann_compat", lambda *args, **kwargs: "")
+    module, found = test_quant.block("afmoe").to(torch.bfloat16), []
+    x = torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled(module, inner=dry_run.ge_backend(Options(), found.append), quantize="w8a8", strict=True)(x)
+    chain = [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant")]
+    assert [n.type for n in chain] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "DequantSwigluQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
+    _, dispatch, first_product, quantised, second, _ = chain
+    assert dispatch.attrs["quant_mode"] == 1
+    assert (quantised.attrs["activate_left"], quantised.attrs["quant_mode"]) == (True, "dynamic")
+    assert quantised.inputs[0] == "GroupedMatmul:0" and first_product.inputs[0] == "MoeInitRoutingV3:0"
+    assert second.inputs[0] == "DequantSwigluQuant:0"
+
+
+def test_the_joint_graph_of_training() -> None:
+    """Forward and backward on fake npu tensors, through torch_npu's own gradients: dX with the weight as a view, dW in the K-split form."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from moe_compile import activation as act
+    from moe_compile.lowering.ascend import training
+    from moe_compile.lowering.ascend.calls import Packed, generic
+
+    ops, consts = act.encode(act.SWIGLU)
+    layout = generic.Layout(tuple(ops), tuple(consts), 1, 4, True, True, True, False, 0)
+
+    def step(x: Any, ids: Any, w: Any, up: Any, down: Any) -> Any:
+        leaves = [t.detach().requires_grad_() for t in (x, w, up, down)]
+        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([leaves[2]], leaves[3]), layout, True)
+        return torch.autograd.grad(training.finish(*rows, own, []).sum(), leaves)
+
+    with FakeTensorMode():
+        x, ids, w = (torch.empty(*s, device="npu") for s in ((5, 8), (5, 2), (5, 2)))
+        up, down = torch.empty(4, 8, 12, device="npu"), torch.empty(4, 6, 8, device="npu")
+        graph = make_fx(step)(x, ids.int(), w, up, down).graph
+    calls = [n for n in graph.nodes if str(n.target).startswith("npu.")]
+    names = [str(n.target).removeprefix("npu.").removesuffix(".default") for n in calls]
+    kinds = [f"{name}:{n.kwargs['group_type']}" if name == "npu_grouped_matmul" else name for name, n in zip(names, calls)]
+    assert kinds == [
+        "npu_moe_token_permute", "npu_grouped_matmul:0", "npu_swiglu", "npu_grouped_matmul:0", "_npu_moe_token_unpermute",
+        "npu_moe_token_unpermute_grad_v2", "npu_grouped_matmul:0", "npu_grouped_matmul:2", "npu_swiglu_backward", "npu_grouped_matmul:0",
+        "npu_grouped_matmul:2", "npu_moe_token_permute_grad_v2",
+    ]  # fmt: skip
