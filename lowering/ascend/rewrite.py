@@ -309,12 +309,12 @@ def _addend(n: fx.Node, taken: int) -> tuple[fx.Node, fx.Node | None, list[fx.No
     end, between = n, []
     while len(end.users) == 1 and taken < 2:
         (u,) = end.users
-        if u.op == "call_method" and u.args[0] is end and (u.target in _RESHAPES or (u.target == "to" and _same_kind(end, u))):
+        if u.op == "call_method" and u.args[0] is end and (u.target in _RESHAPES or (u.target == "to" and _keeps_value(n, u))):
             end = u
             between.append(u)
             continue
         other = _other_operand(u, end)
-        if other is None or not _same_kind(end, other) or _written_between(n, u):
+        if other is None or not _same_kind(end, other) or _dtype(end) != _dtype(n) or _written_between(n, u):
             break
         return u, other, between
     return n, None, []
@@ -338,6 +338,16 @@ def _only_written(other: Any, u: fx.Node) -> bool:
 
 def _follows(first: fx.Node, n: fx.Node) -> bool:
     return bool(first < n)
+
+
+def _dtype(n: fx.Node) -> torch.dtype | None:
+    return getattr(n.meta.get("example_value"), "dtype", None)
+
+
+def _keeps_value(n: fx.Node, cast: fx.Node) -> bool:
+    """Whether a cast on the way from `n` loses nothing: to a wider dtype, or back to `n`'s own."""
+    own, to = _dtype(n), _dtype(cast)
+    return own is not None and to is not None and (to == own or torch.promote_types(own, to) == to)
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:

@@ -52,13 +52,14 @@ def test_token_counts_stay_symbolic(name: str) -> None:
     assert isinstance(rows.shape[0], torch.SymInt)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "llama4"])
 @torch.no_grad()
-def test_the_shared_expert_goes_into_the_combine(name: str) -> None:
-    module, x = block(name), torch.randn(2, 5, zoo.HIDDEN)
+def test_the_shared_expert_goes_into_the_combine(name: str, dtype: torch.dtype) -> None:
+    module, x = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype)
     with Seen() as seen:
         out = first(compiled(module)(x))
-    assert relative(out, first(module(x))) <= 1e-5
+    assert relative(out, first(module(x))) <= (1e-5 if dtype == torch.float32 else 0.03)
     (combine,) = [n for n in seen.lowered[0].module.graph.nodes if "finalize" in str(n.target)]
     assert combine.args[1] is not None and combine.args[7] == 2
 
