@@ -8,7 +8,7 @@ MYPY ?= $(abspath $(BIN))/mypy
 READY := $(VENV)/.ready
 ASCEND := $(abspath $(VENV)-ascend)
 
-.PHONY: trinity test test-ascend run-ascend lint types bench clean
+.PHONY: trinity test test-ascend run-ascend test-cuda lint types bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -32,6 +32,14 @@ $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.t
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python tests/ascend/cann_stub.py $(ASCEND)/cann
 	touch $@
+
+# On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
+test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="-n 8"), then a small run under compute-sanitizer
+	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch finds no CUDA device")'
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+	if command -v compute-sanitizer >/dev/null; then \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest tests/gpu -k sanitizer; \
+	else echo "compute-sanitizer is not installed: left out"; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

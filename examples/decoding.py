@@ -134,12 +134,12 @@ class Session:
             layer.cumulative_length.fill_(n)
 
 
-def new_cache(model: AfmoeForCausalLM, length: int) -> Cache:
+def new_cache(model: AfmoeForCausalLM, length: int, batch: int = 1) -> Cache:
     """A static cache of full length for every layer: sliding layers get their window from the mask, so that no Python
     counter changes from step to step and nothing recompiles.
     """
     config = model.config
     cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(config.num_hidden_layers)])
     weight = model.lm_head.weight
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
     return cache

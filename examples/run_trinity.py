@@ -34,6 +34,8 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from throughput import POINTS, Throughput
+from throughput import measure as measure_throughput
 from torch import Tensor
 from transformers import AfmoeForCausalLM
 
@@ -75,6 +77,7 @@ class Outcome:
     report: dict[str, Any] = field(default_factory=dict)
     texts: list[dict[str, str]] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
+    throughput: list[Throughput] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -376,6 +379,19 @@ def show_emulated(out: Console, outcome: Outcome) -> None:
     )
 
 
+def show_throughput(out: Console, rows: list[Throughput]) -> None:
+    """Both compilers at every point, and how many times faster moe_fused is."""
+    table = Table(title="With CUDA graphs on both sides", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("", "backend", "ms a step", "tok/s", "max Δ logits", "times Inductor"):
+        table.add_column(column, justify="left" if column in ("", "backend") else "right", overflow="fold")
+    base = {r.point: r.milliseconds for r in rows if r.backend == "inductor"}
+    for r in rows:
+        ratio = f"{base[r.point] / r.milliseconds:.2f}" if r.point in base else "-"
+        table.add_row(r.point, r.backend, f"{r.milliseconds:.3f}", f"{r.tokens_per_second:,.0f}", f"{r.difference:.1e}", ratio)
+    out.print()
+    out.print(table)
+
+
 def run(args: argparse.Namespace) -> Outcome:
     """The whole example. Raises ExampleError for what the person at the terminal can put right."""
     out = Console(highlight=False, quiet=args.json)
@@ -402,6 +418,12 @@ def run(args: argparse.Namespace) -> Outcome:
         show_texts(out, outcome, subject.trained)
         outcome.results = measure(subject, shape, fused, args)
         show_results(out, outcome)
+        if subject.device.type == "cuda" and args.size == "mini":
+            del fused  # its cache and graphs
+            for point in POINTS:
+                with stage(f"timing {point.name}"):
+                    outcome.throughput += measure_throughput(subject.model, point, ("inductor", "moe_fused"))
+            show_throughput(out, outcome.throughput)
     return outcome
 
 

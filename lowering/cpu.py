@@ -61,7 +61,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
-    check_sizes(layout, up, down, up_bias, down_bias)
+    generic.check_sizes(layout, up, down, up_bias, down_bias)
     library = _library("forward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
     if library is None:
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
@@ -91,7 +91,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As `generic.backward`."""
-    check_sizes(layout, up, down, up_bias, down_bias)
+    generic.check_sizes(layout, up, down, up_bias, down_bias)
     library = _library("backward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
     if library is None:
         return generic.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout, needs)
@@ -117,14 +117,6 @@ def backward(
     if grad_weights is not None:
         grads[1] = grad_weights.to(weights.dtype)
     return [g for g in grads if g is not None]
-
-
-def check_sizes(layout: Layout, *lists: Sequence[Tensor]) -> None:
-    """The kernels index by expert number: a parameter with fewer experts than the call says must not reach them."""
-    for ts in lists:
-        short = any(t.shape[0] < layout.num_experts for t in ts) if layout.stacked else bool(ts) and len(ts) < layout.num_experts
-        if short:
-            raise ValueError(f"moe_compile::experts: num_experts is {layout.num_experts}, but a parameter holds fewer experts")
 
 
 def _call(

@@ -57,6 +57,14 @@ class Layout:
         return self.intermediate(down) * (2 if self.gated else 1)
 
 
+def check_sizes(layout: Layout, *lists: Sequence[Tensor]) -> None:
+    """The kernels index by expert number: a parameter with fewer experts than the call says must not reach them."""
+    for ts in lists:
+        short = any(t.shape[0] < layout.num_experts for t in ts) if layout.stacked else bool(ts) and len(ts) < layout.num_experts
+        if short:
+            raise ValueError(f"moe_compile::experts: num_experts is {layout.num_experts}, but a parameter holds fewer experts")
+
+
 @dataclass(frozen=True)
 class Rows:
     """The (token, slot) pairs ordered by expert; pairs of no expert are left out."""

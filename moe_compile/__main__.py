@@ -1,4 +1,8 @@
-"""``python -m moe_compile explain --model qwen3_moe``: what the compiler makes of a model, as a table or as JSON."""
+"""What the compiler makes of a model (explain), and the fastest tiles of a problem on this machine's GPU (tune).
+
+python -m moe_compile explain --model qwen3_moe
+python -m moe_compile tune --model qwen3_moe
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 
 from . import NotFused, Options, __version__, explain
+from .lowering.triton import tune_cli
 from .options import TARGETS
 
 
@@ -20,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 (not fused with --strict), 2 (wrong usage)."""
     args = _parser().parse_args(argv)
     try:
-        return _explain(args)
+        return tune_cli.main(args) if args.command == "tune" else _explain(args)
     except NotFused as e:
         print(_first_paragraph(e), file=sys.stderr)
         return 1
@@ -30,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m moe_compile", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("explain", help="compile a small random model of a type and tell what was fused")
@@ -41,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("--strict", action="store_true", help="fail where a block is left as written")
     tell.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
     tell.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    tune_cli.add_arguments(commands.add_parser("tune", help="measure tiles on this machine's GPU and keep the best for later calls"))
     return parser
 
 

@@ -233,7 +233,9 @@ def _call(fn: types.FunctionType, module: nn.Module | None, bound: dict[str, Any
         variable = variable.realize()
         value = _example_value(variable)
         if isinstance(value, torch.Tensor):
-            tensors[name] = Spec(value.dtype, (*(_size(s) for s in value.shape[:-1]), *(_width(s) for s in value.shape[-1:])))
+            wide = value.shape[-1:] if value.ndim > 1 else ()  # the only dim of a list counts its rows
+            rows = value.shape[: value.ndim - len(wide)]
+            tensors[name] = Spec(value.dtype, (*(_size(s) for s in rows), *(_width(s) for s in wide)))
             device = device or value.device
         elif variable.is_python_constant():
             constants[name] = variable.as_python_constant()

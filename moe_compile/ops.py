@@ -8,6 +8,9 @@ A device without kernels of its own runs `moe_compile.lowering.generic`.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,6 +88,23 @@ def _experts_bwd_cpu(*args: Any) -> list[Tensor]:
     return cpu.backward(*args[:9], _layout(args[9:-1]), args[-1])
 
 
+def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels of lowering/triton, looked up at the first call; plain torch where triton is missing."""
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        if importlib.util.find_spec("triton") is None:
+            return otherwise
+        kernels: Callable[..., Any] = getattr(importlib.import_module("moe_compile.lowering.triton.calls"), name)
+        return kernels
+
+    def call(*args: Any) -> Any:
+        with torch.cuda.device(args[0].device):
+            return found()(*args)
+
+    return call
+
+
 for _name, _any_device, _on_cpu in (
     ("route", _route, None),
     ("route_bwd", _route_bwd, None),
@@ -93,6 +113,7 @@ for _name, _any_device, _on_cpu in (
     ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda(_name, _any_device), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 

@@ -27,6 +27,7 @@ from .regenerate import Regenerated
 Recover = Callable[[fx.GraphModule], Any]
 
 _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_COUNTS = {"numel", "nelement", "len"}
 _SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
 
 
@@ -167,9 +168,14 @@ class _Block:
             gm = record_symbolically(self.call.fn, [self.own.arguments(self.lead) for _ in range(2)], self.own.probe)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
             raise NoExperts(r.reason, stage="read") from r
-        if not gm.meta["host_reads"]:
+        if not gm.meta["host_reads"] and not self._counts_rows(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")
         return gm
+
+    def _counts_rows(self, gm: fx.GraphModule) -> bool:
+        """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
+        picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
+        return picks and bool(_COUNTS & set(self.call.fn.__code__.co_names))
 
     def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         *first, last = self.lead

@@ -95,6 +95,30 @@ def build(model_type: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, An
     ) from first
 
 
+# What the sizes of an MoE layer are called in configurations, the most specific name first.
+_SIZES = {
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "hidden": ("hidden_size", "d_model"),
+    "intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size"),
+    "k": ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
+}
+
+
+def moe_sizes(model_type: str) -> dict[str, int]:
+    """Of experts, hidden, intermediate and k what the default configuration of a transformers model type says.
+
+    Raises as `build` does for a missing transformers or an unknown type.
+    """
+    config = _text_part(_config_class(model_type))()
+    found = {}
+    for size, names in _SIZES.items():
+        values = (getattr(config, name, None) for name in names)
+        value = next((v for v in values if type(v) is int), None)
+        if value is not None:
+            found[size] = value
+    return found
+
+
 def _config_class(model_type: str) -> type:
     try:
         from transformers import CONFIG_MAPPING

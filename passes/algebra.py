@@ -47,7 +47,7 @@ class Reductions:
     def make(self, kind: str, over: str, body: sp.Expr) -> sp.Expr:
         """The reduction of `body`, factors that are equal for all experts pulled out."""
         body = sp.powsimp(sp.expand_power_base(sp.expand_power_exp(body)))
-        if kind == "sum" and (split := sp.expand(body)).is_Add:
+        if kind == "sum" and (split := sp.expand(body, multinomial=False)).is_Add:
             return sp.Add(*(self.make(kind, over, part) for part in split.args))
         outside, inside = body.as_independent(*PER_EXPERT, as_Add=False)
         if kind != "sum" and not outside.is_positive:
@@ -110,7 +110,7 @@ class Translator:
             v, body = a
             over, inner = self._domain(v, body)
             return self.reductions.make(op, over, self(body, inner))
-        raise Unknown(f"{op} in the router: {T.show(x)[:90]}")
+        raise Unknown(f"{op} in the router: {T.show(x, 90)}")
 
     def _domain(self, v: Term, body: Term) -> tuple[str, Term]:
         slot = self.chosen(v)
@@ -123,7 +123,7 @@ class Translator:
                 if v.args[1] != self.reductions.size["K"]:
                     raise Unknown("a reduction over a part of the selected experts")
                 return "K", slot
-        raise Unknown(f"a reduction over something else than experts: {T.show(body)[:90]}")
+        raise Unknown(f"a reduction over something else than experts: {T.show(body, 90)}")
 
     def _atom(self, x: Term, at: Term) -> sp.Expr:
         node, idx = x.args
@@ -132,7 +132,7 @@ class Translator:
                 return L
             if all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
                 return self.tables.setdefault(node, sp.Symbol(f"table{len(self.tables)}", real=True))
-        raise Unknown(f"the router reads {T.show(x)[:90]}")
+        raise Unknown(f"the router reads {T.show(x, 90)}")
 
 
 def _function(name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:

@@ -10,13 +10,14 @@ import torch
 import torch.fx as fx
 
 from ..ir import Rejection
-from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
+from . import pull_index, pull_rules, pull_select  # noqa: F401  (they fill RULES)
 from . import terms as T
-from .experts import data_dependent, is_row, match_experts, outer_atoms
+from .experts import match_experts
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
-from .pull_rules import TUPLES
+from .pull_views import TUPLES
+from .rows import data_dependent, is_row, outer_atoms
 from .terms import Term
 
 COMBINES = (
@@ -105,7 +106,7 @@ class Finder:
                         tried.setdefault(label, []).append(out)
                     if x is n and not isinstance(out, Rejection):
                         break
-        found.matches.sort(key=lambda m: self.order[m[0].out])
+        found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
             if i not in closed | matched and not is_table(s):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
@@ -145,7 +146,7 @@ class Finder:
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
-            return bool(others) and all(self.static[x] == label for x in others)
+            return bool(others) and all(self.static[x] == label or is_zero(x) for x in others)
         return name == "index" and any(
             self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n
         )
@@ -197,6 +198,39 @@ class Finder:
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
+
+
+def outermost(matches: list[tuple[ExpertsMatch, Puller]]) -> list[tuple[ExpertsMatch, Puller]]:
+    """Without those whose result goes nowhere but into another one of the same selection: there the routing weight is still to come."""
+    chosen = [{x.args[0] for x in T.walk(m.ids) if x.op == "topk"} for m, _ in matches]
+    kept = []
+    for i, (m, p) in enumerate(matches):
+        later = (n for (n, _), c in zip(matches[i + 1 :], chosen[i + 1 :], strict=True) if c & chosen[i])
+        if not any(_part_of(m.out, n) for n in later):
+            kept.append((m, p))
+    return kept
+
+
+def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
+    """Whether all that is made of `out` is the result of m."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack and len(seen) < 64:
+        n = stack.pop()
+        if n is m.out or n in seen:
+            continue
+        seen.add(n)
+        if not n.users or n is m.tokens or n is m.base or n.op == "output":
+            return False
+        stack.extend(n.users)
+    return not stack
+
+
+def is_zero(n: fx.Node) -> bool:
+    """Whether a tensor was made of zeros."""
+    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return op_name(n) in ("zeros", "zeros_like", "new_zeros")
 
 
 def _by_position(n: fx.Node) -> bool:

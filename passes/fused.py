@@ -9,9 +9,9 @@ import torch.fx as fx
 from .. import activation as act
 from ..ir import Experts, Form, Rejection
 from . import terms as T
-from .experts import row_index, row_variable
 from .match import ExpertsMatch, Param
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
+from .rows import row_index, row_variable
 
 
 def is_fused(n: fx.Node) -> bool:

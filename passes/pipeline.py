@@ -17,11 +17,11 @@ from . import recall, unify
 from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
-from .fused import is_fused
-from .gating import GatingMatch, match_gating
+from .fold import Fold, fold_of, scaled
+from .gating import GatingMatch, match_gating, where_valid
 from .match import ExpertsMatch
 from .plan import BlockPlan, execute
-from .pull import Puller, call_args, dtype_of, op_name
+from .pull import Puller, dtype_of
 from .region import Block, routing_nodes
 from .rewrite import Planner
 from .shadow import Shadow
@@ -177,58 +177,39 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
     """Everything about one block; a number that scales the combined result becomes a part of the weights where they are recovered."""
-    scaled = scaled_result(m)
-    if scaled is not None:
-        block = _assemble(scaled, shadow, p)
-        if block.gating is not None:
-            return block
-    return _assemble(m, shadow, p)
+    fold = fold_of(m, shadow)
+    block = _assemble(m, shadow, p, m.out if fold.last is None else fold.last)
+    if fold.last is None or block.gating is None:
+        return block
+    gating = replace(block.gating, gating=scaled(block.gating.gating, fold.factor))
+    return replace(block, gating=gating, ir=replace(block.ir, gating=gating.gating), fold=fold)
 
 
-def scaled_result(m: ExpertsMatch) -> ExpertsMatch | None:
-    """c · Σ_j w y = Σ_j (c w) y, when the result goes nowhere but into that product."""
-    n, factor = m.out, 1.0
-    if m.base is not None or m.experts.weight_on_input or is_fused(n):
-        return None
-    while len(n.users) == 1:
-        (u,) = n.users
-        if (
-            op_name(u) in ("mul", "div")
-            and u.args[0] is n
-            and isinstance(u.args[1], (int, float))
-            and getattr(call_args(u), "rounding_mode", None) is None
-        ):
-            factor = factor * u.args[1] if op_name(u) == "mul" else factor / u.args[1]
-            m = replace(m, out=u, weight=T.mul(T.const(u.args[1] if op_name(u) == "mul" else 1 / u.args[1]), m.weight))
-        elif op_name(u) not in ("view", "reshape", "_unsafe_view", "unflatten", "flatten") and not (
-            op_name(u) == "to" and dtype_of(u) == dtype_of(n)
-        ):
-            break
-        n = u
-    return m if factor != 1.0 else None
-
-
-def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
-    """The gating, the shared expert, the nodes at the boundary."""
+def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Block:
+    """The gating, the shared expert (added to `result`), the nodes at the boundary."""
     nodes = routing_nodes(m, p)
     ids, weights = nodes.ids, nodes.weights
     found = match_gating(m, shadow.walls)
+    masked = False
+    if isinstance(found, Rejection) and ids is not None and (valid := where_valid(m)) is not None:
+        again = match_gating(valid, shadow.walls)
+        found, masked = (again, True) if isinstance(again, GatingMatch) else (found, False)
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
-    shared = match_shared(m, shadow.order, shadow.walls)
+    shared = match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared[0], note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins)
+    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins, masked=masked)
 
 
 def as_written(b: Block, note: str) -> Block:
     """The same block with its routing left alone."""
-    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note))
+    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note), fold=Fold(), masked=False)
 
 
 # ---- loops read by example ---------------------------------------------------------------------------------------------

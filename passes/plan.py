@@ -64,10 +64,17 @@ class ExpertsPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: its routing, its experts, or only the first when capture has put the experts in already."""
+    """One block: its routing, its experts, or only the first when capture has put the experts in already.
+
+    `folded`: (product that the weights carry now, the node that takes its place). `reader`: the experts' op that capture put in,
+    where it must read weights that nobody else may read. `fixed`: variable floats that the recovered numbers are the values of.
+    """
 
     route: RoutePlan | None
     experts: ExpertsPlan | None
+    folded: tuple[tuple[str, str], ...] = ()
+    fixed: tuple[str, ...] = ()
+    reader: str | None = None
 
 
 @dataclass
@@ -90,6 +97,8 @@ class Executor:
 
     def block(self, plan: BlockPlan) -> None:
         weights = ids = None
+        for name in plan.fixed:
+            float(example_value(self.names[name]))  # a guard: another value is another graph
         if plan.route is not None:
             if plan.route not in self.routed:
                 self.routed[plan.route] = self.route(plan.route)
@@ -100,6 +109,10 @@ class Executor:
             weights = self.node(p.weights) if p.weights is not None else weights
             assert ids is not None and weights is not None
             self.experts(p, ids, weights)
+        if plan.reader is not None and weights is not None:
+            self.names[plan.reader].update_arg(2, weights)
+        for product, source in plan.folded:
+            self.leave_out(self.names[product], self.node(source))
 
     # ---- gating --------------------------------------------------------------------------------------------------------
 
@@ -109,12 +122,16 @@ class Executor:
         logits = inputs[0]
         where = _after(max(inputs, key=lambda n: self.position.get(n, -1)))
         with self.graph.inserting_before(where):
-            tensors = (_rows(self.graph, logits, p.num_experts), *(None if q is None else self.operand(q) for q in (p.bias, p.table)))
+            bias, table = (None if q is None else self.operand(q) for q in (p.bias, p.table))
+            tensors = (_rows(self.graph, logits, p.num_experts), bias, None if p.normaliser is not None else table)
             pair = _call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
             weights = _call(self.graph, operator.getitem, (pair, 0), logits)
             ids = _call(self.graph, operator.getitem, (pair, 1), logits)
             if p.normaliser is not None:
                 weights = normalised(self.graph, p.normaliser, weights)
+                if table is not None:
+                    picked = _call(self.graph, operator.getitem, (table, ids), logits)
+                    weights = _call(self.graph, operator.mul, (weights, self.cast_to(picked, p.plain[-1], table)), logits)
         for names, new in ((p.ids, ids), (p.weights, weights)):
             for name in names:
                 old = self.names[name]
@@ -122,6 +139,11 @@ class Executor:
                 old.replace_all_uses_with(new)
                 self.now[old] = new
         return weights, ids
+
+    def leave_out(self, product: fx.Node, source: fx.Node) -> None:
+        product.replace_all_uses_with(source)
+        self.now[product] = source
+        self.graph.erase_node(product)
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 
@@ -156,6 +178,9 @@ class Executor:
                 u.replace_input_with(d, new)
         for d in aliases:
             self.now[d] = new
+
+    def cast_to(self, n: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        return _method(self.graph, "to", (n, dtype), like)
 
     def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if example_value(source).dtype == dtype else _method(self.graph, "to", (n, dtype), n)

@@ -1,7 +1,7 @@
 """Pull: ask what one element of a node is, and get a term.
 
-`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in `pull_rules` and
-`pull_index`. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
+`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in the
+`pull_*` files. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def call_args(n: fx.Node) -> SimpleNamespace:
 
 
 def size_of(s: Any) -> Any:
-    """int, or the sympy expression of a SymInt (or of a node that holds one)."""
+    """int, or the sympy expression of a SymInt (or of a node that holds one); a SymFloat is the number it has now (see `fixed_number`)."""
     if isinstance(s, fx.Node):
         s = s.meta.get("val")
+    if isinstance(s, torch.SymFloat):
+        return s.node.hint
     if isinstance(s, torch.SymInt):
         e = s.node.expr
         return int(e) if e.is_Integer else e
@@ -92,8 +94,22 @@ def dtype_of(n: fx.Node) -> torch.dtype:
     return v.dtype
 
 
+def fixed_number(n: fx.Node) -> bool:
+    """A float of the user's that Dynamo keeps variable: it is read as the number it has now, and guarded where a block rests on it."""
+    v = n.meta.get("val")
+    return isinstance(v, torch.SymFloat) and v.node.hint is not None
+
+
+def as_written(value: Tensor) -> Any:
+    """A constant tensor's number; a float32 as the shortest decimal that rounds to it (1e-12, not 9.99999996e-13)."""
+    number = value.item()
+    if value.dtype is not torch.float32 or number != number or number in (float("inf"), -float("inf")):
+        return number
+    return next(x for p in range(1, 18) if float(torch.tensor(x := float(f"{number:.{p}g}"), dtype=torch.float32)) == number)
+
+
 class Mask:
-    """A boolean tensor whose true elements are rows; identity is the node it came from."""
+    """A boolean tensor whose true elements are rows; nodes that say the same are one mask."""
 
     def __init__(self, puller: Puller, node: fx.Node) -> None:
         self.node, self.shape = node, shape_of(node)
@@ -112,11 +128,12 @@ class Puller:
     """`stop(node)` says where to make an atom; `dtypes` notes the dtype in which a pointwise function was computed."""
 
     def __init__(self, stop: Callable[[fx.Node], bool], walls: set[fx.Node] = frozenset(), limit: int = 400_000) -> None:  # type: ignore[assignment]
-        from . import pull_index, pull_rules  # noqa: F401  (they fill RULES)
+        from . import pull_index, pull_rules, pull_select, pull_views  # noqa: F401  (they fill RULES)
 
         self.stop, self.walls, self.left = stop, walls, limit
         self.memo: dict[tuple[fx.Node, tuple[Term, ...]], Term] = {}
         self.masks: dict[fx.Node, Mask] = {}
+        self.mask_of: dict[Any, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
         self.unknown: dict[fx.Node, str] = {}
 
@@ -124,6 +141,8 @@ class Puller:
         """The element of `node` (a node or a number) at an index tuple of its rank."""
         if not isinstance(node, fx.Node):
             return T.const(node)
+        if fixed_number(node):
+            return T.const(size_of(node))
         key = (node, tuple(idx))
         out = self.memo.get(key)
         if out is None:
@@ -157,7 +176,7 @@ class Puller:
         value = getattr(owner, str(node.target), None) if owner is not None else None
         if isinstance(value, Tensor) and value.ndim == 0 and not isinstance(value, torch.nn.Parameter):
             try:
-                return T.const(value.item())
+                return T.const(as_written(value))
             except (RuntimeError, TypeError):
                 pass
         return T.atom(node, ())
@@ -165,7 +184,9 @@ class Puller:
     def mask(self, node: fx.Node) -> Mask:
         m = self.masks.get(node)
         if m is None:
-            m = self.masks[node] = Mask(self, node)
+            m = Mask(self, node)
+            value = T.canonical(m.at(tuple(T.named(f"mask{d}", s) for d, s in enumerate(m.shape))))
+            m = self.masks[node] = self.mask_of.setdefault((m.shape, value), m)
         return m
 
     def broadcast(self, node: Any, idx: tuple[Term, ...]) -> Term:

@@ -82,7 +82,9 @@ def _value(v: Any) -> Any:
             v.requires_grad,
             str(v.stride()) if v.layout is torch.strided else "",
         )
-    if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(v, torch.SymFloat):  # a block may rest on the number it has now
+        return (str(v), repr(v.node.hint))
+    if isinstance(v, (torch.SymInt, torch.SymBool)):
         return str(v)
     if isinstance(v, (list, tuple)):
         return tuple(_value(x) for x in v)

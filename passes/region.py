@@ -10,11 +10,12 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from . import terms as T
-from .experts import row_index, rows
+from .fold import Fold
 from .fused import is_fused
 from .gating import GatingMatch
 from .match import ExpertsMatch
-from .pull import Puller, call_args, op_name, shape_of
+from .pull import Puller, call_args, fixed_number, op_name, shape_of
+from .rows import row_index, rows
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Block:
     """A match with all that validation and rewrite need.
 
     `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
-    when there is none). None where no node of the graph holds that value.
+    when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
+    `masked`: the weights are those of the gating only where the ids are experts.
     """
 
     match: ExpertsMatch
@@ -33,6 +35,8 @@ class Block:
     raw_ids: fx.Node | None
     shared: fx.Node | None = None
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
+    fold: Fold = field(default_factory=Fold)
+    masked: bool = False
 
     def params(self) -> list[fx.Node]:
         m = self.match
@@ -47,6 +51,13 @@ class Block:
         m = self.match
         given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
         return list(dict.fromkeys([*given, *self.params(), *self.twins]))
+
+    def fixed_numbers(self) -> list[fx.Node]:
+        """Variable floats of the user's that the recovered numbers were read from."""
+        routing = [self.ids, self.weights, *self.twins] if self.gating is None else self.routing_inputs()
+        given = [n for n in (self.match.tokens, self.match.base, *self.params(), *routing) if n is not None]
+        nodes = inside([self.match.out if self.fold.last is None else self.fold.last], given)
+        return [] if isinstance(nodes, Rejection) else [n for n in nodes if fixed_number(n)]
 
 
 @dataclass
@@ -109,10 +120,11 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
 
 
 SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like")
+SIZES = ("sym_size", "sym_numel", "sym_stride")
 
 
 def data_inputs(n: fx.Node) -> list[fx.Node]:
-    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like no more than a shape."""
-    if op_name(n) in SHAPE_ONLY:
+    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape."""
+    if op_name(n) in SHAPE_ONLY or op_name(n) in SIZES or fixed_number(n):
         return []
     return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

@@ -9,12 +9,12 @@ import torch.fx as fx
 
 from ..ir import Norm, Rejection
 from ..ops import route_args
-from .experts import rows
 from .fused import is_fused
 from .match import ExpertsMatch
 from .plan import BlockPlan, ExpertsPlan, RoutePlan, can_emit
 from .pull import shape_of
 from .region import Block
+from .rows import rows
 from .shadow import Shadow, example_value, mutated_args
 from .terms import same_size
 
@@ -41,7 +41,16 @@ class Planner:
 
     def plan(self, b: Block) -> BlockPlan:
         route = None if b.gating is None else self._route(b)
-        return BlockPlan(route, None if is_fused(b.match.out) else self._experts(b))
+        fused = is_fused(b.match.out)
+        folded = tuple((d.name, source.name) for d, source in b.fold.products)
+        reader = self.locate(b.match.out, b.match.out).name if fused and (folded or b.masked) else None
+        return BlockPlan(route, None if fused else self._experts(b), folded, self._fixed(b), reader)
+
+    def _fixed(self, b: Block) -> tuple[str, ...]:
+        """Dynamo nodes that hold the variable floats of the block: all those that say the same."""
+        exprs = {str(n.meta["val"].node.expr) for n in b.fixed_numbers()}
+        values = ((d, example_value(d)) for d in self.shadow.dynamo.graph.nodes) if exprs else ()
+        return tuple(d.name for d, v in values if isinstance(v, torch.SymFloat) and str(v.node.expr) in exprs)
 
     def _route(self, b: Block) -> RoutePlan:
         g = b.gating
@@ -56,7 +65,10 @@ class Planner:
         tables = [
             None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
         ]
-        redirected = (self._readable(b.raw_ids, torch.int64), self._readable(b.weights, g.gating.weight_dtype))
+        weights = (
+            () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
+        )
+        redirected = (self._readable(b.raw_ids, torch.int64), weights)
         return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
 
     def _readable(self, s: fx.Node | None, dtype: torch.dtype) -> tuple[str, ...]:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch.fx as fx
 
 from ..ir import Form, SharedExpert
 from . import terms as T
-from .experts import No, factors, is_row, layout, parse_core, row_index, row_variable, rows
+from .expert_core import layout, parse_core
 from .find import users_through_views
 from .match import ExpertsMatch
 from .pull import CONTRACTIONS, Puller, op_name, shape_of
+from .rows import No, factors, is_row, row_index, row_variable, rows
 from .terms import Term
 
 
-def match_shared(m: ExpertsMatch, order: dict[fx.Node, int], walls: set[fx.Node]) -> tuple[SharedExpert, fx.Node] | None:
-    """(the shared expert, the node that holds its output), or None when nothing of that form is added to the result."""
-    if m.base is not None:
-        found = _read(m, m.base, order, walls)
-        if found is not None:
-            return found, m.base
-    for u in users_through_views(m.out):
-        if op_name(u) != "add":
-            continue
-        for other in u.args[:2]:
-            if isinstance(other, fx.Node) and not _comes_from(other, m.out) and shape_of(other)[-1:] == shape_of(m.out)[-1:]:
-                found = _read(m, other, order, walls)
-                if found is not None:
-                    return found, other
+def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> tuple[SharedExpert, fx.Node] | None:
+    """(the shared expert, the node that holds its output), or None when nothing of that form is added to the result.
+
+    `result`: the node that the routed experts end in, after a scale on the output.
+    """
+    starts = [] if m.base is None else [m.base]
+    for other in (x for n in (*starts, *_joined(result)) for x in _addends(n)):
+        if shape_of(other)[-1:] == shape_of(m.out)[-1:]:
+            found = _read(m, other, order, walls)
+            if found is not None:
+                return found, other
     return None
+
+
+FAR = 4  # additions that are looked through: zeros, a scale, a residual
+
+
+def _addends(n: fx.Node) -> list[fx.Node]:
+    """What is added, and what that is a sum of."""
+    out = [n]
+    for n in out:
+        while op_name(n) in ("clone", "view", "reshape", "contiguous"):
+            n = n.args[0]  # type: ignore[assignment]
+        if op_name(n) == "add" and len(out) < FAR:
+            out.extend(x for x in n.args[:2] if isinstance(x, fx.Node))
+    return out
+
+
+def _joined(out: fx.Node) -> Iterator[fx.Node]:
+    """What is added to the result, nearest first; further additions count as long as nobody else reads the sum so far."""
+    for _ in range(FAR):
+        users = [u for u in users_through_views(out) if op_name(u) == "add"]
+        for u in users:
+            yield from (x for x in u.args[:2] if isinstance(x, fx.Node) and not _comes_from(x, out))
+        if len(users) != 1 or len(list(users_through_views(out))) != 1:
+            return
+        out = users[0]
 
 
 def _comes_from(n: fx.Node, out: fx.Node) -> bool:

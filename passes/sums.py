@@ -4,6 +4,7 @@
 Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
 Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
 Σ_v [v = a] f(v)         = f(a)                        one-hot
+Σ_q [k_q = k_p] [q is as far down its group as p] f(q) = f(p)    rows in a padded batch
 Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
 """
 
@@ -25,11 +26,11 @@ def sum_over(v: Term, body: Term) -> Term:
         return mul(const(v.args[1]), body)
     if v.args[1] == 1:
         return subst(body, {v: const(0)})
-    if body.op == "ite" and (cases := _cases(v, body)) is not None:
+    if body.op in ("ite", "mul") and (cases := _cases(v, body)) is not None:
         return add(*cases)
     if body.op == "eq" and any(_is_slot(a, v) and not uses(b, v) for a, b in (body.args, body.args[::-1])):
         return mk("any", v, body)  # choices are distinct: at most one slot matches
-    for rule in (_permuted, _masked_rows, _factor_out, _one_hot, _scattered):
+    for rule in (_permuted, _masked_rows, _factor_out, _same_place, _one_hot, _scattered):
         out = rule(v, body)
         if out is not None:
             return out
@@ -111,6 +112,19 @@ def _one_hot(v: Term, body: Term) -> Term | None:
     return None
 
 
+def _same_place(v: Term, body: Term) -> Term | None:
+    """Two positions with one key and one rank among those of that key are one position."""
+    fs = body.args if body.op == "mul" else ()
+    for f in fs:
+        if f.op != "eq" or any(x.op != "rank" for x in f.args):
+            continue
+        for (key, q, e), (other, p, g) in ((f.args[0].args, f.args[1].args), (f.args[1].args, f.args[0].args)):
+            own = q is v and key is other and not uses(p, v) and T.below(p, v.args[1])
+            if own and e is T.at_key(key, q) and g is T.at_key(key, p) and T.eq(e, g) in fs:
+                return subst(mul(*(x for x in fs if x is not f)), {v: p})
+    return None
+
+
 def uses_any_bound(b: Term) -> bool:
     """Output indices are in range by construction."""
     return b.op == "v"
@@ -122,10 +136,17 @@ def _ratio(n: Any, k: Any) -> Any:
 
 
 def _cases(v: Term, body: Term) -> list[Term] | None:
-    """Σ_v of a body that is written case by case: one tensor for each value of v, stacked."""
+    """Σ_v of a body, or of a factor of it, that is written case by case: one tensor for each value of v, stacked."""
     size = v.args[1]
     if not isinstance(size, int):
         return None
+    if body.op == "mul":
+        written = [f for f in body.args if f.op == "ite" and f.args[0].op == "eq" and v in f.args[0].args]
+        cases = _cases(v, written[0]) if len(written) == 1 else None
+        if cases is None or len(cases) != size:
+            return None
+        rest = mul(*(f for f in body.args if f is not written[0]))
+        return [mul(subst(rest, {v: const(c)}), case) for c, case in enumerate(cases)]
     out: dict[int, Term] = {}
     while body.op == "ite" and body.args[0].op == "eq" and v in body.args[0].args:
         (c,) = (x for x in body.args[0].args if x is not v)
@@ -136,7 +157,8 @@ def _cases(v: Term, body: Term) -> list[Term] | None:
     left = [c for c in range(size) if c not in out]
     if not out or len(left) > 1 and uses(body, v):
         return None
-    return [*out.values(), *(subst(body, {v: const(c)}) for c in left)]
+    out.update((c, subst(body, {v: const(c)})) for c in left)
+    return [out[c] for c in sorted(out)]
 
 
 def _is_slot(t: Term, v: Term) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..ir import Rejection
 from .fused import is_fused
-from .pull import op_name, shape_of, size_of
-from .region import SHAPE_ONLY, Block, inside
+from .pull import fixed_number, op_name, shape_of, size_of
+from .region import SHAPE_ONLY, SIZES, Block, inside
 from .shadow import mutated_args
 
 TOLERANCE = 1e-7
@@ -32,8 +32,10 @@ class Sizes:
     symbols: dict[Any, int]
     literal: dict[int, int]
 
-    def of(self, s: Any) -> int:
+    def of(self, s: Any) -> Any:
         s = size_of(s)
+        if isinstance(s, float):
+            return s
         if isinstance(s, sp.Expr):
             return int(s.subs({x: self.symbols.get(x, 3) for x in s.free_symbols}))
         return self.literal.get(s, s)
@@ -45,13 +47,14 @@ class Sizes:
 def validate(block: Block) -> Rejection | None:
     """None when the block's IR and its subgraph agree on every probe; else which part does not, and by how much."""
     parts: list[Any] = []
+    routing = [n for n in (block.raw_ids, block.weights, block.ids if block.masked else None) if n is not None]
     if is_fused(block.match.out):  # its experts were compared with the original function when it was captured
         if block.gating is not None and block.raw_ids is not None and block.weights is not None:
-            parts.append((_routing_probe, [block.raw_ids, block.weights], block.routing_inputs(), "the routing"))
+            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
     elif block.ids is not None and block.weights is not None:
         parts.append((_experts_probe, [block.match.out], block.expert_inputs(), "the experts"))
         if block.gating is not None and block.raw_ids is not None:
-            parts.append((_routing_probe, [block.raw_ids, block.weights], block.routing_inputs(), "the routing"))
+            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
     else:
         tokens_and_rest = [
             n for n in dict.fromkeys([block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]) if n is not None
@@ -61,7 +64,7 @@ def validate(block: Block) -> Rejection | None:
         nodes = inside(outs, boundary)
         if isinstance(nodes, Rejection):
             return nodes
-        key = (probe.__name__, block.ir, signature(nodes, boundary, outs))
+        key = (probe.__name__, block.ir, block.fold.factor, signature(nodes, boundary, outs))
         if key not in _proved:
             if len(_proved) > 4096:
                 _proved.clear()
@@ -181,21 +184,26 @@ def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]
     g = block.gating
     assert g is not None
     gating = g.gating
-    ids, weights = (env[o].reshape(-1, gating.k) for o in outs)
+    ids, weights, *mapped = (env[o].reshape(-1, gating.k) for o in outs)
     choice, raw = gating.selection(*_routing_values(block, env)[:2], torch.float64)
     best = choice.topk(gating.k, dim=-1).values
     chosen = choice.gather(-1, ids).sort(-1, descending=True).values
     if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()) or not torch.allclose(chosen, best, rtol=1e-9, atol=1e-12):
         return "other experts are selected"
     _, bias, table = _routing_values(block, env)
-    return _difference(weights, gating.weights_of(raw, ids, bias, table))
+    wanted = gating.weights_of(raw, ids, bias, table)
+    if mapped:
+        e = block.match.experts
+        valid = (mapped[0] >= 0) & (mapped[0] < e.num_experts + e.num_identity)
+        weights, wanted = weights * valid, wanted * valid
+    return _difference(weights * block.fold.factor, wanted)
 
 
 def _joint_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
     g = block.gating
     assert g is not None
     w, ids = g.gating.evaluate(*_routing_values(block, env))
-    return _difference(env[outs[0]], _experts_value(block, env, ids, w))
+    return _difference(env[outs[0]] * block.fold.factor, _experts_value(block, env, ids, w))
 
 
 def _routing_values(block: Block, env: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -289,7 +297,7 @@ def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
         return a
 
     for n in nodes:
-        if n.op == "placeholder":
+        if n.op == "placeholder" or op_name(n) in SIZES or fixed_number(n):
             env[n] = sizes.of(n.meta["val"])
         elif n.op == "get_attr":
             v = _constant(n)

@@ -17,21 +17,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 
 
 # Spellings that the catalogue asks to be fused and that are left as written so far: outputs are eager's all the same.
 _KNOWN_MISSES = {
-    "ExpertScaleAfterCustomNorm": "a per-expert table behind a custom normaliser stays as written",
-    "KOfOne": "top-1 with renormalisation is recovered as two nested blocks",
-    "LoopBoolMask": "the recording of a boolean-mask loop does not reproduce the function",
-    "LoopMaskAny": "`if mask.any()` loops are not read",
-    "LoopRootFrame": "router and loop in one root frame are not captured",
-    "ScatterAddInfer": "scatter_reduce chains are not read",
-    "SortedPadded": "padded bmm through a running count is not read",
-    "ForeignExpertsSentinel": "weights masked by the id keep the routing as written",
     "IdentityDense": "identity experts written as a dense addend are kept as an addend",
     "identity": "holds IdentityDense",
-    "sigmoid-clamp": "torch.maximum with a constant tensor is recovered as another guard than clamp",
 }
 
 
@@ -52,6 +45,8 @@ def _in_catalogue(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
     for item in items:
+        if item.path.parent.name == "gpu":  # the interpreter is numpy, which warns of infinities that a kernel masks
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
         call = getattr(item, "callspec", None)
         params = call.params if call is not None else {}
         missed = _KNOWN_MISSES.get(params.get("name", params.get("group", ""))) if _in_catalogue(item) else None

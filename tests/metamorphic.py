@@ -136,7 +136,9 @@ def may_select_first(g: Gating) -> bool:
 
 
 def may_use_values(g: Gating) -> bool:
-    """Whether the values top-k returns are the weights."""
+    """Whether the values top-k returns are the weights: with a fill of 0 only scores that are surely positive beat it."""
+    if g.groups is not None and g.groups.fill == 0.0 and g.bias is not BiasOn.NONE:
+        return False
     return g.bias is BiasOn.NONE or (g.bias is BiasOn.SCORE and g.bias_in_weights)
 
 

@@ -1,0 +1,34 @@
+"""The CUDA target: routing, grouped GEMMs and combine as Triton kernels. Triton is looked up when a block is lowered."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from ... import activation as act
+from ...ir import MoeBlock
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def can_lower(ir: MoeBlock) -> str | None:
+    """None when the CUDA ops can run this block, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    experts = ir.experts
+    if experts.dtype not in (*_KERNEL_DTYPES, torch.float64):
+        return f"expert weights of {experts.dtype} have no CUDA lowering"
+    try:
+        act.encode(experts.activation)
+    except act.UnknownActivation as e:
+        return f"activation: {e}"
+    if experts.num_identity and experts.hidden != experts.out_features:
+        return "identity experts need as many outputs as inputs"
+    return None
+
+
+def lowering_name(ir: MoeBlock) -> str:
+    """What runs the block and the dtype of its products."""
+    dtype = str(ir.experts.dtype).removeprefix("torch.")
+    return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

@@ -1,0 +1,63 @@
+"""The combine: out[t] = add[t] + Σ_j w[t, j] Y[t·k + j], one pass, summed in fp32 in slot order (so it is deterministic)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine(
+    y, ids, weights, x, add, out,
+    tokens, width, k, num_experts, num_identity,
+    stride_x, stride_add,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = t < tokens
+    mask = inside[:, None] & (columns < width)[None, :]
+    total = tl.zeros((BT, BN), tl.float32)
+    for j in range(k):
+        slot = t * k + j
+        e = tl.load(ids + slot, mask=inside, other=-1)
+        w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
+        known = (e >= 0) & (e < num_experts)
+        row = tl.load(y + slot[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+        total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
+        if IDENTITY:
+            same = (e >= num_experts) & (e < num_experts + num_identity)
+            total += tl.load(x + t[:, None] * stride_x + columns[None, :], mask=mask & same[:, None], other=0.0).to(tl.float32) * w[:, None]
+    if ADD:
+        total += tl.load(add + t[:, None] * stride_add + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + t[:, None] * width + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+def early_launch(x: Tensor) -> bool:
+    """Programmatic dependent launch: the next kernel starts while this one drains, and waits for it before it reads anything."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def combine(
+    y: Tensor, ids: Tensor, weights: Tensor, x: Tensor, add: Tensor | None, out: Tensor, num_experts: int, num_identity: int, weighted: bool
+) -> Tensor:
+    """y [T·k, H] by slot, ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
+
+    `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
+    """
+    tokens, k = ids.shape
+    width = out.shape[1]
+    columns = min(1024, triton.next_power_of_2(width))
+    grid = (tokens, triton.cdiv(width, columns))
+    warps = max(1, columns // 256)
+    _combine[grid](
+        y, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
+        WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, PDL=early_launch(x), num_warps=warps, **({"launch_pdl": True} if early_launch(x) else {}),
+    )  # fmt: skip
+    return out

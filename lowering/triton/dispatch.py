@@ -1,0 +1,211 @@
+"""Dispatch metadata of a routing: rows ordered by expert, and the row tiles that the grouped GEMMs walk.
+
+    order   = stable argsort of the experts of all pairs          a counting sort
+    offsets = [0, cumsum(counts)]
+    tile i  belongs to the expert e with tile_end[e-1] <= i < tile_end[e]
+
+Few pairs: one launch, a program per expert, each reads all pairs (they are in the cache) and places its own. Many pairs: two launches, a
+program per segment of pairs; the first counts, the second adds up the counts of the segments before its own and places stably.
+Nothing depends on the order in which programs run, and no program waits for another.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ONE_LAUNCH = 8192  # pairs that one program reads at once
+_BUCKETS = (128, 1024, 4096, _ONE_LAUNCH)
+_CHUNK = 1024  # pairs that one program sorts at once
+_SEGMENTS = 128
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The (token, slot) pairs of ids [T, k] ordered by expert, stable by position; ids outside [0, E) are left out. N = T * k.
+
+    order: int32 [N], sorted row -> slot t * k + j; valid up to offsets[E].
+    offsets: int32 [E + 1], first sorted row of each expert.
+    tiles: row-tile height BM -> int32 [2, E + N // BM] of (expert, first sorted row), expert -1 behind the last tile.
+    num_tiles: row-tile height BM -> int32 [1], how many tiles there are (read by persistent kernels on the device).
+    tile_starts: row-tile height BM -> int32 [E + 1], the first tile of each expert.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    tiles: dict[int, Tensor]
+    num_tiles: dict[int, Tensor]
+    tile_starts: dict[int, Tensor]
+
+
+@triton.jit
+def _experts_of(ids, i, n, E: tl.constexpr):
+    """(expert or 0, whether the pair has one) of pairs i."""
+    e = tl.load(ids + i, mask=i < n, other=-1)
+    known = (e >= 0) & (e < E)
+    return tl.where(known, e, 0).to(tl.int32), known
+
+
+@triton.jit
+def _write_tiles(counts, starts, tiles, tile_starts, length, program, E: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """Entries [program * SLOTS, ...) of the tile list from counts and starts [EP]; program 0 writes the first tile of each expert."""
+    EP: tl.constexpr = counts.shape[0]
+    each = (counts + (BM - 1)) // BM
+    ends = tl.cumsum(each, 0)
+    total = tl.sum(each, 0)
+    i = program * SLOTS + tl.arange(0, SLOTS)
+    e = tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), 1)
+    mine = tl.arange(0, EP)[None, :] == e[:, None]
+    row = tl.sum(tl.where(mine, (starts - (ends - each) * BM)[None, :], 0), 1) + i * BM
+    used = i < total
+    tl.store(tiles + i, tl.where(used, e, -1), mask=i < length)
+    tl.store(tiles + length + i, tl.where(used, row, 0), mask=i < length)
+    _write_offsets(tile_starts, ends, program, E)
+
+
+@triton.jit
+def _write_offsets(offsets, ends, program, E: tl.constexpr):
+    """[0, ends]."""
+    if program == 0:
+        e = tl.arange(0, ends.shape[0])
+        tl.store(offsets + e + 1, ends, mask=e < E)
+        tl.store(offsets, 0)
+
+
+@triton.jit(do_not_specialize=["n", "length0", "length1"])
+def _sort_few(
+    ids, order, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
+    E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
+):  # fmt: skip
+    """Program e places the pairs of expert e."""
+    program = tl.program_id(0)
+    i = tl.arange(0, BN)
+    e, known = _experts_of(ids, i, n, E)
+    counts = tl.histogram(e, EP, mask=known)
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+    mine = known & (e == program)
+    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+    start = tl.sum(tl.where(tl.arange(0, EP) == program, starts, 0), 0)
+    tl.store(order + start + rank, i, mask=mine)
+    _write_offsets(offsets, ends, program, E)
+    if BM0 > 0:
+        _write_tiles(counts, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
+    if BM1 > 0:
+        _write_tiles(counts, starts, tiles1, tile_starts + (E + 1), length1, program, E, BM1, SLOTS1)
+
+
+@triton.jit(do_not_specialize=["n", "segment"])
+def _count(ids, counts, n, segment, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr):
+    """counts[p] = pairs per expert in segment p."""
+    first = tl.program_id(0) * segment
+    total = tl.zeros((EP,), tl.int32)
+    for c in range(first, tl.minimum(first + segment, n), CHUNK):
+        e, known = _experts_of(ids, c + tl.arange(0, CHUNK), n, E)
+        total += tl.histogram(e, EP, mask=known)
+    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), total)
+
+
+@triton.jit
+def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr):
+    """(pairs per expert in all segments, in those before `program`)."""
+    total = tl.zeros((EP,), tl.int32)
+    before = tl.zeros((EP,), tl.int32)
+    for p0 in range(0, segments, BP):
+        p = p0 + tl.arange(0, BP)
+        part = tl.load(counts + p[:, None] * EP + tl.arange(0, EP)[None, :], mask=(p < segments)[:, None], other=0)
+        total += tl.sum(part, 0)
+        before += tl.sum(tl.where((p < program)[:, None], part, 0), 0)
+    return total, before
+
+
+@triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
+def _place(
+    ids, counts, order, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
+    E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
+    BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
+):  # fmt: skip
+    """order of segment p's pairs: a chunk is sorted by (expert, position), then each run is moved to where its expert's rows go on."""
+    program = tl.program_id(0)
+    total, before = _add_up(counts, segments, program, EP, BP)
+    ends = tl.cumsum(total, 0)
+    starts = ends - total
+    target = starts + before
+    at = tl.arange(0, CHUNK)
+    first = program * segment
+    for c in range(first, tl.minimum(first + segment, n), CHUNK):
+        e, known = _experts_of(ids, c + at, n, E)
+        here = tl.histogram(e, EP, mask=known)
+        pairs = tl.sort((tl.where(known, e, E) << BITS) | at)
+        e = pairs >> BITS
+        shift = target - (tl.cumsum(here, 0) - here)
+        row = tl.gather(shift, tl.where(e < E, e, 0), 0) + at
+        tl.store(order + row, c + (pairs & (CHUNK - 1)), mask=e < E)
+        target += here
+    _write_offsets(offsets, ends, program, E)
+    if BM0 > 0:
+        _write_tiles(total, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
+    if BM1 > 0:
+        _write_tiles(total, starts, tiles1, tile_starts + (E + 1), length1, program, E, BM1, SLOTS1)
+
+
+def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
+    """Sort the pairs of ids [T, k] (any int dtype) by expert, with a tile list for every BM in `blocks` (at most two).
+
+    One launch up to 8192 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
+    """
+    n = ids.numel()
+    if n >= 2**31 - _CHUNK:
+        raise ValueError(f"{n} pairs of tokens and experts do not fit the int32 metadata")
+    lengths = [num_experts + n // block for block in blocks]
+    order, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, num_experts + 1, 2 * (num_experts + 1)))
+    tiles = [ids.new_empty(2, length, dtype=torch.int32) for length in lengths]
+    launch = _launch_few if n <= _ONE_LAUNCH else _launch_many
+    launch(ids.contiguous(), num_experts, blocks, lengths, [order, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
+    by_block = dict(zip(blocks, starts.view(2, -1).unbind(0)))
+    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {b: t[num_experts:] for b, t in by_block.items()}, by_block)
+
+
+def _bins(num_experts: int) -> int:
+    return max(32, triton.next_power_of_2(num_experts))
+
+
+def _pair(values: list[int], none: int = 0) -> list[int]:
+    return [*values, none, none][:2]
+
+
+def _slots(lengths: list[int], programs: int) -> list[int]:
+    """Tile list entries that each program writes, of either list."""
+    return _pair([triton.next_power_of_2(triton.cdiv(length, programs)) for length in lengths], 1)
+
+
+def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
+    bucket = next(b for b in (*_BUCKETS, triton.next_power_of_2(max(1, ids.numel()))) if b >= ids.numel())
+    programs = num_experts
+    slots = _slots([num_experts + bucket // block for block in blocks], programs)  # of the bucket: fewer kernels
+    bms = _pair(list(blocks))
+    _sort_few[(programs,)](
+        ids, *out, ids.numel(), *_pair(lengths),
+        E=num_experts, EP=_bins(num_experts), BN=bucket, BM0=bms[0], BM1=bms[1], SLOTS0=slots[0], SLOTS1=slots[1],
+        num_warps=8 if bucket > 1024 else 4,
+    )  # fmt: skip
+
+
+def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
+    n, bins = ids.numel(), _bins(num_experts)
+    chunks = triton.cdiv(n, _CHUNK)
+    segment = triton.cdiv(chunks, _SEGMENTS if bins <= 256 else _SEGMENTS // 2) * _CHUNK
+    segments = triton.cdiv(n, segment)
+    counts = ids.new_empty(segments, bins, dtype=torch.int32)
+    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=_CHUNK, num_warps=4)
+    bms, slots = _pair(list(blocks)), _slots(lengths, segments)
+    _place[(segments,)](
+        ids, counts, *out, n, segment, segments, *_pair(lengths),
+        E=num_experts, EP=bins, CHUNK=_CHUNK, BITS=_CHUNK.bit_length() - 1, BP=max(1, 8192 // bins),
+        BM0=bms[0], BM1=bms[1], SLOTS0=slots[0], SLOTS1=slots[1], num_warps=8,
+    )  # fmt: skip

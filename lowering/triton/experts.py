@@ -1,0 +1,267 @@
+"""The routed experts on CUDA: dispatch, up GEMM with gather and activation, down GEMM, combine; or the two launches of the few-token path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...ir import Form
+from .. import generic
+from ..generic import Layout
+from . import activation, decode, gemm, tune
+from .combine import combine, early_launch
+from .dispatch import Dispatch, dispatch
+from .tune import Choice, Tile, Vector
+from .weights import (
+    Biases,
+    Matrices,
+    descriptor,
+    down_biases,
+    down_matrices,
+    flat_descriptor,
+    flat_fits,
+    rows_descriptor,
+    tma_fits,
+    up_biases,
+    up_matrices,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The operands of one call, as the kernels take them."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    up: Matrices
+    down: Matrices
+    up_bias: Biases | None
+    down_bias: Biases | None
+    add: Tensor | None
+    layout: Layout
+
+    @property
+    def slots(self) -> int:
+        return self.ids.numel()
+
+
+def forward(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    add: Tensor | None,
+    layout: Layout,
+    save: bool,
+    choice: Choice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `generic.forward`; the second result (pre-activations in the dispatch's row order) is only filled when `save`."""
+    call = read(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    if call is None:
+        return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    out = x.new_empty(x.shape[0], call.down.n)
+    pre = x.new_empty(call.slots if save else 0, layout.pre_width(down))
+    if call.slots == 0:
+        return (out.zero_() if add is None else out.copy_(add)), pre
+    if choice is None:
+        problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, ids.shape[1], x.dtype, layout.gated)
+        choice = tune.choose(problem, x.shape[0], x.device)
+    if choice.decode is not None and not save:
+        return _few_tokens(call, out, *choice.decode), pre
+    return _grouped(call, out, pre if save else None, choice), pre
+
+
+def read(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    add: Tensor | None,
+    layout: Layout,
+) -> Call | None:
+    """The operands for the kernels, or None when they are beyond them (other or mixed dtypes, no contiguous dimension)."""
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in (*up, *down, *up_bias, *down_bias)) or x.shape[1] == 0:
+        return None
+    generic.check_sizes(layout, up, down, up_bias, down_bias)
+    u, d = up_matrices(layout, up), down_matrices(layout, down)
+    if u is None or d is None:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if add is not None and add.stride(1) != 1:
+        add = add.contiguous()
+    biases = up_biases(layout, up_bias), down_biases(layout, down_bias)
+    return Call(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)
+
+
+def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
+    layout = c.layout
+    a = c.x.new_empty(c.slots, c.up.n)
+    fns = activation.functions(layout.act_ops, layout.act_consts)
+    launch = {"launch_pdl": True} if early_launch(c.x) else {}
+    k = c.ids.shape[1]
+    bias = c.up_bias
+    bn, bk = _extents(up, c.up)
+    decode.up_decode[(c.slots, triton.cdiv(c.up.n, bn))](
+        c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
+        c.up.n, c.up.k, k, layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k, *_bias_strides(bias),
+        MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=up.warps, **launch,
+    )  # fmt: skip
+    bias = c.down_bias
+    bn, bk = _extents(down, c.down)
+    decode.down_decode[(c.ids.shape[0], triton.cdiv(c.down.n, bn))](
+        a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, c.add, out,
+        c.down.n, c.down.k, k, layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
+        *_bias_strides(bias), c.x.stride(0), c.add.stride(0) if c.add is not None else 0,
+        WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
+        ADD=c.add is not None, IDENTITY=layout.num_identity > 0,
+        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
+        num_warps=down.warps, **launch,
+    )  # fmt: skip
+    return out
+
+
+def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
+    layout = c.layout
+    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
+    a = c.x.new_empty(c.slots, c.up.n)
+    y = c.x.new_empty(c.slots, c.down.n)
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, gather=c.ids.shape[1], pre=pre,
+                 row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
+    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down, None, scatter=True)
+    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, layout.num_identity, not layout.weight_on_input)
+
+
+def grouped_gemm(
+    a: Tensor,
+    w: Matrices,
+    bias: Biases | None,
+    rows: Dispatch,
+    out: Tensor,
+    tile: Tile,
+    layout: Layout | None,
+    gather: int = 0,
+    scatter: bool = False,
+    pre: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> None:
+    """out[r] = epilogue(a[r] W[e]ᵀ) over the rows of a dispatch.
+
+    `layout`: whose activation runs on the projections; None: the plain product. `gather` = k: row r of the product is a[slot(r) // k].
+    `scatter`: results go to out[slot(r)]. `pre`: keeps the pre-activations. `row_weights` [N] by slot scale the input rows.
+    """
+    mode = gemm.PLAIN if layout is None else _mode(layout)
+    parts: tuple[Any, ...] = w.parts
+    stride_n, bn = w.stride_n, tile.bn
+    if mode == gemm.DUAL and w.whole is not None:
+        mode, parts, stride_n, bn = gemm.INTERLEAVED, (w.whole,), w.whole.stride(-2), max(tile.bn // 2, 16)
+    width = 2 * bn if mode == gemm.INTERLEAVED else bn
+    if tile.hopper and mode != gemm.INTERLEAVED and hopper_fits(a, w, tile):
+        _warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, scatter, pre, row_weights)
+        return
+    kind = _kind(w)
+    if tile.tma and not w.table and a.is_cuda and all(tma_fits(p) for p in parts):
+        kind = gemm.TMA
+        block = (width, tile.bk) if w.out_in else (tile.bk, width)
+        parts = tuple(descriptor(p, block) for p in parts)
+    tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
+    fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
+    most = tiles.shape[1] * triton.cdiv(w.n, bn)
+    grid = (min(most, tile.per_sm * _processors(a.device)) if tile.per_sm else most,)
+    launch = {"launch_pdl": True} if early_launch(a) else {}
+    gemm.grouped_gemm[grid](
+        a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
+        tiles.shape[1], w.n, w.k, max(gather, 1),
+        a.stride(0), w.stride_e, stride_n, w.stride_k, *_bias_strides(bias), out.stride(0), pre.stride(0) if pre is not None else 0,
+        MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
+        GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
+        EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
+        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
+        num_warps=tile.warps, num_stages=tile.stages, **launch,
+    )  # fmt: skip
+
+
+def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
+    """What the warp-specialised kernel asks of its operands."""
+    card = a.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(a.device) == (9, 0)
+    rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0
+    return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in w.parts)
+
+
+def _warp_specialised(
+    a: Tensor,
+    w: Matrices,
+    bias: Biases | None,
+    rows: Dispatch,
+    out: Tensor,
+    tile: Tile,
+    mode: Any,
+    layout: Layout | None,
+    gather: int,
+    scatter: bool,
+    pre: Tensor | None,
+    row_weights: Tensor | None,
+) -> None:
+    """`grouped_gemm` by hopper.py."""
+    from . import hopper
+
+    box = (tile.bn, tile.bk) if w.out_in else (tile.bk, tile.bn)
+    parts = [flat_descriptor(p, box) for p in w.parts]
+    tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
+    row = w.stride_n if w.out_in else w.stride_k
+    blocks = triton.cdiv(w.n, tile.bn if mode == gemm.DUAL else 2 * tile.bn)
+    fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
+    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
+        a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
+        *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
+        tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
+        out.stride(0), pre.stride(0) if pre is not None else 0,
+        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None,
+        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, LAG=tile.lag, GROUP=tile.group, num_warps=4,
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tf32 only where the user allows it to torch's own products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _mode(layout: Layout) -> Any:
+    return _MODES[Form(layout.form)]
+
+
+def _kind(w: Matrices) -> Any:
+    return gemm.TABLE if w.table else gemm.POINTER
+
+
+def _extents(v: Vector, w: Matrices) -> tuple[int, int]:
+    """Columns and depth of a program's tile: the long side lies along the contiguous dimension."""
+    bn, bk = v.bn, min(v.bk, triton.next_power_of_2(w.k))
+    return (bn, bk) if w.out_in else (min(max(64, bn), triton.next_power_of_2(w.n)), max(16, bn * bk // 64))
+
+
+def _bias_args(bias: Biases | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return (bias.parts[0], bias.parts[-1]) if bias is not None else (None, None)
+
+
+def _bias_strides(bias: Biases | None) -> tuple[int, int]:
+    return (bias.stride_e, bias.stride_n) if bias is not None else (0, 0)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
