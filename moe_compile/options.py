@@ -19,7 +19,7 @@ class Options:
     """What a user may pass as `options=` of `torch.compile(model, backend="moe_fused")`.
 
     target: which lowering takes the fused ops; "auto" follows the device of the graph's tensors.
-    inner: the compiler of everything else: "auto" (Inductor; the "npu" backend on Ascend), the name of any Dynamo backend, or a callable.
+    inner: the compiler of everything else: "auto" (Inductor; on Ascend `mode`), the name of any Dynamo backend, or a callable.
     inner_options: handed to `inner` as its own options.
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.

@@ -173,6 +173,15 @@ def choose_routing(r: Routing, num_experts: int) -> tuple[Row, list[tuple[Row, s
     raise AssertionError("the last row takes everything")
 
 
+def why_aten(r: Routing, num_experts: int) -> str | None:
+    """Why a routing stays in ATen: what the last row that knows its score objected to; None where an op takes it."""
+    row, refused = choose_routing(r, num_experts)
+    if row is not ROUTING[-1]:
+        return None
+    reasons = [why for _, why in refused]
+    return next((why for why in reversed(reasons) if "the score is not" not in why), "no op knows the score function")
+
+
 # ---- activations -------------------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,9 @@ class Recorder(TorchFunctionMode):
         plain = fx.node.map_aggregate((tuple(args), dict(kwargs)), self._operand)
         with self.graph.inserting_before(self.where):
             name = getattr(func, "__name__", "")
-            method = getattr(torch.Tensor, name, None) is func
+            # `x ** 2` arrives as a wrapper of torch._tensor that goes by the method's name
+            wrapped = getattr(func, "__module__", "") == "torch._tensor" and hasattr(torch.Tensor, name)
+            method = wrapped or getattr(torch.Tensor, name, None) is func
             if method and name in _OPERATORS:
                 n = self.graph.call_function(_OPERATORS[name], *plain)  # type: ignore[misc]
             elif method:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...passes.liveness import is_write
 from .. import generic
 from ..routing import Routing
-from . import calls, quant, training
+from . import calls, law, quant, training
 from .calls import Packed
 from .record import Recorder, recording
 from .streams import is_product
@@ -105,6 +105,9 @@ class _Lowering:
         """weights, ids = route(...): readers of ids other than the experts get them as int64."""
         logits, bias, table, *plain = n.args
         tensors = [a for a in (logits, bias, table) if isinstance(a, fx.Node)]
+        why = None if self.train else law.why_aten(Routing(*plain), logits.meta["example_value"].shape[-1])  # type: ignore[arg-type, union-attr]
+        if why is not None:
+            self.notes.append(f"routing as ATen ops: {why}")
         with recording(n, n, tensors) as r:
             w, ids = calls.route(r.value(logits), r.value(bias), r.value(table), Routing(*plain), self.train)  # type: ignore[arg-type]
             others = [u for g in n.users if g.args[1] == 1 for u in g.users if u.target is not ops.experts.default]

@@ -103,6 +103,15 @@ def test_more_experts_than_the_op_takes() -> None:
     assert law.choose_routing(routing(wide), 2048)[0].name == GENERAL
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_stays_in_aten_says_why(name: str) -> None:
+    gating, row, objection = CASES[name]
+    why = law.why_aten(routing(gating), E)
+    assert (why is not None) == (row == ATEN)
+    if row == ATEN and "not a softmax" not in objection:
+        assert objection in str(why)
+
+
 def test_every_row_says_why_it_is_exact() -> None:
     assert all(row.holds and row.calls for row in law.ROUTING) and not law.ROUTING[-1].checks
 

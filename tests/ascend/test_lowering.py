@@ -34,6 +34,7 @@ def test_models_give_eagers_outputs(name: str) -> None:
     assert calls.count("npu_moe_init_routing_v2") == calls.count("npu_moe_finalize_routing") == entry.blocks
     assert calls.count("npu_grouped_matmul") >= 2 * entry.blocks
     assert GATING.get(name, calls[0]) in calls
+    assert any("routing as ATen" in n for n in report.notes) == (name in ("kolibri1", "axk2")), report.notes
     assert not any("moe_compile" in str(n.target) for n in seen.lowered[0].module.graph.nodes)
 
 
