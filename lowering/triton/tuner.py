@@ -130,7 +130,7 @@ def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w
 
 def whole_calls(inputs: Inputs, choice: Choice) -> list[Callable[[], object]]:
     """The routed experts as users get them, on every input set."""
-    rest = ([inputs.up], [inputs.down], [], [], None, inputs.layout, False, choice)
+    rest: Any = ([inputs.up], [inputs.down], [], [], None, inputs.layout, False, choice)
     return [functools.partial(experts.forward, *routed, *rest) for routed in inputs.sets]
 
 
