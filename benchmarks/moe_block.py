@@ -1,9 +1,10 @@
-"""One whole MoE block (router, gating, experts, shared expert): plain Inductor against the fused ops, in one process.
+"""MoE blocks against plain Inductor and against what the machine can do at best, on whatever device is there.
 
-    python benchmarks/moe_block.py            # table, benchmarks/results/cpu.json, benchmarks/results/cpu.png
+    python benchmarks/moe_block.py            # table, benchmarks/results/<cpu or card>.json and .png
 
-Both sides are interleaved, every figure is a median, inputs rotate so that different experts are touched. The floor is the
-larger of (touched expert weights / measured memory bandwidth) and (dense matrix products of the same FLOPs).
+On a CPU: one whole block (router, gating, experts, shared expert), inference and training. Both sides are interleaved, every figure
+is a median, inputs rotate so that different experts are touched. The floor is the larger of (touched expert weights / measured memory
+bandwidth) and (dense matrix products of the same FLOPs). On a GPU: see on_cuda.py; results are merged into the card's file.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import roofline
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.afmoe import modeling_afmoe
 from transformers.models.afmoe.configuration_afmoe import AfmoeConfig
-from transformers.models.afmoe.modeling_afmoe import AfmoeSparseMoeBlock
 
 import moe_compile.ops
 from moe_compile import activation, ir
 
+MoeBlock: Any = getattr(modeling_afmoe, "AfmoeSparseMoeBlock", None) or modeling_afmoe.AfmoeMoE  # its name in older releases
 RESULTS = Path(__file__).parent / "results"
 TOKENS = (1, 16, 128, 1024)
 TRAINING_TOKENS = 1024
@@ -40,7 +43,7 @@ INPUTS = 8  # rotated
 class HandFused(nn.Module):
     """What the backend's rewrite amounts to for this block, written by hand (`--fused hand`)."""
 
-    def __init__(self, block: AfmoeSparseMoeBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.block = block
         config = block.config
@@ -67,8 +70,8 @@ class HandFused(nn.Module):
         return torch.ops.moe_compile.experts(x, ids, w, [up], [down], [], [], shared, *plain).view_as(hidden)
 
 
-def build(shape: dict[str, int], dtype: torch.dtype) -> AfmoeSparseMoeBlock:
-    """A random block with transformers' default experts implementation."""
+def build(shape: dict[str, int], dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A random block with transformers' default experts implementation, made on the device."""
     config = AfmoeConfig(
         hidden_size=shape["hidden"],
         moe_intermediate_size=shape["intermediate"],
@@ -79,17 +82,22 @@ def build(shape: dict[str, int], dtype: torch.dtype) -> AfmoeSparseMoeBlock:
     )
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
-    block = AfmoeSparseMoeBlock(config)
+    with torch.device(device):
+        block = MoeBlock(config)
     for name, p in block.named_parameters():
         nn.init.normal_(p, std=0.0 if name == "expert_bias" else p.shape[-1] ** -0.5)
     return block.to(dtype)
 
 
-def compile_sides(block: AfmoeSparseMoeBlock, fused: str) -> dict[str, Callable[[Tensor], Tensor]]:
+def compile_sides(block: Any, fused: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each side owns its parameters, so neither finds them warm in cache because of the other."""
     other = copy.deepcopy(block)
-    ours = torch.compile(HandFused(other), dynamic=False) if fused == "hand" else torch.compile(other, backend="moe_fused", dynamic=False)
+    ours = torch.compile(HandFused(other), dynamic=False) if fused == "hand" else fused_side(other)
     return {"inductor": torch.compile(block, dynamic=False), "fused": ours}
+
+
+def fused_side(block: Any) -> Callable[[Tensor], Tensor]:
+    return torch.compile(block, backend="moe_fused", dynamic=False)
 
 
 def check(sides: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> float:
@@ -160,7 +168,7 @@ def bandwidth() -> float:
     return buffer.numel() * buffer.element_size() / median_time(buffer.sum)
 
 
-def floor(shape: dict[str, int], inputs: list[Tensor], block: AfmoeSparseMoeBlock, speed: float) -> dict[str, float]:
+def floor(shape: dict[str, int], inputs: list[Tensor], block: Any, speed: float) -> dict[str, float]:
     """Seconds: reading the weights the inputs touch, and dense products of the same FLOPs."""
     dtype, tokens = inputs[0].dtype, inputs[0].shape[1]
     hidden, inter, k = shape["hidden"], shape["intermediate"], shape["k"]
@@ -281,18 +289,38 @@ def plot(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> Non
 def main() -> None:
     backend_ready = importlib.util.find_spec("moe_compile.passes.pipeline") is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="more to come")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--fused", choices=["backend", "hand"], default="backend" if backend_ready else "hand")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=int, help="token counts (default: those of the table)")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON and the plot")
     for name, value in (("experts", 64), ("k", 8), ("hidden", 512), ("intermediate", 256)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    roofline.add_arguments(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*functools.lru_cache.*")  # Dynamo on transformers' version checks
+    if args.device == "cuda" or args.plot_only or (args.device == "auto" and torch.cuda.is_available()):
+        on_gpu(args)
+    else:
+        on_cpu(args)
+
+
+def on_gpu(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available() and not (args.card and args.plot_only):
+        raise SystemExit("torch finds no CUDA device; results of another machine are drawn with --plot-only --card NAME")
+    path = roofline.file_of(args.card or torch.cuda.get_device_name(0), args.output)
+    if not args.plot_only:
+        import on_cuda  # a module named cuda would hide the one that torch imports
+
+        on_cuda.measure(args, path)
+    roofline.show(path)
+
+
+def on_cpu(args: argparse.Namespace) -> None:
+    args.tokens = args.tokens or list(TOKENS)
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = {name: getattr(args, name) for name in ("experts", "k", "hidden", "intermediate")}
@@ -301,8 +329,8 @@ def main() -> None:
     about = machine()
     args.output.mkdir(parents=True, exist_ok=True)
     result = {"machine": about, "shape": shape, "fused": args.fused, "points": points}
-    (args.output / f"{args.device}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(points, about, args.output / f"{args.device}.png")
+    (args.output / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(points, about, args.output / "cpu.png")
 
 
 if __name__ == "__main__":

@@ -44,13 +44,15 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
     wide = (128, 256) if down else (128,)
     found = []
     if rows <= 48:
-        found += [Tile(32, 64, 128, 4, 3, tma=True), Tile(32, 128, 64, 4, 4, tma=True), Tile(16, 64, 128, 4, 4, tma=True)]
+        found += [Tile(32, 64, 128, 4, 3, tma=True), Tile(16, 64, 128, 4, 4, tma=True), Tile(16, 32, 256, 4, 3)]
+        found += [Tile(32, 32, 256, 4, 3, tma=tma) for tma in (False, True)] + [Tile(32, 64, 256, 4, 2, tma=True)]
     if rows <= 160:
         found += [Tile(64, 64, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 3, tma=True), Tile(64, 128, 64, 8, 4, tma=True)]
-        found += [Tile(64, 64, 128, 4, 3, tma=True)]
+        found += [Tile(64, 64, 128, 4, 3, tma=True), Tile(64, 64, 128, 8, 3, tma=True), Tile(64, 32, 256, 4, 2, tma=True)]
     groups = (1, 4, 8, 16) if rows >= 100 else (1, 8)
     if rows >= 24:
         found += [Tile(128, 128, 64, 8, 4, tma=True, hopper=True, lag=lag, group=g) for lag in (0, 2) for g in groups]
+        found += [Tile(128, 128, 128, 8, 2, tma=True, hopper=True, group=g) for g in groups]
     if rows >= 48:
         found += [Tile(128, bn, 64, 8, 3 if bn > 128 else 4, tma=True, group=g) for bn in wide for g in groups]
     return found

@@ -1,0 +1,373 @@
+"""What only a GPU can show: warp-specialised kernels, every tile, sizes, CUDA graphs, no waiting for the device, the numerics contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_ops import Case, close
+from torch import Tensor
+from torch.library import opcheck
+
+pytest.importorskip("triton")
+
+from calls import GROUPED, PATHS, TOLERANCE, covered, kernel, layout_of, norm_error, op, operands
+from test_experts import ALONE, GATED
+
+from moe_compile import activation as act
+from moe_compile import ir, ops
+from moe_compile.lowering.triton import combine, decode, dispatch, experts, gemm, route_kernels, tune, tuner
+from moe_compile.lowering.triton.tune import Choice, Problem, Tile
+
+ON_GPU = torch.cuda.is_available()
+HOPPER = ON_GPU and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = []
+on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+GATING = ir.Gating(
+    16, 4, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, norm=ir.Normaliser(ir.Norm.SUM, eps=1e-20), scale=2.826, weight_dtype=torch.float32
+)
+
+
+def swiglu(e: int, hidden: int, inter: int, dtype: torch.dtype = torch.bfloat16, **kw: Any) -> ir.Experts:
+    form, activation = kw.pop("form", ir.Form.CONCAT), kw.pop("act", act.SWIGLU)
+    return ir.Experts(e, hidden, inter, kw.pop("out_features", hidden), form, activation, dtype=dtype, **kw)
+
+
+# ---- the warp-specialised kernel ---------------------------------------------------------------------------------
+
+WARP = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
+LAYOUTS: dict[str, Case] = {
+    "concat": Case("", swiglu(6, 192, 256), 300, 3),
+    "transposed": Case("", swiglu(6, 192, 256, up_transposed=True, down_transposed=True), 300, 3),
+    "separate": Case("", swiglu(6, 192, 256, form=ir.Form.SEPARATE, up_transposed=True), 300, 3),
+    "single": Case("", swiglu(6, 192, 256, form=ir.Form.SINGLE, act=act.relu(act.G) ** 2), 300, 3),
+    "biases": Case("", swiglu(6, 192, 256, up_bias=True, down_bias=True), 300, 3, add=True),
+    "weight on input": Case("", swiglu(6, 192, 256, weight_on_input=True, up_bias=True), 300, 3),
+    "single, transposed, weight on input": Case(
+        "", swiglu(6, 192, 256, form=ir.Form.SINGLE, act=act.silu(act.G), up_transposed=True, weight_on_input=True), 300, 3
+    ),
+    "identity and foreign ids": Case("", swiglu(6, 192, 256, num_identity=2), 300, 3, add=True, foreign=True),
+    "columns beyond the last block": Case("", swiglu(5, 64, 320, out_features=200), 300, 3),
+    "fewer columns than a block": Case("", swiglu(5, 64, 64, out_features=40), 300, 3),
+    "one step": Case("", swiglu(4, 64, 64), 200, 2),
+    "few rows an expert": Case("", swiglu(40, 192, 256), 64, 3),
+    "one expert": Case("", swiglu(1, 256, 128), 130, 1),
+    "many tiles": Case("", swiglu(12, 256, 512), 5000, 4),
+}
+
+
+def both(case: Case, t: dict[str, Any], tile: Tile, monkeypatch: pytest.MonkeyPatch, save: bool = False) -> None:
+    """By the warp-specialised kernel, which must have run, and by its twin."""
+    seen = []
+    run = experts._warp_specialised
+    monkeypatch.setattr(experts, "_warp_specialised", lambda *a: (seen.append(1), run(*a)))
+    out, pre = kernel(case, t, Choice(tile, tile, None), save)
+    assert len(seen) == 2, "the tile fell back to the plain kernel"
+    twin = replace(tile, hopper=False, stages=3)
+    want, want_pre = kernel(case, t, Choice(twin, twin, None), save)
+    assert torch.equal(out, want) or norm_error(out, want) < 1e-3
+    rows = int(((t["ids"] >= 0) & (t["ids"] < case.experts.num_experts)).sum())
+    assert not save or torch.equal(pre[:rows], want_pre[:rows]) or norm_error(pre[:rows], want_pre[:rows]) < 1e-3
+    close(out, case.experts.evaluate(**t), TOLERANCE[case.dtype])
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_warp_specialised_is_its_twin(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(LAYOUTS[name], dtype=dtype)
+    both(case, operands(case), WARP, monkeypatch)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["concat", "biases", "single", "weight on input", "identity and foreign ids"])
+def test_warp_specialised_saves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(LAYOUTS[name], dtype=torch.bfloat16)
+    both(case, operands(case), WARP, monkeypatch, save=True)
+
+
+@on_hopper
+@pytest.mark.parametrize("lag", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stages", "group"), [(2, 1), (3, 4), (4, 16)])
+def test_warp_specialised_rings(lag: int, stages: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any lag below the number of stages, with more and with fewer steps than the ring has."""
+    if lag >= stages:
+        pytest.skip("a lag is shorter than the ring")
+    for name in ("one step", "concat", "few rows an expert"):
+        with monkeypatch.context() as patch:
+            case = replace(LAYOUTS[name], dtype=torch.bfloat16)
+            both(case, operands(case), replace(WARP, lag=lag, stages=stages, group=group), patch)
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["one expert", "expert 0", "last", "65 rows", "129 rows", "none"])
+def test_warp_specialised_routings(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of a tile without rows, tiles with one row, no tile at all."""
+    case = Case("", swiglu(6, 192, 256), 130, 1, dtype=torch.bfloat16)
+    t = operands(case)
+    t["ids"].fill_({"one expert": 3, "expert 0": 0, "last": 5, "none": -1}.get(kind, 2))
+    if "rows" in kind:
+        t["ids"][int(kind.split()[0]) :] = 4
+    both(case, t, WARP, monkeypatch)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", {**GATED, **ALONE})
+def test_warp_specialised_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = ir.Form.SINGLE if name in ALONE else ir.Form.CONCAT
+    case = Case("", swiglu(4, 64, 128, form=form, act={**GATED, **ALONE}[name]), 90, 2, dtype=torch.float16)
+    both(case, operands(case), WARP, monkeypatch)
+
+
+@on_hopper
+def test_operands_that_do_not_fit_run_the_twin() -> None:
+    """Unaligned tokens, a depth that is no multiple of the step, matrices one by one."""
+    base = Case("", swiglu(6, 200, 256), 300, 3, dtype=torch.bfloat16)
+    wide = replace(base, experts=swiglu(6, 192, 256))
+    t = operands(wide)
+    x = t["x"].new_zeros(300, 193)[:, 1:]
+    x.copy_(t["x"])
+    listed = replace(base, experts=swiglu(6, 192, 256, stacked=False))
+    for case, args in ((base, operands(base)), (wide, {**t, "x": x}), (listed, operands(listed))):
+        close(kernel(case, args, Choice(WARP, WARP, None))[0], case.experts.evaluate(**args), TOLERANCE[case.dtype])
+
+
+# ---- tiles -------------------------------------------------------------------------------------------------------
+
+
+def candidates() -> list[tuple[torch.dtype, Tile, bool]]:
+    """Every tile that the tuner tries, at any number of rows an expert."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens in (16, 64, 128, 256, 400, 2048):
+            for down in (False, True):
+                found |= {(dtype, tile, down): None for tile in tuner.tiles(Problem(8, 256, 256, 2, dtype, True), tokens, down)}
+    return list(found)
+
+
+@pytest.mark.parametrize(("dtype", "tile", "down"), candidates(), ids=str)
+def test_every_tile(dtype: torch.dtype, tile: Tile, down: bool) -> None:
+    case = Case("", swiglu(8, 256, 384, dtype), 100, 2, dtype=dtype, foreign=True)
+    t = operands(case)
+    choice = Choice(tile if not down else GROUPED.up, tile if down else GROUPED.down, None)
+    try:
+        out, _ = kernel(case, t, choice)
+    except Exception as e:
+        if "out of resource" not in str(e):
+            raise
+        pytest.skip(f"does not fit this card: {e}")
+    close(out, case.experts.evaluate(**t), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("down", "vector"), [(d, v) for d in (False, True) for v in tuner.vectors(d)], ids=str)
+def test_every_vector(down: bool, vector: tune.Vector, transposed: bool) -> None:
+    case = Case("", swiglu(8, 1032, 520, up_transposed=transposed, down_transposed=transposed), 3, 2, dtype=torch.bfloat16)
+    t = operands(case)
+    few = PATHS["few tokens"].decode
+    assert few is not None
+    choice = replace(GROUPED, decode=(few[0], vector) if down else (vector, few[1]))
+    close(kernel(case, t, choice)[0], case.experts.evaluate(**t), TOLERANCE[case.dtype])
+
+
+# ---- sizes and numerics ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warp", [False, pytest.param(True, marks=on_hopper)])
+def test_beyond_32_bits(warp: bool) -> None:
+    """T k H and T k 2I beyond 2^31 elements: the last rows of every buffer are the oracle's."""
+    tokens, k, hidden, inter = 132_000, 8, 2048, 1024
+    case = Case("", swiglu(8, hidden, inter), 64, k, dtype=torch.bfloat16)
+    assert tokens * k * hidden > 2**31
+    t = operands(case)
+    t["x"] = torch.randn(tokens, hidden, device="cpu", dtype=torch.bfloat16)
+    t["weights"], t["ids"] = torch.rand(tokens, 8, device="cpu").softmax(-1).topk(k)
+    tile = replace(WARP, hopper=warp)
+    out, pre = kernel(case, t, Choice(tile, tile, None), save=True)
+    assert pre.numel() > 2**31
+    some = torch.tensor([0, 1, 70_001, tokens - 2, tokens - 1], device="cpu")
+    want = case.experts.evaluate(**{**t, **{n: t[n][some] for n in ("x", "ids", "weights")}})
+    close(out[some], want, TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 256, 2048])
+def test_numerics_contract(dtype: torch.dtype, tokens: int) -> None:
+    """Against float64: at most 1.25 times eager's error in bf16 and fp16, 1e-5 in fp32 (so no tf32)."""
+    e, k, hidden, inter = 16, 4, 2048, 1024
+    case = Case("", swiglu(e, hidden, inter, dtype), tokens, k, dtype=dtype)
+    t = operands(case)
+    logits, bias = torch.randn(tokens, e, device="cpu"), torch.zeros(e, device="cpu")
+    w, ids = torch.ops.moe_compile.route(logits, bias, None, *ops.route_args(GATING))
+    t |= {"weights": w, "ids": ids}
+    want = case.experts.evaluate(**t)
+    error = norm_error(op(case, t), want)
+    if dtype == torch.float32:
+        assert error < 1e-5
+    else:
+        assert error <= 1.25 * norm_error(case.experts.evaluate(**t, dtype=dtype), want)
+
+
+# ---- the ops -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", covered(2, (6, 64, 48), torch.bfloat16)[::3], ids=lambda c: c.name)
+def test_opcheck_experts(case: Case) -> None:
+    t = operands(case)
+    for name in ("x", "weights"):
+        t[name].requires_grad_()
+    opcheck(torch.ops.moe_compile.experts.default, (*t.values(), *ops.experts_args(case.experts)))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 6, 300])
+def test_opcheck_route(tokens: int) -> None:
+    logits, bias = torch.randn(tokens, 16, device="cpu", requires_grad=True), torch.randn(16, device="cpu")
+    opcheck(torch.ops.moe_compile.route.default, (logits, bias, None, *ops.route_args(GATING)))
+
+
+class Block:
+    """Route and experts on fixed buffers: what a captured graph holds."""
+
+    def __init__(self, tokens: int, hidden: int = 512, inter: int = 256) -> None:
+        self.case = Case("", swiglu(16, hidden, inter), tokens, 4, dtype=torch.bfloat16, add=True)
+        self.t = operands(self.case)
+        self.logits = torch.randn(tokens, 16, device="cpu")
+        self.bias = torch.randn(16, device="cpu") * 0.1
+
+    def __call__(self) -> Tensor:
+        w, ids = torch.ops.moe_compile.route(self.logits, self.bias, None, *ops.route_args(GATING))
+        return op(self.case, {**self.t, "weights": w, "ids": ids})
+
+    def refill(self, x: Tensor, logits: Tensor) -> None:
+        self.t["x"].copy_(x)
+        self.logits.copy_(logits)
+
+    def inputs(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.randn_like(self.t["x"]), torch.randn_like(self.logits)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 32, 300, 4096])
+def test_two_runs_are_bitwise_equal(tokens: int) -> None:
+    block = Block(tokens)
+    first = block()
+    noise = torch.empty(1 << 24, device="cpu").normal_()  # memory of the first run's buffers holds something else now
+    del noise
+    assert torch.equal(first, block())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 1024])
+def test_graph_replays_are_the_eager_run(tokens: int) -> None:
+    """1,000 replays with changing tokens and routings, bitwise."""
+    block = Block(tokens)
+    inputs, want = block.inputs(8), []
+    for x, logits in inputs:
+        block.refill(x, logits)
+        want.append(block())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block()
+    wrong = torch.zeros((), dtype=torch.int64, device="cpu")
+    for i in range(1000):
+        block.refill(*inputs[i % 8])
+        graph.replay()
+        wrong += (out != want[i % 8]).any()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 1024, 4096])
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_the_host_never_waits(tokens: int, stacked: bool) -> None:
+    block = Block(tokens)
+    block.case = replace(block.case, experts=replace(block.case.experts, stacked=stacked))
+    block.t = operands(block.case)
+    block()
+    block.t["x"].requires_grad_(False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block()
+        torch.ops.moe_compile.experts_fwd(*block.t.values(), *ops.experts_args(block.case.experts))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compiled() -> int:
+    """How many kernels Triton has built in this process, of those that a forward call launches."""
+    jitted = [gemm.grouped_gemm, decode.up_decode, decode.down_decode, combine._combine]
+    jitted += [dispatch._sort_few, dispatch._count, dispatch._place]
+    jitted += [f for f in vars(route_kernels).values() if hasattr(f, "device_caches")]
+    if HOPPER:
+        from moe_compile.lowering.triton import hopper
+
+        jitted.append(hopper.grouped_gemm)
+    return sum(len(f.device_caches[0][0]) for f in jitted)
+
+
+@pytest.mark.parametrize("path", ["few tokens", "grouped", "warp-specialised"])
+def test_token_counts_do_not_recompile(path: str) -> None:
+    """One choice of tiles serves every number of tokens, also 1 and multiples of 16."""
+    choice = PATHS.get(path) or Choice(WARP, WARP, None)
+    experts_ = swiglu(16, 256, 128)
+
+    def at(tokens: int) -> None:
+        case = Case("", experts_, tokens, 4, dtype=torch.bfloat16)
+        kernel(case, operands(case), choice)
+
+    few, many = (1, 2, 3, 7, 16, 29, 32), (40, 64, 100, 255, 256, 500, 512)
+    for tokens in few if path == "few tokens" else (2, 3000, *many):
+        at(tokens)
+    before = compiled()
+    for tokens in (4, 5, 6, 17, 31) if path == "few tokens" else (1, 16, 33, 41, 48, 77, 128, 200, 333, 480, 511, 2500, 4000):
+        at(tokens)
+    assert compiled() == before, "a number of tokens had a kernel compiled"  # the dispatch's four sizes were seen above
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 300])
+def test_gradients_flow(tokens: int) -> None:
+    """Through the ops' autograd, against the oracle's; the kernels of the backward pass have their own tests."""
+    case = Case("", swiglu(8, 64, 48, torch.float32, up_bias=True), tokens, 2)
+    t = operands(case)
+    leaves = [t[n].requires_grad_() for n in ("x", "weights")] + [w.requires_grad_() for n in ("up", "down", "up_bias") for w in t[n]]
+    grad = torch.randn(tokens, 64, device="cpu")
+    got = torch.autograd.grad(op(case, t), leaves, grad)
+    want = torch.autograd.grad(case.experts.evaluate(**t), leaves, grad.double())
+    for g, w in zip(got, want, strict=True):
+        close(g, w, 2e-5)
+
+
+def run_all(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+    None
+
+
+def test_sanitizer_run() -> None:
+    """Every kernel once at a small size with ragged edges: what `make test-cuda` runs under compute-sanitizer."""
+    calls: list[Callable[[], object]] = []
+    for form in ir.Form:
+        e = swiglu(5, 72, 40, form=form, act=act.silu(act.G) if form is ir.Form.SINGLE else act.SWIGLU, up_bias=True, down_bias=True)
+        case = Case("", replace(e, stacked=form is not ir.Form.SEPARATE), 7, 3, dtype=torch.bfloat16, add=True, foreign=True)
+        t = operands(case)
+        calls += [lambda c=case, t=t, path=path: kernel(c, t, path) for path in PATHS.values()]
+        calls.append(lambda c=case, t=t: kernel(c, t, GROUPED, save=True))
+    ragged = Case("", swiglu(5, 64, 72, out_features=40), 150, 3, dtype=torch.bfloat16, foreign=True)
+    t = operands(ragged)
+    for tile in (WARP if HOPPER else GROUPED.up, replace(GROUPED.up, tma=True)):
+        calls.append(lambda tile=tile: kernel(ragged, t, Choice(tile, tile, None), save=True))
+    many = {**t, **{n: t[n].repeat(30, 1)[:4000] for n in ("x", "ids", "weights")}}  # the dispatch of many pairs
+    calls.append(lambda: op(ragged, many))
+    calls.append(Block(3))
+    run_all(calls)
+
+
+def test_problem_of_a_call_is_the_tuners() -> None:
+    """The key that a call looks up is the one that the tuner stores."""
+    case = Case("", swiglu(16, 256, 128), 8, 4, dtype=torch.bfloat16)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "choose", lambda p, tokens, device: (seen.append((p, tokens)), GROUPED)[1])
+        experts.forward(*operands(case).values(), layout_of(case), False)
+    assert seen == [(Problem(16, 256, 128, 4, torch.bfloat16, True), 8)]
