@@ -52,9 +52,17 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
     """Whether anything that goes into a fused op asks for a gradient."""
     if not torch.is_grad_enabled():
         return False
-    fused = [n for n in gm.graph.nodes if n.target in (ops.route.default, ops.experts.default)]
-    values = [a.meta.get("example_value") for n in fused for a in n.all_input_nodes]
-    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    work = [n for n in gm.graph.nodes if n.target in (ops.route.default, ops.experts.default)]
+    seen = set(work)
+    while work:  # nodes that the passes put in hold no values: what they are made of does
+        for a in work.pop().all_input_nodes:
+            value = a.meta.get("example_value")
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+            if a not in seen and value is None:
+                seen.add(a)
+                work.append(a)
+    return False
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -69,6 +69,30 @@ def test_only_some_parameters_train() -> None:
     same(gradients(compiled(module), module, x), gradients(module, module, x))
 
 
+@pytest.mark.parametrize("name", ["afmoe", "qwen3_moe", "routing apart"])
+def test_only_the_input_wants_a_gradient(name: str) -> None:
+    """Frozen weights, as under an adapter further down: the experts are still differentiated."""
+    module, x = (block(name) if name != "routing apart" else RoutingApart()), torch.randn(2, 5, zoo.HIDDEN)
+    module.requires_grad_(False)
+    expected = gradients(module, module, x)
+    with Seen() as seen:
+        same(gradients(compiled(module), module, x), expected)
+    assert seen.lowered and seen.lowered[0].training
+
+
+class RoutingApart(torch.nn.Module):
+    """Routing that does not depend on the input's gradient at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = block("qwen3_moe")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            _, w, ids = self.moe.gate(x.reshape(-1, zoo.HIDDEN))
+        return self.moe.experts(x.reshape(-1, zoo.HIDDEN), ids, w)
+
+
 def test_a_training_step_changes_what_the_next_one_computes() -> None:
     module, twin, x = block("qwen3_moe"), block("qwen3_moe"), torch.randn(2, 5, zoo.HIDDEN)
     fn = compiled(module)
