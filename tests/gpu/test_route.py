@@ -60,15 +60,16 @@ def inputs(gating: Gating, tokens: int = 5, dtype: torch.dtype = torch.float32) 
 
 
 def stable_ids(gating: Gating, logits: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The oracle's choice, of equals the first."""
-    g = gating.groups
+    """The oracle's choice, of equals the first. On the CPU: sorting on a GPU takes a NaN with a sign for the smallest."""
+    device, g = logits.device, gating.groups
+    logits, bias = logits.cpu(), None if bias is None else bias.cpu()
     choice, _ = replace(gating, groups=None).selection(logits, bias, dtype)
     if g is not None:
         by_group = choice.unflatten(-1, (g.count, -1))
         best = by_group.topk(g.top, dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, first(best, g.kept), True)
         choice = by_group.masked_fill(~kept[..., None], g.fill).flatten(-2)
-    return first(choice, gating.k)
+    return first(choice, gating.k).to(device)
 
 
 def first(t: Tensor, k: int) -> Tensor:
