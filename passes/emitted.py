@@ -28,6 +28,8 @@ _proved: dict[Any, str | None] = {}
 
 def check(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
     """None when the emitted nodes compute what the block's subgraph does; equal blocks are run once."""
+    if plan.route is None and plan.experts is None:
+        return None
     edge, outs = _boundary(b), _replaced(b)
     nodes = inside(outs, edge)
     if isinstance(nodes, Rejection):
@@ -67,7 +69,7 @@ def _problem(b: Block, plan: BlockPlan, shadow: Shadow, names: dict[str, fx.Node
     for sizes in size_choices(b):
         try:
             return _compare(b, plan, shadow, names, nodes, edge, sizes)
-        except (*TROUBLE, KeyError) as e:
+        except (*TROUBLE, KeyError, AttributeError) as e:
             problem = f"they could not be run on probing inputs ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
     return problem
 
@@ -129,8 +131,9 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
         add("call_function", plan.reader, (None, None, None))
     last = made[e.out] if e is not None else None
     for product, source in plan.folded:
-        last = add("call_function", product, (add("call_function", source, (last,), view_stub),))
-    output = graph.output(last) if last is not None else None
+        seen = add("call_function", source) if last is None else add("call_function", source, (last,), view_stub)
+        last = add("call_function", product, (seen,))
+    output = graph.output(last) if e is not None else None
     weights, ids = Executor(graph).block(BlockPlan(plan.route, e, plan.folded, (), plan.reader))
     if e is None or output is None:
         assert weights is not None and ids is not None

@@ -95,6 +95,8 @@ class Finder:
                 label = 0
             self.live[n] = label
             ready = is_fused(n)
+            if label and self.left.get(label, 1) <= 0:
+                continue
             if ready or label and label not in closed and self._is_candidate(n, label):
                 for x in (n, *self._summands(n, label)):
                     out = self.attempt(x, label)
@@ -108,7 +110,9 @@ class Finder:
                         break
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
-            if i not in closed | matched and not is_table(s):
+            if is_table(s) and i not in matched:
+                found.rejected.extend([r for r in tried.get(i, ()) if r.stage == TABLE][:1])
+            elif i not in closed | matched:
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
 
@@ -157,11 +161,15 @@ class Finder:
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
-        T.allow(15 * self.limit)
+        table = is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
+        T.allow(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:
             out = self._match(n, p, label)
         except T.TooLarge as e:
+            if table:
+                allowed = self.left[label]
+                return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, TABLE)
             return Rejection(str(e), n, "experts")
         finally:
             T.allow(10_000_000)
@@ -276,6 +284,7 @@ def _is_id_input(n: fx.Node) -> bool:
     return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim in (1, 2) and v.dtype in (torch.int64, torch.int32)
 
 
+TABLE = "find"
 TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
 
 

@@ -32,7 +32,7 @@ _KNOWN_MISSES = {
 _BEYOND = {
     "phimoe": "sparse mixer routing: ids and weights are put together from two selections",
     "zaya": "top-1 with masked ids and a residual scale behind the block",
-    "deepseek_v4+hash": "layers whose ids come from a table of token ids: the search runs into its budget",
+    "deepseek_v4+hash": "layers whose ids come from a table of token ids: the search gives up on them",
 }
 
 

@@ -1,0 +1,126 @@
+"""moe_compile/capture.py: only graphs for this backend are touched."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from captured import Counter, E, H, Loop, compiled
+from torch import Tensor, nn
+
+from moe_compile import backend, capture
+
+
+@pytest.fixture(autouse=True)
+def nothing_pending() -> Iterator[None]:
+    capture.pending()
+    yield
+    capture.pending()
+
+
+# ---- scope -------------------------------------------------------------------------------------------------------------
+
+
+def _plain(m: nn.Module, x: Tensor, **kw: Any) -> int:
+    """How many graphs another backend gets; they must hold nothing of ours."""
+    torch._dynamo.reset()
+    counter = Counter()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(m, backend=counter, **kw)(x), m(x))
+    assert counter.ops == 0
+    return len(counter.graphs)
+
+
+def test_other_backends_see_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x = Loop(), torch.randn(9, H)
+    with_hooks = _plain(m, x)
+    with torch.no_grad():
+        compiled(m, ours := Counter())(x)
+    assert _plain(m, x) == with_hooks > 1 and len(ours.graphs) == 1
+    monkeypatch.setenv("MOE_COMPILE_CAPTURE", "0")
+    assert _plain(m, x) == with_hooks
+
+
+def test_two_backends_on_one_model() -> None:
+    m, x, ours, other = Loop(), torch.randn(9, H), Counter(), Counter()
+    a, b = compiled(m, ours), torch.compile(m, backend=other)
+    with torch.no_grad():
+        for f in (b, a, b, a):
+            torch.testing.assert_close(f(x), m(x))
+    assert ours.ops == 1 and other.ops == 0 and len(ours.graphs) == 1 and len(other.graphs) > 1
+
+
+def test_environment_variable_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x, counter = Loop(), torch.randn(9, H), Counter()
+    plain = _plain(m, x)
+    torch._dynamo.reset()
+    monkeypatch.setenv("MOE_COMPILE_CAPTURE", "0")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert len(counter.graphs) == plain and counter.ops == 0
+
+
+def test_reset_changes_nothing() -> None:
+    m, x = Loop(), torch.randn(9, H)
+    for _ in range(2):
+        counter = Counter()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(m, counter)(x), m(x))
+        assert counter.ops == 1
+        torch._dynamo.reset()
+
+
+def test_export_is_left_alone() -> None:
+    class Static(Loop):
+        def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+            dense = torch.zeros(x.shape[0], E).scatter(1, ids, w)
+            return sum(self.expert(e, x) * dense[:, e, None] for e in range(E))  # type: ignore[return-value]
+
+    m, x = Static(), torch.randn(9, H)
+    compiled(m, Counter())(x)
+    exported = torch.export.export(m, (x,))
+    assert not any("moe_compile" in str(n.target) for n in exported.graph.nodes)
+
+
+def test_threads() -> None:
+    errors: list[BaseException] = []
+
+    def work(m: nn.Module) -> None:
+        try:
+            x = torch.randn(9, H)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(m, counter := Counter())(x), m(x))
+            assert counter.ops == 1
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(m,)) for m in (Loop(), Loop(F.gelu), Loop())]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors
+
+
+def test_scope_follows_wrapped_compilers() -> None:
+    wrapper = types.SimpleNamespace(_torchdynamo_orig_backend=types.SimpleNamespace(compiler_fn=backend.moe_fused))
+    assert capture.for_us(wrapper) and capture.for_us(backend.moe_fused)
+    assert not capture.for_us(None) and not capture.for_us(Counter()) and not capture.for_us(types.SimpleNamespace(compiler_fn=None))
+
+
+def test_user_state_is_untouched() -> None:
+    """Reading draws no random numbers of the user's and leaves the module as it was."""
+    m, x = Loop(), torch.randn(9, H)
+    before = {k: (v.data_ptr(), v._version) for k, v in m.state_dict(keep_vars=True).items()}
+    attributes = dict(vars(m))
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        compiled(m, Counter())(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {k: (v.data_ptr(), v._version) for k, v in m.state_dict(keep_vars=True).items()} == before
+    assert {k: v for k, v in vars(m).items() if k in attributes and k != "_compiled_call_impl"} == attributes
