@@ -123,6 +123,14 @@ def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_shared_kernels = _cuda("experts_shared", lambda *_: None)
+
+
+def _experts_shared_cuda(*args: Any) -> Tensor:
+    out = _shared_kernels(*args)
+    return _experts_shared(*args) if out is None else out
+
+
 for _name, _any_device, _on_cpu in (
     ("route", _route, None),
     ("route_bwd", _route_bwd, None),
@@ -132,7 +140,7 @@ for _name, _any_device, _on_cpu in (
     ("experts_shared", _experts_shared, None),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda(_name, _any_device), "CUDA")
+    _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 

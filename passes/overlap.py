@@ -18,7 +18,7 @@ from .shadow import example_value, mutated_args
 from .shared import Operands, SharedMatch
 from .validate import TOLERANCE, run, size_choices, windows
 
-_SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "contiguous", "to", "_to_copy")
+_SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
 _MODES = {"auto": 2, True: 1}
 
 
@@ -106,7 +106,7 @@ def _as_sum(b: Block, s: SharedMatch, planner: Planner) -> tuple[str, str] | Non
     if len(rest) != 1 or len(other) != 1:
         return None
     now, then = example_value(rest[0]), example_value(total)
-    if now.shape != then.shape or now.dtype != then.dtype:
+    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device:
         return None
     return total.name, rest[0].name
 
