@@ -10,7 +10,8 @@ import torch.fx as fx
 from ..ir import Rejection
 from .fused import is_fused
 from .liveness import is_write
-from .plan import SharedPlan
+from .match import Param
+from .plan import Operand, SharedPlan
 from .pull import CONTRACTIONS, call_args, dtype_of, op_name, shape_of
 from .region import SIZES, Block, inside
 from .rewrite import Planner
@@ -139,7 +140,8 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     params = {n: planner.locate(n, m.out) for n in o.params()}
     if any(planner.position[n] > planner.position[op] for n in params.values()):
         return None
-    gate, moved = None, []
+    gate: fx.Node | None = None
+    moved: list[fx.Node] = []
     if o.gate is not None:
         gate = planner.locate(o.gate, o.gate)
         before = None if o.gate in planner.overwritten else _before(gate, op, planner)
@@ -149,9 +151,23 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     devices = {example_value(n).device for n in (op, *params.values(), *([] if gate is None else [gate]))}
     if len(devices) != 1:
         return None
-    groups = [tuple((params[q.node].name, q.view) for q in group) for group in (o.up, o.down, o.up_bias, o.down_bias)]
-    names = tuple(n.name for n in moved)
-    return SharedPlan(op.name if fused else None, o.experts, *groups, None if gate is None else gate.name, names, total, rest, overlap)
+
+    def group(qs: list[Param]) -> tuple[Operand, ...]:
+        return tuple((params[q.node].name, q.view) for q in qs)
+
+    return SharedPlan(
+        op=op.name if fused else None,
+        experts=o.experts,
+        up=group(o.up),
+        down=group(o.down),
+        up_bias=group(o.up_bias),
+        down_bias=group(o.down_bias),
+        gate=None if gate is None else gate.name,
+        moved=tuple(n.name for n in moved),
+        total=total,
+        rest=rest,
+        overlap=overlap,
+    )
 
 
 def _before(gate: fx.Node, op: fx.Node, planner: Planner) -> list[fx.Node] | None:

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -259,13 +259,20 @@ def arguments(form: ir.Form, gated: bool, bias: bool, add: bool, grad: bool = Fa
     parts, width = (2, 10) if form is ir.Form.SEPARATE else (1, 10 if form is ir.Form.SINGLE else 20)
     x, ids, weights = leaf(tokens, 8), torch.randint(0, 4, (tokens, 2), generator=gen), leaf(tokens, 2)
     up, down, addend = [leaf(4, 12, 8)], [leaf(4, 8, 6)], leaf(tokens, 8) if add else None
-    mlp = [[leaf(width, 8) for _ in range(parts)], [leaf(8, 10)], [leaf(width) for _ in range(parts)] * bias, [leaf(8)] * bias]
+    mlp = [
+        [leaf(width, 8) for _ in range(parts)],
+        [leaf(8, 10)],
+        [leaf(width) for _ in range(parts * bias)],
+        [leaf(8) for _ in range(bias)],
+    ]
     gate = leaf(tokens, 1) if gated else None
     args = [x, ids, weights, up, down, [], [], addend, *ops.experts_args(routed), *mlp, gate, *ops.shared_args(one, 2)]
     return args, [t for t in leaves if grad]
 
 
-FORMS = [(f, g, b, a) for f in (ir.Form.SEPARATE, ir.Form.CONCAT, ir.Form.SINGLE) for g, b, a in ((False, False, False), (True, True, True))]
+FORMS = [
+    (f, g, b, a) for f in (ir.Form.SEPARATE, ir.Form.CONCAT, ir.Form.SINGLE) for g, b, a in ((False, False, False), (True, True, True))
+]
 
 
 @pytest.mark.parametrize(("form", "gated", "bias", "add"), FORMS)

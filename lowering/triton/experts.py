@@ -146,7 +146,8 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     bn, bk = _extents(tile, c.up)
     decode.up_decode[(c.slots, triton.cdiv(c.up.n, bn))](
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
-        c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k, *_bias_strides(bias),
+        c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
+        *_bias_strides(bias),
         MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip

@@ -156,8 +156,9 @@ def _branch(
     layout = Layout(tuple(act_ops), tuple(act_consts), form, 1, True, up_transposed, down_transposed, False, 0)
     ids = torch.empty(tokens, 1, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, 1, dtype=torch.float32, device=x.device) if gate is None else gate.contiguous()
-    one = [[t[None] for t in ts] for ts in (up, down, up_bias, down_bias)]
-    call = read(x, ids, weights, *one, add, layout)
+    stacked = ([t[None] for t in ts] for ts in (up, down, up_bias, down_bias))
+    one_up, one_down, one_up_bias, one_down_bias = stacked
+    call = read(x, ids, weights, one_up, one_down, one_up_bias, one_down_bias, add, layout)
     if call is None:
         return None
     add, out = call.add, torch.empty(tokens, call.down.n, dtype=torch.float32, device=x.device)
@@ -193,7 +194,9 @@ def activate(c: Call, pre: Sequence[Tensor], out: Tensor) -> None:
 
 
 @triton.jit
-def _activate(g, u, bias_g, bias_u, out, width, stride, stride_bias, STEP: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr):
+def _activate(
+    g, u, bias_g, bias_u, out, width, stride, stride_bias, STEP: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
+):
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = columns < width

@@ -176,9 +176,10 @@ def test_one_side_stream_for_all_layers() -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_model(mode: str | None) -> None:
     """Through torch.compile, with and without Inductor's CUDA graphs: the serial form's values."""
-    import moe_compile
     from catalogue import build
     from catalogue.shared import SharedGatedAfter
+
+    import moe_compile
 
     model = build(SharedGatedAfter).eval().cuda()
     results = []
