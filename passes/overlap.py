@@ -79,19 +79,17 @@ def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> 
 
 def _as_base(b: Block, s: SharedMatch) -> tuple[str | None, str | None] | None:
     """The experts add it themselves: nothing else reads it."""
-    m = b.match
-    if m.base is not s.node:
+    m, node = b.match, s.node
+    if m.base is not node:
         return None
-    if is_fused(m.out):
-        readers: Any = [m.out]
-    else:
-        readers = inside([m.out], b.expert_inputs())
-    return (None, None) if not isinstance(readers, Rejection) and set(s.node.users) <= set(readers) else None
+    readers = [m.out] if is_fused(m.out) else inside([m.out], b.expert_inputs())
+    return None if isinstance(readers, Rejection) or not set(node.users) <= set(readers) else (None, None)
 
 
 def _as_sum(b: Block, s: SharedMatch, planner: Planner) -> tuple[str, str] | None:
     """(the sum, its routed part) in the Dynamo graph: the only reader of both results, or None."""
-    routed, shared = _chain(b.match.out if b.fold.last is None else b.fold.last), _chain(s.node)
+    out: fx.Node = b.match.out if b.fold.last is None else b.fold.last
+    routed, shared = _chain(out), _chain(s.node)
     users, dtype = list(routed[-1].users), b.match.experts.dtype
     if len(users) != 1 or list(shared[-1].users) != users or not _plain_sum(users[0], routed[-1], shared[-1], dtype):
         return None
