@@ -80,7 +80,7 @@ def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> 
 def _as_base(b: Block, s: SharedMatch) -> tuple[str | None, str | None] | None:
     """The experts add it themselves: nothing else reads it."""
     m, node = b.match, s.node
-    if m.base is not node:
+    if m.base is None or m.base is not node:
         return None
     readers = [m.out] if is_fused(m.out) else inside([m.out], b.expert_inputs())
     return None if isinstance(readers, Rejection) or not set(node.users) <= set(readers) else (None, None)
