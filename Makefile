@@ -6,14 +6,32 @@ ARGS ?=
 BIN := $(VENV)/bin
 MYPY ?= $(abspath $(BIN))/mypy
 READY := $(VENV)/.ready
+ASCEND := $(abspath $(VENV)-ascend)
 
-.PHONY: trinity test test-cuda lint types bench clean
+.PHONY: trinity test test-ascend run-ascend test-cuda lint types bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
 test: lint  ## lint, type check and run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(MAKE) --no-print-directory test-ascend
+
+# The real torch_npu wheel, which exists for Linux only, on empty CANN libraries: no NPU and no CANN are needed. Its environment borrows
+# torch and the test tools from the other one.
+test-ascend:  ## the Ascend lowering against the real torch_npu wheel
+	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
+
+run-ascend: $(ASCEND)/.ready
+	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/ascend
+
+$(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
+	test -x $(ASCEND)/bin/python || $(BIN)/python -m venv $(ASCEND)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > "$$($(ASCEND)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python tests/ascend/cann_stub.py $(ASCEND)/cann
+	touch $@
 
 # On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
 test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="-n 8"), then a small run under compute-sanitizer
@@ -45,5 +63,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASCEND) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

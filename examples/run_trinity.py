@@ -6,6 +6,8 @@
     python examples/run_trinity.py --explain                          # only what the compiler recovered
     python examples/run_trinity.py --size mini --device cuda          # Trinity-Mini's shape, random weights, 57 GB
     python examples/run_trinity.py --checkpoint DIR --device cuda     # a real checkpoint
+    python examples/run_trinity.py --target ascend --dry-run          # what an NPU would run, shown and emulated on the CPU
+    python examples/run_trinity.py --size mini --device npu           # on an NPU, with and without the shared expert beside the others
 
 Prints a row per MoE layer, the generated text, the largest logit difference and the perplexity on held-out text against
 eager, and tokens a second for eager, Inductor and moe_fused. Exits with 1 when a MoE layer was not fused and validated.
@@ -14,10 +16,12 @@ eager, and tokens a second for eager, Inductor and moe_fused. Exits with 1 when 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=32, help="with --size mini: fewer layers, for smaller machines")
     p.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for tiny, else bfloat16")
+    p.add_argument("--target", choices=("auto", "ascend"), default="auto", help="whose ops to use; auto: the device's")
+    p.add_argument("--dry-run", action="store_true", help="with --target ascend: show the npu calls and emulate them, no NPU needed")
+    p.add_argument("--graph-mode", choices=("auto", "ge", "npugraph_ex", "eager"), default="auto", help="with --device npu")
     p.add_argument("--mode", choices=("default", "reduce-overhead", "max-autotune"), default="default", help="of torch.compile")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times; default: some built-in ones")
     p.add_argument("--max-new-tokens", type=int, default=160)
@@ -132,6 +139,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--layers goes with --size mini")
     if not 3 <= args.layers <= 32:
         p.error("--layers must be 3 to 32: the first two layers are dense")
+    if args.dry_run != (args.target == "ascend" and args.device == "cpu"):
+        p.error("--dry-run goes with --target ascend on the CPU, and --target ascend on the CPU is a dry run")
+    if args.graph_mode != "auto" and args.device != "npu":
+        p.error("--graph-mode goes with --device npu")
     if args.prompt and not all(args.prompt):
         p.error("--prompt must not be empty")
     return args
@@ -182,12 +193,14 @@ def fused_layers(report: Any) -> int:
     return sum(1 for block in report.blocks if block.validated)
 
 
-def compile_fused(subject: Subject, shape: tuple[int, int], outcome: Outcome, mode: str, explain: bool) -> tuple[Session, str]:
+def compile_fused(subject: Subject, shape: tuple[int, int], outcome: Outcome, args: argparse.Namespace) -> tuple[Session, str]:
     """A moe_fused session, warmed up, and its report as text. Fills outcome.fused and outcome.report."""
     import moe_compile
 
-    # --explain runs nothing afterwards, so the inner compiler's work would be wasted
-    how: dict[str, Any] = {"options": {"inner": "eager"}} if explain else {"mode": mode}
+    if subject.device.type == "npu":
+        with stage("laying out the expert weights"):
+            moe_compile.prepare(subject.model, target="ascend")
+    how = compile_args(subject, args)
     session = Session(subject.model, "moe_fused", *shape, **how)
     text = ""
     for kind in ("prefill", "decode"):
@@ -200,9 +213,23 @@ def compile_fused(subject: Subject, shape: tuple[int, int], outcome: Outcome, mo
     return session, text
 
 
-def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, mode: str) -> dict[str, Session]:
-    """Eager and Inductor beside the fused session, each warmed up, in the order of the table."""
-    sessions = {name: Session(subject.model, name, *shape, mode=mode) for name in ("eager", "inductor")}
+def compile_args(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    """What torch.compile gets for the fused session."""
+    if args.explain:  # nothing runs afterwards, so the inner compiler's work would be wasted
+        return {"options": {"inner": "eager"}}
+    if args.dry_run:
+        return {"options": {"target": "ascend", "mode": "eager"}}
+    return {"options": {"mode": args.graph_mode}} if subject.device.type == "npu" else {"mode": args.mode}
+
+
+def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, args: argparse.Namespace) -> dict[str, Session]:
+    """What the fused session is compared with, each warmed up, in the order of the table: Inductor, or on an NPU no overlap."""
+    sessions = {"eager": Session(subject.model, "eager", *shape)}
+    if subject.device.type == "npu":
+        options = {"mode": args.graph_mode, "overlap_shared": False}
+        sessions["moe_fused, one stream"] = Session(subject.model, "moe_fused", *shape, options=options)
+    elif not args.dry_run:
+        sessions["inductor"] = Session(subject.model, "inductor", *shape, mode=args.mode)
     for name, session in sessions.items():
         for kind in ("prefill", "decode"):
             with stage(f"{name}: {'compiling' if name != 'eager' else 'warming up'} {kind}"):
@@ -253,13 +280,15 @@ def time_all(sessions: dict[str, Session], prompt: list[int], results: dict[str,
         result.first_calls_seconds = sessions[name].first_calls_seconds
 
 
-def measure(subject: Subject, shape: tuple[int, int], fused: Session, mode: str, window_count: int) -> list[Result]:
+def measure(subject: Subject, shape: tuple[int, int], fused: Session, args: argparse.Namespace) -> list[Result]:
     """A result for eager, Inductor and moe_fused."""
-    sessions = open_sessions(subject, shape, fused, mode)
-    windows = held_out(subject, shape[0], window_count)
+    sessions = open_sessions(subject, shape, fused, args)
+    windows = held_out(subject, shape[0], args.windows)
     results = {name: Result(name) for name in sessions}
     with stage("comparing logits and perplexity on held-out text"):
         compare(sessions, windows, results)
+    if args.dry_run:  # emulated ops: their speed means nothing
+        return list(results.values())
     with stage("timing"):
         time_all(sessions, windows[0, :-1].tolist(), results)
     return list(results.values())
@@ -309,6 +338,47 @@ def show_results(out: Console, outcome: Outcome) -> None:
     out.print("Greedy text:", f"differs from eager's under {', '.join(other)}" if other else "the same under all.")
 
 
+@contextlib.contextmanager
+def lowered_calls(args: argparse.Namespace, out: Console) -> Iterator[None]:
+    """Print the npu calls of the first MoE layer of what is compiled inside, on a dry run."""
+    if not args.dry_run:
+        yield
+        return
+    from moe_compile.lowering.ascend import dry_run
+
+    with dry_run.collect() as found:
+        yield
+    for graph in found.lowered[:1]:
+        out.print("npu calls of one MoE layer:\n\n" + dry_run.calls_text(graph.module.graph, blocks=1) + "\n", markup=False, soft_wrap=True)
+
+
+def show_ge(out: Console, subject: Subject) -> None:
+    """The GE nodes of one MoE layer, where torch_npu can be imported."""
+    from moe_compile.lowering.ascend import dry_run, schemas
+    from moe_compile.options import Options
+
+    if not schemas.wheel():
+        out.print("GE nodes: torch_npu cannot be imported here, so there are none to show.")
+        return
+    layer = next(layer.mlp for layer in subject.model.model.layers if layer.moe_enabled)
+    weight = subject.model.lm_head.weight
+    found: list[list[dry_run.GeNode]] = []
+    inner = dry_run.ge_backend(Options(target="ascend"), found.append)
+    with torch.no_grad():
+        x = torch.zeros(1, 8, weight.shape[1], dtype=weight.dtype)
+        torch.compile(layer, backend="moe_fused", options={"target": "ascend", "inner": inner})(x)
+    nodes = [str(n) for n in found[0] if n.type not in ("Const", "Fill", "Cast", "Data")]
+    out.print("GE nodes of one MoE layer:\n\n" + "\n".join(nodes) + "\n", markup=False, soft_wrap=True)
+
+
+def show_emulated(out: Console, outcome: Outcome) -> None:
+    fused = outcome.results[-1]
+    out.print(
+        f"Emulated on the CPU, against eager on held-out text: largest logit difference {fused.prefill_difference:.1e} in prefill and "
+        f"{fused.decode_difference:.1e} in decoding; perplexity {fused.perplexity:.4f}, eager {outcome.results[0].perplexity:.4f}."
+    )
+
+
 def show_throughput(out: Console, rows: list[Throughput]) -> None:
     """Both compilers at every point, and how many times faster moe_fused is."""
     table = Table(title="With CUDA graphs on both sides", title_justify="left", box=box.SIMPLE_HEAD)
@@ -334,14 +404,19 @@ def run(args: argparse.Namespace) -> Outcome:
     outcome = Outcome(subject.name, str(subject.device), dtype, subject.moe_layers)
     prompts = args.prompt or list(PROMPTS)
     shape = lengths(subject, [subject.encode(p) for p in prompts], args.max_new_tokens)
-    fused, report = compile_fused(subject, shape, outcome, args.mode, args.explain)
+    with lowered_calls(args, out):
+        fused, report = compile_fused(subject, shape, outcome, args)
     out.print(report, markup=False, soft_wrap=True)
     for kind, count in outcome.fused.items():
         out.print(f"{kind} graph: {count} of {outcome.moe_layers} MoE layers fused and validated")
-    if not args.explain:
+    if args.dry_run:
+        show_ge(out, subject)
+        outcome.results = measure(subject, shape, fused, args)
+        show_emulated(out, outcome)
+    elif not args.explain:
         outcome.texts = generate(subject, fused, prompts, args)
         show_texts(out, outcome, subject.trained)
-        outcome.results = measure(subject, shape, fused, args.mode, args.windows)
+        outcome.results = measure(subject, shape, fused, args)
         show_results(out, outcome)
         if subject.device.type == "cuda" and args.size == "mini":
             del fused  # its cache and graphs

@@ -7,14 +7,16 @@ python -m moe_compile tune --model qwen3_moe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from . import NotFused, __version__, explain
+from . import NotFused, Options, __version__, explain
 from .lowering.triton import tune_cli
 from .options import TARGETS
 
@@ -42,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
     tell.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
     tell.add_argument("--target", choices=TARGETS, default="auto", help="whose lowering to ask (default: %(default)s)")
+    tell.add_argument("--graph", choices=("calls", "fx", "ge"), help="of --target ascend: the npu calls, the FX graph, or GE nodes")
     tell.add_argument("--strict", action="store_true", help="fail where a block is left as written")
     tell.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
     tell.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -58,10 +61,28 @@ def _explain(args: argparse.Namespace) -> int:
         if args.experts:
             model.set_experts_implementation(args.experts)
         options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}
-        with torch.no_grad():
+        with torch.no_grad(), _graphs(args, options) as graphs:
             report = explain(model, options=options, **inputs)
+    if graphs is not None:
+        print(graphs(), end="\n\n")
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report)
     return 0
+
+
+@contextlib.contextmanager
+def _graphs(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[Callable[[], str] | None]:
+    """What prints the graphs asked for, once they are there. Raises ValueError where the target has none to show."""
+    if args.graph is None:
+        yield None
+        return
+    if args.target != "ascend":
+        raise ValueError("--graph shows what --target ascend makes of a model")
+    from .lowering.ascend import dry_run
+
+    with dry_run.collect() as found:
+        if args.graph == "ge":
+            options["inner"] = dry_run.ge_backend(Options.parse(options), found.ge.append)
+        yield {"calls": found.calls_text, "fx": found.fx_text, "ge": found.ge_text}[args.graph]
 
 
 def _first_paragraph(e: BaseException) -> str:

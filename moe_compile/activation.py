@@ -146,7 +146,7 @@ def run(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None
             stack[-1] = torch.clamp(stack[-1], lo, hi)
         else:
             stack[-1] = _UNARY[op - OP_UNARY][1](stack[-1])
-    return stack[-1] if isinstance(stack[-1], Tensor) else torch.full_like(g, stack[-1])
+    return torch.full_like(g, stack[-1]) if isinstance(stack[-1], float) else stack[-1]
 
 
 def evaluate(expr: sp.Expr, g: Tensor, u: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch._dynamo.exc import RestartAnalysis
 
 from . import capture
 from . import report as reports
-from .errors import NotFused
+from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
 from .options import Options
@@ -45,8 +45,8 @@ def moe_fused(
     seconds["passes"] = time.perf_counter() - started
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
-    except RestartAnalysis:
-        raise  # Dynamo's own way to say "trace once more"
+    except (RestartAnalysis, OptionError):
+        raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
     except Exception as e:
         if not before.restore():
             raise  # the graph is as the user wrote it: not our doing

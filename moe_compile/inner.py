@@ -31,10 +31,14 @@ def compile_with(
     options: Options, mode: str | None, target: str, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     """Hand `gm` to the inner compiler that `options` names and return what it makes of it."""
+    if target == "ascend":
+        from .lowering.ascend import modes
+
+        return modes.compile_with(options, mode, gm, example_inputs)
     compiler = options.inner
     kwargs: dict[str, Any] = {}
     if compiler == "auto":
-        compiler = "npu" if target == "ascend" else "inductor"
+        compiler = "inductor"
     if compiler == "inductor":
         compiler = inductor(options.inner_options, mode)
     else:

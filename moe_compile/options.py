@@ -10,6 +10,7 @@ from typing import Any
 from .errors import OptionError
 
 TARGETS = ("auto", "cpu", "cuda", "ascend")
+ASCEND_MODES = ("auto", "ge", "npugraph_ex", "eager")
 BACKEND_NAME = "moe_fused"
 
 
@@ -18,11 +19,15 @@ class Options:
     """What a user may pass as `options=` of `torch.compile(model, backend="moe_fused")`.
 
     target: which lowering takes the fused ops; "auto" follows the device of the graph's tensors.
-    inner: the compiler of everything else: "auto" (Inductor; the "npu" backend on Ascend), the name of any Dynamo backend, or a callable.
+    inner: the compiler of everything else: "auto" (Inductor; on Ascend `mode`), the name of any Dynamo backend, or a callable.
     inner_options: handed to `inner` as its own options.
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
     overlap_shared: run the shared expert on a side stream ("auto": where the target gains from it).
+    mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
+    quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference).
+    weight_format: on Ascend, "nz": packed expert weights in the fractal format; "nd": as they are.
+    core_limit: on Ascend, (cube cores, vector cores) that the side stream of the shared expert may use.
     """
 
     target: str = "auto"
@@ -31,6 +36,10 @@ class Options:
     validate: bool = True
     strict: bool = False
     overlap_shared: bool | str = "auto"
+    mode: str = "auto"
+    quantize: str | None = None
+    weight_format: str = "nd"
+    core_limit: tuple[int, int] | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -89,8 +98,18 @@ def _check_values(options: Options) -> None:
     _one_of("validate", options.validate, (True, False))
     _one_of("strict", options.strict, (True, False))
     _one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
+    _one_of("mode", options.mode, ASCEND_MODES)
+    _one_of("quantize", options.quantize, (None, "w8a8"))
+    _one_of("weight_format", options.weight_format, ("nd", "nz"))
+    _check_core_limit(options.core_limit)
     if not isinstance(options.inner_options, Mapping):
         raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")
+
+
+def _check_core_limit(limit: Any) -> None:
+    pair = isinstance(limit, (tuple, list)) and len(limit) == 2 and all(type(n) is int and n > 0 for n in limit)
+    if limit is not None and not pair:
+        raise OptionError(f"option 'core_limit' is {limit!r}; allowed: None or (cube cores, vector cores), two positive integers")
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

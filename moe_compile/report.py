@@ -70,7 +70,7 @@ class Report:
     """Everything one compilation found, over all of its graphs; `str()` is a table, `to_dict()` is JSON-ready.
 
     seconds: "total" (this backend and the inner compiler), "passes" (ours alone), "validate" (part of "passes"), and what else
-    the passes measured.
+    the passes measured. notes: remarks of the target's lowering.
     """
 
     blocks: list[BlockReport] = field(default_factory=list)
@@ -78,6 +78,7 @@ class Report:
     graph_count: int = 0
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def fused(self) -> bool:
@@ -97,6 +98,7 @@ class Report:
             "graph_count": self.graph_count,
             "graph_breaks": [b.to_dict() for b in self.graph_breaks],
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},
+            "notes": list(self.notes),
         }
 
     # -- filled by the backend ------------------------------------------------------------------------------------------
@@ -126,6 +128,10 @@ class Report:
     def add_seconds(self, seconds: dict[str, float]) -> None:
         for k, v in seconds.items():
             self.seconds[k] = self.seconds.get(k, 0.0) + v
+
+    def add_notes(self, notes: Iterable[str]) -> None:
+        """What a target has to say; every remark once."""
+        self.notes.extend(n for n in dict.fromkeys(notes) if n not in self.notes)
 
     def add_breaks(self, breaks: Iterable[GraphBreak]) -> None:
         """Layers share code, so the same break comes again for each of them: told once."""
@@ -310,6 +316,11 @@ def collecting() -> Iterator[Report]:
         mine.collecting, mine.report, mine.call = before, None, None
         _store.record_breaks(report, None)
         _store.last = report
+
+
+def current() -> Report | None:
+    """The report of what this thread is compiling."""
+    return _store.mine.report
 
 
 def last_report() -> Report | None:

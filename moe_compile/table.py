@@ -28,6 +28,8 @@ def render(report: Report, width: int | None = None) -> str:
         parts.append(_listing("left as written", [_rejection_text(r) for r in report.rejected], width))
     if report.graph_breaks:
         parts.append(_listing("graph breaks", [_break_text(b) for b in report.graph_breaks], width))
+    if report.notes:
+        parts.append(_listing("notes", report.notes, width))
     parts.append("\n".join(textwrap.wrap(_totals(report), width, break_on_hyphens=False)))
     return "\n".join(parts)
 

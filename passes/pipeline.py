@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import overlap, recall, unify
+from . import emitted, overlap, recall, unify
 from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
@@ -169,6 +169,9 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     if refusal is None:
         try:
             plan = planner.plan(b)
+            if options.validate:
+                with _timed(out.seconds, "validate"):
+                    refusal = emitted.check(b, plan, planner.shadow)
         except Rejection as r:
             refusal = r
     if refusal is not None:

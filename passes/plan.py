@@ -99,6 +99,23 @@ class BlockPlan:
     reader: str | None = None
     shared: SharedPlan | None = None
 
+    def reads(self) -> list[str]:
+        """Names of the nodes that the plan's operations read."""
+        r, e = self.route, self.experts
+        out: list[str] = []
+        if r is not None:
+            out += [r.logits, *(q[0] for q in (r.bias, r.table) if q is not None)]
+        if e is not None:
+            out += [e.tokens, *(n for n in (e.ids, e.weights, e.base) if n is not None)]
+            out += [q[0] for group in (e.up, e.down, e.up_bias, e.down_bias) for q in group]
+        return out
+
+    def names(self) -> list[str]:
+        """Names of all nodes that the plan reads or replaces."""
+        r, e = self.route, self.experts
+        gone = [*(() if r is None else (*r.ids, *r.weights)), *(() if e is None else (e.out, *e.same_tensor))]
+        return [*self.reads(), *gone, *(n for pair in self.folded for n in pair), *(() if self.reader is None else (self.reader,))]
+
 
 @dataclass
 class Executor:
@@ -118,7 +135,8 @@ class Executor:
             n = self.now[n]
         return n
 
-    def block(self, plan: BlockPlan) -> None:
+    def block(self, plan: BlockPlan) -> tuple[fx.Node | None, fx.Node | None]:
+        """Emit one block; returns the nodes of the weights and ids in use."""
         weights = ids = op = None
         for name in plan.fixed:
             float(example_value(self.names[name]))  # a guard: another value is another graph
@@ -139,6 +157,7 @@ class Executor:
         if plan.shared is not None:
             named = plan.shared.op
             self.shared(plan.shared, op if named is None else self.node(named))
+        return weights, ids
 
     # ---- gating --------------------------------------------------------------------------------------------------------
 

@@ -65,9 +65,7 @@ class Planner:
         tables = [
             None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
         ]
-        weights = (
-            () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
-        )
+        weights = () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
         redirected = (self._readable(b.raw_ids, torch.int64), weights)
         return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
 

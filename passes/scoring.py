@@ -32,10 +32,22 @@ def in_scores(kind: Score, expr: sp.Expr, red: Reductions) -> sp.Expr:
 def build(
     select: sp.Expr, value: sp.Expr, tr: Translator, groups: Groups | None, bias: fx.Node | None, table: fx.Node | None
 ) -> dict[str, Any]:
-    """The fields of `Gating` that the two expressions determine; raises `Unknown` with the reason."""
-    red = tr.reductions
-    b = tr.tables[bias] if bias is not None else None
-    c = tr.tables[table] if table is not None else None
+    """The fields of `Gating` that the two expressions determine; raises `Unknown` with the reason. Equal routers are read once."""
+    b, c = (None if n is None else tr.tables[n] for n in (bias, table))
+    key = (select, value, groups, b, c, *tr.reductions.size.items(), *tr.reductions.by_symbol.items())
+    if key not in _read:
+        if len(_read) > 1024:
+            _read.clear()
+        _read[key] = _build(select, value, tr.reductions, groups, b, c)
+    return _read[key]
+
+
+_read: dict[Any, dict[str, Any]] = {}
+
+
+def _build(
+    select: sp.Expr, value: sp.Expr, red: Reductions, groups: Groups | None, b: sp.Symbol | None, c: sp.Symbol | None
+) -> dict[str, Any]:
     if c is not None:
         value = sp.cancel(value / c)
         if c in value.free_symbols:

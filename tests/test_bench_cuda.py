@@ -93,6 +93,7 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("triton")
     pytest.importorskip("transformers")
     import on_cuda
+
     from moe_compile.lowering.triton import tune, tuner
 
     def once(calls: list[Any], seconds: float) -> float:
@@ -122,12 +123,12 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> Any:
     return on_cuda
 
 
-def test_a_run(dry: Any, tmp_path: Path) -> None:
+def test_a_run(dry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "some_card.json"
     args = argparse.Namespace(
         parts=["experts", "route", "backward"], shapes=["Trinity-mini"], tokens=[1, 16], no_peers=True, peer_seconds=0
     )
-    dry.AT["backward"] = (dry.backward, ("Trinity-mini",), (16,))
+    monkeypatch.setitem(dry.AT, "backward", (dry.backward, ("Trinity-mini",), (16,)))
     dry.measure(args, path)
     data = roofline.load(path)
     assert data["machine"]["card"] == "Some Card" and data["limits"] == LIMITS

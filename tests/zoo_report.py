@@ -120,7 +120,8 @@ def disagreement(entry: zoo.Entry, verdict: Verdict, document: str) -> str:
         return f"no row for {entry.name}"
     mine = row_of(entry, [verdict])
     implementations = row[5].split(", ")
-    differing = [f"{c}: committed {a!r}, now {b!r}" for c, a, b in zip(COLUMNS, row, mine) if c != "implementations" and b not in a.split(OR)]
+    told = [c for c in zip(COLUMNS, row, mine) if c[0] != "implementations"]
+    differing = [f"{c}: committed {a!r}, now {b!r}" for c, a, b in told if b not in a.split(OR)]
     if verdict.implementation not in implementations:
         differing.append(f"implementation {verdict.implementation} is not in {row[5]!r}")
     return "; ".join(differing)

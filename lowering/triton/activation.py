@@ -193,7 +193,8 @@ def _functions(ops: tuple[int, ...], consts: tuple[float, ...]) -> Functions:
 
     text = source(ops, consts)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Functions(*(triton.jit(f) for f in _define(text, key, {"tl": tl})), key)
+    act_, dual = (triton.jit(f) for f in _define(text, key, {"tl": tl}))
+    return Functions(act_, dual, key)
 
 
 @functools.lru_cache(maxsize=256)

@@ -58,7 +58,7 @@ def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tile
         return Tiles(by_row, by_row, by_weight, by_weight)
     bm = 16 if rows <= 16 else 32 if rows <= 40 else 64 if rows <= 96 else 128
     hidden = Tile(bm, 128, 64, 8 if bm >= 64 else 4, 3, tma=True)
-    to_input = Tile(bm, 256, 64, 8, 3, per_sm=1, tma=True, flatten=True) if bm >= 64 else hidden
+    to_input = Tile(bm, 256, 64, 8, 4 if bm == 128 else 3, tma=True) if bm >= 64 else hidden
     padded = bm == 128
     stages = 3 if padded else 5  # rows are gathered through loaded indices: two stages more for as many copies under way
     few = rows <= 512  # short sums: two small programs a processor, one multiplies while the other stores

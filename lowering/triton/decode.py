@@ -6,6 +6,7 @@
 At this size all that counts is how many bytes of weights are under way: programs are small and many, each load is a wide one, products
 are plain fp32 multiply-adds (tensor cores would wait for the weights just the same). Tokens that share an expert read it from L2.
 """
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
 
@@ -105,7 +106,10 @@ def down_decode(
         e = tl.load(ids + slot)
         scale = tl.load(weights + slot).to(tl.float32)
         if (e >= 0) & (e < num_experts):
-            y = _product(_base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED), a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+            y = _product(
+                _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED),
+                a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN
+            )
             if BIAS:
                 y += tl.load(bias + e.to(tl.int64) * stride_be + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
             total += y * scale if WEIGHTED else y

@@ -1,4 +1,4 @@
-"""The routed experts on CUDA: dispatch, up GEMM with gather and activation, down GEMM, combine; or the two launches of the few-token path."""
+"""The routed experts on CUDA: dispatch, up GEMM with gather and activation, down GEMM, combine; or two launches for few tokens."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ The same contract as `gemm.grouped_gemm`, whose plain Triton code is its twin. A
 so that the next tile's operands arrive while this one's epilogue runs. A consumer whose 64 rows are all beyond the expert's end skips its
 products: an expert's rows are padded to 64, not to 128. A tile has two column blocks of BN: gate and up, or neighbours of a plain product.
 """
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def _produce(
     ring_a, ring_0, ring_1, full, empty,
     NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """What a tile is (and which rows it gathers) is loaded one tile (two tiles) before it is needed: nothing waits for these small loads."""
+    """What a tile is (and which rows it gathers) is loaded one or two tiles before it is needed: nothing waits for it."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -118,7 +119,7 @@ def _finish(
 ):  # fmt: skip
     """The epilogue of one column block: scale, bias, keep, activate, store."""
     DTYPE: gl.constexpr = out.dtype.element_ty
-    GATED: gl.constexpr = MODE == DUAL or MODE == INTERLEAVED
+    GATED: gl.constexpr = (MODE == DUAL) | (MODE == INTERLEAVED)
     if WEIGHTED:  # (w x) Wᵀ = w (x Wᵀ)
         scale = gl.expand_dims(gl.load(row_weights + slots, mask=live, other=0.0).to(gl.float32), 1)
         g = g * scale
@@ -201,7 +202,7 @@ def _consume(
                 _finish(acc1, acc1, e, rows, live, slots, block * 2 * BN + BN, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn,
                         stride_out, stride_pre, mma, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED)  # fmt: skip
         else:
-            for k in range(steps):
+            for _ in range(steps):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -44,13 +45,15 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
     wide = (128, 256) if down else (128,)
     found = []
     if rows <= 48:
-        found += [Tile(32, 64, 128, 4, 3, tma=True), Tile(32, 128, 64, 4, 4, tma=True), Tile(16, 64, 128, 4, 4, tma=True)]
+        found += [Tile(32, 64, 128, 4, 3, tma=True), Tile(16, 64, 128, 4, 4, tma=True), Tile(16, 32, 256, 4, 3)]
+        found += [Tile(32, 32, 256, 4, 3, tma=tma) for tma in (False, True)] + [Tile(32, 64, 256, 4, 2, tma=True)]
     if rows <= 160:
         found += [Tile(64, 64, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 3, tma=True), Tile(64, 128, 64, 8, 4, tma=True)]
-        found += [Tile(64, 64, 128, 4, 3, tma=True)]
+        found += [Tile(64, 64, 128, 4, 3, tma=True), Tile(64, 64, 128, 8, 3, tma=True), Tile(64, 32, 256, 4, 2, tma=True)]
     groups = (1, 4, 8, 16) if rows >= 100 else (1, 8)
     if rows >= 24:
         found += [Tile(128, 128, 64, 8, 4, tma=True, hopper=True, lag=lag, group=g) for lag in (0, 2) for g in groups]
+        found += [Tile(128, 128, 128, 8, 2, tma=True, hopper=True, group=g) for g in groups]
     if rows >= 48:
         found += [Tile(128, bn, 64, 8, 3 if bn > 128 else 4, tma=True, group=g) for bn in wide for g in groups]
     return found
@@ -110,31 +113,31 @@ def microseconds(calls: list[Callable[[], object]], seconds: float = _SECONDS) -
 
 def gemm_calls(inputs: Inputs, tile: Tile, down: bool) -> list[Callable[[], object]]:
     """One GEMM with one tile on every input set; the dispatch is made before."""
-    p, made = inputs.problem, []
-    for x, ids, w in inputs.sets:
-        c = experts.read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
-        assert c is not None
-        rows = dispatch(c.ids, p.experts, (tile.bm,))
-        a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()
-        if down:
-            y = torch.empty(c.slots, p.hidden, device="cuda", dtype=p.dtype)
-            made.append(lambda a=a, c=c, rows=rows, y=y: experts.grouped_gemm(a, c.down, None, rows, y, tile, None, scatter=True))
-        else:
-            made.append(lambda a=a, c=c, rows=rows: experts.grouped_gemm(c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k))
-    return made
+    return [_gemm_call(inputs, tile, down, *given) for given in inputs.sets]
+
+
+def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w: Tensor) -> Callable[[], object]:
+    p = inputs.problem
+    c = experts.read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
+    assert c is not None
+    rows = dispatch(c.ids, p.experts, (tile.bm,))
+    a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()
+    if not down:
+        return functools.partial(experts.grouped_gemm, c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k)
+    y = torch.empty(c.slots, p.hidden, device="cuda", dtype=p.dtype)
+    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=True)
 
 
 def whole_calls(inputs: Inputs, choice: Choice) -> list[Callable[[], object]]:
     """The routed experts as users get them, on every input set."""
-    return [
-        lambda x=x, ids=ids, w=w: experts.forward(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout, False, choice)
-        for x, ids, w in inputs.sets
-    ]
+    rest: Any = ([inputs.up], [inputs.down], [], [], None, inputs.layout, False, choice)
+    return [functools.partial(experts.forward, *routed, *rest) for routed in inputs.sets]
 
 
 def measure(inputs: Inputs, tokens: int) -> tuple[Choice, dict[str, list[tuple[float, str]]]]:
     """The best choice, and every candidate's microseconds, fastest first. A candidate that does not build is left out."""
-    p, told = inputs.problem, {}
+    p = inputs.problem
+    told: dict[str, list[tuple[float, str]]] = {}
     best: dict[str, Tile] = {}
     for name, down in (("up", False), ("down", True)):
         seen = sorted(_timed((t, gemm_calls(inputs, t, down)) for t in tiles(p, tokens, down)), key=lambda pair: pair[0])

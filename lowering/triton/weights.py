@@ -177,7 +177,7 @@ _MOST_TABLES = 1024
 
 
 def _table(tensors: list[Tensor]) -> Tensor:
-    """int64 [E] of data pointers on the device, kept by value. The host copy is pinned and kept too, so that a graph capture may copy it."""
+    """int64 [E] of data pointers on the device, kept by value; the host copy is pinned and kept, so that a graph capture may copy it."""
     device = tensors[0].device
     pointers = tuple(t.data_ptr() for t in tensors)
     key = (device, *pointers)

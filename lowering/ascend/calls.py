@@ -1,0 +1,253 @@
+"""A block as npu calls, written as plain torch: run on tensors it computes, run under `record.Recorder` it becomes graph nodes.
+
+Every npu op goes through `call`, which checks the arguments first. Sizes are never read, so token counts stay symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import activation as act
+from ...ir import BiasOn, Form, Norm, Score
+from ...ir import score as apply_score
+from .. import generic, routing
+from ..routing import Routing
+from . import law
+from .rules import check
+
+
+def call(name: str, *args: Any, **kwargs: Any) -> Any:
+    """torch.ops.npu.<name>.default on arguments that its rules allow. Raises rules.ArgumentError."""
+    op = getattr(torch.ops.npu, name).default
+    check(op, args, kwargs)
+    return op(*args, **kwargs)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """No node where there is nothing to cast."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+# ---- routing -----------------------------------------------------------------------------------------------------------
+
+
+def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing, training: bool = False) -> tuple[Tensor, Tensor]:
+    """logits [T, E], bias [E], table [E] -> weights [T, k] in r.weight_dtype, ids [T, k] in int32 (ATen: int64).
+
+    Training takes ATen: the gating ops' backward cannot be traced, or is silently missing.
+    """
+    row = law.ROUTING[-1] if training else law.choose_routing(r, logits.shape[-1])[0]
+    weights, ids, done = _ROWS[row.name](logits, bias, r)
+    return _finish(weights, ids, bias, table, r, done), ids
+
+
+Routed = tuple[Tensor, Tensor, frozenset[str]]  # weights, ids, what has been done to the weights
+
+
+def _gating(logits: Tensor, bias: Tensor | None, r: Routing, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """npu_moe_gating_top_k on fp32 logits and bias: a bias in bf16 would reorder near ties."""
+    wide = None if bias is None else cast(bias, torch.float32)
+    groups = dict(k_group=r.kept_groups, group_count=r.n_groups, group_select_mode=r.group_top - 1) if r.n_groups else {}
+    every = dict(k_group=1, group_count=1, group_select_mode=0, renorm=0) | groups | kwargs
+    out: tuple[Tensor, Tensor, Tensor] = call("npu_moe_gating_top_k", cast(logits, torch.float32), r.k, bias=wide, **every)
+    return out
+
+
+def _sigmoid(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
+    """w = s[ids] / (Σ s[ids] + eps) · scale."""
+    w, ids, _ = _gating(logits, bias, r, norm_type=1, out_flag=False, routed_scaling_factor=r.scale, eps=r.norm_eps)
+    return w, ids, frozenset(("norm", "scale"))
+
+
+def _sigmoid_raw(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
+    """w = s[ids]: the op's own weights are renormalised and not used."""
+    _, ids, scores = _gating(logits, bias, r, norm_type=1, out_flag=True, routed_scaling_factor=1.0)
+    return scores.gather(1, ids.to(torch.int64)), ids, frozenset()
+
+
+def _softmax(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l)[ids]."""
+    w, ids, _rows = call("npu_moe_gating_top_k_softmax", cast(logits, torch.float32), None, r.k)
+    return w, ids, frozenset()
+
+
+def _softmax_general(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l)[ids] · scale; the scale waits where a normaliser or an addend follows."""
+    waits = r.norm != Norm.NONE or r.bias_in_weights
+    w, ids, _ = _gating(logits, bias, r, norm_type=0, out_flag=False, routed_scaling_factor=1.0 if waits else r.scale)
+    return w, ids, frozenset(() if waits else ("scale",))
+
+
+def _softmax_selected(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l[ids])."""
+    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", cast(logits, torch.float32), k=r.k, renorm=1, output_softmax=False)
+    return w, ids, frozenset()
+
+
+def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
+    """As recovered, with ops that every graph mode converts."""
+    logits = cast(logits, r.score_dtype)
+    raw = logits if r.score_over_selected else apply_score(Score(r.score), logits)
+    choice = logits if r.bias_on == BiasOn.LOGIT else raw
+    if bias is not None and r.bias_on:
+        choice = choice + cast(bias, r.score_dtype)
+    ids = routing._keep_groups(choice, r).topk(r.k, -1)[1]
+    picked = raw.gather(-1, ids)
+    return apply_score(Score(r.score), picked) if r.score_over_selected else picked, ids, frozenset()
+
+
+_ROWS = dict(zip((row.name for row in law.ROUTING), (_sigmoid, _sigmoid_raw, _softmax, _softmax_general, _softmax_selected, _aten)))
+
+
+def _finish(w: Tensor, ids: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing, done: frozenset[str]) -> Tensor:
+    """What the op has not done, in the order of the meaning: bias, normaliser, scale, table."""
+    if r.bias_in_weights and bias is not None:
+        w = w + cast(bias, w.dtype)[ids.to(torch.int64)]
+    if r.norm != Norm.NONE and "norm" not in done:
+        w = w / routing._guarded(routing._reduce(w, r), r)
+    if r.scale != 1.0 and "scale" not in done:
+        w = w * r.scale
+    if table is not None:
+        w = w * cast(table, w.dtype)[ids.to(torch.int64)]
+    return cast(w, r.weight_dtype)
+
+
+# ---- experts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Expert weights as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
+
+    `up` holds one tensor, or gate and up apart.
+    """
+
+    up: Sequence[Tensor]
+    down: Tensor
+    up_bias: Sequence[Tensor] = ()
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows ordered by expert [T k, H], where each slot went [T k], rows per expert [E]."""
+
+    rows: Tensor
+    index: Tensor
+    counts: Tensor
+
+
+def bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    """npu_grouped_matmul adds fp32 biases to bf16 products."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def within(ids: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Slots of no expert go to expert 0 with weight 0: the combine op needs every row to exist."""
+    known = (ids >= 0) & (ids < num_experts)
+    return torch.where(known, ids, torch.zeros_like(ids)), torch.where(known, weights, torch.zeros_like(weights))
+
+
+def identity_addend(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, num_identity: int) -> Tensor:
+    """x · Σ_j w over the slots of identity experts."""
+    chosen = (ids >= num_experts) & (ids < num_experts + num_identity)
+    w = torch.where(chosen, weights, torch.zeros_like(weights)).sum(-1, keepdim=True)
+    wide = generic.accumulate_dtype(x.dtype)
+    return cast(cast(x, wide) * cast(w, wide), x.dtype)
+
+
+def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> Dispatched:
+    """x [T, H], ids [T, k] int32 -> rows by expert."""
+    rows, index, counts, _ = call(
+        "npu_moe_init_routing_v2", x, ids, active_num=-1, expert_num=num_experts, drop_pad_mode=0, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, num_experts], row_idx_type=0,
+    )  # fmt: skip
+    return Dispatched(rows, index, counts)
+
+
+def grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """rows [M, K] by expert times weight [E, K, N]."""
+    extra = {} if bias is None else {"bias": [bias]}
+    (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, group_list=counts, split_item=3, group_type=0, group_list_type=1)
+    return out  # type: ignore[no-any-return]
+
+
+def activate(products: Sequence[Tensor], layout: generic.Layout, differentiable: bool = False) -> Tensor:
+    """The products of the up projection [M, ·] -> [M, I]. `differentiable`: with ops that have a gradient."""
+    expr = act.decode(layout.act_ops, layout.act_consts)
+    if law.swiglu(expr, layout.form):
+        return call("npu_swiglu", products[0], -1)  # type: ignore[no-any-return]
+    c = None if differentiable else law.clipped(expr, layout.form)
+    if c is not None:
+        apart = layout.form == Form.INTERLEAVED
+        return call(  # type: ignore[no-any-return]
+            "npu_clipped_swiglu", products[0], dim=-1, alpha=c.alpha, limit=c.limit, bias=c.bias, interleaved=apart
+        )
+    wide = generic.accumulate_dtype(products[0].dtype)
+    parts = [cast(p, wide) for h in products for p in generic.split_pre(layout, h)]
+    g, u = (parts[0], None) if layout.form == Form.SINGLE else parts
+    return cast(act.run(layout.act_ops, layout.act_consts, g, u), products[0].dtype)
+
+
+def up_rows(rows: Tensor, p: Packed, counts: Tensor) -> list[Tensor]:
+    """One product, or gate and up."""
+    return [grouped(rows, w, p.up_bias[i] if p.up_bias else None, counts) for i, w in enumerate(p.up)]
+
+
+def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, k] int32 within the experts -> output rows by expert, their index, and the weights that are still to be applied."""
+    d = dispatch(x, ids, layout.num_experts)
+    rows = d.rows
+    if layout.weight_on_input:
+        wide = generic.accumulate_dtype(x.dtype)
+        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, d.index.to(torch.int64), weights.reshape(-1))
+        rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
+        weights = torch.ones_like(weights)
+    y = grouped(activate(up_rows(rows, p, d.counts), layout), p.down, p.down_bias, d.counts)
+    return y, d.index, weights
+
+
+def combine(rows: Tensor, index: Tensor, weights: Tensor, addends: Sequence[Tensor]) -> Tensor:
+    """Σ_j w · row + addends -> [T, H]. fp32 weights of bf16 rows stay fp32, as the kernel accumulates in fp32."""
+    keeps = weights.dtype == torch.float32 and rows.dtype == torch.bfloat16
+    skips: list[Tensor | None] = [cast(a, rows.dtype) for a in addends]
+    while len(skips) < 2:
+        skips.append(None)
+    scales = weights if keeps else cast(weights, rows.dtype)
+    return call("npu_moe_finalize_routing", rows, *skips, None, scales, index, None, 2)  # type: ignore[no-any-return]
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, p: Packed, addends: Sequence[Tensor], layout: generic.Layout, all_known: bool = False
+) -> Tensor:
+    """The whole routed part: x [T, H], ids [T, k], weights [T, k] -> [T, H_out]. `all_known`: every id is within the experts."""
+    return finish(*start(x, ids, weights, p, layout, all_known), addends)
+
+
+def start(
+    x: Tensor, ids: Tensor, weights: Tensor, p: Any, layout: generic.Layout, all_known: bool, rows: Callable[..., Any] = experts_rows
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Everything up to the combine: rows, index, weights, and addends that the block has by itself.
+
+    `p`: the packed weights, in the form that `rows` (experts_rows, or the quantised one) takes.
+    """
+    own = []
+    if layout.num_identity:
+        own.append(identity_addend(x, ids, weights, layout.num_experts, layout.num_identity))
+    if layout.num_identity or not all_known:
+        ids, weights = within(ids, weights, layout.num_experts)
+    return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
+
+
+def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
+    """The combine with at most two addends inside; more are added behind it."""
+    inside = [*own, *addends]
+    out = combine(rows, index, weights, inside[:2])
+    for a in inside[2:]:
+        out = out + cast(a, out.dtype)
+    return out

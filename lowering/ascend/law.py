@@ -1,0 +1,259 @@
+"""Which npu calls a recovered block may become: tables of laws, asked from top to bottom.
+
+No row knows a model. A row says what it cannot express; the first one with nothing to say is taken. The last row takes everything.
+s: scores, b: selection bias, w: routing weights, Σ: sum over the selected experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy as sp
+import torch
+
+from ... import activation as act
+from ...ir import BiasOn, Form, MoeBlock, Norm, Score
+from ...ops import route_args
+from ..routing import Routing
+
+MAX_GATED = 2048  # experts of npu_moe_gating_top_k
+MAX_SOFTMAX_K = 1024
+MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+Check = Callable[[Routing, int], str | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of routing. `holds`: why the op is exact where nothing in `checks` objects."""
+
+    name: str
+    calls: str
+    holds: str
+    checks: tuple[Check, ...]
+
+    def refuses(self, r: Routing, num_experts: int) -> str | None:
+        """The first objection, or None."""
+        return next((why for c in self.checks if (why := c(r, num_experts)) is not None), None)
+
+
+# ---- what can stand in the way -----------------------------------------------------------------------------------------
+
+
+def _scored_in_fp32(r: Routing, _: int) -> str | None:
+    return None if r.score_dtype == torch.float32 else f"scores are computed in {r.score_dtype}, the op's in fp32: near ties would differ"
+
+
+def _sigmoid(r: Routing, _: int) -> str | None:
+    return None if r.score == Score.SIGMOID else "the score is not a sigmoid"
+
+
+def _softmax(r: Routing, _: int) -> str | None:
+    return None if r.score == Score.SOFTMAX else "the score is not a softmax"
+
+
+def _before_selection(r: Routing, _: int) -> str | None:
+    return "the score is taken of the selected experts only" if r.score_over_selected else None
+
+
+def _after_selection(r: Routing, _: int) -> str | None:
+    return None if r.score_over_selected else "the score is taken of all experts"
+
+
+def _bias_selects(r: Routing, _: int) -> str | None:
+    """The op adds b to s for the selection and gathers s without it."""
+    if r.bias_on == BiasOn.LOGIT:
+        return "the bias is added to the logits, the op adds it to the scores"
+    return "the bias is part of the weights, the op's only selects" if r.bias_in_weights else None
+
+
+def _no_bias(r: Routing, _: int) -> str | None:
+    return None if r.bias_on == BiasOn.NONE else "the op takes no selection bias"
+
+
+def _no_groups(r: Routing, _: int) -> str | None:
+    return "the op knows no groups" if r.n_groups else None
+
+
+def _groups(r: Routing, n: int) -> str | None:
+    """Losing groups become -inf in the op. A fill of 0 is the same where no score is negative, that is without a bias."""
+    if not r.n_groups:
+        return None
+    if n % r.n_groups:
+        return f"{n} experts do not fall into {r.n_groups} equal groups"
+    if r.group_top not in (1, 2):
+        return f"a group's score is the sum of {r.group_top}, the op has the max and the sum of 2"
+    if r.group_fill != -math.inf and not (r.group_fill == 0.0 and r.bias_on == BiasOn.NONE):
+        return f"experts of losing groups get {r.group_fill}, the op gives them -inf"
+    if r.k > r.kept_groups * n // r.n_groups:
+        return "the kept groups hold fewer experts than are selected"
+    if r.group_top == 2 and n // r.n_groups < 2:
+        return "groups of one expert have no sum of 2"
+    aligned = -(-(n // r.n_groups) // 32) * 32 * r.n_groups
+    return f"groups aligned to 32 cover {aligned} experts, the op takes {MAX_GATED}" if aligned > MAX_GATED else None
+
+
+def _gating_limits(r: Routing, n: int) -> str | None:
+    if n > MAX_GATED:
+        return f"{n} experts, the op takes {MAX_GATED}"
+    return None if 1 <= r.k <= n else f"{r.k} of {n} experts"
+
+
+def _softmax_limits(r: Routing, n: int) -> str | None:
+    return None if 1 <= r.k <= min(n, MAX_SOFTMAX_K) else f"{r.k} of {n} experts, the op takes {MAX_SOFTMAX_K}"
+
+
+def _renormalised(r: Routing, _: int) -> str | None:
+    """The sigmoid op always divides by Σ + eps."""
+    if r.norm != Norm.SUM:
+        return "weights are not divided by their sum, the op always does"
+    return "the sum is clamped, the op adds an eps" if r.norm_clamp else None
+
+
+def _not_normalised(r: Routing, _: int) -> str | None:
+    """With softmax the op never divides; its scale would come before a division that follows."""
+    return None if r.norm == Norm.NONE else "weights are normalised, the op never does that after a softmax"
+
+
+def _not_scaled(r: Routing, _: int) -> str | None:
+    return "weights are scaled, the op has no scale" if r.scale != 1.0 and r.norm == Norm.NONE else None
+
+
+ROUTING: tuple[Row, ...] = (
+    Row(
+        "sigmoid, renormalised",
+        "npu_moe_gating_top_k(norm_type=1)",
+        "s = σ(l); top-k of s + b; w = s / (Σ + eps) · scale: all inside the op, in fp32, eps and scale as recovered",
+        (_scored_in_fp32, _sigmoid, _before_selection, _bias_selects, _groups, _gating_limits, _renormalised),
+    ),
+    Row(
+        "sigmoid, raw scores",
+        "npu_moe_gating_top_k(norm_type=1, out_flag=True) + gather",
+        "the op's weights are always renormalised: its ids are used and w is gathered from its scores; what follows is ATen",
+        (_scored_in_fp32, _sigmoid, _before_selection, _groups, _gating_limits, lambda r, n: _bias_on_scores(r)),
+    ),
+    Row(
+        "softmax",
+        "npu_moe_gating_top_k_softmax",
+        "w = softmax(l)[top-k], never renormalised by the op: a normaliser and a scale follow as ATen, in this order",
+        (_scored_in_fp32, _softmax, _before_selection, _no_bias, _no_groups, _softmax_limits, _not_scaled),
+    ),
+    Row(
+        "softmax with bias, groups or scale",
+        "npu_moe_gating_top_k(norm_type=0)",
+        "top-k of s + b in the kept groups, w = s · scale; with a normaliser the op's scale is 1 and both follow as ATen",
+        (_scored_in_fp32, _softmax, _before_selection, _groups, _gating_limits, lambda r, n: _bias_on_scores(r)),
+    ),
+    Row(
+        "softmax over the selected",
+        "npu_moe_gating_top_k_softmax_v2(renorm=1)",
+        "top-k of the raw logits, then softmax over the k",
+        (_scored_in_fp32, _softmax, _after_selection, _no_bias, _no_groups, _softmax_limits),
+    ),
+    Row("anything else", "aten", "as recovered: top-k, gather and pointwise ops in the recovered dtype", ()),
+)
+
+
+def _bias_on_scores(r: Routing) -> str | None:
+    """A bias inside the weights is added after the gather; one on the logits changes what is selected."""
+    return "the bias is added to the logits, the op adds it to the scores" if r.bias_on == BiasOn.LOGIT else None
+
+
+def choose_routing(r: Routing, num_experts: int) -> tuple[Row, list[tuple[Row, str]]]:
+    """The row that is taken, and what every row above it objected to."""
+    refused: list[tuple[Row, str]] = []
+    for row in ROUTING:
+        why = row.refuses(r, num_experts)
+        if why is None:
+            return row, refused
+        refused.append((row, why))
+    raise AssertionError("the last row takes everything")
+
+
+def why_aten(r: Routing, num_experts: int) -> str | None:
+    """Why a routing stays in ATen: what the last row that knows its score objected to; None where an op takes it."""
+    row, refused = choose_routing(r, num_experts)
+    if row is not ROUTING[-1]:
+        return None
+    reasons = [why for _, why in refused]
+    return next((why for why in reversed(reasons) if "the score is not" not in why), "no op knows the score function")
+
+
+# ---- activations -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """g' = min(g, limit), u' = clamp(u, ±limit): g' σ(alpha g') (u' + bias)."""
+
+    alpha: float
+    limit: float
+    bias: float
+
+
+def swiglu(expr: sp.Expr, form: int) -> bool:
+    """Whether npu_swiglu is the activation: silu of the first half times the second."""
+    return form == Form.CONCAT and expr == act.SWIGLU
+
+
+def clipped(expr: sp.Expr, form: int) -> Clipped | None:
+    """The numbers of npu_clipped_swiglu, when it is the activation."""
+    if form not in (Form.CONCAT, Form.INTERLEAVED):
+        return None
+    limits = {float(a) for c in expr.atoms(act.clamp) for a in c.args[1:] if abs(float(a)) != math.inf and float(a) > 0}
+    if len(limits) != 1:
+        return None
+    gate = next((c for c in expr.atoms(act.clamp) if c.args[0] == act.G), None)
+    up = next((c for c in expr.atoms(act.clamp) if c.args[0] == act.U), None)
+    if gate is None or up is None or float(gate.args[1]) != -math.inf or float(up.args[1]) != -float(up.args[2]):
+        return None
+    a, b = sp.Symbol("a"), sp.Symbol("b")
+    plain = expr.subs({gate: a, up: b})
+    slopes = [s.args[0].coeff(a) for s in plain.atoms(act.sigmoid)]
+    if len(slopes) != 1 or not slopes[0].is_number:
+        return None
+    rest = sp.simplify(plain / (a * act.sigmoid(slopes[0] * a)))
+    offset = sp.simplify(rest - b)
+    return Clipped(float(slopes[0]), limits.pop(), float(offset)) if offset.is_number else None
+
+
+def activation_call(expr: sp.Expr, form: int) -> str:
+    """What computes the activation, for the report."""
+    if swiglu(expr, form):
+        return "npu_swiglu"
+    return "npu_clipped_swiglu" if clipped(expr, form) else "pointwise"
+
+
+# ---- a whole block -----------------------------------------------------------------------------------------------------
+
+
+def can_lower(ir: MoeBlock) -> str | None:
+    """None when the npu ops can run this block's experts, else the reason."""
+    e = ir.experts
+    if e.dtype not in FLOATS:
+        return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
+    if e.num_experts > MAX_GROUPED:
+        return f"{e.num_experts} experts: npu_grouped_matmul takes {MAX_GROUPED}"
+    try:
+        act.encode(e.activation)
+    except act.UnknownActivation as error:
+        return f"activation: {error}"
+    if e.num_identity and e.hidden != e.out_features:
+        return "identity experts need as many outputs as inputs"
+    return None
+
+
+def lowering_name(ir: MoeBlock) -> str:
+    """The calls a block becomes, for the report."""
+    routing = "routing as written"
+    if ir.gating is not None:
+        g = ir.gating
+        plain = route_args(g)
+        if g.norm is not None and g.norm.kind is Norm.EXPR:
+            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
+        row, _ = choose_routing(Routing(*plain), g.num_experts)
+        routing = row.calls
+    return f"{routing}; grouped_matmul, {activation_call(ir.experts.activation, ir.experts.form)}"

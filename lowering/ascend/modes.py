@@ -1,0 +1,180 @@
+"""The way to the device: which graph mode compiles the lowered graph, and what each needs."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor
+
+from ... import report as reports
+from ...errors import OptionError
+from ...options import ASCEND_MODES, Options
+from . import schemas, streams, weights, workarounds
+from .rewrite import Lowered, lower, needs_gradients, ops
+from .weights import STORE, Recipe
+
+log = logging.getLogger("moe_compile")
+
+
+def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Lower the fused ops of `gm`, hand it to a graph mode, and give back a function of the original inputs.
+
+    A graph that cannot be lowered keeps its fused ops, which run on any device; the report says why. With `strict=True` it raises.
+    """
+    if not any(n.target in (ops.route.default, ops.experts.default) for n in gm.graph.nodes):
+        return _inner(options, mode, gm, example_inputs, False)
+    schemas.ensure()
+    train = needs_gradients(gm)
+    if train and options.quantize is not None:
+        raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
+    try:
+        lowered = lower(gm, train, options.quantize)
+    except Exception as e:
+        if options.strict:
+            raise
+        log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
+        _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
+        return _inner(options, mode, gm, example_inputs, train)
+    _tell(lowered.notes)
+    for sink in SINKS:
+        sink(lowered)
+    inner = _inner(options, mode, lowered.module, _inputs(lowered, example_inputs), train)
+    return _with_packed(inner, lowered, weights.to_nz if options.weight_format == "nz" else weights.as_is)
+
+
+SINKS: list[Callable[[Lowered], None]] = []  # who wants to see lowered graphs (`dry_run`)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    report = reports.current()
+    if report is not None:
+        report.add_notes(notes)
+
+
+def _inputs(lowered: Lowered, old: Sequence[Any]) -> list[Any]:
+    placeholders = lowered.module.graph.find_nodes(op="placeholder")
+    return [old[i] if isinstance(i, int) else n.meta["example_value"] for i, n in zip(lowered.inputs, placeholders)]
+
+
+def _with_packed(inner: Callable[..., Any], lowered: Lowered, finish: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """The compiled function on the inputs that Dynamo gives: weights go in as packed operands."""
+    inputs, training = lowered.inputs, lowered.training
+
+    def operand(i: int | Recipe, args: Sequence[Any]) -> Any:
+        if isinstance(i, int):
+            return args[i]
+        tensors = [args[s.position] for s in i.sources]
+        return i.view(tensors, differentiable=True) if training else STORE.get(i, tensors, finish)
+
+    def run(*args: Any) -> Any:
+        return inner(*[operand(i, args) for i in inputs])
+
+    return run
+
+
+def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
+    """The compiler behind: what the user named, else a graph mode of torch_npu, else (no NPU) the emulated ops, one by one."""
+    if options.inner != "auto":
+        from ...inner import compile_with as generic
+
+        return generic(options, None if mode in ASCEND_MODES else mode, "any", gm, example_inputs)
+    chosen = graph_mode(options, mode, training)
+    if not any(isinstance(t, Tensor) and t.device.type == "npu" for t in example_inputs):
+        chosen = "eager"
+    if chosen == "ge":
+        return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
+    if chosen == "npugraph_ex":
+        return npugraph_ex_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
+    if overlaps(options) and not training:
+        streams.overlap(gm.graph, streams.Eager, options.core_limit)
+        gm.recompile()
+    return gm
+
+
+def graph_mode(options: Options, mode: str | None, training: bool) -> str:
+    """Which mode compiles: training has none, because neither takes a backward pass with these ops."""
+    asked = mode if mode in ASCEND_MODES else options.mode
+    if training:
+        return "eager"
+    return "npugraph_ex" if asked in ("auto", None) else asked
+
+
+def overlaps(options: Options) -> bool:
+    return options.overlap_shared is not False
+
+
+def load(package: str, defines: str) -> Any:
+    """A graph mode's package, and the module of it that defines its stream ops.
+
+    Both packages are lazy objects until an attribute is asked for; a submodule imported before that is loaded twice.
+    """
+    module = importlib.import_module(package)
+    assert module.CompilerConfig is not None
+    importlib.import_module(defines)
+    return module
+
+
+def ge_backend(options: Options) -> Callable[..., Any]:
+    """torchair in max-autotune mode: a GE graph."""
+    config = ge_config(options)
+    import torchair
+
+    return torchair.get_npu_backend(compiler_config=config)  # type: ignore[no-any-return]
+
+
+def ge_config(options: Options) -> Any:
+    """The compiler config of GE mode, with the stream pass in it."""
+    torchair = load("torchair", "torchair.scope._wait_tensor")
+    workarounds.install()
+    config = torchair.CompilerConfig()
+    config.mode = "max-autotune"
+    config.experimental_config.frozen_parameter = True
+    config.post_grad_custom_pre_pass = stream_pass(options, streams.Ge)
+    return _with_inner_options(config, options)
+
+
+def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
+    """The npugraph_ex package where the wheel has it (2.13 on), else torchair's own aclgraph mode without a side stream."""
+    import torch_npu  # noqa: F401
+
+    try:
+        import npugraph_ex
+    except ImportError:
+        log.warning("this torch_npu has no npugraph_ex: GE compiles instead")
+        return ge_backend(options)
+    return npugraph_ex.get_npu_backend(compiler_config=npugraph_ex_config(options))  # type: ignore[no-any-return]
+
+
+def npugraph_ex_config(options: Options) -> Any:
+    """The compiler config of npugraph_ex, with the stream pass in it."""
+    npugraph_ex = load("npugraph_ex", "npugraph_ex.ops._tagged_event")
+    config = npugraph_ex.CompilerConfig()
+    config.frozen_parameter = True
+    config.post_grad_custom_pre_pass = stream_pass(options, streams.NpugraphEx)
+    return _with_inner_options(config, options)
+
+
+def _with_inner_options(config: Any, options: Options) -> Any:
+    """`inner_options` set attributes of the config; a dotted name goes into a part of it."""
+    for path, value in options.inner_options.items():
+        part = config
+        *parents, name = path.split(".")
+        for p in parents:
+            part = getattr(part, p)
+        setattr(part, name, value)
+    return config
+
+
+def stream_pass(options: Options, dialect: Callable[..., streams.Dialect]) -> Callable[..., None]:
+    """torchair's form of a custom pass: works on the ATen graph in place."""
+
+    def shared_expert_overlap(gm: fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        if overlaps(options):
+            streams.overlap(gm.graph, dialect, options.core_limit)
+            gm.recompile()
+
+    return shared_expert_overlap

@@ -1,0 +1,105 @@
+"""Schemas of the npu ops that this target emits, as torch_npu 2.13 declares them.
+
+Where torch_npu can be imported its own definitions are used. Elsewhere the same schemas are defined here, so that graphs can be built,
+checked and (through `emulate`) run on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+
+WHEEL_VERSION = "2.13"  # what the strings below were compared with (tests/ascend/test_wheel.py)
+
+_GMM = (
+    "Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, Tensor[]? antiquant_scale=None, "
+    "Tensor[]? antiquant_offset=None, Tensor[]? per_token_scale=None, Tensor? group_list=None, Tensor[]? activation_input=None, "
+    "Tensor[]? activation_quant_scale=None, Tensor[]? activation_quant_offset=None, int? split_item=0, int? group_type=None, "
+    "int? group_list_type=0, int? act_type=0, int[]? tuning_config=None, int? output_dtype=None, int? x_dtype=None, "
+    "int? weight_dtype=None, int? scale_dtype=None, int? per_token_scale_dtype=None"
+)
+_UNPERMUTE = "Tensor permuted_tokens, Tensor sorted_indices, Tensor? probs=None, bool padded_mode=False, int[]? restore_shape=None"
+
+NPU = (
+    "npu_moe_gating_top_k(Tensor x, int k, *, Tensor? bias=None, Tensor? input_ids=None, Tensor? tid2eid=None, int k_group=1, "
+    "int group_count=1, int group_select_mode=0, int renorm=0, int norm_type=0, bool out_flag=False, float routed_scaling_factor=1., "
+    "float eps=9.9999999999999995e-21) -> (Tensor, Tensor, Tensor)",
+    "npu_moe_gating_top_k_softmax(Tensor x, Tensor? finished=None, int k=1) -> (Tensor, Tensor, Tensor)",
+    "npu_moe_gating_top_k_softmax_v2(Tensor x, *, int k=1, Tensor? finished=None, int? renorm=0, bool? output_softmax=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    "npu_moe_init_routing_v2(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
+    "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, "
+    "int quant_mode=-1, int[2] active_expert_range=[], int row_idx_type=0, int? x_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"npu_grouped_matmul({_GMM}) -> Tensor[]",
+    "npu_swiglu(Tensor input, int dim=-1) -> Tensor",
+    "npu_swiglu_backward(Tensor grad_output, Tensor input, int dim=-1) -> Tensor",
+    "npu_clipped_swiglu(Tensor x, *, Tensor? group_index=None, int dim=-1, float alpha=1.702, float limit=7., float bias=1., "
+    "bool interleaved=True) -> Tensor",
+    "npu_moe_finalize_routing(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, Tensor? scales, "
+    "Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, int? k=1) -> Tensor",
+    "npu_moe_token_permute(Tensor tokens, Tensor indices, int? num_out_tokens=None, bool padded_mode=False) -> (Tensor, Tensor)",
+    "npu_moe_token_permute_grad_v2(Tensor grad_permuted_tokens, Tensor sorted_indices, SymInt tokens_size_0, ScalarType tokens_dtype, "
+    "SymInt num_topK, bool padded_mode=False) -> Tensor",
+    f"npu_moe_token_unpermute({_UNPERMUTE}) -> Tensor",
+    f"_npu_moe_token_unpermute({_UNPERMUTE}) -> (Tensor unpermuted_tokens, Tensor permuted_tokens_for_backward)",
+    "npu_moe_token_unpermute_grad_v2(Tensor grad_unpermuted_tokens, Tensor sorted_indices, SymInt permuted_tokens_size_0, "
+    "ScalarType permuted_tokens_dtype, Tensor? probs=None, bool padded_mode=False, int[]? restore_shape=None, "
+    "Tensor? permuted_tokens=None) -> (Tensor, Tensor)",
+    "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+    'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=False, int quant_mode=0, "
+    "int? dst_type=None, int? round_mode=None, int? activate_dim=None, int swiglu_mode=0, float clamp_limit=7., float glu_alpha=1.702, "
+    "float glu_bias=1.) -> (Tensor, Tensor)",
+)
+
+_STREAM = (
+    "scope_enter(str[] keys, str[] values, bool need_execute=False) -> None",
+    "scope_exit(bool need_execute=False) -> None",
+    "record(*, Device? device=None) -> Tensor",
+    "wait(Tensor[] x) -> ()",
+    "tagged_event_record(str tag, bool created_inside=False) -> ()",
+    "tagged_event_wait(str tag, bool created_inside=False) -> ()",
+    "wait_tensor(Tensor self, Tensor dependency) -> Tensor",
+)
+
+_libraries: list[torch.library.Library] = []
+
+
+@functools.cache
+def wheel() -> bool:
+    """Whether torch_npu itself is there (it is imported by this call)."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch_npu  # noqa: F401
+    except Exception:  # no CANN on this machine: torch_npu cannot be loaded
+        return False
+    return True
+
+
+@functools.cache
+def ensure() -> bool:
+    """Make `torch.ops.npu.*` exist, with CPU kernels. Returns whether they are torch_npu's own definitions."""
+    from . import emulate
+
+    own = not wheel()
+    if own:
+        _define("npu", NPU)
+        for space in ("air", "npugraph_ex"):
+            _define(space, _STREAM)
+            emulate.register_streams(space)
+    emulate.register(own)
+    return not own
+
+
+def _define(space: str, schemas: tuple[str, ...]) -> None:
+    lib = torch.library.Library(space, "FRAGMENT")
+    for schema in schemas:
+        lib.define(schema)
+    _libraries.append(lib)

@@ -1,0 +1,310 @@
+"""The shared expert on a side stream: which nodes go there, and how each graph mode is told.
+
+One side stream for all layers, the routed branch issued first, nothing collective on the side. The side's nodes move right before the
+combine that joins the streams, while the event they wait for is recorded as soon as their input exists: inputs outlive their use on the
+side, and nothing is allocated on the main stream between the side's work and the join, so no buffer is reused early.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...passes.liveness import is_write
+
+LABEL = "moe_shared"  # of the one side stream
+_PRODUCTS = ("mm", "addmm", "bmm", "linear", "matmul", "baddbmm", "npu_quant_matmul")
+_names = itertools.count()  # event names are unique in the process: graphs are captured side by side
+
+
+@dataclass
+class Side:
+    """One shared expert: its nodes in order, the node whose value is added, where it joins, what it reads from the main stream."""
+
+    nodes: list[fx.Node]
+    result: fx.Node
+    join: fx.Node
+    inputs: list[fx.Node] = field(default_factory=list)
+
+    def last_product(self) -> fx.Node:
+        return next(n for n in reversed(self.nodes) if is_product(n))
+
+
+def name_of(n: fx.Node) -> str:
+    """The bare name of what a node calls."""
+    if n.op == "call_method":
+        return str(n.target)
+    schema = getattr(n.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else getattr(n.target, "__name__", "")
+
+
+def is_product(n: fx.Node) -> bool:
+    return n.op in ("call_function", "call_method") and name_of(n) in _PRODUCTS
+
+
+def find_sides(graph: fx.Graph) -> list[Side]:
+    """Every combine with an addend that is computed for it alone and holds a matrix product."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    found = [_side(n, order) for n in graph.nodes if n.op == "call_function" and name_of(n) == "npu_moe_finalize_routing"]
+    return [s for s in found if s is not None]
+
+
+def _side(join: fx.Node, order: dict[fx.Node, int]) -> Side | None:
+    result = join.args[1]
+    if not isinstance(result, fx.Node) or not _may_move(result) or set(result.users) != {join}:
+        return None
+    nodes = {result}
+    while more := {a for n in nodes for a in n.all_input_nodes if a not in nodes and _may_move(a) and all(u in nodes for u in a.users)}:
+        nodes |= more
+    ordered = sorted(nodes, key=order.__getitem__)
+    if not any(map(is_product, ordered)):
+        return None
+    inputs = [a for a in dict.fromkeys(a for n in ordered for a in n.all_input_nodes) if a not in nodes and a.op not in _CONSTANT]
+    return Side(ordered, result, join, inputs)
+
+
+_CONSTANT = ("placeholder", "get_attr")
+
+
+def _may_move(n: fx.Node) -> bool:
+    """Pure, and no collective."""
+    if n.op not in ("call_function", "call_method") or is_write(n) or "c10d" in str(n.target) or "npu_moe" in str(n.target):
+        return False
+    schema = getattr(n.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+# ---- how a mode is told --------------------------------------------------------------------------------------------------
+
+
+class Dialect:
+    """What a graph mode calls its stream scopes and events. Methods put nodes at the graph's current insertion point."""
+
+    def __init__(self, graph: fx.Graph, core_limit: Sequence[int] | None) -> None:
+        self.graph, self.core_limit = graph, core_limit
+
+    def record(self, tag: str) -> None:
+        raise NotImplementedError
+
+    def wait(self, tag: str) -> None:
+        raise NotImplementedError
+
+    def enter(self) -> None:
+        raise NotImplementedError
+
+    def exit(self) -> None:
+        raise NotImplementedError
+
+
+class NpugraphEx(Dialect):
+    """Tagged events. npugraph_ex.record and .wait, which its documents name for passes, emit no event in the 2.13 wheel: a race."""
+
+    def __init__(self, graph: fx.Graph, core_limit: Sequence[int] | None) -> None:
+        super().__init__(graph, core_limit)
+        self.ops: Any = torch.ops.npugraph_ex
+
+    def record(self, tag: str) -> None:
+        _make_event(tag)
+        self.graph.call_function(self.ops.tagged_event_record.default, (tag, True))
+
+    def wait(self, tag: str) -> None:
+        self.graph.call_function(self.ops.tagged_event_wait.default, (tag, True))
+
+    def enter(self) -> None:
+        self.graph.call_function(self.ops.scope_enter.default, (["_user_stream_label", "_user_stream_priority"], [LABEL, "0"]))
+        if self.core_limit is not None:
+            cube, vector = map(str, self.core_limit)
+            self.graph.call_function(self.ops.scope_enter.default, (["_op_aicore_num", "_op_vectorcore_num"], [cube, vector]))
+
+    def exit(self) -> None:
+        for _ in range(1 if self.core_limit is None else 2):
+            self.graph.call_function(self.ops.scope_exit.default, ())
+
+
+class Ge(NpugraphEx):
+    """Scopes only: GE orders data edges across streams by itself, and has no tagged events."""
+
+    def __init__(self, graph: fx.Graph, core_limit: Sequence[int] | None) -> None:
+        super().__init__(graph, core_limit)
+        self.ops = torch.ops.air
+
+    def record(self, tag: str) -> None:
+        pass
+
+    def wait(self, tag: str) -> None:
+        pass
+
+    def after(self, value: fx.Node, dependency: fx.Node) -> fx.Node:
+        """`value`, not before `dependency` is there: a control edge."""
+        n = self.graph.call_function(self.ops.wait_tensor.default, (value, dependency))
+        n.meta.update(value.meta)
+        return n
+
+
+class Eager(Dialect):
+    """torch.npu streams and events, called as the graph runs."""
+
+    def record(self, tag: str) -> None:
+        self.graph.call_function(record_event, (tag,))
+
+    def wait(self, tag: str) -> None:
+        self.graph.call_function(wait_event, (tag,))
+
+    def enter(self) -> None:
+        self.graph.call_function(enter_side, (tuple(self.core_limit) if self.core_limit else None,))
+
+    def exit(self) -> None:
+        self.graph.call_function(exit_side, ())
+
+
+def _make_event(tag: str) -> None:
+    """npugraph_ex wants the event of a tag to exist when the pass runs."""
+    try:
+        from npugraph_ex._acl_concrete_graph.graph_pass import _create_event_by_name
+    except ImportError:  # no wheel: a dry run
+        return
+    _create_event_by_name(tag)
+
+
+# ---- the pass ------------------------------------------------------------------------------------------------------------
+
+
+def overlap(graph: fx.Graph, make: Callable[..., Dialect], core_limit: Sequence[int] | None = None) -> int:
+    """Put every shared expert of the graph on the side stream; returns how many there were."""
+    sides = find_sides(graph)
+    for side in sides:
+        _place(graph, side, make(graph, core_limit))
+    if sides:
+        graph.lint()
+    return len(sides)
+
+
+def _place(graph: fx.Graph, side: Side, d: Dialect) -> None:
+    """[record in] ... routed ... | enter, wait in, shared, record out, exit | wait out, combine."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    number = next(_names)
+    into, out = f"{LABEL}_{number}_in", f"{LABEL}_{number}_out"
+    if side.inputs:
+        latest = max(side.inputs, key=order.__getitem__)
+        with graph.inserting_after(_last_getitem(latest)):
+            d.record(into)
+    else:
+        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+            d.record(into)
+    with graph.inserting_before(side.join):
+        d.enter()
+        d.wait(into)
+    for n in side.nodes:
+        side.join.prepend(n)
+    if isinstance(d, Ge):
+        _two_stages(side, d)
+    with graph.inserting_before(side.join):
+        d.record(out)
+        d.exit()
+        d.wait(out)
+
+
+def _last_getitem(n: fx.Node) -> fx.Node:
+    """A multi-output op's results are one with it: nothing stands between."""
+    while n.next.op == "call_function" and n.next.args[:1] == (n,) and name_of(n.next) == "getitem":
+        n = n.next
+    return n
+
+
+def _two_stages(side: Side, d: Ge) -> None:
+    """Gate and up run against the dispatch (they wait for the ids), down against the second GEMM (it waits for the activation)."""
+    rows = side.join.args[0]
+    routed = _upstream(rows, ("npu_moe_init_routing_v2", "npu_grouped_matmul"))
+    dispatch, products = routed.get("npu_moe_init_routing_v2", []), routed.get("npu_grouped_matmul", [])
+    if len(dispatch) != 1 or len(products) < 2:
+        return
+    ids, activated = dispatch[0].args[1], products[0].args[0][0]  # type: ignore[index]
+    down = side.last_product()
+    first = next(n for n in side.nodes if is_product(n))
+    if first is down or not isinstance(ids, fx.Node):
+        return
+    tokens = first.args[0]
+    assert isinstance(tokens, fx.Node)
+    with d.graph.inserting_before(first):
+        late = d.after(tokens, ids)
+    for n in side.nodes[side.nodes.index(first) :]:
+        n.replace_input_with(tokens, late)
+    operand = next(a for a in down.all_input_nodes if a in side.nodes)
+    with d.graph.inserting_before(down):
+        down.replace_input_with(operand, d.after(operand, activated))
+
+
+def _upstream(n: Any, names: Sequence[str]) -> dict[str, list[fx.Node]]:
+    """The nodes of these names before the first of the others, nearest first."""
+    found: dict[str, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    work = [n] if isinstance(n, fx.Node) else []
+    while work:
+        n = work.pop(0)
+        if n in seen:
+            continue
+        seen.add(n)
+        name = name_of(n)
+        if name in names:
+            found.setdefault(name, []).append(n)
+        if name != "npu_moe_init_routing_v2":
+            work.extend(n.all_input_nodes)
+    return found
+
+
+# ---- eager mode: what the nodes call ---------------------------------------------------------------------------------------
+
+
+class _Streams:
+    """One side stream and its events in a process; nothing at all on a machine without an NPU."""
+
+    def __init__(self) -> None:
+        self.side: Any = None
+        self.main: list[Any] = []
+        self.events: dict[str, Any] = {}
+
+    def npu(self) -> Any:
+        module = getattr(torch, "npu", None)
+        return module if module is not None and module.is_available() else None
+
+
+_streams = _Streams()
+
+
+def record_event(tag: str) -> None:
+    """Record the event `tag` on the current stream."""
+    npu = _streams.npu()
+    if npu is not None:
+        event = _streams.events.setdefault(tag, npu.Event())
+        event.record(npu.current_stream())
+
+
+def wait_event(tag: str) -> None:
+    """Make the current stream wait for the event `tag`."""
+    npu = _streams.npu()
+    if npu is not None:
+        npu.current_stream().wait_event(_streams.events[tag])
+
+
+def enter_side(core_limit: tuple[int, int] | None) -> None:
+    """Issue on the side stream from here on."""
+    npu = _streams.npu()
+    if npu is None:
+        return
+    _streams.side = _streams.side or npu.Stream()
+    if core_limit is not None:
+        npu.set_stream_limit(_streams.side, *core_limit)
+    _streams.main.append(npu.current_stream())
+    npu.set_stream(_streams.side)
+
+
+def exit_side() -> None:
+    """Back to the stream that was left."""
+    npu = _streams.npu()
+    if npu is not None:
+        npu.set_stream(_streams.main.pop())

@@ -1,0 +1,96 @@
+"""The differentiable path: permute, grouped matmul with its own gradient, activation, unpermute. Routing stays ATen.
+
+Of the npu ops only permute, unpermute and swiglu have gradients; the others would silently give none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import generic
+from . import calls
+from .calls import Packed, call, cast
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """y = x_e W_e by rows. dX_e = dY_e W_eᵀ with the weight transposed as a view; dW_e = X_eᵀ dY_e, the K-split form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return calls.grouped(x, weight, bias, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, counts = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = calls.grouped(grad, weight.transpose(1, 2), None, counts) if ctx.needs_input_grad[0] else None
+        dw = k_split(x, grad, counts) if ctx.needs_input_grad[1] else None
+        db = sum_by_expert(grad, counts).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None
+
+
+def k_split(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
+    """X_eᵀ dY_e -> [E, K, N]; the operands are row blocks, never a weight, so the ban on NZ is not met."""
+    (dw,) = call("npu_grouped_matmul", [x.t()], [grad], group_list=counts, split_item=3, group_type=2, group_list_type=1)
+    return dw  # type: ignore[no-any-return]
+
+
+def sum_by_expert(rows: Tensor, counts: Tensor) -> Tensor:
+    """[M, N] -> [E, N]: 1ᵀ rows_e, the K-split product with a column of ones."""
+    return k_split(torch.ones_like(rows[:, :1]), rows, counts)[:, 0]
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """x [M, K] rows by expert, weight [E, K, N], bias [E, N], counts [E] -> [M, N], with gradients."""
+    tensors = tuple(t for t in (x, weight, bias, counts) if t is not None)
+    if has_torch_function(tensors):
+        return handle_torch_function(grouped_matmul, tensors, x, weight, bias, counts)  # type: ignore[no-any-return]
+    return _GroupedMatmul.apply(x, weight, bias, counts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def count_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """ids [T, k] -> rows per expert [E] int64, with a size that does not depend on data."""
+    flat = ids.reshape(-1).to(torch.int64)
+    ones = torch.ones_like(flat)
+    return flat.new_zeros(num_experts).scatter_add(0, flat, ones)
+
+
+def start(
+    x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout, all_known: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As `calls.start`, with gradients to x, weights and every expert weight."""
+    own = []
+    if layout.num_identity:
+        own.append(calls.identity_addend(x, ids, weights, layout.num_experts, layout.num_identity))
+    if layout.num_identity or not all_known:
+        ids, weights = calls.within(ids, weights, layout.num_experts)
+    counts = count_rows(ids, layout.num_experts)
+    rows, index = call("npu_moe_token_permute", x, cast(ids, torch.int32))
+    if layout.weight_on_input:
+        wide = generic.accumulate_dtype(x.dtype)
+        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
+        rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
+        weights = torch.ones_like(weights)
+    products = [grouped_matmul(rows, w, p.up_bias[i] if p.up_bias else None, counts) for i, w in enumerate(p.up)]
+    y = grouped_matmul(activate(products, layout), p.down, p.down_bias, counts)
+    return y, index, weights, own
+
+
+def activate(products: Sequence[Tensor], layout: generic.Layout) -> Tensor:
+    """npu_swiglu has a gradient, npu_clipped_swiglu has none: anything but SwiGLU is pointwise."""
+    return calls.activate(products, layout, differentiable=True)
+
+
+def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
+    """Σ_j w · row, then the addends; weights take the dtype of the rows, because fp32 ones of bf16 rows give NaN gradients."""
+    out = call("npu_moe_token_unpermute", rows, index, cast(weights, rows.dtype))
+    for a in [*own, *addends]:
+        out = out + cast(a, out.dtype)
+    return out  # type: ignore[no-any-return]

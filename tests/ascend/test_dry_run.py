@@ -1,0 +1,56 @@
+"""What an NPU would run, shown on a machine without one: the command line and the example."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_compile import __main__ as cli
+from moe_compile.lowering.ascend import schemas
+
+ROOT = Path(__file__).parent.parent.parent
+CALLS = ("npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_finalize_routing")
+
+
+@pytest.mark.parametrize("graph", ["calls", "fx"])
+def test_explain_shows_the_lowered_graph(graph: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--model", "afmoe", "--target", "ascend", "--graph", graph, "--strict"]) == 0
+    out = capsys.readouterr().out
+    assert all(c in out for c in CALLS) and "2 MoE blocks fused" in out and "MiB more memory" in out
+    if graph == "calls":
+        assert "active_expert_range=[0, 64]" in out and "# router_logits" in out
+
+
+def test_explain_shows_the_ge_graph_or_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    status = cli.main(["explain", "--model", "afmoe", "--target", "ascend", "--graph", "ge"])
+    told = capsys.readouterr()
+    if schemas.wheel():
+        assert status == 0 and "MoeFinalizeRoutingV2(" in told.out and "_user_stream_label=moe_shared" in told.out
+    else:
+        assert status == 2 and "torch_npu" in told.err
+
+
+def test_graphs_need_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--model", "afmoe", "--graph", "fx"]) == 2
+    assert "--target ascend" in capsys.readouterr().err
+
+
+def example(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "examples/run_trinity.py", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_example_runs_dry() -> None:
+    done = example("--target", "ascend", "--dry-run", "--windows", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert all(c in done.stdout for c in CALLS)
+    assert "prefill graph: 3 of 3" in done.stdout and "decode graph: 3 of 3" in done.stdout and "Emulated on the CPU" in done.stdout
+    assert ("MoeGatingTopK(" if schemas.wheel() else "there are none to show") in done.stdout
+
+
+@pytest.mark.parametrize("args", [("--dry-run",), ("--target", "ascend"), ("--graph-mode", "ge")])
+def test_what_does_not_go_together_is_said(args: tuple[str, ...]) -> None:
+    done = example(*args)
+    assert done.returncode == 2 and "goes with" in done.stderr

@@ -1,0 +1,155 @@
+"""The shared expert on its side stream: every cross-stream use is ordered, no buffer is used again early, and the checker would notice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.fx as fx
+from ascend_blocks import ENTRIES, Seen, block, compiled, first, relative, zoo
+from functorch.compile import make_boxed_func
+from hazards import hazards, simulate
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+from moe_compile.lowering.ascend import modes, schemas, streams
+
+schemas.ensure()
+DIALECTS = {"npugraph_ex": streams.NpugraphEx, "eager": streams.Eager}
+
+
+@pytest.fixture(autouse=True)
+def stream_ops() -> None:
+    if schemas.wheel():
+        modes.load("torchair", "torchair.scope._wait_tensor")
+        modes.load("npugraph_ex", "npugraph_ex.ops._tagged_event")
+
+
+class Stack(nn.Module):
+    """Two layers, so that the second's side work meets the first's memory."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block(name), block(name)])
+        self.norms = nn.ModuleList([nn.LayerNorm(zoo.HIDDEN), nn.LayerNorm(zoo.HIDDEN)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer, norm in zip(self.layers, self.norms):
+            x = x + first(layer(norm(x))).view_as(x)
+        return x
+
+
+def aten_graph(module: nn.Module) -> fx.GraphModule:
+    """The ATen graph that a graph mode gets to see."""
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: object) -> object:
+        found.append(copy.deepcopy(gm))
+        return make_boxed_func(gm.forward)
+
+    x = torch.randn(2, 5, zoo.HIDDEN)
+    with torch.no_grad():
+        out = first(compiled(module, inner=aot_autograd(fw_compiler=keep, inference_compiler=keep), overlap_shared=False)(x))
+        assert relative(out, first(module(x))) <= 1e-5
+    return found[0]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "llama4", "qwen2_moe"])
+def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
+    gm = aten_graph(Stack(name))
+    assert streams.overlap(gm.graph, DIALECTS[dialect], (8, 16)) == 2
+    assert hazards(gm.graph) == []
+    program = simulate(gm.graph)
+    on_side = [n for n in program.order if program.steps[n].stream == "moe_shared"]
+    assert sum(map(streams.is_product, on_side)) >= 6
+    assert not any("npu_" in str(n.target) for n in on_side), "the routed branch stays on the main stream"
+
+
+@pytest.mark.parametrize("planted", ["tagged_event_record", "tagged_event_wait"])
+@pytest.mark.parametrize("which", range(4))
+def test_a_missing_event_is_found(planted: str, which: int) -> None:
+    """Each of the four events of two layers, its record or its wait taken out."""
+    gm = aten_graph(Stack("afmoe"))
+    streams.overlap(gm.graph, streams.NpugraphEx)
+    gone = [n for n in gm.graph.nodes if streams.name_of(n) == planted][which]
+    if planted == "tagged_event_record":  # what waits for it would wait for nothing
+        gm.graph.erase_node(next(n for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_wait" and n.args == gone.args))
+    gm.graph.erase_node(gone)
+    assert hazards(gm.graph)
+
+
+def test_an_early_side_scope_is_found() -> None:
+    """Why the side's nodes are issued late: issued early, its input may be written over while it reads."""
+    gm = aten_graph(Stack("afmoe"))
+    streams.overlap(gm.graph, streams.NpugraphEx)
+    graph = gm.graph
+    (side, *_) = [n for n in graph.nodes if streams.name_of(n) == "scope_enter"]
+    scope = [side]
+    while streams.name_of(scope[-1]) != "scope_exit":
+        scope.append(scope[-1].next)
+    gating = next(n for n in graph.nodes if streams.name_of(n) == "npu_moe_init_routing_v2")
+    tail = gating.next.next.next.next  # behind its results
+    for n in scope:
+        tail.prepend(n)
+    graph.lint()
+    assert any("may write over" in h for h in hazards(graph))
+
+
+def test_one_side_stream_for_all_layers() -> None:
+    gm = aten_graph(Stack("afmoe"))
+    streams.overlap(gm.graph, streams.NpugraphEx)
+    enters = [n for n in gm.graph.nodes if streams.name_of(n) == "scope_enter"]
+    assert {tuple(n.args[1]) for n in enters} == {(streams.LABEL, "0")} and len(enters) == 2
+    tags = [n.args[0] for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_record"]
+    assert len(set(tags)) == len(tags) == 4
+
+
+def test_ge_gets_scopes_and_two_stages() -> None:
+    gm = aten_graph(Stack("afmoe"))
+    assert streams.overlap(gm.graph, streams.Ge, (8, 16)) == 2
+    waits = [n for n in gm.graph.nodes if streams.name_of(n) == "wait_tensor"]
+    ids, activated = waits[0].args[1], waits[1].args[1]
+    assert len(waits) == 4
+    assert "gating" in str(ids.args[0]) and streams.name_of(activated) == "npu_swiglu"
+    assert not any("event" in streams.name_of(n) for n in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_without_a_shared_expert_nothing_happens(name: str) -> None:
+    gm = aten_graph(block(name))
+    nodes = [n.name for n in gm.graph.nodes]
+    assert streams.overlap(gm.graph, streams.NpugraphEx) == 0
+    assert [n.name for n in gm.graph.nodes] == nodes
+
+
+class Branches(nn.Module):
+    """What is added is used elsewhere too, or is no product at all."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.moe, self.side, self.used = block("qwen3_moe"), nn.Linear(zoo.HIDDEN, zoo.HIDDEN), used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self.side(x) if self.used else x * 2.0
+        out = first(self.moe(x)) + shared
+        return out * shared if self.used else out
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_only_a_branch_of_its_own_with_a_product_moves(used: bool) -> None:
+    gm = aten_graph(Branches(used))
+    assert streams.overlap(gm.graph, streams.NpugraphEx) == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@torch.no_grad()
+def test_eager_mode_runs_with_and_without(overlap: bool) -> None:
+    model, inputs = ENTRIES["afmoe"].build(), ENTRIES["afmoe"].make_inputs()
+    with Seen() as seen:
+        out = zoo.output_of(compiled(model, overlap_shared=overlap, mode="eager")(**inputs))
+    assert relative(out, zoo.output_of(model(**inputs))) <= 1e-5
+    entered = [n for n in seen.lowered[0].module.graph.nodes if n.target is streams.enter_side]
+    assert len(entered) == (2 if overlap else 0)
+    assert hazards(seen.lowered[0].module.graph) == []

@@ -1,0 +1,241 @@
+"""Against the real torch_npu wheel, with CANN stubbed: schemas, shapes, GE graphs, npugraph_ex code. Run by `make test-ascend`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ascend_blocks import Seen, block, compiled, first, relative, zoo
+
+from moe_compile.lowering.ascend import dry_run, metas, modes, schemas
+from moe_compile.options import Options
+
+if not schemas.wheel():
+    pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
+
+schemas.ensure()
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
+MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
+       "MoeFinalizeRoutingV2")  # fmt: skip
+
+
+# ---- definitions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema", schemas.NPU, ids=lambda s: s.split("(")[0])
+def test_our_schemas_are_the_wheels(schema: str) -> None:
+    name = schema.split("(")[0]
+    assert str(getattr(torch.ops.npu, name).default._schema) == str(torch._C.parse_schema(f"npu::{schema}"))
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+F16, I8, I32, I64 = torch.bfloat16, torch.int8, torch.int32, torch.int64
+CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("npu_moe_gating_top_k", (_meta(5, 16), 3), dict(bias=_meta(16), norm_type=1, out_flag=True)),
+    ("npu_moe_gating_top_k_softmax", (_meta(5, 16), None, 3), {}),
+    ("npu_moe_gating_top_k_softmax_v2", (_meta(5, 16),), dict(k=3, renorm=1)),
+    ("npu_moe_init_routing_v2", (_meta(5, 8, dtype=F16), _meta(5, 3, dtype=I32)), dict(
+        active_num=-1, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, 4])),
+    ("npu_moe_init_routing_v2", (_meta(5, 8, dtype=F16), _meta(5, 3, dtype=I32)), dict(
+        active_num=-1, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, 4], quant_mode=1)),
+    ("npu_grouped_matmul", ([_meta(15, 8)], [_meta(4, 8, 6)]), dict(
+        group_list=_meta(4, dtype=I64), group_type=0, split_item=3, group_list_type=1)),
+    ("npu_grouped_matmul", ([_meta(8, 15)], [_meta(15, 6)]), dict(
+        group_list=_meta(4, dtype=I64), group_type=2, split_item=3, group_list_type=1)),
+    ("npu_grouped_matmul", ([_meta(15, 8, dtype=I8)], [_meta(4, 8, 6, dtype=I8)]), dict(
+        scale=[_meta(4, 6, dtype=F16)], per_token_scale=[_meta(15)], output_dtype=15, group_list=_meta(4, dtype=I64), group_type=0,
+        split_item=3, group_list_type=1)),
+    ("npu_swiglu", (_meta(15, 8), -1), {}),
+    ("npu_swiglu_backward", (_meta(15, 4), _meta(15, 8), -1), {}),
+    ("npu_clipped_swiglu", (_meta(15, 8),), {}),
+    ("npu_moe_finalize_routing", (_meta(15, 8), _meta(5, 8), None, None, _meta(5, 3), _meta(15, dtype=I32), None, 2), {}),
+    ("npu_moe_token_permute", (_meta(5, 8), _meta(5, 3, dtype=I32)), {}),
+    ("npu_moe_token_permute_grad_v2", (_meta(15, 8), _meta(15, dtype=I32), 5, torch.float32, 3), {}),
+    ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
+    ("npu_moe_token_unpermute_grad_v2", (_meta(5, 8), _meta(15, dtype=I32), 15, torch.float32, _meta(5, 3), False, None, _meta(15, 8)), {}),
+    ("npu_dynamic_quant", (_meta(15, 8, dtype=F16),), {}),
+    ("npu_dequant_swiglu_quant", (_meta(15, 128, dtype=I32),), dict(
+        weight_scale=_meta(4, 128), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), CALLS, ids=[c[0] for c in CALLS])
+def test_our_shapes_are_the_wheels(name: str, args: Any, kwargs: Any) -> None:
+    def told(out: Any) -> list[Any]:
+        return [(tuple(t.shape), t.dtype) for t in (out if isinstance(out, (list, tuple)) else [out])]
+
+    theirs = told(getattr(torch.ops.npu, name).default(*args, **kwargs))
+    assert told(metas.METAS[name](*args, **kwargs)) == theirs
+
+
+# ---- GE --------------------------------------------------------------------------------------------------------------------
+
+
+def ge_of(name: str, dynamic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> list[dry_run.GeNode]:
+    """The GE graph of an entry's block; its output through the emulated ops is eager's."""
+    module, x, found = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype), []
+    inner = dry_run.ge_backend(Options(**options), found.append)
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True), Seen() as seen:
+        out = first(compiled(module, dynamic=dynamic, inner=inner)(x))
+        assert relative(out, first(module(x))) <= (1e-5 if dtype == torch.float32 else 0.03)
+    assert len(seen.lowered) == len(found) == 1
+    return found[0]
+
+
+def plain(nodes: list[dry_run.GeNode]) -> list[dict[str, Any]]:
+    """The MoE nodes for a golden: placeholders of absent lists as one word."""
+
+    def source(i: str) -> str:
+        return "absent" if i.startswith("Fill") else i
+
+    return [{"type": n.type, "inputs": [source(i) for i in n.inputs], "attrs": n.attrs} for n in nodes if n.type in MOE]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ge_graphs_are_as_recorded(name: str) -> None:
+    got = json.loads(json.dumps(plain(ge_of(name))))
+    path = GOLDEN / f"{name}.json"
+    if "RECORD" in os.environ:
+        path.write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
+    assert got == json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["afmoe", "deepseek_v3"])
+def test_no_expert_weight_is_transposed_cast_or_copied(name: str, dtype: torch.dtype) -> None:
+    nodes = ge_of(name, dtype=dtype)
+    by_name = {n.name: n for n in nodes}
+    weights = [n.inputs[1].split(":")[0] for n in nodes if n.type == "GroupedMatmul"]
+    assert len(weights) == 2
+    (combine,) = [n for n in nodes if n.type == "MoeFinalizeRoutingV2"]
+    assert combine.inputs[2], "the shared expert goes into the combine"
+    for w in weights:
+        assert by_name[w].type == "Data", f"{by_name[w]} stands between an expert weight and its use"
+        assert {n.type for n in nodes if any(i.split(":")[0] == w for i in n.inputs)} == {"GroupedMatmul"}
+
+
+def test_token_counts_stay_symbolic_in_ge() -> None:
+    nodes = ge_of("afmoe", dynamic=True)
+    (routing,) = [n for n in nodes if n.type == "MoeInitRoutingV3"]
+    assert routing.attrs["active_num"] == -1
+    assert [n.type for n in nodes if n.type in MOE].count("GroupedMatmul") == 2
+
+
+def test_the_shared_expert_has_its_own_stream_in_ge() -> None:
+    nodes = ge_of("afmoe", core_limit=(8, 16))
+    side = [n for n in nodes if n.attrs.get("_user_stream_label") == "moe_shared"]
+    assert [n.type for n in side if n.type == "MatMul"] == ["MatMul"] * 3
+    assert not any(n.type in MOE for n in side)
+    assert all((n.attrs["_op_aicore_num"], n.attrs["_op_vectorcore_num"]) == ("8", "16") for n in side)
+    waits = [n.inputs[1] for n in side if n.type == "Identity"]
+    assert waits == ["MoeGatingTopK:-1", "SwiGlu:-1"], "gate and up wait for the routing, down for the activation of the experts"
+
+
+def test_without_overlap_there_is_one_stream() -> None:
+    assert not any("_user_stream_label" in n.attrs for n in ge_of("afmoe", overlap_shared=False))
+
+
+# ---- npugraph_ex -----------------------------------------------------------------------------------------------------------
+
+
+def acl_of(name: str, dynamic: bool = False, **options: Any) -> Any:
+    """What npugraph_ex makes of an entry's block: its runner holds the optimised FX graph."""
+    import npugraph_ex
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[Any] = []
+
+    def compile_one(gm: Any, example_inputs: Any) -> Any:
+        found.append(npugraph_ex.get_compiler(modes.npugraph_ex_config(Options(**options)))(gm, example_inputs).runner)
+        return make_boxed_func(gm.forward)
+
+    module, x = block(name), torch.randn(2, 5, zoo.HIDDEN)
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        out = first(compiled(module, dynamic=dynamic, inner=aot_autograd(fw_compiler=compile_one, inference_compiler=compile_one))(x))
+        assert relative(out, first(module(x))) <= 1e-5
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_npugraph_ex_emits_streams_and_events(dynamic: bool) -> None:
+    names = [str(n.target) for n in acl_of("afmoe", dynamic).fx_graph.graph.nodes]
+    enter, leave = names.index("npugraph_ex.scope_enter.default"), names.index("npugraph_ex.scope_exit.default")
+    combine = names.index("npu.npu_moe_finalize_routing.default")
+    assert enter < leave < combine
+    assert names[enter:leave].count("aten.mm.default") == 3
+    assert "npugraph_ex.tagged_event_wait.default" in names[enter:leave]
+    assert "npugraph_ex.tagged_event_record.default" in names[enter:leave]
+    assert names[leave:combine].count("npugraph_ex.tagged_event_wait.default") == 1
+
+
+def test_the_generated_code_holds_the_calls() -> None:
+    code = acl_of("afmoe").codegen(extend_config={})
+    for word in ("npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing", "moe_shared"):
+        assert word in code
+
+
+# ---- int8 and training -----------------------------------------------------------------------------------------------------
+
+
+def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
+    import test_quant
+
+    # the converter asks CANN which attributes its ops have; the stub knows none
+    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
+    compat = sys.modules["torchair._ge_concrete_graph.compat_ir"]
+    monkeypatch.setattr(compat, "is_cann_compat", lambda *args, **kwargs: "")
+    module, found = test_quant.block("afmoe").to(torch.bfloat16), []
+    x = torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled(module, inner=dry_run.ge_backend(Options(), found.append), quantize="w8a8", strict=True)(x)
+    chain = [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant")]
+    assert [n.type for n in chain] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "DequantSwigluQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
+    _, dispatch, first_product, quantised, second, _ = chain
+    assert dispatch.attrs["quant_mode"] == 1
+    assert (quantised.attrs["activate_left"], quantised.attrs["quant_mode"]) == (True, "dynamic")
+    assert quantised.inputs[0] == "GroupedMatmul:0" and first_product.inputs[0] == "MoeInitRoutingV3:0"
+    assert second.inputs[0] == "DequantSwigluQuant:0"
+
+
+def test_the_joint_graph_of_training() -> None:
+    """Forward and backward on fake npu tensors, through torch_npu's own gradients: dX with the weight as a view, dW in the K-split form."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from moe_compile import activation as act
+    from moe_compile.lowering.ascend import training
+    from moe_compile.lowering.ascend.calls import Packed, generic
+
+    ops, consts = act.encode(act.SWIGLU)
+    layout = generic.Layout(tuple(ops), tuple(consts), 1, 4, True, True, True, False, 0)
+
+    def step(x: Any, ids: Any, w: Any, up: Any, down: Any) -> Any:
+        leaves = [t.detach().requires_grad_() for t in (x, w, up, down)]
+        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([leaves[2]], leaves[3]), layout, True)
+        return torch.autograd.grad(training.finish(*rows, own, []).sum(), leaves)
+
+    with FakeTensorMode():
+        x, ids, w = (torch.empty(*s, device="npu") for s in ((5, 8), (5, 2), (5, 2)))
+        up, down = torch.empty(4, 8, 12, device="npu"), torch.empty(4, 6, 8, device="npu")
+        graph = make_fx(step)(x, ids.int(), w, up, down).graph
+    calls = [n for n in graph.nodes if str(n.target).startswith("npu.")]
+    names = [str(n.target).removeprefix("npu.").removesuffix(".default") for n in calls]
+    kinds = [f"{name}:{n.kwargs['group_type']}" if name == "npu_grouped_matmul" else name for name, n in zip(names, calls)]
+    assert kinds == [
+        "npu_moe_token_permute", "npu_grouped_matmul:0", "npu_swiglu", "npu_grouped_matmul:0", "_npu_moe_token_unpermute",
+        "npu_moe_token_unpermute_grad_v2", "npu_grouped_matmul:0", "npu_grouped_matmul:2", "npu_swiglu_backward", "npu_grouped_matmul:0",
+        "npu_grouped_matmul:2", "npu_moe_token_permute_grad_v2",
+    ]  # fmt: skip
