@@ -1,8 +1,10 @@
-"""The fused ops ``torch.ops.moe_compile.route`` and ``.experts``: schema, shapes, gradients, autocast, dispatch to kernels.
+"""The fused ops ``torch.ops.moe_compile.route``, ``.experts`` and ``.experts_shared``: schema, shapes, gradients, autocast, dispatch.
 
 Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
 Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
 `experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
+`experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
+where a gradient is asked for it runs as `experts` twice.
 A device without kernels of its own runs `moe_compile.lowering.generic`.
 """
 
@@ -30,6 +32,10 @@ _LAYOUT = (
     "bool weight_on_input, int num_identity"
 )
 _EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
+_SHARED = (
+    "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate, "
+    "int[] shared_act_ops, float[] shared_act_consts, int shared_form, bool shared_up_transposed, bool shared_down_transposed, int overlap"
+)
 
 SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
@@ -37,6 +43,7 @@ SCHEMAS = (
     f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
+    f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
 )
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
 
@@ -76,6 +83,17 @@ def _experts_bwd(*args: Any) -> list[Tensor]:
     return generic.backward(*args[:9], _layout(args[9:-1]), args[-1])
 
 
+def _experts_shared(*args: Any) -> Tensor:
+    """routed + [gate ·] shared_down act(shared_up x) + add, as `experts` of one expert whose result is what the routed ones add."""
+    x, add, routed = args[0], args[7], args[8:17]
+    *lists, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[17:]
+    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    gate = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device) if gate is None else gate
+    layout = (act_ops, act_consts, form, 1, False, up_transposed, down_transposed, False, 0)
+    shared = _ops.experts(x, ids, gate, *lists, add, *layout)
+    return _ops.experts(*args[:7], shared, *routed)  # type: ignore[no-any-return]
+
+
 def _experts_cpu(*args: Any) -> Tensor:
     return cpu.forward(*args[:8], _layout(args[8:]), save=False)[0]
 
@@ -105,15 +123,24 @@ def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_shared_kernels = _cuda("experts_shared", lambda *_: None)
+
+
+def _experts_shared_cuda(*args: Any) -> Tensor:
+    out = _shared_kernels(*args)
+    return _experts_shared(*args) if out is None else out
+
+
 for _name, _any_device, _on_cpu in (
     ("route", _route, None),
     ("route_bwd", _route_bwd, None),
     ("experts", _experts, _experts_cpu),
     ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
     ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
+    ("experts_shared", _experts_shared, None),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda(_name, _any_device), "CUDA")
+    _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 
@@ -138,6 +165,11 @@ def _route_bwd_fake(
 @torch.library.register_fake("moe_compile::experts", lib=_lib)
 def _experts_fake(*args: Any) -> Tensor:
     return args[0].new_empty(args[0].shape[0], _layout(args[8:]).out_features(args[4]))
+
+
+@torch.library.register_fake("moe_compile::experts_shared", lib=_lib)
+def _experts_shared_fake(*args: Any) -> Tensor:
+    return _experts_fake(*args[:17])
 
 
 @torch.library.register_fake("moe_compile::experts_fwd", lib=_lib)
@@ -238,14 +270,23 @@ def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | 
         return _ops.route(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
+def _experts_shared_autograd(*args: Any) -> Tensor:
+    tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+    if _needs_grad(tensors):
+        return _experts_shared(*args)  # differentiable ops
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.experts_shared(*args)  # type: ignore[no-any-return]
+
+
 _lib.impl("experts", _experts_autograd, "Autograd")
+_lib.impl("experts_shared", _experts_shared_autograd, "Autograd")
 _lib.impl("route", _route_autograd, "Autograd")
 
 
 # ---- autocast ----------------------------------------------------------------------------------------------------
 
 
-def _autocast(device_type: str, key: str) -> Callable[..., Tensor]:
+def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if eligible and t is not None else t
@@ -255,13 +296,19 @@ def _autocast(device_type: str, key: str) -> Callable[..., Tensor]:
         dtype = torch.get_autocast_dtype(device_type)
         lists = [[cast(t, dtype) for t in ts] for ts in rest[:4]]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return _ops.experts(cast(x, dtype), ids, weights, *lists, *rest[4:])  # type: ignore[no-any-return]
+            rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest[4:])  # the shared expert's
+            return getattr(_ops, name)(cast(x, dtype), ids, weights, *lists, *rest)  # type: ignore[no-any-return]
 
     return experts
 
 
+def _tensor_list(a: Any) -> bool:
+    return isinstance(a, (list, tuple)) and bool(a) and isinstance(a[0], Tensor)
+
+
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
+        _lib.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
         _lib.impl("experts", _autocast(_device, _key), _key)
 
 
@@ -298,3 +345,13 @@ def experts_args(experts: Any) -> list[Any]:
         experts.weight_on_input,
         experts.num_identity,
     ]
+
+
+def shared_args(shared: Any, overlap: int) -> list[Any]:
+    """The plain arguments of `experts_shared` behind the gate, for the shared expert as an `ir.Experts` of one expert.
+
+    `overlap`: 0 on the main stream, 1 on a side stream, 2 on a side stream for few tokens. Raises `activation.UnknownActivation`.
+    """
+    from .activation import encode
+
+    return [*encode(shared.activation), int(shared.form), shared.up_transposed, shared.down_transposed, overlap]

@@ -112,7 +112,7 @@ class Report:
                     ir=ir,
                     formula=formula(ir.gating) if ir.gating is not None else f"as written: {ir.routing_note or 'routing not recovered'}",
                     experts=experts_text(ir.experts),
-                    shared=shared_text(ir.shared),
+                    shared=shared_text(ir.shared) + (", overlapped" if getattr(r, "overlapped", False) else ""),
                     target=target,
                     lowering=r.lowering,
                     validated=r.validated,

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import emitted, recall, unify
+from . import emitted, overlap, recall, unify
 from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
@@ -33,13 +33,17 @@ __all__ = ["Outcome", "Recovered", "recover_recorded", "run"]
 
 @dataclass
 class Recovered:
-    """One fused block. `source`: file:line of the user's code; `note`: what was left as written inside it."""
+    """One fused block. `source`: file:line of the user's code; `note`: what was left as written inside it.
+
+    `overlapped`: the shared expert is in the op, which may run it beside the routed experts.
+    """
 
     ir: MoeBlock
     source: str
     validated: bool
     lowering: str
     note: str = ""
+    overlapped: bool = False
 
 
 @dataclass
@@ -65,11 +69,11 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     """
     out = Outcome()
     for body in bodies(gm):
-        _merge(out, run(body, options, target))
+        _merge(out, run(body, options.with_(overlap_shared=False), target))
     if not might_route(gm.graph):
         return out
     with _timed(out.seconds, "recall"):
-        key = recall.key_of(gm.graph, (target, bool(options.validate)))
+        key = recall.key_of(gm.graph, (target, bool(options.validate), overlap.mode(gm.graph, options, target)))
         kept = recall.load(key)
     if kept is not None:
         plans, blocks, rejected = kept
@@ -173,8 +177,13 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     if refusal is not None:
         out.rejected.append(_located(refusal, planner.shadow))
         return None
+    assert plan is not None
+    how = overlap.mode(planner.shadow.dynamo.graph, options, target)
+    with _timed(out.seconds, "validate"):
+        shared = None if how is None else overlap.plan_shared(b, planner, how, options.validate)
+    plan = replace(plan, shared=shared)
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note))
+    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note, shared is not None))
     return plan
 
 
@@ -202,12 +211,12 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
     shared = match_shared(m, result, shadow.order, shadow.walls)
-    ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared[0], note)
+    ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, None if shared is None else shared[1], nodes.twins, masked=masked)
+    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked)
 
 
 def as_written(b: Block, note: str) -> Block:

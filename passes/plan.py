@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from .. import activation as act
 from ..ir import Experts, MaxK, MinK, Rejection, SumK, W
-from ..ops import experts_args
+from ..ops import experts_args, shared_args
 from .liveness import live_nodes, remove_dead
 from .shadow import example_value
 
@@ -63,6 +63,28 @@ class ExpertsPlan:
 
 
 @dataclass(frozen=True)
+class SharedPlan:
+    """The shared expert goes into the experts' op, as `experts_shared`.
+
+    `op`: that op where capture put it in, None for the plan's own. `gate`: the node [.., 1] that multiplies the shared expert.
+    `moved`: what computes the gate and stood behind the op. `total`: the sum of routed and shared result, which `rest` (the routed
+    part) takes the place of; None when the op itself added the shared result. `overlap`: as the op's.
+    """
+
+    op: str | None
+    experts: Experts
+    up: tuple[Operand, ...]
+    down: tuple[Operand, ...]
+    up_bias: tuple[Operand, ...]
+    down_bias: tuple[Operand, ...]
+    gate: str | None
+    moved: tuple[str, ...]
+    total: str | None
+    rest: str | None
+    overlap: int
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """One block: its routing, its experts, or only the first when capture has put the experts in already.
 
@@ -75,6 +97,7 @@ class BlockPlan:
     folded: tuple[tuple[str, str], ...] = ()
     fixed: tuple[str, ...] = ()
     reader: str | None = None
+    shared: SharedPlan | None = None
 
     def reads(self) -> list[str]:
         """Names of the nodes that the plan's operations read."""
@@ -114,7 +137,7 @@ class Executor:
 
     def block(self, plan: BlockPlan) -> tuple[fx.Node | None, fx.Node | None]:
         """Emit one block; returns the nodes of the weights and ids in use."""
-        weights = ids = None
+        weights = ids = op = None
         for name in plan.fixed:
             float(example_value(self.names[name]))  # a guard: another value is another graph
         if plan.route is not None:
@@ -126,11 +149,14 @@ class Executor:
             ids = self.node(p.ids) if p.ids is not None else ids
             weights = self.node(p.weights) if p.weights is not None else weights
             assert ids is not None and weights is not None
-            self.experts(p, ids, weights)
+            op = self.experts(p, ids, weights)
         if plan.reader is not None and weights is not None:
             self.names[plan.reader].update_arg(2, weights)
         for product, source in plan.folded:
             self.leave_out(self.names[product], self.node(source))
+        if plan.shared is not None:
+            named = plan.shared.op
+            self.shared(plan.shared, op if named is None else self.node(named))
         return weights, ids
 
     # ---- gating --------------------------------------------------------------------------------------------------------
@@ -166,7 +192,7 @@ class Executor:
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 
-    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> None:
+    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> fx.Node:
         """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
         out, tokens = self.names[p.out], self.node(p.tokens)
         value = example_value(out)
@@ -183,7 +209,7 @@ class Executor:
                 _rows(g, weights, p.k),
             )
             add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
-            new = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
+            new = op = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
             if value.dtype != dtype:
                 new = _method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
@@ -197,6 +223,27 @@ class Executor:
                 u.replace_input_with(d, new)
         for d in aliases:
             self.now[d] = new
+        return op
+
+    def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
+        """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""
+        assert op is not None
+        g = self.graph
+        for name in p.moved:
+            op.prepend(self.names[name])
+        with g.inserting_before(op):
+            lists = [[self.operand(q) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
+            gate = None if p.gate is None else _rows(g, self.node(p.gate), 1)
+            add = op.args[7] if p.total is not None else None
+            plain = shared_args(p.experts, p.overlap)
+            new = _call(g, ops.experts_shared.default, (*op.args[:7], add, *op.args[8:], *lists, gate, *plain), op)
+        if "example_value" in op.meta:
+            new.meta["example_value"] = op.meta["example_value"]
+        op.replace_all_uses_with(new)
+        self.now.update({old: new for old, by in self.now.items() if by is op} | {op: new})
+        g.erase_node(op)
+        if p.total is not None and p.rest is not None:
+            self.leave_out(self.names[p.total], self.node(p.rest))
 
     def cast_to(self, n: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
         return _method(self.graph, "to", (n, dtype), like)

@@ -16,6 +16,7 @@ from .gating import GatingMatch
 from .match import ExpertsMatch
 from .pull import Puller, call_args, fixed_number, op_name, shape_of
 from .rows import row_index, rows
+from .shared import SharedMatch
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Block:
     ids: fx.Node | None
     weights: fx.Node | None
     raw_ids: fx.Node | None
-    shared: fx.Node | None = None
+    shared: SharedMatch | None = None
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
     fold: Fold = field(default_factory=Fold)
     masked: bool = False

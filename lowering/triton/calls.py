@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import routing
 from ..generic import Layout
 from . import route as kernels
+from . import shared
 from .backward import backward
 from .experts import forward
 
@@ -43,3 +44,8 @@ def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
 
 def experts_bwd(*args: Any) -> list[Tensor]:
     return backward(*args[:9], _layout(args[9:-1]), args[-1])
+
+
+def experts_shared(*args: Any) -> Tensor | None:
+    """None where the operands are beyond the kernels."""
+    return shared.experts_shared(args[:8], _layout(args[8:17]), args[17:])

@@ -46,18 +46,28 @@ def early_launch(x: Tensor) -> bool:
 
 
 def combine(
-    y: Tensor, ids: Tensor, weights: Tensor, x: Tensor, add: Tensor | None, out: Tensor, num_experts: int, num_identity: int, weighted: bool
+    y: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    add: Tensor | None,
+    out: Tensor,
+    num_experts: int,
+    num_identity: int,
+    weighted: bool,
+    early: bool = True,
 ) -> Tensor:
     """y [T·k, H] by slot, ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
 
     `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
+    `early`: it may start while the kernel before it still runs.
     """
     tokens, k = ids.shape
     width = out.shape[1]
     columns = min(1024, triton.next_power_of_2(width))
     grid = (tokens, triton.cdiv(width, columns))
     warps = max(1, columns // 256)
-    launch = {"launch_pdl": True} if early_launch(x) else {}
+    launch = {"launch_pdl": True} if early and early_launch(x) else {}
     _combine[grid](
         y, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -35,6 +35,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
 
 
+class Late(Protocol):
+    """A value to add that is computed beside the experts."""
+
+    def issue(self) -> None:
+        """Start computing it; called when the up projection is under way."""
+
+    def join(self) -> Tensor:
+        """[T, H], ready on the current stream."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The operands of one call, as the kernels take them."""
@@ -48,6 +58,7 @@ class Call:
     down_bias: Biases | None
     add: Tensor | None
     layout: Layout
+    late: Late | None = None
 
     @property
     def slots(self) -> int:
@@ -66,9 +77,16 @@ def forward(
     layout: Layout,
     save: bool,
     choice: Choice | None = None,
+    late: Late | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `generic.forward`; the second result (pre-activations in the dispatch's row order) is only filled when `save`."""
+    """As `generic.forward`; the second result (pre-activations in the dispatch's row order) is only filled when `save`.
+
+    `late`: takes the place of `add`.
+    """
     call = read(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    if late is not None and (call is None or call.slots == 0):
+        late.issue()
+        add = late.join()
     if call is None:
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
     out = x.new_empty(x.shape[0], call.down.n)
@@ -78,6 +96,7 @@ def forward(
     if choice is None:
         problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, ids.shape[1], x.dtype, layout.gated)
         choice = tune.choose(problem, x.shape[0], x.device)
+    call = replace(call, late=late)
     if choice.decode is not None and not save:
         return _few_tokens(call, out, *choice.decode), pre
     return _grouped(call, out, pre if save else None, choice), pre
@@ -109,31 +128,45 @@ def read(
 
 
 def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
-    layout = c.layout
     a = c.x.new_empty(c.slots, c.up.n)
+    few_up(c, a, up)
+    if c.late is None:
+        few_down(c, a, c.add, out, down, early=True)
+    else:
+        c.late.issue()
+        few_down(c, a, c.late.join(), out, down, early=False)  # two kernels come before it
+    return out
+
+
+def few_up(c: Call, a: Tensor, tile: Vector) -> None:
+    """a [T·k, I] = act(up x), a program per pair and block of columns."""
+    layout, bias = c.layout, c.up_bias
     fns = activation.functions(layout.act_ops, layout.act_consts)
     launch = {"launch_pdl": True} if early_launch(c.x) else {}
-    k = c.ids.shape[1]
-    bias = c.up_bias
-    bn, bk = _extents(up, c.up)
+    bn, bk = _extents(tile, c.up)
     decode.up_decode[(c.slots, triton.cdiv(c.up.n, bn))](
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
-        c.up.n, c.up.k, k, layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k, *_bias_strides(bias),
+        c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
+        *_bias_strides(bias),
         MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
-        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=up.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip
-    bias = c.down_bias
-    bn, bk = _extents(down, c.down)
+
+
+def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, early: bool) -> None:
+    """out [T, H] = add + Σ_j w down a, in the dtype of `out`. `early`: may start while the kernel before it still runs."""
+    layout, bias = c.layout, c.down_bias
+    launch = {"launch_pdl": True} if early and early_launch(c.x) else {}
+    bn, bk = _extents(tile, c.down)
     decode.down_decode[(c.ids.shape[0], triton.cdiv(c.down.n, bn))](
-        a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, c.add, out,
-        c.down.n, c.down.k, k, layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
-        *_bias_strides(bias), c.x.stride(0), c.add.stride(0) if c.add is not None else 0,
+        a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, add, out,
+        c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
+        *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
-        ADD=c.add is not None, IDENTITY=layout.num_identity > 0,
+        ADD=add is not None, IDENTITY=layout.num_identity > 0,
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
-        num_warps=down.warps, **launch,
+        num_warps=tile.warps, **launch,
     )  # fmt: skip
-    return out
 
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
@@ -143,8 +176,12 @@ def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor
     y = c.x.new_empty(c.slots, c.down.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, gather=c.ids.shape[1], pre=pre,
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
+    if c.late is not None:
+        c.late.issue()
     grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down, None, scatter=True)
-    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, layout.num_identity, not layout.weight_on_input)
+    add = c.add if c.late is None else c.late.join()
+    weighted = not layout.weight_on_input
+    return combine(y, c.ids, c.weights, c.x, add, out, layout.num_experts, layout.num_identity, weighted, early=c.late is None)
 
 
 def grouped_gemm(

@@ -1,0 +1,226 @@
+"""Routed experts and shared expert in one op: the shared MLP runs on a side stream while the routed up projection streams its weights.
+
+    main   event ── dispatch ── up GEMM ──────────── down GEMM ── combine(add = shared)
+    side       └─ shared up ── act ── shared down ──────────────┘
+
+One side stream a device for all layers. The main branch is issued first. All that the side branch writes is allocated on the main stream
+before the event, and the main stream waits for the side branch before it reads the result: so memory that is handed out again later, on
+the main stream, is never still in use. Events only, nothing waits on the host, and a CUDA graph captures both branches.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ir import Form
+from ..generic import Layout
+from . import activation, tune
+from .experts import Call, few_down, few_up, forward, read
+from .tune import Vector
+
+SERIAL, SIDE, AUTO = range(3)  # the op's `overlap`
+MOST_TOKENS = 256  # beyond, the routed experts fill the card by themselves: nothing gained on an H100 (auto)
+
+_streams: dict[int, torch.cuda.Stream] = {}
+
+
+@dataclass(frozen=True)
+class Few:
+    """One to a few tokens: the decode kernels with one expert. Buffers: activations, ids and weights (both filled when run)."""
+
+    call: Call
+    a: Tensor
+    out: Tensor
+    add: Tensor | None
+    tiles: tuple[Vector, Vector]
+    gated: bool
+
+    def run(self) -> Tensor:
+        self.call.ids.zero_()
+        if not self.gated:
+            self.call.weights.fill_(1.0)
+        few_up(self.call, self.a, self.tiles[0])
+        few_down(self.call, self.a, self.add, self.out, self.tiles[1], early=True)
+        return self.out
+
+
+@dataclass(frozen=True)
+class Many:
+    """More tokens: dense products by torch, the activation and what comes after the last product as one small kernel each."""
+
+    call: Call
+    up: list[Tensor]  # [H, rows]
+    down: Tensor  # [I, H]
+    pre: list[Tensor]  # [T, rows]
+    a: Tensor
+    y: Tensor
+    out: Tensor | None  # fp32; None: y is the result
+    gate: Tensor | None
+    add: Tensor | None
+
+    def run(self) -> Tensor:
+        c = self.call
+        for w, pre in zip(self.up, self.pre, strict=True):
+            torch.mm(c.x, w, out=pre)
+        activate(c, self.pre, self.a)
+        torch.mm(self.a, self.down, out=self.y)
+        if self.out is None:
+            return self.y
+        bias = None if c.down_bias is None else c.down_bias.parts[0]
+        tokens, width = self.y.shape
+        columns = min(1024, triton.next_power_of_2(width))
+        _finish[(tokens, triton.cdiv(width, columns))](
+            self.y, self.gate, bias, self.add, self.out, width, 0 if self.add is None else self.add.stride(0),
+            0 if c.down_bias is None else c.down_bias.stride_n,
+            GATED=self.gate is not None, BIAS=bias is not None, ADD=self.add is not None, BN=columns, num_warps=4,
+        )  # fmt: skip
+        return self.out
+
+
+class Side:
+    """A branch on the side stream, from the event `fork` of the main stream on."""
+
+    def __init__(self, branch: Few | Many, stream: torch.cuda.Stream) -> None:
+        self.branch, self.stream = branch, stream
+        self.fork = torch.cuda.current_stream(stream.device).record_event()
+        self.result: Tensor | None = None
+
+    def issue(self) -> None:
+        self.stream.wait_event(self.fork)
+        with torch.cuda.stream(self.stream):
+            self.result = self.branch.run()
+
+    def join(self) -> Tensor:
+        """The main stream waits; the result may be read on it from here on."""
+        assert self.result is not None
+        self.settle()
+        return self.result
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any]) -> Tensor | None:
+    """routed + [gate ·] shared_down act(shared_up x) + add -> [T, H]; the arguments of the op in three parts. None: beyond the kernels."""
+    x, ids, weights, up, down, up_bias, down_bias, add = routed
+    *mlp, overlap = shared
+    branch = _branch(x, add, *mlp)
+    if branch is None:
+        return None
+    beside = x.is_cuda and (overlap == SIDE or overlap == AUTO and x.shape[0] <= MOST_TOKENS)
+    operands = x, ids, weights, up, down, up_bias, down_bias
+    if not beside:
+        return forward(*operands, branch.run(), layout, save=False)[0]
+    side = Side(branch, side_stream(x.device))
+    try:
+        return forward(*operands, None, layout, save=False, late=side)[0]
+    except BaseException:
+        side.settle()  # the branch's buffers go back to the main stream's pool now
+        raise
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one side stream of a device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _streams:
+        _streams[index] = torch.cuda.Stream(device)
+    return _streams[index]
+
+
+def _branch(
+    x: Tensor,
+    add: Tensor | None,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    gate: Tensor | None,
+    act_ops: Sequence[int],
+    act_consts: Sequence[float],
+    form: int,
+    up_transposed: bool,
+    down_transposed: bool,
+) -> Few | Many | None:
+    """The shared MLP ready to run: operands read, every buffer allocated on the stream that is current now."""
+    tokens = x.shape[0]
+    if tokens == 0:
+        return None
+    layout = Layout(tuple(act_ops), tuple(act_consts), form, 1, True, up_transposed, down_transposed, False, 0)
+    ids = torch.empty(tokens, 1, dtype=torch.int64, device=x.device)
+    weights = torch.empty(tokens, 1, dtype=torch.float32, device=x.device) if gate is None else gate.contiguous()
+    stacked = ([t[None] for t in ts] for ts in (up, down, up_bias, down_bias))
+    one_up, one_down, one_up_bias, one_down_bias = stacked
+    call = read(x, ids, weights, one_up, one_down, one_up_bias, one_down_bias, add, layout)
+    if call is None:
+        return None
+    add, out = call.add, torch.empty(tokens, call.down.n, dtype=torch.float32, device=x.device)
+    choice = tune.choose(tune.Problem(1, call.up.k, call.up.n, 1, x.dtype, layout.gated), tokens, x.device)
+    if choice.decode is not None:
+        return Few(call, x.new_empty(tokens, call.up.n), out, add, choice.decode, gate is not None)
+    up_in = [t if up_transposed else t.t() for t in up]
+    pre = [x.new_empty(tokens, w.shape[1]) for w in up_in]
+    plain = gate is None and add is None and not down_bias
+    down_in = down[0] if down_transposed else down[0].t()
+    a, y = x.new_empty(tokens, call.up.n), x.new_empty(tokens, call.down.n)
+    return Many(call, up_in, down_in, pre, a, y, None if plain else out, None if gate is None else weights, add)
+
+
+def activate(c: Call, pre: Sequence[Tensor], out: Tensor) -> None:
+    """out [T, I] = act(g + b_g, u + b_u), from products as they are stored."""
+    form, (tokens, width) = Form(c.layout.form), out.shape
+    g = u = pre[0]
+    if form is Form.SEPARATE:
+        u = pre[1]
+    elif form is Form.CONCAT:
+        u = pre[0][:, width:]
+    elif form is Form.INTERLEAVED:
+        u = pre[0][:, 1:]
+    bias = c.up_bias
+    columns = min(1024, triton.next_power_of_2(width))
+    _activate[(tokens, triton.cdiv(width, columns))](
+        g, u, *((None, None) if bias is None else (bias.parts[0], bias.parts[-1])), out, width, g.stride(0),
+        0 if bias is None else bias.stride_n,
+        STEP=2 if form is Form.INTERLEAVED else 1, ACT=activation.functions(c.layout.act_ops, c.layout.act_consts).act,
+        BIAS=bias is not None, BN=columns, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _activate(
+    g, u, bias_g, bias_u, out, width, stride, stride_bias, STEP: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = columns < width
+    a = tl.load(g + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(u + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        a += tl.load(bias_g + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
+        b += tl.load(bias_u + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t * width + columns, ACT(a, b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish(
+    y, gate, bias, add, out, width, stride_add, stride_bias, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr
+):
+    """out = gate · (y + bias) + add, in fp32."""
+    t = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = columns < width
+    total = tl.load(y + t * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        total *= tl.load(gate + t).to(tl.float32)
+    if ADD:
+        total += tl.load(add + t * stride_add + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + t * width + columns, total, mask=inside)

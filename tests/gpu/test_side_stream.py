@@ -1,0 +1,195 @@
+"""The shared expert beside the routed ones: values against the float64 oracle, and both streams against one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_ops import Case
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from calls import DEVICE, DTYPES, FACTORS, ON_GPU, TOLERANCE, cover, norm_error, operands
+
+from moe_compile import activation as act
+from moe_compile import ir, ops
+from moe_compile.lowering.triton import calls as kernels
+from moe_compile.lowering.triton import shared as beside
+
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="streams of a GPU")
+HIDDEN, INTER, SHARED = (96, 80, 112) if ON_GPU else (20, 18, 14)
+LAYOUTS = cover({n: FACTORS[n] for n in ("form", "up_transposed", "down_transposed", "up_bias", "down_bias", "add")} | {"gated": (0, 1)}, 2)
+ROUTED = ir.Experts(6, HIDDEN, INTER, HIDDEN, ir.Form.CONCAT, act.SWIGLU)
+
+
+def shared_call(
+    tokens: int, dtype: torch.dtype, form: Any = ir.Form.SEPARATE, add: bool = False, gated: int = 0, seed: int = 0,
+    routed: ir.Experts = ROUTED, width: int = SHARED, **layout: bool,
+) -> tuple[list[Any], Tensor]:  # fmt: skip
+    """(the op's arguments without `overlap`, the result in float64)."""
+    case = Case("routed", replace(routed, dtype=dtype), tokens, 2, add, dtype=dtype)
+    activation = act.relu(act.G) ** 2 if form is ir.Form.SINGLE else act.SWIGLU
+    one = ir.Experts(1, routed.hidden, width, routed.hidden, form, activation, stacked=False, dtype=dtype, **layout)
+    t, s = operands(case, seed), operands(Case("shared", one, tokens, 1, dtype=dtype), seed + 1)
+    gate = torch.rand(tokens, 1, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) if gated else None
+    mlp = [s[n] for n in ("up", "down", "up_bias", "down_bias")]
+    args = [*t.values(), *ops.experts_args(case.experts), *mlp, gate, *ops.shared_args(one, 0)[:-1]]
+    every = torch.zeros(tokens, 1, dtype=torch.int64, device=DEVICE)
+    weights = torch.ones(tokens, 1, device=DEVICE) if gate is None else gate
+    return args, case.experts.evaluate(*t.values()) + one.evaluate(t["x"], every, weights, *mlp)
+
+
+def fused(args: list[Any], overlap: int) -> Tensor:
+    out = kernels.experts_shared(*args, overlap)
+    assert out is not None, "the kernels do not take this call"
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("row", LAYOUTS, ids=lambda r: " ".join(str(getattr(v, "name", int(v))).lower() for v in r.values()))
+def test_values(row: dict[str, Any], tokens: int, dtype: torch.dtype) -> None:
+    if dtype is torch.float16 and not ON_GPU and row["form"] is not ir.Form.CONCAT:
+        pytest.skip("one form is enough in the interpreter")
+    args, want = shared_call(tokens, dtype, **row)
+    assert norm_error(fused(args, beside.AUTO), want) <= TOLERANCE[dtype]
+
+
+def test_no_tokens_is_left_to_the_other_path() -> None:
+    args, _ = shared_call(0, torch.float32)
+    assert kernels.experts_shared(*args, beside.SERIAL) is None
+    assert torch.ops.moe_compile.experts_shared(*args, beside.SERIAL).shape == (0, HIDDEN)
+
+
+def test_mixed_dtypes_are_left_to_the_other_path() -> None:
+    args, _ = shared_call(3, torch.float32)
+    args[17] = [t.double() for t in args[17]]
+    assert kernels.experts_shared(*args, beside.SERIAL) is None
+
+
+# ---- two streams ---------------------------------------------------------------------------------------------------------
+
+BIG = ir.Experts(16, 512, 256, 512, ir.Form.CONCAT, act.SWIGLU)
+TOKENS = (1, 3, 16, 64, 256)
+
+
+def big(tokens: int, seed: int = 0, **kwargs: Any) -> list[Any]:
+    return shared_call(tokens, torch.bfloat16, seed=seed, routed=BIG, width=1024, **kwargs)[0]
+
+
+def through_op(args: list[Any], overlap: int) -> Tensor:
+    out: Tensor = torch.ops.moe_compile.experts_shared(*args, overlap)
+    return out
+
+
+def captured(args: list[Any], overlap: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of three layers, each on the result of the one before, so that buffers are handed on."""
+
+    def layers() -> Tensor:
+        x = args[0]
+        for _ in range(3):
+            x = through_op([x * 0.5, *args[1:]], overlap)
+        return x
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layers()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layers()
+    return graph, out
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_graph_replays_are_bitwise_serial(tokens: int) -> None:
+    """1,000 replays with changing tokens, ids and gates: side stream against one stream, bit by bit."""
+    args = big(tokens, gated=1)
+    (serial, want), (parallel, got) = captured(args, beside.SERIAL), captured(args, beside.SIDE)
+    x, ids, gate = args[0], args[1], args[21]
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        x.normal_()
+        ids.random_(0, BIG.num_experts)
+        gate.uniform_()
+        serial.replay()
+        parallel.replay()
+        wrong += (want != got).sum() + (~want.isfinite()).sum()
+    assert int(wrong) == 0
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_memory_is_not_handed_out_too_early(tokens: int) -> None:
+    """Between calls the main stream frees, takes and poisons memory of every size the branches use; nothing waits on the host."""
+    calls = [big(tokens, seed, gated=seed % 2, add=seed % 3 == 0) for seed in range(6)]
+    want = [through_op(args, beside.SERIAL) for args in calls]
+    torch.cuda.synchronize()
+    sizes = (1, 8 * tokens, tokens * 512, tokens * 1024, tokens * 2048, tokens * 4096)
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for turn in range(200):
+        args, exact = calls[turn % 6], want[turn % 6]
+        poison = [torch.full((n,), float("nan"), dtype=torch.bfloat16, device=DEVICE) for n in sizes]
+        del poison
+        x = args[0] * 1.0  # a fresh input, freed while the side branch may still read it
+        out = through_op([x, *args[1:]], beside.SIDE)
+        del x
+        poison = [torch.full((n,), float("nan"), dtype=torch.bfloat16, device=DEVICE) for n in sizes]
+        wrong += (out != exact).sum()
+        del poison, out
+    assert int(wrong) == 0
+
+
+@NEEDS_GPU
+def test_both_streams_are_ordered() -> None:
+    """The side branch waits for the tokens' producer, the result for the side branch, however long each takes."""
+    args = big(64)
+    source, want = args[0].clone(), through_op(args, beside.SERIAL)
+    through_op(args, beside.SIDE)
+    torch.cuda.synchronize()
+    for slow_side in (False, True):
+        args[0].fill_(float("nan"))
+        if slow_side:
+            with torch.cuda.stream(beside.side_stream(args[0].device)):
+                torch.cuda._sleep(20_000_000)
+        else:
+            torch.cuda._sleep(20_000_000)
+        args[0].copy_(source)
+        out = through_op(args, beside.SIDE)
+        args[0].fill_(float("nan"))  # the main stream goes on: the side branch has read its tokens by now
+        assert torch.equal(out, want)
+
+
+@NEEDS_GPU
+def test_one_side_stream_for_all_layers() -> None:
+    first = beside.side_stream(torch.device("cuda"))
+    assert first is beside.side_stream(torch.device("cuda", torch.cuda.current_device()))
+    assert first != torch.cuda.current_stream()
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_model(mode: str | None) -> None:
+    """Through torch.compile, with and without Inductor's CUDA graphs: the serial form's values."""
+    from catalogue import build
+    from catalogue.shared import SharedGatedAfter
+
+    import moe_compile
+
+    model = build(SharedGatedAfter).eval().cuda()
+    results = []
+    for overlap in (False, True):
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="moe_fused", mode=mode, options={"overlap_shared": overlap})
+        torch.manual_seed(0)
+        inputs = [torch.randn(5, 16, device=DEVICE) for _ in range(6)]
+        with torch.no_grad():
+            results.append([run(x).clone() for x in inputs])
+        assert moe_compile.last_report().blocks[0].shared.endswith("overlapped") is overlap
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
