@@ -20,16 +20,18 @@ from .shadow import example_value, mutated_args
 from .shared import Operands, SharedMatch
 
 _SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
-_MODES = {"auto": 2, True: 1}
 
 
 def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
-    """The op's `overlap` where the shared expert may go into it: on CUDA, unless the user says no or a gradient may be asked for."""
-    if target != "cuda" or options.overlap_shared is False:
+    """The op's `overlap` where the shared expert may go into it: on CUDA, when the user asks for it and no gradient may be wanted.
+
+    "auto" leaves it to the inner compiler: nothing was measured yet that says where a side stream gains.
+    """
+    if target != "cuda" or options.overlap_shared is not True:
         return None
     values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
     trains = torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
-    return None if trains else _MODES[options.overlap_shared]
+    return None if trains else 1
 
 
 def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:
