@@ -18,8 +18,10 @@ from .region import SIZES, Block, inside
 from .rewrite import Planner
 from .shadow import example_value, mutated_args
 from .shared import Operands, SharedMatch
+from .validate import signature
 
 _SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
+_refutations: dict[Any, bool] = {}
 
 
 def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
@@ -189,7 +191,16 @@ def _before(gate: fx.Node, op: fx.Node, planner: Planner) -> list[fx.Node] | Non
 
 
 def _refuted(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
-    """Whether the formula and the graph's own MLP differ on a probe, both in float64."""
+    """Whether the formula and the graph's own MLP differ on a probe, both in float64; equal layers are probed once."""
+    key = (o.experts, o.gate is None, signature(region, _boundary(b, o), [s.node]))
+    if key not in _refutations:
+        if len(_refutations) > 4096:
+            _refutations.clear()
+        _refutations[key] = _probe(b, s, o, region)
+    return _refutations[key]
+
+
+def _probe(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
     for sizes in size_choices(b):
         try:
             with one_thread():

@@ -173,8 +173,8 @@ def test_one_side_stream_for_all_layers() -> None:
 
 
 @NEEDS_GPU
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_compiled_model(mode: str | None) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_model(graphs: bool) -> None:
     """Through torch.compile, with and without Inductor's CUDA graphs: the serial form's values."""
     from catalogue import build
     from catalogue.shared import SharedGatedAfter
@@ -185,7 +185,7 @@ def test_compiled_model(mode: str | None) -> None:
     results = []
     for overlap in (False, True):
         torch._dynamo.reset()
-        run = torch.compile(model, backend="moe_fused", mode=mode, options={"overlap_shared": overlap})
+        run = torch.compile(model, backend="moe_fused", options={"overlap_shared": overlap, "inner_options": {"triton.cudagraphs": graphs}})
         torch.manual_seed(0)
         inputs = [torch.randn(5, 16, device=DEVICE) for _ in range(6)]
         with torch.no_grad():
