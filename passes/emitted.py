@@ -78,7 +78,10 @@ def _compare(
     b: Block, plan: BlockPlan, shadow: Shadow, names: dict[str, fx.Node], nodes: list[fx.Node], edge: list[fx.Node], sizes: Sizes
 ) -> str | None:
     outs = _replaced(b)
-    env = evaluate(b, nodes, probe_values(b, edge, sizes, 0), sizes, outs)
+    values = probe_values(b, edge, sizes, 0)
+    if b.gating is not None and b.gating.bias is not None and b.gating.gating.groups is not None:
+        values[b.gating.bias] = values[b.gating.bias].abs()  # or the experts of losing groups may tie: any choice is right then
+    env = evaluate(b, nodes, values, sizes, outs)
     graph, results = small_graph(plan, names)
     with torch.no_grad():
         got = interpret(graph, lambda name: env[shadow.image[names[name]]], results)
