@@ -34,7 +34,8 @@ class Compiled:
 
     def __init__(self, model: torch.nn.Module, **options: Any) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
-        self.run = torch.compile(model, backend="moe_fused", options={"target": "cuda", "inner": self._keep, "overlap_shared": True, **options})
+        options = {"target": "cuda", "inner": self._keep, "overlap_shared": True, **options}
+        self.run = torch.compile(model, backend="moe_fused", options=options)
 
     def _keep(self, gm: torch.fx.GraphModule, _: Any) -> Any:
         self.graphs.append(gm)
