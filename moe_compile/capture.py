@@ -15,11 +15,13 @@ Both rest on private names of torch; where one is missing, its hook logs that an
 
 from __future__ import annotations
 
+import ast
 import dis
 import functools
 import inspect
 import logging
 import os
+import textwrap
 import threading
 import types
 import weakref
@@ -194,8 +196,18 @@ def is_candidate(code: types.CodeType) -> bool:
     return any(i.opname == "FOR_ITER" for i in instructions) and not outer and not any(i.opname in _WRITES for i in instructions)
 
 
+@functools.cache
 def _asks(code: types.CodeType) -> bool:
-    return bool({n for c in _with_inner(code) for n in c.co_names} & _ASKS)
+    """Whether code asks its tensors for something that depends on data; `where(mask, a, b)` does not, `where(mask)` does."""
+    asks = {n for c in _with_inner(code) for n in c.co_names} & _ASKS
+    if asks != {"where"}:
+        return bool(asks)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return True
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

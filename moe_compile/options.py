@@ -23,7 +23,7 @@ class Options:
     inner_options: handed to `inner` as its own options.
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
-    overlap_shared: run the shared expert on a side stream ("auto": where the target gains from it).
+    overlap_shared: run the shared expert on a side stream ("auto": where the target was seen to gain from it, which on CUDA is not yet so).
     mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
     quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference).
     weight_format: on Ascend, "nz": packed expert weights in the fractal format; "nd": as they are.
