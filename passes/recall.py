@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from .. import activation as _activation
+from .. import lowering as _lowering
 from .shadow import example_value
 
 log = logging.getLogger("moe_compile")
@@ -97,7 +98,8 @@ def _sources() -> str:
     h = hashlib.sha256()
     root = Path(__file__).resolve().parent
     package = Path(_activation.__file__).resolve().parent
-    for f in sorted({*root.glob("*.py"), *package.glob("*.py")}):
+    lowered = (f for p in _lowering.__path__ for f in Path(p).resolve().rglob("*.py"))  # what can be lowered is part of a plan
+    for f in sorted({*root.glob("*.py"), *package.glob("*.py"), *lowered}):
         h.update(f.name.encode() + f.read_bytes())
     return h.hexdigest()
 
