@@ -33,7 +33,8 @@ def check(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
     edge, outs = _boundary(b), _replaced(b)
     nodes = inside(outs, edge)
     if isinstance(nodes, Rejection):
-        return nodes
+        # ids mapped by a tensor of the user's: it is no input of the plan's, and routing and experts were validated each by itself
+        return None if b.ir.experts.ids_mapped else nodes
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
     number = {n: i for i, n in enumerate([*edge, *nodes])}
     roles = tuple((name, number.get(shadow.image.get(names[name]))) for name in plan.names())  # type: ignore[arg-type]
