@@ -33,8 +33,7 @@ def check(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
     edge, outs = _boundary(b), _replaced(b)
     nodes = inside(outs, edge)
     if isinstance(nodes, Rejection):
-        # ids mapped by a tensor of the user's: it is no input of the plan's, and routing and experts were validated each by itself
-        return None if b.ir.experts.ids_mapped else nodes
+        return nodes
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
     number = {n: i for i, n in enumerate([*edge, *nodes])}
     roles = tuple((name, number.get(shadow.image.get(names[name]))) for name in plan.names())  # type: ignore[arg-type]
@@ -62,6 +61,8 @@ def _boundary(b: Block) -> list[fx.Node]:
     if is_fused(b.match.out):
         return b.routing_inputs()
     routed = b.routing_inputs() if b.gating is not None else [n for n in (b.ids, b.weights, *b.twins) if n is not None]
+    if b.gating is not None and b.ids is not b.raw_ids and not b.masked:
+        routed = [*routed, b.ids]  # mapped by the user's own nodes, which stay: their result is an input of the experts
     return list(dict.fromkeys(n for n in (b.match.tokens, b.match.base, *b.params(), *routed) if n is not None))
 
 

@@ -111,7 +111,7 @@ class Finder:
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
             if is_table(s) and i not in matched:
-                found.rejected.extend([r for r in tried.get(i, ()) if r.stage == TABLE][:1])
+                found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
             elif i not in closed | matched:
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         return found
@@ -169,7 +169,7 @@ class Finder:
         except T.TooLarge as e:
             if table:
                 allowed = self.left[label]
-                return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, TABLE)
+                return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
             return Rejection(str(e), n, "experts")
         finally:
             T.allow(10_000_000)
@@ -284,7 +284,7 @@ def _is_id_input(n: fx.Node) -> bool:
     return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim in (1, 2) and v.dtype in (torch.int64, torch.int32)
 
 
-TABLE = "find"
+FIND = "find"
 TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
 
 

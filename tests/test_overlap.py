@@ -267,7 +267,7 @@ def arguments(form: ir.Form, gated: bool, bias: bool, add: bool, grad: bool = Fa
         [leaf(8) for _ in range(bias)],
     ]
     gate = leaf(tokens, 1) if gated else None
-    args = [x, ids, weights, up, down, [], [], addend, *ops.experts_args(routed), *mlp, gate, *ops.shared_args(one, 2)]
+    args = [x, ids, weights, up, down, [], [], addend, *ops.experts_args(routed), *mlp, gate, *ops.shared_args(one, 1)]
     return args, [t for t in leaves if grad]
 
 

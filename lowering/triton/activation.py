@@ -94,7 +94,7 @@ def _returned(d: _Dual) -> Iterator[str]:
     """Slopes that do not depend on g must still have its shape."""
     yield d.v
     for slope in (d.dg, d.du):
-        yield "g * 0.0" if slope is None else "g * 0.0 + 1.0" if slope == "1.0" else slope
+        yield "tl.zeros_like(g)" if slope is None else "tl.zeros_like(g) + 1.0" if slope == "1.0" else slope
 
 
 def _emit(ops: Sequence[int], consts: Sequence[float], w: _Writer) -> _Dual:

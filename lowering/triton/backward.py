@@ -258,7 +258,7 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
         DUAL=activation.functions(layout.act_ops, layout.act_consts).dual, GATED=layout.gated, INTERLEAVED=layout.form == Form.INTERLEAVED,
         WEIGHTED=not layout.weight_on_input, SLOTS=p.k, D_PRE=d_pre, SCALED_PRE=scaled_pre, HIDDEN=hidden, SUMS=sums,
         A_TMA=p.tiles.padded, PAD=p.pad, KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and w.n % tile.bk == 0, PRECISION=p.precision,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, FLATTEN=tile.flatten, PARTS=_epilogue_parts(tile),
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, PARTS=_epilogue_parts(tile),
         num_warps=tile.warps, num_stages=tile.stages, **_registers(tile),
     )  # fmt: skip
     return out
@@ -306,7 +306,7 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
         tiles.shape[1], blocks, n, k, d_pre.stride(0), c.x.stride(0), w.stride_e, stride_k, w.stride_k,
         HALVES=2 if separate else 1, WEIGHTED=layout.weight_on_input, SLOTS=p.k, OUT=need_x, SUMS=sums,
         A_TMA=p.tiles.padded, PAD=p.pad, KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and k % tile.bk == 0, PRECISION=p.precision,
-        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, FLATTEN=tile.flatten and not separate,
+        BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if by_slot is not None:

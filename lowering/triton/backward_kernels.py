@@ -176,7 +176,7 @@ def grad_hidden(
     DUAL: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr,
     D_PRE: tl.constexpr, SCALED_PRE: tl.constexpr, HIDDEN: tl.constexpr, SUMS: tl.constexpr,
     A_TMA: tl.constexpr, PAD: tl.constexpr, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """n columns of the hidden layer, k outputs. d_pre has the up projection's column order, pre is (g | u).
@@ -185,7 +185,7 @@ def grad_hidden(
     PARTS: the epilogue takes the tile in so many column parts, one after the other. PAD: what is stored has padded rows, zero where no
     row is; A_TMA: grad is a descriptor of rows sorted and padded likewise.
     """
-    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0)):
         e, first, rows, live = _tile(tile // blocks, tiles, offsets, max_tiles, BM)
         block = tile % blocks
         n0 = block * BN
@@ -209,10 +209,10 @@ def grad_input(
     max_tiles, blocks, n, k, stride_pre, stride_x, stride_e, stride_k, stride_n,
     HALVES: tl.constexpr, WEIGHTED: tl.constexpr, SLOTS: tl.constexpr, OUT: tl.constexpr, SUMS: tl.constexpr,
     A_TMA: tl.constexpr, PAD: tl.constexpr, KIND: tl.constexpr, N_FAST: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [N, n] by slot = d_pre[row] W; k columns of each of the HALVES. WEIGHTED: times w, and sums = Σ product · x by column block."""
-    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tl.load(num_tiles) * blocks, tl.num_programs(0)):
         e, first, rows, live = _tile(tile // blocks, tiles, offsets, max_tiles, BM)
         block = tile % blocks
         n0 = block * BN

@@ -226,9 +226,9 @@ def grouped_gemm(
         tiles.shape[1], w.n, w.k, max(gather, 1),
         a.stride(0), w.stride_e, stride_n, w.stride_k, *_bias_strides(bias), out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
-        GATHER=gather > 0, SCATTER=scatter, A_TMA=False, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
+        GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, FLATTEN=tile.flatten, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
+        BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
         num_warps=tile.warps, num_stages=tile.stages, **launch,
     )  # fmt: skip
 

@@ -76,9 +76,9 @@ def grouped_gemm(
     max_tiles, n, k, slots_per_token,
     stride_a, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_out, stride_pre,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr,
-    GATHER: tl.constexpr, SCATTER: tl.constexpr, A_TMA: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
     GROUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """n output columns, k columns of `a`. `pre` [rows, 2n] (or n) keeps the pre-activations when SAVE."""
@@ -92,7 +92,7 @@ def grouped_gemm(
     blocks = tl.cdiv(n, BN)
     row_tiles = tl.load(num_tiles)
     total = row_tiles * blocks
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
         at, block = _place(tile, row_tiles, blocks, GROUP)
         n0 = block * BN
         wide0 = block * WIDTH
@@ -110,15 +110,12 @@ def grouped_gemm(
         acc0 = tl.zeros((BM, WIDTH), tl.float32)
         acc1 = tl.zeros((BM, BN if MODE == DUAL else 16), tl.float32)
         for k0 in tl.range(0, k, BK, num_stages=STAGES):
-            if A_TMA:
-                tile_a = a.load([first, k0])
+            at_k = k0 + tl.arange(0, BK)
+            pointers = a + source[:, None] * stride_a + at_k[None, :]
+            if EVEN_K:
+                tile_a = tl.load(pointers)
             else:
-                at_k = k0 + tl.arange(0, BK)
-                pointers = a + source[:, None] * stride_a + at_k[None, :]
-                if EVEN_K:
-                    tile_a = tl.load(pointers)
-                else:
-                    tile_a = tl.load(pointers, mask=(at_k < k)[None, :], other=0.0)
+                tile_a = tl.load(pointers, mask=(at_k < k)[None, :], other=0.0)
             b0 = _weight(
                 w0, e, wide0, k0, n_wide, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, WIDTH, BK, EVEN_N, EVEN_K, DTYPE, ALIGNED
             )

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 # as in gemm.py
-PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
+PLAIN, SINGLE, DUAL = (gl.constexpr(i) for i in range(3))
 HALF_ROWS = gl.constexpr(64)
 
 
@@ -119,7 +119,7 @@ def _finish(
 ):  # fmt: skip
     """The epilogue of one column block: scale, bias, keep, activate, store."""
     DTYPE: gl.constexpr = out.dtype.element_ty
-    GATED: gl.constexpr = (MODE == DUAL) | (MODE == INTERLEAVED)
+    GATED: gl.constexpr = MODE == DUAL
     if WEIGHTED:  # (w x) Wᵀ = w (x Wᵀ)
         scale = gl.expand_dims(gl.load(row_weights + slots, mask=live, other=0.0).to(gl.float32), 1)
         g = g * scale
@@ -220,7 +220,7 @@ def grouped_gemm(
 ):  # fmt: skip
     """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN].
 
-    k is a multiple of BK, MODE not INTERLEAVED.
+    k is a multiple of BK; interleaved projections are the plain kernel's.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF_ROWS, BK], DTYPE)

@@ -26,8 +26,7 @@ from . import activation, tune
 from .experts import Call, few_down, few_up, forward, read
 from .tune import Vector
 
-SERIAL, SIDE, AUTO = range(3)  # the op's `overlap`
-MOST_TOKENS = 256  # beyond, the routed experts fill the card by themselves: nothing gained on an H100 (auto)
+SERIAL, SIDE = range(2)  # the op's `overlap`
 
 _streams: dict[int, torch.cuda.Stream] = {}
 
@@ -115,7 +114,7 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
     branch = _branch(x, add, *mlp)
     if branch is None:
         return None
-    beside = x.is_cuda and (overlap == SIDE or overlap == AUTO and x.shape[0] <= MOST_TOKENS)
+    beside = x.is_cuda and overlap == SIDE
     operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
         return forward(*operands, branch.run(), layout, save=False)[0]

@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 class Tile:
     """A grouped GEMM's tile and launch: rows, columns (of each projection), depth, warps, pipeline stages, programs an SM (0: one a tile).
 
-    `tma`: weights through the copy engine. `flatten`: one pipelined loop over all tiles of a program.
+    `tma`: weights through the copy engine.
     `hopper`: the warp-specialised kernel where it fits (128 rows, `bn` columns twice), else the plain one with the same tile.
     `lag`: there, how many steps the second consumer starts behind the first.
     `group`: row tiles that are walked together, rows fastest.
@@ -38,7 +38,6 @@ class Tile:
     stages: int
     per_sm: int = 0
     tma: bool = False
-    flatten: bool = False
     hopper: bool = False
     lag: int = 0
     group: int = 1

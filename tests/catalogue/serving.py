@@ -152,6 +152,14 @@ class LogicalToPhysicalGather(LogicalToPhysical):
         return loop(x, physical, w, self.up, self.down)
 
 
+class LogicalToPhysicalUnsorted(LogicalToPhysical):
+    """Verdict: fused as LogicalToPhysical. The selected experts in no promised order."""
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = torch.topk(logits.softmax(-1), K, dim=-1, sorted=False)
+        return w / w.sum(-1, keepdim=True), ids
+
+
 class CountsReadElsewhere(Case):
     """Verdict: fused. The counts per expert, a by-product of the dispatch, are returned too."""
 
