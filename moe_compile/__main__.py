@@ -1,7 +1,7 @@
 """What the compiler makes of a model (explain), and the fastest tiles of a problem on this machine's GPU (tune).
 
-python -m moe_compile explain --model qwen3_moe
-python -m moe_compile tune --model qwen3_moe
+python -m moe_compile explain --model TYPE    any transformers model type, small, with random weights
+python -m moe_compile tune --model TYPE
 """
 
 from __future__ import annotations
