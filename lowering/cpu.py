@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import activation as act
 from ..ir import MoeBlock
-from . import cpu_build, generic
+from . import cpu_build, cpu_route, generic
 from .cpu_call import Call
 from .generic import Layout
 
@@ -46,6 +47,7 @@ def lowering_name(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     cpu_build.start("forward", ir.experts.dtype)
+    cpu_route.prepare()
 
 
 def forward(
@@ -61,12 +63,13 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
-    generic.check_sizes(layout, up, down, up_bias, down_bias)
-    library = _library("forward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
-    if library is None:
+    biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
+    found = _kernel("forward", x, layout, up, down, *biases)
+    if found is None or not ids.numel():
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    library, prepared = found
     x = x if x.stride(1) == 1 else x.contiguous()
-    call = _call(layout, x, ids, weights, up, down, up_bias, down_bias)
+    call = prepared.on(x, ids.long().contiguous(), weights.float().contiguous())
     out = x.new_empty(x.shape[0], layout.out_features(down))
     call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous())
     pre = x.new_empty(ids.numel() if save else 0, layout.pre_width(down))
@@ -91,12 +94,13 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """As `generic.backward`."""
-    generic.check_sizes(layout, up, down, up_bias, down_bias)
-    library = _library("backward", x, layout, up, down, up_bias, down_bias) if ids.numel() else None
-    if library is None:
+    biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
+    found = _kernel("backward", x, layout, up, down, *biases)
+    if found is None or not ids.numel():
         return generic.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout, needs)
+    library, prepared = found
     x = x if x.stride(1) == 1 else x.contiguous()
-    call = _call(layout, x, ids, weights, up, down, up_bias, down_bias)
+    call = prepared.on(x, ids.long().contiguous(), weights.float().contiguous())
     call.tensors(grad=grad.to(x.dtype).contiguous(), pre=pre.contiguous())
     wanted = zip((x, weights, *up, *down, *up_bias, *down_bias), needs, strict=True)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) if n else None for t, n in wanted]
@@ -119,20 +123,40 @@ def backward(
     return [g for g in grads if g is not None]
 
 
+_found: dict[Any, tuple[ctypes.CDLL, Call]] = {}
+
+
+def _kernel(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]) -> tuple[ctypes.CDLL, Call] | None:
+    """The kernels and a call without its tokens, or None where they do not take these operands; the same operands are looked at once.
+
+    Raises ValueError when a parameter holds fewer experts than the call says.
+    """
+    key = (direction, x.dtype, x.shape[1], layout, *map(_described, lists))
+    found = _found.get(key)
+    if found is None:
+        generic.check_sizes(layout, *lists)
+        library = _library(direction, x, layout, *lists)
+        if library is None:
+            return None
+        if len(_found) > 4096:
+            _found.clear()
+        found = _found[key] = library, _call(layout, x.shape[1], *lists)
+    return found
+
+
+def _described(tensors: Sequence[Tensor]) -> Any:
+    """Everything about a stack or a list of equal matrices but their values."""
+    pointers, strides = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.stride, tensors))
+    return pointers, strides, tuple([t.dtype for t in tensors]), tuple([t.shape for t in tensors[:2]])
+
+
 def _call(
-    layout: Layout,
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    layout: Layout, hidden: int, up: Sequence[Tensor], down: Sequence[Tensor], up_bias: Sequence[Tensor], down_bias: Sequence[Tensor]
 ) -> Call:
-    call = Call(layout, x, ids.long().contiguous(), weights.float().contiguous(), down)
+    call = Call(layout, hidden, down)
     call.up("", up)
     call.down("", down)
-    call.biases("", [t.contiguous() for t in up_bias], [t.contiguous() for t in down_bias])
+    call.biases("", up_bias, down_bias)
     return call
 
 

@@ -36,19 +36,26 @@ class Args(ctypes.Structure):
 
 
 class Call:
-    """One call's `Args` with everything its pointers refer to kept alive."""
+    """One call's `Args`, and what its pointers refer to kept alive, but for the parameters, which the caller holds."""
 
-    def __init__(self, layout: Layout, x: Tensor, ids: Tensor, weights: Tensor, down: Sequence[Tensor]) -> None:
+    def __init__(self, layout: Layout, hidden: int, down: Sequence[Tensor]) -> None:
         self.args = Args()
         self.layout = layout
         self.keep: list[object] = []
-        tokens, k = ids.shape
-        self.set(tokens=tokens, k=k, experts=layout.num_experts, identity=layout.num_identity, hidden=x.shape[1])
+        self.set(experts=layout.num_experts, identity=layout.num_identity, hidden=hidden)
         self.set(inter=layout.intermediate(down), out_features=layout.out_features(down), halves=2 if layout.gated else 1)
-        self.set(weight_on_input=layout.weight_on_input, threads=torch.get_num_threads(), n_act=len(layout.act_ops))
-        self.set(x_stride=x.stride(0))
-        self.tensors(x=x, ids=ids, weights=weights)
+        self.set(weight_on_input=layout.weight_on_input, n_act=len(layout.act_ops))
         self.set(act_ops=self._array(_I64, layout.act_ops), act_consts=self._array(ctypes.c_float, layout.act_consts))
+
+    def on(self, x: Tensor, ids: Tensor, weights: Tensor) -> Call:
+        """A copy for these tokens: what was set before is shared."""
+        call = Call.__new__(Call)
+        args = call.args = Args.from_buffer_copy(self.args)
+        call.layout, call.keep = self.layout, [self.keep, x, ids, weights]
+        args.tokens, args.k = ids.shape
+        args.x, args.ids, args.weights = x.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        args.x_stride, args.threads = x.stride(0), torch.get_num_threads()
+        return call
 
     def set(self, **values: object) -> None:
         for name, value in values.items():
@@ -96,7 +103,6 @@ class Call:
 
     def _bases(self, name: str, tensors: Sequence[Tensor | None], second_half: int | None) -> None:
         """Pointers, once more shifted by `second_half` bytes where gate and up share a tensor."""
-        self.keep.append(tensors)
         bases = [0 if t is None else t.data_ptr() for t in tensors]
         if second_half is not None:
             bases += [b + second_half if b else 0 for b in bases]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, generic, routing
+from .lowering import cpu, cpu_route, generic, routing
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -58,17 +58,26 @@ Lists = Sequence[Sequence[Tensor]]
 
 
 def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
-    return routing.forward(logits, bias, expert_scale, routing.Routing(*gating))
+    return routing.forward(logits, bias, expert_scale, _routing(*gating))
+
+
+def _route_cpu(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
+    return cpu_route.forward(logits, bias, expert_scale, _routing(*gating))
 
 
 def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
     *gating, needs = rest
-    return routing.backward(grad, ids, logits, bias, expert_scale, routing.Routing(*gating), needs)
+    return routing.backward(grad, ids, logits, bias, expert_scale, _routing(*gating), needs)
+
+
+# One object for equal arguments: what kernels derive from it is looked up, not made again
+_routing = functools.lru_cache(maxsize=1024)(routing.Routing)
+_same_layout = functools.lru_cache(maxsize=1024)(generic.Layout)
 
 
 def _layout(args: Sequence[Any]) -> generic.Layout:
     act_ops, act_consts, *rest = args
-    return generic.Layout(tuple(act_ops), tuple(act_consts), *rest)
+    return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
 def _experts(*args: Any) -> Tensor:
@@ -132,7 +141,7 @@ def _experts_shared_cuda(*args: Any) -> Tensor:
 
 
 for _name, _any_device, _on_cpu in (
-    ("route", _route, None),
+    ("route", _route, _route_cpu),
     ("route_bwd", _route_bwd, None),
     ("experts", _experts, _experts_cpu),
     ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
@@ -256,18 +265,19 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 def _experts_autograd(*args: Any) -> Tensor:
     x, ids, weights, *lists, add = args[:8]
-    flat = [t for ts in lists for t in ts]
-    if _needs_grad([x, weights, add, *flat]):
-        return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_grad_enabled():
+        flat = [t for ts in lists for t in ts]
+        if _needs_grad([x, weights, add, *flat]):
+            return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.experts(*args)  # type: ignore[no-any-return]
+        return _ops.experts.default(*args)  # type: ignore[no-any-return]
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     if _needs_grad([logits, bias, expert_scale]):
         return _Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.route(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+        return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
 def _experts_shared_autograd(*args: Any) -> Tensor:

@@ -254,6 +254,7 @@ class TestBuilding:
     def fresh(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path))
         monkeypatch.setattr(cpu_build, "_builds", {})
+        monkeypatch.setattr(cpu, "_found", {})
 
     def test_without_a_compiler_plain_torch_runs(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
