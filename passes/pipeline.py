@@ -119,7 +119,12 @@ def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[
             shadow = Shadow(gm)
         with _timed(out.seconds, "recover"):
             found = Finder(shadow.graph, shadow.walls, shadow.stale).run()
-            blocks = [assemble(m, shadow, p) for m, p in found.matches]
+            blocks = []
+            for m, p in found.matches:
+                try:
+                    blocks.append(assemble(m, shadow, p))
+                except T.TooLarge as e:
+                    found.rejected.append(Rejection(str(e), m.out))
         out.rejected.extend(_located(r, shadow) for r in found.rejected)
         planner = Planner(shadow)
         for b in blocks:

@@ -51,7 +51,7 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
     """
     starts = [] if m.base is None else [m.base]
     for other in (x for n in (*starts, *_joined(result)) for x in _addends(n)):
-        if shape_of(other)[-1:] == shape_of(m.out)[-1:]:
+        if shape_of(other)[-1:] == shape_of(m.out)[-1:] and _stands_beside(other, m, order):
             found = _read(m, other, order, walls)
             if found is not None:
                 return found
@@ -59,6 +59,7 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
 
 
 FAR = 4  # additions that are looked through: zeros, a scale, a residual
+LARGE = 256  # nodes between the tokens and a shared expert's result: an MLP has about ten
 
 
 def _addends(n: fx.Node) -> list[fx.Node]:
@@ -89,12 +90,25 @@ def _comes_from(n: fx.Node, out: fx.Node) -> bool:
     return n is out
 
 
+def _stands_beside(other: fx.Node, m: ExpertsMatch, order: dict[fx.Node, int]) -> bool:
+    """Whether `other` is computed from the tokens by few operations and without the routed result: a later layer is not."""
+    seen, waiting = {other}, [other]
+    while waiting:
+        n = waiting.pop()
+        if n is m.out or len(seen) > LARGE:
+            return False
+        new = {x for x in n.all_input_nodes if order[x] > order[m.tokens]} - seen
+        seen |= new
+        waiting.extend(new)
+    return True
+
+
 def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
     edge = order[m.tokens]
     p = Puller(lambda n: order[n] <= edge, walls)
     t, h = row_variable(rows(other)), T.named("h", shape_of(other)[-1])
-    term = p.at(other, (*row_index(t, shape_of(other)[:-1]), h))
     try:
+        term = p.at(other, (*row_index(t, shape_of(other)[:-1]), h))
         parsed = _parse(m, term, t, h)
         if parsed is None:
             return None
@@ -102,7 +116,7 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
         form, symbols, expr = layout(core)
         if not isinstance(core.inner, int) or form is Form.INTERLEAVED:
             return None
-    except No:
+    except (No, T.TooLarge):
         return None
     ir = SharedExpert(core.inner, expr, gated=gate.op != "c", bias=core.linears[symbols[0]].bias is not None)
     try:

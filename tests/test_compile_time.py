@@ -62,6 +62,23 @@ def test_an_unrolled_loop_shrinks_to_a_few_nodes():
     assert len(moe_compile.last_report().blocks) == 1
 
 
+def test_unrolled_layers_one_after_the_other():
+    """x + moe(x) with no norm between: what later layers add to the sum is no shared expert of an earlier one, nor is it searched for one."""
+    layers = [StaticLoop(16) for _ in range(3)]
+
+    def model(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = x + layer(x)
+        return x
+
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        got = torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
+    report = moe_compile.last_report()
+    assert [b.ir.shared for b in report.blocks] == [None] * 3 and not report.rejected
+
+
 def test_layers_cost_the_same_each():
     per_layer = {n: len(graph_after(Layers(n), torch.randn(T, H))) / n for n in (2, 6)}
     assert abs(per_layer[2] - per_layer[6]) <= 2, per_layer
