@@ -136,6 +136,7 @@ def _condition(f: Term) -> tuple[Term, int] | None:
 
 def _chain(f: Term) -> list[tuple[Term, int, Term]] | None:
     out: list[tuple[Term, int, Term]] = []
+    whole = f
     while f.op == "ite":
         hit = _condition(f.args[0])
         if hit is None:
@@ -153,6 +154,8 @@ def _chain(f: Term) -> list[tuple[Term, int, Term]] | None:
             return out
     if T.is_c(f, 0) or (f.op == "a" and isinstance(f.args[0], fx.Node) and "empty" in str(f.args[0].target)):
         return out
+    if not has_feature(whole):
+        return None  # a routing weight that is another one for some experts
     raise No("rows that no expert writes keep an old value")
 
 

@@ -191,6 +191,8 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
+        if is_joined(n) or is_table(n):
+            return True
         if self.live.get(n, self.static[n]) == label:
             return False
         name = op_name(n)
@@ -261,12 +263,28 @@ def is_table(n: fx.Node) -> bool:
     return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
 
 
+def is_joined(n: fx.Node) -> bool:
+    """Ids [T, k] put together from several selections of one expert each."""
+    v = n.meta.get("val")
+    if op_name(n) not in ("cat", "concat", "concatenate", "stack") or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
+        return False
+    parts = n.args[0]
+    return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)
+
+
+def _selected(n: fx.Node) -> bool:
+    """Whether a tensor is the indices of a selection, in another shape perhaps."""
+    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return is_selection(n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n)
+
+
 def is_selection(n: fx.Node) -> bool:
     """A node that chooses indices by a floating-point score: top-k, sort, argmax."""
     if n.op != "call_function":
         return False
     name = op_name(n)
-    if is_table(n):
+    if is_table(n) or is_joined(n):
         return True
     if name not in ("topk", "sort", "argsort", "argmax", "max"):
         return False

@@ -66,7 +66,17 @@ def upper(t: Term) -> int | None:
                 return None
             out = out + u if t.op == "add" else out * u
         return out
-    return None
+    return _upper_of_either(*t.args) if t.op == "ite" else None
+
+
+def _upper_of_either(condition: Term, a: Term, b: Term) -> int | None:
+    """Largest value of `a if condition else b`; x is below its largest value where it is said not to equal it."""
+    first, second = upper(a), upper(b)
+    if first is None or second is None:
+        return None
+    if condition.op == "eq" and any(x is b and is_c(c, second) for x, c in (condition.args, condition.args[::-1])):
+        second -= 1
+    return max(first, second)
 
 
 def split_by(t: Term, n: Any) -> tuple[Term, Term]:

@@ -44,10 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missed = _KNOWN_MISSES.get(params.get("name", params.get("group", ""))) if _in_catalogue(item) else None
         if missed is not None:
             item.add_marker(pytest.mark.xfail(reason=missed, strict=False))
-        entry = params.get("entry") if item.path.name == "test_zoo.py" else None
-        if entry is not None and params.get("implementation") in entry.missed:
-            slow = entry.router == "R10" and params["implementation"] != "default"  # 12 s each, and alike
-            item.add_marker(pytest.mark.xfail(reason=entry.why, strict=True, run=not slow))
         if call is not None and isinstance(call.params.get("name"), str):
             item.add_marker(pytest.mark.xdist_group(call.params["name"]))
 

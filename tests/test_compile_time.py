@@ -63,7 +63,7 @@ def test_an_unrolled_loop_shrinks_to_a_few_nodes():
 
 
 def test_unrolled_layers_one_after_the_other():
-    """x + moe(x) with no norm between: what later layers add to the sum is no shared expert of an earlier one, nor is it searched for one."""
+    """x + moe(x) with no norm between: what later layers add is no shared expert of an earlier one, nor searched for one."""
     layers = [StaticLoop(16) for _ in range(3)]
 
     def model(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 HIDDEN, VOCAB, TOKENS = 32, 64, 7
 DECORATED = ("default", "eager", "batched_mm", "grouped_mm")
 PLAIN = ("default",)
-UNCAPTURED = ("default", "batched_mm", "grouped_mm")  # "eager" has a loop, which is captured whole
 
 # Given to every config that has a field (or an alias) of that name; an entry's own keyword arguments win.
 COMMON: dict[str, Any] = dict(
@@ -73,7 +72,6 @@ class Entry:
     classes of docs/coverage.md. blocks: MoE blocks that have to be fused. gating: whether the routing itself has to be recovered;
     False where it may stay as written while the experts are fused. scope: what is built, said where it is not the whole causal LM.
     inputs: which of `INPUTS` builds the forward's keyword arguments. prepare: run on the fresh model. note: for docs/coverage.md.
-    missed: implementations in which not all blocks are fused so far (beyond the router classes R1 to R6 only); why.
     """
 
     name: str
@@ -89,8 +87,6 @@ class Entry:
     inputs: str = "tokens"
     prepare: Callable[[nn.Module], None] | None = None
     note: str = ""
-    missed: tuple[str, ...] = ()
-    why: str = ""
 
     @property
     def package(self) -> str:
@@ -306,16 +302,14 @@ ENTRIES: list[Entry] = [
     _entry("llama4", "R7", "X6", "Llama4TextConfig", "Llama4ForCausalLM", intermediate_size_mlp=40, num_experts_per_tok=2,
            implementations=PLAIN, **FULL),
     _entry("phimoe", "R8", "X1", "PhimoeConfig", "PhimoeForCausalLM", gating=False, router_jitter_noise=0.1,
-           note="sparsemixer: two masked argmaxes, no top-k", missed=UNCAPTURED,
-           why="ids and weights are put together from two selections"),
+           note="sparsemixer: two masked argmaxes, no top-k"),
     _entry("inkling", "R9", "X1", "InklingTextConfig", "InklingForCausalLM", gating=False,
            note="weights normalised jointly with those of the shared experts"),
     _entry("deepseek_v4+hash", "R10", "X4", "DeepseekV4Config", "DeepseekV4ForCausalLM", swiglu_limit=1.5,
            mlp_layer_types=["hash_moe", "moe"], gating=False, prepare=_fill_hash_table,
-           note="first layer: experts from a table of token ids", missed=UNCAPTURED, why="the search from a table's ids gives up"),
+           note="first layer: experts from a table of token ids"),
     _entry("zaya", "R12", "X1", "ZayaConfig", "ZayaForCausalLM", gating=False, num_experts_per_tok=1, router_hidden_size=16,
-           note="an MLP router with state across layers and a skip expert", missed=UNCAPTURED,
-           why="top-1 with masked ids, scaled behind the block"),
+           note="an MLP router with state across layers and a skip expert"),
 ]
 
 # Left out, with the reason. Each is a kind of routing that is not "k experts of E for every token".
