@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
@@ -24,7 +25,7 @@ from .plan import BlockPlan, execute
 from .pull import Puller, dtype_of
 from .region import Block, routing_nodes
 from .rewrite import Planner
-from .shadow import Shadow
+from .shadow import Shadow, example_value
 from .shared import match_shared
 from .validate import validate
 
@@ -156,7 +157,16 @@ def _fresh_terms() -> None:
 def might_route(graph: fx.Graph) -> bool:
     """Whether a graph selects anything at all: a cheap look, so that other graphs cost nothing."""
     words = ("topk", "sort", "argmax", "max", "grouped_mm", "moe_compile")
-    return any(n.op in ("call_function", "call_method") and any(w in str(n.target) for w in words) for n in graph.nodes)
+    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    return any(any(w in str(n.target) for w in words) or _looks_up_ids(n) for n in calls)
+
+
+def _looks_up_ids(n: fx.Node) -> bool:
+    """Whether a node reads rows of integers from a table: expert ids perhaps."""
+    if not any(w in str(n.target) for w in ("getitem", "index", "embedding", "gather")):
+        return False
+    v = example_value(n)
+    return isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype in (torch.int64, torch.int32)
 
 
 def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -> BlockPlan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -407,9 +408,9 @@ class NoTopk(Case):
 
 
 class HashRouting(_Softmax):
-    """Verdict: left alone, or routing as written: ids come from a table of token numbers, no top-k chooses."""
+    """Verdict: experts fused, routing as written: ids come from a table of token numbers, no top-k chooses."""
 
-    expect = Sound()
+    expect = AsWritten(SWIGLU_EXPERTS)
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,3 +422,43 @@ class HashRouting(_Softmax):
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
         ids = self.table[numbers]
         return self.run_experts(x, ids, self.logits(x).sigmoid().gather(1, ids))
+
+
+class TwoArgmaxes(_Softmax):
+    """Verdict: experts fused, routing as written: ids and weights put together from two selections, the second without the first's."""
+
+    expect = AsWritten(SWIGLU_EXPERTS)
+
+    def route(self, logits: Tensor) -> Routed:
+        first, best = logits.max(dim=-1, keepdim=True)
+        second, next_best = logits.scatter(-1, best, -math.inf).max(dim=-1, keepdim=True)
+        w = torch.cat([torch.sigmoid(first - second), torch.sigmoid(second - first)], dim=-1)
+        return w, torch.cat([best, next_best], dim=-1)
+
+
+class TwoArgmaxesHalf(TwoArgmaxes):
+    """Verdict: experts fused, routing as written. Unlike TwoArgmaxes the second weighs half, and comes first."""
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = super().route(logits)
+        return torch.cat([w[:, 1:] * 0.5, w[:, :1]], dim=-1), torch.cat([ids[:, 1:], ids[:, :1]], dim=-1)
+
+
+class SkipExpert(_Softmax):
+    """Verdict: experts fused, routing as written: one class more than experts, which stands for no expert (id 0, weight 0)."""
+
+    expect = AsWritten(experts(ids_mapped=True))
+    num_experts = E + 1
+    local_experts = E
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        skip = ids == E
+        return super().run_experts(x, ids.masked_fill(skip, 0), w.masked_fill(skip, 0.0))
+
+
+class SkipExpertHalf(SkipExpert):
+    """Verdict: experts fused, routing as written. Unlike SkipExpert who chose the last class goes to expert 0 with half the weight."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        skip = ids == E
+        return Case.run_experts(self, x, ids.masked_fill(skip, 0), torch.where(skip, 0.5 * w, w))
