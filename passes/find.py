@@ -12,6 +12,7 @@ import torch.fx as fx
 from ..ir import Rejection
 from . import pull_index, pull_rules, pull_select  # noqa: F401  (they fill RULES)
 from . import terms as T
+from .channels import made_floats
 from .experts import match_experts
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
@@ -72,6 +73,7 @@ class Finder:
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
+        self.integers = made_floats(graph, VIEWS)
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -160,6 +162,16 @@ class Finder:
         return self.left.setdefault(label, 4 * self.limit)
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
+        out = self._attempt(n, label)
+        if isinstance(out, Rejection) and self.integers and not any(s in out.reason for s in TRIVIAL):
+            kept, self.integers = self.integers, set()
+            again = self._attempt(n, label)
+            self.integers = kept
+            return out if isinstance(again, Rejection) else again
+        return out
+
+    def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
         table = is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
         T.allow(self.limit if table else 15 * self.limit)
@@ -191,7 +203,7 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
-        if self.live.get(n, self.static[n]) == label:
+        if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
         name = op_name(n)
         if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]

@@ -21,8 +21,10 @@ Args = SimpleNamespace
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    src = n.args[0]
-    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))  # type: ignore[arg-type]
+    src: Any = n.args[0]
+    if dtype_of(src) != dtype_of(n):
+        raise Opaque("bits read as another type")
+    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
 
 
 @rule(

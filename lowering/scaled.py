@@ -1,0 +1,79 @@
+"""Experts whose weights are stored as integers with a scale for each output channel, in plain torch: any device.
+
+Weights become floats one expert at a time, and only for experts that tokens were sent to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import generic
+from .generic import Layout, accumulate_dtype
+
+
+def dequantised(weight: Tensor, scale: Tensor | None, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """weight [.., out, in] ([.., in, out] when transposed) times scale [.., out] or [.., 1], rounded once, to `dtype`."""
+    if scale is None:
+        return weight.to(dtype)
+    wide = accumulate_dtype(dtype)
+    return (weight.to(wide) * scale.to(wide).unsqueeze(-2 if transposed else -1)).to(dtype)
+
+
+class _Stacked:
+    """A stacked weight that gives expert e's matrix as floats when it is asked for."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, transposed: bool, dtype: torch.dtype) -> None:
+        self.weight, self.scale, self.transposed, self.dtype = weight, scale, transposed, dtype
+        self.shape = weight.shape
+
+    def __getitem__(self, e: int) -> Tensor:
+        return dequantised(self.weight[e], None if self.scale is None else self.scale[e], self.transposed, self.dtype)
+
+
+class _Listed(Sequence[Any]):
+    """A list of weights, each made floats when it is asked for."""
+
+    def __init__(self, weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool, dtype: torch.dtype) -> None:
+        self.weights, self.scales, self.transposed, self.dtype = weights, scales, transposed, dtype
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, i: Any) -> Any:
+        return dequantised(self.weights[i], self.scales[i] if self.scales else None, self.transposed, self.dtype)
+
+
+def lazy(weights: Sequence[Tensor], scales: Sequence[Tensor], stacked: bool, transposed: bool, dtype: torch.dtype) -> Sequence[Any]:
+    """Weights as `generic` takes them, made floats expert by expert."""
+    if not stacked:
+        return _Listed(weights, scales, transposed, dtype)
+    return [_Stacked(w, scales[i] if scales else None, transposed, dtype) for i, w in enumerate(weights)]
+
+
+def forward(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    up_scale: Sequence[Tensor],
+    down_scale: Sequence[Tensor],
+    add: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """As `generic.forward`, without pre-activations. Raises ValueError where a parameter holds fewer experts than the call says."""
+    generic.check_sizes(layout, up, down, up_bias, down_bias, up_scale, down_scale)
+    ups = lazy(up, up_scale, layout.stacked, layout.up_transposed, x.dtype)
+    downs = lazy(down, down_scale, layout.stacked, layout.down_transposed, x.dtype)
+    return generic.forward(x, ids, weights, ups, downs, up_bias, down_bias, add, layout)[0]
+
+
+def as_floats(weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
+    """All weights as floats, with gradients to the scales."""
+    return [dequantised(w, scales[i] if scales else None, transposed, dtype) for i, w in enumerate(weights)]
