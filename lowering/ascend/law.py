@@ -233,6 +233,9 @@ def activation_call(expr: sp.Expr, form: int) -> str:
 def can_lower(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
+    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
+        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
+        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
     if e.num_experts > MAX_GROUPED:
@@ -256,4 +259,5 @@ def lowering_name(ir: MoeBlock) -> str:
             plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
         row, _ = choose_routing(Routing(*plain), g.num_experts)
         routing = row.calls
-    return f"{routing}; grouped_matmul, {activation_call(ir.experts.activation, ir.experts.form)}"
+    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
+    return f"{routing}; {product}, {activation_call(ir.experts.activation, ir.experts.form)}"
