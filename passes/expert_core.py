@@ -12,6 +12,7 @@ from ..ir import Form
 from . import channels
 from . import terms as T
 from .channels import Channel
+from .pull import op_name
 from .rows import No, clip, factors
 from .terms import Term
 from .unify import constant_part
@@ -56,6 +57,8 @@ def parse_core(
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
+    if any(x.op == "fn" and x.args[0] == "round" for x in T.walk(core)):
+        raise No(ROUNDED)
     scale, total, bias, channel = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
@@ -129,7 +132,19 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
             powers = weight.as_powers_dict()
             term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
             return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
+    if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
+        raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
+
+
+ROUNDED = "rows are rounded to fewer bits, by a scale of each row's own: products of such rows are not recovered"
+
+
+def _rounded(n: Any) -> bool:
+    """Whether a tensor was rounded, seen through casts and clamps."""
+    while op_name(n) in ("to", "_to_copy", "clamp", "type_as", "float", "view", "reshape"):
+        n = n.args[0]
+    return op_name(n) == "round"
 
 
 def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:

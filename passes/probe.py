@@ -54,7 +54,7 @@ class Windows:
         old = self.buffers.get(dtype)
         if old is None or old.numel() < size:
             size = max(size, 1 << 16, 0 if old is None else 2 * old.numel())
-            block = torch.randn(min(size, _PERIOD), generator=self.generator) * (self.scale if dtype.is_floating_point else 4)
+            block = torch.randn(min(size, _PERIOD), generator=self.generator) * (self.scale if dtype.is_floating_point else 1)
             block = (block if dtype.is_floating_point else block.round()).to(self.device, dtype)
             self.buffers[dtype] = block.repeat(-(-size // block.numel()))
         return self.buffers[dtype]
@@ -146,7 +146,8 @@ class Probe:
 
 def _scale(module: nn.Module) -> float:
     """So that products over the usual inner dim stay of order one."""
-    dims = sorted(min(p.shape[-2:]) for p in module.parameters() if p.ndim >= 2 and p.numel())
+    weights = [*module.parameters(), *(b for b in module.buffers() if b.dtype is torch.int8)]
+    dims = sorted(min(p.shape[-2:]) for p in weights if p.ndim >= 2 and p.numel())
     return 1.5 / math.sqrt(dims[len(dims) // 2]) if dims else 0.2
 
 

@@ -22,7 +22,7 @@ from .rules import check
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """torch.ops.npu.<name>.default (torch.ops.custom for the ops of others) on arguments that its rules allow. Raises rules.ArgumentError."""
+    """torch.ops.npu.<name>.default (ops of others: torch.ops.custom) on arguments that its rules allow. Raises rules.ArgumentError."""
     space = torch.ops.custom if name in schemas.CUSTOM else torch.ops.npu
     op = getattr(space, name).default
     check(op, args, kwargs)

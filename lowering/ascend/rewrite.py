@@ -238,9 +238,11 @@ class _Lowering:
             "up_bias": group(c.up_bias, halves, False, bias) if c.up_bias else [],
             "down_bias": group(c.down_bias, 1, False, bias) if c.down_bias else [],
         }
-        for name, weights, scales, parts, width in zip(("up", "down"), (c.up, c.down), (c.up_scale, c.down_scale), (halves, 1), c.widths()):
-            both = [self._scales(n, c, weights, scales, parts, width, c.dtype, offset) for offset in (False, True)] if c.scaled else [[], []]
-            found[f"{name}_scale"], found[f"{name}_offset"] = both
+        if c.scaled:
+            up, down = c.widths()
+            for offset, what in ((False, "scale"), (True, "offset")):
+                found[f"up_{what}"] = self._scales(n, c, c.up, c.up_scale, halves, up, c.dtype, offset)
+                found[f"down_{what}"] = self._scales(n, c, c.down, c.down_scale, 1, down, c.dtype, offset)
         return found
 
     def _scales(
