@@ -110,7 +110,7 @@ def _check_values(options: Options) -> None:
 def _check_quantize(quantize: Any) -> None:
     if isinstance(quantize, (tuple, list)):
         alpha = quantize[1] if len(quantize) == 2 and quantize[0] == "w8a8c8" else None
-        if type(alpha) not in (int, float) or not 0 < alpha <= 1:
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= 1:
             raise OptionError(f"option 'quantize' is {quantize!r}; allowed: ('w8a8c8', alpha) with 0 < alpha <= 1")
         return
     _one_of("quantize", quantize, (None, "w8a8", "w8a8c8"))

@@ -58,7 +58,8 @@ class _Call:
         scaled = n.target is ops.experts_scaled.default
         tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
         layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
-        return cls(*tensors, *([] if scaled else [(), ()]), base, layout, scaled)  # type: ignore[arg-type]
+        every: list[Any] = [*tensors, *([] if scaled else [(), ()]), base]
+        return cls(*every, layout=layout, scaled=scaled)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +222,7 @@ class _Lowering:
         return Packed(**{name: values for name, values in v.items() if name.startswith("up")}, **one)
 
     def _chain(self, values: list[Tensor]) -> quant.Quantised:
-        return quant.Clipped(*values, self.alpha) if self.chain == "w8a8c8" else quant.Quantised(*values)
+        return quant.Clipped(*values, alpha=self.alpha) if self.chain == "w8a8c8" else quant.Quantised(*values)
 
     def _operands(self, n: fx.Node, c: _Call) -> dict[str, list[fx.Node]]:
         """Nodes of the packed operands: new graph inputs where the weights are inputs themselves."""
@@ -309,7 +310,7 @@ class _Lowering:
             made = recipe.view(values) if self.train else recipe.pack(values)
             value = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
         value.requires_grad_(self.train and any(v.requires_grad for v in values))
-        if not self.train and not recipe.is_free(values):
+        if not self.train and recipe.part not in ("channel", "zeros", "ones") and not recipe.is_free(values):
             self.copied += value.numel() * value.element_size()
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
             kind = "" if recipe.part in ("", "stored") else f"{recipe.part}_"
