@@ -16,11 +16,8 @@ from .generic import Layout, accumulate_dtype
 
 
 def dequantised(weight: Tensor, scale: Tensor | None, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """weight [.., out, in] ([.., in, out] when transposed) times scale [.., out] or [.., 1], rounded once, to `dtype`."""
-    if scale is None:
-        return weight.to(dtype)
-    wide = accumulate_dtype(dtype)
-    return (weight.to(wide) * scale.to(wide).unsqueeze(-2 if transposed else -1)).to(dtype)
+    """weight [.., out, in] ([.., in, out] when transposed) times scale [.., out] or [.., 1], in `dtype`."""
+    return weight.to(dtype) if scale is None else weight.to(dtype) * scale.to(dtype).unsqueeze(-2 if transposed else -1)
 
 
 class _Stacked:
@@ -67,11 +64,15 @@ def forward(
     add: Tensor | None,
     layout: Layout,
 ) -> Tensor:
-    """As `generic.forward`, without pre-activations. Raises ValueError where a parameter holds fewer experts than the call says."""
+    """As `generic.forward`, without pre-activations, rounded to x.dtype once, at the end.
+
+    Raises ValueError where a parameter holds fewer experts than the call says.
+    """
     generic.check_sizes(layout, up, down, up_bias, down_bias, up_scale, down_scale)
-    ups = lazy(up, up_scale, layout.stacked, layout.up_transposed, x.dtype)
-    downs = lazy(down, down_scale, layout.stacked, layout.down_transposed, x.dtype)
-    return generic.forward(x, ids, weights, ups, downs, up_bias, down_bias, add, layout)[0]
+    wide = accumulate_dtype(x.dtype)
+    ups = lazy(up, up_scale, layout.stacked, layout.up_transposed, wide)
+    downs = lazy(down, down_scale, layout.stacked, layout.down_transposed, wide)
+    return generic.forward(x.to(wide), ids, weights, ups, downs, up_bias, down_bias, add, layout)[0].to(x.dtype)
 
 
 def as_floats(weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool, dtype: torch.dtype) -> list[Tensor]:

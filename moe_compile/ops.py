@@ -104,10 +104,12 @@ def _experts_scaled(*args: Any) -> Tensor:
 def _experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, *rest: Any) -> Tensor:
     """`experts` on the weights times their scales."""
     up_bias, down_bias, up_scale, down_scale, add, *plain = rest
-    layout = _layout(plain)
-    ups = scaled.as_floats(up, up_scale, layout.up_transposed, x.dtype)
-    downs = scaled.as_floats(down, down_scale, layout.down_transposed, x.dtype)
-    return _ops.experts(x, ids, weights, ups, downs, up_bias, down_bias, add, *plain)  # type: ignore[no-any-return]
+    layout, wide = _layout(plain), generic.accumulate_dtype(x.dtype)
+    ups = scaled.as_floats(up, up_scale, layout.up_transposed, wide)
+    downs = scaled.as_floats(down, down_scale, layout.down_transposed, wide)
+    biases = [[b.to(wide) for b in group] for group in (up_bias, down_bias)]
+    out: Tensor = _ops.experts(x.to(wide), ids, weights, ups, downs, *biases, add, *plain)
+    return out.to(x.dtype)
 
 
 def _experts_cpu(*args: Any) -> Tensor:

@@ -58,8 +58,10 @@ class _Call:
         scaled = n.target is ops.experts_scaled.default
         tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
         layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
-        every: list[Any] = [*tensors, *([] if scaled else [(), ()]), base]
-        return cls(*every, layout=layout, scaled=scaled)
+        x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
+        up_scale, down_scale = scales or ((), ())
+        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled)
+        return cls(*every)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,7 +224,10 @@ class _Lowering:
         return Packed(**{name: values for name, values in v.items() if name.startswith("up")}, **one)
 
     def _chain(self, values: list[Tensor]) -> quant.Quantised:
-        return quant.Clipped(*values, alpha=self.alpha) if self.chain == "w8a8c8" else quant.Quantised(*values)
+        up, up_scale, down, down_scale = values
+        if self.chain == "w8a8c8":
+            return quant.Clipped(up, up_scale, down, down_scale, self.alpha)
+        return quant.Quantised(up, up_scale, down, down_scale)
 
     def _operands(self, n: fx.Node, c: _Call) -> dict[str, list[fx.Node]]:
         """Nodes of the packed operands: new graph inputs where the weights are inputs themselves."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moe_compile import activation as act
 from moe_compile.ir import Form
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, Rejected
+from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected
+from .dispatch import GroupedSorted
 
 INT8 = replace(SWIGLU_EXPERTS, up_scale=True, down_scale=True, weight_dtype=torch.int8)
 
@@ -350,3 +351,44 @@ class Int8LoopWithZeroPoint(_Int8):
             g, u = F.linear(x[token], up).chunk(2, -1)
             out.index_add_(0, token, F.linear(F.silu(g) * u, down) * w[token, slot, None])
         return out
+
+
+# ---- grouped products --------------------------------------------------------------------------------------------------
+
+
+class Int8Grouped(GroupedSorted):
+    """Verdict: fused. Sorted rows, grouped products of weights made floats and scaled; scales are kept in bf16, as the tokens are."""
+
+    expect = Fused(GroupedSorted.expect.gating, replace(INT8, dtype=torch.bfloat16))
+    group = "int8-grouped"
+
+    def build_experts(self, n: int) -> None:
+        _Int8.build_experts(self, n)  # type: ignore[arg-type]
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return Case.weights(self) | {"up_scale": [self.up_scale], "down_scale": [self.down_scale]}
+
+    def sorted_ids(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sorted_ids, order = torch.sort(ids.reshape(-1))
+        counts = torch.histc(sorted_ids.float(), bins=E, min=0, max=E - 1)
+        return sorted_ids, order, torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+    def products(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
+        up = self.up.to(rows.dtype) * self.up_scale[..., None]
+        down = self.down.to(rows.dtype) * self.down_scale[..., None]
+        g, u = self.product(rows, up.transpose(-2, -1), ends).chunk(2, dim=-1)
+        return self.product(F.silu(g) * u, down.transpose(-2, -1), ends)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        sorted_ids, order, ends = self.sorted_ids(ids)
+        y = self.products(x[order // K], sorted_ids, ends) * w.reshape(-1)[order].unsqueeze(-1)
+        return y[order.argsort()].view(-1, K, H).sum(dim=1)
+
+
+class Int8GroupedSumTimesScale(Int8Grouped):
+    """Verdict: fused as Int8Grouped. The scales of each row's expert multiply the products."""
+
+    def products(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
+        up, down = self.up.to(rows.dtype).transpose(-2, -1), self.down.to(rows.dtype).transpose(-2, -1)
+        g, u = (self.product(rows, up, ends) * self.up_scale[ids]).chunk(2, dim=-1)
+        return self.product(F.silu(g) * u, down, ends) * self.down_scale[ids]
