@@ -25,6 +25,8 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def can_lower(ir: MoeBlock) -> str | None:
     """None when the CPU ops can run this block, else the reason."""
+    if ir.experts.row_bits:
+        return f"rows rounded to {ir.experts.row_bits} bits: no CPU kernel, and another order of sums may round another way"
     if ir.experts.scaled and ir.experts.weight_dtype is None:
         return "float expert weights with scales have no CPU lowering"
     if ir.experts.dtype not in _FLOATS:

@@ -63,6 +63,8 @@ def forward(
     down_scale: Sequence[Tensor],
     add: Tensor | None,
     layout: Layout,
+    row_bits: int = 0,
+    row_floor: float = 0.0,
 ) -> Tensor:
     """As `generic.forward`, without pre-activations, rounded to x.dtype once, at the end.
 
@@ -72,7 +74,21 @@ def forward(
     wide = accumulate_dtype(x.dtype)
     ups = lazy(up, up_scale, layout.stacked, layout.up_transposed, wide)
     downs = lazy(down, down_scale, layout.stacked, layout.down_transposed, wide)
-    return generic.forward(x.to(wide), ids, weights, ups, downs, up_bias, down_bias, add, layout)[0].to(x.dtype)
+    if not row_bits:
+        return generic.forward(x.to(wide), ids, weights, ups, downs, up_bias, down_bias, add, layout)[0].to(x.dtype)
+    if layout.weight_on_input or layout.num_identity:
+        raise ValueError("moe_compile::experts_scaled: rows are not rounded with weights on the input or identity experts")
+
+    def rounded(rows: Tensor) -> Tensor:
+        return round_rows(rows, row_bits, row_floor)
+
+    return generic.forward(rounded(x.to(wide)), ids, weights, ups, downs, up_bias, down_bias, add, layout, rounded)[0].to(x.dtype)
+
+
+def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
+    """s · round(x / s) with s = max|x| / (2^(bits - 1) - 1) of each row, at least `floor`; a row of zeros stays one."""
+    s = (rows.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=floor)
+    return (rows / torch.where(s == 0, 1.0, s)).round() * s
 
 
 def as_floats(weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool, dtype: torch.dtype) -> list[Tensor]:

@@ -132,6 +132,8 @@ def experts_text(e: Experts) -> str:
     if e.scaled:
         stored = "weights" if e.weight_dtype is None else dtype_text(e.weight_dtype)
         parts.append(f"{stored} × scale" + ("" if e.up_scale and e.down_scale else " (up)" if e.up_scale else " (down)"))
+    if e.row_bits:
+        parts.append(f"rows in {e.row_bits} bits")
     if e.weight_on_input:
         parts.append("w on input")
     if e.num_identity:

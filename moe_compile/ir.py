@@ -239,6 +239,7 @@ class Experts:
     `ids_mapped`: ids go through a table or a mask after the top-k (logical to physical experts, padding tokens).
     `up_scale`, `down_scale`: the projection's sum is multiplied, before its bias, by a number for each output channel (or one for each
     expert): s[e,i] Σ_m x[m] W[e,i,m]. `weight_dtype`: what such weights are stored in when it is no float.
+    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
     """
 
     num_experts: int
@@ -259,6 +260,8 @@ class Experts:
     up_scale: bool = False
     down_scale: bool = False
     weight_dtype: torch.dtype | None = None
+    row_bits: int = 0
+    row_floor: float = 0.0
 
     @property
     def scaled(self) -> bool:
@@ -312,6 +315,7 @@ class Experts:
         def project(rows: Tensor, name: str) -> Tensor:
             w, b, s = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"], m[name + "s"]))
             assert w is not None
+            rows = self.round_rows(rows) if self.row_bits else rows
             if s is None:
                 return F.linear(rows, w, b)
             out = F.linear(rows, w) * s
@@ -319,6 +323,12 @@ class Experts:
 
         u = None if m["u"] is None else project(x, "u")
         return project(act.evaluate(self.activation, project(x, "g"), u), "d")
+
+    def round_rows(self, rows: Tensor) -> Tensor:
+        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
+        steps = 2 ** (self.row_bits - 1) - 1
+        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
+        return (rows / torch.where(s == 0, 1, s)).round() * s
 
     def evaluate(
         self,

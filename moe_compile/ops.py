@@ -5,7 +5,8 @@ Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activ
 `experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
 where a gradient is asked for it runs as `experts` twice. `experts_scaled` is `experts` with a scale for each output channel, for weights
-that are stored as integers; where a gradient is asked for it runs as `experts` on the weights as floats.
+that are stored as integers; where a gradient is asked for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are
+rounded before both products, and there is no gradient.
 A device without kernels of its own runs `moe_compile.lowering.generic`.
 """
 
@@ -46,7 +47,7 @@ SCHEMAS = (
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
-    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}) -> Tensor",
+    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, int row_bits, float row_floor) -> Tensor",
 )
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
 
@@ -98,12 +99,14 @@ def _experts_shared(*args: Any) -> Tensor:
 
 
 def _experts_scaled(*args: Any) -> Tensor:
-    return scaled.forward(*args[:10], _layout(args[10:]))
+    return scaled.forward(*args[:10], _layout(args[10:-2]), *args[-2:])
 
 
 def _experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, *rest: Any) -> Tensor:
     """`experts` on the weights times their scales."""
-    up_bias, down_bias, up_scale, down_scale, add, *plain = rest
+    up_bias, down_bias, up_scale, down_scale, add, *plain, row_bits, _ = rest
+    if row_bits:
+        raise NotImplementedError("moe_compile::experts_scaled has no gradient through rounded rows")
     layout, wide = _layout(plain), generic.accumulate_dtype(x.dtype)
     ups = scaled.as_floats(up, up_scale, layout.up_transposed, wide)
     downs = scaled.as_floats(down, down_scale, layout.down_transposed, wide)
@@ -188,7 +191,7 @@ def _experts_fake(*args: Any) -> Tensor:
 
 @torch.library.register_fake("moe_compile::experts_scaled", lib=_lib)
 def _experts_scaled_fake(*args: Any) -> Tensor:
-    return args[0].new_empty(args[0].shape[0], _layout(args[10:]).out_features(args[4]))
+    return args[0].new_empty(args[0].shape[0], _layout(args[10:-2]).out_features(args[4]))
 
 
 @torch.library.register_fake("moe_compile::experts_shared", lib=_lib)
@@ -363,10 +366,7 @@ def route_args(gating: Any) -> list[Any]:
 
 
 def experts_args(experts: Any) -> list[Any]:
-    """The plain arguments of `experts` and `experts_scaled`, after the tensors, for an `ir.Experts`.
-
-    Raises `activation.UnknownActivation`.
-    """
+    """The plain arguments of `experts`, after the tensors, for an `ir.Experts`. Raises `activation.UnknownActivation`."""
     from .activation import encode
 
     act_ops, act_consts = encode(experts.activation)
@@ -381,6 +381,11 @@ def experts_args(experts: Any) -> list[Any]:
         experts.weight_on_input,
         experts.num_identity,
     ]
+
+
+def scaled_args(experts: Any) -> list[Any]:
+    """As `experts_args`, for `experts_scaled`."""
+    return [*experts_args(experts), experts.row_bits, experts.row_floor]
 
 
 def shared_args(shared: Any, overlap: int) -> list[Any]:

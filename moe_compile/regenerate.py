@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bench import Call
 from .ir import Experts, Rejection
-from .ops import experts_args
+from .ops import experts_args, scaled_args
 from .passes.shadow import aliased_arg, mutated_args
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
@@ -135,7 +135,7 @@ class Regenerated:
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
         lists = ", ".join(f"[{', '.join(self._weight(n, env) for n in ns)}]" for ns in self.lists)
-        plain = ", ".join(_literal(v) for v in experts_args(self.experts))
+        plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
         if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:

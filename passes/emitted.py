@@ -169,8 +169,9 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
             act_ops, act_consts, *rest = n.args[8:]
             env[n] = generic.forward(*load(n.args[:8]), generic.Layout(tuple(act_ops), tuple(act_consts), *rest))[0]  # type: ignore
         elif n.target is ops.experts_scaled.default:
-            act_ops, act_consts, *rest = n.args[10:]
-            env[n] = scaled.forward(*load(n.args[:10]), generic.Layout(tuple(act_ops), tuple(act_consts), *rest))  # type: ignore
+            act_ops, act_consts, *rest, bits, floor = n.args[10:]
+            layout = generic.Layout(tuple(act_ops), tuple(act_consts), *rest)  # type: ignore
+            env[n] = scaled.forward(*load(n.args[:10]), layout, bits, floor)  # type: ignore
         elif n.op == "call_method":
             x, *rest = load(n.args)
             env[n] = getattr(x, str(n.target))(*rest)

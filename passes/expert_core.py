@@ -13,6 +13,7 @@ from . import channels
 from . import terms as T
 from .channels import Channel
 from .pull import op_name
+from .rounding import ROUNDED
 from .rows import No, clip, factors
 from .terms import Term
 from .unify import constant_part
@@ -57,8 +58,6 @@ def parse_core(
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    if any(x.op == "fn" and x.args[0] == "round" for x in T.walk(core)):
-        raise No(ROUNDED)
     scale, total, bias, channel = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
@@ -135,9 +134,6 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
     if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
         raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
-
-
-ROUNDED = "rows are rounded to fewer bits, by a scale of each row's own: products of such rows are not recovered"
 
 
 def _rounded(n: Any) -> bool:
@@ -380,4 +376,6 @@ def _is_gate(s: sp.Symbol, expr: sp.Expr) -> bool:
 
 def _tidy(expr: sp.Expr) -> sp.Expr:
     """Numbers as exact as they were written: 0.5 is 1/2, 1.702 stays itself."""
+    # scales of rows that were divided by and multiplied back
+    expr = expr.replace(lambda e: e.is_Float and e != 1 and abs(e - 1) < 1e-12, lambda e: sp.S.One)
     return expr.replace(lambda e: e.is_Float, lambda e: sp.nsimplify(e, rational=True) if sp.nsimplify(e, rational=True).q < 10**6 else e)

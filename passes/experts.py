@@ -16,6 +16,7 @@ from .copies import EXPERT, one_body
 from .expert_core import Core, Linear, layout, parse_core
 from .match import ExpertsMatch, Param
 from .pull import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from .rounding import unrounded
 from .rows import No, clip, data_dependent, factors, ids_atom, row_index, row_variable, rows
 from .terms import Term
 
@@ -50,6 +51,7 @@ def _assemble(
     if expert is None:
         raise No("no expert weight is read")
     count: int = expert.args[1]
+    body, rounding = unrounded(body)
     is_core = [T.uses(f, h) for f in factors(body)]
     core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
     weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
@@ -100,7 +102,11 @@ def _assemble(
         up_scale=ups[0].channel is not None,
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
+        row_bits=0 if rounding is None else rounding.bits,
+        row_floor=0.0 if rounding is None else rounding.floor,
     )
+    if experts.row_bits and not experts.scaled:
+        raise No("rows are rounded to fewer bits and weights are not")
     up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
     return ExpertsMatch(
         experts=experts,

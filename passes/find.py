@@ -18,6 +18,7 @@ from .fused import is_fused, read_fused
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
 from .pull_views import TUPLES
+from .rounding import rounded_nodes
 from .rows import data_dependent, is_row, outer_atoms
 from .terms import Term
 
@@ -74,6 +75,8 @@ class Finder:
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
         self.integers = made_floats(graph, VIEWS)
+        if self.integers:
+            self.integers |= rounded_nodes(graph)
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}

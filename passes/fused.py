@@ -49,6 +49,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         up_scale=bool(up_scale),
         down_scale=bool(down_scale),
         weight_dtype=stored if (up_scale or down_scale) and not stored.is_floating_point else None,
+        row_bits=getattr(a, "row_bits", 0),
+        row_floor=getattr(a, "row_floor", 0.0),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
     up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))

@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from .. import activation as act
 from ..ir import Experts, MaxK, MinK, Rejection, SumK, W
-from ..ops import experts_args, shared_args
+from ..ops import experts_args, scaled_args, shared_args
 from .liveness import live_nodes, remove_dead
 from .shadow import example_value
 
@@ -216,7 +216,8 @@ class Executor:
             )
             add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
             target = ops.experts_scaled.default if p.experts.scaled else ops.experts.default
-            new = op = _call(g, target, (*routed, *lists, add, *experts_args(p.experts)), out)
+            plain = scaled_args(p.experts) if p.experts.scaled else experts_args(p.experts)
+            new = op = _call(g, target, (*routed, *lists, add, *plain), out)
             if value.dtype != dtype:
                 new = _method(g, "to", (new, value.dtype), out)
             if p.lead is not None:

@@ -52,15 +52,17 @@ class _Call:
     base: fx.Node | None
     layout: generic.Layout
     scaled: bool
+    row_bits: int
 
     @classmethod
     def of(cls, n: fx.Node) -> _Call:
         scaled = n.target is ops.experts_scaled.default
         tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
+        plain, rows = (plain[:-2], plain[-2:]) if scaled else (plain, [0, 0.0])
         layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
         x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
         up_scale, down_scale = scales or ((), ())
-        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled)
+        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, rows[0])
         return cls(*every)
 
     @property
@@ -190,7 +192,7 @@ class _Lowering:
         with recording(n, n, c.reads) as r:
             v = [r.value(a) for a in (c.x, c.ids, c.weights)]
             known = _all_within(c.ids, c.layout.num_experts)
-            p = self._values(operands, r) if quantised is None else self._chain(list(map(r.value, quantised)))
+            p = self._values(operands, r) if quantised is None else self._chain(c, list(map(r.value, quantised)))
             *rows, own = step.start(*v, p, c.layout, known)
             if c.base is not None:
                 own.append(r.value(c.base))
@@ -223,9 +225,9 @@ class _Lowering:
         one = {name: v[name][0] for name in v if name.startswith("down") and v[name]}
         return Packed(**{name: values for name, values in v.items() if name.startswith("up")}, **one)
 
-    def _chain(self, values: list[Tensor]) -> quant.Quantised:
+    def _chain(self, c: _Call, values: list[Tensor]) -> quant.Quantised:
         up, up_scale, down, down_scale = values
-        if self.chain == "w8a8c8":
+        if self._chain_of(c) == "w8a8c8":
             return quant.Clipped(up, up_scale, down, down_scale, self.alpha)
         return quant.Quantised(up, up_scale, down, down_scale)
 
@@ -280,20 +282,27 @@ class _Lowering:
         self.notes.append("expert weights are computed in the graph: their layout is made on every step")
         return r.node(t)
 
+    def _chain_of(self, c: _Call) -> str | None:
+        """A model that rounds its rows itself is W8A8 without being asked; clipping them would be another function."""
+        return "w8a8" if c.row_bits else self.chain
+
     def _quantised(self, c: _Call) -> list[fx.Node] | None:
         """Int8 weights and scales of both products as graph inputs, or None where they stay as they are."""
-        if self.chain is None:
+        chain = self._chain_of(c)
+        if chain is None:
             return None
         layout, every = c.layout, (*c.up, *c.down, *c.up_scale, *c.down_scale)
         inner = layout.intermediate([d.meta["example_value"] for d in c.down])
-        why = quant.refuses(layout, inner, bool(c.up_bias or c.down_bias), c.dtype) or quant.refuses_chain(self.chain, inner, c.dtype)
+        why = quant.refuses(layout, inner, bool(c.up_bias or c.down_bias), c.dtype) or quant.refuses_chain(chain, inner, c.dtype)
         if why is None and any(trace_back(n, self.placeholders) is None for n in every):
             why = "the weights are computed in the graph"
+        if why is not None and c.row_bits:
+            raise ValueError(f"rows are rounded to {c.row_bits} bits: {why}")
         if why is not None:
             self.notes.append(f"a block is not quantised: {why}")
             return None
         out: list[fx.Node] = []
-        scales = (torch.float32 if self.chain == "w8a8" else quant.scale_dtype(c.dtype), quant.scale_dtype(c.dtype))
+        scales = (torch.float32 if chain == "w8a8" else quant.scale_dtype(c.dtype), quant.scale_dtype(c.dtype))
         transposed = (layout.up_transposed, layout.down_transposed)
         for weights, own, stored, scale, width in zip((c.up, c.down), (c.up_scale, c.down_scale), transposed, scales, c.widths()):
             if c.scaled:

@@ -109,6 +109,44 @@ class DownUnscaled(Dense):
         return F.linear(F.silu(g) * u, self.down[e].to(x.dtype))
 
 
+class Rounded(Dense):
+    """Rows in 8 bits before both products: before the loop over experts, and in it."""
+
+    steps = 127
+
+    def bytes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        s = rows.float().abs().amax(-1, keepdim=True) / self.steps
+        return torch.round(rows.float() / s.clamp(min=1e-8)).clamp(-128, 127).to(torch.int8), s.clamp(min=1e-8)
+
+    def product(self, q: Tensor, s: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return (F.linear(q.to(dtype), weight.to(dtype)) * s * scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).float().softmax(-1).topk(K, dim=-1)
+        q, s = self.bytes_of(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            g, u = self.product(q, s, self.up[e], self.up_scale[e], x.dtype).chunk(2, -1)
+            y = self.product(*self.bytes_of(F.silu(g) * u), self.down[e], self.down_scale[e], x.dtype)
+            out = out + y * (w * (ids == e)).sum(-1, keepdim=True).to(x.dtype)
+        return out
+
+
+class RoundedInTheLoop(Rounded):
+    """The same in a loop over the experts' own rows, without a floor under the scales."""
+
+    def bytes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        s = rows.float().abs().amax(-1, keepdim=True) / self.steps
+        return torch.round(rows.float() / s).to(torch.int8), s
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        g, u = self.product(*self.bytes_of(x), self.up[e], self.up_scale[e], x.dtype).chunk(2, -1)
+        return self.product(*self.bytes_of(F.silu(g) * u), self.down[e], self.down_scale[e], x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Stacked.forward(self, x)
+
+
 def made(cls: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
     """(module, tokens, the result in float64)."""
     torch.manual_seed(0)
@@ -166,6 +204,37 @@ def test_the_models_own_int8_in_the_w8a8_chain(cls: type[nn.Module]) -> None:
     assert error(module(x), exact) < error(out, exact) <= 0.03
     assert sorted(r.part for r in operands(seen).values()) == ["", "", "channel", "channel"]
     assert {r.dtype for r in operands(seen).values() if not r.part} == {torch.int8}
+
+
+@pytest.mark.parametrize("quantize", [None, "w8a8c8"])
+@pytest.mark.parametrize("cls", [Rounded, RoundedInTheLoop])
+@torch.no_grad()
+def test_a_model_that_rounds_its_rows_is_w8a8_without_being_asked(cls: type[nn.Module], quantize: str | None) -> None:
+    """The kernel's rounding is the model's: beside its float64 only roundings at the edge of a step differ; nothing is clipped."""
+    module, x, exact = made(cls, torch.bfloat16)
+    with Seen() as seen:
+        out = compiled(module, quantize=quantize)(x)
+    (block,) = moe_compile.last_report().blocks
+    assert seen.calls()[1:] == CHAIN and "rows in 8 bits" in block.experts and block.ir.experts.row_bits == 8
+    assert error(out, exact) <= 0.01
+    assert "int8 grouped_matmul" in block.lowering
+
+
+@torch.no_grad()
+def test_other_rounding_stays_as_written() -> None:
+    class Coarser(Rounded):
+        steps = 100
+
+    module, x, _ = made(Coarser, torch.bfloat16)
+    assert torch.equal(compiled(module)(x), module(x))
+    assert any("rounded to fewer bits" in r.reason for r in moe_compile.last_report().rejected)
+
+
+@torch.no_grad()
+def test_rounded_rows_that_the_chain_does_not_take_stay_as_written() -> None:
+    module, x, _ = made(Rounded, torch.float32)
+    assert error(compiled(module)(x), module(x)) <= 1e-5
+    assert any("rows" in r.reason for r in moe_compile.last_report().rejected)
 
 
 @torch.no_grad()

@@ -346,6 +346,33 @@ class HiddenRowsRounded(_Near):
         return (y * dense.t()[..., None]).sum(0)
 
 
+class BothRowsRounded(_Near):
+    """Verdict: rejected. Rows in 8 bits before both products are recovered; the CPU has nothing that rounds them as they are."""
+
+    expect = Rejected("rows rounded to 8 bits: no cpu kernel")
+    steps = 127
+
+    def bytes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        s = (rows.abs().amax(-1, keepdim=True) / self.steps).clamp(min=1e-9)
+        return torch.round(rows / s).clamp(-128, 127).to(torch.int8).to(rows.dtype), s
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        up, down = self.matrices(x)
+        q, s = self.bytes_of(x)
+        g, u = (torch.bmm(q.expand(E, -1, -1), up.transpose(1, 2)) * s).chunk(2, -1)
+        q, s = self.bytes_of(F.silu(g) * u)
+        y = torch.bmm(q, down.transpose(1, 2)) * s
+        dense = torch.zeros(x.shape[0], E, dtype=w.dtype).scatter_(1, ids, w)
+        return (y * dense.t()[..., None]).sum(0)
+
+
+class BothRowsRoundedFurther(BothRowsRounded):
+    """Verdict: rejected. In steps of max / 100, which no 8-bit scale is."""
+
+    expect = Rejected("in a way that is not recovered")
+    steps = 100
+
+
 class Int8LoopWithZeroPoint(_Int8):
     """Verdict: fused, the weights being floats that the graph computes: how they are stored is not recovered."""
 
