@@ -1,7 +1,8 @@
 """What each target can run. Installed as `moe_compile.lowering`.
 
 Semantics and capability are two questions: `can_lower` reads the IR and nothing else. A target is a module with
-`can_lower(ir) -> str | None` and `lowering_name(ir) -> str`, imported when it is first asked for.
+`can_lower(ir) -> str | None` and `lowering_name(ir) -> str`, imported when it is first asked for; `SCALED = True` says that it is ready
+for experts with scales (integer weights).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ def can_lower(ir: MoeBlock, target: str) -> str | None:
     module = _module(target)
     if module is None:
         return f"no lowering for target {target!r} is installed"
+    if ir.experts.scaled and not getattr(module, "SCALED", False):
+        kind = "scaled" if ir.experts.weight_dtype is None else str(ir.experts.weight_dtype).removeprefix("torch.")
+        return f"{kind} expert weights: target {target!r} has no kernel for them"
     reason: str | None = module.can_lower(ir)
     return reason
 

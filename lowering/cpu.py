@@ -19,12 +19,17 @@ from . import cpu_build, cpu_route, generic
 from .cpu_call import Call
 from .generic import Layout
 
+SCALED = True  # integer weights run in plain torch, made floats one touched expert at a time
 _MAX_DEPTH = 8  # stack entries of the kernels' activation programs (act.h)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_lower(ir: MoeBlock) -> str | None:
     """None when the CPU ops can run this block, else the reason."""
+    if ir.experts.row_bits:
+        return f"rows rounded to {ir.experts.row_bits} bits: no CPU kernel, and another order of sums may round another way"
+    if ir.experts.scaled and ir.experts.weight_dtype is None:
+        return "float expert weights with scales have no CPU lowering"
     if ir.experts.dtype not in _FLOATS:
         return f"expert weights of {ir.experts.dtype} have no CPU lowering"
     try:
@@ -39,6 +44,8 @@ def can_lower(ir: MoeBlock) -> str | None:
 def lowering_name(ir: MoeBlock) -> str:
     """What runs the block, a kernel or plain torch, and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
+    if ir.experts.weight_dtype is not None:
+        return f"cpu torch ({dtype}, weights {str(ir.experts.weight_dtype).removeprefix('torch.')})"
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in cpu_build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
@@ -46,8 +53,13 @@ def lowering_name(ir: MoeBlock) -> str:
 
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
+<<<<<<< HEAD
     cpu_build.start("forward", ir.experts.dtype)
     cpu_route.prepare()
+=======
+    if not ir.experts.scaled:
+        cpu_build.start("forward", ir.experts.dtype)
+>>>>>>> quant-s3
 
 
 def forward(

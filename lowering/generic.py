@@ -125,8 +125,12 @@ def forward(
     down_bias: Sequence[Tensor],
     add: Tensor | None,
     layout: Layout,
+    inner: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [T, H] -> (out [T, H_out] in x.dtype, pre-activations [T * k, (g | u)] in x.dtype, ordered by expert, zeros behind)."""
+    """x [T, H] -> (out [T, H_out] in x.dtype, pre-activations [T * k, (g | u)] in x.dtype, ordered by expert, zeros behind).
+
+    `inner`: done to the activations before the down projection.
+    """
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
     w = weights.reshape(-1, 1).to(acc)
@@ -146,7 +150,8 @@ def forward(
             bias = layout.at(up_bias, p, e).to(x.dtype) if up_bias else None
             parts.extend(split_pre(layout, F.linear(inputs[here], m, bias)))
         torch.cat(parts, -1, out=pre[here])
-        y = F.linear(_activate(layout, pre[here], acc).to(x.dtype), _down(layout, down, e, x.dtype)).to(acc)
+        a = _activate(layout, pre[here], acc).to(x.dtype)
+        y = F.linear(a if inner is None else inner(a), _down(layout, down, e, x.dtype)).to(acc)
         if down_bias:
             y = y + layout.at(down_bias, 0, e).to(acc)
         slots = rows.slots[here]

@@ -129,6 +129,11 @@ def experts_text(e: Experts) -> str:
         parts.append("gate and up apart")
     if e.up_bias or e.down_bias:
         parts.append("biases" if e.up_bias and e.down_bias else "up bias" if e.up_bias else "down bias")
+    if e.scaled:
+        stored = "weights" if e.weight_dtype is None else dtype_text(e.weight_dtype)
+        parts.append(f"{stored} × scale" + ("" if e.up_scale and e.down_scale else " (up)" if e.up_scale else " (down)"))
+    if e.row_bits:
+        parts.append(f"rows in {e.row_bits} bits")
     if e.weight_on_input:
         parts.append("w on input")
     if e.num_identity:

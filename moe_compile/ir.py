@@ -237,6 +237,9 @@ class Experts:
     `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
     `ids_mapped`: ids go through a table or a mask after the top-k (logical to physical experts, padding tokens).
+    `up_scale`, `down_scale`: the projection's sum is multiplied, before its bias, by a number for each output channel (or one for each
+    expert): s[e,i] Σ_m x[m] W[e,i,m]. `weight_dtype`: what such weights are stored in when it is no float.
+    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
     """
 
     num_experts: int
@@ -254,11 +257,28 @@ class Experts:
     num_identity: int = 0
     ids_mapped: bool = False
     dtype: torch.dtype = torch.float32
+    up_scale: bool = False
+    down_scale: bool = False
+    weight_dtype: torch.dtype | None = None
+    row_bits: int = 0
+    row_floor: float = 0.0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a projection has scales."""
+        return self.up_scale or self.down_scale
 
     def expert(
-        self, e: int, up: Sequence[Tensor], down: Sequence[Tensor], up_bias: Sequence[Tensor], down_bias: Sequence[Tensor]
+        self,
+        e: int,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Sequence[Tensor],
+        down_bias: Sequence[Tensor],
+        up_scale: Sequence[Tensor] = (),
+        down_scale: Sequence[Tensor] = (),
     ) -> dict[str, Any]:
-        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down, and the biases or None."""
+        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down, and the biases and scales or None."""
         n = self.num_experts
 
         def pick(ts: Sequence[Tensor], part: int) -> Tensor | None:
@@ -269,6 +289,8 @@ class Experts:
         def split(t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if t is None or self.form is Form.SINGLE:
                 return t, None
+            if t.ndim == 1 and t.shape[0] == 1:  # one scale for all channels
+                return t, t
             if self.form is Form.CONCAT:
                 return t[: self.intermediate], t[self.intermediate :]
             return t[0::2], t[1::2]
@@ -279,20 +301,34 @@ class Experts:
         if self.form is Form.SEPARATE:
             g, u = orient(pick(up, 0), self.up_transposed), orient(pick(up, 1), self.up_transposed)
             gb, ub = pick(up_bias, 0), pick(up_bias, 1)
+            gs, us = pick(up_scale, 0), pick(up_scale, 1)
         else:
             g, u = split(orient(pick(up, 0), self.up_transposed))
             gb, ub = split(pick(up_bias, 0))
-        return dict(g=g, u=u, gb=gb, ub=ub, d=orient(pick(down, 0), self.down_transposed), db=pick(down_bias, 0))
+            gs, us = split(pick(up_scale, 0))
+        d, db, ds = orient(pick(down, 0), self.down_transposed), pick(down_bias, 0), pick(down_scale, 0)
+        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, gs=gs, us=us, ds=ds)
 
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
 
-        def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(x.dtype)
+        def project(rows: Tensor, name: str) -> Tensor:
+            w, b, s = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"], m[name + "s"]))
+            assert w is not None
+            rows = self.round_rows(rows) if self.row_bits else rows
+            if s is None:
+                return F.linear(rows, w, b)
+            out = F.linear(rows, w) * s
+            return out if b is None else out + b
 
-        g = F.linear(x, m["g"].to(x.dtype), cast(m["gb"]))
-        u = None if m["u"] is None else F.linear(x, m["u"].to(x.dtype), cast(m["ub"]))
-        return F.linear(act.evaluate(self.activation, g, u), m["d"].to(x.dtype), cast(m["db"]))
+        u = None if m["u"] is None else project(x, "u")
+        return project(act.evaluate(self.activation, project(x, "g"), u), "d")
+
+    def round_rows(self, rows: Tensor) -> Tensor:
+        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
+        steps = 2 ** (self.row_bits - 1) - 1
+        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
+        return (rows / torch.where(s == 0, 1, s)).round() * s
 
     def evaluate(
         self,
@@ -305,8 +341,13 @@ class Experts:
         down_bias: Sequence[Tensor] = (),
         add: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
+        up_scale: Sequence[Tensor] = (),
+        down_scale: Sequence[Tensor] = (),
     ) -> Tensor:
-        """x [T, H], ids [T, k], weights [T, k] -> [T, H] in `dtype`; `add` [T, H] is added to the result."""
+        """x [T, H], ids [T, k], weights [T, k] -> [T, H] in `dtype`; `add` [T, H] is added to the result.
+
+        Scales are stored as biases are, [E, out] (a list: [out]), or [E, 1] ([1]) for one number an expert.
+        """
         x, weights = x.to(dtype), weights.to(dtype)
         out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
         for e in range(self.num_experts):
@@ -314,7 +355,7 @@ class Experts:
             if not len(t):
                 continue
             w = weights[t, j, None]
-            m = self.expert(e, up, down, up_bias, down_bias)
+            m = self.expert(e, up, down, up_bias, down_bias, up_scale, down_scale)
             y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)
             out = out.index_add(0, t, y)
         if self.num_identity:
@@ -359,12 +400,14 @@ class MoeBlock:
         expert_scale: Tensor | None = None,
         add: Tensor | None = None,
         dtype: torch.dtype = torch.float64,
+        up_scale: Sequence[Tensor] = (),
+        down_scale: Sequence[Tensor] = (),
     ) -> Tensor:
         """The oracle of the routed part: x [T, H], logits [T, E] -> [T, H]; the shared expert's output goes in as `add`."""
         if self.gating is None:
             raise ValueError("this block's routing was left as written: evaluate its experts with the ids and weights of the graph")
         w, ids = self.gating.evaluate(logits, bias, expert_scale, dtype)
-        return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype)
+        return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype, up_scale, down_scale)
 
 
 NO_FILL = -math.inf

@@ -4,7 +4,9 @@ Only tensors and plain numbers go in (the activation as a postfix program), so e
 Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
 `experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
-where a gradient is asked for it runs as `experts` twice.
+where a gradient is asked for it runs as `experts` twice. `experts_scaled` is `experts` with a scale for each output channel, for weights
+that are stored as integers; where a gradient is asked for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are
+rounded before both products, and there is no gradient.
 A device without kernels of its own runs `moe_compile.lowering.generic`.
 """
 
@@ -20,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from .lowering import cpu, cpu_route, generic, routing
+=======
+from .lowering import cpu, generic, routing, scaled
+>>>>>>> quant-s3
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -32,6 +38,7 @@ _LAYOUT = (
     "bool weight_on_input, int num_identity"
 )
 _EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
+_SCALES = "Tensor[] up_scale, Tensor[] down_scale, "
 _SHARED = (
     "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate, "
     "int[] shared_act_ops, float[] shared_act_consts, int shared_form, bool shared_up_transposed, bool shared_down_transposed, int overlap"
@@ -44,6 +51,7 @@ SCHEMAS = (
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
+    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, int row_bits, float row_floor) -> Tensor",
 )
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
 
@@ -103,6 +111,23 @@ def _experts_shared(*args: Any) -> Tensor:
     return _ops.experts(*args[:7], shared, *routed)  # type: ignore[no-any-return]
 
 
+def _experts_scaled(*args: Any) -> Tensor:
+    return scaled.forward(*args[:10], _layout(args[10:-2]), *args[-2:])
+
+
+def _experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, *rest: Any) -> Tensor:
+    """`experts` on the weights times their scales."""
+    up_bias, down_bias, up_scale, down_scale, add, *plain, row_bits, _ = rest
+    if row_bits:
+        raise NotImplementedError("moe_compile::experts_scaled has no gradient through rounded rows")
+    layout, wide = _layout(plain), generic.accumulate_dtype(x.dtype)
+    ups = scaled.as_floats(up, up_scale, layout.up_transposed, wide)
+    downs = scaled.as_floats(down, down_scale, layout.down_transposed, wide)
+    biases = [[b.to(wide) for b in group] for group in (up_bias, down_bias)]
+    out: Tensor = _ops.experts(x.to(wide), ids, weights, ups, downs, *biases, add, *plain)
+    return out.to(x.dtype)
+
+
 def _experts_cpu(*args: Any) -> Tensor:
     return cpu.forward(*args[:8], _layout(args[8:]), save=False)[0]
 
@@ -152,6 +177,7 @@ for _name, _any_device, _on_cpu in (
     _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
+_lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -174,6 +200,11 @@ def _route_bwd_fake(
 @torch.library.register_fake("moe_compile::experts", lib=_lib)
 def _experts_fake(*args: Any) -> Tensor:
     return args[0].new_empty(args[0].shape[0], _layout(args[8:]).out_features(args[4]))
+
+
+@torch.library.register_fake("moe_compile::experts_scaled", lib=_lib)
+def _experts_scaled_fake(*args: Any) -> Tensor:
+    return args[0].new_empty(args[0].shape[0], _layout(args[10:-2]).out_features(args[4]))
 
 
 @torch.library.register_fake("moe_compile::experts_shared", lib=_lib)
@@ -280,16 +311,22 @@ def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | 
         return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
-def _experts_shared_autograd(*args: Any) -> Tensor:
-    tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-    if _needs_grad(tensors):
-        return _experts_shared(*args)  # differentiable ops
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.experts_shared(*args)  # type: ignore[no-any-return]
+def _or_differentiable(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op, or differentiable ops in its place where a gradient is asked for."""
+
+    def call(*args: Any) -> Tensor:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        if _needs_grad(tensors):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(_ops, name)(*args)  # type: ignore[no-any-return]
+
+    return call
 
 
 _lib.impl("experts", _experts_autograd, "Autograd")
-_lib.impl("experts_shared", _experts_shared_autograd, "Autograd")
+_lib.impl("experts_shared", _or_differentiable("experts_shared", _experts_shared), "Autograd")
+_lib.impl("experts_scaled", _or_differentiable("experts_scaled", _experts_as_floats), "Autograd")
 _lib.impl("route", _route_autograd, "Autograd")
 
 
@@ -302,11 +339,13 @@ def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[...
         return t.to(dtype) if eligible and t is not None else t
 
     def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
-        """Matrix products take the autocast dtype, as `F.linear` does; routing weights keep theirs."""
+        """Matrix products take the autocast dtype, as `F.linear` does; routing weights and scales keep theirs."""
         dtype = torch.get_autocast_dtype(device_type)
         lists = [[cast(t, dtype) for t in ts] for ts in rest[:4]]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest[4:])  # the shared expert's
+            rest = rest[4:]
+            if name == "experts_shared":
+                rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest)
             return getattr(_ops, name)(cast(x, dtype), ids, weights, *lists, *rest)  # type: ignore[no-any-return]
 
     return experts
@@ -319,6 +358,7 @@ def _tensor_list(a: Any) -> bool:
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
         _lib.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
+        _lib.impl("experts_scaled", _autocast(_device, _key, "experts_scaled"), _key)
         _lib.impl("experts", _autocast(_device, _key), _key)
 
 
@@ -355,6 +395,11 @@ def experts_args(experts: Any) -> list[Any]:
         experts.weight_on_input,
         experts.num_identity,
     ]
+
+
+def scaled_args(experts: Any) -> list[Any]:
+    """As `experts_args`, for `experts_scaled`."""
+    return [*experts_args(experts), experts.row_bits, experts.row_floor]
 
 
 def shared_args(shared: Any, overlap: int) -> list[Any]:

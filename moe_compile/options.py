@@ -25,7 +25,8 @@ class Options:
     strict: raise `NotFused` where a block is left as written.
     overlap_shared: run the shared expert on a side stream ("auto": where the target was seen to gain from it, which on CUDA is not yet so).
     mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
-    quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference).
+    quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom
+        op for it is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).
     weight_format: on Ascend, "nz": packed expert weights in the fractal format; "nd": as they are.
     core_limit: on Ascend, (cube cores, vector cores) that the side stream of the shared expert may use.
     """
@@ -37,7 +38,7 @@ class Options:
     strict: bool = False
     overlap_shared: bool | str = "auto"
     mode: str = "auto"
-    quantize: str | None = None
+    quantize: str | tuple[str, float] | None = None
     weight_format: str = "nd"
     core_limit: tuple[int, int] | None = None
 
@@ -99,11 +100,20 @@ def _check_values(options: Options) -> None:
     _one_of("strict", options.strict, (True, False))
     _one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
     _one_of("mode", options.mode, ASCEND_MODES)
-    _one_of("quantize", options.quantize, (None, "w8a8"))
+    _check_quantize(options.quantize)
     _one_of("weight_format", options.weight_format, ("nd", "nz"))
     _check_core_limit(options.core_limit)
     if not isinstance(options.inner_options, Mapping):
         raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")
+
+
+def _check_quantize(quantize: Any) -> None:
+    if isinstance(quantize, (tuple, list)):
+        alpha = quantize[1] if len(quantize) == 2 and quantize[0] == "w8a8c8" else None
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= 1:
+            raise OptionError(f"option 'quantize' is {quantize!r}; allowed: ('w8a8c8', alpha) with 0 < alpha <= 1")
+        return
+    _one_of("quantize", quantize, (None, "w8a8", "w8a8c8"))
 
 
 def _check_core_limit(limit: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bench import Call
 from .ir import Experts, Rejection
-from .ops import experts_args
+from .ops import experts_args, scaled_args
 from .passes.shadow import aliased_arg, mutated_args
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
@@ -44,7 +44,8 @@ class Regenerated:
         self.call, self.gm, self.experts, self.boundary, self.primes = call, gm, experts, boundary, primes
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
-        self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias")]
+        scales = ("up_scale", "down_scale") if experts.scaled else ()
+        self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias", *scales)]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
         self.live = self._live()
         if self.out not in self.live:
@@ -134,7 +135,7 @@ class Regenerated:
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
         lists = ", ".join(f"[{', '.join(self._weight(n, env) for n in ns)}]" for ns in self.lists)
-        plain = ", ".join(_literal(v) for v in experts_args(self.experts))
+        plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
         if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:
@@ -174,15 +175,16 @@ class Regenerated:
     @functools.cached_property
     def by_op(self) -> Any:
         """The code as a function that stands, for stack traces, where the user's does."""
-        return self._compiled("torch.ops.moe_compile.experts.default", globals())
+        return self._compiled(f"torch.ops.moe_compile.experts{'_scaled' if self.experts.scaled else ''}.default", globals())
 
     @functools.cached_property
     def by_oracle(self) -> Any:
         """The function with the IR's own evaluation for the experts, in float32 (float64 where the tokens are)."""
 
-        def experts(x: Tensor, ids: Tensor, w: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, add: Any, *_: Any) -> Tensor:
+        def experts(x: Tensor, ids: Tensor, w: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, *rest: Any) -> Tensor:
             dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-            return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype=dtype).to(x.dtype)
+            *scales, add = rest[: len(self.lists) - 3]
+            return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype, *scales).to(x.dtype)
 
         return self._compiled("_experts", {"torch": torch, "_experts": experts})
 

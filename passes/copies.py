@@ -6,6 +6,7 @@ from typing import Any
 
 from . import terms as T
 from .addends import Part, has_feature
+from .channels import is_integer
 from .pull import shape_of
 from .rows import No, data_dependent, factors, outer_atoms, plain_row
 from .terms import Term
@@ -80,8 +81,10 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     (ids,) = found
     expert = T.named(EXPERT, sizes[0])
     mapping = {}
-    for a in outer_atoms(part.body):
-        if not plain_row(a) and len(a.args[1]) > 1 and any(data_dependent(i) for i in a.args[1]):
+    atoms = outer_atoms(part.body)
+    whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_integer(a) for a in atoms)  # then one number an expert may be a scale
+    for a in atoms:
+        if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
     return T.canonical(T.subst(part.body, mapping)), ids, {}
 

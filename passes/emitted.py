@@ -14,7 +14,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..ir import Rejection
-from ..lowering import generic, routing
+from ..lowering import generic, routing, scaled
 from .fused import is_fused
 from .plan import BlockPlan, Executor
 from .probing import TROUBLE, Sizes, difference, evaluate, one_thread, probe_values, size_choices
@@ -169,6 +169,10 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
         elif n.target is ops.experts.default:
             act_ops, act_consts, *rest = n.args[8:]
             env[n] = generic.forward(*load(n.args[:8]), generic.Layout(tuple(act_ops), tuple(act_consts), *rest))[0]  # type: ignore
+        elif n.target is ops.experts_scaled.default:
+            act_ops, act_consts, *rest, bits, floor = n.args[10:]
+            layout = generic.Layout(tuple(act_ops), tuple(act_consts), *rest)  # type: ignore
+            env[n] = scaled.forward(*load(n.args[:10]), layout, bits, floor)  # type: ignore
         elif n.op == "call_method":
             x, *rest = load(n.args)
             env[n] = getattr(x, str(n.target))(*rest)

@@ -9,7 +9,11 @@ import sympy as sp
 
 from .. import activation as act
 from ..ir import Form
+from . import channels
 from . import terms as T
+from .channels import Channel
+from .pull import op_name
+from .rounding import ROUNDED
 from .rows import No, clip, factors
 from .terms import Term
 from .unify import constant_part
@@ -19,7 +23,8 @@ from .unify import constant_part
 class Linear:
     """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
 
-    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by.
+    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
+    multiplies the sum too.
     """
 
     weight: Any
@@ -29,6 +34,7 @@ class Linear:
     flat: bool
     bias: Any = None
     scale: sp.Expr = sp.S.One
+    channel: Channel | None = None
 
 
 @dataclass
@@ -41,50 +47,72 @@ class Core:
     inner: Any
     on_input: Term | None = None
     tokens: list[Term] = field(default_factory=list)
+    table: Term | None = None
 
 
-def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None) -> Core:
+def parse_core(
+    core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None, tables: Term | None = None
+) -> Core:
     """c · Σ_i down[e, h, i] · act(...), plus a bias [e, h].
 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
+    `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    scale, total, bias = _output(core, h, expert)
+    scale, total, bias, channel = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
     if len(downs) != 1:
-        raise No("an expert's down projection reads no single weight")
+        raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
     rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
     down = linear_of(downs[0], h, i, expert)
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
-    reader = Reader(t, i, expert)
-    expr = reader.read(rest) * reader.read(scale)
+    if channel is not None:
+        down.channel = channels.channel(channel, h, expert, 1, 0)
+    reader = Reader(t, i, expert, channels.integer_weights(core, expert))
+    expr = reader.read(rest) * reader.read(scale) * (sp.S.One if tables is None else reader.read(tables))
     if reader.routed() and outside is not None:
         if bias is not None and outside.op != "c":
             raise No("a routing weight on the input of experts whose output has a bias, and another one on their output")
         expr = expr * reader.read(outside)
+    expr, scaled, table = channels.put_in(expr, reader.channels, reader.linears, expert)
+    for name, s in scaled.items():
+        lin = reader.linears[name]
+        lin.channel = channels.channel(reader.channels[s], i, expert, lin.stride, lin.offset)
     expr, on_input = _input_weight(expr, reader)
-    return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens)
+    return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
 
 
-def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None]:
-    """core = scale · (Σ_i ...) + bias, the scale free of features."""
-    sums: list[tuple[Term, Term]] = []
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias, the scale free of features: scale, sum, bias, s."""
+    sums: list[tuple[Term, Term, Term | None]] = []
     bias = None
     for part in core.args if core.op == "add" else (core,):
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
-        others = [f for f in factors(part) if f not in found]
-        if len(found) == 1 and not any(T.uses(f, h) for f in others):
-            sums.append((T.mul(*others), found[0]))
+        own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+        others = [f for f in factors(part) if f not in found and f not in own]
+        if len(found) == 1 and len(own) < 2 and not any(T.uses(f, h) for f in others):
+            sums.append((T.mul(*others), found[0], own[0] if own else None))
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
             raise No(f"an expert's output has a term that is no projection: {clip(part)}")
     if len(sums) != 1:
         raise No("an expert's output is not one down projection")
-    return *sums[0], bias
+    scale, total, channel = sums[0]
+    return scale, total, bias, channel
+
+
+def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
+    """What else than one weight a product holds: scales that do not come out of its sum, or a zero point."""
+    if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
+        return "an integer weight has a zero point"
+    read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
+    if len(read) < 2 or not any(channels.is_integer(f) for f in read):
+        return None
+    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a scale is in groups along the inner dim"
 
 
 def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
@@ -103,7 +131,16 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
             powers = weight.as_powers_dict()
             term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
             return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
+    if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
+        raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
+
+
+def _rounded(n: Any) -> bool:
+    """Whether a tensor was rounded, seen through casts and clamps."""
+    while op_name(n) in ("to", "_to_copy", "clamp", "type_as", "float", "view", "reshape"):
+        n = n.args[0]
+    return op_name(n) == "round"
 
 
 def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
@@ -154,12 +191,13 @@ def affine(r: Term, v: Term) -> tuple[int, int]:
 class Reader:
     """Turns the inside of one expert, a term in i, into an activation expression over its up projections."""
 
-    def __init__(self, t: Term, i: Term, expert: Term) -> None:
-        self.t, self.i, self.expert = t, i, expert
+    def __init__(self, t: Term, i: Term, expert: Term, integers: bool = False) -> None:
+        self.t, self.i, self.expert, self.integers = t, i, expert, integers
         self.linears: dict[sp.Symbol, Linear] = {}
         self.by_key: dict[Any, sp.Symbol] = {}
         self.tokens: list[Term] = []
         self.scalars: dict[sp.Symbol, Term] = {}
+        self.channels: dict[sp.Symbol, Term] = {}  # scales of output channels
         self.memo: dict[Term, sp.Expr] = {}
 
     def read(self, x: Term) -> sp.Expr:
@@ -183,7 +221,20 @@ class Reader:
             return self.read(x.args[0]) ** sp.nsimplify(x.args[1])
         if x.op == "fn":
             return function(x.args[0], [self.read(a) for a in x.args[1]], x.args[2])
+        if self._is_channel(x):
+            return self.channel(x)
         raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+
+    def _is_channel(self, x: Term) -> bool:
+        return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
+
+    def channel(self, x: Term) -> sp.Symbol:
+        for s, term in self.channels.items():
+            if term is x:
+                return s
+        symbol = sp.Symbol(f"s{len(self.channels)}", real=True)
+        self.channels[symbol] = x
+        return symbol
 
     def routed(self) -> bool:
         """Whether a value that is no number multiplies something inside."""
@@ -195,6 +246,8 @@ class Reader:
             return sp.Mul(*(self.read(f) for f in x.args))
         if x.op == "pow":
             return self.read(x.args[0]) ** sp.nsimplify(x.args[1], rational=True)
+        if self.integers and channels.for_expert(x, self.expert):
+            return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
             raise No(f"an expert's inside reads a parameter that is no projection: {clip(x)}")
         return self.symbol(x)
@@ -219,12 +272,12 @@ class Reader:
         return sp.Add(*rest, self.affine(projections[0], biases[0]))
 
     def _is_projection(self, a: Term) -> bool:
-        inside = [f for f in factors(a) if T.uses(f, self.i)]
+        inside = [f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f)]
         return len(inside) == 1 and inside[0].op == "sum"
 
     def affine(self, a: Term, bias: Term) -> sp.Symbol:
         """c Σ_m x W + b as one symbol: the projection, with its bias, of c x."""
-        (s,) = (f for f in factors(a) if T.uses(f, self.i))
+        (s,) = (f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
         if bias.args[1][0] is not self.expert or len(bias.args[1]) != 2 or affine(bias.args[1][1], self.i) != (lin.stride, lin.offset):
             raise No("a bias is not laid out like its projection")
@@ -245,6 +298,8 @@ class Reader:
         numbers = [f for f in fs if f.op == "c"]
         xs = [f for f in fs if f not in ws and f not in numbers]
         if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
+            if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
+                raise No(why)
             raise No(f"a projection is not token times weight: {clip(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
@@ -321,4 +376,6 @@ def _is_gate(s: sp.Symbol, expr: sp.Expr) -> bool:
 
 def _tidy(expr: sp.Expr) -> sp.Expr:
     """Numbers as exact as they were written: 0.5 is 1/2, 1.702 stays itself."""
+    # scales of rows that were divided by and multiplied back
+    expr = expr.replace(lambda e: e.is_Float and e != 1 and abs(e - 1) < 1e-12, lambda e: sp.S.One)
     return expr.replace(lambda e: e.is_Float, lambda e: sp.nsimplify(e, rational=True) if sp.nsimplify(e, rational=True).q < 10**6 else e)

@@ -8,12 +8,15 @@ import torch
 import torch.fx as fx
 
 from ..ir import Experts, Form, Rejection
+from . import channels
 from . import terms as T
 from .addends import rolled, slot_variable, split_parts
+from .channels import Channel
 from .copies import EXPERT, one_body
-from .expert_core import Core, layout, parse_core
+from .expert_core import Core, Linear, layout, parse_core
 from .match import ExpertsMatch, Param
 from .pull import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from .rounding import unrounded
 from .rows import No, clip, data_dependent, factors, ids_atom, row_index, row_variable, rows
 from .terms import Term
 
@@ -48,10 +51,16 @@ def _assemble(
     if expert is None:
         raise No("no expert weight is read")
     count: int = expert.args[1]
+    body, rounding = unrounded(body)
     is_core = [T.uses(f, h) for f in factors(body)]
     core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
     weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
-    parsed = parse_core(core, t, h, expert, weight)
+    tables, weight = channels.tables(core, weight, expert)
+    parsed = parse_core(core, t, h, expert, weight, tables)
+    if parsed.table is not None and parsed.down.channel is None:
+        parsed.down.channel = channels.channel(parsed.table, h, expert, 1, 0)
+    elif parsed.table is not None:
+        weight = T.mul(weight, parsed.table)
     if parsed.on_input is not None:
         weight = parsed.on_input
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
@@ -72,6 +81,7 @@ def _assemble(
     if stacked == isinstance(parsed.down.weight, tuple):
         raise No("some expert weights are stacked and some are not")
     store = ups if form is Form.SEPARATE else ups[:1]
+    _check_scales(ups, form)
     width = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)
     experts = Experts(
         num_experts=count,
@@ -89,7 +99,14 @@ def _assemble(
         num_identity=len(identity),
         ids_mapped=ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1])),
         dtype=compute_dtype(p, tokens),
+        up_scale=ups[0].channel is not None,
+        down_scale=parsed.down.channel is not None,
+        weight_dtype=_integers([*ups, parsed.down]),
+        row_bits=0 if rounding is None else rounding.bits,
+        row_floor=0.0 if rounding is None else rounding.floor,
     )
+    if experts.row_bits and not experts.scaled:
+        raise No("rows are rounded to fewer bits and weights are not")
     up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
     return ExpertsMatch(
         experts=experts,
@@ -105,7 +122,33 @@ def _assemble(
         up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
         down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
         base=base_node(base, out, t, h),
+        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
+        down_scale=channels.params(parsed.down.channel, count, experts.out_features) if parsed.down.channel is not None else [],
     )
+
+
+def _check_scales(ups: list[Linear], form: Form) -> None:
+    """Gate and up both have a scale or none; stored in one weight they have one scale tensor."""
+    found: list[Channel | None] = [x.channel for x in ups]
+    if len({c is None for c in found}) != 1 or len({c.dim is None for c in found if c is not None}) > 1:
+        raise No("gate and up projections are scaled differently")
+    if form is not Form.SEPARATE and len({c for c in found if c is not None}) > 1:
+        raise No("the scales of gate and up are not stored as their weights are")
+    if len({isinstance(c.node, tuple) for c in found if c is not None} | {isinstance(x.weight, tuple) for x in ups}) > 1:
+        raise No("scales are not stored as their weights are")
+
+
+def _integers(linears: list[Linear]) -> torch.dtype | None:
+    """The integer type that scaled weights are stored in; None where nothing is scaled or weights are floats."""
+    if all(x.channel is None for x in linears):
+        return None
+    if any(x.channel is not None and isinstance(x.channel.node, tuple) != isinstance(x.weight, tuple) for x in linears):
+        raise No("scales are not stored as their weights are")
+    dtypes = {dtype_of(n) for x in linears for n in (x.weight if isinstance(x.weight, tuple) else (x.weight,))}
+    if len(dtypes) > 1:
+        raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
+    (dtype,) = dtypes
+    return None if dtype.is_floating_point else dtype
 
 
 def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:

@@ -12,11 +12,13 @@ import torch.fx as fx
 from ..ir import Rejection
 from . import pull_index, pull_rules, pull_select  # noqa: F401  (they fill RULES)
 from . import terms as T
+from .channels import made_floats
 from .experts import match_experts
 from .fused import is_fused, read_fused
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
 from .pull_views import TUPLES
+from .rounding import rounded_nodes
 from .rows import data_dependent, is_row, outer_atoms
 from .terms import Term
 
@@ -43,6 +45,7 @@ VIEWS = frozenset(
         "repeat repeat_interleave chunk split split_with_sizes unbind stack"
     ).split()
 )
+JOINS = ("cat", "concat", "concatenate", "stack")
 CREATION = frozenset(
     (
         "zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange "
@@ -72,6 +75,9 @@ class Finder:
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
+        self.integers = made_floats(graph, VIEWS)
+        if self.integers:
+            self.integers |= rounded_nodes(graph)
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -160,6 +166,16 @@ class Finder:
         return self.left.setdefault(label, 4 * self.limit)
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
+        out = self._attempt(n, label)
+        if isinstance(out, Rejection) and self.integers and not any(s in out.reason for s in TRIVIAL):
+            kept, self.integers = self.integers, set()
+            again = self._attempt(n, label)
+            self.integers = kept
+            return out if isinstance(again, Rejection) else again
+        return out
+
+    def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
         table = is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
         T.allow(self.limit if table else 15 * self.limit)
@@ -193,7 +209,7 @@ class Finder:
         """Whether the experts' pass takes a node as a given tensor."""
         if is_joined(n) or is_table(n):
             return True
-        if self.live.get(n, self.static[n]) == label:
+        if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
         name = op_name(n)
         if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]
@@ -266,7 +282,7 @@ def is_table(n: fx.Node) -> bool:
 def is_joined(n: fx.Node) -> bool:
     """Ids [T, k] put together from several selections of one expert each."""
     v = n.meta.get("val")
-    if op_name(n) not in ("cat", "concat", "concatenate", "stack") or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
+    if op_name(n) not in JOINS or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
         return False
     parts = n.args[0]
     return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)

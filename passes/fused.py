@@ -15,11 +15,12 @@ from .rows import row_index, row_variable
 
 
 def is_fused(n: fx.Node) -> bool:
-    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") == "moe_compile::experts"
+    names = ("moe_compile::experts", "moe_compile::experts_scaled")
+    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
-    """The match that an existing `moe_compile::experts` call stands for; `out` is the call itself."""
+    """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
     a = call_args(n)
     x, ids, weights = a.x, a.ids, a.weights
     form = Form(a.form)
@@ -27,6 +28,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
+    up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
+    stored = dtype_of(a.up[0])
     experts = Experts(
         num_experts=a.num_experts,
         hidden=shape_of(x)[-1],
@@ -43,11 +46,16 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         num_identity=a.num_identity,
         ids_mapped=ids_term.op != "topk",
         dtype=dtype_of(x),
+        up_scale=bool(up_scale),
+        down_scale=bool(down_scale),
+        weight_dtype=stored if (up_scale or down_scale) and not stored.is_floating_point else None,
+        row_bits=getattr(a, "row_bits", 0),
+        row_floor=getattr(a, "row_floor", 0.0),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
     up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
-    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add, up_scale, down_scale)
 
 
 def _unviewed(x: fx.Node) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.fx as fx
@@ -17,6 +17,9 @@ class Param:
 
     node: fx.Node
     view: tuple[Any, ...] | None = None
+
+
+PARAMETERS = ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale")
 
 
 @dataclass
@@ -40,3 +43,9 @@ class ExpertsMatch:
     up_bias: list[Param]
     down_bias: list[Param]
     base: fx.Node | None = None
+    up_scale: list[Param] = field(default_factory=list)
+    down_scale: list[Param] = field(default_factory=list)
+
+    def groups(self) -> tuple[list[Param], ...]:
+        """Every list of parameters."""
+        return tuple(getattr(self, name) for name in PARAMETERS)

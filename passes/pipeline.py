@@ -20,7 +20,7 @@ from .deep import deep_recursion
 from .find import Finder
 from .fold import Fold, fold_of, scaled
 from .gating import GatingMatch, match_gating, where_valid
-from .match import ExpertsMatch
+from .match import PARAMETERS, ExpertsMatch
 from .plan import BlockPlan, execute
 from .pull import Puller, dtype_of
 from .region import Block, routing_nodes
@@ -228,7 +228,7 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     shared = match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
-    ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in ("up", "down", "up_bias", "down_bias")})
+    ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
     return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked)
@@ -266,9 +266,9 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
             return Rejection("the recorded function's ids or weights are no inputs of it", m.out, "record")
         ir = MoeBlock(None, m.experts, None, "")
         ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
-        for name in ("up", "down", "up_bias", "down_bias"):
+        for name in PARAMETERS:
             ir.boundary[name] = [q.node for q in getattr(m, name)]
-        ir.boundary["views"] = {q.node: q.view for q in (*m.up, *m.down, *m.up_bias, *m.down_bias) if q.view is not None}
+        ir.boundary["views"] = {q.node: q.view for group in m.groups() for q in group if q.view is not None}
         refusal = validate(Block(m, None, ir, ids, weights, ids, None, nodes.twins))
         return refusal if refusal is not None else Recovered(ir, "", True, "")
 

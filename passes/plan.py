@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from .. import activation as act
 from ..ir import Experts, MaxK, MinK, Rejection, SumK, W
-from ..ops import experts_args, shared_args
+from ..ops import experts_args, scaled_args, shared_args
 from .liveness import live_nodes, remove_dead
 from .shadow import example_value
 
@@ -41,7 +41,7 @@ class RoutePlan:
 
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """out = experts(tokens, ids, weights, ...); ids or weights None: those of the route op.
+    """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
@@ -60,6 +60,13 @@ class ExpertsPlan:
     base: str | None
     experts: Experts
     lead: tuple[Any, ...] | None
+    up_scale: tuple[Operand, ...] = ()
+    down_scale: tuple[Operand, ...] = ()
+
+    def operands(self) -> tuple[tuple[Operand, ...], ...]:
+        """Every list of parameters that the op takes."""
+        scales = (self.up_scale, self.down_scale) if self.experts.scaled else ()
+        return self.up, self.down, self.up_bias, self.down_bias, *scales
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class BlockPlan:
             out += [r.logits, *(q[0] for q in (r.bias, r.table) if q is not None)]
         if e is not None:
             out += [e.tokens, *(n for n in (e.ids, e.weights, e.base) if n is not None)]
-            out += [q[0] for group in (e.up, e.down, e.up_bias, e.down_bias) for q in group]
+            out += [q[0] for group in e.operands() for q in group]
         return out
 
     def names(self) -> list[str]:
@@ -200,16 +207,17 @@ class Executor:
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
-            lists = [
-                [self.cast(self.operand(q), self.names[q[0]], dtype) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)
-            ]
+            lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands()[:4]]
+            lists += [[self.operand(q) for q in group] for group in p.operands()[4:]]
             routed = (
                 self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
                 _rows(g, ids, p.k),
                 _rows(g, weights, p.k),
             )
             add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
-            new = op = _call(g, ops.experts.default, (*routed, *lists, add, *experts_args(p.experts)), out)
+            target = ops.experts_scaled.default if p.experts.scaled else ops.experts.default
+            plain = scaled_args(p.experts) if p.experts.scaled else experts_args(p.experts)
+            new = op = _call(g, target, (*routed, *lists, add, *plain), out)
             if value.dtype != dtype:
                 new = _method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
@@ -250,6 +258,12 @@ class Executor:
 
     def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if example_value(source).dtype == dtype else _method(self.graph, "to", (n, dtype), n)
+
+    def parameter(self, q: Operand, experts: Experts) -> fx.Node:
+        """A weight or bias in the dtype of the products; integers with scales stay as they are stored."""
+        source = self.names[q[0]]
+        stays = experts.scaled and not example_value(source).dtype.is_floating_point
+        return self.operand(q) if stays else self.cast(self.operand(q), source, experts.dtype)
 
     @contextlib.contextmanager
     def no_autocast(self, device: str, like: fx.Node) -> Iterator[None]:

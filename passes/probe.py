@@ -28,7 +28,10 @@ Read = tuple[str, str]  # (path of a submodule, name of an attribute that the co
 
 
 class Windows:
-    """Random tensors of given shapes as windows over one growing random buffer; entries are normal with deviation `scale`."""
+    """Random tensors of given shapes as windows over one growing random buffer; entries are normal with deviation `scale`.
+
+    Bytes are small whole numbers.
+    """
 
     def __init__(self, device: torch.device, generator: torch.Generator, scale: float) -> None:
         self.device, self.generator, self.scale = device, generator, scale
@@ -51,8 +54,8 @@ class Windows:
         old = self.buffers.get(dtype)
         if old is None or old.numel() < size:
             size = max(size, 1 << 16, 0 if old is None else 2 * old.numel())
-            block = torch.randn(min(size, _PERIOD), generator=self.generator) * self.scale
-            block = block.to(self.device, dtype)
+            block = torch.randn(min(size, _PERIOD), generator=self.generator) * (self.scale if dtype.is_floating_point else 1)
+            block = (block if dtype.is_floating_point else block.round()).to(self.device, dtype)
             self.buffers[dtype] = block.repeat(-(-size // block.numel()))
         return self.buffers[dtype]
 
@@ -62,7 +65,7 @@ class Probe:
 
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: what the code asked the copy's modules for so far; `reading()` starts anew.
-    Floats become `dtype` if one is given. Integer tables keep their values.
+    Floats become `dtype` if one is given. Integer tables keep their values, but for matrices of bytes, which are weights.
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
@@ -108,7 +111,8 @@ class Probe:
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="record")
         if t.layout is not torch.strided:
             raise Rejection(f"{path} is not strided", stage="record")
-        new = self._float(t) if t.is_floating_point() else self._table(t, path)
+        weight = t.dtype is torch.int8 and t.ndim > 1
+        new = self._float(t) if t.is_floating_point() else self._bytes(t) if weight else self._table(t, path)
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._path_of[id(t)], self.tensors[path] = path, new
@@ -119,6 +123,9 @@ class Probe:
         if t.dtype not in _FLOATS:
             raise Rejection(f"parameters of type {t.dtype}", stage="record")
         return self._windows.take(tuple(t.shape), self.dtype or t.dtype)
+
+    def _bytes(self, t: Tensor) -> Tensor:
+        return self._windows.take(tuple(t.shape), t.dtype)
 
     def _table(self, t: Tensor, path: str) -> Tensor:
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
@@ -139,7 +146,8 @@ class Probe:
 
 def _scale(module: nn.Module) -> float:
     """So that products over the usual inner dim stay of order one."""
-    dims = sorted(min(p.shape[-2:]) for p in module.parameters() if p.ndim >= 2 and p.numel())
+    weights = [*module.parameters(), *(b for b in module.buffers() if b.dtype is torch.int8)]
+    dims = sorted(min(p.shape[-2:]) for p in weights if p.ndim >= 2 and p.numel())
     return 1.5 / math.sqrt(dims[len(dims) // 2]) if dims else 0.2
 
 

@@ -6,7 +6,7 @@ not E experts' memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,8 +93,12 @@ def make_input(block: Block, n: fx.Node, sizes: Sizes, seed: int, gen: torch.Gen
         return b.abs() + 0.5 if n is g.expert_scale else b
     if n is m.tokens or n is m.base:
         return torch.randn(shape, generator=gen, dtype=torch.float64) * (1, 8, 0.2)[seed % 3]
+    if n in block.params() and not n.meta["val"].dtype.is_floating_point:
+        return whole_windows(shape, n.meta["val"].dtype, gen)
     if not n.meta["val"].dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=gen).to(n.meta["val"].dtype)
+    if any(q.node is n for q in (*m.up_scale, *m.down_scale)):  # so that products of bytes come out of order one
+        return torch.randn(shape, generator=gen, dtype=torch.float64) / (32 * m.experts.hidden**0.5)
     return windows(shape, gen)
 
 
@@ -116,15 +120,25 @@ def _probe_ids(shape: tuple[int, ...], num_experts: int, identity: int, seed: in
 def windows(shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
     """A random parameter of any size in little memory: rows and experts start a few elements apart in one buffer."""
     scale = (shape[-1] if shape else 1) ** -0.5 * 2
+    return _windows(shape, gen, lambda t: t * scale)
+
+
+def whole_windows(shape: tuple[int, ...], dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    """As `windows`, for weights stored as integers: of all values that a byte can have, and beyond where the type is wider."""
+    least, most = max(torch.iinfo(dtype).min, -4096), min(torch.iinfo(dtype).max, 4096)
+    return _windows(shape, gen, lambda t: (t * (most / 2)).round().clamp(least, most).to(dtype))
+
+
+def _windows(shape: tuple[int, ...], gen: torch.Generator, made: Callable[[Tensor], Tensor]) -> Tensor:
     numel = 1
     for s in shape:
         numel *= s
     if numel < 2**16 or len(shape) < 2:
-        return torch.randn(shape, generator=gen, dtype=torch.float64) * scale
+        return made(torch.randn(shape, generator=gen, dtype=torch.float64))
     last = shape[-1]
     if len(shape) == 2:
-        return (_noise(last + 3 * shape[0], gen) * scale).as_strided(shape, (3, 1))
-    return (_noise(shape[-2] * last + 8 * shape[0], gen) * scale).as_strided(shape, (8, last, 1))
+        return made(_noise(last + 3 * shape[0], gen)).as_strided(shape, (3, 1))
+    return made(_noise(shape[-2] * last + 8 * shape[0], gen)).as_strided(shape, (8, last, 1))
 
 
 _SPARE = 1 << 14

@@ -117,6 +117,13 @@ def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
     return T.fn(name, x, consts=consts)
 
 
+@rule("round")
+def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if getattr(a, "decimals", 0):
+        raise Opaque("rounding to decimals")
+    return T.fn("round", p.at(n.args[0], idx))
+
+
 @rule("gelu")
 def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x = p.at(n.args[0], idx)

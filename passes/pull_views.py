@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,10 @@ Args = SimpleNamespace
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    src = n.args[0]
-    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))  # type: ignore[arg-type]
+    src: Any = n.args[0]
+    if dtype_of(src) != dtype_of(n):
+        raise Opaque("bits read as another type")
+    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
 
 
 @rule(
@@ -51,6 +54,8 @@ def _integral(t: Term) -> bool:
     if t.op == "a":
         v = t.args[0].meta.get("val")
         return isinstance(v, Tensor) and not v.dtype.is_floating_point
+    if t.op == "fn" and t.args[0] in ("round", "clamp"):
+        return t.args[0] == "round" or _integral(t.args[1][0]) and all(float(c).is_integer() or abs(c) == math.inf for c in t.args[2])
     return t.op in ("add", "mul", "sum", "max") and all(_integral(c) for c in T.children(t))
 
 

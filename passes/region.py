@@ -40,8 +40,7 @@ class Block:
     masked: bool = False
 
     def params(self) -> list[fx.Node]:
-        m = self.match
-        return [q.node for q in (*m.up, *m.down, *m.up_bias, *m.down_bias)]
+        return [q.node for group in self.match.groups() for q in group]
 
     def routing_inputs(self) -> list[fx.Node]:
         g = self.gating

@@ -106,6 +106,8 @@ class Planner:
             up_bias=group(m.up_bias),
             down_bias=group(m.down_bias),
             base=None if base is None else base.name,
+            up_scale=group(m.up_scale),
+            down_scale=group(m.down_scale),
             experts=m.experts,
             lead=None if example_value(out).ndim == 2 else self._lead(m),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy as sp
+import torch
 import torch.fx as fx
 
 from . import terms as T
@@ -53,8 +54,11 @@ def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:
 
 
 def ids_atom(x: Term) -> bool:
+    """Whether an atom may be an expert id: whole numbers, but not bytes, which are weights."""
     n = x.args[0]
-    return isinstance(n, fx.Node) and hasattr(n.meta.get("val"), "dtype") and not n.meta["val"].dtype.is_floating_point
+    if not isinstance(n, fx.Node) or not hasattr(n.meta.get("val"), "dtype"):
+        return False
+    return not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype not in (torch.int8, torch.uint8)
 
 
 def factors(t: Term) -> tuple[Term, ...]:

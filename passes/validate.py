@@ -154,4 +154,5 @@ def _experts_value(block: Block, env: dict[fx.Node, Tensor], ids: Tensor, w: Ten
         return [env[q.node] if q.view is None else env[q.node].reshape(q.view) for q in params]
 
     add = None if m.base is None else env[m.base].reshape(-1, m.experts.out_features)
-    return m.experts.evaluate(x, ids, w, get(m.up), get(m.down), get(m.up_bias), get(m.down_bias), add)
+    up, down, up_bias, down_bias, up_scale, down_scale = map(get, m.groups())
+    return m.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, up_scale=up_scale, down_scale=down_scale)

@@ -8,4 +8,6 @@ from __future__ import annotations
 
 from .law import can_lower, lowering_name
 
-__all__ = ["can_lower", "lowering_name"]
+SCALED = True  # int8 weights with scales: npu_grouped_matmul takes both
+
+__all__ = ["SCALED", "can_lower", "lowering_name"]

@@ -17,13 +17,14 @@ from ...ir import BiasOn, Form, Norm, Score
 from ...ir import score as apply_score
 from .. import generic, routing
 from ..routing import Routing
-from . import law
+from . import law, schemas
 from .rules import check
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """torch.ops.npu.<name>.default on arguments that its rules allow. Raises rules.ArgumentError."""
-    op = getattr(torch.ops.npu, name).default
+    """torch.ops.npu.<name>.default (ops of others: torch.ops.custom) on arguments that its rules allow. Raises rules.ArgumentError."""
+    space = torch.ops.custom if name in schemas.CUSTOM else torch.ops.npu
+    op = getattr(space, name).default
     check(op, args, kwargs)
     return op(*args, **kwargs)
 
@@ -124,13 +125,17 @@ def _finish(w: Tensor, ids: Tensor, bias: Tensor | None, table: Tensor | None, r
 class Packed:
     """Expert weights as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
 
-    `up` holds one tensor, or gate and up apart.
+    `up` holds one tensor, or gate and up apart. Weights in int8 have a scale and an offset [E, out] each, in the dtype of the rows.
     """
 
     up: Sequence[Tensor]
     down: Tensor
     up_bias: Sequence[Tensor] = ()
     down_bias: Tensor | None = None
+    up_scale: Sequence[Tensor] = ()
+    up_offset: Sequence[Tensor] = ()
+    down_scale: Tensor | None = None
+    down_offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,13 @@ def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> Dispatched:
     return Dispatched(rows, index, counts)
 
 
-def grouped(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """rows [M, K] by expert times weight [E, K, N]."""
+def grouped(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, scale: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """rows [M, K] by expert times weight [E, K, N]; with scale and offset [E, N] times (weight + offset) · scale, the weight in int8."""
     extra = {} if bias is None else {"bias": [bias]}
+    if scale is not None and offset is not None:
+        extra |= {"antiquant_scale": [scale], "antiquant_offset": [offset]}
     (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, group_list=counts, split_item=3, group_type=0, group_list_type=1)
     return out  # type: ignore[no-any-return]
 
@@ -196,7 +205,11 @@ def activate(products: Sequence[Tensor], layout: generic.Layout, differentiable:
 
 def up_rows(rows: Tensor, p: Packed, counts: Tensor) -> list[Tensor]:
     """One product, or gate and up."""
-    return [grouped(rows, w, p.up_bias[i] if p.up_bias else None, counts) for i, w in enumerate(p.up)]
+
+    def at(ts: Sequence[Tensor], i: int) -> Tensor | None:
+        return ts[i] if ts else None
+
+    return [grouped(rows, w, at(p.up_bias, i), counts, at(p.up_scale, i), at(p.up_offset, i)) for i, w in enumerate(p.up)]
 
 
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +221,7 @@ def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: gen
         by_row = torch.zeros_like(weights).reshape(-1).scatter(0, d.index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    y = grouped(activate(up_rows(rows, p, d.counts), layout), p.down, p.down_bias, d.counts)
+    y = grouped(activate(up_rows(rows, p, d.counts), layout), p.down, p.down_bias, d.counts, p.down_scale, p.down_offset)
     return y, d.index, weights
 
 

@@ -204,6 +204,8 @@ def grouped_matmul(
     *,
     bias: Sequence[Tensor] | None = None,
     scale: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
     per_token_scale: Sequence[Tensor] | None = None,
     group_list: Tensor | None = None,
     split_item: int | None = 0,
@@ -212,7 +214,10 @@ def grouped_matmul(
     output_dtype: int | None = None,
     **unused: Any,
 ) -> list[Tensor]:
-    """Rows of group e times weight[e] (group_type 0), or columns of group e times rows of group e (group_type 2)."""
+    """Rows of group e times weight[e] (group_type 0), or columns of group e times rows of group e (group_type 2).
+
+    With antiquant the weight is (weight + offset) · scale, in the dtype of the rows.
+    """
     assert group_list is not None and len(x) == len(weight) == 1
     (a,), (w,) = x, weight
     counts = _counts(group_list, group_list_type)
@@ -223,7 +228,10 @@ def grouped_matmul(
     out = _undefined(torch.empty(rows, w.shape[2], dtype=torch.int32 if wide else torch.promote_types(a.dtype, torch.float32)))
     start = 0
     for e, n in enumerate(counts):
-        out[start : start + n] = _product(a[start : start + n], w[e])
+        m = w[e]
+        if antiquant_scale and antiquant_offset:
+            m = ((m.float() + antiquant_offset[0][e].float()) * antiquant_scale[0][e].float()).to(a.dtype)
+        out[start : start + n] = _product(a[start : start + n], m)
         if bias:
             out[start : start + n] += bias[0][e].to(out.dtype)
         start += n
@@ -360,6 +368,21 @@ def dequant_swiglu_quant(
     return out, scale
 
 
+def swiglu_clip_quant(
+    x: Tensor, group_index: Tensor, group_alpha: Tensor, *, activate_left: bool = False, quant_mode: int = 1, clamp_mode: int = 1
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU; by row, with m = alpha[g] · max|y|: y clipped to ±m, then int8 in steps of m / 127."""
+    done = int(group_index.sum())
+    left, right = x[:done].float().chunk(2, -1)
+    y = torch.nn.functional.silu(left) * right if activate_left else left * torch.nn.functional.silu(right)
+    limit = y.abs().amax(-1) * group_alpha.float().repeat_interleave(group_index, 0)
+    step = (limit / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
+    q = (y.clamp(-limit[:, None], limit[:, None]) / step[:, None]).round().clamp(-128, 127)
+    out, scale = torch.zeros(x.shape[0], y.shape[1], dtype=torch.int8), _undefined(torch.empty(x.shape[0]))
+    out[:done], scale[:done] = q.to(torch.int8), limit / 127.0
+    return out, scale
+
+
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +475,22 @@ def register_streams(space: str) -> None:
         torch.fx.node.has_side_effect(getattr(getattr(torch.ops, space), name).default)
     lib.impl("wait_tensor", lambda self, dependency: self.clone(), "CompositeExplicitAutograd")
     _libraries.append(lib)
+
+
+def register_custom() -> None:
+    """Define the ops of other packages, with CPU kernels and shapes: for machines that have none of them."""
+    from . import metas, schemas
+
+    lib = torch.library.Library("custom", "FRAGMENT")
+    for name, schema in schemas.CUSTOM.items():
+        if not hasattr(torch.ops.custom, name):
+            lib.define(schema)
+            lib.impl(name, CUSTOM_KERNELS[name], "CPU")
+            torch.library.register_fake(f"custom::{name}", metas.METAS[name], lib=lib)
+    _libraries.append(lib)
+
+
+CUSTOM_KERNELS: dict[str, Callable[..., Any]] = {"npu_swiglu_clip_quant": swiglu_clip_quant}
 
 
 def register(own: bool) -> None:

@@ -16,10 +16,12 @@ import torch
 from ... import activation as act
 from ...ir import BiasOn, Form, MoeBlock, Norm, Score
 from ...ops import route_args
+from .. import generic
 from ..routing import Routing
 
 MAX_GATED = 2048  # experts of npu_moe_gating_top_k
 MAX_SOFTMAX_K = 1024
+MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
 MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -233,6 +235,9 @@ def activation_call(expr: sp.Expr, form: int) -> str:
 def can_lower(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
+    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
+        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
+        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
     if e.num_experts > MAX_GROUPED:
@@ -241,9 +246,26 @@ def can_lower(ir: MoeBlock) -> str | None:
         act.encode(e.activation)
     except act.UnknownActivation as error:
         return f"activation: {error}"
+    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
+        return f"rows rounded to {e.row_bits} bits: {why}"
     if e.num_identity and e.hidden != e.out_features:
         return "identity experts need as many outputs as inputs"
     return None
+
+
+def _refuses_rounded(ir: MoeBlock) -> str | None:
+    """Why the int8 chain cannot run experts that round their rows themselves; there is no other way to run them."""
+    from . import quant
+
+    e = ir.experts
+    ops, consts = act.encode(e.activation)
+    stored = (e.stacked, e.up_transposed, e.down_transposed, e.weight_on_input, e.num_identity)
+    layout = generic.Layout(tuple(ops), tuple(consts), int(e.form), e.num_experts, *stored)
+    if e.num_identity:
+        return "identity experts take rows that are not rounded"
+    if e.row_floor > MAX_FLOOR:
+        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
+    return quant.refuses(layout, e.intermediate, e.up_bias or e.down_bias, e.dtype)
 
 
 def lowering_name(ir: MoeBlock) -> str:
@@ -256,4 +278,7 @@ def lowering_name(ir: MoeBlock) -> str:
             plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
         row, _ = choose_routing(Routing(*plain), g.num_experts)
         routing = row.calls
-    return f"{routing}; grouped_matmul, {activation_call(ir.experts.activation, ir.experts.form)}"
+    if ir.experts.row_bits:
+        return f"{routing}; int8 grouped_matmul, npu_dequant_swiglu_quant"
+    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
+    return f"{routing}; {product}, {activation_call(ir.experts.activation, ir.experts.form)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .emulate import _DTYPES
+from .schemas import CUSTOM
 
 
 def gating_top_k(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +100,10 @@ def dequant_swiglu_quant(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def swiglu_clip_quant(x: Tensor, group_index: Tensor, group_alpha: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return dequant_swiglu_quant(x)  # type: ignore[no-any-return]
+
+
 def token_permute(tokens: Tensor, indices: Tensor, num_out_tokens: int | None = None, padded_mode: bool = False) -> tuple[Tensor, Tensor]:
     total = indices.numel()
     rows = total if not num_out_tokens else num_out_tokens if num_out_tokens > 0 else total + num_out_tokens
@@ -146,12 +151,15 @@ METAS: dict[str, Callable[..., Any]] = {
     "npu_moe_token_unpermute_grad_v2": token_unpermute_grad_v2,
     "npu_dynamic_quant": dynamic_quant,
     "npu_dequant_swiglu_quant": dequant_swiglu_quant,
+    "npu_swiglu_clip_quant": swiglu_clip_quant,
 }
 
 
 def register() -> None:
     """Shapes of all ops, gradients of those that have one in torch_npu: permute, unpermute, swiglu. No other op gets one."""
     for name, meta in METAS.items():
+        if name in CUSTOM:
+            continue
         torch.library.register_fake(f"npu::{name}", meta)
     torch.library.register_autograd("npu::npu_moe_token_permute", _permute_backward, setup_context=_permute_setup)
     torch.library.register_autograd("npu::npu_moe_token_unpermute", _unpermute_backward, setup_context=_unpermute_setup)

@@ -22,6 +22,7 @@ from .streams import is_product
 from .weights import Recipe, trace_back
 
 ops = torch.ops.moe_compile
+EXPERTS = (ops.experts.default, ops.experts_scaled.default)
 _RESHAPES = ("view", "reshape", "view_as", "reshape_as")
 
 
@@ -35,7 +36,52 @@ class Lowered:
     notes: list[str] = field(default_factory=list)
 
 
-def lower(gm: fx.GraphModule, train: bool, quantize: str | None = None) -> Lowered:
+@dataclass(frozen=True)
+class _Call:
+    """A call of `experts` or `experts_scaled`: nodes, and the plain arguments."""
+
+    x: fx.Node
+    ids: fx.Node
+    weights: fx.Node
+    up: Sequence[fx.Node]
+    down: Sequence[fx.Node]
+    up_bias: Sequence[fx.Node]
+    down_bias: Sequence[fx.Node]
+    up_scale: Sequence[fx.Node]
+    down_scale: Sequence[fx.Node]
+    base: fx.Node | None
+    layout: generic.Layout
+    scaled: bool
+    row_bits: int
+
+    @classmethod
+    def of(cls, n: fx.Node) -> _Call:
+        scaled = n.target is ops.experts_scaled.default
+        tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
+        plain, rows = (plain[:-2], plain[-2:]) if scaled else (plain, [0, 0.0])
+        layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
+        x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
+        up_scale, down_scale = scales or ((), ())
+        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, rows[0])
+        return cls(*every)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.meta["example_value"].dtype  # type: ignore[no-any-return]
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """What is read beside the expert weights."""
+        return [a for a in (self.x, self.ids, self.weights, self.base) if isinstance(a, fx.Node)]
+
+    def widths(self) -> tuple[int, int]:
+        """Output channels of one up tensor, and of the down projection."""
+        up, down = (ts[0].meta["example_value"] for ts in (self.up, self.down))
+        inner = -1 if self.layout.up_transposed else -2
+        return up.shape[inner], down.shape[-1 if self.layout.down_transposed else -2]
+
+
+def lower(gm: fx.GraphModule, train: bool, quantize: quant.Quantize = None) -> Lowered:
     """A copy of `gm` without fused ops. Raises `rules.ArgumentError` where a call would break an op's rules."""
     run = _Lowering(_copy(gm), train, quantize)
     _fill_values(run.graph)
@@ -43,7 +89,9 @@ def lower(gm: fx.GraphModule, train: bool, quantize: str | None = None) -> Lower
         if n.target is ops.route.default:
             run.route(n)
     for n in list(run.graph.nodes):
-        if n.target is ops.experts.default:
+        if n.target is ops.experts_scaled.default and train:
+            run.notes.append("int8 experts: the npu ops have no gradient to their rows, the fused op runs as it is")
+        elif n.target in EXPERTS:
             run.experts(n)
     return run.done()
 
@@ -52,7 +100,7 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
     """Whether anything that goes into a fused op asks for a gradient."""
     if not torch.is_grad_enabled():
         return False
-    work = [n for n in gm.graph.nodes if n.target in (ops.route.default, ops.experts.default)]
+    work = [n for n in gm.graph.nodes if n.target in (ops.route.default, *EXPERTS)]
     seen = set(work)
     while work:  # nodes that the passes put in hold no values: what they are made of does
         for a in work.pop().all_input_nodes:
@@ -100,8 +148,9 @@ def _fill_values(graph: fx.Graph) -> None:
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule, train: bool, quantize: str | None) -> None:
-        self.gm, self.graph, self.train, self.quantize = gm, gm.graph, train, quantize
+    def __init__(self, gm: fx.GraphModule, train: bool, quantize: quant.Quantize) -> None:
+        self.gm, self.graph, self.train = gm, gm.graph, train
+        self.chain, self.alpha = quant.chain_of(quantize)
         self.placeholders = {n: i for i, n in enumerate(self.graph.find_nodes(op="placeholder"))}
         self.packed: dict[Recipe, fx.Node] = {}
         self.notes: list[str] = []
@@ -118,14 +167,14 @@ class _Lowering:
             self.notes.append(f"routing as ATen ops: {why}")
         with recording(n, n, tensors) as r:
             w, ids = calls.route(r.value(logits), r.value(bias), r.value(table), Routing(*plain), self.train)  # type: ignore[arg-type]
-            others = [u for g in n.users if g.args[1] == 1 for u in g.users if u.target is not ops.experts.default]
+            others = [u for g in n.users if g.args[1] == 1 for u in g.users if u.target not in EXPERTS]
             wide = ids.to(torch.int64) if others and ids.dtype != torch.int64 else ids
         for g in list(n.users):
             if g.args[1] == 0:
                 g.replace_all_uses_with(r.node(w))
             else:
                 for u in list(g.users):
-                    u.replace_input_with(g, r.node(ids if u.target is ops.experts.default else wide))
+                    u.replace_input_with(g, r.node(ids if u.target in EXPERTS else wide))
             self.graph.erase_node(g)
         self.graph.erase_node(n)
         for t in (ids, wide):
@@ -136,22 +185,19 @@ class _Lowering:
 
     def experts(self, n: fx.Node) -> None:
         """Rows where the op stood; the combine where an addend that goes into it is known."""
-        x, ids, weights, up, down, up_bias, down_bias, base, *plain = n.args
-        layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
-        dtype = x.meta["example_value"].dtype  # type: ignore[union-attr]
-        quantised = self._quantised(n, layout, up, down, bool(up_bias or down_bias), dtype)
-        operands = {} if quantised is not None else self._operands(n, layout, up, down, up_bias, down_bias, dtype)
-        reads = [a for a in (x, ids, weights, base) if isinstance(a, fx.Node)]
+        c = _Call.of(n)
+        quantised = self._quantised(c)
+        operands = {} if quantised is not None else self._operands(n, c)
         step: Any = quant if quantised is not None else training if self.train else calls
-        with recording(n, n, reads) as r:
-            v = [r.value(a) for a in (x, ids, weights)]
-            known = _all_within(ids, layout.num_experts)  # type: ignore[arg-type]
-            p = self._values(operands, r) if quantised is None else quant.Quantised(*map(r.value, quantised))
-            *rows, own = step.start(*v, p, layout, known)
-            if base is not None:
-                own.append(r.value(base))  # type: ignore[arg-type]
+        with recording(n, n, c.reads) as r:
+            v = [r.value(a) for a in (c.x, c.ids, c.weights)]
+            known = _all_within(c.ids, c.layout.num_experts)
+            p = self._values(operands, r) if quantised is None else self._chain(c, list(map(r.value, quantised)))
+            *rows, own = step.start(*v, p, c.layout, known)
+            if c.base is not None:
+                own.append(r.value(c.base))
         place, other, between = _addend(n, len(own)) if not self.train else (n, None, [])
-        with recording(place, n, reads) as late:
+        with recording(place, n, c.reads) as late:
             late.nodes, late.kept = r.nodes, r.kept
             addends = [] if other is None else [late.value(other).reshape(-1, rows[0].shape[-1])]
             out = step.finish(*rows, own, addends)
@@ -175,59 +221,95 @@ class _Lowering:
         return n
 
     def _values(self, p: dict[str, list[fx.Node]], r: Recorder) -> Packed:
-        up, down, up_bias, down_bias = ([r.value(n) for n in p[name]] for name in ("up", "down", "up_bias", "down_bias"))
-        return Packed(up, down[0], up_bias, down_bias[0] if down_bias else None)
+        v = {name: [r.value(n) for n in nodes] for name, nodes in p.items()}
+        one = {name: v[name][0] for name in v if name.startswith("down") and v[name]}
+        return Packed(**{name: values for name, values in v.items() if name.startswith("up")}, **one)
 
-    def _operands(
-        self, n: fx.Node, layout: generic.Layout, up: Any, down: Any, up_bias: Any, down_bias: Any, dtype: torch.dtype
-    ) -> dict[str, list[fx.Node]]:
+    def _chain(self, c: _Call, values: list[Tensor]) -> quant.Quantised:
+        up, up_scale, down, down_scale = values
+        if self._chain_of(c) == "w8a8c8":
+            return quant.Clipped(up, up_scale, down, down_scale, self.alpha)
+        return quant.Quantised(up, up_scale, down, down_scale)
+
+    def _operands(self, n: fx.Node, c: _Call) -> dict[str, list[fx.Node]]:
         """Nodes of the packed operands: new graph inputs where the weights are inputs themselves."""
-        halves, bias = layout.halves(), calls.bias_dtype(dtype)
+        layout, halves, bias = c.layout, c.layout.halves(), calls.bias_dtype(c.dtype)
+        stored, part = (torch.int8, "stored") if c.scaled else (c.dtype, "")
 
-        def group(nodes: Sequence[fx.Node], parts: int, transposed: bool, wanted: torch.dtype) -> list[fx.Node]:
+        def group(nodes: Sequence[fx.Node], parts: int, transposed: bool, wanted: torch.dtype, part: str = "") -> list[fx.Node]:
             size = len(nodes) // parts
-            return [self._operand(n, nodes[i * size : (i + 1) * size], layout, transposed, wanted) for i in range(parts)]
+            return [self._operand(n, nodes[i * size : (i + 1) * size], layout, transposed, wanted, part) for i in range(parts)]
 
-        return {
-            "up": group(up, halves, not layout.up_transposed, dtype),
-            "down": group(down, 1, not layout.down_transposed, dtype),
-            "up_bias": group(up_bias, halves, False, bias) if up_bias else [],
-            "down_bias": group(down_bias, 1, False, bias) if down_bias else [],
+        found = {
+            "up": group(c.up, halves, not layout.up_transposed, stored, part),
+            "down": group(c.down, 1, not layout.down_transposed, stored, part),
+            "up_bias": group(c.up_bias, halves, False, bias) if c.up_bias else [],
+            "down_bias": group(c.down_bias, 1, False, bias) if c.down_bias else [],
         }
+        if c.scaled:
+            up, down = c.widths()
+            for offset, what in ((False, "scale"), (True, "offset")):
+                found[f"up_{what}"] = self._scales(n, c, c.up, c.up_scale, halves, up, c.dtype, offset)
+                found[f"down_{what}"] = self._scales(n, c, c.down, c.down_scale, 1, down, c.dtype, offset)
+        return found
 
-    def _operand(self, at: fx.Node, nodes: Sequence[fx.Node], layout: generic.Layout, transposed: bool, dtype: torch.dtype) -> fx.Node:
+    def _scales(
+        self, at: fx.Node, c: _Call, weights: Sequence[fx.Node], scales: Sequence[fx.Node], parts: int, width: int, dtype: torch.dtype,
+        offset: bool = False,
+    ) -> list[fx.Node]:  # fmt: skip
+        """The model's own scales [E, width], one tensor a part (ones where it has none), or zeros in their place: there are no offsets."""
+        kind, nodes = ("zeros" if offset else "channel" if scales else "ones"), scales or weights
+        size = len(nodes) // parts
+        return [self._operand(at, nodes[i * size : (i + 1) * size], c.layout, False, dtype, kind, width) for i in range(parts)]
+
+    def _operand(
+        self, at: fx.Node, nodes: Sequence[fx.Node], layout: generic.Layout, transposed: bool, dtype: torch.dtype, part: str = "",
+        width: int = 0,
+    ) -> fx.Node:  # fmt: skip
         sources = [trace_back(n, self.placeholders) for n in nodes]
         if all(s is not None for s in sources):
             known = tuple(s for s in sources if s is not None)
-            return self._input(Recipe(known, layout.num_experts, layout.stacked, transposed, dtype))
+            return self._input(Recipe(known, layout.num_experts, layout.stacked, transposed, dtype, part, width))
         with recording(at, at, nodes) as r:  # computed in the graph: nothing to make ahead
             values = [r.value(n) for n in nodes]
             t = values[0] if layout.stacked else torch.stack(values)
             t = t if t.shape[0] == layout.num_experts else t[: layout.num_experts]
+            if part in ("zeros", "ones"):
+                t = torch.full((layout.num_experts, width), float(part == "ones"), dtype=dtype, device=t.device)
+            t = t.expand(layout.num_experts, width) if part == "channel" else t
             t = calls.cast(t.transpose(-1, -2) if transposed else t, dtype)
+            t = t.contiguous() if part in ("channel", "stored") else t
         self.notes.append("expert weights are computed in the graph: their layout is made on every step")
         return r.node(t)
 
-    def _quantised(
-        self, at: fx.Node, layout: generic.Layout, up: Any, down: Any, biases: bool, dtype: torch.dtype
-    ) -> list[fx.Node] | None:
+    def _chain_of(self, c: _Call) -> str | None:
+        """A model that rounds its rows itself is W8A8 without being asked; clipping them would be another function."""
+        return "w8a8" if c.row_bits else self.chain
+
+    def _quantised(self, c: _Call) -> list[fx.Node] | None:
         """Int8 weights and scales of both products as graph inputs, or None where they stay as they are."""
-        if self.quantize is None:
+        chain = self._chain_of(c)
+        if chain is None:
             return None
-        inner = layout.intermediate([d.meta["example_value"] for d in down])
-        sources = [[trace_back(n, self.placeholders) for n in group] for group in (up, down)]
-        why = quant.refuses(layout, inner, biases, dtype)
-        if why is None and any(s is None for group in sources for s in group):
+        layout, every = c.layout, (*c.up, *c.down, *c.up_scale, *c.down_scale)
+        inner = layout.intermediate([d.meta["example_value"] for d in c.down])
+        why = quant.refuses(layout, inner, bool(c.up_bias or c.down_bias), c.dtype) or quant.refuses_chain(chain, inner, c.dtype)
+        if why is None and any(trace_back(n, self.placeholders) is None for n in every):
             why = "the weights are computed in the graph"
+        if why is not None and c.row_bits:
+            raise ValueError(f"rows are rounded to {c.row_bits} bits: {why}")
         if why is not None:
             self.notes.append(f"a block is not quantised: {why}")
             return None
-        out = []
-        scales = (torch.float32, quant.scale_dtype(dtype))
-        for group, stored, scale in zip(sources, (layout.up_transposed, layout.down_transposed), scales):
-            for part in ("int8", "scale"):
-                known = tuple(s for s in group if s is not None)
-                out.append(self._input(Recipe(known, layout.num_experts, layout.stacked, not stored, scale, part)))
+        out: list[fx.Node] = []
+        scales = (torch.float32 if chain == "w8a8" else quant.scale_dtype(c.dtype), quant.scale_dtype(c.dtype))
+        transposed = (layout.up_transposed, layout.down_transposed)
+        for weights, own, stored, scale, width in zip((c.up, c.down), (c.up_scale, c.down_scale), transposed, scales, c.widths()):
+            if c.scaled:
+                out.append(self._operand(c.x, weights, layout, not stored, torch.int8))
+                out += self._scales(c.x, c, weights, own, 1, width, scale)
+            else:
+                out += [self._operand(c.x, weights, layout, not stored, scale, part) for part in ("int8", "scale")]
         return out
 
     def _input(self, recipe: Recipe) -> fx.Node:
@@ -242,10 +324,10 @@ class _Lowering:
             made = recipe.view(values) if self.train else recipe.pack(values)
             value = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
         value.requires_grad_(self.train and any(v.requires_grad for v in values))
-        if not self.train and not recipe.is_free(values):
+        if not self.train and recipe.part not in ("channel", "zeros", "ones") and not recipe.is_free(values):
             self.copied += value.numel() * value.element_size()
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-            kind = f"{recipe.part}_" if recipe.part else ""
+            kind = "" if recipe.part in ("", "stored") else f"{recipe.part}_"
             again = sum(r.sources == recipe.sources and r.part == recipe.part for r in self.packed)
             n = self.graph.placeholder(f"packed_{kind}{sources[0].name}{f'_{again}' if again else ''}")
         n.meta.update(sources[0].meta, example_value=value, val=value)

@@ -152,7 +152,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list_type", "must be 0 (cumulative) or 1 (counts)", lambda a: a.group_list_type in (0, 1)),
         Rule("split_item", "must be 2 or 3: one output", lambda a: a.split_item in (2, 3)),
         Rule("weight", "must be [E, K, N] (rows) or [M, N] (inner dim)", lambda a: a.weight[0].ndim == (3 if a.group_type == 0 else 2)),
-        Rule("weight", "must have the dtype of x", lambda a: a.weight[0].dtype == a.x[0].dtype),
+        Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale", lambda a: a.weight[0].dtype == (
+            torch.int8 if a.antiquant_scale else a.x[0].dtype)),
+        Rule("antiquant_scale", "is for fp16 and bf16 rows, without scale and per_token_scale", lambda a: not a.antiquant_scale or (
+            a.x[0].dtype in HALVES and a.group_type == 0 and not a.scale and not a.per_token_scale)),
+        Rule("antiquant_scale", "and antiquant_offset come together", lambda a: bool(a.antiquant_scale) == bool(a.antiquant_offset)),
+        Rule("antiquant_scale", "and antiquant_offset must be [E, N] in the dtype of x", lambda a: all(
+            len(s) == 1 and s[0].dtype == a.x[0].dtype and _shape(s[0], a.weight[0].shape[0], a.weight[0].shape[2])
+            for s in (a.antiquant_scale, a.antiquant_offset) if s)),
         Rule("weight", "may hold 1024 experts at most", lambda a: a.group_type == 2 or a.weight[0].shape[0] <= 1024),
         Rule("x", "must be [M, K] with the K of weight, in fp16, bf16, fp32 or int8", lambda a: a.x[0].ndim == 2 and
              a.x[0].dtype in (*FLOATS, torch.int8) and (a.group_type == 2 or same(a.x[0].shape[1], a.weight[0].shape[1]))),
@@ -232,5 +239,17 @@ RULES: dict[str, tuple[Rule, ...]] = {
              lambda a: a.activate_left or a.swiglu_mode),
         Rule("quant_mode", "must be 1 (dynamic)", lambda a: a.quant_mode == 1),
         Rule("group_index", "must be int64 counts", lambda a: a.group_index is None or a.group_index.dtype == torch.int64),
+    ),
+    "npu_swiglu_clip_quant": (
+        Rule("x", "must be contiguous [M, 2I] in bf16", lambda a: (
+            a.x.ndim == 2 and a.x.dtype == torch.bfloat16 and is_contiguous_or_false(a.x))),
+        Rule("x", "must have halves of a multiple of 64 and a width of 10496 at most",
+             lambda a: a.x.shape[1] // 2 % 64 == 0 and a.x.shape[1] <= 10496),
+        Rule("group_index", "must be int64 counts", lambda a: a.group_index.dtype == torch.int64 and a.group_index.ndim == 1),
+        Rule("group_alpha", "must be fp32 with an entry for each group",
+             lambda a: a.group_alpha.dtype == torch.float32 and _shape(a.group_alpha, a.group_index.shape[0])),
+        Rule("activate_left", "must be True for [gate | up]: the default activates the right half", lambda a: a.activate_left),
+        Rule("quant_mode", "must be 1 (dynamic)", lambda a: a.quant_mode == 1),
+        Rule("clamp_mode", "must be 1: there is no other", lambda a: a.clamp_mode == 1),
     ),
 }  # fmt: skip

@@ -56,6 +56,12 @@ NPU = (
     "float glu_bias=1.) -> (Tensor, Tensor)",
 )
 
+# ops of other packages, used where they are registered: this one comes with the custom ops of cann-recipes-infer
+CUSTOM = {
+    "npu_swiglu_clip_quant": "npu_swiglu_clip_quant(Tensor x, Tensor group_index, Tensor group_alpha, *, bool activate_left=False, "
+    "int quant_mode=1, int clamp_mode=1) -> (Tensor, Tensor)",
+}
+
 _STREAM = (
     "scope_enter(str[] keys, str[] values, bool need_execute=False) -> None",
     "scope_exit(bool need_execute=False) -> None",
@@ -81,6 +87,14 @@ def wheel() -> bool:
     except Exception:  # no CANN on this machine: torch_npu cannot be loaded
         return False
     return True
+
+
+def custom(name: str) -> bool:
+    """Whether an op of `CUSTOM` is registered now, with the arguments that are known of it."""
+    op = getattr(torch.ops.custom, name, None)
+    if op is None:
+        return False
+    return [a.name for a in op.default._schema.arguments] == [a.name for a in torch._C.parse_schema(CUSTOM[name]).arguments]
 
 
 @functools.cache

@@ -41,7 +41,9 @@ class Source:
 class Recipe:
     """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not.
 
-    part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself.
+    part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself, "stored" for one that is
+    stored in int8 and multiplied by rows of floats. "channel": scales of `width` channels that the model has, `sources` [E, width] or
+    [E, 1]; "zeros" and "ones": so many for each of `experts`.
     """
 
     sources: tuple[Source, ...]
@@ -50,15 +52,21 @@ class Recipe:
     transposed: bool
     dtype: torch.dtype
     part: str = ""
+    width: int = 0
 
     def view(self, tensors: Sequence[Tensor], differentiable: bool = False) -> Tensor:
         """The operand's value in the wanted orientation and dtype; free where no stacking and no cast is needed."""
+        if self.part in ("zeros", "ones"):
+            fill = torch.zeros if self.part == "zeros" else torch.ones
+            return fill(self.experts, self.width, dtype=self.dtype, device=tensors[0].device)
         parts = [s.value(t) for s, t in zip(self.sources, tensors)]
         t = parts[0] if self.stacked else torch.stack(parts) if differentiable else _together(parts)
         t = t if t.shape[0] == self.experts else t[: self.experts]
         if self.transposed:
             t = t.transpose(-1, -2)
-        if self.part:
+        if self.part == "channel":
+            return t.expand(self.experts, self.width).to(self.dtype)
+        if self.part in ("int8", "scale"):
             scale = quant.channel_scale(t).to(self.dtype)
             return scale if self.part == "scale" else quant.to_int8(t, scale)
         return t if t.dtype == self.dtype else t.to(self.dtype)
@@ -69,7 +77,7 @@ class Recipe:
     def is_free(self, tensors: Sequence[Tensor]) -> bool:
         """Whether packing copies nothing."""
         first = tensors[0]
-        if self.part:
+        if self.part not in ("", "stored"):
             return False
         if not isinstance(first, torch._subclasses.FakeTensor):
             return self.view(tensors).is_contiguous() and _shares(self.view(tensors), first)
@@ -163,7 +171,9 @@ class Store:
     def get(self, recipe: Recipe, tensors: Sequence[Tensor], finish: Callable[[Tensor], Tensor] = as_is) -> Tensor:
         """The packed operand made of `tensors`; `finish` brings it into its format."""
         chains = (s.chain for s in recipe.sources)
-        key = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, recipe.part, finish, *chains, *map(id, tensors))
+        plain = (recipe.experts, recipe.stacked, recipe.transposed, recipe.dtype, recipe.part, recipe.width)
+        finish = as_is if recipe.part == "stored" else finish  # int8 under rows of floats is not known to be taken in a fractal format
+        key = (*plain, finish, *chains, *map(id, tensors))
         found = self.kept.get(key)
         if found is not None and found.holds(tensors):
             return found.packed
@@ -202,9 +212,9 @@ def prepare(model: nn.Module) -> dict[str, int]:
     """Rearrange the memory of the expert weights of `model` in place, so that compiled graphs use them without a copy.
 
     Shapes, names and values stay as they are, so a state_dict loads and saves as before: a parameter [E, out, in] becomes a view, with
-    other strides, of memory that lies as [E, in, out]; matrices of a list of experts come to lie one behind the other. One weight at a
-    time is copied. Returns {name: bytes} of what was rearranged. Which weights are experts' is guessed from shapes: a wrong guess costs
-    nothing but the copy on first use that there would have been without this call.
+    other strides, of memory that lies as [E, in, out]; matrices of a list of experts come to lie one behind the other. Weights in int8
+    may be buffers. One weight at a time is copied. Returns {name: bytes} of what was rearranged. Which weights are experts' is guessed
+    from shapes: a wrong guess costs nothing but the copy on first use that there would have been without this call.
     """
     moved: dict[str, int] = {}
     for prefix, module in model.named_modules():
@@ -218,18 +228,21 @@ def prepare(model: nn.Module) -> dict[str, int]:
     return moved
 
 
-def _out_in_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def _out_in_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Of a module's own stacked weights [E, a, b], those that are stored [out, in].
 
     A down projection [E, H, I] stands beside an up projection [E, I or 2 I, H]; stored the other way round they are [E, I, H] and
     [E, H, I or 2 I]. Where shapes allow both, nothing is said.
     """
-    stacked = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point() and p.shape[0] > 1}
-    found: dict[str, nn.Parameter] = {}
+    own = [*module.named_parameters(recurse=False), *((n, b) for n, b in module.named_buffers(recurse=False) if b.dtype == torch.int8)]
+    stacked = {n: p for n, p in own if p.ndim == 3 and (p.is_floating_point() or p.dtype == torch.int8) and p.shape[0] > 1}
+    found: dict[str, Tensor] = {}
     for (a, up), (b, down) in itertools.permutations(stacked.items(), 2):
         (e, m, n), (e2, k, i) = up.shape, down.shape
-        out_in = e == e2 and n == k and m in (i, 2 * i)
-        in_out = e == e2 and m == i and n in (k, 2 * k)
+        if e != e2 or up.dtype != down.dtype:
+            continue
+        out_in = n == k and m in (i, 2 * i)
+        in_out = m == i and n in (k, 2 * k)
         if out_in and not in_out:
             found.update({a: up, b: down})
     return found
@@ -240,31 +253,39 @@ def _transposed_memory(t: Tensor) -> Tensor:
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-def _equal_parameters(experts: nn.Module) -> dict[str, list[nn.Parameter]]:
+def _equal_parameters(experts: nn.Module) -> dict[str, list[Tensor]]:
     """Matrices (and vectors) that every member of a list has, with equal shapes and dtypes, by name."""
+    members: list[dict[str, Tensor]]
     if isinstance(experts, nn.ParameterList):
         members = [{"": p} for p in experts.parameters(recurse=False)]
     else:
-        members = [dict(m.named_parameters()) for m in experts.children()]
+        members = [_weights(m) for m in experts.children()]
     if len(members) < 2 or any(m.keys() != members[0].keys() for m in members):
         return {}
     columns = {name: [m[name] for m in members] for name in members[0]}
     return {n: ps for n, ps in columns.items() if 1 <= ps[0].ndim <= 2 and _alike(ps) and _looks_like_experts(members[0])}
 
 
-def _looks_like_experts(member: dict[str, nn.Parameter]) -> bool:
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters; buffers too where some are matrices of bytes."""
+    buffers = dict(module.named_buffers())
+    bytes_ = any(b.dtype == torch.int8 and b.ndim == 2 for b in buffers.values())
+    return {**dict(module.named_parameters()), **(buffers if bytes_ else {})}
+
+
+def _looks_like_experts(member: dict[str, Tensor]) -> bool:
     """An MLP: two or three matrices that fit each other, with or without biases. Whole decoder layers are not rearranged."""
-    matrices = [p for p in member.values() if p.ndim == 2]
+    matrices = [p for p in member.values() if p.ndim == 2 and min(p.shape) > 1]
     return len(matrices) in (1, 2, 3) and all(p.ndim <= 2 for p in member.values()) and len(member) <= 6
 
 
-def _alike(ps: Sequence[nn.Parameter]) -> bool:
+def _alike(ps: Sequence[Tensor]) -> bool:
     first = ps[0]
     alike = all(p.shape == first.shape and p.dtype == first.dtype and p.device == first.device for p in ps)
     return alike and len(set(map(id, ps))) == len(ps)
 
 
-def _lay_together(ps: Sequence[nn.Parameter]) -> None:
+def _lay_together(ps: Sequence[Tensor]) -> None:
     """Give all of a list's matrices one block of memory, each [out, in] over [in, out]."""
     first = ps[0]
     block = torch.empty(len(ps), *reversed(first.shape), dtype=first.dtype, device=first.device)

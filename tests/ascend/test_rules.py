@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.lowering.ascend import calls, rules, schemas
+from moe_compile.lowering.ascend import calls, emulate, rules, schemas
 
 schemas.ensure()
+emulate.register_custom()
 BF, F16, F32, I8, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int32, torch.int64
 
 
@@ -39,7 +40,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "npu_dequant_swiglu_quant": dict(
         x=t(15, 128, dtype=I32), weight_scale=t(4, 128), activation_scale=t(15), group_index=t(4, dtype=I64), activate_left=True,
         quant_mode=1),
+    "npu_swiglu_clip_quant": dict(x=t(15, 128, dtype=BF), group_index=t(4, dtype=I64), group_alpha=t(4), activate_left=True),
 }  # fmt: skip
+W8A16 = dict(
+    weight=[t(4, 8, 6, dtype=I8)], antiquant_scale=[t(4, 6, dtype=BF)], antiquant_offset=[t(4, 6, dtype=BF)],
+)  # fmt: skip
 INT8 = dict(
     x=[t(15, 8, dtype=I8)], weight=[t(4, 8, 6, dtype=I8)], bias=None, scale=[t(4, 6, dtype=BF)], per_token_scale=[t(15)], output_dtype=15,
 )  # fmt: skip
@@ -92,6 +97,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("npu_grouped_matmul", {**INT8, "scale": [t(4, 6)]}, "bf16 when the output is bf16"),
     ("npu_grouped_matmul", {**INT8, "per_token_scale": [t(15, dtype=BF)]}, "[M] in fp32"),
     ("npu_grouped_matmul", dict(act_type=1), "act_type"),
+    ("npu_grouped_matmul", dict(weight=[t(4, 8, 6, dtype=I8)]), "int8 with antiquant_scale"),
+    ("npu_grouped_matmul", {**W8A16, "weight": [t(4, 8, 6, dtype=BF)]}, "int8 with antiquant_scale"),
+    ("npu_grouped_matmul", {**W8A16, "antiquant_offset": None}, "come together"),
+    ("npu_grouped_matmul", {**W8A16, "antiquant_scale": [t(4, 6)]}, "dtype of x"),
+    ("npu_grouped_matmul", {**W8A16, "antiquant_offset": [t(4, 1, dtype=BF)]}, "[E, N]"),
+    ("npu_grouped_matmul", {**W8A16, "x": [t(15, 8)], "bias": None}, "fp16 and bf16 rows"),
+    ("npu_grouped_matmul", {**W8A16, "per_token_scale": [t(15)]}, "without scale and per_token_scale"),
     ("npu_swiglu", dict(input=t(15, 7)), "even size"),
     ("npu_swiglu", dict(input=t(8, 16).t()), "contiguous"),
     ("npu_clipped_swiglu", dict(limit=0.0), "positive"),
@@ -112,22 +124,35 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("npu_dequant_swiglu_quant", dict(quant_mode=0), "dynamic"),
     ("npu_dequant_swiglu_quant", dict(weight_scale=None), "must be given for int32"),
     ("npu_dequant_swiglu_quant", dict(x=t(15, 96, dtype=I32), weight_scale=t(4, 96)), "multiple of 64"),
+    ("npu_swiglu_clip_quant", dict(x=t(15, 128, dtype=F16)), "in bf16"),
+    ("npu_swiglu_clip_quant", dict(x=t(15, 96, dtype=BF)), "multiple of 64"),
+    ("npu_swiglu_clip_quant", dict(x=t(1, 10624, dtype=BF)), "10496 at most"),
+    ("npu_swiglu_clip_quant", dict(group_index=t(4, dtype=I32)), "int64 counts"),
+    ("npu_swiglu_clip_quant", dict(group_alpha=t(5)), "each group"),
+    ("npu_swiglu_clip_quant", dict(activate_left=False), "right half"),
+    ("npu_swiglu_clip_quant", dict(quant_mode=0), "dynamic"),
+    ("npu_swiglu_clip_quant", dict(clamp_mode=0), "clamp_mode"),
 ]  # fmt: skip
 
 
+def op(name: str) -> Any:
+    return getattr(torch.ops.custom if name in schemas.CUSTOM else torch.ops.npu, name).default
+
+
 def check(name: str, **kwargs: Any) -> None:
-    rules.check(getattr(torch.ops.npu, name).default, (), kwargs)
+    rules.check(op(name), (), kwargs)
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_calls_pass(name: str) -> None:
     check(name, **GOOD[name])
-    getattr(torch.ops.npu, name).default(**GOOD[name])
+    op(name)(**GOOD[name])
 
 
 def test_other_good_calls_pass() -> None:
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **INT8})
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **K_SPLIT})
+    check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W8A16})
     check("npu_moe_init_routing_v2", **{**GOOD["npu_moe_init_routing_v2"], "quant_mode": 1, "scale": t(4, 8)})
 
 
@@ -140,7 +165,7 @@ def test_broken_rules_are_named(name: str, change: dict[str, Any], message: str)
 
 def test_every_op_that_is_emitted_has_rules() -> None:
     backward = {"npu_swiglu_backward", "npu_moe_token_permute_grad_v2", "_npu_moe_token_unpermute", "npu_moe_token_unpermute_grad_v2"}
-    assert {s.split("(")[0] for s in schemas.NPU} - backward == set(rules.RULES) == set(GOOD)
+    assert {s.split("(")[0] for s in schemas.NPU} - backward | set(schemas.CUSTOM) == set(rules.RULES) == set(GOOD)
 
 
 def test_calls_are_checked() -> None:

@@ -54,6 +54,9 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("npu_grouped_matmul", ([_meta(15, 8, dtype=I8)], [_meta(4, 8, 6, dtype=I8)]), dict(
         scale=[_meta(4, 6, dtype=F16)], per_token_scale=[_meta(15)], output_dtype=15, group_list=_meta(4, dtype=I64), group_type=0,
         split_item=3, group_list_type=1)),
+    ("npu_grouped_matmul", ([_meta(15, 8, dtype=F16)], [_meta(4, 8, 6, dtype=I8)]), dict(
+        antiquant_scale=[_meta(4, 6, dtype=F16)], antiquant_offset=[_meta(4, 6, dtype=F16)], group_list=_meta(4, dtype=I64), group_type=0,
+        split_item=3, group_list_type=1)),
     ("npu_swiglu", (_meta(15, 8), -1), {}),
     ("npu_swiglu_backward", (_meta(15, 4), _meta(15, 8), -1), {}),
     ("npu_clipped_swiglu", (_meta(15, 8),), {}),
@@ -208,6 +211,24 @@ def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (quantised.attrs["activate_left"], quantised.attrs["quant_mode"]) == (True, "dynamic")
     assert quantised.inputs[0] == "GroupedMatmul:0" and first_product.inputs[0] == "MoeInitRoutingV3:0"
     assert second.inputs[0] == "DequantSwigluQuant:0"
+
+
+def test_int8_weights_under_rows_of_floats_in_ge() -> None:
+    """The bytes and their scales are inputs of the graph, and nothing stands on them."""
+    import test_int8
+
+    module, x, exact = test_int8.made(test_int8.Dense, torch.bfloat16)
+    found: list[list[dry_run.GeNode]] = []
+    with torch.no_grad():
+        out = compiled(module, inner=dry_run.ge_backend(Options(), found.append), strict=True)(x)
+        assert test_int8.error(out, exact) <= 1.25 * test_int8.error(module(x), exact)
+    by_name = {n.name: n for n in found[0]}
+    products = [n for n in found[0] if n.type == "GroupedMatmul"]
+    assert len(products) == 2
+    for n in products:
+        weight, scale, offset = n.inputs[1], n.inputs[5], n.inputs[6]
+        assert [by_name[i.split(":")[0]].type for i in (weight, scale, offset)] == ["Data"] * 3, n
+        assert n.attrs["dtype"] == -1
 
 
 def test_the_joint_graph_of_training() -> None:

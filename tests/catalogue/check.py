@@ -202,7 +202,8 @@ def oracle_problem(run: Run) -> str:
         p = run.case.parts(*inputs)
         if p.table is not None or p.padding is not None:
             return ""
-        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add)
+        scales = {"up_scale": p.up_scale, "down_scale": p.down_scale}
+        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add, **scales)
         reference = tensors(want)[0].double().reshape(exact.shape)
         exactly = run.case.dtype is torch.float32
         problem = difference_problem(exact, reference) if exactly else loose_problem(exact, reference, 3e-2)

@@ -36,6 +36,8 @@ class Parts:
     add: Tensor | None = None
     table: Tensor | None = None  # new id of each id the router gives
     padding: Tensor | None = None  # [T] bool: tokens that go to no expert
+    up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1]
+    down_scale: list[Tensor] = field(default_factory=list)
 
 
 def sigmoid(v: float) -> float:
@@ -140,24 +142,27 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     def at(ts: list[Tensor], part: int = 0) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
 
-    def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        y = v @ weight if transposed else weight @ v
+    def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None, scale: np.ndarray | float) -> np.ndarray:
+        y = (v @ weight if transposed else weight @ v) * scale
         return y if bias is None else y + bias
 
     def bias(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
         return at(ts, part) if (e.down_bias if ts is p.down_bias else e.up_bias) else None
 
-    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias))
+    def scale(ts: list[Tensor], part: int = 0) -> np.ndarray | float:
+        return at(ts, part) if (e.down_scale if ts is p.down_scale else e.up_scale) else 1.0
+
+    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale(p.up_scale))
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
         Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
         Form.INTERLEAVED: (up[0::2], up[1::2]),
     }
     if e.form is Form.SEPARATE:
-        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1))
+        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale(p.up_scale, 1))
     else:
         g, u = halves[e.form]
-    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias))
+    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias), scale(p.down_scale))
 
 
 def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:

@@ -1,0 +1,151 @@
+"""`experts_scaled`: experts stored as integers with scales, against the IR's oracle; and who runs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import catalogue
+import pytest
+import torch
+from catalogue import check
+from torch import Tensor
+from torch.library import opcheck
+
+from moe_compile import activation as act
+from moe_compile import ir, lowering, ops
+from moe_compile.formula import experts_text
+from moe_compile.passes import rewrite
+from moe_compile.report import collecting
+
+CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_scale=True, down_scale=True, weight_dtype=torch.int8)
+MEANINGS = {
+    "stacked": CONCAT,
+    "lists of gates and ups, biases": replace(CONCAT, form=ir.Form.SEPARATE, stacked=False, up_bias=True, down_bias=True),
+    "transposed, interleaved": replace(CONCAT, form=ir.Form.INTERLEAVED, up_transposed=True, down_transposed=True),
+    "down alone": replace(CONCAT, up_scale=False, num_identity=1),
+    "weight on input": replace(CONCAT, weight_on_input=True),
+}
+
+
+def tensors(e: ir.Experts, one: bool = False) -> dict[str, Any]:
+    """Operands of a call; `one`: a scale for each expert instead of each channel."""
+    gen = torch.Generator().manual_seed(0)
+    parts = 2 if e.form is ir.Form.SEPARATE else 1
+    rows = e.intermediate * (2 if e.form in (ir.Form.CONCAT, ir.Form.INTERLEAVED) else 1)
+
+    def many(make: Any, parts: int, *shape: int) -> list[Tensor]:
+        return [make(e.num_experts, *shape) for _ in range(parts)] if e.stacked else [make(*shape) for _ in range(parts * e.num_experts)]
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen).requires_grad_()
+
+    def scale(*shape: int) -> Tensor:
+        return ((torch.rand(*shape, generator=gen) + 0.1) / 100).requires_grad_()
+
+    def matrix(out: int, inner: int, transposed: bool) -> tuple[int, int]:
+        return (inner, out) if transposed else (out, inner)
+
+    return {
+        "x": leaf(5, e.hidden),
+        "ids": torch.randint(0, e.num_experts + e.num_identity, (5, 2), generator=gen),
+        "weights": torch.rand(5, 2, generator=gen).requires_grad_(),
+        "up": many(whole, parts, *matrix(rows, e.hidden, e.up_transposed)),
+        "down": many(whole, 1, *matrix(e.out_features, e.intermediate, e.down_transposed)),
+        "up_bias": many(leaf, parts, rows) if e.up_bias else [],
+        "down_bias": many(leaf, 1, e.out_features) if e.down_bias else [],
+        "up_scale": many(scale, parts, 1 if one else rows) if e.up_scale else [],
+        "down_scale": many(scale, 1, 1 if one else e.out_features) if e.down_scale else [],
+        "add": leaf(5, e.out_features),
+    }
+
+
+def call(e: ir.Experts, t: dict[str, Any]) -> Tensor:
+    return torch.ops.moe_compile.experts_scaled(*t.values(), *ops.scaled_args(e))
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    assert float((got.double() - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["channels", "experts"])
+@pytest.mark.parametrize("e", MEANINGS.values(), ids=MEANINGS.keys())
+def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts, one: bool) -> None:
+    """fp32 within 1e-5 of float64; gradients to tokens, routing weights, scales, biases."""
+    t = tensors(e, one)
+    with torch.no_grad():
+        close(call(e, t), e.evaluate(**t))
+    leaves = [t["x"], t["weights"], t["add"], *t["up_scale"], *t["down_scale"], *t["up_bias"], *t["down_bias"]]
+    got, want = call(e, t), e.evaluate(**t)
+    close(got, want)
+    grad = torch.randn_like(want)
+    both = (torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True) for out in (got, want))
+    for mine, theirs, leaf in zip(*both, leaves, strict=True):
+        close(mine, torch.zeros_like(leaf) if theirs is None else theirs, 2e-5)
+
+
+def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
+    """In float64, where no sum comes close to the edge of a step; a row of zeros stays one."""
+    e = replace(CONCAT, row_bits=8, row_floor=1e-6)
+    t = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in tensors(e).items()}
+    t["x"] = t["x"].detach().index_fill(0, torch.tensor([1]), 0.0)
+    with torch.no_grad():
+        close(call(e, t), e.evaluate(**t), 1e-12)
+        assert not torch.allclose(call(e, t), call(CONCAT, t), rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="rounded rows"):
+        call(e, {**t, "x": t["x"].requires_grad_()})
+
+
+@pytest.mark.parametrize("name", ["stacked", "lists of gates and ups, biases"])
+def test_opcheck(name: str) -> None:
+    opcheck(torch.ops.moe_compile.experts_scaled.default, (*tensors(MEANINGS[name]).values(), *ops.scaled_args(MEANINGS[name])))
+
+
+def test_half_precision_and_autocast() -> None:
+    """Weights are rounded once, after the scale: no worse than making them floats in bf16."""
+    t = tensors(CONCAT)
+    exact = CONCAT.evaluate(**t)
+    with torch.no_grad():
+        half = call(CONCAT, {**t, "x": t["x"].bfloat16(), "add": t["add"].bfloat16()})
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = call(CONCAT, t)
+    assert half.dtype == cast.dtype == torch.bfloat16
+    close(half, exact, 0.02)
+    close(cast, exact, 0.02)
+
+
+def test_a_parameter_with_fewer_experts_is_an_error() -> None:
+    t = tensors(CONCAT)
+    with pytest.raises(ValueError, match="fewer experts"), torch.no_grad():
+        call(CONCAT, {**t, "down_scale": [t["down_scale"][0][:3]]})
+
+
+def test_who_lowers_them() -> None:
+    """The CPU and Ascend; CUDA says that it does not. Float weights with scales have no kernel anywhere."""
+    block, half = ir.MoeBlock(None, CONCAT), ir.MoeBlock(None, replace(CONCAT, dtype=torch.bfloat16))
+    assert lowering.can_lower(block, "cpu") is None and "int8" in lowering.lowering_name(block, "cpu")
+    assert lowering.can_lower(half, "ascend") is None
+    assert "int8 expert weights" in str(lowering.can_lower(half, "cuda"))
+    assert "fp16 and bf16" in str(lowering.can_lower(block, "ascend"))
+    floats = ir.MoeBlock(None, replace(CONCAT, weight_dtype=None, dtype=torch.bfloat16))
+    assert all(lowering.can_lower(floats, target) for target in ("cpu", "cuda", "ascend"))
+    assert "int8 × scale" in experts_text(CONCAT)
+    assert "int8 × scale (down)" in experts_text(MEANINGS["down alone"])
+
+
+def test_scales_of_another_projection_in_the_emitted_op_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The IR is right, an operand of the op is not: the block stays as written."""
+    right = rewrite.Planner._experts
+
+    def wrong(self: Any, b: Any) -> Any:
+        plan = right(self, b)
+        return replace(plan, down_scale=plan.up_scale)  # both [E, 16] in the catalogue
+
+    monkeypatch.setattr(rewrite.Planner, "_experts", wrong)
+    model = catalogue.build(catalogue.entries()["Int8Batched"]).eval()
+    with torch.no_grad(), collecting() as report, torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(model, backend="moe_fused", options=check.OPTIONS)(*model.example_inputs(9))
+    assert not report.blocks and any("the emitted operations" in r.reason for r in report.rejected), report.rejected
