@@ -11,6 +11,7 @@ from .. import activation as act
 from ..ir import Experts, Form, Rejection
 from . import terms as T
 from .addends import Part, split_parts
+from .identity import among
 from .match import ExpertsMatch, Param
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
 from .rows import No, row_index, row_variable, rows
@@ -65,13 +66,14 @@ def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], den
     m = fused.get(call) if isinstance(call, fx.Node) else None
     if m is None or base[0].args[1] != (t, h) or m.experts.num_identity or dtype_of(n) != dtype_of(m.out) or not _goes_only_into(m.out, n):
         return None
-    copy = T.canonical(T.mul(m.weight, p.at(m.tokens, (*row_index(t, shape_of(m.tokens)[:-1]), h))))
+    weight = among(m.weight, m.ids, range(m.experts.num_experts))  # of the other ids the call reads none
+    copy = T.canonical(T.mul(weight, p.at(m.tokens, (*row_index(t, shape_of(m.tokens)[:-1]), h))))
     if not all(_is_copy(q, m, copy) for q in parts):
         return None
     first = m.experts.num_experts
     if not parts or sorted(q.expert or 0 for q in parts) != list(range(first, first + len(parts))):
         return None
-    return replace(m, experts=replace(m.experts, num_identity=len(parts)), out=n)
+    return replace(m, experts=replace(m.experts, num_identity=len(parts)), out=n, weight=T.canonical(weight))
 
 
 def _is_copy(q: Part, m: ExpertsMatch, copy: T.Term) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from . import terms as T
 from .rows import data_dependent, factors, plain_row
@@ -53,3 +53,14 @@ def _members(condition: Term, ids: Term) -> list[int] | None:
     if any(v.op != "c" for v in holds.values()) or top is None and (T.is_c(holds[first], 1) or T.is_c(holds[last], 1)):
         return None
     return [e for e, v in holds.items() if T.is_c(v, 1)]
+
+
+def among(t: Term, ids: Term, experts: Iterable[int]) -> Term:
+    """t where ids is one of the experts: conditions on ids that say the same for all of them are decided."""
+    known: dict[Term, Term] = {}
+    for x in T.walk(t):
+        if x.op in ("eq", "lt") and ids in x.args:
+            says = {T.subst(x, {ids: T.const(e)}) for e in experts}
+            if len(says) == 1 and T.is_c(*says):
+                known[x] = says.pop()
+    return T.subst(t, known) if known else t

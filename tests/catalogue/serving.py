@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_compile.ir import BiasOn
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
+from .base import RENORM, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
 
 MAPPED = Fused(RENORM, replace(SWIGLU_EXPERTS, ids_mapped=True))
 
@@ -255,6 +255,13 @@ class IdentityInline(IdentityDense):
         return out
 
 
+class IdentityWeightsApart(IdentityDense):
+    """Verdict: fused as IdentityExperts. The weights in two tensors: of the experts, 0 elsewhere, and of the identity experts."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, w.masked_fill(ids >= E, 0.0), self.up, self.down) + self.addend(x, ids, w)
+
+
 class ZeroExperts(IdentityExperts):
     """Verdict: fused without identity experts: the last two ids contribute nothing."""
 
@@ -265,6 +272,23 @@ class ZeroExperts(IdentityExperts):
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         return loop(x, ids, w, self.up, self.down)
+
+
+class ZeroWeights(ZeroExperts):
+    """Verdict: fused without identity experts. Their weights are 0 too."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, torch.where(ids < E, w, 0.0), self.up, self.down)
+
+
+class ZeroWeightsOfTheLast(ZeroExperts):
+    """Verdict: experts fused, the weights as written: those of the last expert that is one are 0 too."""
+
+    expect = AsWritten(SWIGLU_EXPERTS, "lt in the router")
+    near, differs = "ZeroExperts", ()
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, torch.where(ids < E - 1, w, 0.0), self.up, self.down)
 
 
 class _NotIdentity(IdentityDense):
