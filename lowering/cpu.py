@@ -53,13 +53,9 @@ def lowering_name(ir: MoeBlock) -> str:
 
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
-<<<<<<< HEAD
-    cpu_build.start("forward", ir.experts.dtype)
     cpu_route.prepare()
-=======
     if not ir.experts.scaled:
         cpu_build.start("forward", ir.experts.dtype)
->>>>>>> quant-s3
 
 
 def forward(

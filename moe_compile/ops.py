@@ -22,11 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from .lowering import cpu, cpu_route, generic, routing
-=======
-from .lowering import cpu, generic, routing, scaled
->>>>>>> quant-s3
+from .lowering import cpu, cpu_route, generic, routing, scaled
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "

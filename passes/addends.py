@@ -8,6 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from . import terms as T
+from .identity import numbered
 from .rows import No, data_dependent, factors, ids_atom, outer_atoms, plain_row
 from .terms import Term
 
@@ -109,6 +110,10 @@ def _open(body: Term, dense: Any) -> list[Part]:
         if hit is not None:
             ids, e = hit
             return [Part(e, given(T.mul(*(g for g in fs if g is not f)), ids, e), ids)]
+    free = numbered(body)
+    if free is not None:
+        ids, copies = free
+        return [Part(e, y, ids) for e, y in copies.items()]
     if any(data_dependent(i) for a in outer_atoms(body) for i in a.args[1] if not plain_row(a)):
         return [Part(None, body, None)]
     return []
@@ -118,10 +123,10 @@ def given(t: Term, ids: Term, e: int) -> Term:
     """t where ids = e is known: conditions on ids inside it are decided."""
     mapping = {}
     for x in T.walk(t):
-        if x.op == "eq" and ids in x.args:
+        if x.op in ("eq", "lt") and ids in x.args:
             (c,) = (y for y in x.args if y is not ids)
             if c.op == "c":
-                mapping[x] = T.const(c.args[0] == e)
+                mapping[x] = T.subst(x, {ids: T.const(e)})
     return T.subst(t, mapping) if mapping else t
 
 

@@ -14,7 +14,7 @@ from . import pull_index, pull_rules, pull_select  # noqa: F401  (they fill RULE
 from . import terms as T
 from .channels import made_floats
 from .experts import match_experts
-from .fused import is_fused, read_fused
+from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .pull import RULES, Puller, call_args, op_name
 from .pull_views import TUPLES
@@ -78,6 +78,7 @@ class Finder:
         self.integers = made_floats(graph, VIEWS)
         if self.integers:
             self.integers |= rounded_nodes(graph)
+        self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -195,7 +196,8 @@ class Finder:
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
-        out = read_fused(n, p) if is_fused(n) else match_experts(p, n, DenseReader(p, self, label))
+        dense = DenseReader(p, self, label)
+        out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
             blind = next(iter(p.unknown.items()), None)
             if blind is not None and self.live.get(blind[0]) == label:
@@ -203,6 +205,8 @@ class Finder:
             return out
         if self.stale & set(x for x, _ in p.memo):
             return Rejection("a tensor of the block is written through another view", n, "experts")
+        if is_fused(n) and not isinstance(out, Rejection):
+            self.fused[n] = out
         return out
 
     def stops(self, n: fx.Node, label: int) -> bool:

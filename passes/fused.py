@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.fx as fx
@@ -9,9 +10,11 @@ import torch.fx as fx
 from .. import activation as act
 from ..ir import Experts, Form, Rejection
 from . import terms as T
+from .addends import Part, split_parts
+from .identity import among
 from .match import ExpertsMatch, Param
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
-from .rows import row_index, row_variable
+from .rows import No, row_index, row_variable, rows
 
 
 def is_fused(n: fx.Node) -> bool:
@@ -56,6 +59,41 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
     return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add, up_scale, down_scale)
+
+
+def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], dense: Any) -> ExpertsMatch | None:
+    """experts(x, ids, w) + x Σ_j [E <= ids_j < E + z] w_j as the same experts and z identity experts; `fused`: the calls known so far."""
+    if not fused or op_name(n) != "add" or len(shape_of(n)) < 2:
+        return None
+    t, h = row_variable(rows(n)), T.named("h", shape_of(n)[-1])
+    try:
+        parts, base = split_parts(p.at(n, (*row_index(t, shape_of(n)[:-1]), h)), dense)
+    except No:
+        return None
+    call = base[0].args[0] if len(base) == 1 and base[0].op == "a" else None
+    m = fused.get(call) if isinstance(call, fx.Node) else None
+    if m is None or base[0].args[1] != (t, h) or m.experts.num_identity or dtype_of(n) != dtype_of(m.out) or not _goes_only_into(m.out, n):
+        return None
+    weight = among(m.weight, m.ids, range(m.experts.num_experts))  # of the other ids the call reads none
+    copy = T.canonical(T.mul(weight, p.at(m.tokens, (*row_index(t, shape_of(m.tokens)[:-1]), h))))
+    if not all(_is_copy(q, m, copy) for q in parts):
+        return None
+    first = m.experts.num_experts
+    if not parts or sorted(q.expert or 0 for q in parts) != list(range(first, first + len(parts))):
+        return None
+    return replace(m, experts=replace(m.experts, num_identity=len(parts)), out=n, weight=T.canonical(weight))
+
+
+def _is_copy(q: Part, m: ExpertsMatch, copy: T.Term) -> bool:
+    """Whether a part is w · x, by the ids of the experts."""
+    return q.ids is not None and T.canonical(q.ids) is m.ids and T.canonical(q.body) is copy
+
+
+def _goes_only_into(call: fx.Node, n: fx.Node) -> bool:
+    """Whether nobody but n reads the call's result: else it would be computed twice."""
+    while call is not n and len(call.users) == 1:
+        (call,) = call.users
+    return call is n
 
 
 def _unviewed(x: fx.Node) -> fx.Node:

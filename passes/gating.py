@@ -13,6 +13,7 @@ import torch.fx as fx
 from ..ir import Gating, Groups, Rejection
 from . import terms as T
 from .algebra import Translator, Unknown
+from .identity import among
 from .match import ExpertsMatch
 from .pull import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
 from .rows import rows
@@ -50,7 +51,7 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
 
 
 def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:
-    """The weights where the ids are experts at all: [t is foreign] is 0 there when foreign slots get an id beyond the experts.
+    """The weights where the ids are experts at all: [id < E] is 1 there, and [t is foreign] 0 when foreign slots get an id beyond them.
 
     None when that says nothing about the weights.
     """
@@ -63,7 +64,7 @@ def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:
             break
         _suppose(cond, outside[1], known)
         ids = cases[outside[0]]
-    weight = T.subst(m.weight, known) if known else m.weight
+    weight = among(T.subst(m.weight, known) if known else m.weight, ids, experts)
     return None if weight is m.weight else replace(m, weight=weight)
 
 

@@ -233,19 +233,22 @@ class Composed(nn.Module):
 
     # Routing -----------------------------------------------------------------------------------------------------------
 
+    def score(self, logits: Tensor) -> Tensor:
+        return logits.softmax(0) if self.mutation == "score over tokens" else SCORES[self.spec.gating.score][self.how.score](logits)
+
+    def criterion(self, logits: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        """What experts are ranked by, before groups."""
+        c = {BiasOn.NONE: s, BiasOn.SCORE: s + self.bias, BiasOn.LOGIT: logits + self.bias}[self.spec.gating.bias]
+        return c + F.linear(x, self.other) if self.mutation == "noise" else c
+
     def route(self, logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         g, how = self.spec.gating, self.how
-        score = SCORES[g.score][how.score]
-        if self.mutation == "score over tokens":
-            score = lambda l: l.softmax(0)  # noqa: E731
         if how.over_selected:
             v, ids = SELECT[how.select](self.reversed(logits), g.k)
-            w = score(logits.gather(1, ids) if v is None or self.mutation else v)
+            w = self.score(logits.gather(1, ids) if v is None or self.mutation else v)
             return self.finish(w, ids), ids
-        s = score(logits)
-        c = {BiasOn.NONE: s, BiasOn.SCORE: s + self.bias, BiasOn.LOGIT: logits + self.bias}[g.bias]
-        if self.mutation == "noise":
-            c = c + F.linear(x, self.other)
+        s = self.score(logits)
+        c = self.criterion(logits, s, x)
         weighed = s + self.bias if g.bias_in_weights else s
         limited = self.limit(c) if g.groups is not None else c
         v, ids = SELECT[how.select](self.reversed(limited), g.k)

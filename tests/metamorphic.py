@@ -252,9 +252,33 @@ def exactly(block: Composed, x: torch.Tensor) -> Any:
     """The naive reading of the block's Spec on its own parameters, [T, H] in float64."""
     biases = [list(b) if b is not None else [] for b in (block.up_biases, block.down_biases)]
     add = None if block.spec.shared == "none" else block.shared(x)
+    if block.mutation == "residual base":
+        add = x if add is None else x + add
     weights, scale = (list(block.ups), list(block.downs), *biases), block.expert_scale
     parts = naive.Parts(x, x @ block.gate.T, *weights, bias=block.bias, expert_scale=scale, add=add)
     return naive.block(block.spec.gating, block.spec.experts, parts)
+
+
+def tied(block: Composed, x: torch.Tensor) -> torch.Tensor:
+    """[T]: tokens whose choice hangs on the last two bits of a score, as it does between saturated sigmoids: any rounding may decide."""
+    g, exact = block.spec.gating, copy.deepcopy(block).double()
+    logits = torch.nn.functional.linear(x, block.gate).double()
+    s = exact.score(logits)
+    c = logits if block.how.over_selected else exact.criterion(logits, s, x.double())
+    near = 2 * torch.finfo(torch.float32).eps * torch.stack([c.abs().amax(-1), s.abs().amax(-1)]).amax(0)
+    margins = []
+    if g.groups is not None:
+        ranks = GROUP_RANK["topk"](c.view(c.shape[0], g.groups.count, -1), g.groups.top)
+        margins.append(_margin(ranks, g.groups.kept))
+        c = exact.limit(c)
+    margins.append(_margin(exact.reversed(c), g.k))
+    return torch.stack(margins).amin(0) <= near
+
+
+def _margin(v: torch.Tensor, k: int) -> torch.Tensor:
+    """How far the last chosen is from the first one that is not."""
+    *_, last, first_out = v.topk(k + 1, dim=-1).values.unbind(-1) if k < v.shape[-1] else (v[:, 0], torch.full_like(v[:, 0], -torch.inf))
+    return last - first_out
 
 
 def compile_and_compare(spec: Spec, how: Spelling, mutation: str = "", dynamic: bool = False) -> Report:
@@ -268,11 +292,16 @@ def compile_and_compare(spec: Spec, how: Spelling, mutation: str = "", dynamic: 
     with torch.no_grad():
         with collecting() as report:
             fused(x.clone())
+        same_rows = mutation in ("", "residual base")  # what `exactly` reads; others may mix tokens
         for inputs in (x, torch.randn(1, H).repeat(5, 1), torch.randn(5, H) * 4):
             got, want = fused(inputs.clone()), eager(inputs.clone())
+            sure = ~tied(eager, inputs)
+            if not (same_rows or sure.all()):
+                continue
+            got, want = got[sure], want[sure]
             problem = difference_problem(got, want)
-            if problem and not mutation:  # some spellings are less exact than 1e-5 themselves
-                problem = worse_than(got, want, exactly(eager, inputs))
+            if problem and same_rows:  # some spellings are less exact than 1e-5 themselves
+                problem = worse_than(got, want, exactly(eager, inputs)[sure.numpy()])
             assert not problem, f"output: {problem}\n{report}"
     internal = [r.reason for r in report.rejected if r.stage == "internal"]
     assert not internal, internal

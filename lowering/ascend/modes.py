@@ -14,7 +14,7 @@ from ... import report as reports
 from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
 from . import schemas, streams, weights, workarounds
-from .rewrite import Lowered, lower, needs_gradients, ops
+from .rewrite import EXPERTS, Lowered, lower, needs_gradients, ops
 from .weights import STORE, Recipe
 
 log = logging.getLogger("moe_compile")
@@ -25,7 +25,7 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
 
     A graph that cannot be lowered keeps its fused ops, which run on any device; the report says why. With `strict=True` it raises.
     """
-    if not any(n.target in (ops.route.default, ops.experts.default) for n in gm.graph.nodes):
+    if not any(n.target in (ops.route.default, *EXPERTS) for n in gm.graph.nodes):
         return _inner(options, mode, gm, example_inputs, False)
     schemas.ensure()
     train = needs_gradients(gm)

@@ -1,8 +1,11 @@
 """The shared expert on a side stream: which nodes go there, and how each graph mode is told.
 
 One side stream for all layers, the routed branch issued first, nothing collective on the side. The side's nodes move right before the
-combine that joins the streams, while the event they wait for is recorded as soon as their input exists: inputs outlive their use on the
-side, and nothing is allocated on the main stream between the side's work and the join, so no buffer is reused early.
+combine that joins the streams, while the events they wait for are recorded where the main stream gets there: inputs outlive their use on
+the side, and nothing is allocated on the main stream between the side's work and the join, so no buffer is reused early.
+
+Two stages where the routed branch is dispatch, GEMM, activation, GEMM: gate and up run against the dispatch, down against the second GEMM.
+One scope holds both, because a wait may stand anywhere in it.
 """
 
 from __future__ import annotations
@@ -31,8 +34,27 @@ class Side:
     join: fx.Node
     inputs: list[fx.Node] = field(default_factory=list)
 
-    def last_product(self) -> fx.Node:
-        return next(n for n in reversed(self.nodes) if is_product(n))
+    def down(self) -> fx.Node | None:
+        """The last product made of another one. A gate on the tokens is none, wherever it stands."""
+        made: set[fx.Node] = set()  # out of a product
+        last = None
+        for n in self.nodes:
+            later = any(a in made for a in n.all_input_nodes)
+            if later and is_product(n):
+                last = n
+            if later or is_product(n):
+                made.add(n)
+        return last
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`first` (gate or up) not before `ids`, which the dispatch reads; `down` not before `activated`, which the second GEMM reads."""
+
+    first: fx.Node
+    ids: fx.Node
+    down: fx.Node
+    activated: fx.Node
 
 
 def name_of(n: fx.Node) -> str:
@@ -100,6 +122,13 @@ class Dialect:
     def exit(self) -> None:
         raise NotImplementedError
 
+    def second_stage(self, side: Side, stages: Stages, tag: str) -> None:
+        """record after the activation ... | wait, down. The first stage begins with the scope, which waits for the ids too."""
+        with self.graph.inserting_after(_last_getitem(stages.activated)):
+            self.record(tag)
+        with self.graph.inserting_before(stages.down):
+            self.wait(tag)
+
 
 class NpugraphEx(Dialect):
     """Tagged events. npugraph_ex.record and .wait, which its documents name for passes, emit no event in the 2.13 wheel: a race."""
@@ -139,11 +168,26 @@ class Ge(NpugraphEx):
     def wait(self, tag: str) -> None:
         pass
 
-    def after(self, value: fx.Node, dependency: fx.Node) -> fx.Node:
-        """`value`, not before `dependency` is there: a control edge."""
-        n = self.graph.call_function(self.ops.wait_tensor.default, (value, dependency))
-        n.meta.update(value.meta)
-        return n
+    def second_stage(self, side: Side, stages: Stages, tag: str) -> None:
+        """Control edges for both stages: without an event nothing holds the first back either."""
+        first, down = side.nodes.index(stages.first), side.nodes.index(stages.down)
+        self._hold(side.nodes[first:down], _rows(stages.first), stages.ids)
+        self._hold([stages.down], _rows(stages.down), stages.activated)
+
+    def _hold(self, nodes: Sequence[fx.Node], value: fx.Node, dependency: fx.Node) -> None:
+        """The nodes read `value` not before `dependency` is there."""
+        with self.graph.inserting_before(nodes[0]):
+            late = self.graph.call_function(self.ops.wait_tensor.default, (value, dependency))
+        late.meta.update(value.meta)
+        for n in nodes:
+            n.replace_input_with(value, late)
+
+
+def _rows(product: fx.Node) -> fx.Node:
+    """The operand that is no weight."""
+    rows = product.args[1 if name_of(product) in ("addmm", "baddbmm") else 0]
+    assert isinstance(rows, fx.Node)
+    return rows
 
 
 class Eager(Dialect):
@@ -185,13 +229,13 @@ def overlap(graph: fx.Graph, make: Callable[..., Dialect], core_limit: Sequence[
 
 
 def _place(graph: fx.Graph, side: Side, d: Dialect) -> None:
-    """[record in] ... routed ... | enter, wait in, shared, record out, exit | wait out, combine."""
+    """[record in] ... routed ... [record mid] GEMM | enter, wait in, gate, up, wait mid, down, record out, exit | wait out, combine."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     number = next(_names)
-    into, out = f"{LABEL}_{number}_in", f"{LABEL}_{number}_out"
-    if side.inputs:
-        latest = max(side.inputs, key=order.__getitem__)
-        with graph.inserting_after(_last_getitem(latest)):
+    into, middle, out = (f"{LABEL}_{number}_{where}" for where in ("in", "mid", "out"))
+    stages = _two_stages(side)
+    if early := [*side.inputs, *([] if stages is None else [stages.ids])]:
+        with graph.inserting_after(_last_getitem(max(early, key=order.__getitem__))):
             d.record(into)
     else:
         with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
@@ -201,8 +245,8 @@ def _place(graph: fx.Graph, side: Side, d: Dialect) -> None:
         d.wait(into)
     for n in side.nodes:
         side.join.prepend(n)
-    if isinstance(d, Ge):
-        _two_stages(side, d)
+    if stages is not None:
+        d.second_stage(side, stages, middle)
     with graph.inserting_before(side.join):
         d.record(out)
         d.exit()
@@ -216,45 +260,29 @@ def _last_getitem(n: fx.Node) -> fx.Node:
     return n
 
 
-def _two_stages(side: Side, d: Ge) -> None:
+def _two_stages(side: Side) -> Stages | None:
     """Gate and up run against the dispatch (they wait for the ids), down against the second GEMM (it waits for the activation)."""
-    rows = side.join.args[0]
-    routed = _upstream(rows, ("npu_moe_init_routing_v2", "npu_grouped_matmul"))
-    dispatch, products = routed.get("npu_moe_init_routing_v2", []), routed.get("npu_grouped_matmul", [])
-    if len(dispatch) != 1 or len(products) < 2:
-        return
-    ids, activated = dispatch[0].args[1], products[0].args[0][0]  # type: ignore[index]
-    down = side.last_product()
-    first = next(n for n in side.nodes if is_product(n))
-    if first is down or not isinstance(ids, fx.Node):
-        return
-    tokens = first.args[0]
-    assert isinstance(tokens, fx.Node)
-    with d.graph.inserting_before(first):
-        late = d.after(tokens, ids)
-    for n in side.nodes[side.nodes.index(first) :]:
-        n.replace_input_with(tokens, late)
-    operand = next(a for a in down.all_input_nodes if a in side.nodes)
-    with d.graph.inserting_before(down):
-        down.replace_input_with(operand, d.after(operand, activated))
+    second = _nearest(side.join.args[0], "npu_grouped_matmul")
+    activated = None if second is None else second.args[0][0]  # type: ignore[index]
+    dispatch = _nearest(second, "npu_moe_init_routing_v2")  # its counts are the GEMM's groups: no other layer's is nearer
+    first, down = next(n for n in side.nodes if is_product(n)), side.down()
+    if down is None or dispatch is None or _nearest(activated, "npu_grouped_matmul") is None:
+        return None
+    ids = dispatch.args[1]
+    assert isinstance(ids, fx.Node) and isinstance(activated, fx.Node)
+    return Stages(first, ids, down, activated)
 
 
-def _upstream(n: Any, names: Sequence[str]) -> dict[str, list[fx.Node]]:
-    """The nodes of these names before the first of the others, nearest first."""
-    found: dict[str, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
+def _nearest(n: Any, name: str) -> fx.Node | None:
+    """The node of this name that is the fewest steps upstream."""
     work = [n] if isinstance(n, fx.Node) else []
-    while work:
-        n = work.pop(0)
-        if n in seen:
-            continue
-        seen.add(n)
-        name = name_of(n)
-        if name in names:
-            found.setdefault(name, []).append(n)
-        if name != "npu_moe_init_routing_v2":
-            work.extend(n.all_input_nodes)
-    return found
+    seen = set(work)
+    for node in work:
+        if name_of(node) == name:
+            return node
+        work += [a for a in node.all_input_nodes if a not in seen]
+        seen.update(node.all_input_nodes)
+    return None
 
 
 # ---- eager mode: what the nodes call ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 Works on FX graphs with npugraph_ex's scopes and tagged events, or with the eager helpers' nodes. Memory follows the caching allocator:
 a tensor belongs to the stream its producer runs on and is free after its last use in program order; any later op of that stream may then
 write over it. So every reader on another stream must happen before every later op of the owner's stream.
+
+Stages are checked apart: a program without the event between them is sound, but overlaps other things than it should.
 """
 
 from __future__ import annotations
@@ -109,3 +111,46 @@ def _early_reuse(p: Program, made: fx.Node, users: list[fx.Node]) -> list[str]:
         for u in users
         if later and u in p.steps and p.steps[u].stream != stream and not p.happens_before(u, later[0])
     ]
+
+
+def stages(graph: fx.Graph) -> list[str]:
+    """What is wrong with the two stages of each scope of the side stream, as text; empty where
+
+    ids < gate, up; gate, up beside dispatch and first GEMM; activation < down; down beside the second GEMM; all < combine.
+    """
+    p = simulate(graph)
+    found: list[str] = []
+    begin = 0
+    for join in [n for n in p.order if name_of(n) == "npu_moe_finalize_routing"]:
+        layer = [n for n in p.order if begin < p.steps[n].index < p.steps[join].index]
+        begin = p.steps[join].index
+        up, down = _shared([n for n in layer if p.steps[n].stream != MAIN])
+        ids, dispatch, first, activated, second = _routed(p, layer)
+        for name, ok in {
+            "gate and up begin before the ids are there": all(p.happens_before(ids, n) for n in up),
+            "gate and up wait for the dispatch": not any(p.happens_before(dispatch, n) for n in up),
+            "gate and up wait for the first GEMM": not any(p.happens_before(first, n) for n in up),
+            "down begins before the activation is there": p.happens_before(activated, down),
+            "down waits for the second GEMM": not p.happens_before(second, down),
+            "the combine begins before down": p.happens_before(down, join),
+        }.items():
+            found += [] if ok else [f"{join.name}: {name}"]
+    return found
+
+
+def _shared(side: list[fx.Node]) -> tuple[list[fx.Node], fx.Node]:
+    """The products that the one product of products is made of, and that one."""
+    above: dict[fx.Node, set[fx.Node]] = {}
+    for n in side:
+        above[n] = set().union(*(above[a] | {a} for a in n.all_input_nodes if a in above))
+    products = {n: [a for a in above[n] if name_of(a) in ("mm", "addmm")] for n in side if name_of(n) in ("mm", "addmm")}
+    (down,) = [n for n, of in products.items() if of]
+    return products[down], down
+
+
+def _routed(p: Program, layer: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, fx.Node]:
+    """ids, dispatch, first GEMM, activation, second GEMM of one layer."""
+    main = [n for n in layer if p.steps[n].stream == MAIN]
+    (dispatch,) = [n for n in main if name_of(n) == "npu_moe_init_routing_v2"]
+    *_, first, second = [n for n in main if name_of(n) == "npu_grouped_matmul"]
+    return dispatch.args[1], dispatch, first, second.args[0][0], second  # type: ignore[return-value,index]

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from ascend_blocks import ENTRIES, Seen, block, compiled, first, relative, zoo
 from functorch.compile import make_boxed_func
-from hazards import hazards, simulate
+from hazards import hazards, simulate, stages
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -60,7 +60,7 @@ def aten_graph(module: nn.Module) -> fx.GraphModule:
 def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
     gm = aten_graph(Stack(name))
     assert streams.overlap(gm.graph, DIALECTS[dialect], (8, 16)) == 2
-    assert hazards(gm.graph) == []
+    assert hazards(gm.graph) == [] and stages(gm.graph) == []
     program = simulate(gm.graph)
     on_side = [n for n in program.order if program.steps[n].stream == "moe_shared"]
     assert sum(map(streams.is_product, on_side)) >= 6
@@ -68,16 +68,44 @@ def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
 
 
 @pytest.mark.parametrize("planted", ["tagged_event_record", "tagged_event_wait"])
-@pytest.mark.parametrize("which", range(4))
-def test_a_missing_event_is_found(planted: str, which: int) -> None:
-    """Each of the four events of two layers, its record or its wait taken out."""
+@pytest.mark.parametrize("which", ["0_in", "0_mid", "0_out", "1_in", "1_mid", "1_out"])
+def test_a_missing_event_is_found(planted: str, which: str) -> None:
+    """Each of the six events of two layers, its record or its wait taken out. Without the middle one the program is sound, in one stage."""
     gm = aten_graph(Stack("afmoe"))
     streams.overlap(gm.graph, streams.NpugraphEx)
-    gone = [n for n in gm.graph.nodes if streams.name_of(n) == planted][which]
-    if planted == "tagged_event_record":  # what waits for it would wait for nothing
-        gm.graph.erase_node(next(n for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_wait" and n.args == gone.args))
-    gm.graph.erase_node(gone)
-    assert hazards(gm.graph)
+    layer, where = which.split("_")
+    tags = [n.args[0] for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_wait" and str(n.args[0]).endswith(where)]
+    for n in [n for n in gm.graph.nodes if n.args[:1] == (tags[int(layer)],)]:
+        if planted == "tagged_event_record" or streams.name_of(n) == planted:  # what waits for no record would wait for nothing
+            gm.graph.erase_node(n)
+    assert stages(gm.graph)
+    assert bool(hazards(gm.graph)) == (where != "mid")
+
+
+def test_an_event_at_the_wrong_place_is_found() -> None:
+    """The middle event recorded behind the second GEMM, the first one behind the dispatch: sound, and nothing overlaps."""
+    for where, op in (("mid", "npu_grouped_matmul"), ("in", "npu_moe_init_routing_v2")):
+        gm = aten_graph(Stack("afmoe"))
+        streams.overlap(gm.graph, streams.NpugraphEx)
+        record = next(n for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_record" and str(n.args[0]).endswith(where))
+        record.prev.append(record)
+        behind = [n for n in gm.graph.nodes if streams.name_of(n) == op][1 if where == "mid" else 0]
+        behind.next.next.next.next.append(record) if where == "in" else behind.append(record)
+        gm.graph.lint()
+        assert hazards(gm.graph) == [] and stages(gm.graph)
+
+
+@pytest.mark.parametrize("dialect", [*DIALECTS.values(), streams.Ge])
+def test_a_gate_on_the_tokens_is_no_second_stage(dialect: type[streams.Dialect]) -> None:
+    """qwen2_moe weighs its shared expert by sigmoid(x @ w), a product that comes last: down is still the one made of gate and up."""
+    gm = aten_graph(block("qwen2_moe"))
+    (side,) = streams.find_sides(gm.graph)
+    assert side.down() is not [n for n in side.nodes if streams.is_product(n)][-1]
+    assert streams.overlap(gm.graph, dialect) == 1
+    gm.graph.lint()
+    if dialect is streams.Ge:
+        late = [n.args[1] for n in gm.graph.nodes if streams.name_of(n) == "wait_tensor"]
+        assert streams.name_of(late[1]) == "npu_swiglu"
 
 
 def test_an_early_side_scope_is_found() -> None:
@@ -85,12 +113,14 @@ def test_an_early_side_scope_is_found() -> None:
     gm = aten_graph(Stack("afmoe"))
     streams.overlap(gm.graph, streams.NpugraphEx)
     graph = gm.graph
+    for n in [n for n in graph.nodes if "event" in streams.name_of(n) and n.args[0].endswith("_mid")]:
+        graph.erase_node(n)  # one stage: what the second waits for comes later than an early scope
     (side, *_) = [n for n in graph.nodes if streams.name_of(n) == "scope_enter"]
     scope = [side]
     while streams.name_of(scope[-1]) != "scope_exit":
         scope.append(scope[-1].next)
-    gating = next(n for n in graph.nodes if streams.name_of(n) == "npu_moe_init_routing_v2")
-    tail = gating.next.next.next.next  # behind its results
+    dispatch = next(n for n in graph.nodes if streams.name_of(n) == "npu_moe_init_routing_v2")
+    tail = dispatch.next.next.next.next  # behind its results
     for n in scope:
         tail.prepend(n)
     graph.lint()
@@ -103,7 +133,7 @@ def test_one_side_stream_for_all_layers() -> None:
     enters = [n for n in gm.graph.nodes if streams.name_of(n) == "scope_enter"]
     assert {tuple(n.args[1]) for n in enters} == {(streams.LABEL, "0")} and len(enters) == 2
     tags = [n.args[0] for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_record"]
-    assert len(set(tags)) == len(tags) == 4
+    assert len(set(tags)) == len(tags) == 6
 
 
 def test_ge_gets_scopes_and_two_stages() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
+from hazards import hazards, stages
 
 from moe_compile.lowering.ascend import dry_run, metas, modes, schemas
 from moe_compile.options import Options
@@ -172,12 +173,14 @@ def acl_of(name: str, dynamic: bool = False, **options: Any) -> Any:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_npugraph_ex_emits_streams_and_events(dynamic: bool) -> None:
-    names = [str(n.target) for n in acl_of("afmoe", dynamic).fx_graph.graph.nodes]
+    graph = acl_of("afmoe", dynamic).fx_graph.graph
+    assert hazards(graph) == [] and stages(graph) == []  # behind npugraph_ex's own passes, which add events and work in place
+    names = [str(n.target) for n in graph.nodes]
     enter, leave = names.index("npugraph_ex.scope_enter.default"), names.index("npugraph_ex.scope_exit.default")
     combine = names.index("npu.npu_moe_finalize_routing.default")
     assert enter < leave < combine
     assert names[enter:leave].count("aten.mm.default") == 3
-    assert "npugraph_ex.tagged_event_wait.default" in names[enter:leave]
+    assert names[enter:leave].count("npugraph_ex.tagged_event_wait.default") == 3  # the scope's own, the two stages
     assert "npugraph_ex.tagged_event_record.default" in names[enter:leave]
     assert names[leave:combine].count("npugraph_ex.tagged_event_wait.default") == 1
 
@@ -186,6 +189,21 @@ def test_the_generated_code_holds_the_calls() -> None:
     code = acl_of("afmoe").codegen(extend_config={})
     for word in ("npu_moe_gating_top_k", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_finalize_routing", "moe_shared"):
         assert word in code
+
+
+def test_the_generated_code_runs_the_shared_expert_in_two_stages() -> None:
+    """Main: ids, record in, dispatch, GEMM, activation, record mid, GEMM. Side: wait in, gate, up, wait mid, down, record out."""
+    code = acl_of("afmoe").codegen(extend_config={})
+    lines = [line for line in code[: code.index("compile_configs = ")].splitlines() if "=" in line or "with " in line]
+    words = ("npu_moe_gating_top_k.", "npu_moe_init_routing_v2.", "npu_grouped_matmul.", "npu_swiglu.", "npu_moe_finalize_routing.",
+             "aten.mm.", "with torch.npu.stream", "_in'", "_mid'", "_out'")  # fmt: skip
+    kind = {"tagged_event_record": "record ", "tagged_event_wait": "wait "}
+    seen = [next((k for op, k in kind.items() if op in line), "") + w.strip("._'") for line in lines for w in words if w in line]
+    assert seen == [
+        "aten.mm", "npu_moe_gating_top_k", "record in", "npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "record mid",
+        "npu_grouped_matmul", "with torch.npu.stream", "wait in", "aten.mm", "aten.mm", "wait mid", "aten.mm", "record out", "wait out",
+        "npu_moe_finalize_routing",
+    ]  # fmt: skip
 
 
 # ---- int8 and training -----------------------------------------------------------------------------------------------------

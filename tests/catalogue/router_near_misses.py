@@ -447,7 +447,7 @@ class TwoArgmaxesHalf(TwoArgmaxes):
 class SkipExpert(_Softmax):
     """Verdict: experts fused, routing as written: one class more than experts, which stands for no expert (id 0, weight 0)."""
 
-    expect = AsWritten(experts(ids_mapped=True))
+    expect = AsWritten(replace(SWIGLU_EXPERTS, ids_mapped=True))
     num_experts = E + 1
     local_experts = E
 

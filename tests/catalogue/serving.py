@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_compile.ir import BiasOn
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
+from .base import RENORM, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
 
 MAPPED = Fused(RENORM, replace(SWIGLU_EXPERTS, ids_mapped=True))
 
@@ -225,8 +225,49 @@ class IdentityDense(IdentityExperts):
     """Verdict: fused as IdentityExperts. The identity experts together, as one weight per token."""
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-        free = torch.where(ids >= E, w, 0.0).sum(-1, keepdim=True)
-        return loop(x, ids, w, self.up, self.down) + x * free
+        return loop(x, ids, w, self.up, self.down) + self.addend(x, ids, w)
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x * torch.where(ids >= E, w, 0.0).sum(-1, keepdim=True)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"add": None}  # nothing but the identity experts: what a near miss adds is its own
+
+
+class IdentityMasked(IdentityDense):
+    """Verdict: fused as IdentityExperts. The same addend as weights times a mask, the other experts for all tokens one by one."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = x * (w * (ids >= E)).sum(-1, keepdim=True)
+        for e in range(E):
+            out = out + mlp(x, self.up[e], self.down[e]) * (w * (ids == e)).sum(-1, keepdim=True)
+        return out
+
+
+class IdentityBySlot(IdentityDense):
+    """Verdict: fused as IdentityExperts. The tokens once a slot, other experts' weights filled with 0, both ends of the range said."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        free = w.masked_fill(~((ids > E - 1) & (ids < E + 2)), 0.0)
+        return torch.einsum("tkh,tk->th", x[:, None].expand(-1, K, -1), free)
+
+
+class IdentityInline(IdentityDense):
+    """Verdict: fused as IdentityExperts. The loop and the addend in one function, the addend first."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = self.addend(x, ids, w)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, mlp(x[token], self.up[e], self.down[e]) * w[token, slot, None])
+        return out
+
+
+class IdentityWeightsApart(IdentityDense):
+    """Verdict: fused as IdentityExperts. The weights in two tensors: of the experts, 0 elsewhere, and of the identity experts."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, w.masked_fill(ids >= E, 0.0), self.up, self.down) + self.addend(x, ids, w)
 
 
 class ZeroExperts(IdentityExperts):
@@ -239,6 +280,71 @@ class ZeroExperts(IdentityExperts):
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         return loop(x, ids, w, self.up, self.down)
+
+
+class ZeroWeights(ZeroExperts):
+    """Verdict: fused without identity experts. Their weights are 0 too."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, torch.where(ids < E, w, 0.0), self.up, self.down)
+
+
+class ZeroWeightsOfTheLast(ZeroExperts):
+    """Verdict: experts fused, the weights as written: those of the last expert that is one are 0 too."""
+
+    expect = AsWritten(SWIGLU_EXPERTS, "lt in the router")
+    near, differs = "ZeroExperts", ()
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, ids, torch.where(ids < E - 1, w, 0.0), self.up, self.down)
+
+
+class _NotIdentity(IdentityDense):
+    """An addend that is no identity expert's: it stays an addend."""
+
+    expect = ZeroExperts.expect
+    group = ""
+    any_mapped = True
+    near, differs = "IdentityDense", ("experts.num_identity",)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        w, ids = self.route(self.logits(x))
+        return {"add": self.addend(x, ids, w)}
+
+
+class IdentityFromTheLast(_NotIdentity):
+    """Verdict: fused without identity experts: the last expert with weights gets its input added too."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x * (w * (ids >= E - 1)).sum(-1, keepdim=True)
+
+
+class IdentitySkipsOne(_NotIdentity):
+    """Verdict: fused without identity experts: the first id beyond those with weights is left out."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x * (w * (ids > E)).sum(-1, keepdim=True)
+
+
+class IdentityUnweighted(_NotIdentity):
+    """Verdict: fused without identity experts: the tokens are added as often as they chose one, without a weight."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x * (ids >= E).sum(-1, keepdim=True)
+
+
+class IdentityOfOtherWeights(_NotIdentity):
+    """Verdict: fused without identity experts: their weights are not those of the other experts."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x * (w * w * (ids >= E)).sum(-1, keepdim=True)
+
+
+class IdentityOfOtherTokens(_NotIdentity):
+    """Verdict: fused without identity experts: what comes back is not what the other experts read."""
+
+    def addend(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return x.tanh() * (w * (ids >= E)).sum(-1, keepdim=True)
 
 
 class LatentExperts(Case):
