@@ -17,7 +17,7 @@ from .expert_core import Core, Linear, layout, parse_core
 from .match import ExpertsMatch, Param
 from .pull import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
 from .rounding import unrounded
-from .rows import No, clip, data_dependent, factors, ids_atom, row_index, row_variable, rows
+from .rows import No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
 from .terms import Term
 
 
@@ -97,7 +97,7 @@ def _assemble(
         down_bias=parsed.down.bias is not None,
         weight_on_input=parsed.on_input is not None,
         num_identity=len(identity),
-        ids_mapped=ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1])),
+        ids_mapped=mapped(ids),
         dtype=compute_dtype(p, tokens),
         up_scale=ups[0].channel is not None,
         down_scale=parsed.down.channel is not None,

@@ -14,7 +14,7 @@ from .addends import Part, split_parts
 from .identity import among
 from .match import ExpertsMatch, Param
 from .pull import Puller, call_args, dtype_of, op_name, shape_of
-from .rows import No, row_index, row_variable, rows
+from .rows import No, mapped, row_index, row_variable, rows
 
 
 def is_fused(n: fx.Node) -> bool:
@@ -47,7 +47,7 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         down_bias=bool(a.down_bias),
         weight_on_input=a.weight_on_input,
         num_identity=a.num_identity,
-        ids_mapped=ids_term.op != "topk",
+        ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
         up_scale=bool(up_scale),
         down_scale=bool(down_scale),

@@ -87,6 +87,11 @@ def data_dependent(i: Term) -> bool:
     return any(x.op in ("topk", "sv") or (x.op == "a") for x in T.walk(i))
 
 
+def mapped(ids: Term) -> bool:
+    """Whether ids are neither a selection's own nor simply given."""
+    return ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1]))
+
+
 def plain_row(a: Term) -> bool:
     """Whether an atom has the token row itself as an index (scores and tokens do, weights do not)."""
     return any(is_row(a, d) for d in range(len(a.args[1])))
