@@ -5,6 +5,8 @@ Agreement to 1e-7 in float64 means the same function and not a tolerance.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .pull import fixed_number, shape_of, size_of
 from .region import Block, inside
 
 _proved: dict[Any, str | None] = {}
+_unlike = itertools.count()
 
 
 def validate(block: Block) -> Rejection | None:
@@ -40,7 +43,7 @@ def validate(block: Block) -> Rejection | None:
         nodes = inside(outs, boundary)
         if isinstance(nodes, Rejection):
             return nodes
-        key = (probe.__name__, block.ir, block.fold.factor, signature(nodes, boundary, outs))
+        key = (probe.__name__, replace(block.ir, boundary={}), block.fold.factor, signature(nodes, boundary, outs))
         if key not in _proved:
             if len(_proved) > 4096:
                 _proved.clear()
@@ -75,7 +78,8 @@ def signature(nodes: list[fx.Node], boundary: list[fx.Node], outs: list[fx.Node]
 
 def _constant_key(n: fx.Node) -> Any:
     v = constant(n)
-    return ("const", tuple(v.shape), tuple(v.flatten().tolist())) if isinstance(v, Tensor) and v.numel() < 4096 else ("const", id(v))
+    small = isinstance(v, Tensor) and v.numel() < 4096
+    return ("const", tuple(v.shape), tuple(v.flatten().tolist())) if small else ("const", next(_unlike))
 
 
 def _try_sizes(block: Block, probe: Any, nodes: list[fx.Node], outs: list[fx.Node], boundary: list[fx.Node]) -> str | None:

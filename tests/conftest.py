@@ -73,3 +73,14 @@ def fake_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]
         monkeypatch.setattr(moe_compile.passes, "pipeline", module, raising=False)
 
     return install
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A store of packed Ascend weights for this test alone: what other tests leave is collected at any time, and the shared count falls."""
+    from moe_compile.lowering.ascend import modes
+    from moe_compile.lowering.ascend.weights import Store
+
+    own = Store()
+    monkeypatch.setattr(modes, "STORE", own)
+    return own

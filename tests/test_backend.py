@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import tomllib
+import weakref
 import zipfile
 from pathlib import Path
 
+import catalogue
 import pytest
 import torch
+from catalogue import routers
 from conftest import Outcome, Recovered
 from torch import nn
 
@@ -19,6 +23,7 @@ import moe_compile
 from moe_compile.backend import moe_fused, target_of
 from moe_compile.ir import Rejection
 from moe_compile.options import Options
+from moe_compile.passes import emitted, validate
 from moe_compile.snapshot import Snapshot, unchanged
 
 ROOT = Path(__file__).parent.parent
@@ -309,6 +314,29 @@ def test_explain_leaves_the_users_compiled_code_alone(fake_passes):
 def test_explain_of_a_function_and_with_keyword_arguments(fake_passes):
     fake_passes(nothing)
     assert moe_compile.explain(lambda x, scale: x * scale, torch.ones(2), scale=torch.ones(2)).graph_count == 1
+
+
+def test_nothing_of_a_model_outlives_it():
+    """What was proved is remembered, without the graphs and parameters it was proved on."""
+    model = catalogue.build(routers.SoftmaxTopk)
+    parameter = weakref.ref(model.up)
+    with torch.no_grad():
+        torch.compile(model, backend="moe_fused", options={"inner": "eager"})(*model.example_inputs())
+    assert len(moe_compile.last_report().blocks) == 1
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert parameter() is None
+    assert not any(isinstance(n, torch.fx.Node) for key in (*validate._proved, *emitted._proved) for n in _held(key))
+
+
+def _held(key):
+    """Everything in a key, boundaries of blocks included."""
+    for x in key:
+        yield x
+        yield from _held(x) if isinstance(x, tuple) else ()
+        for v in getattr(x, "boundary", {}).values():
+            yield from v if isinstance(v, list) else [v]
 
 
 def test_blocks_of_the_report_hold_no_graph(fake_passes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import re
@@ -29,15 +28,6 @@ CASES = [
 ]
 DECODED = ("qwen3_moe", "mixtral", "gpt_oss", "afmoe", "deepseek_v3", "dbrx")
 OPTIONS = {"inner": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def clean_dynamo() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from test_zoo import OPTIONS, check_blocks, clean_dynamo, told  # noqa: F401
+from test_zoo import OPTIONS, check_blocks, told
 from torch import Tensor, nn
 
 import moe_compile
