@@ -188,6 +188,16 @@ def affine(r: Term, v: Term) -> tuple[int, int]:
     return stride, offset
 
 
+def _symbol_of(x: Term, known: dict[sp.Symbol, Term], prefix: str, **assumptions: bool) -> sp.Symbol:
+    """The symbol that stands for a term, a new one where there is none yet."""
+    for symbol, term in known.items():
+        if term is x:
+            return symbol
+    symbol = sp.Symbol(f"{prefix}{len(known)}", **assumptions)
+    known[symbol] = x
+    return symbol
+
+
 class Reader:
     """Turns the inside of one expert, a term in i, into an activation expression over its up projections."""
 
@@ -229,12 +239,7 @@ class Reader:
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
 
     def channel(self, x: Term) -> sp.Symbol:
-        for s, term in self.channels.items():
-            if term is x:
-                return s
-        symbol = sp.Symbol(f"s{len(self.channels)}", real=True)
-        self.channels[symbol] = x
-        return symbol
+        return _symbol_of(x, self.channels, "s", real=True)
 
     def routed(self) -> bool:
         """Whether a value that is no number multiplies something inside."""
@@ -253,12 +258,7 @@ class Reader:
         return self.symbol(x)
 
     def symbol(self, x: Term) -> sp.Symbol:
-        for s, term in self.scalars.items():
-            if term is x:
-                return s
-        symbol = sp.Symbol(f"w{len(self.scalars)}", positive=True)
-        self.scalars[symbol] = x
-        return symbol
+        return _symbol_of(x, self.scalars, "w", positive=True)
 
     def add(self, x: Term) -> sp.Expr:
         """A sum of pointwise terms, where `c Σ_m ... + b[e, i]` is one projection with its bias."""

@@ -20,7 +20,7 @@ from .pull import fixed_number, shape_of, size_of
 from .region import Block, inside
 
 _proved: dict[Any, str | None] = {}
-_unlike = itertools.count()
+_unlike = itertools.count()  # a constant too large to compare is like no other
 
 
 def validate(block: Block) -> Rejection | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sympy as sp
 import torch
+from conftest import have_compiler
 from torch import Tensor
 
 from moe_compile import activation as act
@@ -29,11 +30,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def have_kernels() -> bool:
-    return cpu_build.library("forward", torch.float32) is not None
-
-
-needs_kernels = pytest.mark.skipif(not have_kernels(), reason="no C++ compiler on this machine")
+needs_kernels = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler on this machine")
 
 
 def block(form: ir.Form = ir.Form.CONCAT, activation: Any = act.SWIGLU, **kwargs: Any) -> ir.Experts:

@@ -6,14 +6,15 @@ import itertools
 
 import pytest
 import torch
+from conftest import have_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_compile import ir, ops
-from moe_compile.lowering import cpu_build, cpu_route, routing
+from moe_compile.lowering import cpu_route, routing
 
-pytestmark = pytest.mark.skipif(cpu_build.library("route", torch.float32) is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler")
 SUM = ir.Normaliser(ir.Norm.SUM, 1e-20)
 
 

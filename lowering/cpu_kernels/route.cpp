@@ -1,11 +1,7 @@
 // Scores of all experts to the weights and ids of the selected ones, token by token.
-#include <cmath>
-#include <cstdint>
 #include <limits>
-#include <new>
-#include <vector>
 
-typedef int64_t i64;
+#include "common.h"
 
 // The plain numbers of a gating; lowering/cpu_route.py mirrors this struct field by field.
 struct Gating {
@@ -96,17 +92,14 @@ static bool route(const Gating& g, const float* by, const float* raw, const floa
 // -> w and ids [tokens, k]. Returns 0; 1 when there is no memory or torch alone knows its choice.
 extern "C" int moe_route(
     const Gating* g, i64 tokens, i64 threads, const float* by, const float* raw, const float* bias, const float* table, float* w, i64* ids) {
-  int failed = 0;
-#pragma omp parallel num_threads(int(threads)) if (threads > 1) reduction(| : failed)
-  {
-    try {
-      Scratch s(*g);
-#pragma omp for schedule(static)
-      for (i64 t = 0; t < tokens; t++)
-        failed |= !route(*g, by + t * g->experts, raw + t * g->experts, bias, table, w + t * g->k, ids + t * g->k, s);
-    } catch (const std::bad_alloc&) {
-      failed |= 1;
-    }
+  try {
+    std::vector<Scratch> own(size_t(threads), Scratch{*g});  // before the threads start: none of them may throw
+    int failed = 0;
+#pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1) reduction(| : failed)
+    for (i64 t = 0; t < tokens; t++)
+      failed |= !route(*g, by + t * g->experts, raw + t * g->experts, bias, table, w + t * g->k, ids + t * g->k, own[size_t(thread_id())]);
+    return failed;
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
-  return failed;
 }
