@@ -125,7 +125,8 @@ def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w
     if not down:
         return functools.partial(experts.grouped_gemm, c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k)
     y = torch.empty(c.slots, p.hidden, device="cuda", dtype=p.dtype)
-    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=True)
+    scatter = not experts.uses_hopper(a, c.down, tile)
+    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=scatter)
 
 
 def whole_calls(inputs: Inputs, choice: Choice) -> list[Callable[[], object]]:
