@@ -61,10 +61,10 @@ def combine(
     early: bool = True,
     rank: Tensor | None = None,
 ) -> Tensor:
-    """y [T·k, H] by slot, or by row with `rank` [T·k] the row of a slot, ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
+    """y [T·k, H], ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
 
     `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
-    `early`: it may start while the kernel before it still runs.
+    `early`: it may start while the kernel before it still runs. `rank` [T·k]: the row of y that holds a slot; None: y is by slot.
     """
     tokens, k = ids.shape
     width = out.shape[1]
@@ -73,7 +73,9 @@ def combine(
     warps = max(1, columns // 256)
     launch = {"launch_pdl": True} if early and early_launch(x) else {}
     _combine[grid](
-        y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
-        SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,
+        y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity,
+        x.stride(0), add.stride(0) if add is not None else 0,
+        SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0,
+        BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,
     )  # fmt: skip
     return out

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 # as in gemm.py
-PLAIN, SINGLE, DUAL = (gl.constexpr(i) for i in range(3))
+PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
 HALF_ROWS = gl.constexpr(64)
 EARLY = gl.constexpr(6)  # steps before a tile's end at which the next one is claimed; what depends on it is loaded two steps apart
 
@@ -46,12 +46,9 @@ def _place(tile, row_tiles, blocks, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _claim(counter, tile, DYNAMIC: gl.constexpr):
+def _claim(counter):
     """The next tile that no program has taken; the first of each is its own number."""
-    if DYNAMIC:
-        return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-    else:
-        return tile + gl.num_programs(0)
+    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -92,23 +89,28 @@ def _hear(news, told, heard, number):
 
 @gluon.jit
 def _feed(
-    begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_0, ring_1, full, empty,
+    begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
     NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """A stage for each step of depth in [begin, end)."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
-    bytes: gl.constexpr = w0.block_type.nbytes + w1.block_type.nbytes + (0 if GATHER else a_tma.block_type.nbytes)
+    CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES)  # boxes along the depth: rows of 128 bytes each
+    DEPTH: gl.constexpr = BK // CHUNKS
+    bytes: gl.constexpr = CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
     for k in range(begin, end):
         s = step % STAGES
         mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(s), bytes)
-        if OUT_IN:
-            tma.async_copy_global_to_shared(w0, [row_w + n0, k * BK], full.index(s), ring_0.index(s))
-            tma.async_copy_global_to_shared(w1, [row_w + n0 + NEXT, k * BK], full.index(s), ring_1.index(s))
-        else:
-            tma.async_copy_global_to_shared(w0, [row_w + k * BK, n0], full.index(s), ring_0.index(s))
-            tma.async_copy_global_to_shared(w1, [row_w + k * BK, n0 + NEXT], full.index(s), ring_1.index(s))
+        for c in gl.static_range(CHUNKS):
+            at = 2 * (s * CHUNKS + c)
+            depth = k * BK + c * DEPTH
+            if OUT_IN:
+                tma.async_copy_global_to_shared(w0, [row_w + n0, depth], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + n0 + NEXT, depth], full.index(s), ring_w.index(at + 1))
+            else:
+                tma.async_copy_global_to_shared(w0, [row_w + depth, n0], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + depth, n0 + NEXT], full.index(s), ring_w.index(at + 1))
         if GATHER:  # rows beyond the expert's end are not read
             async_copy.async_copy_global_to_shared(ring_a.index(s), pointers, mask=mask)
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
@@ -122,8 +124,8 @@ def _feed(
 @gluon.jit
 def _produce(
     a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token, stride_a,
-    rows_per_expert, ring_a, ring_0, ring_1, full, empty, news, told, heard,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr, DYNAMIC: gl.constexpr,
+    rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -153,26 +155,25 @@ def _produce(
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_0, ring_1,
+        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
-        tile = _claim(counter, tile, DYNAMIC)
-        step, pointers = _feed(claim_at, place_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_0, ring_1,
+        tile = _claim(counter)
+        step, pointers = _feed(claim_at, place_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
         at, block = _place(tile, row_tiles, blocks, GROUP)
         e = gl.load(tiles + at)
         next_first = gl.load(tiles + max_tiles + at)
-        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_0, ring_1,
+        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
         end = gl.load(offsets + e + 1)
         if GATHER:
             slots = gl.load(order + next_first + at_row, mask=next_first + at_row < num_slots, other=0)
-        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_0, ring_1,
+        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
         first = next_first
         number += 1
     _tell(news, told, heard, number, 0, -1, 0, 0)
-    if DYNAMIC:
-        _release(counter)
+    _release(counter)
 
 
 # ---- consumers ---------------------------------------------------------------------------------------------------
@@ -208,21 +209,22 @@ def _add_bias(values, bias, e, columns_from, n, stride_e, stride_n, layout: gl.c
 def _finish(
     g, u, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma,
     stride_be, stride_bn, stride_out, stride_pre,
-    mma: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr,
+    MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of one column block: scale, bias, keep, activate, store."""
-    GATED: gl.constexpr = MODE == DUAL
+    GATED: gl.constexpr = (MODE == DUAL) | (MODE == INTERLEAVED)
+    layout: gl.constexpr = g.type.layout
     if WEIGHTED:  # (w x) Wᵀ = w (x Wᵀ)
-        rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
+        rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, layout))
         slots = gl.load(order + rows, mask=rows < end, other=0)
         scale = gl.expand_dims(gl.load(row_weights + slots, mask=rows < end, other=0.0).to(gl.float32), 1)
         g = g * scale
         if GATED:
             u = u * scale
     if BIAS:
-        g = _add_bias(g, bias0, e, column, n, stride_be, stride_bn, mma)
+        g = _add_bias(g, bias0, e, column, n, stride_be, stride_bn, layout)
         if GATED:
-            u = _add_bias(u, bias1, e, column, n, stride_be, stride_bn, mma)
+            u = _add_bias(u, bias1, e, column, n, stride_be, stride_bn, layout)
     if SAVE:  # the backward pass sees these values: so does the activation
         g = g.to(stage.dtype).to(gl.float32)
         _store(g, stage, pre0_tma, pre, first, end, column, n, stride_pre)
@@ -241,12 +243,16 @@ def _finish(
 @gluon.jit
 def _consume(
     bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
-    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, stages_out, full, empty, news, told, heard,
+    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
     HALF: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
+    BK: gl.constexpr = ring_a.shape[2]
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    both: gl.constexpr = [STAGES, 2 * BN, BK] if OUT_IN else [STAGES, BK, 2 * BN]
+    ring_w = ring_w._reinterpret(ring_w.dtype, both, ring_w.layout)  # two blocks, one behind the other, are one operand
     stage = stages_out.index(HALF)
     step = 0
     number = 0
@@ -254,34 +260,37 @@ def _consume(
     while first >= 0:
         first += HALF * HALF_ROWS
         if first < end:
-            acc0 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
-            acc1 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
+            acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
             for k in range(steps):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 if GATHER:
                     fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
-                rows_a = ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS)
-                b0, b1 = ring_0.index(s), ring_1.index(s)
+                w = ring_w.index(s)
                 if OUT_IN:
-                    b0, b1 = b0.permute((1, 0)), b1.permute((1, 0))
-                pending0 = warpgroup_mma(rows_a, b0, acc0, is_async=True)
-                pending1 = warpgroup_mma(rows_a, b1, acc1, is_async=True)
-                acc0, acc1 = warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
+                    w = w.permute((1, 0))
+                pending = warpgroup_mma(ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS), w, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
                 if k > 0:  # the step before has been read
                     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
                 step += 1
-            acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
-            if MODE == DUAL:
+            if MODE == INTERLEAVED:
+                acc0, acc1 = gl.split(gl.reshape(acc, [HALF_ROWS, BN, 2]))
+            else:
+                acc0, acc1 = gl.split(gl.permute(gl.reshape(acc, [HALF_ROWS, 2, BN]), (0, 2, 1)))
+                acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
+                acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
+            if (MODE == DUAL) | (MODE == INTERLEAVED):
                 _finish(acc0, acc1, stage, e, first, end, block * BN, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, mma, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
             else:
                 _finish(acc0, acc0, stage, e, first, end, block * 2 * BN, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, mma, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
                 _finish(acc1, acc1, stage, e, first, end, block * 2 * BN + BN, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, mma, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
         else:
             for _ in range(steps):
                 s = step % STAGES
@@ -299,18 +308,18 @@ def grouped_gemm(
     max_tiles, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, DYNAMIC: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
+    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, 64] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
     out and the halves of pre, boxes [64, BN]. `counter`: two zeros, which this call leaves behind as zeros.
 
-    k is a multiple of BK; interleaved projections are the plain kernel's.
+    k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF_ROWS, BK], DTYPE)
     ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * HALF_ROWS, BK], layout_a)
-    ring_0 = gl.allocate_shared_memory(DTYPE, [STAGES] + w0.block_shape, w0.layout)
-    ring_1 = gl.allocate_shared_memory(DTYPE, [STAGES] + w1.block_shape, w1.layout)
+    CHUNKS: gl.constexpr = BK // w0.block_shape[1] if OUT_IN else 1
+    ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES * CHUNKS] + w0.block_shape, w0.layout)
     stages_out = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, BN], out_tma.layout)
     news = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -324,17 +333,17 @@ def grouped_gemm(
         mbarrier.init(told.index(s), count=1)
         mbarrier.init(heard.index(s), count=2)
     fence_async_shared()
-    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN
-    blocks = gl.cdiv(n, WIDE)
+    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a tile reads
+    blocks = gl.cdiv(n, BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN)
     steps = gl.cdiv(k, BK)
     gl.warp_specialize([
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
-                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, stages_out, full, empty, news, told, heard,
+                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
                     0, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
-                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, stages_out, full, empty, news, told, heard,
+                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
         (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token,
-                    stride_a, rows_per_expert, ring_a, ring_0, ring_1, full, empty, news, told, heard,
-                    0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP, DYNAMIC)),
+                    stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+                    0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP)),
     ], [4, 4], [216, 72])  # fmt: skip
