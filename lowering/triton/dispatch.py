@@ -34,6 +34,7 @@ class Dispatch:
     tiles: row-tile height BM -> int32 [2, E + N // BM] of (expert, first sorted row), expert -1 behind the last tile.
     num_tiles: row-tile height BM -> int32 [1], how many tiles there are (read by persistent kernels on the device).
     tile_starts: row-tile height BM -> int32 [E + 1], the first tile of each expert.
+    rank: int32 [N], slot -> sorted row, the inverse of `order`; undefined at slots without an expert.
     """
 
     order: Tensor
@@ -41,6 +42,7 @@ class Dispatch:
     tiles: dict[int, Tensor]
     num_tiles: dict[int, Tensor]
     tile_starts: dict[int, Tensor]
+    rank: Tensor
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def _write_offsets(offsets, ends, program, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "length0", "length1"])
 def _sort_few(
-    ids, order, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
+    ids, order, rank, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
 ):  # fmt: skip
     """Program e places the pairs of expert e."""
@@ -90,9 +92,9 @@ def _sort_few(
     ends = tl.cumsum(counts, 0)
     starts = ends - counts
     mine = known & (e == program)
-    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-    start = tl.sum(tl.where(tl.arange(0, EP) == program, starts, 0), 0)
-    tl.store(order + start + rank, i, mask=mine)
+    row = tl.sum(tl.where(tl.arange(0, EP) == program, starts, 0), 0) + tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(order + row, i, mask=mine)
+    tl.store(rank + i, row, mask=mine)
     _write_offsets(offsets, ends, program, E)
     if BM0 > 0:
         _write_tiles(counts, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
@@ -126,7 +128,7 @@ def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
 def _place(
-    ids, counts, order, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
+    ids, counts, order, rank, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
     E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +147,9 @@ def _place(
         e = pairs >> BITS
         shift = target - (tl.cumsum(here, 0) - here)
         row = tl.gather(shift, tl.where(e < E, e, 0), 0) + at
-        tl.store(order + row, c + (pairs & (CHUNK - 1)), mask=e < E)
+        slot = c + (pairs & (CHUNK - 1))
+        tl.store(order + row, slot, mask=e < E)
+        tl.store(rank + slot, row, mask=e < E)
         target += here
     _write_offsets(offsets, ends, program, E)
     if BM0 > 0:
@@ -163,12 +167,12 @@ def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch
     if n >= 2**31 - _CHUNK:
         raise ValueError(f"{n} pairs of tokens and experts do not fit the int32 metadata")
     lengths = [num_experts + n // block for block in blocks]
-    order, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, num_experts + 1, 2 * (num_experts + 1)))
+    order, rank, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, n, num_experts + 1, 2 * (num_experts + 1)))
     tiles = [ids.new_empty(2, length, dtype=torch.int32) for length in lengths]
     launch = _launch_few if n <= _ONE_LAUNCH else _launch_many
-    launch(ids.contiguous(), num_experts, blocks, lengths, [order, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
+    launch(ids.contiguous(), num_experts, blocks, lengths, [order, rank, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
     by_block = dict(zip(blocks, starts.view(2, -1).unbind(0)))
-    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {b: t[num_experts:] for b, t in by_block.items()}, by_block)
+    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {b: t[num_experts:] for b, t in by_block.items()}, by_block, rank)
 
 
 def _bins(num_experts: int) -> int:

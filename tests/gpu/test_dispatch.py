@@ -39,7 +39,8 @@ def check(ids: Tensor, experts: int, blocks: tuple[int, ...] = (16, 32)) -> None
     assert got.offsets.tolist() == offsets.tolist()
     rows = int(offsets[-1])
     assert torch.equal(got.order[:rows].cpu().long(), known.argsort(stable=True)[:rows])
-    assert {got.order.dtype, got.offsets.dtype} == {torch.int32}
+    assert torch.equal(got.rank[got.order[:rows].long()].cpu(), torch.arange(rows, dtype=torch.int32)) and got.rank.shape == (ids.numel(),)
+    assert {got.order.dtype, got.rank.dtype, got.offsets.dtype} == {torch.int32}
     assert list(got.tiles) == list(blocks)
     for block in blocks:
         wanted = [(e, int(offsets[e]) + j) for e in range(experts) for j in range(0, int(counts[e]), block)]
