@@ -5,7 +5,7 @@
     tile i  belongs to the expert e with tile_end[e-1] <= i < tile_end[e]
 
 Few pairs: one launch, a program per expert, each reads all pairs (they are in the cache) and places its own. Many pairs: two launches, a
-program per segment of pairs; the first counts, the second adds up the counts of the segments before its own and places stably.
+program per segment of pairs; the first counts, the second ranks its pairs meanwhile, adds up the counts of the segments before and places.
 Nothing depends on the order in which programs run, and no program waits for another.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -13,6 +13,7 @@ Nothing depends on the order in which programs run, and no program waits for ano
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from .combine import early_launch
 
-_ONE_LAUNCH = 8192  # pairs that one program reads at once
-_BUCKETS = (128, 1024, 4096, _ONE_LAUNCH)
-_CHUNK = 1024  # pairs that one program ranks at once
+_ONE_LAUNCH = 1024  # pairs that one program reads at once
+_BUCKETS = (128, _ONE_LAUNCH)
+_SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program ranks at once
 _TABLE = 8192  # entries of (32 pairs, expert) at once
 _SEGMENTS = 128
 
@@ -124,16 +125,16 @@ def _count(ids, counts, n, segment, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr):
-    """(pairs per expert in all segments, in those before `program`)."""
-    total = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
-    for p0 in range(0, segments, BP):
-        p = p0 + tl.arange(0, BP)
-        part = tl.load(counts + p[:, None] * EP + tl.arange(0, EP)[None, :], mask=(p < segments)[:, None], other=0).to(tl.int32)
-        total += tl.sum(part, 0)
-        before += tl.sum(tl.where((p < program)[:, None], part, 0), 0)
-    return total, before
+def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr):
+    """(pairs per expert in all segments, in those before `program`); at most MOST segments."""
+    total = tl.zeros((BP, EP), tl.int32)
+    before = tl.zeros((BP, EP), tl.int32)
+    for p0 in tl.static_range(0, MOST, BP):
+        p = p0 + tl.arange(0, BP)[:, None]
+        part = tl.load(counts + p * EP + tl.arange(0, EP)[None, :], mask=p < segments, other=0).to(tl.int32)
+        total += part
+        before += tl.where(p < program, part, 0)
+    return tl.sum(total, 0), tl.sum(before, 0)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def _put(order, rank, i, e, known, row):
 @triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
 def _place(
     ids, counts, order, rank, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
-    E: tl.constexpr, EP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, SLOTS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs below `segments` place the pairs of their segment, the others write the tile lists. ONE: a segment is one chunk.
@@ -196,7 +197,7 @@ def _place(
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        total, before = _add_up(counts, segments, program, EP, BP)
+        total, before = _add_up(counts, segments, program, EP, BP, MOST)
         target = tl.cumsum(total, 0) - total + before
         if ONE:
             _put(order, rank, i, e, known, tl.gather(target, e.reshape(CHUNK), 0).reshape(CHUNK // 32, 32) + local)
@@ -211,7 +212,7 @@ def _place(
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        total, before = _add_up(counts, segments, 0, EP, BP)
+        total, before = _add_up(counts, segments, 0, EP, BP, MOST)
         ends = tl.cumsum(total, 0)
         writer = program - segments
         _write_offsets(offsets, ends, writer, E)
@@ -224,7 +225,7 @@ def _place(
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
     """Sort the pairs of ids [T, k] (any int dtype) by expert, with a tile list for every BM in `blocks` (at most two).
 
-    One launch up to 8192 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
+    One launch up to 1024 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
     """
     n = ids.numel()
     if n >= 2**31 - _CHUNK:
@@ -251,7 +252,7 @@ def _slots(lengths: list[int], programs: int) -> list[int]:
     return _pair([triton.next_power_of_2(triton.cdiv(length, programs)) for length in lengths], 1)
 
 
-def _early(ids: Tensor) -> dict[str, bool]:
+def _early(ids: Tensor) -> dict[str, Any]:
     """Launch options: start while the kernel before still runs, where the card can."""
     return {"launch_pdl": True} if early_launch(ids) else {}
 
@@ -270,15 +271,22 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
 
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     n, bins, launch = ids.numel(), _bins(num_experts), _early(ids)
-    chunk = min(_CHUNK, max(32, _TABLE // bins * 32))
-    segment = triton.cdiv(triton.cdiv(n, chunk), _SEGMENTS if bins <= 256 else _SEGMENTS // 2) * chunk
+    programs = _SEGMENTS if bins <= 256 else _SEGMENTS // 2
+    chunk = _chunk(n, bins, programs)
+    segment = triton.cdiv(triton.cdiv(n, chunk), programs) * chunk
     segments = triton.cdiv(n, segment)
     counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
     _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=8, **launch)
-    bms, slots = _pair(list(blocks)), max(1, 2 * _TABLE // bins)
-    writers = max([1, *(triton.cdiv(length, slots) for length in lengths)])
+    at_once = max(1, _TABLE // 2 // bins)  # segments added up, and tiles found
+    writers = max([1, *(triton.cdiv(length, at_once) for length in lengths)])
+    bms, registers = _pair(list(blocks)), {"maxnreg": 64} if launch and bins <= 256 else {}  # two programs a processor
     _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),
-        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=max(1, 2 * _TABLE // bins),
-        BM0=bms[0], BM1=bms[1], SLOTS=slots, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch,
+        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=at_once, MOST=programs,
+        BM0=bms[0], BM1=bms[1], SLOTS=at_once, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch, **registers,
     )  # fmt: skip
+
+
+def _chunk(n: int, bins: int, programs: int) -> int:
+    """Pairs that a program ranks at once: one chunk a segment where that fits."""
+    return min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))), max(32, _TABLE // bins * 32))
