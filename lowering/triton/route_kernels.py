@@ -5,7 +5,7 @@
     w      = norm(score(x[ids])) · scale · expert_scale[ids]
 
 Up to 256 experts a warp takes whole rows, and a step of the selection is one reduction of 32 bits, an instruction of the card, wherever
-the best of a row lie within a factor 4 to 16 of each other; elsewhere it is an argmax, as in longer rows, which few threads share. Where the
+the best of a row lie within a factor 4 to 16 of each other; elsewhere it is an argmax, as in longer rows that few threads share. Where the
 score rises strictly and nothing is added to it, experts are chosen by the logits themselves: the same experts, no score of the others.
 Weights are computed from logits gathered again (they are in the cache), not carried through the selection.
 """
