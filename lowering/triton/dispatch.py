@@ -5,7 +5,7 @@
     tile i  belongs to the expert e with tile_end[e-1] <= i < tile_end[e]
 
 Few pairs: one launch, a program per expert, each reads all pairs (they are in the cache) and places its own. Many pairs: two launches, a
-program per segment of pairs; the first counts, the second adds up the counts of the segments before its own and places stably.
+program per segment of pairs; the first counts, the second ranks its pairs meanwhile, adds up the counts of the segments before and places.
 Nothing depends on the order in which programs run, and no program waits for another.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -13,15 +13,19 @@ Nothing depends on the order in which programs run, and no program waits for ano
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ONE_LAUNCH = 8192  # pairs that one program reads at once
-_BUCKETS = (128, 1024, 4096, _ONE_LAUNCH)
-_CHUNK = 1024  # pairs that one program sorts at once
+from .combine import early_launch
+
+_ONE_LAUNCH = 1024  # pairs that one program reads at once
+_BUCKETS = (128, _ONE_LAUNCH)
+_SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program ranks at once
+_TABLE = 8192  # entries of (32 pairs, expert) at once
 _SEGMENTS = 128
 
 
@@ -91,8 +95,12 @@ def _clear(counters, program):
 def _sort_few(
     ids, order, rank, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
     E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e places the pairs of expert e."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     i = tl.arange(0, BN)
     e, known = _experts_of(ids, i, n, E)
@@ -112,66 +120,122 @@ def _sort_few(
 
 
 @triton.jit(do_not_specialize=["n", "segment"])
-def _count(ids, counts, n, segment, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr):
+def _count(ids, counts, n, segment, E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """counts[p] = pairs per expert in segment p."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # only now: who starts early reads ids before it waits
     first = tl.program_id(0) * segment
     total = tl.zeros((EP,), tl.int32)
     for c in range(first, tl.minimum(first + segment, n), CHUNK):
         e, known = _experts_of(ids, c + tl.arange(0, CHUNK), n, E)
         total += tl.histogram(e, EP, mask=known)
-    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), total)
+    tl.store(counts + tl.program_id(0) * EP + tl.arange(0, EP), total.to(counts.dtype.element_ty))
 
 
 @triton.jit
-def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr):
-    """(pairs per expert in all segments, in those before `program`)."""
-    total = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
-    for p0 in range(0, segments, BP):
-        p = p0 + tl.arange(0, BP)
-        part = tl.load(counts + p[:, None] * EP + tl.arange(0, EP)[None, :], mask=(p < segments)[:, None], other=0)
-        total += tl.sum(part, 0)
-        before += tl.sum(tl.where((p < program)[:, None], part, 0), 0)
-    return total, before
+def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr):
+    """(pairs per expert in all segments, in those before `program`); at most MOST segments."""
+    total = tl.zeros((BP, EP), tl.int32)
+    before = tl.zeros((BP, EP), tl.int32)
+    for p0 in tl.static_range(0, MOST, BP):
+        p = p0 + tl.arange(0, BP)[:, None]
+        part = tl.load(counts + p * EP + tl.arange(0, EP)[None, :], mask=p < segments, other=0).to(tl.int32)
+        total += part
+        before += tl.where(p < program, part, 0)
+    return tl.sum(total, 0), tl.sum(before, 0)
+
+
+@triton.jit
+def _popcount(x):
+    """How many bits of an int32 are set."""
+    v = x.to(tl.uint32, bitcast=True)
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return ((v * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _ranks(e, known, EP: tl.constexpr, BITS: tl.constexpr):
+    """(pairs before each pair that go to its expert, pairs per expert) of a chunk: experts [WORDS, 32], in order of position.
+
+    A word holds one bit per pair of its 32. votes = the pairs whose expert has bit b, so that those of expert x are
+    known & votes_0^ & ... , every vote inverted where x lacks the bit: by pair, and as a table [WORDS, EP] by expert.
+    """
+    WORDS: tl.constexpr = e.shape[0]
+    at = tl.arange(0, 32)[None, :]
+    word = tl.arange(0, WORDS)[:, None]
+    column = tl.arange(0, EP)[None, :]
+    every = tl.sum(known.to(tl.int32) << at, 1)[:, None]
+    mine = every & ((1 << at) - 1)
+    table = every + tl.zeros((WORDS, EP), tl.int32)
+    for b in tl.static_range(BITS):
+        votes = tl.sum(((e >> b) & 1) << at, 1)[:, None]
+        mine &= ~(votes ^ -((e >> b) & 1))
+        table &= ~(votes ^ -((column >> b) & 1))
+    here = _popcount(table)
+    through = tl.cumsum(here, 0)
+    before = tl.gather((through - here).reshape(WORDS * EP), (word * EP + e).reshape(WORDS * 32), 0)
+    return before.reshape(WORDS, 32) + _popcount(mine), tl.sum(here, 0)
+
+
+@triton.jit
+def _put(order, rank, i, e, known, row):
+    """Pairs i [WORDS, 32] go to sorted rows."""
+    tl.store(order + row, i, mask=known)
+    tl.store(rank + i, row, mask=known)
 
 
 @triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
 def _place(
     ids, counts, order, rank, offsets, tiles0, tiles1, tile_starts, n, segment, segments, length0, length1,
-    E: tl.constexpr, EP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, BP: tl.constexpr,
-    BM0: tl.constexpr, BM1: tl.constexpr, SLOTS0: tl.constexpr, SLOTS1: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr,
+    BM0: tl.constexpr, BM1: tl.constexpr, SLOTS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """order of segment p's pairs: a chunk is sorted by (expert, position), then each run is moved to where its expert's rows go on."""
+    """Programs below `segments` place the pairs of their segment, the others write the tile lists. ONE: a segment is one chunk.
+
+    With PDL a program starts while the counts are not there yet; the ids are: whoever counts has waited for them.
+    """
     program = tl.program_id(0)
-    total, before = _add_up(counts, segments, program, EP, BP)
-    ends = tl.cumsum(total, 0)
-    starts = ends - total
-    target = starts + before
-    at = tl.arange(0, CHUNK)
-    first = program * segment
-    for c in range(first, tl.minimum(first + segment, n), CHUNK):
-        e, known = _experts_of(ids, c + at, n, E)
-        here = tl.histogram(e, EP, mask=known)
-        pairs = tl.sort((tl.where(known, e, E) << BITS) | at)
-        e = pairs >> BITS
-        shift = target - (tl.cumsum(here, 0) - here)
-        row = tl.gather(shift, tl.where(e < E, e, 0), 0) + at
-        slot = c + (pairs & (CHUNK - 1))
-        tl.store(order + row, slot, mask=e < E)
-        tl.store(rank + slot, row, mask=e < E)
-        target += here
-    _write_offsets(offsets, ends, program, E)
-    _clear(offsets + E + 1, program)
-    if BM0 > 0:
-        _write_tiles(total, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
-    if BM1 > 0:
-        _write_tiles(total, starts, tiles1, tile_starts + (E + 1), length1, program, E, BM1, SLOTS1)
+    if program < segments:
+        i = program * segment + tl.arange(0, CHUNK).reshape(CHUNK // 32, 32)
+        if ONE:
+            e, known = _experts_of(ids, i, n, E)
+            local, here = _ranks(e, known, EP, BITS)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        total, before = _add_up(counts, segments, program, EP, BP, MOST)
+        target = tl.cumsum(total, 0) - total + before
+        if ONE:
+            _put(order, rank, i, e, known, tl.gather(target, e.reshape(CHUNK), 0).reshape(CHUNK // 32, 32) + local)
+        else:
+            for _ in range(0, tl.minimum(segment, n - program * segment), CHUNK):
+                e, known = _experts_of(ids, i, n, E)
+                local, here = _ranks(e, known, EP, BITS)
+                _put(order, rank, i, e, known, tl.gather(target, e.reshape(CHUNK), 0).reshape(CHUNK // 32, 32) + local)
+                target += here
+                i += CHUNK
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        total, before = _add_up(counts, segments, 0, EP, BP, MOST)
+        ends = tl.cumsum(total, 0)
+        writer = program - segments
+        _write_offsets(offsets, ends, writer, E)
+        _clear(offsets + E + 1, writer)
+        if BM0 > 0:
+            _write_tiles(total, ends - total, tiles0, tile_starts, length0, writer, E, BM0, SLOTS)
+        if BM1 > 0:
+            _write_tiles(total, ends - total, tiles1, tile_starts + (E + 1), length1, writer, E, BM1, SLOTS)
 
 
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
     """Sort the pairs of ids [T, k] (any int dtype) by expert, with a tile list for every BM in `blocks` (at most two).
 
-    One launch up to 8192 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
+    One launch up to 1024 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
     """
     n = ids.numel()
     if n >= 2**31 - _CHUNK:
@@ -199,28 +263,41 @@ def _slots(lengths: list[int], programs: int) -> list[int]:
     return _pair([triton.next_power_of_2(triton.cdiv(length, programs)) for length in lengths], 1)
 
 
+def _early(ids: Tensor) -> dict[str, Any]:
+    """Launch options: start while the kernel before still runs, where the card can."""
+    return {"launch_pdl": True} if early_launch(ids) else {}
+
+
 def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     bucket = next(b for b in (*_BUCKETS, triton.next_power_of_2(max(1, ids.numel()))) if b >= ids.numel())
     programs = num_experts
     slots = _slots([num_experts + bucket // block for block in blocks], programs)  # of the bucket: fewer kernels
-    bms = _pair(list(blocks))
+    bms, launch = _pair(list(blocks)), _early(ids)
     _sort_few[(programs,)](
         ids, *out, ids.numel(), *_pair(lengths),
         E=num_experts, EP=_bins(num_experts), BN=bucket, BM0=bms[0], BM1=bms[1], SLOTS0=slots[0], SLOTS1=slots[1],
-        num_warps=8 if bucket > 1024 else 4,
+        PDL=bool(launch), num_warps=8 if bucket > 1024 else 4, **launch,
     )  # fmt: skip
 
 
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
-    n, bins = ids.numel(), _bins(num_experts)
-    chunks = triton.cdiv(n, _CHUNK)
-    segment = triton.cdiv(chunks, _SEGMENTS if bins <= 256 else _SEGMENTS // 2) * _CHUNK
+    n, bins, launch = ids.numel(), _bins(num_experts), _early(ids)
+    programs = _SEGMENTS if bins <= 256 else _SEGMENTS // 2
+    chunk = _chunk(n, bins, programs)
+    segment = triton.cdiv(triton.cdiv(n, chunk), programs) * chunk
     segments = triton.cdiv(n, segment)
-    counts = ids.new_empty(segments, bins, dtype=torch.int32)
-    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=_CHUNK, num_warps=4)
-    bms, slots = _pair(list(blocks)), _slots(lengths, segments)
-    _place[(segments,)](
+    counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
+    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=8, **launch)
+    at_once = max(1, _TABLE // 2 // bins)  # segments added up, and tiles found
+    writers = max([1, *(triton.cdiv(length, at_once) for length in lengths)])
+    bms, registers = _pair(list(blocks)), {"maxnreg": 64} if launch and bins <= 256 else {}  # two programs a processor
+    _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),
-        E=num_experts, EP=bins, CHUNK=_CHUNK, BITS=_CHUNK.bit_length() - 1, BP=max(1, 8192 // bins),
-        BM0=bms[0], BM1=bms[1], SLOTS0=slots[0], SLOTS1=slots[1], num_warps=8,
+        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=at_once, MOST=programs,
+        BM0=bms[0], BM1=bms[1], SLOTS=at_once, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch, **registers,
     )  # fmt: skip
+
+
+def _chunk(n: int, bins: int, programs: int) -> int:
+    """Pairs that a program ranks at once: one chunk a segment where that fits."""
+    return min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))), max(32, _TABLE // bins * 32))

@@ -10,11 +10,13 @@ from torch import Tensor
 from ...ir import BiasOn, Norm, Score
 from .. import routing
 from ..routing import Routing
+from .combine import early_launch
 from .route_kernels import route_backward_kernel, route_kernel
 
 _SCORE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _RISING = (Score.IDENTITY, Score.SOFTMAX, Score.SIGMOID, Score.SQRT_SOFTPLUS, Score.SOFTPLUS, Score.EXP, Score.TANH)  # strictly
 _MAX_EXPERTS, _MAX_K = 1024, 32
+_WARP_WIDTH = 256  # positions of a row that a warp takes as a whole: eight a lane
 _FEW_TOKENS = 2048  # up to here a warp per token: what counts is the way of one row through the kernel
 
 
@@ -72,15 +74,19 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
     bias = None if bias is None else bias.contiguous()
     biased = bias is not None and r.bias_on != BiasOn.NONE
     size, padded, width = _positions(r, num_experts)
-    block, chunks, warps = _tile(tokens, width)
+    rows = width <= _WARP_WIDTH
+    block, chunks, warps = _tile_of_rows(tokens) if rows else _tile(tokens, width)
+    slots = triton.next_power_of_2(r.k) if not rows else 32 if block == 1 else max(8, triton.next_power_of_2(r.k))
+    launch = {"launch_pdl": True} if early_launch(logits) else {}
     route_kernel[(triton.cdiv(tokens, block),)](
         logits, bias, None if expert_scale is None else expert_scale.contiguous(), weights, ids, tokens, logits.stride(0),
         r.group_fill, r.norm_eps, r.norm_clamp, r.scale,
-        E=num_experts, EP=width, K=r.k, KP=triton.next_power_of_2(r.k), SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
+        E=num_experts, EP=width, K=r.k, KP=slots, SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
         BIAS=int(r.bias_on) if biased else 0, BIAS_IN_WEIGHTS=r.bias_in_weights and bias is not None,
         G=r.n_groups, S=size, SP=padded, KEPT=r.kept_groups, TOP=r.group_top, NORM=int(r.norm), NORM_P=float(r.norm_p),
         SCALED=r.scale != 1.0, EXPERT_SCALE=expert_scale is not None, BY_LOGIT=_by_logit(r, biased),
-        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, num_warps=warps,
+        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, ROWS=rows, PDL=bool(launch),
+        num_warps=warps, **launch,
     )  # fmt: skip
     return weights, ids
 
@@ -88,10 +94,15 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
 def _positions(r: Routing, num_experts: int) -> tuple[int, int, int]:
     """(experts a group, positions a group, positions a row)."""
     if not r.n_groups:
-        return 0, 0, max(2, triton.next_power_of_2(num_experts))
+        return 0, 0, max(32, triton.next_power_of_2(num_experts))
     size = num_experts // r.n_groups
     padded = triton.next_power_of_2(size)
-    return size, padded, max(2, padded * triton.next_power_of_2(r.n_groups))
+    return size, padded, max(32, padded * triton.next_power_of_2(r.n_groups))
+
+
+def _tile_of_rows(tokens: int) -> tuple[int, int, int]:
+    """As `_tile`, where a warp takes whole rows."""
+    return (1, 1, 1) if tokens <= _FEW_TOKENS else (4, 1, 1)
 
 
 def _tile(tokens: int, width: int) -> tuple[int, int, int]:

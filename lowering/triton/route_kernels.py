@@ -4,8 +4,9 @@
     ids    = k times argmax       equal keys: the lowest expert
     w      = norm(score(x[ids])) · scale · expert_scale[ids]
 
-A row of logits lies in registers, spread over few threads, so that k reductions cost few exchanges. Where the score rises strictly and
-nothing is added to it, experts are chosen by the logits themselves: the same experts, and no score of the others is computed.
+Up to 256 experts a warp takes whole rows, and a step of the selection is one reduction of 32 bits, an instruction of the card, wherever
+the best of a row lie within a factor 4 to 16 of each other; elsewhere it is an argmax, as in longer rows that few threads share. Where the
+score rises strictly and nothing is added to it, experts are chosen by the logits themselves: the same experts, no score of the others.
 Weights are computed from logits gathered again (they are in the cache), not carried through the selection.
 """
 # ruff: noqa: SIM300
@@ -98,9 +99,9 @@ def _slope(x, s, SCORE: tl.constexpr):
 @triton.jit
 def _key(v):
     """An int32 that orders like v; every NaN is the greatest, -0 is 0."""
-    bits = v.to(tl.int32, bitcast=True)
+    bits = (v + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(v != v, NAN_KEY, tl.where(v == 0, 0, key))
+    return tl.where(v != v, NAN_KEY, key)
 
 
 @triton.jit
@@ -140,6 +141,36 @@ def _rows(rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.con
         low = _rows(rows, inside, FIRST, WIDTH // 2, CHUNKS // 2, E, S, SP)
         high = _rows(rows, inside, FIRST + WIDTH // 2, WIDTH // 2, CHUNKS // 2, E, S, SP)
         return tl.join(low, high).permute(0, 2, 1).reshape(rows.shape[0], WIDTH)
+
+
+@triton.jit
+def _token(row, BT: tl.constexpr, KP: tl.constexpr):
+    """The token of a program that is row `row` of its warps, such that `_by_token` moves nothing between threads."""
+    GROUPS: tl.constexpr = BT // (32 // KP)
+    return row % GROUPS * (BT // GROUPS) + row // GROUPS
+
+
+@triton.jit
+def _lanes(
+    logits, tokens, stride, FIRST: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """Logits [BT * 32, R] of rows of warps at the positions FIRST + lane * (EP // 32) + [0, R), fp32, -inf outside.
+
+    A thread holds neighbours of a row. Two dimensions, or the compiler would lay the threads along the rows.
+    """
+    if R > 4:  # a load takes four
+        low = _lanes(logits, tokens, stride, FIRST, R // 2, BT, KP, EP, E, S, SP)
+        high = _lanes(logits, tokens, stride, FIRST + R // 2, R // 2, BT, KP, EP, E, S, SP)
+        return tl.join(low, high).permute(0, 2, 1).reshape(BT * 32, R)
+    else:
+        thread = tl.arange(0, BT * 32)
+        t = tl.program_id(0).to(tl.int64) * BT + _token(thread // 32, BT, KP)
+        p = FIRST + (thread % 32)[:, None] * (EP // 32) + tl.arange(0, R)[None, :]
+        mask = (t < tokens)[:, None]
+        if SP > 0 or E < EP:
+            mask = mask & _real(p, E, S, SP)
+        return tl.load(logits + (t * stride)[:, None] + _expert(p, S, SP), mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -185,15 +216,15 @@ def _drop_groups(
 
 
 @triton.jit
-def _top(key, p, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr):
-    """Positions [BT, KP] of the K greatest keys, greatest first, of equal ones the first.
+def _top(key, p, K: tl.constexpr, KP: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr):
+    """Positions [BT, SLOTS], slot modulo KP, of the K greatest keys, greatest first, of equal ones the first.
 
     WIDE packs key and position in 64 bits: one reduction a step, the shortest way. Else two of 32 bits: the fewest instructions.
     """
     BT: tl.constexpr = key.shape[0]
     EP: tl.constexpr = key.shape[1]
-    slot = tl.arange(0, KP)[None, :]
-    found = tl.zeros((BT, KP), tl.int32)
+    slot = tl.arange(0, SLOTS)[None, :] % KP
+    found = tl.zeros((BT, SLOTS), tl.int32)
     at = p[None, :]
     if WIDE:
         pairs = (key.to(tl.int64) << 32) | (at ^ (EP - 1)).to(tl.int64)
@@ -207,6 +238,40 @@ def _top(key, p, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr):
             found = tl.where(slot == j, winner[:, None], found)
             key = tl.where(at == winner[:, None], LOWEST, key)
     return found
+
+
+@triton.jit
+def _top_near(key, K: tl.constexpr, KP: tl.constexpr):
+    """(as `_top`, [BT, 32] with slot j of a row at the lanes l with l % KP = j; whether it holds), a warp a row, EP <= 256.
+
+    Distance to the greatest key and position in one unsigned number, x = min(d, FAR) · EP + p: exact unless one of the K is FAR, and all
+    different. The next one after m is m + 1 + min(x - (m + 1)), as what is not greater than m wraps around.
+    """
+    BT: tl.constexpr = key.shape[0]
+    EP: tl.constexpr = key.shape[1]
+    FAR: tl.constexpr = 2**32 // EP - 1
+    slot = tl.arange(0, 32)[None, :] % KP
+    lanes = key.reshape(BT, 32, EP // 32)
+    p = tl.arange(0, 32)[:, None] * (EP // 32) + tl.arange(0, EP // 32)[None, :]
+    far = (tl.max(tl.max(lanes, 2), 1)[:, None, None] - lanes).to(tl.uint32, bitcast=True)
+    x = tl.minimum(far, FAR) * EP + p[None, :, :].to(tl.uint32)
+    found = tl.zeros((BT, 32), tl.uint32)
+    after = tl.zeros((BT,), tl.uint32)
+    for j in tl.static_range(K):
+        m = after + tl.min(tl.min(x - after[:, None, None], 2), 1)
+        found = tl.where(slot == j, m[:, None], found)
+        after = m + 1
+    return (found & (EP - 1)).to(tl.int32), tl.max((m >= FAR * EP).to(tl.int32), 0) == 0
+
+
+@triton.jit
+def _by_token(v, KP: tl.constexpr):
+    """Rows of warps to rows of tokens: [BT, 32], row i * (BT // G) + g -> [BT, KP], row g * G + i, G = 32 // KP."""
+    BT: tl.constexpr = v.shape[0]
+    G: tl.constexpr = 32 // KP
+    i = tl.arange(0, G)[:, None, None]
+    mine = tl.arange(0, 32)[None, None, :] // KP == i
+    return tl.sum(tl.where(mine, v.reshape(G, BT // G, 32), 0), 0).reshape(BT, KP)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -242,14 +307,14 @@ def _guarded(d, eps, clamp, DTYPE: tl.constexpr):
 
 @triton.jit
 def _scores(x, used, top, total, SCORE: tl.constexpr, OVER_SELECTED: tl.constexpr, DTYPE: tl.constexpr):
-    """Scores of the selected logits x [BT, KP]; top and total [BT] are the softmax parts of the whole row."""
+    """Scores of the selected logits x [BT, KP]; top and total [BT, 1 or KP] are the softmax parts of the whole row."""
     if SCORE == SOFTMAX:
         if OVER_SELECTED:
             x = tl.where(used, x, float("-inf"))
             e = tl.exp(x - tl.max(x, 1)[:, None])
             return _rounded(e / tl.sum(tl.where(used, e, 0.0), 1)[:, None], DTYPE)
         else:
-            return _rounded(tl.exp(x - top[:, None]) / total[:, None], DTYPE)
+            return _rounded(tl.exp(x - top) / total, DTYPE)
     else:
         return _pointwise(x, SCORE, DTYPE)
 
@@ -260,14 +325,22 @@ def route_kernel(
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SCORE: tl.constexpr, OVER_SELECTED: tl.constexpr,
     BIAS: tl.constexpr, BIAS_IN_WEIGHTS: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, KEPT: tl.constexpr,
     TOP: tl.constexpr, NORM: tl.constexpr, NORM_P: tl.constexpr, SCALED: tl.constexpr, EXPERT_SCALE: tl.constexpr, BY_LOGIT: tl.constexpr,
-    DTYPE: tl.constexpr, BT: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr,
+    DTYPE: tl.constexpr, BT: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """ROWS: a warp takes whole rows, `_top_near`; else a row is spread over the threads that CHUNKS leaves it, `_top`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     inside = t < tokens
     rows = logits + t * stride
     p = tl.arange(0, EP)
     real = _real(p, E, S, SP)
-    x = _rounded(_rows(rows, inside, 0, EP, CHUNKS, E, S, SP), DTYPE)
+    if ROWS:
+        x = _lanes(logits, tokens, stride, 0, EP // 32, BT, KP, EP, E, S, SP).reshape(BT, EP)
+    else:
+        x = _rows(rows, inside, 0, EP, CHUNKS, E, S, SP)
+    x = _rounded(x, DTYPE)
     top = tl.zeros((BT,), tl.float32)
     total = top
     if SCORE == SOFTMAX and not OVER_SELECTED:
@@ -285,15 +358,29 @@ def route_kernel(
     key = _key(choice)
     if SCORE == SOFTMAX and BY_LOGIT and not OVER_SELECTED and BIAS != BIAS_LOGIT:
         key = tl.where((total != total)[:, None], NAN_KEY, key)  # one NaN and all scores of the row are
-    key = tl.where(real[None, :], key, LOWEST)
+    if SP > 0 or E < EP:
+        key = tl.where(real[None, :], key, LOWEST)
     if SP > 0:
         key = _drop_groups(key, p, fill, G, S, SP, KEPT, TOP, DTYPE)
-    found = _expert(_top(key, p, K, KP, WIDE), S, SP)
+    if ROWS:
+        found, holds = _top_near(key, K, KP)
+        if not holds:
+            found = _top(key, p, K, KP, 32, False)
+        found = _expert(_by_token(found, KP), S, SP)
+        top_of = top[:, None]
+        total_of = total[:, None]
+        if SCORE == SOFTMAX and not OVER_SELECTED:
+            top_of = _by_token(top_of.broadcast_to(BT, 32), KP)
+            total_of = _by_token(total_of.broadcast_to(BT, 32), KP)
+    else:
+        found = _expert(_top(key, p, K, KP, KP, WIDE), S, SP)
+        top_of = top[:, None]
+        total_of = total[:, None]
 
     slot = tl.arange(0, KP)[None, :]
     used = inside[:, None] & (slot < K)
     w = _rounded(tl.load(rows[:, None] + found, mask=used, other=0.0).to(tl.float32), DTYPE)
-    w = _scores(w, used, top, total, SCORE, OVER_SELECTED, DTYPE)
+    w = _scores(w, used, top_of, total_of, SCORE, OVER_SELECTED, DTYPE)
     if BIAS_IN_WEIGHTS:
         w = _rounded(w + _rounded(tl.load(bias + found, mask=used, other=0.0).to(tl.float32), DTYPE), DTYPE)
     if NORM != NORM_NONE:
@@ -356,7 +443,7 @@ def route_backward_kernel(
     if SCORE == SOFTMAX and not OVER_SELECTED:
         everything = _rows(rows, inside, 0, EP, 1, E, 0, 0)
         top, total = _softmax_parts(everything, p < E)
-    s = _scores(x, used, top, total, SCORE, OVER_SELECTED, tl.float32)
+    s = _scores(x, used, top[:, None], total[:, None], SCORE, OVER_SELECTED, tl.float32)
 
     g = tl.load(grad + t[:, None] * stride_grad + slot, mask=used, other=0.0).to(tl.float32) * scale
     if EXPERT_SCALE:

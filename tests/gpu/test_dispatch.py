@@ -25,7 +25,7 @@ def two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(d, "_ONE_LAUNCH", 0)
     if not ON_GPU:
-        monkeypatch.setattr(d, "_CHUNK", 32)
+        monkeypatch.setattr(d, "_CHUNK", 64)
         monkeypatch.setattr(d, "_SEGMENTS", 4)
 
 

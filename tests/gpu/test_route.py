@@ -123,6 +123,24 @@ def test_ties(name: str, path: str) -> None:
     check(gating, logits.to(DEVICE))
 
 
+@pytest.mark.parametrize(("experts", "k"), [(128, 8), (200, 12), (256, 8), (33, 20)])
+def test_near_and_far(experts: int, k: int, path: str) -> None:
+    """The best of a row close together, far apart, on either side of zero, equal; rows of all kinds in one program."""
+    gating = Gating(experts, k, Score.IDENTITY, norm=None)
+    rows = torch.randn(11, experts)
+    rows[1] = rows[1].abs() * 10.0 ** torch.randint(-30, 30, (experts,))
+    rows[2] = 1.0 + torch.arange(experts).flip(0) * 2.0**-23
+    rows[3] = -(2.0 ** torch.randint(-8, 8, (experts,)).float())
+    rows[4] = rows[4].bfloat16().float()
+    rows[5] = rows[5].abs() + 1.0
+    rows[5, 7] = 4.0 * rows[5].max()
+    rows[6] = 2.0 ** (torch.randperm(experts) % 5).float()
+    rows[7, ::3] = math.inf
+    rows[8] = 0.0
+    rows[9, k // 2 :] = -1.0
+    check(gating, rows.to(DEVICE))
+
+
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "identity", "groups by maximum", "top-k then softmax", "maximum", "renormalised"])
 def test_not_a_number(name: str, path: str) -> None:
     """NaN counts as greatest, a row of NaN gives the first experts, and no id leaves the range."""
