@@ -1,0 +1,450 @@
+"""The products of the experts' gradient on Hopper, by hand: copies and products in warps of their own (Gluon).
+
+Each kernel has the contract of its twin in backward_kernels.py on the padded path: every operand in row order, an expert's rows filled up
+with zeros to whole groups of 64, so that all of them come through the copy engine (TMA) and nothing in a loop is masked.
+
+    producer (1 warp)          boxes of both operands, into a ring of stages
+    consumers (4 warps each)   64 rows of the tile each: wgmma on a stage as soon as it is full, then the epilogue
+
+One program a processor walks the tiles: the next tile's operands arrive while this one's epilogue runs, and what an epilogue writes leaves
+through shared memory by TMA; it is waited for only before that memory is written again. `grad_hidden` gets the pre-activations of its
+epilogue as further stages of the same ring, and writes their gradients into the stage they came in.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import _store
+
+PAD = gl.constexpr(64)  # rows of a group and of a consumer; columns that an epilogue holds at once
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=CONSUMERS)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def _ring(desc, STAGES: gl.constexpr):
+    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+
+
+@gluon.jit
+def _await_full(full, step):
+    """The stage of a step, once it is full."""
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    return step % STAGES
+
+
+@gluon.jit
+def _await_empty(full, empty, step, bytes: gl.constexpr):
+    """The stage of a step once every consumer has read what it held; `bytes` are to come."""
+    STAGES: gl.constexpr = full.shape[0]
+    s = step % STAGES
+    mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(s), bytes)
+    return s
+
+
+@gluon.jit
+def _release(empty, step, pred=True):
+    """This consumer has read the stage of a step."""
+    STAGES: gl.constexpr = empty.shape[0]
+    mbarrier.arrive(empty.index((step + STAGES) % STAGES), pred=pred)
+
+
+@gluon.jit
+def _skip(full, empty, step, count):
+    """A consumer without rows lets the stages of `count` steps pass."""
+    for i in range(step, step + count):
+        _await_full(full, i)
+        _release(empty, i)
+
+
+# ---- sums over an expert's rows -------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _weight_tile(tile, total, starts, blocks_m, blocks_n):
+    """Expert, its groups of rows [first, end), row and column block; of the last tile for a tile beyond it. An expert's tiles follow
+    each other: its operands stay in L2."""
+    tile = gl.minimum(tile, total - 1)
+    e = tile // (blocks_m * blocks_n)
+    block = tile % (blocks_m * blocks_n)
+    return e, gl.load(starts + e), gl.load(starts + e + 1), block // blocks_n, block % blocks_n
+
+
+@gluon.jit
+def _weight_produce(
+    left, right, starts, total, blocks_m, blocks_n, left0, right0, rings, ring_right, full, empty, BM: gl.constexpr, BN: gl.constexpr
+):
+    bytes: gl.constexpr = right.block_type.nbytes + (BM // PAD) * left.block_type.nbytes
+    stride = gl.num_programs(0)
+    e, first, end, block_m, block_n = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    step = 0
+    for tile in range(gl.program_id(0), total, stride):
+        e1, first1, end1, block_m1, block_n1 = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        for group in range(first, end):
+            s = _await_empty(full, empty, step, bytes)
+            for i in gl.static_range(BM // PAD):
+                tma.async_copy_global_to_shared(left, [group * PAD, left0 + block_m * BM + i * PAD], full.index(s), rings[i].index(s))
+            tma.async_copy_global_to_shared(right, [group * PAD, right0 + block_n * BN], full.index(s), ring_right.index(s))
+            step += 1
+        e, first, end, block_m, block_n = e1, first1, end1, block_m1, block_n1
+
+
+@gluon.jit
+def _weight_step(acc, ring_left, ring_right, full, step, use_acc: gl.constexpr):
+    """acc + Lᵀ R of a stage's 64 rows, the step before it finished."""
+    s = _await_full(full, step)
+    pending = warpgroup_mma(ring_left.index(s).permute((1, 0)), ring_right.index(s), acc, use_acc=use_acc, is_async=True)
+    return warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
+
+
+@gluon.jit
+def _leave(values, out, staging, row, column):
+    """values to out at (row, column), through shared memory; nothing waits for them."""
+    tma.store_wait(0)  # what the staging held has left
+    staging.store(values)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], staging)
+
+
+@gluon.jit
+def _weight_consume(
+    out, starts, total, blocks_m, blocks_n, m, ring_left, ring_right, staging, full, empty,
+    PART: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Rows PART · 64 and on of every tile."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    stride = gl.num_programs(0)
+    e, first, end, block_m, block_n = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    step = 0
+    for tile in range(gl.program_id(0), total, stride):
+        e1, first1, end1, block_m1, block_n1 = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        row = block_m * BM + PART * PAD
+        if row < m:
+            if first < end:
+                acc = gl.zeros((PAD, BN), gl.float32, mma)  # the first step does not read it
+                acc = _weight_step(acc, ring_left, ring_right, full, step, False)
+                for i in range(step + 1, step + end - first):
+                    acc = _weight_step(acc, ring_left, ring_right, full, i, True)
+                    _release(empty, i - 1)  # the step before has been read
+                step += end - first
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                _release(empty, step - 1)
+                _leave(acc.to(out.dtype), out, staging, e * m + row, block_n * BN)
+            else:
+                _leave(gl.zeros((PAD, BN), out.dtype, mma), out, staging, e * m + row, block_n * BN)
+        else:
+            _skip(full, empty, step, end - first)
+            step += end - first
+        e, first, end, block_m, block_n = e1, first1, end1, block_m1, block_n1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["experts"])
+def weight_grad(
+    left, right, out, starts, experts, m, n, left0, right0,
+    CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out[e][m, n] = Σ over the expert's rows of left[row, left0 + m] right[row, right0 + n]; zero for an expert without rows.
+
+    `left`, `right`: descriptors of rows, boxes [64, 64] and [64, BN]; `out`: of the matrices one below the other, [E · m, n], boxes
+    [64, BN]. `starts` [E + 1]: the first group of 64 rows of every expert. m is a multiple of 64. Tiles are CONSUMERS · 64 x BN.
+    """
+    BM: gl.constexpr = CONSUMERS * PAD
+    blocks_m = gl.cdiv(m, BM)
+    blocks_n = gl.cdiv(n, BN)
+    total = experts * blocks_m * blocks_n
+    full, empty = _barriers(STAGES, CONSUMERS)
+    right_ring = _ring(right, STAGES)
+    ring0, ring1 = _ring(left, STAGES), _ring(left, STAGES)
+    out0 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
+    out1 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring0, right_ring, out0, full, empty, 0, BM, BN)),
+            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring1, right_ring, out1, full, empty, 1, BM, BN)),
+            (_weight_produce, (left, right, starts, total, blocks_m, blocks_n, left0, right0, (ring0, ring1), right_ring, full, empty,
+                               BM, BN)),
+        ], [4, 1], [REGISTERS, 40])  # fmt: skip
+    else:
+        ring2 = _ring(left, STAGES)
+        out2 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
+        gl.warp_specialize([
+            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring0, right_ring, out0, full, empty, 0, BM, BN)),
+            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring1, right_ring, out1, full, empty, 1, BM, BN)),
+            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring2, right_ring, out2, full, empty, 2, BM, BN)),
+            (_weight_produce, (left, right, starts, total, blocks_m, blocks_n, left0, right0, (ring0, ring1, ring2), right_ring, full,
+                               empty, BM, BN)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+
+
+# ---- rows times an expert's matrix ----------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _row_tile(tile, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP: gl.constexpr):
+    """Expert, first row, end of the expert's rows, the first row's place in padded order, column block; of the last tile for a tile beyond
+    it. GROUP row tiles are walked together, rows fastest."""
+    tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
+    group = tile // (GROUP * blocks)
+    size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
+    rest = tile - group * GROUP * blocks
+    at = group * GROUP + rest % size
+    e = gl.maximum(gl.load(tiles + at), 0)
+    first = gl.load(tiles + max_tiles + at)
+    return e, first, gl.load(offsets + e + 1), first + gl.load(starts + e) * PAD - gl.load(offsets + e), rest // size
+
+
+@gluon.jit
+def _second(ring_a, ring_w, s):
+    """The weights' part of a stage, for a second block of pre-activations."""
+    return ring_w.index(s)._reinterpret(ring_a.dtype, [ring_a.shape[1], ring_a.shape[2]], ring_a.layout)
+
+
+@gluon.jit
+def _rows_produce(
+    a, w0, w1, pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w, full, empty,
+    BN: gl.constexpr, N_FAST: gl.constexpr, HALVES: gl.constexpr, PRE: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    row_tiles = gl.load(num_tiles)
+    stride = gl.num_programs(0)
+    begin = gl.program_id(0)
+    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    step = 0
+    for tile in range(begin, row_tiles * blocks, stride):
+        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+        for half in gl.static_range(HALVES):
+            w = w0 if half == 0 else w1
+            for k in range(steps):
+                s = _await_empty(full, empty, step, a.block_type.nbytes + w0.block_type.nbytes)
+                tma.async_copy_global_to_shared(a, [at, (half * steps + k) * PAD], full.index(s), ring_a.index(s))
+                if N_FAST:
+                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + k * PAD, block * BN], full.index(s), ring_w.index(s))
+                else:
+                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + block * BN, k * PAD], full.index(s), ring_w.index(s))
+                step += 1
+        if PRE:
+            bytes: gl.constexpr = (2 if GATED else 1) * pre.block_type.nbytes
+            for j in range(BN // PAD):
+                s = _await_empty(full, empty, step, bytes)
+                tma.async_copy_global_to_shared(pre, [first, block * BN + j * PAD], full.index(s), ring_a.index(s))
+                if GATED:
+                    tma.async_copy_global_to_shared(pre, [first, n + block * BN + j * PAD], full.index(s), _second(ring_a, ring_w, s))
+                step += 1
+        e, first, end, at, block = e1, first1, end1, at1, block1
+
+
+@gluon.jit
+def _rows_step(acc, ring_a, ring_w, full, step, PART: gl.constexpr, N_FAST: gl.constexpr, use_acc: gl.constexpr):
+    """acc + A W of a stage for rows PART · 64 and on, the step before it finished."""
+    s = _await_full(full, step)
+    w = ring_w.index(s)
+    if not N_FAST:
+        w = w.permute((1, 0))
+    pending = warpgroup_mma(ring_a.index(s).slice(PART * PAD, PAD), w, acc, use_acc=use_acc, is_async=True)
+    return warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
+
+
+@gluon.jit
+def _rows_product(ring_a, ring_w, full, empty, step, steps, held, PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr):
+    """The sum of `steps` steps. `held`: the stage before the first is released as soon as nothing leaves from it any more."""
+    acc = gl.zeros((PAD, BN), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))  # the first step does not read it
+    acc = _rows_step(acc, ring_a, ring_w, full, step, PART, N_FAST, False)
+    tma.store_wait(0)
+    _release(empty, step - 1, pred=held)
+    for i in range(step + 1, step + steps):
+        acc = _rows_step(acc, ring_a, ring_w, full, i, PART, N_FAST, True)
+        _release(empty, i - 1)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    _release(empty, step + steps - 1)
+    return acc
+
+
+@gluon.jit
+def _send(values, bits, out, at, column, staging):
+    """values [64, 64] to out at (at, column) through `staging`, zero in a row whose `bits` are 0 (else -1): two at a time."""
+    kept = gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [values.to(out.dtype), bits], out.dtype, True, 2)
+    staging.store(kept)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [at, column], staging)
+
+
+@gluon.jit
+def _hidden_columns(
+    acc, live, scale, d_pre, hidden, at, column, n, ring_a, ring_w, staging, full, empty, step,
+    DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, PART: gl.constexpr,
+    FIRST: gl.constexpr,
+):  # fmt: skip
+    """The epilogue of `grad_hidden` for some of a tile's columns, 64 at a time, each with a stage of pre-activations; Σ dA a."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    if WIDTH > PAD:
+        left, right = acc.reshape(PAD, 2, WIDTH // 2).permute(0, 2, 1).split()
+        total = _hidden_columns(left, live, scale, d_pre, hidden, at, column, n, ring_a, ring_w, staging, full, empty, step,
+                                DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, FIRST)  # fmt: skip
+        total += _hidden_columns(right, live, scale, d_pre, hidden, at, column + WIDTH // 2, n, ring_a, ring_w, staging, full, empty,
+                                 step + WIDTH // (2 * PAD), DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, False)  # fmt: skip
+        return total
+    else:
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAD, 16])
+        acc = gl.convert_layout(acc, mma, assert_trivial=True)
+        s = _await_full(full, step)
+        place_g = ring_a.index(s).slice(PART * PAD, PAD)
+        place_u = _second(ring_a, ring_w, s).slice(PART * PAD, PAD)
+        g = place_g.load(mma).to(gl.float32)
+        u = place_u.load(mma).to(gl.float32) if GATED else g
+        value, slope_g, slope_u = DUAL(g, u)
+        total = gl.sum(acc * value, 1)
+        bits = gl.expand_dims(gl.where(live, -1, 0).to(gl.int16), 1)
+        if WEIGHTED:
+            value = value * gl.expand_dims(scale, 1)
+            acc = acc * gl.expand_dims(scale, 1)
+        tma.store_wait(0)  # the part before has left: its stage, and the staging, are free
+        if not FIRST:
+            _release(empty, step - 1)
+        if HIDDEN:
+            _send(value, bits, hidden, at, column, staging)
+        if D_PRE:
+            _send(acc * slope_g, bits, d_pre, at, column, place_g)
+            if GATED:
+                _send(acc * slope_u, bits, d_pre, at, n + column, place_u)
+        return total
+
+
+@gluon.jit
+def _hidden_consume(
+    weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w, staging, full, empty,
+    DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, SUMS: gl.constexpr,
+    PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    row_tiles = gl.load(num_tiles)
+    stride = gl.num_programs(0)
+    begin = gl.program_id(0)
+    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    step = 0
+    held = False  # the stage before still sends gradients
+    for tile in range(begin, row_tiles * blocks, stride):
+        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+        if first + PART * PAD < end:
+            rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAD, 16])))
+            live = rows < end
+            slots = gl.load(order + rows, mask=live, other=0)
+            scale = gl.load(weights + slots, mask=live, other=0.0).to(gl.float32)
+            acc = _rows_product(ring_a, ring_w, full, empty, step, steps, held, PART, BN, N_FAST)
+            total = _hidden_columns(acc, live, scale, d_pre, hidden, at + PART * PAD, block * BN, n, ring_a, ring_w, staging, full, empty,
+                                    step + steps, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, True)  # fmt: skip
+            if SUMS:
+                gl.store(sums + slots.to(gl.int64) * blocks + block, total, mask=live)
+            held = True
+        else:
+            tma.store_wait(0)
+            _release(empty, step - 1, pred=held)
+            _skip(full, empty, step, steps + BN // PAD)
+            held = False
+        step += steps + BN // PAD
+        e, first, end, at, block = e1, first1, end1, at1, block1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def grad_hidden(
+    grad, w, pre, weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, n, k, rows_per_expert,
+    DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, SUMS: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """`backward_kernels.grad_hidden` of sorted rows padded to groups of 64; tiles of 128 rows, BN columns.
+
+    Descriptors: `grad` rows, boxes [128, 64]; `w` the matrices one below the other, boxes [64, BN] (N_FAST) or [BN, 64]; `pre` [N, (g | u)],
+    boxes [128, 64]; `d_pre` (g | u) and `hidden`, boxes [64, 64]. n is a multiple of BN, k of 64.
+    """
+    ring_a, ring_w = _ring(grad, STAGES), _ring(w, STAGES)
+    staging = gl.allocate_shared_memory(grad.dtype, [2, PAD, PAD], gl.NVMMASharedLayout.get_default_for([PAD, PAD], grad.dtype))
+    full, empty = _barriers(STAGES, 2)
+    blocks = n // BN
+    steps = k // PAD
+    gl.warp_specialize([
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w,
+                           staging.index(0), full, empty, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 0, BN, N_FAST, GROUP)),
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w,
+                           staging.index(1), full, empty, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 1, BN, N_FAST, GROUP)),
+        (_rows_produce, (grad, w, w, pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w,
+                         full, empty, BN, N_FAST, 1, True, GATED, GROUP)),
+    ], [4, 1], [REGISTERS, 40])  # fmt: skip
+
+
+@gluon.jit
+def _input_columns(acc, out, slots, live, column, n):
+    """acc to the rows' slots, at most 64 columns at a time."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    if WIDTH > PAD:
+        left, right = acc.reshape(PAD, 2, WIDTH // 2).permute(0, 2, 1).split()
+        _input_columns(left, out, slots, live, column, n)
+        _input_columns(right, out, slots, live, column + WIDTH // 2, n)
+    else:
+        _store(acc.to(out.dtype.element_ty), out, slots, column, n, n, live)
+
+
+@gluon.jit
+def _input_consume(
+    out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w, full, empty,
+    PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    row_tiles = gl.load(num_tiles)
+    stride = gl.num_programs(0)
+    begin = gl.program_id(0)
+    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    step = 0
+    for tile in range(begin, row_tiles * blocks, stride):
+        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+        if first + PART * PAD < end:
+            rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
+            live = rows < end
+            slots = gl.load(order + rows, mask=live, other=0)
+            acc = _rows_product(ring_a, ring_w, full, empty, step, steps, False, PART, BN, N_FAST)
+            _input_columns(acc, out, slots, live, block * BN, n)
+        else:
+            _skip(full, empty, step, steps)
+        step += steps
+        e, first, end, at, block = e1, first1, end1, at1, block1
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def grad_input(
+    d_pre, w0, w1, out, order, offsets, starts, tiles, num_tiles, max_tiles, n, k, rows_per_expert,
+    HALVES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """`backward_kernels.grad_input` of rows padded to groups of 64; tiles of 128 rows, BN columns. out [N, n] by slot.
+
+    Descriptors as in `grad_hidden`; k columns of d_pre for each of the HALVES, a multiple of 64.
+    """
+    ring_a, ring_w = _ring(d_pre, STAGES), _ring(w0, STAGES)
+    full, empty = _barriers(STAGES, 2)
+    blocks = gl.cdiv(n, BN)
+    steps = k // PAD
+    gl.warp_specialize([
+        (_input_consume, (out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, HALVES * steps, n, ring_a, ring_w, full, empty,
+                          0, BN, N_FAST, GROUP)),
+        (_input_consume, (out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, HALVES * steps, n, ring_a, ring_w, full, empty,
+                          1, BN, N_FAST, GROUP)),
+        (_rows_produce, (d_pre, w0, w1, d_pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w,
+                         full, empty, BN, N_FAST, HALVES, False, False, GROUP)),
+    ], [4, 1], [REGISTERS, 40])  # fmt: skip
