@@ -97,17 +97,18 @@ def _weight_produce(
 ):
     bytes: gl.constexpr = right.block_type.nbytes + (BM // PAD) * left.block_type.nbytes
     stride = gl.num_programs(0)
-    e, first, end, block_m, block_n = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    now = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
     step = 0
     for tile in range(gl.program_id(0), total, stride):
-        e1, first1, end1, block_m1, block_n1 = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        following = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        first, end, block_m, block_n = now[1], now[2], now[3], now[4]
         for group in range(first, end):
             s = _await_empty(full, empty, step, bytes)
             for i in gl.static_range(BM // PAD):
                 tma.async_copy_global_to_shared(left, [group * PAD, left0 + block_m * BM + i * PAD], full.index(s), rings[i].index(s))
             tma.async_copy_global_to_shared(right, [group * PAD, right0 + block_n * BN], full.index(s), ring_right.index(s))
             step += 1
-        e, first, end, block_m, block_n = e1, first1, end1, block_m1, block_n1
+        now = following
 
 
 @gluon.jit
@@ -135,10 +136,11 @@ def _weight_consume(
     """Rows PART · 64 and on of every tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     stride = gl.num_programs(0)
-    e, first, end, block_m, block_n = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    now = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
     step = 0
     for tile in range(gl.program_id(0), total, stride):
-        e1, first1, end1, block_m1, block_n1 = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        following = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+        e, first, end, block_m, block_n = now
         row = block_m * BM + PART * PAD
         if row < m:
             if first < end:
@@ -156,7 +158,7 @@ def _weight_consume(
         else:
             _skip(full, empty, step, end - first)
             step += end - first
-        e, first, end, block_m, block_n = e1, first1, end1, block_m1, block_n1
+        now = following
     tma.store_wait(0)
 
 
@@ -200,11 +202,15 @@ def weight_grad(
 
 # ---- rows times an expert's matrix ----------------------------------------------------------------------------------
 
+# walk: (offsets, starts, tiles, num_tiles, max_tiles, column blocks); ring: (rows, weights, full, empty)
+
 
 @gluon.jit
-def _row_tile(tile, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP: gl.constexpr):
+def _row_tile(tile, walk, GROUP: gl.constexpr):
     """Expert, first row, end of the expert's rows, the first row's place in padded order, column block; of the last tile for a tile beyond
     it. GROUP row tiles are walked together, rows fastest."""
+    offsets, starts, tiles, num_tiles, max_tiles, blocks = walk
+    row_tiles = gl.load(num_tiles)
     tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
     group = tile // (GROUP * blocks)
     size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
@@ -216,64 +222,67 @@ def _row_tile(tile, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP:
 
 
 @gluon.jit
-def _second(ring_a, ring_w, s):
+def _second(ring, s):
     """The weights' part of a stage, for a second block of pre-activations."""
-    return ring_w.index(s)._reinterpret(ring_a.dtype, [ring_a.shape[1], ring_a.shape[2]], ring_a.layout)
+    rows, weights = ring[0], ring[1]
+    return weights.index(s)._reinterpret(rows.dtype, [rows.shape[1], rows.shape[2]], rows.layout)
 
 
 @gluon.jit
 def _rows_produce(
-    a, w0, w1, pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w, full, empty,
+    a, w0, w1, pre, walk, steps, n, rows_per_expert, ring,
     BN: gl.constexpr, N_FAST: gl.constexpr, HALVES: gl.constexpr, PRE: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    row_tiles = gl.load(num_tiles)
+    rows, weights, full, empty = ring
     stride = gl.num_programs(0)
     begin = gl.program_id(0)
-    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    now = _row_tile(begin, walk, GROUP)
     step = 0
-    for tile in range(begin, row_tiles * blocks, stride):
-        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    for tile in range(begin, gl.load(walk[3]) * walk[5], stride):
+        following = _row_tile(tile + stride, walk, GROUP)
+        e, first, at, block = now[0], now[1], now[3], now[4]
         for half in gl.static_range(HALVES):
             w = w0 if half == 0 else w1
             for k in range(steps):
                 s = _await_empty(full, empty, step, a.block_type.nbytes + w0.block_type.nbytes)
-                tma.async_copy_global_to_shared(a, [at, (half * steps + k) * PAD], full.index(s), ring_a.index(s))
+                tma.async_copy_global_to_shared(a, [at, (half * steps + k) * PAD], full.index(s), rows.index(s))
                 if N_FAST:
-                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + k * PAD, block * BN], full.index(s), ring_w.index(s))
+                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + k * PAD, block * BN], full.index(s), weights.index(s))
                 else:
-                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + block * BN, k * PAD], full.index(s), ring_w.index(s))
+                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + block * BN, k * PAD], full.index(s), weights.index(s))
                 step += 1
         if PRE:
-            bytes: gl.constexpr = (2 if GATED else 1) * pre.block_type.nbytes
             for j in range(BN // PAD):
-                s = _await_empty(full, empty, step, bytes)
-                tma.async_copy_global_to_shared(pre, [first, block * BN + j * PAD], full.index(s), ring_a.index(s))
+                s = _await_empty(full, empty, step, (2 if GATED else 1) * pre.block_type.nbytes)
+                tma.async_copy_global_to_shared(pre, [first, block * BN + j * PAD], full.index(s), rows.index(s))
                 if GATED:
-                    tma.async_copy_global_to_shared(pre, [first, n + block * BN + j * PAD], full.index(s), _second(ring_a, ring_w, s))
+                    tma.async_copy_global_to_shared(pre, [first, n + block * BN + j * PAD], full.index(s), _second(ring, s))
                 step += 1
-        e, first, end, at, block = e1, first1, end1, at1, block1
+        now = following
 
 
 @gluon.jit
-def _rows_step(acc, ring_a, ring_w, full, step, PART: gl.constexpr, N_FAST: gl.constexpr, use_acc: gl.constexpr):
+def _rows_step(acc, ring, step, PART: gl.constexpr, N_FAST: gl.constexpr, use_acc: gl.constexpr):
     """acc + A W of a stage for rows PART · 64 and on, the step before it finished."""
+    rows, weights, full = ring[0], ring[1], ring[2]
     s = _await_full(full, step)
-    w = ring_w.index(s)
+    w = weights.index(s)
     if not N_FAST:
         w = w.permute((1, 0))
-    pending = warpgroup_mma(ring_a.index(s).slice(PART * PAD, PAD), w, acc, use_acc=use_acc, is_async=True)
+    pending = warpgroup_mma(rows.index(s).slice(PART * PAD, PAD), w, acc, use_acc=use_acc, is_async=True)
     return warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
 
 
 @gluon.jit
-def _rows_product(ring_a, ring_w, full, empty, step, steps, held, PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr):
+def _rows_product(ring, step, steps, held, PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr):
     """The sum of `steps` steps. `held`: the stage before the first is released as soon as nothing leaves from it any more."""
+    empty = ring[3]
     acc = gl.zeros((PAD, BN), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))  # the first step does not read it
-    acc = _rows_step(acc, ring_a, ring_w, full, step, PART, N_FAST, False)
+    acc = _rows_step(acc, ring, step, PART, N_FAST, False)
     tma.store_wait(0)
     _release(empty, step - 1, pred=held)
     for i in range(step + 1, step + steps):
-        acc = _rows_step(acc, ring_a, ring_w, full, i, PART, N_FAST, True)
+        acc = _rows_step(acc, ring, i, PART, N_FAST, True)
         _release(empty, i - 1)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
     _release(empty, step + steps - 1)
@@ -281,17 +290,15 @@ def _rows_product(ring_a, ring_w, full, empty, step, steps, held, PART: gl.const
 
 
 @gluon.jit
-def _send(values, bits, out, at, column, staging):
-    """values [64, 64] to out at (at, column) through `staging`, zero in a row whose `bits` are 0 (else -1): two at a time."""
-    kept = gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [values.to(out.dtype), bits], out.dtype, True, 2)
-    staging.store(kept)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out, [at, column], staging)
+def _put(values, bits, place):
+    """values [64, 64] into shared memory, zero in a row whose `bits` are 0 (else -1): two values at a time."""
+    kept = values.to(place.dtype)
+    place.store(gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [kept, bits], kept.dtype, True, 2))
 
 
 @gluon.jit
 def _hidden_columns(
-    acc, live, scale, d_pre, hidden, at, column, n, ring_a, ring_w, staging, full, empty, step,
+    acc, live, scale, d_pre, hidden, at, column, n, ring, staging, step,
     DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, PART: gl.constexpr,
     FIRST: gl.constexpr,
 ):  # fmt: skip
@@ -299,17 +306,18 @@ def _hidden_columns(
     WIDTH: gl.constexpr = acc.shape[1]
     if WIDTH > PAD:
         left, right = acc.reshape(PAD, 2, WIDTH // 2).permute(0, 2, 1).split()
-        total = _hidden_columns(left, live, scale, d_pre, hidden, at, column, n, ring_a, ring_w, staging, full, empty, step,
+        total = _hidden_columns(left, live, scale, d_pre, hidden, at, column, n, ring, staging, step,
                                 DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, FIRST)  # fmt: skip
-        total += _hidden_columns(right, live, scale, d_pre, hidden, at, column + WIDTH // 2, n, ring_a, ring_w, staging, full, empty,
-                                 step + WIDTH // (2 * PAD), DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, False)  # fmt: skip
+        total += _hidden_columns(right, live, scale, d_pre, hidden, at, column + WIDTH // 2, n, ring, staging, step + WIDTH // (2 * PAD),
+                                 DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, False)  # fmt: skip
         return total
     else:
+        rows, full, empty = ring[0], ring[2], ring[3]
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAD, 16])
         acc = gl.convert_layout(acc, mma, assert_trivial=True)
         s = _await_full(full, step)
-        place_g = ring_a.index(s).slice(PART * PAD, PAD)
-        place_u = _second(ring_a, ring_w, s).slice(PART * PAD, PAD)
+        place_g = rows.index(s).slice(PART * PAD, PAD)
+        place_u = _second(ring, s).slice(PART * PAD, PAD)
         g = place_g.load(mma).to(gl.float32)
         u = place_u.load(mma).to(gl.float32) if GATED else g
         value, slope_g, slope_u = DUAL(g, u)
@@ -322,36 +330,51 @@ def _hidden_columns(
         if not FIRST:
             _release(empty, step - 1)
         if HIDDEN:
-            _send(value, bits, hidden, at, column, staging)
+            _put(value, bits, staging)
         if D_PRE:
-            _send(acc * slope_g, bits, d_pre, at, column, place_g)
+            _put(acc * slope_g, bits, place_g)
             if GATED:
-                _send(acc * slope_u, bits, d_pre, at, n + column, place_u)
+                _put(acc * slope_u, bits, place_u)
+        fence_async_shared()
+        if HIDDEN:
+            tma.async_copy_shared_to_global(hidden, [at, column], staging)
+        if D_PRE:
+            tma.async_copy_shared_to_global(d_pre, [at, column], place_g)
+            if GATED:
+                tma.async_copy_shared_to_global(d_pre, [at, n + column], place_u)
         return total
 
 
 @gluon.jit
+def _rows_of(first, end, order, PART: gl.constexpr, BN: gl.constexpr):
+    """The consumer's rows: which are the expert's, and their slots."""
+    rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
+    live = rows < end
+    return live, gl.load(order + rows, mask=live, other=0)
+
+
+@gluon.jit
 def _hidden_consume(
-    weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w, staging, full, empty,
+    weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging,
     DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, SUMS: gl.constexpr,
     PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    row_tiles = gl.load(num_tiles)
+    full, empty = ring[2], ring[3]
+    blocks = walk[5]
     stride = gl.num_programs(0)
     begin = gl.program_id(0)
-    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    now = _row_tile(begin, walk, GROUP)
     step = 0
     held = False  # the stage before still sends gradients
-    for tile in range(begin, row_tiles * blocks, stride):
-        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    for tile in range(begin, gl.load(walk[3]) * blocks, stride):
+        following = _row_tile(tile + stride, walk, GROUP)
+        first, end, at, block = now[1], now[2], now[3], now[4]
         if first + PART * PAD < end:
-            rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAD, 16])))
-            live = rows < end
-            slots = gl.load(order + rows, mask=live, other=0)
+            live, slots = _rows_of(first, end, order, PART, PAD)
             scale = gl.load(weights + slots, mask=live, other=0.0).to(gl.float32)
-            acc = _rows_product(ring_a, ring_w, full, empty, step, steps, held, PART, BN, N_FAST)
-            total = _hidden_columns(acc, live, scale, d_pre, hidden, at + PART * PAD, block * BN, n, ring_a, ring_w, staging, full, empty,
-                                    step + steps, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, True)  # fmt: skip
+            acc = _rows_product(ring, step, steps, held, PART, BN, N_FAST)
+            total = _hidden_columns(acc, live, scale, d_pre, hidden, at + PART * PAD, block * BN, n, ring, staging, step + steps,
+                                    DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, PART, True)  # fmt: skip
             if SUMS:
                 gl.store(sums + slots.to(gl.int64) * blocks + block, total, mask=live)
             held = True
@@ -361,7 +384,7 @@ def _hidden_consume(
             _skip(full, empty, step, steps + BN // PAD)
             held = False
         step += steps + BN // PAD
-        e, first, end, at, block = e1, first1, end1, at1, block1
+        now = following
     tma.store_wait(0)
 
 
@@ -373,21 +396,21 @@ def grad_hidden(
 ):  # fmt: skip
     """`backward_kernels.grad_hidden` of sorted rows padded to groups of 64; tiles of 128 rows, BN columns.
 
-    Descriptors: `grad` rows, boxes [128, 64]; `w` the matrices one below the other, boxes [64, BN] (N_FAST) or [BN, 64]; `pre` [N, (g | u)],
-    boxes [128, 64]; `d_pre` (g | u) and `hidden`, boxes [64, 64]. n is a multiple of BN, k of 64.
+    Descriptors: `grad` rows, boxes [128, 64]; `w` the matrices one below the other, boxes [64, BN] (N_FAST) or [BN, 64]; `pre` (g | u),
+    not padded, boxes [128, 64]; `d_pre` (g | u) and `hidden`, boxes [64, 64]. n is a multiple of BN, k of 64.
     """
     ring_a, ring_w = _ring(grad, STAGES), _ring(w, STAGES)
     staging = gl.allocate_shared_memory(grad.dtype, [2, PAD, PAD], gl.NVMMASharedLayout.get_default_for([PAD, PAD], grad.dtype))
     full, empty = _barriers(STAGES, 2)
-    blocks = n // BN
+    ring = (ring_a, ring_w, full, empty)
+    walk = (offsets, starts, tiles, num_tiles, max_tiles, n // BN)
     steps = k // PAD
     gl.warp_specialize([
-        (_hidden_consume, (weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w,
-                           staging.index(0), full, empty, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 0, BN, N_FAST, GROUP)),
-        (_hidden_consume, (weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w,
-                           staging.index(1), full, empty, DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 1, BN, N_FAST, GROUP)),
-        (_rows_produce, (grad, w, w, pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w,
-                         full, empty, BN, N_FAST, 1, True, GATED, GROUP)),
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging.index(0),
+                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 0, BN, N_FAST, GROUP)),
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging.index(1),
+                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 1, BN, N_FAST, GROUP)),
+        (_rows_produce, (grad, w, w, pre, walk, steps, n, rows_per_expert, ring, BN, N_FAST, 1, True, GATED, GROUP)),
     ], [4, 1], [REGISTERS, 40])  # fmt: skip
 
 
@@ -405,26 +428,25 @@ def _input_columns(acc, out, slots, live, column, n):
 
 @gluon.jit
 def _input_consume(
-    out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, ring_a, ring_w, full, empty,
+    out, order, walk, steps, n, ring,
     PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    row_tiles = gl.load(num_tiles)
+    full, empty = ring[2], ring[3]
     stride = gl.num_programs(0)
     begin = gl.program_id(0)
-    e, first, end, at, block = _row_tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    now = _row_tile(begin, walk, GROUP)
     step = 0
-    for tile in range(begin, row_tiles * blocks, stride):
-        e1, first1, end1, at1, block1 = _row_tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, starts, GROUP)
+    for tile in range(begin, gl.load(walk[3]) * walk[5], stride):
+        following = _row_tile(tile + stride, walk, GROUP)
+        first, end, block = now[1], now[2], now[4]
         if first + PART * PAD < end:
-            rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
-            live = rows < end
-            slots = gl.load(order + rows, mask=live, other=0)
-            acc = _rows_product(ring_a, ring_w, full, empty, step, steps, False, PART, BN, N_FAST)
+            live, slots = _rows_of(first, end, order, PART, BN)
+            acc = _rows_product(ring, step, steps, False, PART, BN, N_FAST)
             _input_columns(acc, out, slots, live, block * BN, n)
         else:
             _skip(full, empty, step, steps)
         step += steps
-        e, first, end, at, block = e1, first1, end1, at1, block1
+        now = following
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
@@ -438,13 +460,11 @@ def grad_input(
     """
     ring_a, ring_w = _ring(d_pre, STAGES), _ring(w0, STAGES)
     full, empty = _barriers(STAGES, 2)
-    blocks = gl.cdiv(n, BN)
+    ring = (ring_a, ring_w, full, empty)
+    walk = (offsets, starts, tiles, num_tiles, max_tiles, gl.cdiv(n, BN))
     steps = k // PAD
     gl.warp_specialize([
-        (_input_consume, (out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, HALVES * steps, n, ring_a, ring_w, full, empty,
-                          0, BN, N_FAST, GROUP)),
-        (_input_consume, (out, order, offsets, starts, tiles, num_tiles, max_tiles, blocks, HALVES * steps, n, ring_a, ring_w, full, empty,
-                          1, BN, N_FAST, GROUP)),
-        (_rows_produce, (d_pre, w0, w1, d_pre, offsets, starts, tiles, num_tiles, max_tiles, blocks, steps, n, rows_per_expert, ring_a, ring_w,
-                         full, empty, BN, N_FAST, HALVES, False, False, GROUP)),
+        (_input_consume, (out, order, walk, HALVES * steps, n, ring, 0, BN, N_FAST, GROUP)),
+        (_input_consume, (out, order, walk, HALVES * steps, n, ring, 1, BN, N_FAST, GROUP)),
+        (_rows_produce, (d_pre, w0, w1, d_pre, walk, steps, n, rows_per_expert, ring, BN, N_FAST, HALVES, False, False, GROUP)),
     ], [4, 1], [REGISTERS, 40])  # fmt: skip
