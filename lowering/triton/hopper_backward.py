@@ -81,10 +81,14 @@ def _skip(full, empty, step, count):
 # ---- sums over an expert's rows -------------------------------------------------------------------------------------
 
 
+# walk: (starts, tiles, row blocks, column blocks); ring: (the left operand's, one a consumer; the right operand's, one a piece; full, empty)
+
+
 @gluon.jit
-def _weight_tile(tile, total, starts, blocks_m, blocks_n):
+def _weight_tile(tile, walk):
     """Expert, its groups of rows [first, end), row and column block; of the last tile for a tile beyond it. An expert's tiles follow
     each other: its operands stay in L2."""
+    starts, total, blocks_m, blocks_n = walk
     tile = gl.minimum(tile, total - 1)
     e = tile // (blocks_m * blocks_n)
     block = tile % (blocks_m * blocks_n)
@@ -92,69 +96,87 @@ def _weight_tile(tile, total, starts, blocks_m, blocks_n):
 
 
 @gluon.jit
-def _weight_produce(
-    left, right, starts, total, blocks_m, blocks_n, left0, right0, rings, ring_right, full, empty, BM: gl.constexpr, BN: gl.constexpr
-):
-    bytes: gl.constexpr = right.block_type.nbytes + (BM // PAD) * left.block_type.nbytes
+def _weight_produce(left, right, walk, left0, right0, ring, CONSUMERS: gl.constexpr, PIECES: gl.constexpr):
+    lefts, rights, full, empty = ring
+    bytes: gl.constexpr = PIECES * right.block_type.nbytes + CONSUMERS * left.block_type.nbytes
+    WIDTH: gl.constexpr = right.block_shape[1]
     stride = gl.num_programs(0)
-    now = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    now = _weight_tile(gl.program_id(0), walk)
     step = 0
-    for tile in range(gl.program_id(0), total, stride):
-        following = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+    for tile in range(gl.program_id(0), walk[1], stride):
+        following = _weight_tile(tile + stride, walk)
         first, end, block_m, block_n = now[1], now[2], now[3], now[4]
+        m0 = left0 + block_m * CONSUMERS * PAD
+        n0 = right0 + block_n * PIECES * WIDTH
         for group in range(first, end):
             s = _await_empty(full, empty, step, bytes)
-            for i in gl.static_range(BM // PAD):
-                tma.async_copy_global_to_shared(left, [group * PAD, left0 + block_m * BM + i * PAD], full.index(s), rings[i].index(s))
-            tma.async_copy_global_to_shared(right, [group * PAD, right0 + block_n * BN], full.index(s), ring_right.index(s))
+            for i in gl.static_range(CONSUMERS):
+                tma.async_copy_global_to_shared(left, [group * PAD, m0 + i * PAD], full.index(s), lefts[i].index(s))
+            for i in gl.static_range(PIECES):
+                tma.async_copy_global_to_shared(right, [group * PAD, n0 + i * WIDTH], full.index(s), rights[i].index(s))
             step += 1
         now = following
 
 
 @gluon.jit
-def _weight_step(acc, ring_left, ring_right, full, step, use_acc: gl.constexpr):
-    """acc + Lᵀ R of a stage's 64 rows, the step before it finished."""
+def _weight_step(acc0, acc1, ring, step, PART: gl.constexpr, PIECES: gl.constexpr, use_acc: gl.constexpr):
+    """acc + Lᵀ R of a stage's 64 rows, the step before it finished. acc1 is the second piece's, or acc0."""
+    lefts, rights, full = ring[0], ring[1], ring[2]
     s = _await_full(full, step)
-    pending = warpgroup_mma(ring_left.index(s).permute((1, 0)), ring_right.index(s), acc, use_acc=use_acc, is_async=True)
-    return warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
+    a = lefts[PART].index(s).permute((1, 0))
+    pending0 = warpgroup_mma(a, rights[0].index(s), acc0, use_acc=use_acc, is_async=True)
+    if PIECES == 1:
+        acc0 = warpgroup_mma_wait(num_outstanding=1, deps=(pending0,))
+        return acc0, acc0
+    else:
+        pending1 = warpgroup_mma(a, rights[1].index(s), acc1, use_acc=use_acc, is_async=True)
+        return warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
 
 
 @gluon.jit
-def _leave(values, out, staging, row, column):
+def _leave(values, out, staging, piece: gl.constexpr, row, column):
     """values to out at (row, column), through shared memory; nothing waits for them."""
-    tma.store_wait(0)  # what the staging held has left
-    staging.store(values)
+    BUFFERS: gl.constexpr = staging.shape[0]
+    place = staging.index(piece % BUFFERS)
+    tma.store_wait(BUFFERS - 1)  # what it held has left
+    place.store(values)
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, column], staging)
+    tma.async_copy_shared_to_global(out, [row, column], place)
 
 
 @gluon.jit
-def _weight_consume(
-    out, starts, total, blocks_m, blocks_n, m, ring_left, ring_right, staging, full, empty,
-    PART: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-):  # fmt: skip
+def _weight_consume(out, walk, m, ring, staging, PART: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr):
     """Rows PART · 64 and on of every tile."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    full, empty = ring[2], ring[3]
+    WIDTH: gl.constexpr = out.block_shape[1]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     stride = gl.num_programs(0)
-    now = _weight_tile(gl.program_id(0), total, starts, blocks_m, blocks_n)
+    now = _weight_tile(gl.program_id(0), walk)
     step = 0
-    for tile in range(gl.program_id(0), total, stride):
-        following = _weight_tile(tile + stride, total, starts, blocks_m, blocks_n)
+    for tile in range(gl.program_id(0), walk[1], stride):
+        following = _weight_tile(tile + stride, walk)
         e, first, end, block_m, block_n = now
-        row = block_m * BM + PART * PAD
+        row = (block_m * CONSUMERS + PART) * PAD
+        column = block_n * PIECES * WIDTH
         if row < m:
             if first < end:
-                acc = gl.zeros((PAD, BN), gl.float32, mma)  # the first step does not read it
-                acc = _weight_step(acc, ring_left, ring_right, full, step, False)
+                zeros = gl.zeros((PAD, WIDTH), gl.float32, mma)  # the first step does not read it
+                acc0, acc1 = _weight_step(zeros, zeros, ring, step, PART, PIECES, False)
                 for i in range(step + 1, step + end - first):
-                    acc = _weight_step(acc, ring_left, ring_right, full, i, True)
+                    acc0, acc1 = _weight_step(acc0, acc1, ring, i, PART, PIECES, True)
                     _release(empty, i - 1)  # the step before has been read
                 step += end - first
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                if PIECES == 1:
+                    acc0 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0,))
+                else:
+                    acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
                 _release(empty, step - 1)
-                _leave(acc.to(out.dtype), out, staging, e * m + row, block_n * BN)
+                _leave(acc0.to(out.dtype), out, staging, 0, e * m + row, column)
+                if PIECES == 2:
+                    _leave(acc1.to(out.dtype), out, staging, 1, e * m + row, column + WIDTH)
             else:
-                _leave(gl.zeros((PAD, BN), out.dtype, mma), out, staging, e * m + row, block_n * BN)
+                for i in gl.static_range(PIECES):
+                    _leave(gl.zeros((PAD, WIDTH), out.dtype, mma), out, staging, i, e * m + row, column + i * WIDTH)
         else:
             _skip(full, empty, step, end - first)
             step += end - first
@@ -165,38 +187,38 @@ def _weight_consume(
 @gluon.jit(do_not_specialize=["experts"])
 def weight_grad(
     left, right, out, starts, experts, m, n, left0, right0,
-    CONSUMERS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, PIECES: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out[e][m, n] = Σ over the expert's rows of left[row, left0 + m] right[row, right0 + n]; zero for an expert without rows.
 
-    `left`, `right`: descriptors of rows, boxes [64, 64] and [64, BN]; `out`: of the matrices one below the other, [E · m, n], boxes
-    [64, BN]. `starts` [E + 1]: the first group of 64 rows of every expert. m is a multiple of 64. Tiles are CONSUMERS · 64 x BN.
+    `left`, `right`: descriptors of rows, boxes [64, 64] and [64, WIDTH]; `out`: of the matrices one below the other, [E · m, n], boxes
+    [64, WIDTH]. `starts` [E + 1]: the first group of 64 rows of every expert. m is a multiple of 64. Tiles are CONSUMERS · 64 x
+    PIECES · WIDTH (three consumers of 256 columns need two pieces of 128: no instruction may have more than half the registers), and
+    BUFFERS pieces may be leaving at once.
     """
-    BM: gl.constexpr = CONSUMERS * PAD
-    blocks_m = gl.cdiv(m, BM)
-    blocks_n = gl.cdiv(n, BN)
-    total = experts * blocks_m * blocks_n
+    blocks_m = gl.cdiv(m, CONSUMERS * PAD)
+    blocks_n = gl.cdiv(n, PIECES * right.block_shape[1])
+    walk = (starts, experts * blocks_m * blocks_n, blocks_m, blocks_n)
     full, empty = _barriers(STAGES, CONSUMERS)
-    right_ring = _ring(right, STAGES)
-    ring0, ring1 = _ring(left, STAGES), _ring(left, STAGES)
-    out0 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
-    out1 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
+    out0, out1 = _ring(out, BUFFERS), _ring(out, BUFFERS)
+    if PIECES == 1:
+        rights = (_ring(right, STAGES),)
+    else:
+        rights = (_ring(right, STAGES), _ring(right, STAGES))
     if CONSUMERS == 2:
+        ring = ((_ring(left, STAGES), _ring(left, STAGES)), rights, full, empty)
         gl.warp_specialize([
-            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring0, right_ring, out0, full, empty, 0, BM, BN)),
-            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring1, right_ring, out1, full, empty, 1, BM, BN)),
-            (_weight_produce, (left, right, starts, total, blocks_m, blocks_n, left0, right0, (ring0, ring1), right_ring, full, empty,
-                               BM, BN)),
+            (_weight_consume, (out, walk, m, ring, out0, 0, CONSUMERS, PIECES)),
+            (_weight_consume, (out, walk, m, ring, out1, 1, CONSUMERS, PIECES)),
+            (_weight_produce, (left, right, walk, left0, right0, ring, CONSUMERS, PIECES)),
         ], [4, 1], [REGISTERS, 40])  # fmt: skip
     else:
-        ring2 = _ring(left, STAGES)
-        out2 = gl.allocate_shared_memory(out.dtype, out.block_shape, out.layout)
+        ring3 = ((_ring(left, STAGES), _ring(left, STAGES), _ring(left, STAGES)), rights, full, empty)
         gl.warp_specialize([
-            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring0, right_ring, out0, full, empty, 0, BM, BN)),
-            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring1, right_ring, out1, full, empty, 1, BM, BN)),
-            (_weight_consume, (out, starts, total, blocks_m, blocks_n, m, ring2, right_ring, out2, full, empty, 2, BM, BN)),
-            (_weight_produce, (left, right, starts, total, blocks_m, blocks_n, left0, right0, (ring0, ring1, ring2), right_ring, full,
-                               empty, BM, BN)),
+            (_weight_consume, (out, walk, m, ring3, out0, 0, CONSUMERS, PIECES)),
+            (_weight_consume, (out, walk, m, ring3, out1, 1, CONSUMERS, PIECES)),
+            (_weight_consume, (out, walk, m, ring3, _ring(out, BUFFERS), 2, CONSUMERS, PIECES)),
+            (_weight_produce, (left, right, walk, left0, right0, ring3, CONSUMERS, PIECES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
 
 

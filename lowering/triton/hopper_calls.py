@@ -18,6 +18,7 @@ from .experts import Call
 from .weights import Matrices, flat_descriptor, flat_fits
 
 PAD = 64
+_SHARED_BYTES = 225 * 1024  # of a processor's 227 KB; the rest holds barriers
 ROWS = 128  # of a tile whose rows are an expert's: two consumers
 
 
@@ -152,8 +153,17 @@ def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tenso
     _, m, n = out.shape
     experts = starts.shape[0] - 1
     tiles = experts * triton.cdiv(m, tile.consumers * PAD) * triton.cdiv(n, tile.bn)
+    pieces = 2 if tile.consumers == 3 and tile.bn > 128 else 1  # an instruction of 256 columns needs more registers than three leave it
+    width = tile.bn // pieces
     hopper_backward.weight_grad[_programs(tiles, out.device)](
-        _boxes(left, PAD, PAD), _boxes(right, PAD, tile.bn), _boxes(out.view(-1, n), PAD, tile.bn), starts,
+        _boxes(left, PAD, PAD), _boxes(right, PAD, width), _boxes(out.view(-1, n), PAD, width), starts,
         experts, m, n, left0, right0,
-        CONSUMERS=tile.consumers, BN=tile.bn, STAGES=tile.stages, REGISTERS=232 if tile.consumers == 2 else 160, num_warps=4,
+        CONSUMERS=tile.consumers, PIECES=pieces, BUFFERS=_buffers(tile, pieces, out.element_size()), STAGES=tile.stages,
+        REGISTERS=232 if tile.consumers == 2 else 160, num_warps=4,
     )  # fmt: skip
+
+
+def _buffers(tile: Warped, pieces: int, size: int) -> int:
+    """Pieces of its results that a consumer can have on their way at once: all, where shared memory allows it."""
+    stages = tile.stages * PAD * (tile.consumers * PAD + tile.bn) * size
+    return pieces if stages + tile.consumers * PAD * tile.bn * size <= _SHARED_BYTES else 1
