@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from .combine import combine
 from .dispatch import Dispatch, dispatch
 from .experts import Call, _processors, precision, read
 from .hopper_calls import Hopper
+from .sizes import cdiv, power_of_2
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
@@ -245,8 +245,8 @@ def _sorted(p: _Pass, *sources: Tensor) -> list[Tensor]:
     """Rows of one source or two, [T, n] by token, in the dispatch's order, padded with zeros."""
     tiles = p.rows.tiles[_PAD]
     outs = [source.new_empty(tiles.shape[1] * _PAD, source.shape[1]) for source in sources]
-    block = min(128, *(triton.next_power_of_2(source.shape[1]) for source in sources))
-    blocks = [triton.cdiv(source.shape[1], block) for source in sources]
+    block = min(128, *(power_of_2(source.shape[1]) for source in sources))
+    blocks = [cdiv(source.shape[1], block) for source in sources]
     second: tuple[Tensor | None, Tensor | None] = (sources[1], outs[1]) if len(sources) > 1 else (None, None)
     kernels.sort_rows[(tiles.shape[1], sum(blocks))](
         sources[0], second[0], outs[0], second[1], p.rows.order, p.rows.offsets, tiles, tiles.shape[1], blocks[0],
@@ -270,7 +270,7 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
     warped = p.hopper.hidden
     if warped is not None and (scaled_pre or not hopper_calls.hidden_fits(c, given, p.pre, warped)):
         warped = None
-    blocks = triton.cdiv(n, tile.bn if warped is None else warped.bn)
+    blocks = cdiv(n, tile.bn if warped is None else warped.bn)
     length = p.length
     out = _Hidden(
         p.pre.new_empty(length, p.pre.shape[1]) if d_pre else None,
@@ -339,7 +339,7 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
 def _plain_grad_input(p: _Pass, d_pre: Tensor, by_slot: Tensor | None, sums: bool) -> Tensor | None:
     c, tile, layout = p.call, p.tiles.input, p.layout
     w, separate = c.up, layout.form == Form.SEPARATE
-    n, blocks = w.k, triton.cdiv(w.k, tile.bn)
+    n, blocks = w.k, cdiv(w.k, tile.bn)
     k = w.n if separate or not layout.gated else 2 * w.n
     stride_k = w.stride_n // 2 if layout.form == Form.INTERLEAVED else w.stride_n  # the parts are every other row
     kind, operands = _operands(p.out.given(UP), w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
@@ -397,7 +397,7 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
         assert p.starts is not None
         hopper_calls.weight_grad(left.rows, left.first, right.rows, right.first, targets[0], p.starts, warped)
         return
-    blocks_m, blocks_n = triton.cdiv(m, tile.bm), triton.cdiv(n, tile.bn)
+    blocks_m, blocks_n = cdiv(m, tile.bm), cdiv(n, tile.bn)
     grid = (p.layout.num_experts * blocks_m * blocks_n,)
     target = targets[0] if p.layout.stacked else _table(targets)
     even = m % tile.bm == 0 and n % tile.bn == 0
@@ -431,8 +431,8 @@ def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> N
     targets = p.out.empty(which, part)
     n = source.shape[1]
     whole = targets[0] if p.layout.stacked else source.new_empty(p.layout.num_experts, n)
-    block = min(128, triton.next_power_of_2(n))
-    kernels.row_sum[(p.layout.num_experts, triton.cdiv(n, block))](
+    block = min(128, power_of_2(n))
+    kernels.row_sum[(p.layout.num_experts, cdiv(n, block))](
         source, p.call.weights, whole, p.rows.order, p.rows.offsets, p.starts, n, source.stride(0),
         GATHER=gather, PAD=0 if gather else p.pad, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k,
         BK=32, BN=block, num_warps=4,
@@ -446,11 +446,11 @@ def _grad_weights(p: _Pass, sums: Tensor | None) -> None:
     out = torch.empty_like(c.weights)
     bias = c.down_bias if not layout.weight_on_input else None
     blocks = sums.shape[1] if sums is not None else 0
-    kernels.slot_weight[(triton.cdiv(c.slots, 8),)](
+    kernels.slot_weight[(cdiv(c.slots, 8),)](
         sums, c.ids, p.grad, c.x, bias.parts[0] if bias is not None else None, out,
         c.slots, blocks, p.grad.shape[1], layout.num_experts, layout.num_identity, p.grad.stride(0), c.x.stride(0),
         *((bias.stride_e, bias.stride_n) if bias is not None else (0, 0)),
         SLOTS=p.k, SUMS=sums is not None, BIAS=bias is not None, IDENTITY=layout.num_identity > 0,
-        BS=8, BB=triton.next_power_of_2(max(blocks, 1)), BN=min(512, triton.next_power_of_2(p.grad.shape[1])), num_warps=4,
+        BS=8, BB=power_of_2(max(blocks, 1)), BN=min(512, power_of_2(p.grad.shape[1])), num_warps=4,
     )  # fmt: skip
     p.out.found[1] = out

@@ -81,7 +81,7 @@ def _skip(full, empty, step, count):
 # ---- sums over an expert's rows -------------------------------------------------------------------------------------
 
 
-# walk: (starts, tiles, row blocks, column blocks); ring: (the left operand's, one a consumer; the right operand's, one a piece; full, empty)
+# walk: (starts, tiles, row blocks, column blocks); ring: (left operands, one a consumer; right operands, one a piece; full, empty)
 
 
 @gluon.jit

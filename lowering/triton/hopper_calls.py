@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ir import Form
@@ -15,7 +14,8 @@ from ..generic import Layout
 from . import activation
 from .dispatch import Dispatch
 from .experts import Call
-from .weights import Matrices, flat_descriptor, flat_fits
+from .sizes import cdiv
+from .weights import Matrices, flat_fits
 
 PAD = 64
 _SHARED_BYTES = 225 * 1024  # of a processor's 227 KB; the rest holds barriers
@@ -90,9 +90,16 @@ def _boxes(t: Tensor, rows: int, columns: int) -> Any:
 
 
 def _weight_boxes(t: Tensor, n_fast: bool, bn: int) -> tuple[Any, int]:
-    """A descriptor of the matrices in t, one below the other, and the rows of each."""
-    stored = t if t.stride(-1) == 1 else t.transpose(-1, -2)
-    return flat_descriptor(t, (PAD, bn) if n_fast else (bn, PAD)), stored.stride(0) // stored.stride(1)
+    """A descriptor of the matrices in t, one below the other (`flat_fits`), and the rows of each."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    (experts, rows, columns), (apart, row, inner) = t.shape, t.stride()
+    if inner != 1:
+        rows, columns, row = columns, rows, inner
+    box = [PAD, bn] if n_fast else [bn, PAD]
+    per_expert = apart // row
+    shape = [(experts - 1) * per_expert + rows, columns]
+    return TensorDescriptor(t, shape, [row, 1], box, _shared(*box, t.dtype)), per_expert
 
 
 def _programs(most: int, device: torch.device) -> tuple[int]:
@@ -139,7 +146,7 @@ def grad_input(c: Call, d_pre: Tensor, up: list[Tensor], rows: Dispatch, out: Te
     weights = [_weight_boxes(t, w.out_in, tile.bn) for t in up]
     depth = w.n if layout.form == Form.SEPARATE or not layout.gated else 2 * w.n
     tiles = rows.tiles[ROWS]
-    hopper_backward.grad_input[_programs(tiles.shape[1] * triton.cdiv(w.k, tile.bn), out.device)](
+    hopper_backward.grad_input[_programs(tiles.shape[1] * cdiv(w.k, tile.bn), out.device)](
         _boxes(d_pre, ROWS, PAD), weights[0][0], weights[-1][0], out,
         rows.order, rows.offsets, rows.tile_starts[PAD], tiles, rows.num_tiles[ROWS], tiles.shape[1], w.k, depth, weights[0][1],
         HALVES=len(up), BN=tile.bn, STAGES=tile.stages, N_FAST=w.out_in, GROUP=tile.group, REGISTERS=232, num_warps=4,
@@ -152,7 +159,7 @@ def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tenso
 
     _, m, n = out.shape
     experts = starts.shape[0] - 1
-    tiles = experts * triton.cdiv(m, tile.consumers * PAD) * triton.cdiv(n, tile.bn)
+    tiles = experts * cdiv(m, tile.consumers * PAD) * cdiv(n, tile.bn)
     pieces = 2 if tile.consumers == 3 and tile.bn > 128 else 1  # an instruction of 256 columns needs more registers than three leave it
     width = tile.bn // pieces
     hopper_backward.weight_grad[_programs(tiles, out.device)](
