@@ -6,7 +6,6 @@ or read through the dispatch. Nothing reads the device on the host, and no sum d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,6 @@ from . import backward_kernels as kernels
 from .combine import combine
 from .dispatch import Dispatch, dispatch
 from .experts import Call, _processors, precision, read
-from .hopper_calls import Hopper
 from .sizes import cdiv, power_of_2
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
@@ -41,7 +39,7 @@ class Tiles:
 
     `padded`: tokens and incoming gradients are first copied in row order, every expert's rows filled up with zeros to whole groups of 64,
     and all products take both operands through the copy engine; else rows are gathered as they are read. Needs row tiles of 64 or more.
-    `hopper`: products that run warp-specialised where they fit (padded, row tiles of 128); the others, and None, by plain kernels.
+    `hopper`: the gradients of the hidden layer and of the tokens run warp-specialised where they fit (padded, row tiles of 128).
     """
 
     hidden: Tile
@@ -49,7 +47,7 @@ class Tiles:
     up: Tile
     down: Tile
     padded: bool = False
-    hopper: Hopper | None = None
+    hopper: bool = False
 
 
 def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tiles:
@@ -145,11 +143,10 @@ class _Pass:
     def precision(self) -> str:
         return precision(self.call.x.dtype)
 
-    @functools.cached_property
-    def hopper(self) -> Hopper:
-        """What runs warp-specialised."""
-        fits = self.tiles.padded and self.tiles.hidden.bm == hopper_calls.ROWS and hopper_calls.capable(self.call.x)
-        return self.tiles.hopper if fits and self.tiles.hopper is not None else Hopper(None, None, None)
+    @property
+    def hopper(self) -> bool:
+        """Whether products run warp-specialised where they fit."""
+        return self.tiles.hopper and self.tiles.padded and self.tiles.hidden.bm == hopper_calls.ROWS and hopper_calls.capable(self.call.x)
 
 
 def backward(
@@ -267,10 +264,8 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
     c, tile, layout = p.call, p.tiles.hidden, p.layout
     w, n = c.down, c.down.k
     given = list(p.out.given(DOWN))
-    warped = p.hopper.hidden
-    if warped is not None and (scaled_pre or not hopper_calls.hidden_fits(c, given, p.pre, warped)):
-        warped = None
-    blocks = cdiv(n, tile.bn if warped is None else warped.bn)
+    warped = p.hopper and not scaled_pre and hopper_calls.hidden_fits(c, given, p.pre)
+    blocks = cdiv(n, hopper_calls.HIDDEN.bn if warped else tile.bn)
     length = p.length
     out = _Hidden(
         p.pre.new_empty(length, p.pre.shape[1]) if d_pre else None,
@@ -278,8 +273,8 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
         p.pre.new_empty(length, n) if hidden else None,
         p.pre.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None,
     )
-    if warped is not None:
-        hopper_calls.grad_hidden(c, grad, p.pre, given[0], p.rows, out.d_pre, out.hidden, out.sums, warped)
+    if warped:
+        hopper_calls.grad_hidden(c, grad, p.pre, given[0], p.rows, out.d_pre, out.hidden, out.sums)
         return out
     kind, (operand,) = _operands(given, w.parts, w.out_in, w.table, tile)
     tiles = p.rows.tiles[tile.bm]
@@ -323,16 +318,19 @@ def _operands(tensors: Sequence[Tensor], parts: Sequence[Tensor], n_fast: bool, 
 def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Tensor | None:
     """The tokens' gradient into p.out; with `sums` the partial sums of the routing weights' [N, blocks]."""
     assert d_pre is not None
-    c, given, warped = p.call, list(p.out.given(UP)), p.hopper.input
-    by_slot = c.x.new_empty(c.slots, c.up.k) if need_x else None
-    if warped is not None and by_slot is not None and hopper_calls.input_fits(c, given):
-        hopper_calls.grad_input(c, d_pre, given, p.rows, by_slot, warped)
-        partial = None
+    c = p.call
+    out = c.x.new_empty(c.slots, c.up.k) if need_x else None
+    w = hopper_calls.input_operand(c, list(p.out.given(UP))) if p.hopper and not sums else None
+    partial, rank = None, None
+    if w is not None and out is not None:
+        hopper_calls.grad_input(d_pre, w, p.rows, out)
+        rank = p.rows.rank
     else:
-        partial = _plain_grad_input(p, d_pre, by_slot, sums)
-    if by_slot is not None:
+        partial = _plain_grad_input(p, d_pre, out, sums)
+    if out is not None:
         grad_x = torch.empty_like(c.x, memory_format=torch.contiguous_format)
-        p.out.found[0] = combine(by_slot, c.ids, c.weights, p.grad, None, grad_x, p.layout.num_experts, p.layout.num_identity, False)
+        identity = (p.layout.num_experts, p.layout.num_identity)
+        p.out.found[0] = combine(out, c.ids, c.weights, p.grad, None, grad_x, *identity, weighted=False, rank=rank)
     return partial
 
 
@@ -392,11 +390,6 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width
-    warped = p.hopper.weight
-    if warped is not None and hopper_calls.weight_fits(p.layout, m):
-        assert p.starts is not None
-        hopper_calls.weight_grad(left.rows, left.first, right.rows, right.first, targets[0], p.starts, warped)
-        return
     blocks_m, blocks_n = cdiv(m, tile.bm), cdiv(n, tile.bn)
     grid = (p.layout.num_experts * blocks_m * blocks_n,)
     target = targets[0] if p.layout.stacked else _table(targets)

@@ -208,7 +208,7 @@ def grouped_gemm(
     if mode == gemm.DUAL and w.whole is not None:
         mode = gemm.INTERLEAVED
     if not scatter and uses_hopper(a, w, tile):
-        _warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, pre, row_weights)
+        warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, pre, row_weights)
         return
     parts: tuple[Any, ...] = w.parts
     stride_n, bn = w.stride_n, tile.bn
@@ -249,7 +249,7 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in _whole(w))
 
 
-def _warp_specialised(
+def warp_specialised(
     a: Tensor,
     w: Matrices,
     bias: Biases | None,
@@ -261,8 +261,9 @@ def _warp_specialised(
     gather: int,
     pre: Tensor | None,
     row_weights: Tensor | None,
+    pad: int = 0,
 ) -> None:
-    """`grouped_gemm` by hopper.py."""
+    """`grouped_gemm` by hopper.py. `pad`: every expert's rows of `a` are filled up to whole groups of so many."""
     from . import hopper
 
     matrices = _whole(w)
@@ -277,10 +278,10 @@ def _warp_specialised(
     hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
-        rows.order, rows.offsets, tiles, count, rows.counters,
-        tiles.shape[1], rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
+        rows.order, rows.offsets, rows.tile_starts.get(pad), tiles, rows.tile_starts[tile.bm], count, rows.counters,
+        rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
-        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SAVE=pre is not None, BIAS=bias is not None,
+        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
         WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, num_warps=4,
     )  # fmt: skip
 

@@ -29,19 +29,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # as in gemm.py
 PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
 HALF_ROWS = gl.constexpr(64)
-EARLY = gl.constexpr(6)  # steps before a tile's end at which the next one is claimed; what depends on it is loaded two steps apart
+EARLY = gl.constexpr(7)  # steps before a tile's end at which the next one is claimed: each load that hangs on another has two to arrive
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _place(tile, row_tiles, blocks, GROUP: gl.constexpr):
-    """Row tile and column block of a tile, of the last one for a tile beyond it. The order is gemm.py's."""
-    tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
-    group = tile // (GROUP * blocks)
-    size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
-    rest = tile - group * GROUP * blocks
+def _expert(tile, tiles, num_tiles, blocks):
+    """Whose tile it is; of the last one for a tile beyond it. An expert's tiles follow each other."""
+    return gl.maximum(gl.load(tiles + gl.maximum(gl.minimum(tile // blocks, num_tiles - 1), 0)), 0)
+
+
+@gluon.jit
+def _place(tile, begin, end, blocks, GROUP: gl.constexpr):
+    """Which of an expert's row tiles, [begin, end) of the list, and column block: GROUP row tiles are walked together, rows fastest.
+
+    So those that share columns of the weights are neighbours, and no expert's weights are read by two groups where one could do.
+    """
+    rest = tile - begin * blocks
+    group = rest // (GROUP * blocks)
+    size = gl.maximum(gl.minimum(end - begin - group * GROUP, GROUP), 1)
+    rest -= group * GROUP * blocks
     return group * GROUP + rest % size, rest // size
 
 
@@ -60,28 +69,40 @@ def _release(counter):
 
 
 @gluon.jit
-def _tell(news, told, heard, number, e, first, end, block):
+def _tell(news, told, heard, number, e, first, end, block, at):
     """What the producer's tile is, to the consumers; first -1: there is none."""
     slot = number % 2
     mbarrier.wait(heard.index(slot), ((number // 2) & 1) ^ 1)
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    i = gl.arange(0, 4, layout=layout)
-    news.index(slot).store(gl.where(i == 0, e, gl.where(i == 1, first, gl.where(i == 2, end, block))))
+    i = gl.arange(0, 8, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
+    rest = gl.where(i == 2, end, gl.where(i == 3, block, at))
+    news.index(slot).store(gl.where(i == 0, e, gl.where(i == 1, first, rest)))
     mbarrier.arrive(told.index(slot))
 
 
 @gluon.jit
 def _hear(news, told, heard, number):
-    """Expert, first row, end of the expert's rows, column block."""
+    """Expert, first row, end of the expert's rows, column block, the first row's place in padded order."""
     slot = number % 2
     mbarrier.wait(told.index(slot), (number // 2) & 1)
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    i = gl.arange(0, 4, layout=layout)
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     values = news.index(slot).load(layout)
     mbarrier.arrive(heard.index(slot))
-    e = gl.sum(gl.where(i == 0, values, 0), 0)
-    first = gl.sum(gl.where(i == 1, values, 0), 0)
-    return e, first, gl.sum(gl.where(i == 2, values, 0), 0), gl.sum(gl.where(i == 3, values, 0), 0)
+    i = gl.arange(0, 8, layout=layout)
+    e, first = gl.sum(gl.where(i == 0, values, 0), 0), gl.sum(gl.where(i == 1, values, 0), 0)
+    end, block = gl.sum(gl.where(i == 2, values, 0), 0), gl.sum(gl.where(i == 3, values, 0), 0)
+    return e, first, end, block, gl.sum(gl.where(i == 4, values, 0), 0)
+
+
+@gluon.jit
+def _news():
+    """Where a producer tells its two consumers about tiles: (news, told, heard)."""
+    news = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
+        mbarrier.init(told.index(s), count=1)
+        mbarrier.init(heard.index(s), count=2)
+    return news, told, heard
 
 
 # ---- producer ----------------------------------------------------------------------------------------------------
@@ -123,9 +144,9 @@ def _feed(
 
 @gluon.jit
 def _produce(
-    a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token, stride_a,
+    a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, slots_per_token, stride_a,
     rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
+    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -133,46 +154,50 @@ def _produce(
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     at_k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     row_tiles = gl.load(num_tiles)
-    total = row_tiles * blocks
     tile = gl.program_id(0)
-    at, block = _place(tile, row_tiles, blocks, GROUP)
-    e = gl.load(tiles + at)
-    first = gl.load(tiles + max_tiles + at)
-    end = gl.load(offsets + e + 1)
+    e = _expert(tile, tiles, row_tiles, blocks)
+    begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
+    row, block = _place(tile, gl.load(tile_starts + e), gl.load(tile_starts + e + 1), blocks, GROUP)
     slots = at_row
     if GATHER:
-        slots = gl.load(order + first + at_row, mask=first + at_row < num_slots, other=0)
+        slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
     claim_at = gl.maximum(steps - EARLY, 0)
-    place_at = gl.maximum(steps - EARLY + 2, 0)
-    rows_at = gl.maximum(steps - EARLY + 4, 0)
+    expert_at = gl.maximum(steps - EARLY + 2, 0)
+    place_at = gl.maximum(steps - EARLY + 4, 0)
+    rows_at = gl.maximum(steps - EARLY + 6, 0)
     step = 0
     number = 0
-    while tile < total:
-        _tell(news, told, heard, number, e, first, end, block)
+    while tile < row_tiles * blocks:
+        first = begin + row * BM
+        row_a = first
+        if PAD > 0:
+            row_a = gl.load(starts + e) * PAD + row * BM
+        _tell(news, told, heard, number, e, first, end, block, row_a)
         n0 = block * WIDE
         row_w = e * rows_per_expert
         live = first + at_row < end
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
         tile = _claim(counter)
-        step, pointers = _feed(claim_at, place_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+        step, pointers = _feed(claim_at, expert_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
-        at, block = _place(tile, row_tiles, blocks, GROUP)
-        e = gl.load(tiles + at)
-        next_first = gl.load(tiles + max_tiles + at)
-        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+        e = _expert(tile, tiles, row_tiles, blocks)
+        step, pointers = _feed(expert_at, place_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
-        end = gl.load(offsets + e + 1)
+        begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
+        tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
+        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+        row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
-            slots = gl.load(order + next_first + at_row, mask=next_first + at_row < num_slots, other=0)
-        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+            slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
+        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
-        first = next_first
         number += 1
-    _tell(news, told, heard, number, 0, -1, 0, 0)
+    _tell(news, told, heard, number, 0, -1, 0, 0, 0)
     _release(counter)
 
 
@@ -256,7 +281,7 @@ def _consume(
     stage = stages_out.index(HALF)
     step = 0
     number = 0
-    e, first, end, block = _hear(news, told, heard, number)
+    e, first, end, block, _ = _hear(news, told, heard, number)
     while first >= 0:
         first += HALF * HALF_ROWS
         if first < end:
@@ -298,22 +323,22 @@ def _consume(
                 mbarrier.arrive(empty.index(s))
                 step += 1
         number += 1
-        e, first, end, block = _hear(news, told, heard, number)
+        e, first, end, block, _ = _hear(news, told, heard, number)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["max_tiles", "num_slots"])
+@gluon.jit(do_not_specialize=["num_slots"])
 def grouped_gemm(
-    a, a_tma, w0, w1, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, offsets, tiles, num_tiles, counter,
-    max_tiles, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
-    MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    a, a_tma, w0, w1, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, offsets, starts, tiles, tile_starts,
+    num_tiles, counter, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
+    MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, SAVE: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, 64] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
     out and the halves of pre, boxes [64, BN]. `counter`: two zeros, which this call leaves behind as zeros.
 
-    k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
+    `PAD`: rows of `a` are in the dispatch's order with every expert's filled up to whole groups of PAD, `starts` [E + 1] the first group
+    of each. k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF_ROWS, BK], DTYPE)
@@ -321,17 +346,12 @@ def grouped_gemm(
     CHUNKS: gl.constexpr = BK // w0.block_shape[1] if OUT_IN else 1
     ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES * CHUNKS] + w0.block_shape, w0.layout)
     stages_out = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, BN], out_tma.layout)
-    news = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    news, told, heard = _news()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=129 if GATHER else 1)  # every producer thread's copies, and the weights' bytes
         mbarrier.init(empty.index(s), count=2)
-    for s in gl.static_range(2):
-        mbarrier.init(told.index(s), count=1)
-        mbarrier.init(heard.index(s), count=2)
     fence_async_shared()
     WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a tile reads
     blocks = gl.cdiv(n, BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN)
@@ -343,7 +363,7 @@ def grouped_gemm(
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
-        (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token,
-                    stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-                    0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP)),
+        (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps,
+                    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+                    0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, WIDE, GROUP)),
     ], [4, 4], [216, 72])  # fmt: skip

@@ -1,14 +1,13 @@
-"""The products of the experts' gradient on Hopper, by hand: copies and products in warps of their own (Gluon).
+"""The hidden layer's gradient on Hopper, by hand: copies and products in warps of their own (Gluon).
 
-Each kernel has the contract of its twin in backward_kernels.py on the padded path: every operand in row order, an expert's rows filled up
-with zeros to whole groups of 64, so that all of them come through the copy engine (TMA) and nothing in a loop is masked.
+The contract of `backward_kernels.grad_hidden`, its twin, on the padded path: operands in row order, an expert's rows filled up with zeros
+to whole groups of 64, so that all of them come through the copy engine (TMA) and nothing in a loop is masked.
 
-    producer (1 warp)          boxes of both operands, into a ring of stages
-    consumers (4 warps each)   64 rows of the tile each: wgmma on a stage as soon as it is full, then the epilogue
+    producer (1 warp)          claims a tile as hopper.py's does; boxes of both operands, into a ring of stages
+    consumer 0, 1 (4 warps)    64 rows each: wgmma on a stage as soon as it is full, then the epilogue
 
-One program a processor walks the tiles: the next tile's operands arrive while this one's epilogue runs, and what an epilogue writes leaves
-through shared memory by TMA; it is waited for only before that memory is written again. `grad_hidden` gets the pre-activations of its
-epilogue as further stages of the same ring, and writes their gradients into the stage they came in.
+The next tile's operands arrive while this one's epilogue runs. The pre-activations that the epilogue needs are further stages of the same
+ring, and their gradients are written into the stage they came in, which TMA stores from. (`grad_input` is hopper.py's kernel.)
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -24,9 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import _store
+from .hopper import EARLY, _claim, _expert, _hear, _news, _place, _tell
+from .hopper import _release as _leave
 
 PAD = gl.constexpr(64)  # rows of a group and of a consumer; columns that an epilogue holds at once
+ROWS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -78,169 +79,9 @@ def _skip(full, empty, step, count):
         _release(empty, i)
 
 
-# ---- sums over an expert's rows -------------------------------------------------------------------------------------
+# ---- producer ----------------------------------------------------------------------------------------------------
 
-
-# walk: (starts, tiles, row blocks, column blocks); ring: (left operands, one a consumer; right operands, one a piece; full, empty)
-
-
-@gluon.jit
-def _weight_tile(tile, walk):
-    """Expert, its groups of rows [first, end), row and column block; of the last tile for a tile beyond it. An expert's tiles follow
-    each other: its operands stay in L2."""
-    starts, total, blocks_m, blocks_n = walk
-    tile = gl.minimum(tile, total - 1)
-    e = tile // (blocks_m * blocks_n)
-    block = tile % (blocks_m * blocks_n)
-    return e, gl.load(starts + e), gl.load(starts + e + 1), block // blocks_n, block % blocks_n
-
-
-@gluon.jit
-def _weight_produce(left, right, walk, left0, right0, ring, CONSUMERS: gl.constexpr, PIECES: gl.constexpr):
-    lefts, rights, full, empty = ring
-    bytes: gl.constexpr = PIECES * right.block_type.nbytes + CONSUMERS * left.block_type.nbytes
-    WIDTH: gl.constexpr = right.block_shape[1]
-    stride = gl.num_programs(0)
-    now = _weight_tile(gl.program_id(0), walk)
-    step = 0
-    for tile in range(gl.program_id(0), walk[1], stride):
-        following = _weight_tile(tile + stride, walk)
-        first, end, block_m, block_n = now[1], now[2], now[3], now[4]
-        m0 = left0 + block_m * CONSUMERS * PAD
-        n0 = right0 + block_n * PIECES * WIDTH
-        for group in range(first, end):
-            s = _await_empty(full, empty, step, bytes)
-            for i in gl.static_range(CONSUMERS):
-                tma.async_copy_global_to_shared(left, [group * PAD, m0 + i * PAD], full.index(s), lefts[i].index(s))
-            for i in gl.static_range(PIECES):
-                tma.async_copy_global_to_shared(right, [group * PAD, n0 + i * WIDTH], full.index(s), rights[i].index(s))
-            step += 1
-        now = following
-
-
-@gluon.jit
-def _weight_step(acc0, acc1, ring, step, PART: gl.constexpr, PIECES: gl.constexpr, use_acc: gl.constexpr):
-    """acc + Lᵀ R of a stage's 64 rows, the step before it finished. acc1 is the second piece's, or acc0."""
-    lefts, rights, full = ring[0], ring[1], ring[2]
-    s = _await_full(full, step)
-    a = lefts[PART].index(s).permute((1, 0))
-    pending0 = warpgroup_mma(a, rights[0].index(s), acc0, use_acc=use_acc, is_async=True)
-    if PIECES == 1:
-        acc0 = warpgroup_mma_wait(num_outstanding=1, deps=(pending0,))
-        return acc0, acc0
-    else:
-        pending1 = warpgroup_mma(a, rights[1].index(s), acc1, use_acc=use_acc, is_async=True)
-        return warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
-
-
-@gluon.jit
-def _leave(values, out, staging, piece: gl.constexpr, row, column):
-    """values to out at (row, column), through shared memory; nothing waits for them."""
-    BUFFERS: gl.constexpr = staging.shape[0]
-    place = staging.index(piece % BUFFERS)
-    tma.store_wait(BUFFERS - 1)  # what it held has left
-    place.store(values)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out, [row, column], place)
-
-
-@gluon.jit
-def _weight_consume(out, walk, m, ring, staging, PART: gl.constexpr, CONSUMERS: gl.constexpr, PIECES: gl.constexpr):
-    """Rows PART · 64 and on of every tile."""
-    full, empty = ring[2], ring[3]
-    WIDTH: gl.constexpr = out.block_shape[1]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    stride = gl.num_programs(0)
-    now = _weight_tile(gl.program_id(0), walk)
-    step = 0
-    for tile in range(gl.program_id(0), walk[1], stride):
-        following = _weight_tile(tile + stride, walk)
-        e, first, end, block_m, block_n = now
-        row = (block_m * CONSUMERS + PART) * PAD
-        column = block_n * PIECES * WIDTH
-        if row < m:
-            if first < end:
-                zeros = gl.zeros((PAD, WIDTH), gl.float32, mma)  # the first step does not read it
-                acc0, acc1 = _weight_step(zeros, zeros, ring, step, PART, PIECES, False)
-                for i in range(step + 1, step + end - first):
-                    acc0, acc1 = _weight_step(acc0, acc1, ring, i, PART, PIECES, True)
-                    _release(empty, i - 1)  # the step before has been read
-                step += end - first
-                if PIECES == 1:
-                    acc0 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0,))
-                else:
-                    acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
-                _release(empty, step - 1)
-                _leave(acc0.to(out.dtype), out, staging, 0, e * m + row, column)
-                if PIECES == 2:
-                    _leave(acc1.to(out.dtype), out, staging, 1, e * m + row, column + WIDTH)
-            else:
-                for i in gl.static_range(PIECES):
-                    _leave(gl.zeros((PAD, WIDTH), out.dtype, mma), out, staging, i, e * m + row, column + i * WIDTH)
-        else:
-            _skip(full, empty, step, end - first)
-            step += end - first
-        now = following
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=["experts"])
-def weight_grad(
-    left, right, out, starts, experts, m, n, left0, right0,
-    CONSUMERS: gl.constexpr, PIECES: gl.constexpr, BUFFERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """out[e][m, n] = Σ over the expert's rows of left[row, left0 + m] right[row, right0 + n]; zero for an expert without rows.
-
-    `left`, `right`: descriptors of rows, boxes [64, 64] and [64, WIDTH]; `out`: of the matrices one below the other, [E · m, n], boxes
-    [64, WIDTH]. `starts` [E + 1]: the first group of 64 rows of every expert. m is a multiple of 64. Tiles are CONSUMERS · 64 x
-    PIECES · WIDTH (three consumers of 256 columns need two pieces of 128: no instruction may have more than half the registers), and
-    BUFFERS pieces may be leaving at once.
-    """
-    blocks_m = gl.cdiv(m, CONSUMERS * PAD)
-    blocks_n = gl.cdiv(n, PIECES * right.block_shape[1])
-    walk = (starts, experts * blocks_m * blocks_n, blocks_m, blocks_n)
-    full, empty = _barriers(STAGES, CONSUMERS)
-    out0, out1 = _ring(out, BUFFERS), _ring(out, BUFFERS)
-    if PIECES == 1:
-        rights = (_ring(right, STAGES),)
-    else:
-        rights = (_ring(right, STAGES), _ring(right, STAGES))
-    if CONSUMERS == 2:
-        ring = ((_ring(left, STAGES), _ring(left, STAGES)), rights, full, empty)
-        gl.warp_specialize([
-            (_weight_consume, (out, walk, m, ring, out0, 0, CONSUMERS, PIECES)),
-            (_weight_consume, (out, walk, m, ring, out1, 1, CONSUMERS, PIECES)),
-            (_weight_produce, (left, right, walk, left0, right0, ring, CONSUMERS, PIECES)),
-        ], [4, 1], [REGISTERS, 40])  # fmt: skip
-    else:
-        ring3 = ((_ring(left, STAGES), _ring(left, STAGES), _ring(left, STAGES)), rights, full, empty)
-        gl.warp_specialize([
-            (_weight_consume, (out, walk, m, ring3, out0, 0, CONSUMERS, PIECES)),
-            (_weight_consume, (out, walk, m, ring3, out1, 1, CONSUMERS, PIECES)),
-            (_weight_consume, (out, walk, m, ring3, _ring(out, BUFFERS), 2, CONSUMERS, PIECES)),
-            (_weight_produce, (left, right, walk, left0, right0, ring3, CONSUMERS, PIECES)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
-
-
-# ---- rows times an expert's matrix ----------------------------------------------------------------------------------
-
-# walk: (offsets, starts, tiles, num_tiles, max_tiles, column blocks); ring: (rows, weights, full, empty)
-
-
-@gluon.jit
-def _row_tile(tile, walk, GROUP: gl.constexpr):
-    """Expert, first row, end of the expert's rows, the first row's place in padded order, column block; of the last tile for a tile beyond
-    it. GROUP row tiles are walked together, rows fastest."""
-    offsets, starts, tiles, num_tiles, max_tiles, blocks = walk
-    row_tiles = gl.load(num_tiles)
-    tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
-    group = tile // (GROUP * blocks)
-    size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
-    rest = tile - group * GROUP * blocks
-    at = group * GROUP + rest % size
-    e = gl.maximum(gl.load(tiles + at), 0)
-    first = gl.load(tiles + max_tiles + at)
-    return e, first, gl.load(offsets + e + 1), first + gl.load(starts + e) * PAD - gl.load(offsets + e), rest // size
+# ring: (rows, weights, full, empty)
 
 
 @gluon.jit
@@ -251,36 +92,60 @@ def _second(ring, s):
 
 
 @gluon.jit
-def _rows_produce(
-    a, w0, w1, pre, walk, steps, n, rows_per_expert, ring,
-    BN: gl.constexpr, N_FAST: gl.constexpr, HALVES: gl.constexpr, PRE: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
+def _rows_feed(begin, end, step, grad, w, at, e, block, rows_per_expert, ring, N_FAST: gl.constexpr):
+    """A stage for each step of depth in [begin, end)."""
     rows, weights, full, empty = ring
-    stride = gl.num_programs(0)
-    begin = gl.program_id(0)
-    now = _row_tile(begin, walk, GROUP)
+    for k in range(begin, end):
+        s = _await_empty(full, empty, step, grad.block_type.nbytes + w.block_type.nbytes)
+        tma.async_copy_global_to_shared(grad, [at, k * PAD], full.index(s), rows.index(s))
+        if N_FAST:
+            tma.async_copy_global_to_shared(w, [e * rows_per_expert + k * PAD, block * w.block_shape[1]], full.index(s), weights.index(s))
+        else:
+            tma.async_copy_global_to_shared(w, [e * rows_per_expert + block * w.block_shape[0], k * PAD], full.index(s), weights.index(s))
+        step += 1
+    return step
+
+
+@gluon.jit
+def _hidden_produce(
+    grad, w, pre, offsets, starts, tiles, tile_starts, num_tiles, counter, steps, n, blocks, rows_per_expert, ring, news, told, heard,
+    BN: gl.constexpr, N_FAST: gl.constexpr, GATED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    rows, full, empty = ring[0], ring[2], ring[3]
+    row_tiles = gl.load(num_tiles)
+    tile = gl.program_id(0)
+    e = _expert(tile, tiles, row_tiles, blocks)
+    begin, end, group = gl.load(offsets + e), gl.load(offsets + e + 1), gl.load(starts + e)
+    row, block = _place(tile, gl.load(tile_starts + e), gl.load(tile_starts + e + 1), blocks, GROUP)
+    claim_at = gl.maximum(steps - EARLY, 0)
+    expert_at = gl.maximum(steps - EARLY + 3, 0)
     step = 0
-    for tile in range(begin, gl.load(walk[3]) * walk[5], stride):
-        following = _row_tile(tile + stride, walk, GROUP)
-        e, first, at, block = now[0], now[1], now[3], now[4]
-        for half in gl.static_range(HALVES):
-            w = w0 if half == 0 else w1
-            for k in range(steps):
-                s = _await_empty(full, empty, step, a.block_type.nbytes + w0.block_type.nbytes)
-                tma.async_copy_global_to_shared(a, [at, (half * steps + k) * PAD], full.index(s), rows.index(s))
-                if N_FAST:
-                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + k * PAD, block * BN], full.index(s), weights.index(s))
-                else:
-                    tma.async_copy_global_to_shared(w, [e * rows_per_expert + block * BN, k * PAD], full.index(s), weights.index(s))
-                step += 1
-        if PRE:
-            for j in range(BN // PAD):
-                s = _await_empty(full, empty, step, (2 if GATED else 1) * pre.block_type.nbytes)
-                tma.async_copy_global_to_shared(pre, [first, block * BN + j * PAD], full.index(s), rows.index(s))
-                if GATED:
-                    tma.async_copy_global_to_shared(pre, [first, n + block * BN + j * PAD], full.index(s), _second(ring, s))
-                step += 1
-        now = following
+    number = 0
+    while tile < row_tiles * blocks:
+        first = begin + row * ROWS
+        at = group * PAD + row * ROWS
+        now, column = e, block
+        _tell(news, told, heard, number, e, first, end, block, at)
+        step = _rows_feed(0, claim_at, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
+        tile = _claim(counter)
+        step = _rows_feed(claim_at, expert_at, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
+        e = _expert(tile, tiles, row_tiles, blocks)
+        step = _rows_feed(expert_at, steps, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
+        begin, end, group = gl.load(offsets + e), gl.load(offsets + e + 1), gl.load(starts + e)
+        tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
+        for j in range(BN // PAD):
+            s = _await_empty(full, empty, step, (2 if GATED else 1) * pre.block_type.nbytes)
+            tma.async_copy_global_to_shared(pre, [first, column * BN + j * PAD], full.index(s), rows.index(s))
+            if GATED:
+                tma.async_copy_global_to_shared(pre, [first, n + column * BN + j * PAD], full.index(s), _second(ring, s))
+            step += 1
+        row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
+        number += 1
+    _tell(news, told, heard, number, 0, -1, 0, 0, 0)
+    _leave(counter)
+
+
+# ---- consumers ---------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -368,31 +233,27 @@ def _hidden_columns(
 
 
 @gluon.jit
-def _rows_of(first, end, order, PART: gl.constexpr, BN: gl.constexpr):
+def _rows_of(first, end, order, PART: gl.constexpr):
     """The consumer's rows: which are the expert's, and their slots."""
-    rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])))
+    rows = first + PART * PAD + gl.arange(0, PAD, layout=gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAD, 16])))
     live = rows < end
     return live, gl.load(order + rows, mask=live, other=0)
 
 
 @gluon.jit
 def _hidden_consume(
-    weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging,
+    weights, d_pre, hidden, sums, order, steps, n, blocks, ring, news, told, heard, staging,
     DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, SUMS: gl.constexpr,
-    PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
+    PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr,
 ):  # fmt: skip
     full, empty = ring[2], ring[3]
-    blocks = walk[5]
-    stride = gl.num_programs(0)
-    begin = gl.program_id(0)
-    now = _row_tile(begin, walk, GROUP)
     step = 0
+    number = 0
     held = False  # the stage before still sends gradients
-    for tile in range(begin, gl.load(walk[3]) * blocks, stride):
-        following = _row_tile(tile + stride, walk, GROUP)
-        first, end, at, block = now[1], now[2], now[3], now[4]
+    _, first, end, block, at = _hear(news, told, heard, number)
+    while first >= 0:
         if first + PART * PAD < end:
-            live, slots = _rows_of(first, end, order, PART, PAD)
+            live, slots = _rows_of(first, end, order, PART)
             scale = gl.load(weights + slots, mask=live, other=0.0).to(gl.float32)
             acc = _rows_product(ring, step, steps, held, PART, BN, N_FAST)
             total = _hidden_columns(acc, live, scale, d_pre, hidden, at + PART * PAD, block * BN, n, ring, staging, step + steps,
@@ -406,87 +267,35 @@ def _hidden_consume(
             _skip(full, empty, step, steps + BN // PAD)
             held = False
         step += steps + BN // PAD
-        now = following
+        number += 1
+        _, first, end, block, at = _hear(news, told, heard, number)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["max_tiles"])
+@gluon.jit
 def grad_hidden(
-    grad, w, pre, weights, d_pre, hidden, sums, order, offsets, starts, tiles, num_tiles, max_tiles, n, k, rows_per_expert,
+    grad, w, pre, weights, d_pre, hidden, sums, order, offsets, starts, tiles, tile_starts, num_tiles, counter, n, k, rows_per_expert,
     DUAL: gl.constexpr, GATED: gl.constexpr, WEIGHTED: gl.constexpr, D_PRE: gl.constexpr, HIDDEN: gl.constexpr, SUMS: gl.constexpr,
-    BN: gl.constexpr, STAGES: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr, REGISTERS: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """`backward_kernels.grad_hidden` of sorted rows padded to groups of 64; tiles of 128 rows, BN columns.
 
     Descriptors: `grad` rows, boxes [128, 64]; `w` the matrices one below the other, boxes [64, BN] (N_FAST) or [BN, 64]; `pre` (g | u),
-    not padded, boxes [128, 64]; `d_pre` (g | u) and `hidden`, boxes [64, 64]. n is a multiple of BN, k of 64.
+    not padded, boxes [128, 64]; `d_pre` (g | u) and `hidden`, boxes [64, 64]. n is a multiple of BN, k of 64. `starts` [E + 1]: the
+    first group of 64 rows of every expert. `counter`: two zeros, which this call leaves behind as zeros.
     """
     ring_a, ring_w = _ring(grad, STAGES), _ring(w, STAGES)
     staging = gl.allocate_shared_memory(grad.dtype, [2, PAD, PAD], gl.NVMMASharedLayout.get_default_for([PAD, PAD], grad.dtype))
+    news, told, heard = _news()
     full, empty = _barriers(STAGES, 2)
     ring = (ring_a, ring_w, full, empty)
-    walk = (offsets, starts, tiles, num_tiles, max_tiles, n // BN)
+    blocks = n // BN
     steps = k // PAD
     gl.warp_specialize([
-        (_hidden_consume, (weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging.index(0),
-                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 0, BN, N_FAST, GROUP)),
-        (_hidden_consume, (weights, d_pre, hidden, sums, order, walk, steps, n, ring, staging.index(1),
-                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 1, BN, N_FAST, GROUP)),
-        (_rows_produce, (grad, w, w, pre, walk, steps, n, rows_per_expert, ring, BN, N_FAST, 1, True, GATED, GROUP)),
-    ], [4, 1], [REGISTERS, 40])  # fmt: skip
-
-
-@gluon.jit
-def _input_columns(acc, out, slots, live, column, n):
-    """acc to the rows' slots, at most 64 columns at a time."""
-    WIDTH: gl.constexpr = acc.shape[1]
-    if WIDTH > PAD:
-        left, right = acc.reshape(PAD, 2, WIDTH // 2).permute(0, 2, 1).split()
-        _input_columns(left, out, slots, live, column, n)
-        _input_columns(right, out, slots, live, column + WIDTH // 2, n)
-    else:
-        _store(acc.to(out.dtype.element_ty), out, slots, column, n, n, live)
-
-
-@gluon.jit
-def _input_consume(
-    out, order, walk, steps, n, ring,
-    PART: gl.constexpr, BN: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    full, empty = ring[2], ring[3]
-    stride = gl.num_programs(0)
-    begin = gl.program_id(0)
-    now = _row_tile(begin, walk, GROUP)
-    step = 0
-    for tile in range(begin, gl.load(walk[3]) * walk[5], stride):
-        following = _row_tile(tile + stride, walk, GROUP)
-        first, end, block = now[1], now[2], now[4]
-        if first + PART * PAD < end:
-            live, slots = _rows_of(first, end, order, PART, BN)
-            acc = _rows_product(ring, step, steps, False, PART, BN, N_FAST)
-            _input_columns(acc, out, slots, live, block * BN, n)
-        else:
-            _skip(full, empty, step, steps)
-        step += steps
-        now = following
-
-
-@gluon.jit(do_not_specialize=["max_tiles"])
-def grad_input(
-    d_pre, w0, w1, out, order, offsets, starts, tiles, num_tiles, max_tiles, n, k, rows_per_expert,
-    HALVES: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, N_FAST: gl.constexpr, GROUP: gl.constexpr, REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """`backward_kernels.grad_input` of rows padded to groups of 64; tiles of 128 rows, BN columns. out [N, n] by slot.
-
-    Descriptors as in `grad_hidden`; k columns of d_pre for each of the HALVES, a multiple of 64.
-    """
-    ring_a, ring_w = _ring(d_pre, STAGES), _ring(w0, STAGES)
-    full, empty = _barriers(STAGES, 2)
-    ring = (ring_a, ring_w, full, empty)
-    walk = (offsets, starts, tiles, num_tiles, max_tiles, gl.cdiv(n, BN))
-    steps = k // PAD
-    gl.warp_specialize([
-        (_input_consume, (out, order, walk, HALVES * steps, n, ring, 0, BN, N_FAST, GROUP)),
-        (_input_consume, (out, order, walk, HALVES * steps, n, ring, 1, BN, N_FAST, GROUP)),
-        (_rows_produce, (d_pre, w0, w1, d_pre, walk, steps, n, rows_per_expert, ring, BN, N_FAST, HALVES, False, False, GROUP)),
-    ], [4, 1], [REGISTERS, 40])  # fmt: skip
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, steps, n, blocks, ring, news, told, heard, staging.index(0),
+                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 0, BN, N_FAST)),
+        (_hidden_consume, (weights, d_pre, hidden, sums, order, steps, n, blocks, ring, news, told, heard, staging.index(1),
+                           DUAL, GATED, WEIGHTED, D_PRE, HIDDEN, SUMS, 1, BN, N_FAST)),
+        (_hidden_produce, (grad, w, pre, offsets, starts, tiles, tile_starts, num_tiles, counter, steps, n, blocks, rows_per_expert,
+                           ring, news, told, heard, BN, N_FAST, GATED, GROUP)),
+    ], [4, 1], [232, 40])  # fmt: skip

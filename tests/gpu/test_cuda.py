@@ -64,8 +64,8 @@ LAYOUTS: dict[str, Case] = {
 def both(case: Case, t: dict[str, Any], tile: Tile, monkeypatch: pytest.MonkeyPatch, save: bool = False) -> None:
     """By the warp-specialised kernel, which must have run, and by its twin."""
     seen = []
-    run = experts._warp_specialised
-    monkeypatch.setattr(experts, "_warp_specialised", lambda *a: (seen.append(1), run(*a)))
+    run = experts.warp_specialised
+    monkeypatch.setattr(experts, "warp_specialised", lambda *a: (seen.append(1), run(*a)))
     out, pre = kernel(case, t, Choice(tile, tile, None), save)
     assert len(seen) == 2, "the tile fell back to the plain kernel"
     twin = replace(tile, hopper=False, stages=3)
