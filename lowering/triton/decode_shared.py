@@ -12,6 +12,7 @@ weights which a kernel before writes are right all the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -40,76 +41,53 @@ def _prefetch(base, n0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.c
 
 
 @triton.jit
-def _activated(
-    vector, base0, base1, bias0, bias1, scale, n0, n, k, stride_n, stride_k, stride_bn,
-    MODE: tl.constexpr, ACT: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """act(scale · W_0 vector + b_0, scale · W_1 vector + b_1) of BN columns."""
-    columns = n0 + tl.arange(0, BN)
-    g = _product(base0, vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN) * scale
-    if MODE == DUAL:
-        u = _product(base1, vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN) * scale
-    else:
-        u = g
-    if BIAS:
-        g += tl.load(bias0 + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
-        if MODE == DUAL:
-            u += tl.load(bias1 + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
-    return ACT(g, u)
-
-
-@triton.jit
 def up_together(
-    x, ids, weights, w0, w1, bias0, bias1, out, shared0, shared1, shared_bias0, shared_bias1, shared_out,
-    tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, stride_be, stride_bn,
-    shared_n, shared_stride_n, shared_stride_k, shared_stride_bn,
-    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    SHARED_MODE: tl.constexpr, SHARED_ACT: tl.constexpr, SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr,
-    SHARED_BN: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
-    PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    x, ids, weights, w0, w1, out, shared0, shared1, shared_out,
+    tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, shared_n, shared_stride_n, shared_stride_k,
+    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per pair and block of columns, before them one per token and block of the shared expert's. INTERLEAVED comes as DUAL."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    own = tokens * tl.cdiv(shared_n, SHARED_BN)
+    own = tokens * tl.cdiv(shared_n, BN)
     p = tl.program_id(0)
+    scale = 1.0
     if p < own:
-        t = (p % tokens).to(tl.int64)
-        n0 = p // tokens * SHARED_BN
+        t = p % tokens
+        row, n0, width, stride_row, stride_column = t.to(tl.int64), p // tokens * BN, shared_n, shared_stride_n, shared_stride_k
+        base0, base1, to, known = shared0, shared1, shared_out, True
         if PDL:
-            _prefetch(shared0, n0, shared_n, k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, SHARED_BN, SHARED_BK, BYTES)
-            if SHARED_MODE == DUAL:
-                _prefetch(shared1, n0, shared_n, k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, SHARED_BN, SHARED_BK, BYTES)
+            _prefetch(shared0, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
+            if MODE == DUAL:
+                _prefetch(shared1, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        columns = n0 + tl.arange(0, SHARED_BN)
-        a = _activated(
-            x + t * stride_x, shared0, shared1, shared_bias0, shared_bias1, 1.0, n0, shared_n, k, shared_stride_n, shared_stride_k,
-            shared_stride_bn, SHARED_MODE, SHARED_ACT, SHARED_OUT_IN, SHARED_BIAS, SHARED_BN, SHARED_BK, SHARED_EVEN,
-        )  # fmt: skip
-        tl.store(shared_out + t * shared_n + columns, a.to(DTYPE), mask=columns < shared_n)
     else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         slots = tokens * slots_per_token
         slot = (p - own) % slots
-        n0 = (p - own) // slots * BN
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        t = slot // slots_per_token
+        row, n0, width, stride_row, stride_column = slot.to(tl.int64), (p - own) // slots * BN, n, stride_n, stride_k
         e = tl.load(ids + slot)
-        if (e >= 0) & (e < num_experts):
-            columns = n0 + tl.arange(0, BN)
-            scale = 1.0
-            if WEIGHTED:
-                scale = tl.load(weights + slot).to(tl.float32)
-            of_e = e.to(tl.int64) * stride_be
-            a = _activated(
-                x + (slot // slots_per_token).to(tl.int64) * stride_x,
-                _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED),
-                bias0 + of_e if BIAS else None, bias1 + of_e if BIAS else None, scale, n0, n, k, stride_n, stride_k, stride_bn,
-                MODE, ACT, OUT_IN, BIAS, BN, BK, EVEN,
-            )  # fmt: skip
-            tl.store(out + slot.to(tl.int64) * n + columns, a.to(DTYPE), mask=columns < n)
+        known = (e >= 0) & (e < num_experts)
+        e = tl.where(known, e, 0)
+        base0, base1, to = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED), out
+        if WEIGHTED:
+            scale = tl.load(weights + slot).to(tl.float32)
+    if known:
+        vector = x + t.to(tl.int64) * stride_x
+        g = _product(base0, vector, n0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+        if MODE == DUAL:
+            u = _product(base1, vector, n0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+        else:
+            u = g
+        if WEIGHTED:
+            g, u = g * scale, u * scale
+        columns = n0 + tl.arange(0, BN)
+        tl.store(to + row * width + columns, ACT(g, u).to(DTYPE), mask=columns < width)
 
 
 @triton.jit
@@ -171,8 +149,15 @@ class Shared:
 
 
 def fits(c: Call, s: Shared) -> bool:
-    """The kernels want one program to hold columns of both projections down: the same orientation."""
-    return not s.call.down.table and not s.call.up.table and s.call.down.out_in == c.down.out_in and s.call.up.out_in == c.up.out_in
+    """Whether one kernel can take both: the same activation of as many projections, stored the same way round, without bias before it."""
+    theirs = s.call
+    alike = _mode(c.layout) == _mode(theirs.layout) and _act(c) is _act(theirs)
+    stored = not theirs.up.table and not theirs.down.table and theirs.up.out_in == c.up.out_in and theirs.down.out_in == c.down.out_in
+    return alike and stored and c.up_bias is None and theirs.up_bias is None
+
+
+def _act(c: Call) -> Any:
+    return activation.functions(c.layout.act_ops, c.layout.act_consts).act
 
 
 def few_together(c: Call, s: Shared, up: Vector, down: Vector, prefetch: bool = True) -> Tensor:
@@ -193,19 +178,15 @@ def _launch(c: Call, prefetch: bool) -> dict[str, bool]:
 
 
 def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector, prefetch: bool) -> None:
-    launch, bias, tokens = _launch(c, prefetch), c.up_bias, c.x.shape[0]
-    (bn, bk), (shared_bn, shared_bk) = _extents(tile, c.up), _extents(tile, s.up)
-    mine, theirs = (activation.functions(each.layout.act_ops, each.layout.act_consts).act for each in (c, s))
-    programs = tokens * triton.cdiv(s.up.n, shared_bn) + c.slots * triton.cdiv(c.up.n, bn)
+    launch, tokens = _launch(c, prefetch), c.x.shape[0]
+    bn, bk = _extents(tile, c.up)
+    programs = tokens * triton.cdiv(s.up.n, bn) + c.slots * triton.cdiv(c.up.n, bn)
     up_together[(programs,)](
-        c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
-        s.up.parts[0], s.up.parts[-1], *_bias_args(s.up_bias, c.x), b,
+        c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], a, s.up.parts[0], s.up.parts[-1], b,
         tokens, c.up.n, c.up.k, c.ids.shape[1], c.layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
-        *_bias_strides(bias), s.up.n, s.up.stride_n, s.up.stride_k, _bias_strides(s.up_bias)[1],
-        MODE=_mode(c.layout), ACT=mine, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=c.layout.weight_on_input,
-        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0,
-        SHARED_MODE=_mode(s.layout), SHARED_ACT=theirs, SHARED_OUT_IN=s.up.out_in, SHARED_BIAS=s.up_bias is not None,
-        SHARED_BN=shared_bn, SHARED_BK=shared_bk, SHARED_EVEN=s.up.n % shared_bn == 0 and s.up.k % shared_bk == 0,
+        s.up.n, s.up.stride_n, s.up.stride_k,
+        MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, WEIGHTED=c.layout.weight_on_input,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and s.up.n % bn == 0 and c.up.k % bk == 0,
         PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip
 
