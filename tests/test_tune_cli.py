@@ -14,7 +14,7 @@ from moe_compile.lowering.triton import tune, tune_cli
 from moe_compile.lowering.triton.tune import Choice, Problem, Tile, Vector
 
 SIZES = ["--experts", "16", "--hidden", "256", "--intermediate", "128", "--k", "4"]
-TILE = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, lag=2, group=8)
+TILE = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
 FOUND = {1: (Choice(TILE, TILE, (Vector(2, 1024, 4), Vector(1, 512, 2))), 12.34), 4096: (Choice(TILE, Tile(64, 64, 64, 4, 3), None), 680.0)}
 
 
@@ -41,7 +41,7 @@ def test_table_and_cache(card: list[Problem], capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "E16-H256-I128-k4-bfloat16 on Some Card" and lines[1].split() == ["tokens", "µs", "up", "down"]
     assert lines[2].split()[:2] == ["1", "12.3"] and "few tokens 2x1024, 4 warps" in lines[2]
-    assert lines[3].split()[:2] == ["4096", "680.0"] and "128x128x64, 8 warps, 4 stages, hopper, lag 2, group 8" in lines[3]
+    assert lines[3].split()[:2] == ["4096", "680.0"] and "128x128x64, 8 warps, 4 stages, hopper, group 8" in lines[3]
     path = tmp_path / "tuned" / "some_card.json"
     assert lines[4] == f"kept in {path}"
     assert tune.read(path) == {card[0].key: {t: choice for t, (choice, _) in FOUND.items()}}

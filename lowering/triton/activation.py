@@ -197,15 +197,33 @@ def _functions(ops: tuple[int, ...], consts: tuple[float, ...]) -> Functions:
     return Functions(act_, dual, key)
 
 
-@functools.lru_cache(maxsize=256)
-def gluon_act(ops: tuple[int, ...], consts: tuple[float, ...]) -> Any:
+def gluon_act(ops: Sequence[int], consts: Sequence[float]) -> Any:
     """The activation for Gluon kernels, which know no `tl.sigmoid`."""
+    return _gluon_functions(tuple(ops), tuple(consts)).act
+
+
+def gluon_dual(ops: Sequence[int], consts: Sequence[float]) -> Any:
+    """The activation and its slopes for Gluon kernels."""
+    return _gluon_functions(tuple(ops), tuple(consts)).dual
+
+
+# Four instructions, right to 2 ulp: the division and exp of the language handle ranges that cannot come up here with ten more
+_SIGMOID = '''def sigmoid(x):
+    code: tl.constexpr = "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
+    return tl.inline_asm_elementwise(code, "=f,f", [x * -1.4426950408889634], tl.float32, True, 1)
+'''
+
+
+@functools.lru_cache(maxsize=256)
+def _gluon_functions(ops: tuple[int, ...], consts: tuple[float, ...]) -> Functions:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
 
     text = source(ops, consts).replace("tl.sigmoid(", "sigmoid(")
-    (sigmoid,) = _define("def sigmoid(x):\n    return 1.0 / (1.0 + tl.exp(-x))\n", "sigmoid", {"tl": gl})
-    return gluon.jit(_define(text, hashlib.sha256(text.encode()).hexdigest()[:16], {"tl": gl, "sigmoid": gluon.jit(sigmoid)})[0])
+    (sigmoid,) = _define(_SIGMOID, "sigmoid", {"tl": gl})
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    act_, dual = (gluon.jit(f) for f in _define(text, key, {"tl": gl, "sigmoid": gluon.jit(sigmoid)}))
+    return Functions(act_, dual, key)
 
 
 def _define(text: str, key: str, space: dict[str, Any]) -> list[Any]:

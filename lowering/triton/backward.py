@@ -6,29 +6,32 @@ or read through the dispatch. Nothing reads the device on the host, and no sum d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
 from .. import generic
 from ..generic import Layout
-from . import activation
+from . import activation, hopper_calls
 from . import backward_kernels as kernels
 from .combine import combine
 from .dispatch import Dispatch, dispatch
 from .experts import Call, _processors, precision, read
+from .hopper_calls import Hopper
+from .sizes import cdiv, power_of_2
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
 UP, DOWN, UP_BIAS, DOWN_BIAS = range(4)
 _PAD = 64
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_COPIED_TOGETHER = 2**27  # elements; beyond, a launch less is not worth the memory
 _PART = 16  # elements a thread that an epilogue holds at once: activation and slopes need several registers for each
 
 
@@ -38,6 +41,7 @@ class Tiles:
 
     `padded`: tokens and incoming gradients are first copied in row order, every expert's rows filled up with zeros to whole groups of 64,
     and all products take both operands through the copy engine; else rows are gathered as they are read. Needs row tiles of 64 or more.
+    `hopper`: products that run warp-specialised where they fit (padded, row tiles of 128); the others, and None, by plain kernels.
     """
 
     hidden: Tile
@@ -45,6 +49,7 @@ class Tiles:
     up: Tile
     down: Tile
     padded: bool = False
+    hopper: Hopper | None = None
 
 
 def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tiles:
@@ -140,6 +145,12 @@ class _Pass:
     def precision(self) -> str:
         return precision(self.call.x.dtype)
 
+    @functools.cached_property
+    def hopper(self) -> Hopper:
+        """What runs warp-specialised."""
+        fits = self.tiles.padded and self.tiles.hidden.bm == hopper_calls.ROWS and hopper_calls.capable(self.call.x)
+        return self.tiles.hopper if fits and self.tiles.hopper is not None else Hopper(None, None, None)
+
 
 def backward(
     grad: Tensor,
@@ -191,14 +202,15 @@ def _run(p: _Pass) -> None:
     d_pre = need_x or out.wants(UP) or out.wants(UP_BIAS) or (need_w and on_input)
     sums = None
     if d_pre or out.wants(DOWN) or need_w:
-        grad = _sorted(p, p.grad) if p.tiles.padded else p.grad
+        grad, x = _operand_rows(p)
         hidden = _grad_hidden(p, grad, d_pre, scaled_pre=on_input and out.wants(UP), hidden=out.wants(DOWN), sums=need_w and not on_input)
         sums = hidden.sums
         if out.wants(DOWN):
             _down_grads(p, grad, hidden.hidden)
         del grad
         if out.wants(UP):
-            _up_grads(p, hidden.scaled_pre if on_input else hidden.d_pre)
+            _up_grads(p, hidden.scaled_pre if on_input else hidden.d_pre, x)
+        del x
         _bias_grads(p, hidden.d_pre)
         if need_x or (need_w and on_input):
             partial = _grad_input(p, hidden.d_pre, need_x, need_w and on_input)
@@ -219,16 +231,29 @@ class _Hidden:
     sums: Tensor | None
 
 
-def _sorted(p: _Pass, source: Tensor) -> Tensor:
-    """Rows of source [T, n] by token, in the dispatch's order, padded with zeros."""
+def _operand_rows(p: _Pass) -> tuple[Tensor, Tensor | None]:
+    """Incoming gradients and tokens as the products take them. Tokens None: copied when they are needed, to hold less memory at once."""
+    if not p.tiles.padded:
+        return p.grad, p.call.x
+    if p.out.wants(UP) and p.length * p.call.x.shape[1] <= _COPIED_TOGETHER:
+        grad, x = _sorted(p, p.grad, p.call.x)
+        return grad, x
+    return _sorted(p, p.grad)[0], None
+
+
+def _sorted(p: _Pass, *sources: Tensor) -> list[Tensor]:
+    """Rows of one source or two, [T, n] by token, in the dispatch's order, padded with zeros."""
     tiles = p.rows.tiles[_PAD]
-    n = source.shape[1]
-    out = source.new_empty(tiles.shape[1] * _PAD, n)
-    block = min(128, triton.next_power_of_2(n))
-    kernels.sort_rows[(tiles.shape[1], triton.cdiv(n, block))](
-        source, out, p.rows.order, p.rows.offsets, tiles, tiles.shape[1], n, source.stride(0), SLOTS=p.k, PAD=_PAD, BN=block, num_warps=4
-    )
-    return out
+    outs = [source.new_empty(tiles.shape[1] * _PAD, source.shape[1]) for source in sources]
+    block = min(128, *(power_of_2(source.shape[1]) for source in sources))
+    blocks = [cdiv(source.shape[1], block) for source in sources]
+    second: tuple[Tensor | None, Tensor | None] = (sources[1], outs[1]) if len(sources) > 1 else (None, None)
+    kernels.sort_rows[(tiles.shape[1], sum(blocks))](
+        sources[0], second[0], outs[0], second[1], p.rows.order, p.rows.offsets, tiles, tiles.shape[1], blocks[0],
+        sources[0].shape[1], sources[-1].shape[1], sources[0].stride(0), sources[-1].stride(0),
+        SLOTS=p.k, PAD=_PAD, BN=block, num_warps=4,
+    )  # fmt: skip
+    return outs
 
 
 def _rows(t: Tensor, tile: tuple[int, int]) -> Any:
@@ -241,7 +266,11 @@ def _rows(t: Tensor, tile: tuple[int, int]) -> Any:
 def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: bool, sums: bool) -> _Hidden:
     c, tile, layout = p.call, p.tiles.hidden, p.layout
     w, n = c.down, c.down.k
-    blocks = triton.cdiv(n, tile.bn)
+    given = list(p.out.given(DOWN))
+    warped = p.hopper.hidden
+    if warped is not None and (scaled_pre or not hopper_calls.hidden_fits(c, given, p.pre, warped)):
+        warped = None
+    blocks = cdiv(n, tile.bn if warped is None else warped.bn)
     length = p.length
     out = _Hidden(
         p.pre.new_empty(length, p.pre.shape[1]) if d_pre else None,
@@ -249,7 +278,10 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
         p.pre.new_empty(length, n) if hidden else None,
         p.pre.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None,
     )
-    kind, (operand,) = _operands(p.out.given(DOWN), w.parts, w.out_in, w.table, tile)
+    if warped is not None:
+        hopper_calls.grad_hidden(c, grad, p.pre, given[0], p.rows, out.d_pre, out.hidden, out.sums, warped)
+        return out
+    kind, (operand,) = _operands(given, w.parts, w.out_in, w.table, tile)
     tiles = p.rows.tiles[tile.bm]
     kernels.grad_hidden[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
         _rows(grad, (tile.bm, tile.bk)) if p.tiles.padded else grad, p.pre, c.weights, operand,
@@ -291,38 +323,49 @@ def _operands(tensors: Sequence[Tensor], parts: Sequence[Tensor], n_fast: bool, 
 def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Tensor | None:
     """The tokens' gradient into p.out; with `sums` the partial sums of the routing weights' [N, blocks]."""
     assert d_pre is not None
+    c, given, warped = p.call, list(p.out.given(UP)), p.hopper.input
+    by_slot = c.x.new_empty(c.slots, c.up.k) if need_x else None
+    if warped is not None and by_slot is not None and hopper_calls.input_fits(c, given):
+        hopper_calls.grad_input(c, d_pre, given, p.rows, by_slot, warped)
+        partial = None
+    else:
+        partial = _plain_grad_input(p, d_pre, by_slot, sums)
+    if by_slot is not None:
+        grad_x = torch.empty_like(c.x, memory_format=torch.contiguous_format)
+        p.out.found[0] = combine(by_slot, c.ids, c.weights, p.grad, None, grad_x, p.layout.num_experts, p.layout.num_identity, False)
+    return partial
+
+
+def _plain_grad_input(p: _Pass, d_pre: Tensor, by_slot: Tensor | None, sums: bool) -> Tensor | None:
     c, tile, layout = p.call, p.tiles.input, p.layout
     w, separate = c.up, layout.form == Form.SEPARATE
-    n, blocks = w.k, triton.cdiv(w.k, tile.bn)
+    n, blocks = w.k, cdiv(w.k, tile.bn)
     k = w.n if separate or not layout.gated else 2 * w.n
     stride_k = w.stride_n // 2 if layout.form == Form.INTERLEAVED else w.stride_n  # the parts are every other row
     kind, operands = _operands(p.out.given(UP), w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
-    by_slot = c.x.new_empty(c.slots, n) if need_x else None
     partial = c.x.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None
     tiles = p.rows.tiles[tile.bm]
     kernels.grad_input[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
         _rows(d_pre, (tile.bm, tile.bk)) if p.tiles.padded else d_pre, c.x, c.weights, operands[0], operands[-1], by_slot, partial,
         p.rows.order, p.rows.offsets, p.starts, tiles, p.rows.num_tiles[tile.bm],
         tiles.shape[1], blocks, n, k, d_pre.stride(0), c.x.stride(0), w.stride_e, stride_k, w.stride_k,
-        HALVES=2 if separate else 1, WEIGHTED=layout.weight_on_input, SLOTS=p.k, OUT=need_x, SUMS=sums,
+        HALVES=2 if separate else 1, WEIGHTED=layout.weight_on_input, SLOTS=p.k, OUT=by_slot is not None, SUMS=sums,
         A_TMA=p.tiles.padded, PAD=p.pad, KIND=kind, N_FAST=w.out_in, EVEN=n % tile.bn == 0 and k % tile.bk == 0, PRECISION=p.precision,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if by_slot is not None:
-        grad_x = torch.empty_like(c.x, memory_format=torch.contiguous_format)
-        p.out.found[0] = combine(by_slot, c.ids, c.weights, p.grad, None, grad_x, layout.num_experts, layout.num_identity, False)
     return partial
 
 
-def _up_grads(p: _Pass, d_pre: Tensor | None) -> None:
+def _up_grads(p: _Pass, d_pre: Tensor | None, x: Tensor | None) -> None:
     assert d_pre is not None
-    x, gather = (_sorted(p, p.call.x), False) if p.tiles.padded else (p.call.x, True)
+    x = _sorted(p, p.call.x)[0] if x is None else x
     width = d_pre.shape[1] // p.layout.halves()
     for part in range(p.layout.halves()):
         if p.out.wants(UP, part):
             columns = _Operand(d_pre, width * part, width, False)
-            _weight_grad(p, p.out.empty(UP, part), columns, _Operand(x, 0, x.shape[1], gather), p.layout.up_transposed, p.tiles.up)
+            tokens = _Operand(x, 0, x.shape[1], not p.tiles.padded)
+            _weight_grad(p, p.out.empty(UP, part), columns, tokens, p.layout.up_transposed, p.tiles.up)
 
 
 def _down_grads(p: _Pass, grad: Tensor, hidden: Tensor | None) -> None:
@@ -349,7 +392,12 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width
-    blocks_m, blocks_n = triton.cdiv(m, tile.bm), triton.cdiv(n, tile.bn)
+    warped = p.hopper.weight
+    if warped is not None and hopper_calls.weight_fits(p.layout, m):
+        assert p.starts is not None
+        hopper_calls.weight_grad(left.rows, left.first, right.rows, right.first, targets[0], p.starts, warped)
+        return
+    blocks_m, blocks_n = cdiv(m, tile.bm), cdiv(n, tile.bn)
     grid = (p.layout.num_experts * blocks_m * blocks_n,)
     target = targets[0] if p.layout.stacked else _table(targets)
     even = m % tile.bm == 0 and n % tile.bn == 0
@@ -383,8 +431,8 @@ def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> N
     targets = p.out.empty(which, part)
     n = source.shape[1]
     whole = targets[0] if p.layout.stacked else source.new_empty(p.layout.num_experts, n)
-    block = min(128, triton.next_power_of_2(n))
-    kernels.row_sum[(p.layout.num_experts, triton.cdiv(n, block))](
+    block = min(128, power_of_2(n))
+    kernels.row_sum[(p.layout.num_experts, cdiv(n, block))](
         source, p.call.weights, whole, p.rows.order, p.rows.offsets, p.starts, n, source.stride(0),
         GATHER=gather, PAD=0 if gather else p.pad, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k,
         BK=32, BN=block, num_warps=4,
@@ -398,11 +446,11 @@ def _grad_weights(p: _Pass, sums: Tensor | None) -> None:
     out = torch.empty_like(c.weights)
     bias = c.down_bias if not layout.weight_on_input else None
     blocks = sums.shape[1] if sums is not None else 0
-    kernels.slot_weight[(triton.cdiv(c.slots, 8),)](
+    kernels.slot_weight[(cdiv(c.slots, 8),)](
         sums, c.ids, p.grad, c.x, bias.parts[0] if bias is not None else None, out,
         c.slots, blocks, p.grad.shape[1], layout.num_experts, layout.num_identity, p.grad.stride(0), c.x.stride(0),
         *((bias.stride_e, bias.stride_n) if bias is not None else (0, 0)),
         SLOTS=p.k, SUMS=sums is not None, BIAS=bias is not None, IDENTITY=layout.num_identity > 0,
-        BS=8, BB=triton.next_power_of_2(max(blocks, 1)), BN=min(512, triton.next_power_of_2(p.grad.shape[1])), num_warps=4,
+        BS=8, BB=power_of_2(max(blocks, 1)), BN=min(512, power_of_2(p.grad.shape[1])), num_warps=4,
     )  # fmt: skip
     p.out.found[1] = out

@@ -306,17 +306,29 @@ def weight_grad_padded(
         tl.store(target, acc.to(DTYPE), mask=(at_m < m)[:, None] & (at_n < n)[None, :])
 
 
+@triton.jit
+def _sort_block(source, out, token, to, live, column, n, stride, BN: tl.constexpr):
+    columns = column + tl.arange(0, BN)
+    inside = (columns < n)[None, :]
+    values = tl.load(source + token[:, None] * stride + columns[None, :], mask=live[:, None] & inside, other=0.0)
+    tl.store(out + to[:, None] * n + columns[None, :], values, mask=inside)
+
+
 @triton.jit(do_not_specialize=["max_tiles"])
-def sort_rows(source, out, order, offsets, tiles, max_tiles, n, stride, SLOTS: tl.constexpr, PAD: tl.constexpr, BN: tl.constexpr):
-    """out[PAD · i + j] = source[token] of row j of tile i (of PAD rows), zero behind the expert's end."""
+def sort_rows(
+    source0, source1, out0, out1, order, offsets, tiles, max_tiles, blocks0, n0, n1, stride0, stride1,
+    SLOTS: tl.constexpr, PAD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out[PAD · i + j] = source[token] of row j of tile i (of PAD rows), zero behind the expert's end; source1 beside source0, or None."""
     if tl.load(tiles + tl.program_id(0)) >= 0:
         _, _, rows, live = _tile(tl.program_id(0), tiles, offsets, max_tiles, PAD)
         token = (tl.load(order + rows, mask=live, other=0) // SLOTS).to(tl.int64)
         to = (tl.program_id(0) * PAD + tl.arange(0, PAD)).to(tl.int64)
-        columns = tl.program_id(1) * BN + tl.arange(0, BN)
-        inside = (columns < n)[None, :]
-        values = tl.load(source + token[:, None] * stride + columns[None, :], mask=live[:, None] & inside, other=0.0)
-        tl.store(out + to[:, None] * n + columns[None, :], values, mask=inside)
+        block = tl.program_id(1)
+        if block < blocks0:
+            _sort_block(source0, out0, token, to, live, block * BN, n0, stride0, BN)
+        elif source1 is not None:
+            _sort_block(source1, out1, token, to, live, (block - blocks0) * BN, n1, stride1, BN)
 
 
 @triton.jit

@@ -11,10 +11,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["tokens"])
 def _combine(
-    y, ids, weights, x, add, out,
+    y, rank, ids, weights, x, add, out,
     tokens, width, k, num_experts, num_identity,
     stride_x, stride_add,
-    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    SORTED: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -30,7 +30,10 @@ def _combine(
         e = tl.load(ids + slot, mask=inside, other=-1)
         w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
         known = (e >= 0) & (e < num_experts)
-        row = tl.load(y + slot[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+        at = slot
+        if SORTED:
+            at = tl.load(rank + slot, mask=inside & known, other=0).to(tl.int64)
+        row = tl.load(y + at[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
         total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
         if IDENTITY:
             same = (e >= num_experts) & (e < num_experts + num_identity)
@@ -56,11 +59,12 @@ def combine(
     num_identity: int,
     weighted: bool,
     early: bool = True,
+    rank: Tensor | None = None,
 ) -> Tensor:
-    """y [T·k, H] by slot, ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
+    """y [T·k, H], ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
 
     `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
-    `early`: it may start while the kernel before it still runs.
+    `early`: it may start while the kernel before it still runs. `rank` [T·k]: the row of y that holds a slot; None: y is by slot.
     """
     tokens, k = ids.shape
     width = out.shape[1]
@@ -69,7 +73,9 @@ def combine(
     warps = max(1, columns // 256)
     launch = {"launch_pdl": True} if early and early_launch(x) else {}
     _combine[grid](
-        y, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity, x.stride(0), add.stride(0) if add is not None else 0,
-        WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0, BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,
+        y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity,
+        x.stride(0), add.stride(0) if add is not None else 0,
+        SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0,
+        BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,
     )  # fmt: skip
     return out

@@ -39,6 +39,7 @@ class Dispatch:
     num_tiles: row-tile height BM -> int32 [1], how many tiles there are (read by persistent kernels on the device).
     tile_starts: row-tile height BM -> int32 [E + 1], the first tile of each expert.
     rank: int32 [N], slot -> sorted row, the inverse of `order`; undefined at slots without an expert.
+    counters: int32 [2], zero: a kernel that claims tiles counts there, and leaves zeros behind.
     """
 
     order: Tensor
@@ -47,6 +48,7 @@ class Dispatch:
     num_tiles: dict[int, Tensor]
     tile_starts: dict[int, Tensor]
     rank: Tensor
+    counters: Tensor
 
 
 @triton.jit
@@ -83,6 +85,12 @@ def _write_offsets(offsets, ends, program, E: tl.constexpr):
         tl.store(offsets, 0)
 
 
+@triton.jit
+def _clear(counters, program):
+    if program == 0:
+        tl.store(counters + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+
+
 @triton.jit(do_not_specialize=["n", "length0", "length1"])
 def _sort_few(
     ids, order, rank, offsets, tiles0, tiles1, tile_starts, n, length0, length1,
@@ -104,6 +112,7 @@ def _sort_few(
     tl.store(order + row, i, mask=mine)
     tl.store(rank + i, row, mask=mine)
     _write_offsets(offsets, ends, program, E)
+    _clear(offsets + E + 1, program)
     if BM0 > 0:
         _write_tiles(counts, starts, tiles0, tile_starts, length0, program, E, BM0, SLOTS0)
     if BM1 > 0:
@@ -216,6 +225,7 @@ def _place(
         ends = tl.cumsum(total, 0)
         writer = program - segments
         _write_offsets(offsets, ends, writer, E)
+        _clear(offsets + E + 1, writer)
         if BM0 > 0:
             _write_tiles(total, ends - total, tiles0, tile_starts, length0, writer, E, BM0, SLOTS)
         if BM1 > 0:
@@ -231,12 +241,13 @@ def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch
     if n >= 2**31 - _CHUNK:
         raise ValueError(f"{n} pairs of tokens and experts do not fit the int32 metadata")
     lengths = [num_experts + n // block for block in blocks]
-    order, rank, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, n, num_experts + 1, 2 * (num_experts + 1)))
+    order, rank, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, n, num_experts + 3, 2 * (num_experts + 1)))
     tiles = [ids.new_empty(2, length, dtype=torch.int32) for length in lengths]
     launch = _launch_few if n <= _ONE_LAUNCH else _launch_many
     launch(ids.contiguous(), num_experts, blocks, lengths, [order, rank, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
     by_block = dict(zip(blocks, starts.view(2, -1).unbind(0)))
-    return Dispatch(order, offsets, dict(zip(blocks, tiles)), {b: t[num_experts:] for b, t in by_block.items()}, by_block, rank)
+    num_tiles = {b: t[num_experts:] for b, t in by_block.items()}
+    return Dispatch(order, offsets[: num_experts + 1], dict(zip(blocks, tiles)), num_tiles, by_block, rank, offsets[num_experts + 1 :])
 
 
 def _bins(num_experts: int) -> int:

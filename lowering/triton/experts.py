@@ -178,10 +178,11 @@ def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
     if c.late is not None:
         c.late.issue()
-    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down, None, scatter=True)
+    in_rows = uses_hopper(a, c.down, choice.down)
+    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down, None, scatter=not in_rows)
     add = c.add if c.late is None else c.late.join()
-    weighted = not layout.weight_on_input
-    return combine(y, c.ids, c.weights, c.x, add, out, layout.num_experts, layout.num_identity, weighted, early=c.late is None)
+    return combine(y, c.ids, c.weights, c.x, add, out, layout.num_experts, layout.num_identity, weighted=not layout.weight_on_input,
+                   early=c.late is None, rank=rows.rank if in_rows else None)  # fmt: skip
 
 
 def grouped_gemm(
@@ -200,17 +201,20 @@ def grouped_gemm(
     """out[r] = epilogue(a[r] W[e]ᵀ) over the rows of a dispatch.
 
     `layout`: whose activation runs on the projections; None: the plain product. `gather` = k: row r of the product is a[slot(r) // k].
-    `scatter`: results go to out[slot(r)]. `pre`: keeps the pre-activations. `row_weights` [N] by slot scale the input rows.
+    `scatter`: results go to out[slot(r)], which the warp-specialised kernel does not do. `pre`: keeps the pre-activations.
+    `row_weights` [N] by slot scale the input rows.
     """
     mode = gemm.PLAIN if layout is None else _mode(layout)
+    if mode == gemm.DUAL and w.whole is not None:
+        mode = gemm.INTERLEAVED
+    if not scatter and uses_hopper(a, w, tile):
+        _warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, pre, row_weights)
+        return
     parts: tuple[Any, ...] = w.parts
     stride_n, bn = w.stride_n, tile.bn
-    if mode == gemm.DUAL and w.whole is not None:
-        mode, parts, stride_n, bn = gemm.INTERLEAVED, (w.whole,), w.whole.stride(-2), max(tile.bn // 2, 16)
+    if w.whole is not None:
+        parts, stride_n, bn = (w.whole,), w.whole.stride(-2), max(tile.bn // 2, 16)
     width = 2 * bn if mode == gemm.INTERLEAVED else bn
-    if tile.hopper and mode != gemm.INTERLEAVED and hopper_fits(a, w, tile):
-        _warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, scatter, pre, row_weights)
-        return
     kind = _kind(w)
     if tile.tma and not w.table and a.is_cuda and all(tma_fits(p) for p in parts):
         kind = gemm.TMA
@@ -233,11 +237,16 @@ def grouped_gemm(
     )  # fmt: skip
 
 
+def uses_hopper(a: Tensor, w: Matrices, tile: Tile) -> bool:
+    """Whether the warp-specialised kernel is chosen, and its operands are as it needs them."""
+    return tile.hopper and hopper_fits(a, w, tile)
+
+
 def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
     card = a.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(a.device) == (9, 0)
-    rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0
-    return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in w.parts)
+    rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 and w.n * a.element_size() % 16 == 0
+    return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in _whole(w))
 
 
 def _warp_specialised(
@@ -250,27 +259,35 @@ def _warp_specialised(
     mode: Any,
     layout: Layout | None,
     gather: int,
-    scatter: bool,
     pre: Tensor | None,
     row_weights: Tensor | None,
 ) -> None:
     """`grouped_gemm` by hopper.py."""
     from . import hopper
 
-    box = (tile.bn, tile.bk) if w.out_in else (tile.bk, tile.bn)
-    parts = [flat_descriptor(p, box) for p in w.parts]
+    matrices = _whole(w)
+    box = (tile.bn, min(tile.bk, 128 // a.element_size())) if w.out_in else (tile.bk, tile.bn)
+    parts = [flat_descriptor(p, box) for p in matrices]
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
-    row = w.stride_n if w.out_in else w.stride_k
-    blocks = triton.cdiv(w.n, tile.bn if mode == gemm.DUAL else 2 * tile.bn)
+    row = max(matrices[0].stride()[1:])
+    blocks = triton.cdiv(w.n, tile.bn if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2 * tile.bn)
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
+    store = (hopper.HALF_ROWS.value, tile.bn)
+    kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
     hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
-        *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
-        tiles.shape[1], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
+        *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
+        rows.order, rows.offsets, tiles, count, rows.counters,
+        tiles.shape[1], rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
-        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, LAG=tile.lag, GROUP=tile.group, num_warps=4,
+        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, SAVE=pre is not None, BIAS=bias is not None,
+        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, num_warps=4,
     )  # fmt: skip
+
+
+def _whole(w: Matrices) -> tuple[Tensor, ...]:
+    """The matrices as they lie in memory: interleaved projections are one."""
+    return w.parts if w.whole is None else (w.whole,)
 
 
 def precision(dtype: torch.dtype) -> str:

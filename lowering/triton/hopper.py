@@ -1,12 +1,15 @@
 """The grouped GEMM for many rows on Hopper, by hand: copies and products in warps of their own (Gluon).
 
-The same contract as `gemm.grouped_gemm`, whose plain Triton code is its twin. A program is 12 warps over a tile of 128 rows:
+The same contract as `gemm.grouped_gemm`, whose plain Triton code is its twin, but for where results go: to the dispatch's row, never to
+the slot. A program is 12 warps over a tile of 128 rows:
 
-    producer (4 warps)      weights by TMA, gathered rows by cp.async (Hopper's TMA cannot gather), into a ring of stages
-    consumer 0, 1 (4 each)  64 rows each: wgmma on a stage as soon as it is full, then the epilogue
+    producer (4 warps)      claims a tile; weights by TMA, gathered rows by cp.async (Hopper's TMA cannot gather), into a ring of stages
+    consumer 0, 1 (4 each)  64 rows each: wgmma on a stage as soon as it is full, then the epilogue, stored by TMA while the next tile runs
 
-so that the next tile's operands arrive while this one's epilogue runs. A consumer whose 64 rows are all beyond the expert's end skips its
-products: an expert's rows are padded to 64, not to 128. A tile has two column blocks of BN: gate and up, or neighbours of a plain product.
+Tiles are claimed in order from a counter, so that tiles which share an expert's columns start together and find them in L2: with a fixed
+share for each program they drift apart, and memory is read once a tile. A consumer whose 64 rows are all beyond the expert's end skips
+its products: an expert's rows are padded to 64, not to 128. A tile has two column blocks of BN: gate and up, or neighbours of a plain
+product.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -24,30 +27,106 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 # as in gemm.py
-PLAIN, SINGLE, DUAL = (gl.constexpr(i) for i in range(3))
+PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
 HALF_ROWS = gl.constexpr(64)
+EARLY = gl.constexpr(6)  # steps before a tile's end at which the next one is claimed; what depends on it is loaded two steps apart
+
+
+# ---- tiles -------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _tile(tile, row_tiles, blocks, tiles, max_tiles, offsets, GROUP: gl.constexpr):
-    """Expert, first row, end of the expert's rows, column block; of the last tile for a tile beyond it. The order is gemm.py's."""
+def _place(tile, row_tiles, blocks, GROUP: gl.constexpr):
+    """Row tile and column block of a tile, of the last one for a tile beyond it. The order is gemm.py's."""
     tile = gl.maximum(gl.minimum(tile, row_tiles * blocks - 1), 0)
     group = tile // (GROUP * blocks)
     size = gl.maximum(gl.minimum(row_tiles - group * GROUP, GROUP), 1)
     rest = tile - group * GROUP * blocks
-    at = group * GROUP + rest % size
-    e = gl.load(tiles + at)
-    return e, gl.load(tiles + max_tiles + at), gl.load(offsets + e + 1), rest // size
+    return group * GROUP + rest % size, rest // size
+
+
+@gluon.jit
+def _claim(counter):
+    """The next tile that no program has taken; the first of each is its own number."""
+    return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+
+
+@gluon.jit
+def _release(counter):
+    """The last program leaves the counters as it found them: zero."""
+    if gl.atomic_add(counter + 1, 1, sem="relaxed") == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+@gluon.jit
+def _tell(news, told, heard, number, e, first, end, block):
+    """What the producer's tile is, to the consumers; first -1: there is none."""
+    slot = number % 2
+    mbarrier.wait(heard.index(slot), ((number // 2) & 1) ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    i = gl.arange(0, 4, layout=layout)
+    news.index(slot).store(gl.where(i == 0, e, gl.where(i == 1, first, gl.where(i == 2, end, block))))
+    mbarrier.arrive(told.index(slot))
+
+
+@gluon.jit
+def _hear(news, told, heard, number):
+    """Expert, first row, end of the expert's rows, column block."""
+    slot = number % 2
+    mbarrier.wait(told.index(slot), (number // 2) & 1)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    i = gl.arange(0, 4, layout=layout)
+    values = news.index(slot).load(layout)
+    mbarrier.arrive(heard.index(slot))
+    e = gl.sum(gl.where(i == 0, values, 0), 0)
+    first = gl.sum(gl.where(i == 1, values, 0), 0)
+    return e, first, gl.sum(gl.where(i == 2, values, 0), 0), gl.sum(gl.where(i == 3, values, 0), 0)
+
+
+# ---- producer ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _feed(
+    begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
+    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """A stage for each step of depth in [begin, end)."""
+    STAGES: gl.constexpr = ring_a.shape[0]
+    BK: gl.constexpr = ring_a.shape[2]
+    CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES)  # boxes along the depth: rows of 128 bytes each
+    DEPTH: gl.constexpr = BK // CHUNKS
+    bytes: gl.constexpr = CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
+    for k in range(begin, end):
+        s = step % STAGES
+        mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(s), bytes)
+        for c in gl.static_range(CHUNKS):
+            at = 2 * (s * CHUNKS + c)
+            depth = k * BK + c * DEPTH
+            if OUT_IN:
+                tma.async_copy_global_to_shared(w0, [row_w + n0, depth], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + n0 + NEXT, depth], full.index(s), ring_w.index(at + 1))
+            else:
+                tma.async_copy_global_to_shared(w0, [row_w + depth, n0], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + depth, n0 + NEXT], full.index(s), ring_w.index(at + 1))
+        if GATHER:  # rows beyond the expert's end are not read
+            async_copy.async_copy_global_to_shared(ring_a.index(s), pointers, mask=mask)
+            async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+            pointers += BK
+        else:
+            tma.async_copy_global_to_shared(a_tma, [first, k * BK], full.index(s), ring_a.index(s))
+        step += 1
+    return step, pointers
 
 
 @gluon.jit
 def _produce(
-    a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a, rows_per_expert,
-    ring_a, ring_0, ring_1, full, empty,
+    a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token, stride_a,
+    rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
     NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """What a tile is (and which rows it gathers) is loaded one or two tiles before it is needed: nothing waits for it."""
-    STAGES: gl.constexpr = ring_a.shape[0]
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -55,53 +134,68 @@ def _produce(
     at_k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     row_tiles = gl.load(num_tiles)
     total = row_tiles * blocks
-    stride = gl.num_programs(0)
-    begin = gl.program_id(0)
-    e, first, end, block = _tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
-    e1, first1, end1, block1 = _tile(begin + stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
-    slots = gl.load(order + first + at_row, mask=first + at_row < end, other=-1) if GATHER else at_row
+    tile = gl.program_id(0)
+    at, block = _place(tile, row_tiles, blocks, GROUP)
+    e = gl.load(tiles + at)
+    first = gl.load(tiles + max_tiles + at)
+    end = gl.load(offsets + e + 1)
+    slots = at_row
+    if GATHER:
+        slots = gl.load(order + first + at_row, mask=first + at_row < num_slots, other=0)
+    claim_at = gl.maximum(steps - EARLY, 0)
+    place_at = gl.maximum(steps - EARLY + 2, 0)
+    rows_at = gl.maximum(steps - EARLY + 4, 0)
     step = 0
-    for tile in range(begin, total, stride):
-        e2, first2, end2, block2 = _tile(tile + 2 * stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
-        if GATHER:
-            mask = gl.expand_dims(slots >= 0, 1)
-            source = gl.maximum(slots, 0) // slots_per_token
-            pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-            slots = gl.load(order + first1 + at_row, mask=first1 + at_row < end1, other=-1)
+    number = 0
+    while tile < total:
+        _tell(news, told, heard, number, e, first, end, block)
         n0 = block * WIDE
-        base = e * rows_per_expert
-        for k in range(steps):
-            s = step % STAGES
-            mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
-            bytes: gl.constexpr = w0.block_type.nbytes + w1.block_type.nbytes + (0 if GATHER else a_tma.block_type.nbytes)
-            mbarrier.expect(full.index(s), bytes)
-            if OUT_IN:
-                tma.async_copy_global_to_shared(w0, [base + n0, k * BK], full.index(s), ring_0.index(s))
-                tma.async_copy_global_to_shared(w1, [base + n0 + NEXT, k * BK], full.index(s), ring_1.index(s))
-            else:
-                tma.async_copy_global_to_shared(w0, [base + k * BK, n0], full.index(s), ring_0.index(s))
-                tma.async_copy_global_to_shared(w1, [base + k * BK, n0 + NEXT], full.index(s), ring_1.index(s))
-            if GATHER:  # rows beyond the expert's end are not read
-                async_copy.async_copy_global_to_shared(ring_a.index(s), pointers, mask=mask)
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                pointers += BK
-            else:
-                tma.async_copy_global_to_shared(a_tma, [first, k * BK], full.index(s), ring_a.index(s))
-            step += 1
-        e, first, end, block = e1, first1, end1, block1
-        e1, first1, end1, block1 = e2, first2, end2, block2
+        row_w = e * rows_per_expert
+        live = first + at_row < end
+        mask = gl.expand_dims(live, 1)
+        source = gl.where(live, slots, 0) // slots_per_token
+        pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
+        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+        tile = _claim(counter)
+        step, pointers = _feed(claim_at, place_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+        at, block = _place(tile, row_tiles, blocks, GROUP)
+        e = gl.load(tiles + at)
+        next_first = gl.load(tiles + max_tiles + at)
+        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+        end = gl.load(offsets + e + 1)
+        if GATHER:
+            slots = gl.load(order + next_first + at_row, mask=next_first + at_row < num_slots, other=0)
+        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+        first = next_first
+        number += 1
+    _tell(news, told, heard, number, 0, -1, 0, 0)
+    _release(counter)
+
+
+# ---- consumers ---------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _store(values, pointer, rows, columns_from, n, stride, live):
-    """values [rows, columns] to pointer, 16 bytes a thread: through shared memory into a layout of whole rows."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if values.shape[1] >= 128 else [4, 8], [4, 1], [1, 0])
-    values = gl.convert_layout(values, layout)
-    columns = columns_from + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
-    live = gl.convert_layout(live, gl.SliceLayout(1, layout))
-    at = gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(columns, 0)
-    gl.store(pointer + at, values, mask=gl.expand_dims(live, 1) & gl.expand_dims(columns < n, 0))
+def _store(values, stage, target, pointer, first, end, column, n, stride):
+    """values [64, BN] to rows first.. and columns column.. of `target`, a descriptor of the matrix at `pointer`; rows from `end` on stay.
+
+    Whole tiles leave by TMA, which goes on after this returns; an expert's last rows leave by masked stores.
+    """
+    tma.store_wait(0)  # the tile before has been read
+    stage.store(values.to(stage.dtype))
+    fence_async_shared()
+    if first + HALF_ROWS <= end:
+        tma.async_copy_shared_to_global(target, [first, column], stage)
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if stage.shape[1] >= 128 else [4, 8], [4, 1], [1, 0])
+        rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, layout))
+        columns = column + gl.arange(0, stage.shape[1], layout=gl.SliceLayout(0, layout))
+        at = gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(columns, 0)
+        gl.store(pointer + at, stage.load(layout), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(columns < n, 0))
 
 
 @gluon.jit
@@ -113,136 +207,143 @@ def _add_bias(values, bias, e, columns_from, n, stride_e, stride_n, layout: gl.c
 
 @gluon.jit
 def _finish(
-    g, u, e, rows, live, slots, column, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn, stride_out, stride_pre,
-    mma: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr,
-    WEIGHTED: gl.constexpr,
+    g, u, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma,
+    stride_be, stride_bn, stride_out, stride_pre,
+    MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of one column block: scale, bias, keep, activate, store."""
-    DTYPE: gl.constexpr = out.dtype.element_ty
-    GATED: gl.constexpr = MODE == DUAL
+    GATED: gl.constexpr = (MODE == DUAL) | (MODE == INTERLEAVED)
+    layout: gl.constexpr = g.type.layout
     if WEIGHTED:  # (w x) Wᵀ = w (x Wᵀ)
-        scale = gl.expand_dims(gl.load(row_weights + slots, mask=live, other=0.0).to(gl.float32), 1)
+        rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, layout))
+        slots = gl.load(order + rows, mask=rows < end, other=0)
+        scale = gl.expand_dims(gl.load(row_weights + slots, mask=rows < end, other=0.0).to(gl.float32), 1)
         g = g * scale
         if GATED:
             u = u * scale
     if BIAS:
-        g = _add_bias(g, bias0, e, column, n, stride_be, stride_bn, mma)
+        g = _add_bias(g, bias0, e, column, n, stride_be, stride_bn, layout)
         if GATED:
-            u = _add_bias(u, bias1, e, column, n, stride_be, stride_bn, mma)
-    if SAVE:
-        kept = g.to(DTYPE)
-        _store(kept, pre, rows, column, n, stride_pre, live)
-        g = kept.to(gl.float32)  # the backward pass sees these values: so does the activation
+            u = _add_bias(u, bias1, e, column, n, stride_be, stride_bn, layout)
+    if SAVE:  # the backward pass sees these values: so does the activation
+        g = g.to(stage.dtype).to(gl.float32)
+        _store(g, stage, pre0_tma, pre, first, end, column, n, stride_pre)
         if GATED:
-            kept = u.to(DTYPE)
-            _store(kept, pre + n, rows, column, n, stride_pre, live)
-            u = kept.to(gl.float32)
+            u = u.to(stage.dtype).to(gl.float32)
+            _store(u, stage, pre1_tma, pre + n, first, end, column, n, stride_pre)
     if MODE == PLAIN:
         result = g
     elif MODE == SINGLE:
         result = ACT(g, g)
     else:
         result = ACT(g, u)
-    target = slots if SCATTER else rows
-    _store(result.to(DTYPE), out, target, column, n, stride_out, live)
+    _store(result, stage, out_tma, out, first, end, column, n, stride_out)
 
 
 @gluon.jit
 def _consume(
-    bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
-    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-    HALF: gl.constexpr, OUT_IN: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, LAG: gl.constexpr, GROUP: gl.constexpr,
+    bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
+    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
+    HALF: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
+    BK: gl.constexpr = ring_a.shape[2]
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    row_tiles = gl.load(num_tiles)
-    total = row_tiles * blocks
-    stride = gl.num_programs(0)
-    begin = gl.program_id(0)
-    e, first, end, block = _tile(begin, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
-    if LAG > 0:  # consumers that never finish together leave the tensor cores to each other during their epilogues
-        if (begin < total) & (steps > LAG):
-            mbarrier.wait(full.index(LAG), 0)
+    both: gl.constexpr = [STAGES, 2 * BN, BK] if OUT_IN else [STAGES, BK, 2 * BN]
+    ring_w = ring_w._reinterpret(ring_w.dtype, both, ring_w.layout)  # two blocks, one behind the other, are one operand
+    stage = stages_out.index(HALF)
     step = 0
-    for tile in range(begin, total, stride):
-        e1, first1, end1, block1 = _tile(tile + stride, row_tiles, blocks, tiles, max_tiles, offsets, GROUP)
+    number = 0
+    e, first, end, block = _hear(news, told, heard, number)
+    while first >= 0:
         first += HALF * HALF_ROWS
         if first < end:
-            rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
-            live = rows < end
-            slots = rows
-            if SCATTER or WEIGHTED:
-                slots = gl.load(order + rows, mask=live, other=0)
-            acc0 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
-            acc1 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
+            acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
             for k in range(steps):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
-                rows_a = ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS)
-                b0, b1 = ring_0.index(s), ring_1.index(s)
+                if GATHER:
+                    fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
+                w = ring_w.index(s)
                 if OUT_IN:
-                    b0, b1 = b0.permute((1, 0)), b1.permute((1, 0))
-                pending0 = warpgroup_mma(rows_a, b0, acc0, is_async=True)
-                pending1 = warpgroup_mma(rows_a, b1, acc1, is_async=True)
-                acc0, acc1 = warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
+                    w = w.permute((1, 0))
+                pending = warpgroup_mma(ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS), w, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
                 if k > 0:  # the step before has been read
                     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
                 step += 1
-            acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
-            if MODE == DUAL:
-                _finish(acc0, acc1, e, rows, live, slots, block * BN, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn,
-                        stride_out, stride_pre, mma, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED)  # fmt: skip
+            if MODE == INTERLEAVED:
+                acc0, acc1 = gl.split(gl.reshape(acc, [HALF_ROWS, BN, 2]))
             else:
-                _finish(acc0, acc0, e, rows, live, slots, block * 2 * BN, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn,
-                        stride_out, stride_pre, mma, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED)  # fmt: skip
-                _finish(acc1, acc1, e, rows, live, slots, block * 2 * BN + BN, n, bias0, bias1, row_weights, out, pre, stride_be, stride_bn,
-                        stride_out, stride_pre, mma, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                acc0, acc1 = gl.split(gl.permute(gl.reshape(acc, [HALF_ROWS, 2, BN]), (0, 2, 1)))
+                acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
+                acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
+            if (MODE == DUAL) | (MODE == INTERLEAVED):
+                _finish(acc0, acc1, stage, e, first, end, block * BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+            else:
+                _finish(acc0, acc0, stage, e, first, end, block * 2 * BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                _finish(acc1, acc1, stage, e, first, end, block * 2 * BN + BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
         else:
             for _ in range(steps):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(s))
                 step += 1
-        e, first, end, block = e1, first1, end1, block1
+        number += 1
+        e, first, end, block = _hear(news, told, heard, number)
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["max_tiles"])
+@gluon.jit(do_not_specialize=["max_tiles", "num_slots"])
 def grouped_gemm(
-    a, a_tma, w0, w1, bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles,
-    max_tiles, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
-    MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SCATTER: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    a, a_tma, w0, w1, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, offsets, tiles, num_tiles, counter,
+    max_tiles, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
+    MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, SAVE: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, BK] or [BK, BN].
+    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, 64] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
+    out and the halves of pre, boxes [64, BN]. `counter`: two zeros, which this call leaves behind as zeros.
 
-    k is a multiple of BK; interleaved projections are the plain kernel's.
+    k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF_ROWS, BK], DTYPE)
     ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * HALF_ROWS, BK], layout_a)
-    ring_0 = gl.allocate_shared_memory(DTYPE, [STAGES] + w0.block_shape, w0.layout)
-    ring_1 = gl.allocate_shared_memory(DTYPE, [STAGES] + w1.block_shape, w1.layout)
+    CHUNKS: gl.constexpr = BK // w0.block_shape[1] if OUT_IN else 1
+    ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES * CHUNKS] + w0.block_shape, w0.layout)
+    stages_out = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, BN], out_tma.layout)
+    news = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=129 if GATHER else 1)  # every producer thread's copies, and the weights' bytes
         mbarrier.init(empty.index(s), count=2)
+    for s in gl.static_range(2):
+        mbarrier.init(told.index(s), count=1)
+        mbarrier.init(heard.index(s), count=2)
     fence_async_shared()
-    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN
-    blocks = gl.cdiv(n, WIDE)
+    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a tile reads
+    blocks = gl.cdiv(n, BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN)
     steps = gl.cdiv(k, BK)
     gl.warp_specialize([
-        (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
-                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    0, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, 0, GROUP)),
-        (_consume, (bias0, bias1, row_weights, out, pre, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, n,
-                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_0, ring_1, full, empty,
-                    1, OUT_IN, MODE, ACT, SCATTER, SAVE, BIAS, WEIGHTED, BN, LAG, GROUP)),
-        (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, max_tiles, blocks, steps, slots_per_token, stride_a,
-                    rows_per_expert, ring_a, ring_0, ring_1, full, empty, 0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP)),
-    ], [4, 4], [224, 56])  # fmt: skip
+        (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
+                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
+                    0, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
+        (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
+                    stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
+                    1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
+        (_produce, (a, a_tma, w0, w1, order, offsets, tiles, num_tiles, counter, max_tiles, num_slots, blocks, steps, slots_per_token,
+                    stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+                    0 if MODE == DUAL else BN, OUT_IN, GATHER, WIDE, GROUP)),
+    ], [4, 4], [216, 72])  # fmt: skip

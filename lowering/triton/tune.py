@@ -27,7 +27,6 @@ class Tile:
 
     `tma`: weights through the copy engine.
     `hopper`: the warp-specialised kernel where it fits (128 rows, `bn` columns twice), else the plain one with the same tile.
-    `lag`: there, how many steps the second consumer starts behind the first.
     `group`: row tiles that are walked together, rows fastest.
     """
 
@@ -39,7 +38,6 @@ class Tile:
     per_sm: int = 0
     tma: bool = False
     hopper: bool = False
-    lag: int = 0
     group: int = 1
 
 

@@ -108,7 +108,7 @@ def describe(choice: Choice) -> tuple[str, str]:
 
 def _tile(t: Tile) -> str:
     extra = [name for name in ("hopper", "tma") if getattr(t, name)][:1]
-    extra += [f"{name} {value}" for name, value, plain in (("lag", t.lag, 0), ("group", t.group, 1)) if value != plain]
+    extra += [f"group {t.group}"] if t.group != 1 else []
     return ", ".join([f"{t.bm}x{t.bn}x{t.bk}", f"{t.warps} warps", f"{t.stages} stages", *extra])
 
 

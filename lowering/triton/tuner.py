@@ -52,7 +52,8 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
         found += [Tile(64, 64, 128, 4, 3, tma=True), Tile(64, 64, 128, 8, 3, tma=True), Tile(64, 32, 256, 4, 2, tma=True)]
     groups = (1, 4, 8, 16) if rows >= 100 else (1, 8)
     if rows >= 24:
-        found += [Tile(128, 128, 64, 8, 4, tma=True, hopper=True, lag=lag, group=g) for lag in (0, 2) for g in groups]
+        found += [Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=g) for g in groups]
+        found += [Tile(128, 64, 64, 8, 6, tma=True, hopper=True, group=8)]
         found += [Tile(128, 128, 128, 8, 2, tma=True, hopper=True, group=g) for g in groups]
     if rows >= 48:
         found += [Tile(128, bn, 64, 8, 3 if bn > 128 else 4, tma=True, group=g) for bn in wide for g in groups]
@@ -125,7 +126,8 @@ def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w
     if not down:
         return functools.partial(experts.grouped_gemm, c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k)
     y = torch.empty(c.slots, p.hidden, device="cuda", dtype=p.dtype)
-    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=True)
+    scatter = not experts.uses_hopper(a, c.down, tile)
+    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=scatter)
 
 
 def whole_calls(inputs: Inputs, choice: Choice) -> list[Callable[[], object]]:

@@ -18,6 +18,8 @@ from moe_compile import activation as act
 from moe_compile import ir, ops
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import backward as b
+from moe_compile.lowering.triton import hopper_calls
+from moe_compile.lowering.triton.hopper_calls import Hopper, Warped
 from moe_compile.lowering.triton.tune import Tile
 
 ON_GPU = torch.cuda.is_available()
@@ -224,3 +226,100 @@ def test_real_sizes(tokens: int, hidden: int, intermediate: int, padded: bool, n
     tiles = b.choose(2 * tokens, 8, dtype, True)
     tiles = replace(tiles, padded=padded and dtype != torch.float32)
     check(replace(case, experts=meaning, tokens=tokens, k=2, dtype=dtype), t, tiles)
+
+
+SINGLE = [Case("single", experts(ir.Form.SINGLE, act.silu(act.G)))]
+HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+WARPED = {
+    "wide": Hopper(Warped(256, 4), Warped(256, 4), Warped(256, 3)),
+    "narrow": Hopper(Warped(128, 6, group=1), Warped(128, 6, group=1), Warped(128, 5)),
+    "three consumers": Hopper(None, None, Warped(256, 3, consumers=3)),
+}
+
+
+def warped_case(case: Case, dtype: torch.dtype, tokens: int, hidden: int = 512, intermediate: int = 256) -> tuple[Case, dict[str, Any]]:
+    """The case at a size for 128-row tiles, in a dtype, with weights that keep values near one."""
+    meaning = replace(case.experts, num_experts=8, hidden=hidden, intermediate=intermediate, out_features=hidden)
+    case = replace(case, experts=meaning, tokens=tokens, k=2, dtype=dtype)
+    t = moved(tensors(replace(case, dtype=torch.float32)))
+    for ts in (t["up"], t["down"]):
+        for i, w in enumerate(ts):
+            ts[i] = w.detach() / hidden**0.5
+    t = {n: [i.detach().to(dtype).requires_grad_() for i in v] if isinstance(v, list) else v for n, v in t.items()}
+    t["x"] = t["x"].detach().to(dtype).requires_grad_()
+    return case, t
+
+
+def launches(patch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the warp-specialised products that run from now on."""
+    seen: list[str] = []
+    for name in ("grad_hidden", "grad_input", "weight_grad"):
+        real = getattr(hopper_calls, name)
+        patch.setattr(hopper_calls, name, lambda *args, name=name, real=real: (seen.append(name), real(*args))[1])
+    return seen
+
+
+def warped_tiles(tokens: int, dtype: torch.dtype, which: str) -> b.Tiles:
+    tiles = b.choose(8 * 200, 8, dtype, True)
+    assert tiles.padded
+    return replace(tiles, hopper=WARPED[which])
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100")
+@pytest.mark.parametrize("which", WARPED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [9, 700, 3000])
+@pytest.mark.parametrize("name", ["stacked", "transposed", "separate", "single", "interleaved", "biases", "identity experts"])
+def test_warp_specialised(name: str, tokens: int, dtype: torch.dtype, which: str) -> None:
+    """Every layout the warp-specialised products cover, few rows an expert to many."""
+    case, t = warped_case(next(c for c in CASES + SINGLE if c.name == name), dtype, tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = launches(patch)
+        check(case, t, warped_tiles(tokens, dtype, which))
+        want = {"grad_hidden", "grad_input", "weight_grad"} if WARPED[which].hidden else {"weight_grad"}
+        assert set(seen) == (want - {"grad_hidden"} if case.experts.form is ir.Form.INTERLEAVED else want)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100")
+@pytest.mark.parametrize("name", ["weight on input", "list", "separate list"])
+def test_not_warp_specialised(name: str) -> None:
+    """What they do not cover: the plain kernels run."""
+    case, t = warped_case(next(c for c in CASES if c.name == name), torch.bfloat16, 700)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = launches(patch)
+        check(case, t, warped_tiles(700, torch.bfloat16, "wide"))
+        assert "grad_hidden" not in seen and "grad_input" not in seen
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100")
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_warp_specialised_routings(name: str) -> None:
+    """Empty experts have zero gradients, one expert has all rows."""
+    case, t = warped_case(Case(name, experts()), torch.bfloat16, 1000)
+    t["ids"] = ROUTINGS[name](case.tokens, case.k, case.experts.num_experts).to(DEVICE)
+    check(case, t, warped_tiles(1000, torch.bfloat16, "wide"))
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100")
+def test_warp_specialised_neighbours() -> None:
+    """One expert's NaN, in weights or tokens, is in no other expert's gradient; rows that pad hold none of it."""
+    case, t = warped_case(Case("nan", experts()), torch.bfloat16, 1000)
+    t["ids"] = torch.randint(0, 4, (1000, 2), device=DEVICE) * 2 + torch.arange(2, device=DEVICE)  # experts 0, 2, 4, 6 and 1, 3, 5, 7
+    t["up"][0] = t["up"][0].detach().clone()
+    t["up"][0][3] = float("nan")
+    grad = torch.randn(1000, 512, device=DEVICE, dtype=torch.bfloat16)
+    _, _, up, down = run(case, t, grad, tiles=warped_tiles(1000, torch.bfloat16, "wide"))
+    for g in (up, down):
+        assert [bool(e.isnan().any()) for e in g] == [e == 3 for e in range(8)]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs an H100")
+def test_warp_specialised_repeats() -> None:
+    """Twenty runs on changing inputs, bitwise equal to a second run of each."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        case, t = warped_case(Case("again", experts()), torch.bfloat16, 500 + 37 * seed)
+        grad = torch.randn(case.tokens, 512, device=DEVICE, dtype=torch.bfloat16)
+        tiles = warped_tiles(case.tokens, torch.bfloat16, "wide" if seed % 2 else "narrow")
+        for one, two in zip(run(case, t, grad, tiles=tiles), run(case, t, grad, tiles=tiles), strict=True):
+            assert torch.equal(one, two)

@@ -45,6 +45,8 @@ LAYOUTS: dict[str, Case] = {
     "separate": Case("", swiglu(6, 192, 256, form=ir.Form.SEPARATE, up_transposed=True), 300, 3),
     "single": Case("", swiglu(6, 192, 256, form=ir.Form.SINGLE, act=act.relu(act.G) ** 2), 300, 3),
     "biases": Case("", swiglu(6, 192, 256, up_bias=True, down_bias=True), 300, 3, add=True),
+    "interleaved": Case("", swiglu(6, 192, 256, form=ir.Form.INTERLEAVED, up_bias=True), 300, 3),
+    "interleaved, transposed": Case("", swiglu(6, 192, 320, form=ir.Form.INTERLEAVED, up_transposed=True, up_bias=True), 300, 3),
     "weight on input": Case("", swiglu(6, 192, 256, weight_on_input=True, up_bias=True), 300, 3),
     "single, transposed, weight on input": Case(
         "", swiglu(6, 192, 256, form=ir.Form.SINGLE, act=act.silu(act.G), up_transposed=True, weight_on_input=True), 300, 3
@@ -83,23 +85,52 @@ def test_warp_specialised_is_its_twin(name: str, dtype: torch.dtype, monkeypatch
 
 
 @on_hopper
-@pytest.mark.parametrize("name", ["concat", "biases", "single", "weight on input", "identity and foreign ids"])
+@pytest.mark.parametrize("name", ["concat", "biases", "single", "interleaved", "weight on input", "columns beyond the last block"])
 def test_warp_specialised_saves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LAYOUTS[name], dtype=torch.bfloat16)
     both(case, operands(case), WARP, monkeypatch, save=True)
 
 
 @on_hopper
-@pytest.mark.parametrize("lag", [0, 1, 2, 3])
-@pytest.mark.parametrize(("stages", "group"), [(2, 1), (3, 4), (4, 16)])
-def test_warp_specialised_rings(lag: int, stages: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any lag below the number of stages, with more and with fewer steps than the ring has."""
-    if lag >= stages:
-        pytest.skip("a lag is shorter than the ring")
-    for name in ("one step", "concat", "few rows an expert"):
-        with monkeypatch.context() as patch:
-            case = replace(LAYOUTS[name], dtype=torch.bfloat16)
-            both(case, operands(case), replace(WARP, lag=lag, stages=stages, group=group), patch)
+@pytest.mark.parametrize("name", ["one step", "concat", "transposed", "few rows an expert", "many tiles"])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        replace(WARP, stages=2, group=1),
+        replace(WARP, stages=3, group=4),
+        replace(WARP, group=16),
+        replace(WARP, bn=64, stages=6),
+        replace(WARP, bk=128, stages=2),
+    ],
+    ids=lambda t: f"{t.bn}x{t.bk}, {t.stages} stages, groups of {t.group}",
+)
+def test_warp_specialised_rings(tile: Tile, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More and fewer steps than the ring has; a stage of one and of two boxes of weights."""
+    case = replace(LAYOUTS[name], dtype=torch.bfloat16)
+    if case.experts.hidden % tile.bk == 0 and case.experts.intermediate % tile.bk == 0:
+        both(case, operands(case), tile, monkeypatch)
+
+
+@on_hopper
+def test_tiles_are_claimed_again_and_again() -> None:
+    """A dispatch may serve any number of products: each leaves the counters at zero. A graph's replays give the first call's bits."""
+    case = replace(LAYOUTS["many tiles"], dtype=torch.bfloat16)
+    t = operands(case)
+    first = kernel(case, t, Choice(WARP, WARP, None))[0]
+    rows = dispatch.dispatch(t["ids"], case.experts.num_experts, (128,))
+    call = experts.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops._layout(ops.experts_args(case.experts)))
+    assert call is not None
+    outs = [torch.empty(call.slots, call.up.n, device="cuda", dtype=case.dtype) for _ in range(3)]
+    for out in outs:
+        experts.grouped_gemm(call.x, call.up, None, rows, out, WARP, call.layout, gather=case.k)
+        assert rows.counters.tolist() == [0, 0]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = kernel(case, t, Choice(WARP, WARP, None))[0]
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(again, first)
 
 
 @on_hopper

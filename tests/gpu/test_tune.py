@@ -18,7 +18,7 @@ from moe_compile.lowering.triton.tune import Choice, Problem, Tile, Vector
 CUDA = torch.device("cuda", 0)
 PROBLEM = Problem(128, 2048, 1024, 8, torch.bfloat16, True)
 TILE = Tile(64, 128, 64, 8, 4, tma=True)
-CHOICE = Choice(TILE, replace(TILE, hopper=True, lag=2, group=8), (Vector(2, 1024, 4), Vector(1, 512, 2)))
+CHOICE = Choice(TILE, replace(TILE, hopper=True, group=8), (Vector(2, 1024, 4), Vector(1, 512, 2)))
 PLAIN = Choice(TILE, TILE, None)
 
 
@@ -97,7 +97,7 @@ def valid(choice: Choice) -> None:
         assert all(v & (v - 1) == 0 and v > 0 for v in (tile.bm, tile.bn, tile.bk, tile.warps, tile.group))
         columns = tile.bn * (2 if tile.hopper else parts)
         assert tile.bm >= 16 and tile.stages * tile.bk * (tile.bm + columns) * 2 <= 227 * 1024
-        assert not tile.hopper or (tile.bm == 128 and tile.lag < tile.stages)
+        assert not tile.hopper or tile.bm == 128
     for v in choice.decode or ():
         assert all(x & (x - 1) == 0 for x in (v.bn, v.bk, v.warps))
 
