@@ -27,6 +27,7 @@ _BUCKETS = (128, _ONE_LAUNCH)
 _SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program ranks at once
 _TABLE = 8192  # entries of (32 pairs, expert) at once
 _SEGMENTS = 128
+_WRITERS, _SLOTS = 64, 32  # programs that write the tile lists, entries that one finds at once
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,15 @@ def _place(
         total, before = _add_up(counts, segments, 0, EP, BP, MOST)
         ends = tl.cumsum(total, 0)
         writer = program - segments
+        writers = tl.num_programs(0) - segments
         _write_offsets(offsets, ends, writer, E)
         _clear(offsets + E + 1, writer)
         if BM0 > 0:
-            _write_tiles(total, ends - total, tiles0, tile_starts, length0, writer, E, BM0, SLOTS)
+            for part in range(writer, tl.cdiv(length0, SLOTS), writers):
+                _write_tiles(total, ends - total, tiles0, tile_starts, length0, part, E, BM0, SLOTS)
         if BM1 > 0:
-            _write_tiles(total, ends - total, tiles1, tile_starts + (E + 1), length1, writer, E, BM1, SLOTS)
+            for part in range(writer, tl.cdiv(length1, SLOTS), writers):
+                _write_tiles(total, ends - total, tiles1, tile_starts + (E + 1), length1, part, E, BM1, SLOTS)
 
 
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
@@ -288,13 +292,12 @@ def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths
     segments = triton.cdiv(n, segment)
     counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
     _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=8, **launch)
-    at_once = max(1, _TABLE // 2 // bins)  # segments added up, and tiles found
-    writers = max([1, *(triton.cdiv(length, at_once) for length in lengths)])
+    writers = min(_WRITERS, max([1, *(triton.cdiv(length, _SLOTS) for length in lengths)]))
     bms, registers = _pair(list(blocks)), {"maxnreg": 64} if launch and bins <= 256 else {}  # two programs a processor
     _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),
-        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=at_once, MOST=programs,
-        BM0=bms[0], BM1=bms[1], SLOTS=at_once, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch, **registers,
+        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=max(1, _TABLE // 2 // bins), MOST=programs,
+        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch, **registers,
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
     main   event ── dispatch ── up GEMM ──────────── down GEMM ── combine(add = shared)
     side       └─ shared up ── act ── shared down ──────────────┘
 
+One to a few tokens go without a stream: `decode_shared` runs both in the same two kernels.
+
 One side stream a device for all layers. The main branch is issued first. All that the side branch writes is allocated on the main stream
 before the event, and the main stream waits for the side branch before it reads the result: so memory that is handed out again later, on
 the main stream, is never still in use. Events only, nothing waits on the host, and a CUDA graph captures both branches.
@@ -23,6 +25,7 @@ from torch import Tensor
 from ...ir import Form
 from ..generic import Layout
 from . import activation, tune
+from .decode_shared import Shared, few_together, fits
 from .experts import Call, few_down, few_up, forward, read
 from .tune import Vector
 
@@ -114,6 +117,8 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
     branch = _branch(x, add, *mlp)
     if branch is None:
         return None
+    if isinstance(branch, Few) and (out := _together(routed, layout, branch)) is not None:
+        return out
     beside = x.is_cuda and overlap == SIDE
     operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
@@ -124,6 +129,17 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
     except BaseException:
         side.settle()  # the branch's buffers go back to the main stream's pool now
         raise
+
+
+def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | None:
+    """Both in the few-token kernels; None where the routed experts take others."""
+    call = read(*routed, layout)
+    if call is None or call.slots == 0:
+        return None
+    shared = Shared(branch.call, branch.call.weights if branch.gated else None)
+    problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, call.ids.shape[1], call.x.dtype, layout.gated)
+    tiles = tune.choose(problem, call.x.shape[0], call.x.device).decode
+    return few_together(call, shared, *tiles) if tiles is not None and fits(call, shared) else None
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:

@@ -27,6 +27,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(d, "_CHUNK", 64)
         monkeypatch.setattr(d, "_SEGMENTS", 4)
+        monkeypatch.setattr(d, "_WRITERS", 2)
+        monkeypatch.setattr(d, "_SLOTS", 8)
 
 
 def check(ids: Tensor, experts: int, blocks: tuple[int, ...] = (16, 32)) -> None:

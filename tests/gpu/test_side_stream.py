@@ -58,6 +58,27 @@ def test_values(row: dict[str, Any], tokens: int, dtype: torch.dtype) -> None:
     assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("form", [ir.Form.SEPARATE, ir.Form.CONCAT, ir.Form.INTERLEAVED], ids=lambda f: f.name.lower())
+@pytest.mark.parametrize("extra", [{}, {"gated": 1}, {"add": True, "down_bias": True}], ids=lambda d: " ".join(d) or "plain")
+@pytest.mark.parametrize("width", [INTER, SHARED, 3])
+def test_one_pair_of_kernels(form: ir.Form, extra: dict[str, Any], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens: the shared expert, wider or narrower, in the kernels of the routed ones."""
+    seen: list[int] = []
+    few = beside.few_together
+    monkeypatch.setattr(beside, "few_together", lambda c, *rest: (seen.append(c.slots), few(c, *rest))[1])
+    args, want = shared_call(2, torch.float32, form, width=width, **extra)
+    assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[torch.float32]
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("shared", [{"form": ir.Form.SINGLE}, {"up_bias": True}, {"up_transposed": True}], ids=str)
+def test_other_kinds_go_to_the_side(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another activation, a bias before it, another orientation: two kernels of its own."""
+    monkeypatch.setattr(beside, "few_together", None)
+    args, want = shared_call(1, torch.float32, **shared)
+    assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[torch.float32]
+
+
 def test_no_tokens_is_left_to_the_other_path() -> None:
     args, _ = shared_call(0, torch.float32)
     assert kernels.experts_shared(*args, beside.SERIAL) is None
