@@ -5,7 +5,7 @@
     tile i  belongs to the expert e with tile_end[e-1] <= i < tile_end[e]
 
 Few pairs: one launch, a program per expert, each reads all pairs (they are in the cache) and places its own. Many pairs: two launches, a
-program per segment of pairs; the first counts, the second ranks its pairs meanwhile, adds up the counts of the segments before and places.
+program per segment of pairs; the first counts, the second sorts its pairs meanwhile, adds up the counts of the segments before and places.
 Nothing depends on the order in which programs run, and no program waits for another.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .combine import early_launch
 
-_ONE_LAUNCH = 1024  # pairs that one program reads at once
-_BUCKETS = (128, _ONE_LAUNCH)
-_SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program ranks at once
-_TABLE = 8192  # entries of (32 pairs, expert) at once
+_ONE_LAUNCH = 4096  # pairs that one program reads at once
+_BUCKETS = (128, 1024, _ONE_LAUNCH)
+_SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program sorts at once
+_TABLE = 8192  # entries of (segment, expert) that a program adds up at once
 _SEGMENTS = 128
 _WRITERS, _SLOTS = 64, 32  # programs that write the tile lists, entries that one finds at once
 
@@ -148,44 +148,22 @@ def _add_up(counts, segments, program, EP: tl.constexpr, BP: tl.constexpr, MOST:
 
 
 @triton.jit
-def _popcount(x):
-    """How many bits of an int32 are set."""
-    v = x.to(tl.uint32, bitcast=True)
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    return ((v * 0x01010101) >> 24).to(tl.int32)
+def _sort(ids, c, n, E: tl.constexpr, EP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """(expert << BITS | position, ascending, E where there is none; pairs per expert) of the chunk from c on."""
+    at = tl.arange(0, CHUNK)
+    e, known = _experts_of(ids, c + at, n, E)
+    return tl.sort((tl.where(known, e, E) << BITS) | at), tl.histogram(e, EP, mask=known)
 
 
 @triton.jit
-def _ranks(e, known, EP: tl.constexpr, BITS: tl.constexpr):
-    """(pairs before each pair that go to its expert, pairs per expert) of a chunk: experts [WORDS, 32], in order of position.
-
-    A word holds one bit per pair of its 32. votes = the pairs whose expert has bit b, so that those of expert x are
-    known & votes_0^ & ... , every vote inverted where x lacks the bit: by pair, and as a table [WORDS, EP] by expert.
-    """
-    WORDS: tl.constexpr = e.shape[0]
-    at = tl.arange(0, 32)[None, :]
-    word = tl.arange(0, WORDS)[:, None]
-    column = tl.arange(0, EP)[None, :]
-    every = tl.sum(known.to(tl.int32) << at, 1)[:, None]
-    mine = every & ((1 << at) - 1)
-    table = every + tl.zeros((WORDS, EP), tl.int32)
-    for b in tl.static_range(BITS):
-        votes = tl.sum(((e >> b) & 1) << at, 1)[:, None]
-        mine &= ~(votes ^ -((e >> b) & 1))
-        table &= ~(votes ^ -((column >> b) & 1))
-    here = _popcount(table)
-    through = tl.cumsum(here, 0)
-    before = tl.gather((through - here).reshape(WORDS * EP), (word * EP + e).reshape(WORDS * 32), 0)
-    return before.reshape(WORDS, 32) + _popcount(mine), tl.sum(here, 0)
-
-
-@triton.jit
-def _put(order, rank, i, e, known, row):
-    """Pairs i [WORDS, 32] go to sorted rows."""
-    tl.store(order + row, i, mask=known)
-    tl.store(rank + i, row, mask=known)
+def _put(order, rank, c, pairs, here, target, E: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """A chunk's runs go to where each expert's rows go on, `target` [EP]."""
+    e = pairs >> BITS
+    shift = target - (tl.cumsum(here, 0) - here)
+    row = tl.gather(shift, tl.where(e < E, e, 0), 0) + tl.arange(0, CHUNK)
+    slot = c + (pairs & (CHUNK - 1))
+    tl.store(order + row, slot, mask=e < E)
+    tl.store(rank + slot, row, mask=e < E)
 
 
 @triton.jit(do_not_specialize=["n", "segment", "segments", "length0", "length1"])
@@ -194,30 +172,28 @@ def _place(
     E: tl.constexpr, EP: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr, BP: tl.constexpr, MOST: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, SLOTS: tl.constexpr, ONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs below `segments` place the pairs of their segment, the others write the tile lists. ONE: a segment is one chunk.
+    """Programs below `segments` place the pairs of their segment, the others write the tile lists. ONE: a segment is one chunk, sorted
+    by (expert, position) before the counts are there.
 
     With PDL a program starts while the counts are not there yet; the ids are: whoever counts has waited for them.
     """
     program = tl.program_id(0)
     if program < segments:
-        i = program * segment + tl.arange(0, CHUNK).reshape(CHUNK // 32, 32)
+        first = program * segment
         if ONE:
-            e, known = _experts_of(ids, i, n, E)
-            local, here = _ranks(e, known, EP, BITS)
+            pairs, here = _sort(ids, first, n, E, EP, BITS, CHUNK)
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         total, before = _add_up(counts, segments, program, EP, BP, MOST)
         target = tl.cumsum(total, 0) - total + before
         if ONE:
-            _put(order, rank, i, e, known, tl.gather(target, e.reshape(CHUNK), 0).reshape(CHUNK // 32, 32) + local)
+            _put(order, rank, first, pairs, here, target, E, BITS, CHUNK)
         else:
-            for _ in range(0, tl.minimum(segment, n - program * segment), CHUNK):
-                e, known = _experts_of(ids, i, n, E)
-                local, here = _ranks(e, known, EP, BITS)
-                _put(order, rank, i, e, known, tl.gather(target, e.reshape(CHUNK), 0).reshape(CHUNK // 32, 32) + local)
+            for c in range(first, tl.minimum(first + segment, n), CHUNK):
+                pairs, here = _sort(ids, c, n, E, EP, BITS, CHUNK)
+                _put(order, rank, c, pairs, here, target, E, BITS, CHUNK)
                 target += here
-                i += CHUNK
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -239,7 +215,7 @@ def _place(
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
     """Sort the pairs of ids [T, k] (any int dtype) by expert, with a tile list for every BM in `blocks` (at most two).
 
-    One launch up to 1024 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
+    One launch up to 4096 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
     """
     n = ids.numel()
     if n >= 2**31 - _CHUNK:
@@ -287,20 +263,15 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     n, bins, launch = ids.numel(), _bins(num_experts), _early(ids)
     programs = _SEGMENTS if bins <= 256 else _SEGMENTS // 2
-    chunk = _chunk(n, bins, programs)
+    chunk = min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))))
     segment = triton.cdiv(triton.cdiv(n, chunk), programs) * chunk
     segments = triton.cdiv(n, segment)
     counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
-    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=8, **launch)
+    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=4, **launch)
     writers = min(_WRITERS, max([1, *(triton.cdiv(length, _SLOTS) for length in lengths)]))
-    bms, registers = _pair(list(blocks)), {"maxnreg": 64} if launch and bins <= 256 else {}  # two programs a processor
+    bms = _pair(list(blocks))
     _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),
-        E=num_experts, EP=bins, BITS=bins.bit_length() - 1, CHUNK=chunk, BP=max(1, _TABLE // 2 // bins), MOST=programs,
-        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=16, **launch, **registers,
+        E=num_experts, EP=bins, BITS=chunk.bit_length() - 1, CHUNK=chunk, BP=max(1, _TABLE // bins), MOST=programs,
+        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=8, **launch,
     )  # fmt: skip
-
-
-def _chunk(n: int, bins: int, programs: int) -> int:
-    """Pairs that a program ranks at once: one chunk a segment where that fits."""
-    return min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))), max(32, _TABLE // bins * 32))

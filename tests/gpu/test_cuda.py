@@ -68,7 +68,7 @@ def both(case: Case, t: dict[str, Any], tile: Tile, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(experts, "warp_specialised", lambda *a: (seen.append(1), run(*a)))
     out, pre = kernel(case, t, Choice(tile, tile, None), save)
     assert len(seen) == 2, "the tile fell back to the plain kernel"
-    twin = replace(tile, hopper=False, stages=3)
+    twin = replace(tile, hopper=False, bk=64, stages=3)
     want, want_pre = kernel(case, t, Choice(twin, twin, None), save)
     assert torch.equal(out, want) or norm_error(out, want) < 1e-3
     rows = int(((t["ids"] >= 0) & (t["ids"] < case.experts.num_experts)).sum())
