@@ -25,15 +25,15 @@ _refutations: dict[Any, bool] = {}
 
 
 def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
-    """The op's `overlap` where the shared expert may go into it: on CUDA, when the user asks for it and no gradient may be wanted.
+    """The op's `overlap` where the shared expert may go into it: on CUDA, when no gradient may be wanted.
 
-    "auto" leaves it to the inner compiler: nothing was measured yet that says where a side stream gains.
+    "auto" leaves it to the op, which knows the number of tokens, when to use a side stream.
     """
-    if target != "cuda" or options.overlap_shared is not True:
+    if target != "cuda" or options.overlap_shared is False:
         return None
     values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
     trains = torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
-    return None if trains else 1
+    return None if trains else 1 if options.overlap_shared is True else 2
 
 
 def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:

@@ -176,9 +176,13 @@ def test_the_option_reaches_the_op() -> None:
     assert call.args[-1] == 1
 
 
-@pytest.mark.parametrize("overlap", ["auto", False])
-def test_not_unless_the_user_asks(overlap: Any) -> None:
-    check(build(cases.SharedAfter).eval(), torch.randn(7, H), emitted=False, overlap_shared=overlap)
+def test_auto_leaves_it_to_the_op() -> None:
+    (call,) = check(build(cases.SharedAfter).eval(), torch.randn(7, H), emitted=True, overlap_shared="auto").calls
+    assert call.args[-1] == 2
+
+
+def test_not_against_the_users_will() -> None:
+    check(build(cases.SharedAfter).eval(), torch.randn(7, H), emitted=False, overlap_shared=False)
 
 
 def test_not_on_the_cpu() -> None:

@@ -66,7 +66,7 @@ def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tile
     stages = 3 if padded else 5  # rows are gathered through loaded indices: two stages more for as many copies under way
     few = rows <= 512  # short sums: two small programs a processor, one multiplies while the other stores
     by_weight = Tile(128, 128 if few else 256, 64 if rows > 32 else 32, 4 if few else 8, stages)
-    return Tiles(hidden, to_input, by_weight, by_weight, padded)
+    return Tiles(hidden, to_input, by_weight, by_weight, padded, hopper=padded)
 
 
 class _Gradients:

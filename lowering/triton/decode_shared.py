@@ -45,7 +45,7 @@ def up_together(
     x, ids, weights, w0, w1, out, shared0, shared1, shared_out,
     tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, shared_n, shared_stride_n, shared_stride_k,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per pair and block of columns, before them one per token and block of the shared expert's. INTERLEAVED comes as DUAL."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -58,9 +58,10 @@ def up_together(
         row, n0, width, stride_row, stride_column = t.to(tl.int64), p // tokens * BN, shared_n, shared_stride_n, shared_stride_k
         base0, base1, to, known = shared0, shared1, shared_out, True
         if PDL:
-            _prefetch(shared0, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
-            if MODE == DUAL:
-                _prefetch(shared1, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
+            if AHEAD:
+                _prefetch(shared0, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
+                if MODE == DUAL:
+                    _prefetch(shared1, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
     else:
@@ -98,7 +99,7 @@ def down_together(
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
-    PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    PDL: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per token and block of columns: the routed experts in slot order, then the shared one, then what is added."""
     DTYPE: tl.constexpr = a.dtype.element_ty
@@ -107,11 +108,12 @@ def down_together(
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
     if PDL:
-        for j in range(slots_per_token):
-            e = tl.load(ids + t * slots_per_token + j)
-            if (e >= 0) & (e < num_experts):
-                _prefetch(_base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED), n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, BYTES)
-        _prefetch(shared, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, BYTES)
+        if AHEAD:
+            for j in range(slots_per_token):
+                e = tl.load(ids + t * slots_per_token + j)
+                if (e >= 0) & (e < num_experts):
+                    _prefetch(_base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED), n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, BYTES)
+            _prefetch(shared, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, BYTES)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros((BN,), tl.float32)
@@ -160,25 +162,25 @@ def _act(c: Call) -> Any:
     return activation.functions(c.layout.act_ops, c.layout.act_consts).act
 
 
-def few_together(c: Call, s: Shared, up: Vector, down: Vector, prefetch: bool = True) -> Tensor:
-    """Routed experts, shared expert and c.add -> [T, H], two launches. Raises nothing for operands that `read` and `fits` accept.
-
-    `prefetch` False: the kernels start when the ones before have ended.
-    """
+def few_together(c: Call, s: Shared, up: Vector, down: Vector) -> Tensor:
+    """Routed experts, shared expert and c.add -> [T, H], two launches. Raises nothing for operands that `read` and `fits` accept."""
     tokens = c.x.shape[0]
     a, b = c.x.new_empty(c.slots, c.up.n), c.x.new_empty(tokens, s.call.up.n)
     out = c.x.new_empty(tokens, c.down.n)
-    _up(c, s.call, a, b, up, prefetch)
-    _down(c, s, a, b, out, down, prefetch)
+    _up(c, s.call, a, b, up)
+    _down(c, s, a, b, out, down)
     return out
 
 
-def _launch(c: Call, prefetch: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if prefetch and early_launch(c.x) else {}
+AHEAD = True
 
 
-def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector, prefetch: bool) -> None:
-    launch, tokens = _launch(c, prefetch), c.x.shape[0]
+def _launch(c: Call) -> dict[str, bool]:
+    return {"launch_pdl": True} if early_launch(c.x) else {}
+
+
+def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
+    launch, tokens = _launch(c), c.x.shape[0]
     bn, bk = _extents(tile, c.up)
     programs = tokens * triton.cdiv(s.up.n, bn) + c.slots * triton.cdiv(c.up.n, bn)
     up_together[(programs,)](
@@ -187,12 +189,12 @@ def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector, prefetch: bool) ->
         s.up.n, s.up.stride_n, s.up.stride_k,
         MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, WEIGHTED=c.layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and s.up.n % bn == 0 and c.up.k % bk == 0,
-        PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(launch), AHEAD=AHEAD, ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip
 
 
-def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector, prefetch: bool) -> None:
-    launch, bias, shared = _launch(c, prefetch), c.down_bias, s.call.down
+def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -> None:
+    launch, bias, shared = _launch(c), c.down_bias, s.call.down
     bn, bk = _extents(tile, c.down)
     shared_bk = min(bk, triton.next_power_of_2(shared.k))
     down_together[(c.x.shape[0], triton.cdiv(c.down.n, bn))](
@@ -205,5 +207,5 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector, p
         ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
         SHARED_OUT_IN=shared.out_in, SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,
-        PDL=bool(launch), ALIGNED=c.down.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(launch), AHEAD=AHEAD, ALIGNED=c.down.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .combine import early_launch
 
-_ONE_LAUNCH = 4096  # pairs that one program reads at once
+_ONE_LAUNCH = 2048  # pairs that one program reads at once
 _BUCKETS = (128, 1024, _ONE_LAUNCH)
 _SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program sorts at once
 _TABLE = 8192  # entries of (segment, expert) that a program adds up at once
-_SEGMENTS = 128
+_SEGMENTS, _MANY = 128, 32768  # segments, half as many up to so many pairs
 _WRITERS, _SLOTS = 64, 32  # programs that write the tile lists, entries that one finds at once
 
 
@@ -215,7 +215,7 @@ def _place(
 def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch:
     """Sort the pairs of ids [T, k] (any int dtype) by expert, with a tile list for every BM in `blocks` (at most two).
 
-    One launch up to 4096 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
+    One launch up to 2048 pairs, two beyond; the host never waits. Raises ValueError for 2^31 pairs or more.
     """
     n = ids.numel()
     if n >= 2**31 - _CHUNK:
@@ -261,8 +261,9 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
 
 
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
-    n, bins, launch = ids.numel(), _bins(num_experts), _early(ids)
-    programs = _SEGMENTS if bins <= 256 else _SEGMENTS // 2
+    n, bins = ids.numel(), _bins(num_experts)
+    launch = _early(ids) if n <= _MANY else {}  # beyond, programs that wait would take the place of those they wait for
+    programs = _SEGMENTS if bins <= 256 and n > _MANY else _SEGMENTS // 2
     chunk = min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))))
     segment = triton.cdiv(triton.cdiv(n, chunk), programs) * chunk
     segments = triton.cdiv(n, segment)

@@ -43,15 +43,18 @@ def _expert(tile, tiles, num_tiles, blocks):
 
 @gluon.jit
 def _place(tile, begin, end, blocks, GROUP: gl.constexpr):
-    """Which of an expert's row tiles, [begin, end) of the list, and column block: GROUP row tiles are walked together, rows fastest.
+    """Which of an expert's row tiles, [begin, end) of the list, and column block: up to GROUP row tiles are walked together, rows fastest.
 
-    So those that share columns of the weights are neighbours, and no expert's weights are read by two groups where one could do.
+    So those that share columns of the weights are neighbours, an expert's weights are read by as few groups as can be, and no group is
+    much smaller than the others.
     """
+    rows = gl.maximum(end - begin, 1)
+    most = gl.cdiv(rows, gl.cdiv(rows, GROUP))
     rest = tile - begin * blocks
-    group = rest // (GROUP * blocks)
-    size = gl.maximum(gl.minimum(end - begin - group * GROUP, GROUP), 1)
-    rest -= group * GROUP * blocks
-    return group * GROUP + rest % size, rest // size
+    group = rest // (most * blocks)
+    size = gl.maximum(gl.minimum(rows - group * most, most), 1)
+    rest -= group * most * blocks
+    return group * most + rest % size, rest // size
 
 
 @gluon.jit

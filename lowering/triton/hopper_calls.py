@@ -28,7 +28,7 @@ class Warped:
     group: int = 8
 
 
-HIDDEN = Warped(256, 3)
+HIDDEN = Warped(256, 4)
 INPUT = Tile(ROWS, 128, 64, 8, 4, tma=True, hopper=True, group=8)
 
 

@@ -29,7 +29,8 @@ from .decode_shared import Shared, few_together, fits
 from .experts import Call, few_down, few_up, forward, read
 from .tune import Vector
 
-SERIAL, SIDE = range(2)  # the op's `overlap`
+SERIAL, SIDE, MEASURED = range(3)  # the op's `overlap`
+_MOST_BESIDE = 256  # tokens up to which a side stream was seen to gain; beyond, both branches fill the card
 
 _streams: dict[int, torch.cuda.Stream] = {}
 
@@ -119,7 +120,7 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
         return None
     if isinstance(branch, Few) and (out := _together(routed, layout, branch)) is not None:
         return out
-    beside = x.is_cuda and overlap == SIDE
+    beside = x.is_cuda and (overlap == SIDE or (overlap == MEASURED and x.shape[0] <= _MOST_BESIDE))
     operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
         return forward(*operands, branch.run(), layout, save=False)[0]

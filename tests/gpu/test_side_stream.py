@@ -97,6 +97,18 @@ BIG = ir.Experts(16, 512, 256, 512, ir.Form.CONCAT, act.SWIGLU)
 TOKENS = (1, 3, 16, 64, 256)
 
 
+@NEEDS_GPU
+@pytest.mark.parametrize(("tokens", "beside_it"), [(16, True), (256, True), (257, False), (1000, False)])
+def test_auto_goes_by_the_number_of_tokens(tokens: int, beside_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A side stream where it was seen to gain, the main one beyond; the same values."""
+    forks: list[int] = []
+    side = beside.Side
+    monkeypatch.setattr(beside, "Side", lambda *args: (forks.append(1), side(*args))[1])
+    args = big(tokens)
+    assert torch.equal(through_op(args, beside.MEASURED), through_op(args, beside.SERIAL))
+    assert forks == [1] * beside_it
+
+
 def big(tokens: int, seed: int = 0, **kwargs: Any) -> list[Any]:
     return shared_call(tokens, torch.bfloat16, seed=seed, routed=BIG, width=1024, **kwargs)[0]
 
