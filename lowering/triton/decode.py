@@ -25,32 +25,136 @@ def _base(w, e, stride_e, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: t
 
 
 @triton.jit
-def _product(base, vector, n0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
-    """W[n0:n0+BN, :k] · vector[:k] in fp32, [BN]. The tile keeps the storage order, so that loads are wide."""
+def _tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    """W[n0:n0+BN, k0:k0+BK], zero beyond its end, in storage order, so that loads are wide: [BN, BK] or [BK, BN]."""
     at_n = n0 + tl.arange(0, BN)
+    at_k = k0 + tl.arange(0, BK)
     if OUT_IN:
-        acc = tl.zeros((BN, BK), tl.float32)
+        pointers = base + at_n[:, None] * stride_n + at_k[None, :]
+        inside = (at_n < n)[:, None] & (at_k < k)[None, :]
     else:
-        acc = tl.zeros((BK, BN), tl.float32)
-    for k0 in range(0, k, BK):
-        at_k = k0 + tl.arange(0, BK)
-        if OUT_IN:
-            pointers = base + at_n[:, None] * stride_n + at_k[None, :]
-            inside = (at_n < n)[:, None] & (at_k < k)[None, :]
-        else:
-            pointers = base + at_k[:, None] * stride_k + at_n[None, :] * stride_n
-            inside = (at_k < k)[:, None] & (at_n < n)[None, :]
-        if EVEN:
-            w = tl.load(pointers).to(tl.float32)
-            v = tl.load(vector + at_k).to(tl.float32)
-        else:
-            w = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(vector + at_k, mask=at_k < k, other=0.0).to(tl.float32)
-        if OUT_IN:
-            acc += w * v[None, :]
-        else:
-            acc += w * v[:, None]
+        pointers = base + at_k[:, None] * stride_k + at_n[None, :] * stride_n
+        inside = (at_k < k)[:, None] & (at_n < n)[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _times(tile, vector, k0, k, OUT_IN: tl.constexpr, EVEN: tl.constexpr):
+    """Elementwise: a tile times the elements of the vector it meets."""
+    BK: tl.constexpr = tile.shape[1] if OUT_IN else tile.shape[0]
+    at_k = k0 + tl.arange(0, BK)
+    if EVEN:
+        v = tl.load(vector + at_k).to(tl.float32)
+    else:
+        v = tl.load(vector + at_k, mask=at_k < k, other=0.0).to(tl.float32)
+    if OUT_IN:
+        return tile.to(tl.float32) * v[None, :]
+    else:
+        return tile.to(tl.float32) * v[:, None]
+
+
+@triton.jit
+def _product(first, base, vector, n0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, EVEN: tl.constexpr):
+    """W[n0:n0+BN, :k] · vector[:k] in fp32, [BN]; `first` is the tile at k0 = 0, which could be asked for before the vector was there."""
+    BN: tl.constexpr = first.shape[0] if OUT_IN else first.shape[1]
+    BK: tl.constexpr = first.shape[1] if OUT_IN else first.shape[0]
+    acc = _times(first, vector, 0, k, OUT_IN, EVEN)
+    for k0 in range(BK, k, BK):
+        acc += _times(_tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN), vector, k0, k, OUT_IN, EVEN)
     return tl.sum(acc, axis=1 if OUT_IN else 0)
+
+
+@triton.jit
+def _slots(ids, t, j, slots_per_token, num_experts):
+    """(slot, its expert or 0, whether it has one) of a token's slots j."""
+    slot = t * slots_per_token + j
+    e = tl.load(ids + slot, mask=j < slots_per_token, other=-1)
+    known = (e >= 0) & (e < num_experts)
+    return slot.to(tl.int64), tl.where(known, e, 0), known
+
+
+@triton.jit
+def _tiles(
+    w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k,
+    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`_tile` of several experts e, [., BN, BK] or [., BK, BN]; zero where there is none."""
+    base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)[:, None, None]
+    at_n = n0 + tl.arange(0, BN)
+    at_k = k0 + tl.arange(0, BK)
+    if OUT_IN:
+        pointers = base + (at_n[:, None] * stride_n + at_k[None, :])[None, :, :]
+        inside = ((at_n < n)[:, None] & (at_k < k)[None, :])[None, :, :]
+    else:
+        pointers = base + (at_k[:, None] * stride_k + at_n[None, :] * stride_n)[None, :, :]
+        inside = ((at_k < k)[:, None] & (at_n < n)[None, :])[None, :, :]
+    live = known[:, None, None] if EVEN else known[:, None, None] & inside
+    return tl.load(pointers, mask=live, other=0.0)
+
+
+@triton.jit
+def _mixed(tiles, a, weights, slot, known, k0, k, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Σ_j w[j] tiles[j] times the elements of a[slot j] they meet."""
+    BK: tl.constexpr = tiles.shape[2] if OUT_IN else tiles.shape[1]
+    at_k = k0 + tl.arange(0, BK)
+    v = tl.load(a + slot[:, None] * k + at_k[None, :], mask=known[:, None] & (at_k < k)[None, :], other=0.0).to(tl.float32)
+    if WEIGHTED:
+        v *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)[:, None]
+    if OUT_IN:
+        return tl.sum(tiles.to(tl.float32) * v[:, None, :], 0)
+    else:
+        return tl.sum(tiles.to(tl.float32) * v[:, :, None], 0)
+
+
+@triton.jit
+def _mixture(
+    a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
+    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr, AT_ONCE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Σ_j w[t, j] W[e_j][n0:n0+BN, :k] · a[t·k + j] in fp32, [BN], summed over the depth once for all slots.
+
+    AT_ONCE slots have their weights under way together. Launched early, the first of them before the kernel before has ended: that one
+    is the up projection, which writes no weights and had waited for ids.
+    """
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    at = tl.arange(0, AT_ONCE)
+    slot, e, known = _slots(ids, t, at, slots_per_token, num_experts)
+    tiles = _tiles(w, e, known, n0, 0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN, DTYPE, ALIGNED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = _mixed(tiles, a, weights, slot, known, 0, k, OUT_IN, WEIGHTED)
+    depth = tl.cdiv(k, BK)
+    for step in range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth):
+        k0 = step % depth * BK
+        slot, e, known = _slots(ids, t, step // depth * AT_ONCE + at, slots_per_token, num_experts)
+        tiles = _tiles(w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN, DTYPE, ALIGNED)
+        acc += _mixed(tiles, a, weights, slot, known, k0, k, OUT_IN, WEIGHTED)
+    return tl.sum(acc, axis=1 if OUT_IN else 0)
+
+
+@triton.jit
+def _by_slot(
+    total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity, stride_be, stride_bn, stride_x,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, IDENTITY: tl.constexpr,
+):  # fmt: skip
+    """total + Σ_j w[t, j] b[e_j], and w[t, j] x[t] for identity experts."""
+    for j in range(slots_per_token):
+        e = tl.load(ids + t * slots_per_token + j)
+        scale = tl.load(weights + t * slots_per_token + j).to(tl.float32)
+        if BIAS:
+            if (e >= 0) & (e < num_experts):
+                b = tl.load(bias + e.to(tl.int64) * stride_be + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
+                total += b * scale if WEIGHTED else b
+        if IDENTITY:
+            if (e >= num_experts) & (e < num_experts + num_identity):
+                total += scale * tl.load(x + t.to(tl.int64) * stride_x + columns, mask=columns < n, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -71,9 +175,13 @@ def up_decode(
     if (e >= 0) & (e < num_experts):
         vector = x + (slot // slots_per_token).to(tl.int64) * stride_x
         columns = n0 + tl.arange(0, BN)
-        g = _product(_base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+        base0 = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+        first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+        g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, OUT_IN, EVEN)
         if MODE == DUAL:
-            u = _product(_base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED), vector, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+            base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
+            u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, OUT_IN, EVEN)
         else:
             u = g
         if WEIGHTED:
@@ -91,31 +199,16 @@ def down_decode(
     a, ids, weights, w, bias, x, add, out,
     n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = a.dtype.element_ty
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
-    total = tl.zeros((BN,), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for j in range(slots_per_token):
-        slot = t * slots_per_token + j
-        e = tl.load(ids + slot)
-        scale = tl.load(weights + slot).to(tl.float32)
-        if (e >= 0) & (e < num_experts):
-            y = _product(
-                _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED),
-                a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN
-            )
-            if BIAS:
-                y += tl.load(bias + e.to(tl.int64) * stride_be + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
-            total += y * scale if WEIGHTED else y
-        if IDENTITY:
-            if (e >= num_experts) & (e < num_experts + num_identity):
-                total += scale * tl.load(x + t.to(tl.int64) * stride_x + columns, mask=columns < n, other=0.0).to(tl.float32)
+    total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
+                     WEIGHTS, OUT_IN, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+    if BIAS or IDENTITY:
+        total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
+                         stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip
     if ADD:
         total += tl.load(add + t.to(tl.int64) * stride_add + columns, mask=columns < n, other=0.0).to(tl.float32)
     tl.store(out + t.to(tl.int64) * n + columns, total.to(out.dtype.element_ty), mask=columns < n)

@@ -3,9 +3,9 @@
     up    a[s] = act(W_g[e] x[t], W_u[e] x[t]),  b[t] = act'(S_g x[t], S_u x[t])    programs of the shared expert come first
     down  out[t] = add[t] + Σ_j w[t, j] W_d[e_j] a[t·k + j] + gate[t] · S_d b[t]
 
-Launched early, a program asks for the weights it will read into L2 before it waits for the kernel before: those of the shared expert, and
-in the second kernel those of the experts chosen, whose ids are complete once the first one runs. A prefetch reads nothing, so that
-weights which a kernel before writes are right all the same.
+Launched early, a program asks for its first weights before it waits for the kernel before: the shared expert's, and in the second kernel
+those of the experts chosen, whose ids are complete once the first one runs. No kernel that may still run then writes weights: each of
+these lets the next one start only after its own wait.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -20,24 +20,10 @@ from torch import Tensor
 
 from . import activation
 from .combine import early_launch
-from .decode import _base, _product
-from .experts import Call, _bias_args, _bias_strides, _extents, _kind, _mode
+from .decode import _base, _by_slot, _mixture, _product, _tile
+from .experts import Call, _bias_args, _bias_strides, _extents, _kind, _mode, at_once
 from .gemm import DUAL
 from .tune import Vector
-
-
-@triton.jit
-def _prefetch(base, n0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr):
-    """Ask for W[n0:n0+BN, :k] into L2, a line of 128 bytes each."""
-    LINE: tl.constexpr = 128 // BYTES
-    if OUT_IN and BK >= LINE:
-        rows = n0 + tl.arange(0, BN)
-        for k0 in range(0, k, BK):
-            at = k0 + tl.arange(0, BK // LINE) * LINE
-            # beyond the end: the first element again
-            inside = (rows < n)[:, None] & (at < k)[None, :]
-            pointers = base + tl.where(inside, rows[:, None] * stride_n + at[None, :], 0)
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -45,11 +31,10 @@ def up_together(
     x, ids, weights, w0, w1, out, shared0, shared1, shared_out,
     tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, shared_n, shared_stride_n, shared_stride_k,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per pair and block of columns, before them one per token and block of the shared expert's. INTERLEAVED comes as DUAL."""
     DTYPE: tl.constexpr = out.dtype.element_ty
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     own = tokens * tl.cdiv(shared_n, BN)
     p = tl.program_id(0)
     scale = 1.0
@@ -57,11 +42,9 @@ def up_together(
         t = p % tokens
         row, n0, width, stride_row, stride_column = t.to(tl.int64), p // tokens * BN, shared_n, shared_stride_n, shared_stride_k
         base0, base1, to, known = shared0, shared1, shared_out, True
+        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN) if MODE == DUAL else first0
         if PDL:
-            if AHEAD:
-                _prefetch(shared0, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
-                if MODE == DUAL:
-                    _prefetch(shared1, n0, shared_n, k, shared_stride_n, shared_stride_k, OUT_IN, BN, BK, BYTES)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
     else:
@@ -78,11 +61,13 @@ def up_together(
         base0, base1, to = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED), out
         if WEIGHTED:
             scale = tl.load(weights + slot).to(tl.float32)
+        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN) if MODE == DUAL else first0
     if known:
         vector = x + t.to(tl.int64) * stride_x
-        g = _product(base0, vector, n0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+        g = _product(first0, base0, vector, n0, width, k, stride_row, stride_column, OUT_IN, EVEN)
         if MODE == DUAL:
-            u = _product(base1, vector, n0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
+            u = _product(first1, base1, vector, n0, width, k, stride_row, stride_column, OUT_IN, EVEN)
         else:
             u = g
         if WEIGHTED:
@@ -97,41 +82,22 @@ def down_together(
     n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
     shared_k, shared_stride_n, shared_stride_k, shared_stride_bn,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
-    PDL: tl.constexpr, AHEAD: tl.constexpr, ALIGNED: tl.constexpr,
+    PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per token and block of columns: the routed experts in slot order, then the shared one, then what is added."""
-    DTYPE: tl.constexpr = a.dtype.element_ty
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
-    if PDL:
-        if AHEAD:
-            for j in range(slots_per_token):
-                e = tl.load(ids + t * slots_per_token + j)
-                if (e >= 0) & (e < num_experts):
-                    _prefetch(_base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED), n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, BYTES)
-            _prefetch(shared, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, BYTES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros((BN,), tl.float32)
-    for j in range(slots_per_token):
-        slot = t * slots_per_token + j
-        e = tl.load(ids + slot)
-        scale = tl.load(weights + slot).to(tl.float32)
-        if (e >= 0) & (e < num_experts):
-            base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-            y = _product(base, a + slot.to(tl.int64) * k, n0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
-            if BIAS:
-                y += tl.load(bias + e.to(tl.int64) * stride_be + columns * stride_bn, mask=columns < n, other=0.0).to(tl.float32)
-            total += y * scale if WEIGHTED else y
-        if IDENTITY:
-            if (e >= num_experts) & (e < num_experts + num_identity):
-                total += scale * tl.load(x + t.to(tl.int64) * stride_x + columns, mask=columns < n, other=0.0).to(tl.float32)
+    first = _tile(shared, n0, 0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, SHARED_EVEN)
+    total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
+                     WEIGHTS, OUT_IN, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+    if BIAS or IDENTITY:
+        total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
+                         stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip
     b = shared_a + t.to(tl.int64) * shared_k
-    y = _product(shared, b, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, SHARED_EVEN)
+    y = _product(first, shared, b, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, SHARED_EVEN)
     if SHARED_BIAS:
         y += tl.load(shared_bias + columns * shared_stride_bn, mask=columns < n, other=0.0).to(tl.float32)
     if GATED:
@@ -172,9 +138,6 @@ def few_together(c: Call, s: Shared, up: Vector, down: Vector) -> Tensor:
     return out
 
 
-AHEAD = True
-
-
 def _launch(c: Call) -> dict[str, bool]:
     return {"launch_pdl": True} if early_launch(c.x) else {}
 
@@ -189,7 +152,7 @@ def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
         s.up.n, s.up.stride_n, s.up.stride_k,
         MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, WEIGHTED=c.layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and s.up.n % bn == 0 and c.up.k % bk == 0,
-        PDL=bool(launch), AHEAD=AHEAD, ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip
 
 
@@ -204,8 +167,9 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
         c.down.stride_e, c.down.stride_n, c.down.stride_k, *_bias_strides(bias), c.x.stride(0), 0 if c.add is None else c.add.stride(0),
         shared.k, shared.stride_n, shared.stride_k, _bias_strides(s.call.down_bias)[1],
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not c.layout.weight_on_input,
-        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
+        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1]),
+        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
         SHARED_OUT_IN=shared.out_in, SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,
-        PDL=bool(launch), AHEAD=AHEAD, ALIGNED=c.down.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(launch), ALIGNED=c.down.aligned, num_warps=tile.warps, **launch,
     )  # fmt: skip
