@@ -167,7 +167,7 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
         c.down.stride_e, c.down.stride_n, c.down.stride_k, *_bias_strides(bias), c.x.stride(0), 0 if c.add is None else c.add.stride(0),
         shared.k, shared.stride_n, shared.stride_k, _bias_strides(s.call.down_bias)[1],
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not c.layout.weight_on_input,
-        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1]),
+        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
         SHARED_OUT_IN=shared.out_in, SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,

@@ -163,18 +163,18 @@ def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, 
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
-        ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1]),
+        ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
         num_warps=tile.warps, **launch,
     )  # fmt: skip
 
 
-_AT_ONCE = 8
+_HELD = 128  # elements of weights that a thread of the few-token down projection holds at once
 
 
-def at_once(slots: int) -> int:
+def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
     """Slots of a token whose weights a program of the few-token down projection has under way together."""
-    return min(_AT_ONCE, triton.next_power_of_2(slots))
+    return min(triton.next_power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bk)))
 
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
