@@ -21,8 +21,8 @@ from . import activation, hopper_calls
 from . import backward_kernels as kernels
 from .combine import combine
 from .dispatch import Dispatch, dispatch
-from .experts import Call, _processors, precision, read
-from .sizes import cdiv, power_of_2
+from .experts import Call, precision, read
+from .host import cdiv, power_of_2, processors
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
@@ -293,7 +293,7 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
 
 def _grid(tile: Tile, most: int, device: torch.device) -> tuple[int]:
     """One program a tile, or as many as the card holds at once."""
-    return (min(most, tile.per_sm * _processors(device)) if tile.per_sm else most,)
+    return (min(most, tile.per_sm * processors(device)) if tile.per_sm else most,)
 
 
 def _registers(tile: Tile) -> dict[str, int]:

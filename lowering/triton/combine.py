@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .host import capability, cdiv, power_of_2
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -45,7 +46,7 @@ def _combine(
 
 def early_launch(x: Tensor) -> bool:
     """Programmatic dependent launch: the next kernel starts while this one drains, and waits for it before it reads anything."""
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return capability(x.device) >= (9, 0)
 
 
 def combine(
@@ -68,8 +69,8 @@ def combine(
     """
     tokens, k = ids.shape
     width = out.shape[1]
-    columns = min(1024, triton.next_power_of_2(width))
-    grid = (tokens, triton.cdiv(width, columns))
+    columns = min(1024, power_of_2(width))
+    grid = (tokens, cdiv(width, columns))
     warps = max(1, columns // 256)
     launch = {"launch_pdl": True} if early and early_launch(x) else {}
     _combine[grid](

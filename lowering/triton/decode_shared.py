@@ -23,6 +23,7 @@ from .combine import early_launch
 from .decode import _base, _by_slot, _mixture, _product, _tile
 from .experts import Call, _bias_args, _bias_strides, _extents, _kind, _mode, at_once
 from .gemm import DUAL
+from .host import cdiv, power_of_2
 from .tune import Vector
 
 
@@ -145,7 +146,7 @@ def _launch(c: Call) -> dict[str, bool]:
 def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
     launch, tokens = _launch(c), c.x.shape[0]
     bn, bk = _extents(tile, c.up)
-    programs = tokens * triton.cdiv(s.up.n, bn) + c.slots * triton.cdiv(c.up.n, bn)
+    programs = tokens * cdiv(s.up.n, bn) + c.slots * cdiv(c.up.n, bn)
     up_together[(programs,)](
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], a, s.up.parts[0], s.up.parts[-1], b,
         tokens, c.up.n, c.up.k, c.ids.shape[1], c.layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
@@ -159,8 +160,8 @@ def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
 def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -> None:
     launch, bias, shared = _launch(c), c.down_bias, s.call.down
     bn, bk = _extents(tile, c.down)
-    shared_bk = min(bk, triton.next_power_of_2(shared.k))
-    down_together[(c.x.shape[0], triton.cdiv(c.down.n, bn))](
+    shared_bk = min(bk, power_of_2(shared.k))
+    down_together[(c.x.shape[0], cdiv(c.down.n, bn))](
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, c.add, out,
         b, shared.parts[0], _bias_args(s.call.down_bias, c.x)[0], s.gate,
         c.down.n, c.down.k, c.ids.shape[1], c.layout.num_experts, c.layout.num_identity,

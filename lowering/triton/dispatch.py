@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .combine import early_launch
+from .host import cdiv, power_of_2
 
 _ONE_LAUNCH = 2048  # pairs that one program reads at once
 _BUCKETS = (128, 1024, _ONE_LAUNCH)
@@ -231,7 +232,7 @@ def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch
 
 
 def _bins(num_experts: int) -> int:
-    return max(32, triton.next_power_of_2(num_experts))
+    return max(32, power_of_2(num_experts))
 
 
 def _pair(values: list[int], none: int = 0) -> list[int]:
@@ -240,7 +241,7 @@ def _pair(values: list[int], none: int = 0) -> list[int]:
 
 def _slots(lengths: list[int], programs: int) -> list[int]:
     """Tile list entries that each program writes, of either list."""
-    return _pair([triton.next_power_of_2(triton.cdiv(length, programs)) for length in lengths], 1)
+    return _pair([power_of_2(cdiv(length, programs)) for length in lengths], 1)
 
 
 def _early(ids: Tensor) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _early(ids: Tensor) -> dict[str, Any]:
 
 
 def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
-    bucket = next(b for b in (*_BUCKETS, triton.next_power_of_2(max(1, ids.numel()))) if b >= ids.numel())
+    bucket = next(b for b in (*_BUCKETS, power_of_2(max(1, ids.numel()))) if b >= ids.numel())
     programs = num_experts
     slots = _slots([num_experts + bucket // block for block in blocks], programs)  # of the bucket: fewer kernels
     bms, launch = _pair(list(blocks)), _early(ids)
@@ -264,12 +265,12 @@ def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths
     n, bins = ids.numel(), _bins(num_experts)
     launch = _early(ids) if n <= _MANY else {}  # beyond, programs that wait would take the place of those they wait for
     programs = _SEGMENTS if bins <= 256 and n > _MANY else _SEGMENTS // 2
-    chunk = min(_CHUNK, max(_SMALL_CHUNK, triton.next_power_of_2(triton.cdiv(n, programs))))
-    segment = triton.cdiv(triton.cdiv(n, chunk), programs) * chunk
-    segments = triton.cdiv(n, segment)
+    chunk = min(_CHUNK, max(_SMALL_CHUNK, power_of_2(cdiv(n, programs))))
+    segment = cdiv(cdiv(n, chunk), programs) * chunk
+    segments = cdiv(n, segment)
     counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
     _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=4, **launch)
-    writers = min(_WRITERS, max([1, *(triton.cdiv(length, _SLOTS) for length in lengths)]))
+    writers = min(_WRITERS, max([1, *(cdiv(length, _SLOTS) for length in lengths)]))
     bms = _pair(list(blocks))
     _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),

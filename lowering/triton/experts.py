@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ir import Form
@@ -16,6 +15,7 @@ from ..generic import Layout
 from . import activation, decode, gemm, tune
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
+from .host import capability, cdiv, power_of_2, processors
 from .tune import Choice, Tile, Vector
 from .weights import (
     Biases,
@@ -144,7 +144,7 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     fns = activation.functions(layout.act_ops, layout.act_consts)
     launch = {"launch_pdl": True} if early_launch(c.x) else {}
     bn, bk = _extents(tile, c.up)
-    decode.up_decode[(c.slots, triton.cdiv(c.up.n, bn))](
+    decode.up_decode[(c.slots, cdiv(c.up.n, bn))](
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
         c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         *_bias_strides(bias),
@@ -158,7 +158,7 @@ def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, 
     layout, bias = c.layout, c.down_bias
     launch = {"launch_pdl": True} if early and early_launch(c.x) else {}
     bn, bk = _extents(tile, c.down)
-    decode.down_decode[(c.ids.shape[0], triton.cdiv(c.down.n, bn))](
+    decode.down_decode[(c.ids.shape[0], cdiv(c.down.n, bn))](
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, add, out,
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
@@ -174,7 +174,7 @@ _HELD = 128  # elements of weights that a thread of the few-token down projectio
 
 def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
     """Slots of a token whose weights a program of the few-token down projection has under way together."""
-    return min(triton.next_power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bk)))
+    return min(power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bk)))
 
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
@@ -230,8 +230,8 @@ def grouped_gemm(
         parts = tuple(descriptor(p, block) for p in parts)
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
     fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
-    most = tiles.shape[1] * triton.cdiv(w.n, bn)
-    grid = (min(most, tile.per_sm * _processors(a.device)) if tile.per_sm else most,)
+    most = tiles.shape[1] * cdiv(w.n, bn)
+    grid = (min(most, tile.per_sm * processors(a.device)) if tile.per_sm else most,)
     launch = {"launch_pdl": True} if early_launch(a) else {}
     gemm.grouped_gemm[grid](
         a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
@@ -252,7 +252,7 @@ def uses_hopper(a: Tensor, w: Matrices, tile: Tile) -> bool:
 
 def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
-    card = a.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(a.device) == (9, 0)
+    card = capability(a.device) == (9, 0)
     rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 and w.n * a.element_size() % 16 == 0
     return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in _whole(w))
 
@@ -279,11 +279,11 @@ def warp_specialised(
     parts = [flat_descriptor(p, box) for p in matrices]
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
     row = max(matrices[0].stride()[1:])
-    blocks = triton.cdiv(w.n, tile.bn if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2 * tile.bn)
+    blocks = cdiv(w.n, tile.bn if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2 * tile.bn)
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
-    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, _processors(a.device)),)](
+    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, processors(a.device)),)](
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
         rows.order, rows.offsets, rows.tile_starts.get(pad), tiles, rows.tile_starts[tile.bm], count, rows.counters,
@@ -314,8 +314,8 @@ def _kind(w: Matrices) -> Any:
 
 def _extents(v: Vector, w: Matrices) -> tuple[int, int]:
     """Columns and depth of a program's tile: the long side lies along the contiguous dimension."""
-    bn, bk = v.bn, min(v.bk, triton.next_power_of_2(w.k))
-    return (bn, bk) if w.out_in else (min(max(64, bn), triton.next_power_of_2(w.n)), max(16, bn * bk // 64))
+    bn, bk = v.bn, min(v.bk, power_of_2(w.k))
+    return (bn, bk) if w.out_in else (min(max(64, bn), power_of_2(w.n)), max(16, bn * bk // 64))
 
 
 def _bias_args(bias: Biases | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -324,7 +324,3 @@ def _bias_args(bias: Biases | None, like: Tensor) -> tuple[Tensor | None, Tensor
 
 def _bias_strides(bias: Biases | None) -> tuple[int, int]:
     return (bias.stride_e, bias.stride_n) if bias is not None else (0, 0)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

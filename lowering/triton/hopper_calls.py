@@ -11,7 +11,8 @@ from torch import Tensor
 from ...ir import Form
 from . import activation, gemm
 from .dispatch import Dispatch
-from .experts import Call, _processors, hopper_fits, warp_specialised
+from .experts import Call, hopper_fits, warp_specialised
+from .host import capability, processors
 from .tune import Tile
 from .weights import Matrices, flat_descriptor, flat_fits, rows_descriptor
 
@@ -34,8 +35,7 @@ INPUT = Tile(ROWS, 128, 64, 8, 4, tma=True, hopper=True, group=8)
 
 def capable(x: Tensor) -> bool:
     """A card and dtype that the kernels are written for."""
-    sixteen = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and sixteen and torch.version.hip is None and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return x.dtype in (torch.bfloat16, torch.float16) and capability(x.device) == (9, 0)
 
 
 def hidden_fits(c: Call, given: list[Tensor], pre: Tensor) -> bool:
@@ -73,7 +73,7 @@ def grad_hidden(
     def box(t: Tensor | None, height: int) -> Any:
         return None if t is None else rows_descriptor(t, (height, PAD))
 
-    hopper_backward.grad_hidden[(min(tiles.shape[1] * (w.k // tile.bn), _processors(grad.device)),)](
+    hopper_backward.grad_hidden[(min(tiles.shape[1] * (w.k // tile.bn), processors(grad.device)),)](
         box(grad, ROWS), flat_descriptor(down, (PAD, tile.bn) if w.out_in else (tile.bn, PAD)), box(pre, ROWS), c.weights,
         box(d_pre, PAD), box(hidden, PAD), sums,
         rows.order, rows.offsets, rows.tile_starts[PAD], tiles, rows.tile_starts[ROWS], rows.num_tiles[ROWS], rows.counters,

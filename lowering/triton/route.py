@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ...ir import BiasOn, Norm, Score
 from .. import routing
 from ..routing import Routing
 from .combine import early_launch
+from .host import cdiv, power_of_2
 from .route_kernels import route_backward_kernel, route_kernel
 
 _SCORE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -39,7 +39,7 @@ def _cannot_group(r: Routing, num_experts: int) -> str | None:
     size = num_experts // r.n_groups
     if num_experts % r.n_groups or not 0 < r.kept_groups <= r.n_groups or not 0 < r.group_top <= size:
         return "the groups do not divide the experts"
-    if triton.next_power_of_2(r.n_groups) * triton.next_power_of_2(size) > 2 * _MAX_EXPERTS:
+    if power_of_2(r.n_groups) * power_of_2(size) > 2 * _MAX_EXPERTS:
         return "the groups are too many for the routing kernel"
     return None
 
@@ -76,9 +76,9 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
     size, padded, width = _positions(r, num_experts)
     rows = width <= _WARP_WIDTH
     block, chunks, warps = _tile_of_rows(tokens) if rows else _tile(tokens, width)
-    slots = triton.next_power_of_2(r.k) if not rows else 32 if block == 1 else max(8, triton.next_power_of_2(r.k))
+    slots = power_of_2(r.k) if not rows else 32 if block == 1 else max(8, power_of_2(r.k))
     launch = {"launch_pdl": True} if early_launch(logits) else {}
-    route_kernel[(triton.cdiv(tokens, block),)](
+    route_kernel[(cdiv(tokens, block),)](
         logits, bias, None if expert_scale is None else expert_scale.contiguous(), weights, ids, tokens, logits.stride(0),
         r.group_fill, r.norm_eps, r.norm_clamp, r.scale,
         E=num_experts, EP=width, K=r.k, KP=slots, SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
@@ -94,10 +94,10 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
 def _positions(r: Routing, num_experts: int) -> tuple[int, int, int]:
     """(experts a group, positions a group, positions a row)."""
     if not r.n_groups:
-        return 0, 0, max(32, triton.next_power_of_2(num_experts))
+        return 0, 0, max(32, power_of_2(num_experts))
     size = num_experts // r.n_groups
-    padded = triton.next_power_of_2(size)
-    return size, padded, max(32, padded * triton.next_power_of_2(r.n_groups))
+    padded = power_of_2(size)
+    return size, padded, max(32, padded * power_of_2(r.n_groups))
 
 
 def _tile_of_rows(tokens: int) -> tuple[int, int, int]:
@@ -124,13 +124,13 @@ def backward(
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     grad_rows = grad if grad.stride(1) == 1 else grad.contiguous()
-    width = max(2, triton.next_power_of_2(num_experts))
+    width = max(2, power_of_2(num_experts))
     block = max(1, min(64, 2048 // width))
-    route_backward_kernel[(triton.cdiv(tokens, block),)](
+    route_backward_kernel[(cdiv(tokens, block),)](
         grad_rows, ids.contiguous(), rows, None if bias is None else bias.contiguous(),
         None if expert_scale is None else expert_scale.contiguous(), out, tokens, rows.stride(0), grad_rows.stride(0),
         r.norm_eps, r.norm_clamp, r.scale,
-        E=num_experts, EP=width, K=r.k, KP=triton.next_power_of_2(r.k), SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
+        E=num_experts, EP=width, K=r.k, KP=power_of_2(r.k), SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
         BIAS_IN_WEIGHTS=r.bias_in_weights and bias is not None, NORM=int(r.norm), NORM_P=float(r.norm_p),
         EXPERT_SCALE=expert_scale is not None, BT=block, num_warps=4,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from ..generic import Layout
 from . import activation, tune
 from .decode_shared import Shared, few_together, fits
 from .experts import Call, few_down, few_up, forward, read
+from .host import cdiv, power_of_2
 from .tune import Vector
 
 SERIAL, SIDE, MEASURED = range(3)  # the op's `overlap`
@@ -79,8 +80,8 @@ class Many:
             return self.y
         bias = None if c.down_bias is None else c.down_bias.parts[0]
         tokens, width = self.y.shape
-        columns = min(1024, triton.next_power_of_2(width))
-        _finish[(tokens, triton.cdiv(width, columns))](
+        columns = min(1024, power_of_2(width))
+        _finish[(tokens, cdiv(width, columns))](
             self.y, self.gate, bias, self.add, self.out, width, 0 if self.add is None else self.add.stride(0),
             0 if c.down_bias is None else c.down_bias.stride_n,
             GATED=self.gate is not None, BIAS=bias is not None, ADD=self.add is not None, BN=columns, num_warps=4,
@@ -200,8 +201,8 @@ def activate(c: Call, pre: Sequence[Tensor], out: Tensor) -> None:
     elif form is Form.INTERLEAVED:
         u = pre[0][:, 1:]
     bias = c.up_bias
-    columns = min(1024, triton.next_power_of_2(width))
-    _activate[(tokens, triton.cdiv(width, columns))](
+    columns = min(1024, power_of_2(width))
+    _activate[(tokens, cdiv(width, columns))](
         g, u, *((None, None) if bias is None else (bias.parts[0], bias.parts[-1])), out, width, g.stride(0),
         0 if bias is None else bias.stride_n,
         STEP=2 if form is Form.INTERLEAVED else 1, ACT=activation.functions(c.layout.act_ops, c.layout.act_consts).act,

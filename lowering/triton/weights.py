@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -105,22 +106,28 @@ def descriptor(t: Tensor, block: tuple[int, int]) -> Any:
 
 def flat_descriptor(t: Tensor, block: tuple[int, int]) -> Any:
     """A Gluon TMA descriptor over the matrices of t [E, ., .] one below the other (storage order), boxes of `block`. Needs `flat_fits`."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     t = t if t.stride(-1) == 1 else t.transpose(-1, -2)
     per_expert = t.stride(0) // t.stride(1)
-    rows = (t.shape[0] - 1) * per_expert + t.shape[1]
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[t.dtype]())
-    return TensorDescriptor(t, [rows, t.shape[2]], [t.stride(1), 1], list(block), layout)
+    return _boxes(t, [(t.shape[0] - 1) * per_expert + t.shape[1], t.shape[2]], [t.stride(1), 1], block)
 
 
 def rows_descriptor(a: Tensor, block: tuple[int, int]) -> Any:
     """A Gluon TMA descriptor over the rows of a [rows, k]."""
-    from triton.experimental.gluon import language as gl
+    return _boxes(a, list(a.shape), list(a.stride()), block)
+
+
+def _boxes(t: Tensor, shape: list[int], strides: list[int], block: tuple[int, int]) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(a, list(block), gl.NVMMASharedLayout.get_default_for(list(block), _GLUON[a.dtype]()))
+    return TensorDescriptor(t, shape, strides, list(block), _in_shared(block, t.dtype))
+
+
+@functools.cache
+def _in_shared(block: tuple[int, int], dtype: torch.dtype) -> Any:
+    """How a box lies in shared memory, as the products take it."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
 
 
 def flat_fits(t: Tensor) -> bool:
@@ -128,15 +135,6 @@ def flat_fits(t: Tensor) -> bool:
     inner = min(t.stride(1), t.stride(2))
     row = max(t.stride(1), t.stride(2))
     return tma_fits(t) and inner == 1 and t.stride(0) % row == 0 and t.shape[0] * t.stride(0) // row < 2**31
-
-
-def _gluon_dtype(name: str) -> Any:
-    from triton.experimental.gluon import language as gl
-
-    return getattr(gl, name)
-
-
-_GLUON = {torch.bfloat16: lambda: _gluon_dtype("bfloat16"), torch.float16: lambda: _gluon_dtype("float16")}
 
 
 def tma_fits(t: Tensor) -> bool:
