@@ -1,7 +1,7 @@
 """The MoE kernels on a GPU: routed experts, routing, a whole block, forward and backward, next to the floor measured in the same run.
 
 Times are CUDA graphs that hold one call on each of several rotating input sets (so weights come from memory, not from the cache),
-median over replays; forward + backward is launched eagerly and timed by events.
+median over replays; steps of forward and backward are launched eagerly, one after the other, and timed by events.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moe_compile.lowering.triton import tune, tuner
 from moe_compile.lowering.triton.dispatch import dispatch
 
 SECONDS = 0.25  # of replays a figure
+STEPS = 8  # of training between two events
 PEER_ORDER = (1, 4096, 64, 16384, 1024, 16, 256, 4)  # what is worth most comes first: compiling is what takes the time
 BF16 = torch.bfloat16
 DEVICE = "cuda"
@@ -232,18 +233,24 @@ def backward(name: str, tokens: list[int], limits: dict[str, float], args: argpa
         yield found
 
 
-def training(f: Callable[..., Tensor], sets: list[Routing], up: nn.Parameter, down: nn.Parameter, rounds: int = 12) -> float:
-    """Median microseconds of one step, by events around each; the last gradient is dropped first, as an optimiser would."""
+def training(f: Callable[..., Tensor], sets: list[Routing], up: nn.Parameter, down: nn.Parameter, rounds: int = 8) -> float:
+    """Median microseconds of a step, over rounds of steps one after the other, as training launches them: nothing waits in between.
+
+    Before a step the last gradients are dropped, as an optimiser would.
+    """
     leaves = [(x.clone().requires_grad_(), ids, w.clone().requires_grad_()) for x, ids, w in sets]
-    grad, seen = torch.randn_like(sets[0][0]), []
-    for i in range(rounds + 3):
-        x, ids, w = leaves[i % len(leaves)]
-        for leaf in (x, w, up, down):
-            leaf.grad = None
-        seen.append(elapsed(lambda x=x, ids=ids, w=w: f(x, ids, w).backward(grad)))
+    grad = torch.randn_like(sets[0][0])
+
+    def steps() -> None:
+        for x, ids, w in leaves * (STEPS // len(leaves)):
+            for leaf in (x, w, up, down):
+                leaf.grad = None
+            f(x, ids, w).backward(grad)
+
+    seen = [elapsed(steps) / STEPS for _ in range(rounds + 1)]
     for leaf in (up, down):
         leaf.grad = None
-    return statistics.median(seen[3:])
+    return statistics.median(seen[1:])
 
 
 def elapsed(f: Callable[[], object]) -> float:
