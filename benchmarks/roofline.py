@@ -77,7 +77,8 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A run's results over those that a file holds: point by point and figure by figure; what was not measured again stays."""
     points: dict[Any, Point] = {_key(p): p for p in old.get("points", [])}
     for p in new["points"]:
-        points[_key(p)] = {**points.get(_key(p), {}), **{name: value for name, value in p.items() if value is not None}}
+        known = {name: value for name, value in points.get(_key(p), {}).items() if name != "note"}  # how the old figure came about
+        points[_key(p)] = {**known, **{name: value for name, value in p.items() if value is not None}}
     return {**old, **new, "points": sorted(points.values(), key=_order)}
 
 

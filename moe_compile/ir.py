@@ -62,6 +62,14 @@ class Form(enum.IntEnum):
     SEPARATE = 3  # two tensors (stacked) or 2E tensors (list: E gates, then E ups)
 
 
+class Overlap(enum.IntEnum):
+    """Where the op `experts_shared` runs the shared expert."""
+
+    SERIAL = 0  # on the main stream
+    SIDE = 1  # on a side stream, beside the routed experts
+    BY_TOKENS = 2  # on a side stream for few tokens
+
+
 @dataclass(frozen=True)
 class Groups:
     """Group-limited selection (DeepSeek-V3 technical report, section 2.1.2).

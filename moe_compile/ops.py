@@ -401,7 +401,7 @@ def scaled_args(experts: Any) -> list[Any]:
 def shared_args(shared: Any, overlap: int) -> list[Any]:
     """The plain arguments of `experts_shared` behind the gate, for the shared expert as an `ir.Experts` of one expert.
 
-    `overlap`: 0 on the main stream, 1 on a side stream, 2 on a side stream where that was seen to gain.
+    `overlap`: an `ir.Overlap`, as an int.
     Raises `activation.UnknownActivation`.
     """
     from .activation import encode

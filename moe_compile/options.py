@@ -23,7 +23,7 @@ class Options:
     inner_options: handed to `inner` as its own options.
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
-    overlap_shared: run the shared expert on a side stream ("auto": where the target was seen to gain from it).
+    overlap_shared: run the shared expert on a side stream ("auto": on Ascend, and on CUDA for few tokens).
     mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
     quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom
         op for it is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ..ir import Rejection
+from ..ir import Overlap, Rejection
 from .fused import is_fused
 from .liveness import is_write
 from .match import Param
@@ -33,7 +33,9 @@ def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
         return None
     values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
     trains = torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
-    return None if trains else 1 if options.overlap_shared is True else 2
+    if trains:
+        return None
+    return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
 
 
 def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:

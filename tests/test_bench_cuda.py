@@ -67,12 +67,14 @@ def test_table_lines() -> None:
 def test_results_are_merged(tmp_path: Path) -> None:
     """Another part, another point, another figure of a point: each run adds; what it did not measure stays."""
     path = tmp_path / "results" / "card.json"
-    roofline.store(path, {"machine": {"card": "A"}, "limits": LIMITS, "points": POINTS[:2]})
+    noted = {**POINTS[0], "note": "on a busy host"}
+    roofline.store(path, {"machine": {"card": "A"}, "limits": LIMITS, "points": [noted, POINTS[1]]})
     again = {**POINTS[0], "ours_us": 650.0, "inductor_us": None}
     data = roofline.store(path, {"machine": {"card": "A", "torch": "2"}, "limits": LIMITS, "points": [again, POINTS[2]]})
     assert data == roofline.load(path) and data["machine"]["torch"] == "2"
     assert [(p["part"], p["tokens"]) for p in data["points"]] == [("experts", 1), ("experts", 4096), ("block", 1)]
     assert data["points"][1]["ours_us"] == 650.0 and data["points"][1]["inductor_us"] == 1336.0
+    assert "note" not in data["points"][1], "what was said of the old figure is not true of the new one"
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_the_option_reaches_the_op() -> None:
 
 def test_auto_leaves_it_to_the_op() -> None:
     (call,) = check(build(cases.SharedAfter).eval(), torch.randn(7, H), emitted=True, overlap_shared="auto").calls
-    assert call.args[-1] == 2
+    assert call.args[-1] == ir.Overlap.BY_TOKENS
 
 
 def test_not_against_the_users_will() -> None:

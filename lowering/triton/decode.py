@@ -25,20 +25,24 @@ def _base(w, e, stride_e, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: t
 
 
 @triton.jit
-def _tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
-    """W[n0:n0+BN, k0:k0+BK], zero beyond its end, in storage order, so that loads are wide: [BN, BK] or [BK, BN]."""
+def _within(n0, k0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """(offsets of W[n0:n0+BN, k0:k0+BK], which are inside), in storage order, so that loads are wide: [BN, BK] or [BK, BN]."""
     at_n = n0 + tl.arange(0, BN)
     at_k = k0 + tl.arange(0, BK)
     if OUT_IN:
-        pointers = base + at_n[:, None] * stride_n + at_k[None, :]
-        inside = (at_n < n)[:, None] & (at_k < k)[None, :]
+        return at_n[:, None] * stride_n + at_k[None, :], (at_n < n)[:, None] & (at_k < k)[None, :]
     else:
-        pointers = base + at_k[:, None] * stride_k + at_n[None, :] * stride_n
-        inside = (at_k < k)[:, None] & (at_n < n)[None, :]
+        return at_k[:, None] * stride_k + at_n[None, :] * stride_n, (at_k < k)[:, None] & (at_n < n)[None, :]
+
+
+@triton.jit
+def _tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    """W[n0:n0+BN, k0:k0+BK], zero beyond its end."""
+    at, inside = _within(n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK)
     if EVEN:
-        return tl.load(pointers)
+        return tl.load(base + at)
     else:
-        return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(base + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -83,17 +87,10 @@ def _tiles(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`_tile` of several experts e, [., BN, BK] or [., BK, BN]; zero where there is none."""
-    base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)[:, None, None]
-    at_n = n0 + tl.arange(0, BN)
-    at_k = k0 + tl.arange(0, BK)
-    if OUT_IN:
-        pointers = base + (at_n[:, None] * stride_n + at_k[None, :])[None, :, :]
-        inside = ((at_n < n)[:, None] & (at_k < k)[None, :])[None, :, :]
-    else:
-        pointers = base + (at_k[:, None] * stride_k + at_n[None, :] * stride_n)[None, :, :]
-        inside = ((at_k < k)[:, None] & (at_n < n)[None, :])[None, :, :]
-    live = known[:, None, None] if EVEN else known[:, None, None] & inside
-    return tl.load(pointers, mask=live, other=0.0)
+    base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+    at, inside = _within(n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK)
+    live = known[:, None, None] if EVEN else known[:, None, None] & inside[None, :, :]
+    return tl.load(base[:, None, None] + at[None, :, :], mask=live, other=0.0)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ir import Form
+from ...ir import Form, Overlap
 from ..generic import Layout
 from . import activation, tune
 from .decode_shared import Shared, few_together, fits
@@ -30,8 +30,7 @@ from .experts import Call, few_down, few_up, forward, read
 from .host import cdiv, power_of_2
 from .tune import Vector
 
-SERIAL, SIDE, MEASURED = range(3)  # the op's `overlap`
-_MOST_BESIDE = 256  # tokens up to which a side stream was seen to gain; beyond, both branches fill the card
+_MOST_BESIDE = 256  # tokens; a side stream gains at 64 (docs/kernels.md), and other kernels were seen to gain nothing from it at 256
 
 _streams: dict[int, torch.cuda.Stream] = {}
 
@@ -121,7 +120,7 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
         return None
     if isinstance(branch, Few) and (out := _together(routed, layout, branch)) is not None:
         return out
-    beside = x.is_cuda and (overlap == SIDE or (overlap == MEASURED and x.shape[0] <= _MOST_BESIDE))
+    beside = x.is_cuda and (overlap == Overlap.SIDE or (overlap == Overlap.BY_TOKENS and x.shape[0] <= _MOST_BESIDE))
     operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
         return forward(*operands, branch.run(), layout, save=False)[0]

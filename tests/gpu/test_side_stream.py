@@ -55,7 +55,7 @@ def test_values(row: dict[str, Any], tokens: int, dtype: torch.dtype) -> None:
     if dtype is torch.float16 and not ON_GPU and row["form"] is not ir.Form.CONCAT:
         pytest.skip("one form is enough in the interpreter")
     args, want = shared_call(tokens, dtype, **row)
-    assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[dtype]
+    assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("form", [ir.Form.SEPARATE, ir.Form.CONCAT, ir.Form.INTERLEAVED], ids=lambda f: f.name.lower())
@@ -67,7 +67,7 @@ def test_one_pair_of_kernels(form: ir.Form, extra: dict[str, Any], width: int, m
     few = beside.few_together
     monkeypatch.setattr(beside, "few_together", lambda c, *rest: (seen.append(c.slots), few(c, *rest))[1])
     args, want = shared_call(2, torch.float32, form, width=width, **extra)
-    assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[torch.float32]
+    assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[torch.float32]
     assert seen == [4]
 
 
@@ -76,19 +76,19 @@ def test_other_kinds_go_to_the_side(shared: dict[str, Any], monkeypatch: pytest.
     """Another activation, a bias before it, another orientation: two kernels of its own."""
     monkeypatch.setattr(beside, "few_together", None)
     args, want = shared_call(1, torch.float32, **shared)
-    assert norm_error(fused(args, beside.SIDE), want) <= TOLERANCE[torch.float32]
+    assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[torch.float32]
 
 
 def test_no_tokens_is_left_to_the_other_path() -> None:
     args, _ = shared_call(0, torch.float32)
-    assert kernels.experts_shared(*args, beside.SERIAL) is None
-    assert torch.ops.moe_compile.experts_shared(*args, beside.SERIAL).shape == (0, HIDDEN)
+    assert kernels.experts_shared(*args, ir.Overlap.SERIAL) is None
+    assert torch.ops.moe_compile.experts_shared(*args, ir.Overlap.SERIAL).shape == (0, HIDDEN)
 
 
 def test_mixed_dtypes_are_left_to_the_other_path() -> None:
     args, _ = shared_call(3, torch.float32)
     args[17] = [t.double() for t in args[17]]
-    assert kernels.experts_shared(*args, beside.SERIAL) is None
+    assert kernels.experts_shared(*args, ir.Overlap.SERIAL) is None
 
 
 # ---- two streams ---------------------------------------------------------------------------------------------------------
@@ -100,12 +100,12 @@ TOKENS = (1, 3, 16, 64, 256)
 @NEEDS_GPU
 @pytest.mark.parametrize(("tokens", "beside_it"), [(16, True), (256, True), (257, False), (1000, False)])
 def test_auto_goes_by_the_number_of_tokens(tokens: int, beside_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A side stream where it was seen to gain, the main one beyond; the same values."""
+    """A side stream for few tokens, the main one beyond; the same values."""
     forks: list[int] = []
     side = beside.Side
     monkeypatch.setattr(beside, "Side", lambda *args: (forks.append(1), side(*args))[1])
     args = big(tokens)
-    assert torch.equal(through_op(args, beside.MEASURED), through_op(args, beside.SERIAL))
+    assert torch.equal(through_op(args, ir.Overlap.BY_TOKENS), through_op(args, ir.Overlap.SERIAL))
     assert forks == [1] * beside_it
 
 
@@ -143,7 +143,7 @@ def captured(args: list[Any], overlap: int) -> tuple[torch.cuda.CUDAGraph, Tenso
 def test_graph_replays_are_bitwise_serial(tokens: int) -> None:
     """1,000 replays with changing tokens, ids and gates: side stream against one stream, bit by bit."""
     args = big(tokens, gated=1)
-    (serial, want), (parallel, got) = captured(args, beside.SERIAL), captured(args, beside.SIDE)
+    (serial, want), (parallel, got) = captured(args, ir.Overlap.SERIAL), captured(args, ir.Overlap.SIDE)
     x, ids, gate = args[0], args[1], args[21]
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(1000):
@@ -161,7 +161,7 @@ def test_graph_replays_are_bitwise_serial(tokens: int) -> None:
 def test_memory_is_not_handed_out_too_early(tokens: int) -> None:
     """Between calls the main stream frees, takes and poisons memory of every size the branches use; nothing waits on the host."""
     calls = [big(tokens, seed, gated=seed % 2, add=seed % 3 == 0) for seed in range(6)]
-    want = [through_op(args, beside.SERIAL) for args in calls]
+    want = [through_op(args, ir.Overlap.SERIAL) for args in calls]
     torch.cuda.synchronize()
     sizes = (1, 8 * tokens, tokens * 512, tokens * 1024, tokens * 2048, tokens * 4096)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
@@ -170,7 +170,7 @@ def test_memory_is_not_handed_out_too_early(tokens: int) -> None:
         poison = [torch.full((n,), float("nan"), dtype=torch.bfloat16, device=DEVICE) for n in sizes]
         del poison
         x = args[0] * 1.0  # a fresh input, freed while the side branch may still read it
-        out = through_op([x, *args[1:]], beside.SIDE)
+        out = through_op([x, *args[1:]], ir.Overlap.SIDE)
         del x
         poison = [torch.full((n,), float("nan"), dtype=torch.bfloat16, device=DEVICE) for n in sizes]
         wrong += (out != exact).sum()
@@ -182,8 +182,8 @@ def test_memory_is_not_handed_out_too_early(tokens: int) -> None:
 def test_both_streams_are_ordered() -> None:
     """The side branch waits for the tokens' producer, the result for the side branch, however long each takes."""
     args = big(64)
-    source, want = args[0].clone(), through_op(args, beside.SERIAL)
-    through_op(args, beside.SIDE)
+    source, want = args[0].clone(), through_op(args, ir.Overlap.SERIAL)
+    through_op(args, ir.Overlap.SIDE)
     torch.cuda.synchronize()
     for slow_side in (False, True):
         args[0].fill_(float("nan"))
@@ -193,7 +193,7 @@ def test_both_streams_are_ordered() -> None:
         else:
             torch.cuda._sleep(20_000_000)
         args[0].copy_(source)
-        out = through_op(args, beside.SIDE)
+        out = through_op(args, ir.Overlap.SIDE)
         args[0].fill_(float("nan"))  # the main stream goes on: the side branch has read its tokens by now
         assert torch.equal(out, want)
 
