@@ -32,6 +32,7 @@ from .weights import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WARPED_ROWS = (64, 128)  # of the warp-specialised kernel's tiles
 _MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
 
 
@@ -254,7 +255,8 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
     card = capability(a.device) == (9, 0)
     rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 and w.n * a.element_size() % 16 == 0
-    return card and rows and a.dtype != torch.float32 and not w.table and w.k % tile.bk == 0 and all(flat_fits(p) for p in _whole(w))
+    shape = tile.bm in _WARPED_ROWS and w.k % tile.bk == 0 and (w.out_in or tile.bn >= 64)  # rows of 128 bytes in shared memory
+    return card and rows and shape and a.dtype != torch.float32 and not w.table and all(flat_fits(p) for p in _whole(w))
 
 
 def warp_specialised(
@@ -279,7 +281,7 @@ def warp_specialised(
     parts = [flat_descriptor(p, box) for p in matrices]
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
     row = max(matrices[0].stride()[1:])
-    blocks = cdiv(w.n, tile.bn if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2 * tile.bn)
+    blocks = cdiv(w.n, (1 if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
@@ -290,7 +292,7 @@ def warp_specialised(
         rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, num_warps=4,
+        WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,15 +1,19 @@
 """The grouped GEMM for many rows on Hopper, by hand: copies and products in warps of their own (Gluon).
 
 The same contract as `gemm.grouped_gemm`, whose plain Triton code is its twin, but for where results go: to the dispatch's row, never to
-the slot. A program is 12 warps over a tile of 128 rows:
+the slot. A program is 12 warps over a tile of 128 rows, or of 64 with twice the columns:
 
     producer (4 warps)      claims a tile; weights by TMA, gathered rows by cp.async (Hopper's TMA cannot gather), into a ring of stages
-    consumer 0, 1 (4 each)  64 rows each: wgmma on a stage as soon as it is full, then the epilogue, stored by TMA while the next tile runs
+    consumer 0, 1 (4 each)  64 rows each, or all 64 and half of the columns each: wgmma on a stage as soon as it is full, then the
+                            epilogue, stored by TMA while the next tile runs
 
 Tiles are claimed in order from a counter, so that tiles which share an expert's columns start together and find them in L2: with a fixed
 share for each program they drift apart, and memory is read once a tile. A consumer whose 64 rows are all beyond the expert's end skips
-its products: an expert's rows are padded to 64, not to 128. A tile has two column blocks of BN: gate and up, or neighbours of a plain
-product.
+its products: an expert's rows are padded to 64, not to 128. A consumer has two column blocks of BN: gate and up, or neighbours of a
+plain product.
+
+Tiles of 64 rows are for experts with few: more of the ring is weights, and a stage is given back as soon as its own product is done, not
+a step later, since memory is waited for and not the tensor cores.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -114,29 +118,33 @@ def _news():
 @gluon.jit
 def _feed(
     begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr,
+    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """A stage for each step of depth in [begin, end)."""
+    """A stage for each step of depth in [begin, end): its weights lie by (part of the columns, depth, block)."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
-    CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES)  # boxes along the depth: rows of 128 bytes each
+    PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
+    CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES * PARTS)  # boxes along the depth: rows of 128 bytes each
     DEPTH: gl.constexpr = BK // CHUNKS
-    bytes: gl.constexpr = CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
+    PIECE: gl.constexpr = pointers.shape[1]
+    bytes: gl.constexpr = PARTS * CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
     for k in range(begin, end):
         s = step % STAGES
         mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(s), bytes)
-        for c in gl.static_range(CHUNKS):
-            at = 2 * (s * CHUNKS + c)
-            depth = k * BK + c * DEPTH
+        for box in gl.static_range(PARTS * CHUNKS):
+            at = 2 * (s * PARTS * CHUNKS + box)
+            column = n0 + box // CHUNKS * WIDE
+            depth = k * BK + box % CHUNKS * DEPTH
             if OUT_IN:
-                tma.async_copy_global_to_shared(w0, [row_w + n0, depth], full.index(s), ring_w.index(at))
-                tma.async_copy_global_to_shared(w1, [row_w + n0 + NEXT, depth], full.index(s), ring_w.index(at + 1))
+                tma.async_copy_global_to_shared(w0, [row_w + column, depth], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + column + NEXT, depth], full.index(s), ring_w.index(at + 1))
             else:
-                tma.async_copy_global_to_shared(w0, [row_w + depth, n0], full.index(s), ring_w.index(at))
-                tma.async_copy_global_to_shared(w1, [row_w + depth, n0 + NEXT], full.index(s), ring_w.index(at + 1))
+                tma.async_copy_global_to_shared(w0, [row_w + depth, column], full.index(s), ring_w.index(at))
+                tma.async_copy_global_to_shared(w1, [row_w + depth, column + NEXT], full.index(s), ring_w.index(at + 1))
         if GATHER:  # rows beyond the expert's end are not read
-            async_copy.async_copy_global_to_shared(ring_a.index(s), pointers, mask=mask)
+            for at in gl.static_range(0, BK, PIECE):
+                async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=mask)
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
             pointers += BK
         else:
@@ -149,13 +157,13 @@ def _feed(
 def _produce(
     a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, slots_per_token, stride_a,
     rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-    NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, WIDE: gl.constexpr, GROUP: gl.constexpr,
+    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    at_k = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
+    at_k = gl.arange(0, min(BK, 64), layout=gl.SliceLayout(0, layout))
     row_tiles = gl.load(num_tiles)
     tile = gl.program_id(0)
     e = _expert(tile, tiles, row_tiles, blocks)
@@ -176,29 +184,29 @@ def _produce(
         if PAD > 0:
             row_a = gl.load(starts + e) * PAD + row * BM
         _tell(news, told, heard, number, e, first, end, block, row_a)
-        n0 = block * WIDE
+        n0 = block * WIDE * (2 * HALF_ROWS // BM)
         row_w = e * rows_per_expert
         live = first + at_row < end
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
         step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         tile = _claim(counter)
         step, pointers = _feed(claim_at, expert_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         e = _expert(tile, tiles, row_tiles, blocks)
         step, pointers = _feed(expert_at, place_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
         step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
         step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         number += 1
     _tell(news, told, heard, number, 0, -1, 0, 0, 0)
     _release(counter)
@@ -219,7 +227,8 @@ def _store(values, stage, target, pointer, first, end, column, n, stride):
     if first + HALF_ROWS <= end:
         tma.async_copy_shared_to_global(target, [first, column], stage)
     else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if stage.shape[1] >= 128 else [4, 8], [4, 1], [1, 0])
+        LANES: gl.constexpr = min(stage.shape[1] // 8, 16)
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
         rows = first + gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, layout))
         columns = column + gl.arange(0, stage.shape[1], layout=gl.SliceLayout(0, layout))
         at = gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(columns, 0)
@@ -277,33 +286,45 @@ def _consume(
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
+    PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
+    PART: gl.constexpr = HALF if PARTS == 2 else 0  # of the columns
+    AT_ROW: gl.constexpr = 0 if PARTS == 2 else HALF * HALF_ROWS
+    COLUMNS: gl.constexpr = BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN  # of the result
+    LAG: gl.constexpr = 1 if PARTS == 1 else 0  # products under way when the next one's stage is waited for
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    both: gl.constexpr = [STAGES, 2 * BN, BK] if OUT_IN else [STAGES, BK, 2 * BN]
+    both: gl.constexpr = [STAGES * PARTS, 2 * BN, BK] if OUT_IN else [STAGES * PARTS, BK, 2 * BN]
     ring_w = ring_w._reinterpret(ring_w.dtype, both, ring_w.layout)  # two blocks, one behind the other, are one operand
     stage = stages_out.index(HALF)
     step = 0
     number = 0
     e, first, end, block, _ = _hear(news, told, heard, number)
     while first >= 0:
-        first += HALF * HALF_ROWS
-        if first < end:
+        first += AT_ROW
+        column = (block * PARTS + PART) * COLUMNS
+        live = first < end
+        if PART > 0:
+            live = live & (column < n)
+        if live:
             acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
             for k in range(steps):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 if GATHER:
                     fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
-                w = ring_w.index(s)
+                w = ring_w.index(s * PARTS + PART)
                 if OUT_IN:
                     w = w.permute((1, 0))
-                pending = warpgroup_mma(ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS), w, acc, is_async=True)
-                acc = warpgroup_mma_wait(num_outstanding=1, deps=(pending,))
-                if k > 0:  # the step before has been read
+                pending = warpgroup_mma(ring_a.index(s).slice(AT_ROW, HALF_ROWS), w, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=LAG, deps=(pending,))
+                if LAG == 0:
+                    mbarrier.arrive(empty.index(s))
+                elif k > 0:  # the step before has been read
                     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
                 step += 1
-            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+            if LAG > 0:
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
             if MODE == INTERLEAVED:
                 acc0, acc1 = gl.split(gl.reshape(acc, [HALF_ROWS, BN, 2]))
@@ -312,12 +333,12 @@ def _consume(
                 acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
                 acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
             if (MODE == DUAL) | (MODE == INTERLEAVED):
-                _finish(acc0, acc1, stage, e, first, end, block * BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                _finish(acc0, acc1, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma,
                         pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
             else:
-                _finish(acc0, acc0, stage, e, first, end, block * 2 * BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                _finish(acc0, acc0, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma,
                         pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
-                _finish(acc1, acc1, stage, e, first, end, block * 2 * BN + BN, n, order, bias0, bias1, row_weights, out, out_tma,
+                _finish(acc1, acc1, stage, e, first, end, column + BN, n, order, bias0, bias1, row_weights, out, out_tma,
                         pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
         else:
             for _ in range(steps):
@@ -335,19 +356,23 @@ def grouped_gemm(
     a, a_tma, w0, w1, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, offsets, starts, tiles, tile_starts,
     num_tiles, counter, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    """`w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, 64] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
+    """Tiles of BM = 128 rows and two blocks of BN columns, or of 64 rows and four.
+
+    `w0`, `w1`: descriptors over the matrices one below the other, boxes [BN, 64] or [BK, BN]. `out_tma`, `pre0_tma`, `pre1_tma`: over
     out and the halves of pre, boxes [64, BN]. `counter`: two zeros, which this call leaves behind as zeros.
 
     `PAD`: rows of `a` are in the dispatch's order with every expert's filled up to whole groups of PAD, `starts` [E + 1] the first group
     of each. k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
-    layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF_ROWS, BK], DTYPE)
-    ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, 2 * HALF_ROWS, BK], layout_a)
+    layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)
+    ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], layout_a)
+    PARTS: gl.constexpr = 2 * HALF_ROWS // BM  # of a tile's columns
     CHUNKS: gl.constexpr = BK // w0.block_shape[1] if OUT_IN else 1
-    ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES * CHUNKS] + w0.block_shape, w0.layout)
+    ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES * PARTS * CHUNKS] + w0.block_shape, w0.layout)
     stages_out = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, BN], out_tma.layout)
     news, told, heard = _news()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -356,8 +381,8 @@ def grouped_gemm(
         mbarrier.init(full.index(s), count=129 if GATHER else 1)  # every producer thread's copies, and the weights' bytes
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
-    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a tile reads
-    blocks = gl.cdiv(n, BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN)
+    WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a part of the columns reads
+    blocks = gl.cdiv(n, PARTS * (BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN))
     steps = gl.cdiv(k, BK)
     gl.warp_specialize([
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
@@ -368,5 +393,5 @@ def grouped_gemm(
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
         (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps,
                     slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-                    0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, WIDE, GROUP)),
-    ], [4, 4], [216, 72])  # fmt: skip
+                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP)),
+    ], [4, 4], [184, 136] if (PARTS == 2) & (BN <= 64) else [216, 72])  # fmt: skip

@@ -40,6 +40,8 @@ def swiglu(e: int, hidden: int, inter: int, dtype: torch.dtype = torch.bfloat16,
 # ---- the warp-specialised kernel ---------------------------------------------------------------------------------
 
 WARP = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
+SPLIT = Tile(64, 64, 64, 8, 5, tma=True, hopper=True, group=8)  # the consumers split the columns, not the rows
+either = pytest.mark.parametrize("tile", [WARP, SPLIT], ids=["rows split", "columns split"])
 LAYOUTS: dict[str, Case] = {
     "concat": Case("", swiglu(6, 192, 256), 300, 3),
     "transposed": Case("", swiglu(6, 192, 256, up_transposed=True, down_transposed=True), 300, 3),
@@ -79,18 +81,20 @@ def both(case: Case, t: dict[str, Any], tile: Tile, monkeypatch: pytest.MonkeyPa
 
 
 @on_hopper
+@either
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_warp_specialised_is_its_twin(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warp_specialised_is_its_twin(name: str, dtype: torch.dtype, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LAYOUTS[name], dtype=dtype)
-    both(case, operands(case), WARP, monkeypatch)
+    both(case, operands(case), tile, monkeypatch)
 
 
 @on_hopper
+@either
 @pytest.mark.parametrize("name", ["concat", "biases", "single", "interleaved", "weight on input", "columns beyond the last block"])
-def test_warp_specialised_saves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warp_specialised_saves(name: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LAYOUTS[name], dtype=torch.bfloat16)
-    both(case, operands(case), WARP, monkeypatch, save=True)
+    both(case, operands(case), tile, monkeypatch, save=True)
 
 
 @on_hopper
@@ -98,12 +102,20 @@ def test_warp_specialised_saves(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     ("tile", "name"),
     [
         *itertools.product(
-            [replace(WARP, stages=2, group=1), replace(WARP, stages=3, group=4), replace(WARP, group=16), replace(WARP, bn=64, stages=6)],
+            [
+                replace(WARP, stages=2, group=1),
+                replace(WARP, stages=3, group=4),
+                replace(WARP, group=16),
+                replace(WARP, bn=64, stages=6),
+                replace(SPLIT, stages=2, group=1),
+                replace(SPLIT, bn=128, stages=2),
+            ],
             ["one step", "concat", "transposed", "few rows an expert", "many tiles"],
         ),
-        *itertools.product([replace(WARP, bk=128, stages=2)], ["many tiles", "many tiles, transposed"]),
+        *itertools.product([replace(WARP, bk=128, stages=2), replace(SPLIT, bk=128, stages=2)], ["many tiles", "many tiles, transposed"]),
+        (replace(SPLIT, bn=32, bk=128, stages=4), "many tiles"),
     ],
-    ids=lambda v: f"{v.bn}x{v.bk}, {v.stages} stages, groups of {v.group}" if isinstance(v, Tile) else v,
+    ids=lambda v: f"{v.bm}x{v.bn}x{v.bk}, {v.stages} stages, groups of {v.group}" if isinstance(v, Tile) else v,
 )
 def test_warp_specialised_rings(tile: Tile, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More and fewer steps than the ring has; a stage of one and of two boxes of weights."""
@@ -134,15 +146,16 @@ def test_tiles_are_claimed_again_and_again() -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("kind", ["one expert", "expert 0", "last", "65 rows", "129 rows", "none"])
-def test_warp_specialised_routings(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@either
+@pytest.mark.parametrize("kind", ["one expert", "expert 0", "last", "64 rows", "65 rows", "129 rows", "none"])
+def test_warp_specialised_routings(kind: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of a tile without rows, tiles with one row, no tile at all."""
     case = Case("", swiglu(6, 192, 256), 130, 1, dtype=torch.bfloat16)
     t = operands(case)
     t["ids"].fill_({"one expert": 3, "expert 0": 0, "last": 5, "none": -1}.get(kind, 2))
     if "rows" in kind:
         t["ids"][int(kind.split()[0]) :] = 4
-    both(case, t, WARP, monkeypatch)
+    both(case, t, tile, monkeypatch)
 
 
 @on_hopper
@@ -337,10 +350,11 @@ def compiled() -> int:
     return sum(len(f.device_caches[torch.cuda.current_device()][0]) for f in jitted)
 
 
-@pytest.mark.parametrize("path", ["few tokens", "grouped", "warp-specialised"])
+@pytest.mark.parametrize("path", ["few tokens", "grouped", "rows split", "columns split"])
 def test_token_counts_do_not_recompile(path: str) -> None:
     """One choice of tiles serves every number of tokens, also 1 and multiples of 16."""
-    choice = PATHS.get(path) or Choice(WARP, WARP, None)
+    tile = SPLIT if path == "columns split" else WARP
+    choice = PATHS.get(path) or Choice(tile, tile, None)
     experts_ = swiglu(16, 256, 128)
 
     def at(tokens: int) -> None:
@@ -386,7 +400,7 @@ def test_sanitizer_run() -> None:
         calls.append(lambda c=case, t=t: kernel(c, t, GROUPED, save=True))
     ragged = Case("", swiglu(5, 64, 72, out_features=40), 150, 3, dtype=torch.bfloat16, foreign=True)
     t = operands(ragged)
-    for tile in (WARP if HOPPER else GROUPED.up, replace(GROUPED.up, tma=True)):
+    for tile in (*((WARP, SPLIT) if HOPPER else (GROUPED.up,)), replace(GROUPED.up, tma=True)):
         calls.append(lambda tile=tile: kernel(ragged, t, Choice(tile, tile, None), save=True))
     many = {**t, **{n: t[n].repeat(30, 1)[:4000] for n in ("x", "ids", "weights")}}  # the dispatch of many pairs
     calls.append(lambda: op(ragged, many))

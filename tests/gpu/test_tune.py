@@ -95,9 +95,10 @@ def valid(choice: Choice) -> None:
     """Powers of two, and a pipeline that fits 227 KB of shared memory in bf16."""
     for tile, parts in ((choice.up, 2), (choice.down, 1)):
         assert all(v & (v - 1) == 0 and v > 0 for v in (tile.bm, tile.bn, tile.bk, tile.warps, tile.group))
-        columns = tile.bn * (2 if tile.hopper else parts)
-        assert tile.bm >= 16 and tile.stages * tile.bk * (tile.bm + columns) * 2 <= 227 * 1024
-        assert not tile.hopper or tile.bm == 128
+        columns = tile.bn * (256 // tile.bm if tile.hopper else parts)
+        staging = 2 * 64 * tile.bn if tile.hopper else 0
+        assert tile.bm >= 16 and (tile.stages * tile.bk * (tile.bm + columns) + staging) * 2 <= 227 * 1024
+        assert not tile.hopper or tile.bm in (64, 128)
     for v in choice.decode or ():
         assert all(x & (x - 1) == 0 for x in (v.bn, v.bk, v.warps))
 
