@@ -101,14 +101,14 @@ def _hear(news, told, heard, number):
 
 
 @gluon.jit
-def _news():
-    """Where a producer tells its two consumers about tiles: (news, told, heard)."""
+def _news(CONSUMERS: gl.constexpr = 2):
+    """Where a producer tells its consumers about tiles: (news, told, heard)."""
     news = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(2):
         mbarrier.init(told.index(s), count=1)
-        mbarrier.init(heard.index(s), count=2)
+        mbarrier.init(heard.index(s), count=CONSUMERS)
     return news, told, heard
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
+from ..generic import Layout
 from . import activation, gemm
 from .dispatch import Dispatch
 from .experts import Call, hopper_fits, warp_specialised
-from .host import capability, processors
+from .host import capability, cdiv, processors
 from .tune import Tile
 from .weights import Matrices, flat_descriptor, flat_fits, rows_descriptor
 
@@ -29,8 +30,26 @@ class Warped:
     group: int = 8
 
 
+@dataclass(frozen=True)
+class Sums:
+    """A tile of the weight gradients: consumers (2 or 3) of 64 rows and 256 columns, stages of the ring; columns of a box of results and
+    how many boxes of a consumer may be leaving at once (at most 256 columns, 128 with three consumers)."""
+
+    consumers: int = 2
+    stages: int = 3
+    width: int = 256
+    buffers: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Three consumers leave a thread too few registers for an instruction of 256 columns."""
+        return 2 if self.consumers == 3 else 1
+
+
 HIDDEN = Warped(256, 4)
 INPUT = Tile(ROWS, 128, 64, 8, 4, tma=True, hopper=True, group=8)
+WEIGHTS: Sums | None = None  # None: the plain kernel
+COLUMNS = 256  # of a tile of the weight gradients
 
 
 def capable(x: Tensor) -> bool:
@@ -52,6 +71,11 @@ def input_operand(c: Call, given: list[Tensor]) -> Matrices | None:
     w = given[0] if c.layout.up_transposed else given[0].transpose(-1, -2)
     found = Matrices((w,), None, w.shape[1], w.shape[2], *w.stride(), table=False, aligned=16)
     return found if hopper_fits(c.x, found, INPUT) else None
+
+
+def weights_fit(layout: Layout, m: int, n: int, size: int) -> bool:
+    """For `weight_grad` of matrices [m, n] of elements of `size` bytes."""
+    return layout.stacked and m % PAD == 0 and n * size % 16 == 0 and layout.num_experts * m < 2**31
 
 
 def grad_hidden(
@@ -87,3 +111,16 @@ def grad_hidden(
 def grad_input(d_pre: Tensor, w: Matrices, rows: Dispatch, out: Tensor) -> None:
     """out [N, H] by sorted row = d_pre W, d_pre in padded order."""
     warp_specialised(d_pre, w, None, rows, out, INPUT, gemm.PLAIN, None, 0, None, None, pad=PAD)
+
+
+def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tensor, rows: Dispatch, tile: Sums) -> None:
+    """out[e] [m, n] = Σ over e's rows of left[row, left0 :]ᵀ right[row, right0 :], both in padded order; experts without rows get zeros."""
+    from . import hopper_weights
+
+    experts, (_, m, n) = rows.offsets.shape[0] - 1, out.shape
+    tiles = experts * cdiv(m, tile.consumers * PAD) * cdiv(n, COLUMNS)
+    hopper_weights.weight_grad[(min(tiles, processors(out.device)),)](
+        rows_descriptor(left, (PAD, PAD)), rows_descriptor(right, (PAD, COLUMNS // tile.pieces)),
+        rows_descriptor(out.view(-1, n), (PAD, tile.width)), rows.tile_starts[PAD], rows.counters, experts, m, n, left0, right0,
+        CONSUMERS=tile.consumers, PIECES=tile.pieces, STAGES=tile.stages, BUFFERS=tile.buffers, num_warps=4,
+    )  # fmt: skip
