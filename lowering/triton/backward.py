@@ -390,9 +390,8 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width
-    warped = hopper_calls.WEIGHTS if p.hopper else None
-    if warped is not None and hopper_calls.weights_fit(p.layout, m, n, left.rows.element_size()):
-        hopper_calls.weight_grad(left.rows, left.first, right.rows, right.first, targets[0], p.rows, warped)
+    if p.hopper and hopper_calls.weights_fit(p.layout, m, n, left.rows.element_size()):
+        hopper_calls.weight_grad(left.rows, left.first, right.rows, right.first, targets[0], p.rows)
         return
     blocks_m, blocks_n = cdiv(m, tile.bm), cdiv(n, tile.bn)
     grid = (p.layout.num_experts * blocks_m * blocks_n,)

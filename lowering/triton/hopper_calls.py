@@ -30,26 +30,10 @@ class Warped:
     group: int = 8
 
 
-@dataclass(frozen=True)
-class Sums:
-    """A tile of the weight gradients: consumers (2 or 3) of 64 rows and 256 columns, stages of the ring; columns of a box of results and
-    how many boxes of a consumer may be leaving at once (at most 256 columns, 128 with three consumers)."""
-
-    consumers: int = 2
-    stages: int = 3
-    width: int = 256
-    buffers: int = 1
-
-    @property
-    def pieces(self) -> int:
-        """Three consumers leave a thread too few registers for an instruction of 256 columns."""
-        return 2 if self.consumers == 3 else 1
-
-
 HIDDEN = Warped(256, 4)
 INPUT = Tile(ROWS, 128, 64, 8, 4, tma=True, hopper=True, group=8)
-WEIGHTS: Sums | None = None  # None: the plain kernel
-COLUMNS = 256  # of a tile of the weight gradients
+SUM_STAGES = 3  # of the weight gradients' ring
+SUM_TILE = (192, 256)  # rows (three consumers) and columns of a tile of theirs
 
 
 def capable(x: Tensor) -> bool:
@@ -113,14 +97,14 @@ def grad_input(d_pre: Tensor, w: Matrices, rows: Dispatch, out: Tensor) -> None:
     warp_specialised(d_pre, w, None, rows, out, INPUT, gemm.PLAIN, None, 0, None, None, pad=PAD)
 
 
-def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tensor, rows: Dispatch, tile: Sums) -> None:
+def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tensor, rows: Dispatch) -> None:
     """out[e] [m, n] = Σ over e's rows of left[row, left0 :]ᵀ right[row, right0 :], both in padded order; experts without rows get zeros."""
     from . import hopper_weights
 
     experts, (_, m, n) = rows.offsets.shape[0] - 1, out.shape
-    tiles = experts * cdiv(m, tile.consumers * PAD) * cdiv(n, COLUMNS)
+    tiles = experts * cdiv(m, SUM_TILE[0]) * cdiv(n, SUM_TILE[1])
+    box = (PAD, SUM_TILE[1] // 2)
     hopper_weights.weight_grad[(min(tiles, processors(out.device)),)](
-        rows_descriptor(left, (PAD, PAD)), rows_descriptor(right, (PAD, COLUMNS // tile.pieces)),
-        rows_descriptor(out.view(-1, n), (PAD, tile.width)), rows.tile_starts[PAD], rows.counters, experts, m, n, left0, right0,
-        CONSUMERS=tile.consumers, PIECES=tile.pieces, STAGES=tile.stages, BUFFERS=tile.buffers, num_warps=4,
+        rows_descriptor(left, (PAD, PAD)), rows_descriptor(right, box), rows_descriptor(out.view(-1, n), box),
+        rows.tile_starts[PAD], rows.counters, experts, m, n, left0, right0, STAGES=SUM_STAGES, num_warps=4,
     )  # fmt: skip

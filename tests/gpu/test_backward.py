@@ -318,47 +318,35 @@ def test_warp_specialised_repeats() -> None:
             assert torch.equal(one, two)
 
 
-SUMS = [hopper_calls.Sums(), hopper_calls.Sums(stages=4, width=64, buffers=2), hopper_calls.Sums(3, 3, 128), hopper_calls.Sums(3, 3, 64, 2)]
-BY_SUMS = pytest.mark.parametrize("sums", SUMS, ids=lambda s: f"{s.consumers}x64, {s.stages} stages, {s.buffers} x {s.width}")
-
-
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@BY_SUMS
 @pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(9, 512, 256), (700, 192, 320), (3000, 512, 256)])
 @pytest.mark.parametrize("name", ["stacked", "transposed", "separate", "single", "interleaved", "biases", "identity experts"])
-def test_weights(name: str, tokens: int, hidden: int, intermediate: int, sums: hopper_calls.Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights(name: str, tokens: int, hidden: int, intermediate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warp-specialised weight gradients in every layout they cover: few rows an expert to many, tiles that reach beyond the matrix."""
     case, t = warped_case(next(c for c in CASES + SINGLE if c.name == name), torch.bfloat16, tokens, hidden, intermediate)
-    monkeypatch.setattr(hopper_calls, "WEIGHTS", sums)
     seen = launches(monkeypatch)
     check(case, t, warped_tiles())
     assert "weight_grad" in seen
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@BY_SUMS
-def test_weights_half(sums: hopper_calls.Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_half() -> None:
     case, t = warped_case(Case("half", experts()), torch.float16, 900)
-    monkeypatch.setattr(hopper_calls, "WEIGHTS", sums)
     check(case, t, warped_tiles())
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@BY_SUMS
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_weights_routings(name: str, sums: hopper_calls.Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_routings(name: str) -> None:
     """Experts without rows, at the start, in the middle, at the end, or all of them: zeros; all rows of one expert."""
     case, t = warped_case(Case(name, experts()), torch.bfloat16, 1000)
     t["ids"] = ROUTINGS[name](case.tokens, case.k, case.experts.num_experts).to(DEVICE)
-    monkeypatch.setattr(hopper_calls, "WEIGHTS", sums)
     check(case, t, warped_tiles())
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@BY_SUMS
-def test_weights_repeat(sums: hopper_calls.Sums, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_repeat() -> None:
     """Ragged counts, empty experts, one expert's NaN: bitwise equal to a second run, and no neighbour sees the NaN."""
-    monkeypatch.setattr(hopper_calls, "WEIGHTS", sums)
     for seed in range(10):
         torch.manual_seed(seed)
         case, t = warped_case(Case("again", experts()), torch.bfloat16, 500 + 37 * seed)
@@ -376,7 +364,6 @@ def test_weights_repeat(sums: hopper_calls.Sums, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
 def test_weights_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor for each expert, or rows that are no whole groups of 64: the plain kernel."""
-    monkeypatch.setattr(hopper_calls, "WEIGHTS", SUMS[0])
     for name, hidden, intermediate in (("list", 512, 256), ("stacked", 328, 40)):
         case, t = warped_case(next(c for c in CASES if c.name == name), torch.bfloat16, 700, hidden, intermediate)
         seen = launches(monkeypatch)
