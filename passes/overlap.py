@@ -31,11 +31,15 @@ def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
     """
     if target != "cuda" or options.overlap_shared is False:
         return None
-    values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
-    trains = torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
-    if trains:
+    if may_train(graph):
         return None
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
+
+
+def may_train(graph: fx.Graph) -> bool:
+    """Whether a gradient may be wanted."""
+    values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
+    return torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
 def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import emitted, overlap, recall, unify
+from . import emitted, overlap, recall, router, unify
 from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
@@ -91,6 +91,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     with _timed(out.seconds, "rewrite"):
         if plans:
             execute(gm, plans)
+            router.as_sum(gm, options, target)
     return out
 
 
