@@ -1,10 +1,11 @@
-"""The fused ops ``torch.ops.moe_compile.route``, ``.experts`` and ``.experts_shared``: schema, shapes, gradients, autocast, dispatch.
+"""The fused ops ``torch.ops.moe_compile.route``, ``.experts`` and their kin: schema, shapes, gradients, autocast, dispatch.
 
 Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
 Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
 `experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
-where a gradient is asked for it runs as `experts` twice. `experts_scaled` is `experts` with a scale for each output channel, for weights
+where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
+inference with few of them. `experts_scaled` is `experts` with a scale for each output channel, for weights
 that are stored as integers; where a gradient is asked for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are
 rounded before both products, and there is no gradient.
 A device without kernels of its own runs `moe_compile.lowering.generic`.
@@ -42,6 +43,8 @@ _SHARED = (
 
 SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
+    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    "-> (Tensor weights, Tensor ids)",
     f"route_bwd(Tensor grad, Tensor ids, Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}, bool[] needs) -> Tensor[]",
     f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
@@ -67,6 +70,11 @@ def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *ga
 
 def _route_cpu(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     return cpu_route.forward(logits, bias, expert_scale, _routing(*gating))
+
+
+def _route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """route(x routerᵀ + router_bias, ...)."""
+    return _ops.route(torch.nn.functional.linear(x, router, router_bias), *rest)  # type: ignore[no-any-return]
 
 
 def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -163,6 +171,7 @@ def _experts_shared_cuda(*args: Any) -> Tensor:
 
 for _name, _any_device, _on_cpu in (
     ("route", _route, _route_cpu),
+    ("route_linear", _route_linear, None),
     ("route_bwd", _route_bwd, None),
     ("experts", _experts, _experts_cpu),
     ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
@@ -183,6 +192,11 @@ _lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
 def _route_fake(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
     tokens = logits.shape[0]
     return logits.new_empty(tokens, k, dtype=gating[-1]), logits.new_empty(tokens, k, dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_compile::route_linear", lib=_lib)
+def _route_linear_fake(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _route_fake(x, *rest)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("moe_compile::route_bwd", lib=_lib)
@@ -307,15 +321,15 @@ def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | 
         return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
-def _or_differentiable(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callable[..., Any]:
     """The op, or differentiable ops in its place where a gradient is asked for."""
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if _needs_grad(tensors):
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_ops, name)(*args)  # type: ignore[no-any-return]
+            return getattr(_ops, name)(*args)
 
     return call
 
@@ -324,6 +338,7 @@ _lib.impl("experts", _experts_autograd, "Autograd")
 _lib.impl("experts_shared", _or_differentiable("experts_shared", _experts_shared), "Autograd")
 _lib.impl("experts_scaled", _or_differentiable("experts_scaled", _experts_as_floats), "Autograd")
 _lib.impl("route", _route_autograd, "Autograd")
+_lib.impl("route_linear", _or_differentiable("route_linear", _route_linear), "Autograd")
 
 
 # ---- autocast ----------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     with _timed(out.seconds, "rewrite"):
         if plans:
             execute(gm, plans)
-            router.as_sum(gm, options, target)
+            router.take_products(gm, target)
     return out
 
 

@@ -1,7 +1,6 @@
-"""The router's product for one token, written as a sum: the inner compiler makes one small kernel of it and of what stands around it,
-where a matrix product would go to a library, which has none for a single row of so few columns (docs/kernels.md).
+"""The router's product goes into the routing op where few tokens are routed: a kernel of a microsecond there, not a library's product.
 
-    l[e] = Σ_h x[h] W[e, h] + b[e], products and sum in fp32, rounded once: as a library's kernel does it
+route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
 """
 
 from __future__ import annotations
@@ -11,42 +10,52 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from .. import ops  # noqa: F401 (defines them)
+from .liveness import is_write
 from .overlap import may_train
 from .shadow import example_value
 
+MOST_TOKENS = 4
 _SAME_VALUES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type")
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_route = torch.ops.moe_compile.route.default
+_route_linear = torch.ops.moe_compile.route_linear.default
 
 
-def as_sum(gm: fx.GraphModule, options: Any, target: str) -> int:
-    """Rewrite the products that make the logits of a recovered routing; how many there were.
+def take_products(gm: fx.GraphModule, target: str) -> int:
+    """Rewrite the routings whose logits are a product that nobody else reads; how many there were.
 
-    Only where Inductor compiles the rest for CUDA, for one token known when compiling, when no gradient may be wanted.
+    Only for CUDA, for a few tokens whose number is known when compiling, when no gradient may be wanted.
     """
     graph = gm.graph
-    if target != "cuda" or options.inner not in ("auto", "inductor") or may_train(graph) or _autocast(graph):
+    if target != "cuda" or may_train(graph) or _autocast(graph):
         return 0
-    routes = [n for n in graph.nodes if n.target is torch.ops.moe_compile.route.default]
-    products = list(dict.fromkeys(p for n in routes if (p := _product(n.args[0])) is not None and _one_row(p)))
-    for p in products:
-        _rewrite(graph, p)
-    if products:
+    found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n)) is not None]
+    for n, chain in found:
+        _rewrite(graph, n, chain)
+    if found:
         graph.lint()
         gm.recompile()
-    return len(products)
+    return len(found)
 
 
 def _autocast(graph: fx.Graph) -> bool:
-    return torch.is_autocast_enabled("cuda") or any("autocast" in str(n.target) for n in graph.nodes)
+    enabled = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return enabled or any("autocast" in str(n.target) for n in graph.nodes)
 
 
-def _product(logits: Any) -> fx.Node | None:
-    """The product whose values the logits are, maybe in another shape or dtype."""
-    while isinstance(logits, fx.Node) and logits.target not in _LINEAR:
-        name = logits.target if logits.op == "call_method" else getattr(logits.target, "__name__", "")
-        logits = logits.args[0] if logits.args and name in _SAME_VALUES else None
-    return logits
+def _chain(route: fx.Node) -> list[fx.Node] | None:
+    """The product and what shows its values in another shape or a wider dtype, up to the logits of a routing; None where there is none."""
+    chain: list[fx.Node] = []
+    n: Any = route.args[0]
+    while isinstance(n, fx.Node) and len(n.users) == 1:
+        chain.insert(0, n)
+        if n.target in _LINEAR:
+            return chain if _few(n) and _keeps(chain) and not _written_between(n, route) else None
+        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+        n = n.args[0] if n.args and name in _SAME_VALUES else None
+    return None
 
 
 def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
@@ -55,30 +64,39 @@ def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
     return given["input"], given["weight"], given.get("bias")
 
 
-def _one_row(p: fx.Node) -> bool:
-    """Whether one token meets a matrix, both of one dtype, all sizes known."""
-    x, w, _ = _operands(p)
-    row, matrix = (example_value(n) if isinstance(n, fx.Node) else None for n in (x, w))
-    if not (isinstance(row, torch.Tensor) and isinstance(matrix, torch.Tensor) and row.dtype == matrix.dtype in _DTYPES):
+def _few(p: fx.Node) -> bool:
+    """Whether a few tokens meet a matrix, all of one dtype, all sizes known."""
+    values = [example_value(n) for n in _operands(p) if n is not None]
+    if not all(isinstance(v, torch.Tensor) and all(isinstance(d, int) for d in v.shape) for v in values):
         return False
-    known = all(isinstance(d, int) for d in (*row.shape, *matrix.shape))
-    return known and matrix.ndim == 2 and row.ndim >= 1 and row.numel() == row.shape[-1] == matrix.shape[1]
+    x, w, *_ = values
+    alike = {v.dtype for v in values} == {x.dtype} and x.dtype in _DTYPES
+    return alike and w.ndim == 2 and x.shape[-1] == w.shape[1] and 0 < x.numel() <= MOST_TOKENS * w.shape[1]
 
 
-def _rewrite(graph: fx.Graph, p: fx.Node) -> None:
-    x, w, b = _operands(p)
-    shape = [*example_value(x).shape[:-1], example_value(w).shape[0]]
-    with graph.inserting_before(p):
-        terms = graph.call_function(torch.mul, (_fp32(graph, x), _fp32(graph, w)))
-        total = graph.call_function(torch.sum, (graph.call_method("reshape", (terms, [shape[-1], -1])), -1))
-        if b is not None:
-            total = graph.call_function(torch.add, (total, _fp32(graph, b)))
-        total = graph.call_method("to", (total, example_value(w).dtype))
-        out = graph.call_method("reshape", (total, shape))
-    out.meta.update(p.meta)
-    p.replace_all_uses_with(out)
-    graph.erase_node(p)
+def _keeps(chain: list[fx.Node]) -> bool:
+    """Whether nothing is rounded on the way. (A node without a value is the rewrite's own: rows in another shape.)"""
+    values = [example_value(n) for n in chain]
+    return all(v is None or torch.promote_types(values[0].dtype, v.dtype) == v.dtype for v in values)
 
 
-def _fp32(graph: fx.Graph, n: fx.Node) -> fx.Node:
-    return graph.call_method("to", (n, torch.float32))
+def _written_between(product: fx.Node, route: fx.Node) -> bool:
+    """Whether anything is overwritten between the two: it might be what the product reads."""
+    n = product
+    while n is not route:
+        if is_write(n):
+            return True
+        n = n.next
+    return False
+
+
+def _rewrite(graph: fx.Graph, route: fx.Node, chain: list[fx.Node]) -> None:
+    x, w, b = _operands(chain[0])
+    with graph.inserting_before(route):
+        if example_value(x).ndim != 2:
+            x = graph.call_method("reshape", (x, [-1, example_value(w).shape[1]]))
+        new = graph.call_function(_route_linear, (x, w, b, *route.args[1:]), dict(route.kwargs))
+    new.meta.update(route.meta)
+    route.replace_all_uses_with(new)
+    for n in (route, *reversed(chain)):
+        graph.erase_node(n)

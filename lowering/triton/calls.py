@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import routing
 from ..generic import Layout
 from . import route as kernels
-from . import shared
+from . import router, shared
 from .backward import backward
 from .experts import forward
 
@@ -23,6 +23,10 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gat
     r = routing.Routing(*gating)
     forward = kernels.forward if kernels.can_route(r, logits.shape[1]) is None else routing.forward
     return forward(logits, bias, expert_scale, r)
+
+
+def route_linear(x: Tensor, weight: Tensor, weight_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return route(router.product(x, weight, weight_bias), *rest)
 
 
 def route_bwd(

@@ -1,0 +1,61 @@
+"""The router's product for a few tokens: l[t, e] = Σ_h x[t, h] W[e, h] + b[e], a program per token and expert.
+
+A library's product takes 5 µs for a matrix of half a megabyte; here every processor reads a row or two, asked for before the kernel ahead
+has finished, and the routing kernel starts while this one drains.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .combine import early_launch
+from .decode import _product, _tile
+from .host import cdiv, power_of_2
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_TOKENS = 4  # as the few-token kernels of the experts
+_DEPTH = 4096  # elements of a row in one go
+
+
+@triton.jit
+def logits_kernel(
+    x, w, bias, out, n, k, stride_x, stride_w, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    n0 = tl.program_id(1) * BN
+    first = _tile(w, n0, 0, n, k, stride_w, 1, True, BN, BK, EVEN)  # no kernel that may still run writes weights
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    y = _product(first, w, x + t * stride_x, n0, n, k, stride_w, 1, True, EVEN)
+    columns = n0 + tl.arange(0, BN)
+    if BIAS:
+        y += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)
+    tl.store(out + t * n + columns, y.to(out.dtype.element_ty), mask=columns < n)
+
+
+def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, H], w [E, H], bias [E] or None -> [T, E] in their dtype, summed in fp32. Beyond the kernel: torch's product."""
+    if not _fits(x, w, bias):
+        return torch.nn.functional.linear(x, w, bias)
+    (tokens, k), n = x.shape, w.shape[0]
+    out = x.new_empty(tokens, n)
+    if not out.numel():
+        return out
+    launch = {"launch_pdl": True} if early_launch(x) else {}
+    rows = 1 if n <= 256 else 2
+    depth = min(_DEPTH, power_of_2(k))
+    logits_kernel[(tokens, cdiv(n, rows))](
+        x, w, bias, out, n, k, x.stride(0), w.stride(0),
+        BIAS=bias is not None, BN=rows, BK=depth, EVEN=n % rows == 0 and k % depth == 0, PDL=bool(launch), num_warps=4, **launch,
+    )  # fmt: skip
+    return out
+
+
+def _fits(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    alike = x.dtype == w.dtype and x.dtype in DTYPES and (bias is None or (bias.dtype == x.dtype and bias.stride(0) == 1))
+    return alike and x.ndim == w.ndim == 2 and x.shape[0] <= _MOST_TOKENS and x.stride(1) == w.stride(1) == 1
