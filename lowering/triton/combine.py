@@ -1,4 +1,4 @@
-"""The combine: out[t] = add[t] + Σ_j w[t, j] Y[t·k + j], one pass, summed in fp32 in slot order (so it is deterministic)."""
+"""The combine: out[t] = add[t] + Σ_j w[t, j] Σ_p Y[p][t·k + j], one pass, summed in fp32 in slot order (so it is deterministic)."""
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _combine(
     tokens, width, k, num_experts, num_identity,
     stride_x, stride_add,
     SORTED: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -35,6 +35,9 @@ def _combine(
         if SORTED:
             at = tl.load(rank + slot, mask=inside & known, other=0).to(tl.int64)
         row = tl.load(y + at[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+        for p in tl.static_range(1, SPLIT):
+            part = y + (at + p * tokens.to(tl.int64) * k)[:, None] * width
+            row += tl.load(part + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
         total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
         if IDENTITY:
             same = (e >= num_experts) & (e < num_experts + num_identity)
@@ -62,14 +65,16 @@ def combine(
     early: bool = True,
     rank: Tensor | None = None,
 ) -> Tensor:
-    """y [T·k, H], ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
+    """y [s·T·k, H], ids and weights [T, k], x [T, H] (read for identity experts), add [T, H] or None -> out [T, H].
 
     `weighted` False: the weights are in y already (identity experts still take theirs). Slots of no expert are not read.
-    `early`: it may start while the kernel before it still runs. `rank` [T·k]: the row of y that holds a slot; None: y is by slot.
+    The s products of parts of the depth, T·k rows of y each, are added up. `early`: it may start while the kernel before it still runs.
+    `rank` [T·k]: the row of y that holds a slot; None: y is by slot.
     """
     tokens, k = ids.shape
     width = out.shape[1]
     columns = min(1024, power_of_2(width))
+    split = max(1, y.shape[0] // max(1, tokens * k))
     grid = (tokens, cdiv(width, columns))
     warps = max(1, columns // 256)
     launch = {"launch_pdl": True} if early and early_launch(x) else {}
@@ -77,6 +82,6 @@ def combine(
         y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity,
         x.stride(0), add.stride(0) if add is not None else 0,
         SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0,
-        BT=1, BN=columns, PDL=bool(launch), num_warps=warps, **launch,
+        BT=1, BN=columns, SPLIT=split, PDL=bool(launch), num_warps=warps, **launch,
     )  # fmt: skip
     return out

@@ -182,7 +182,7 @@ def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor
     layout = c.layout
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
     a = c.x.new_empty(c.slots, c.up.n)
-    y = c.x.new_empty(c.slots, c.down.n)
+    y = c.x.new_empty(depth_parts(a, c.down, choice.down) * c.slots, c.down.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, gather=c.ids.shape[1], pre=pre,
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
     if c.late is not None:
@@ -209,9 +209,9 @@ def grouped_gemm(
 ) -> None:
     """out[r] = epilogue(a[r] W[e]ᵀ) over the rows of a dispatch.
 
-    `layout`: whose activation runs on the projections; None: the plain product. `gather` = k: row r of the product is a[slot(r) // k].
-    `scatter`: results go to out[slot(r)], which the warp-specialised kernel does not do. `pre`: keeps the pre-activations.
-    `row_weights` [N] by slot scale the input rows.
+    `out`: [N, n], or where `depth_parts` is s [s·N, n], row r of part p at p·N + r. `layout`: whose activation runs on the projections;
+    None: the plain product. `gather` = k: row r of the product is a[slot(r) // k]. `scatter`: results go to out[slot(r)], which the
+    warp-specialised kernel does not do. `pre`: keeps the pre-activations. `row_weights` [N] by slot scale the input rows.
     """
     mode = gemm.PLAIN if layout is None else _mode(layout)
     if mode == gemm.DUAL and w.whole is not None:
@@ -251,6 +251,15 @@ def uses_hopper(a: Tensor, w: Matrices, tile: Tile) -> bool:
     return tile.hopper and hopper_fits(a, w, tile)
 
 
+def depth_parts(a: Tensor, w: Matrices, tile: Tile) -> int:
+    """Into how many parts `grouped_gemm` splits the depth of the plain product of a [N, k]: as the tile says, or 1 where it cannot.
+
+    The buffer of results has so many times N rows, and tells the kernel and the combine.
+    """
+    fits = uses_hopper(a, w, tile) and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    return tile.split if fits else 1
+
+
 def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
     card = capability(a.device) == (9, 0)
@@ -273,7 +282,10 @@ def warp_specialised(
     row_weights: Tensor | None,
     pad: int = 0,
 ) -> None:
-    """`grouped_gemm` by hopper.py. `pad`: every expert's rows of `a` are filled up to whole groups of so many."""
+    """`grouped_gemm` by hopper.py, in as many parts as `out` has rows for.
+
+    `pad`: every expert's rows of `a` are filled up to whole groups of so many.
+    """
     from . import hopper
 
     matrices = _whole(w)
@@ -281,7 +293,8 @@ def warp_specialised(
     parts = [flat_descriptor(p, box) for p in matrices]
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
     row = max(matrices[0].stride()[1:])
-    blocks = cdiv(w.n, (1 if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
+    split = out.shape[0] // rows.order.shape[0]
+    blocks = split * cdiv(w.n, (1 if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
@@ -292,7 +305,8 @@ def warp_specialised(
         rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, num_warps=4,
+        WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, SPLIT=split,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ share for each program they drift apart, and memory is read once a tile. A consu
 its products: an expert's rows are padded to 64, not to 128. A consumer has two column blocks of BN: gate and up, or neighbours of a
 plain product.
 
+Where tiles are too few to fill the card's last wave, a plain product's depth is split: each part is a tile of its own, with results of its
+own, that are added where they are read.
+
 Tiles of 64 rows are for experts with few: more of the ring is weights, and a stage is given back as soon as its own product is done, not
 a step later, since memory is waited for and not the tensor cores.
 """
@@ -62,6 +65,16 @@ def _place(tile, begin, end, blocks, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _part(block, blocks, steps, SPLIT: gl.constexpr):
+    """(part of the depth, its steps [begin, end), column block) of a row tile's place of `blocks`: the parts one after the other."""
+    if SPLIT == 1:
+        return 0, 0, steps, block
+    else:
+        part = block // (blocks // SPLIT)
+        return part, part * steps // SPLIT, (part + 1) * steps // SPLIT, block % (blocks // SPLIT)
+
+
+@gluon.jit
 def _claim(counter):
     """The next tile that no program has taken; the first of each is its own number."""
     return gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
@@ -88,7 +101,7 @@ def _tell(news, told, heard, number, e, first, end, block, at):
 
 @gluon.jit
 def _hear(news, told, heard, number):
-    """Expert, first row, end of the expert's rows, column block, the first row's place in padded order."""
+    """Expert, first row, end of the expert's rows, column block, and `at`: the first row's place in padded order or a part of the depth."""
     slot = number % 2
     mbarrier.wait(told.index(slot), (number // 2) & 1)
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
@@ -158,6 +171,7 @@ def _produce(
     a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, slots_per_token, stride_a,
     rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
     WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -172,10 +186,6 @@ def _produce(
     slots = at_row
     if GATHER:
         slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
-    claim_at = gl.maximum(steps - EARLY, 0)
-    expert_at = gl.maximum(steps - EARLY + 2, 0)
-    place_at = gl.maximum(steps - EARLY + 4, 0)
-    rows_at = gl.maximum(steps - EARLY + 6, 0)
     step = 0
     number = 0
     while tile < row_tiles * blocks:
@@ -183,14 +193,19 @@ def _produce(
         row_a = first
         if PAD > 0:
             row_a = gl.load(starts + e) * PAD + row * BM
-        _tell(news, told, heard, number, e, first, end, block, row_a)
-        n0 = block * WIDE * (2 * HALF_ROWS // BM)
+        part, from_step, to_step, column = _part(block, blocks, steps, SPLIT)
+        _tell(news, told, heard, number, e, first + part * num_slots, end + part * num_slots, column, part)
+        claim_at = gl.maximum(to_step - EARLY, from_step)
+        expert_at = gl.maximum(to_step - EARLY + 2, from_step)
+        place_at = gl.maximum(to_step - EARLY + 4, from_step)
+        rows_at = gl.maximum(to_step - EARLY + 6, from_step)
+        n0 = column * WIDE * (2 * HALF_ROWS // BM)
         row_w = e * rows_per_expert
         live = first + at_row < end
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-        step, pointers = _feed(0, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+        step, pointers = _feed(from_step, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         tile = _claim(counter)
         step, pointers = _feed(claim_at, expert_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
@@ -205,7 +220,7 @@ def _produce(
         row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
-        step, pointers = _feed(rows_at, steps, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+        step, pointers = _feed(rows_at, to_step, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
                                full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
         number += 1
     _tell(news, told, heard, number, 0, -1, 0, 0, 0)
@@ -236,7 +251,9 @@ def _store(values, stage, target, pointer, first, end, column, n, stride):
 
 
 @gluon.jit
-def _add_bias(values, bias, e, columns_from, n, stride_e, stride_n, layout: gl.constexpr):
+def _add_bias(values, bias, e, columns_from, n, part, stride_e, stride_n, layout: gl.constexpr, SPLIT: gl.constexpr):
+    if SPLIT > 1:  # one of the parts has it
+        n = gl.where(part == 0, n, 0)
     columns = columns_from + gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
     b = gl.load(bias + e.to(gl.int64) * stride_e + columns * stride_n, mask=columns < n, other=0.0).to(gl.float32)
     return values + gl.expand_dims(b, 0)
@@ -244,9 +261,9 @@ def _add_bias(values, bias, e, columns_from, n, stride_e, stride_n, layout: gl.c
 
 @gluon.jit
 def _finish(
-    g, u, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma,
+    g, u, stage, e, first, end, column, n, part, order, bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma,
     stride_be, stride_bn, stride_out, stride_pre,
-    MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr,
+    MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """The epilogue of one column block: scale, bias, keep, activate, store."""
     GATED: gl.constexpr = (MODE == DUAL) | (MODE == INTERLEAVED)
@@ -259,9 +276,9 @@ def _finish(
         if GATED:
             u = u * scale
     if BIAS:
-        g = _add_bias(g, bias0, e, column, n, stride_be, stride_bn, layout)
+        g = _add_bias(g, bias0, e, column, n, part, stride_be, stride_bn, layout, SPLIT)
         if GATED:
-            u = _add_bias(u, bias1, e, column, n, stride_be, stride_bn, layout)
+            u = _add_bias(u, bias1, e, column, n, part, stride_be, stride_bn, layout, SPLIT)
     if SAVE:  # the backward pass sees these values: so does the activation
         g = g.to(stage.dtype).to(gl.float32)
         _store(g, stage, pre0_tma, pre, first, end, column, n, stride_pre)
@@ -282,7 +299,7 @@ def _consume(
     bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
     HALF: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr,
-    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr,
+    BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
@@ -298,8 +315,11 @@ def _consume(
     stage = stages_out.index(HALF)
     step = 0
     number = 0
-    e, first, end, block, _ = _hear(news, told, heard, number)
+    e, first, end, block, part = _hear(news, told, heard, number)
     while first >= 0:
+        depth = steps
+        if SPLIT > 1:
+            depth = (part + 1) * steps // SPLIT - part * steps // SPLIT
         first += AT_ROW
         column = (block * PARTS + PART) * COLUMNS
         live = first < end
@@ -307,7 +327,7 @@ def _consume(
             live = live & (column < n)
         if live:
             acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
-            for k in range(steps):
+            for k in range(depth):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 if GATHER:
@@ -333,21 +353,24 @@ def _consume(
                 acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
                 acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
             if (MODE == DUAL) | (MODE == INTERLEAVED):
-                _finish(acc0, acc1, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                _finish(acc0, acc1, stage, e, first, end, column, n, part, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre,
+                        MODE, ACT, SAVE, BIAS, WEIGHTED, SPLIT)  # fmt: skip
             else:
-                _finish(acc0, acc0, stage, e, first, end, column, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
-                _finish(acc1, acc1, stage, e, first, end, column + BN, n, order, bias0, bias1, row_weights, out, out_tma,
-                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre, MODE, ACT, SAVE, BIAS, WEIGHTED)  # fmt: skip
+                _finish(acc0, acc0, stage, e, first, end, column, n, part, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre,
+                        MODE, ACT, SAVE, BIAS, WEIGHTED, SPLIT)  # fmt: skip
+                _finish(acc1, acc1, stage, e, first, end, column + BN, n, part, order, bias0, bias1, row_weights, out, out_tma,
+                        pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre,
+                        MODE, ACT, SAVE, BIAS, WEIGHTED, SPLIT)  # fmt: skip
         else:
-            for _ in range(steps):
+            for _ in range(depth):
                 s = step % STAGES
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(s))
                 step += 1
         number += 1
-        e, first, end, block, _ = _hear(news, told, heard, number)
+        e, first, end, block, part = _hear(news, told, heard, number)
     tma.store_wait(0)
 
 
@@ -357,7 +380,7 @@ def grouped_gemm(
     num_tiles, counter, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM = 128 rows and two blocks of BN columns, or of 64 rows and four.
 
@@ -366,7 +389,11 @@ def grouped_gemm(
 
     `PAD`: rows of `a` are in the dispatch's order with every expert's filled up to whole groups of PAD, `starts` [E + 1] the first group
     of each. k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
+
+    `SPLIT` > 1, for a plain product of rows that are not gathered, not weighted and not kept: row r of part p of the depth, the steps
+    [p · steps / SPLIT, (p + 1) · steps / SPLIT), goes to out[p · num_slots + r]; part 0 has the bias. k / BK is at least SPLIT.
     """
+    gl.static_assert((SPLIT == 1) | ((MODE == PLAIN) & (not GATHER) & (not SAVE) & (not WEIGHTED)))
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)
     ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], layout_a)
@@ -382,16 +409,16 @@ def grouped_gemm(
         mbarrier.init(empty.index(s), count=2)
     fence_async_shared()
     WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN  # rows of a matrix that a part of the columns reads
-    blocks = gl.cdiv(n, PARTS * (BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN))
+    blocks = SPLIT * gl.cdiv(n, PARTS * (BN if (MODE == DUAL) | (MODE == INTERLEAVED) else 2 * BN))
     steps = gl.cdiv(k, BK)
     gl.warp_specialize([
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
-                    0, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
+                    0, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN, SPLIT)),
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
-                    1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN)),
+                    1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN, SPLIT)),
         (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps,
                     slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP)),
+                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT)),
     ], [4, 4], [184, 136] if (PARTS == 2) & (BN <= 64) else [216, 72])  # fmt: skip

@@ -29,6 +29,7 @@ class Tile:
     `hopper`: the warp-specialised kernel where it fits (128 rows and `bn` columns twice, or 64 and four times), else the plain one with
     the same tile.
     `group`: row tiles that are walked together, rows fastest.
+    `split`: parts of the down projection's depth, each a tile of its own in the warp-specialised kernel; elsewhere there is one.
     """
 
     bm: int
@@ -40,6 +41,7 @@ class Tile:
     tma: bool = False
     hopper: bool = False
     group: int = 1
+    split: int = 1
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def describe(choice: Choice) -> tuple[str, str]:
 def _tile(t: Tile) -> str:
     extra = [name for name in ("hopper", "tma") if getattr(t, name)][:1]
     extra += [f"group {t.group}"] if t.group != 1 else []
+    extra += [f"split {t.split}"] if t.split != 1 else []
     return ", ".join([f"{t.bm}x{t.bn}x{t.bk}", f"{t.warps} warps", f"{t.stages} stages", *extra])
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from ... import activation as act
 from ...ir import Form
 from ..generic import Layout
 from . import experts, tune
+from .combine import combine
 from .dispatch import dispatch
 from .tune import Choice, Problem, Tile, Vector
 
 TOKENS = tuple(1 << i for i in range(15))
+_PROCESSORS = 132  # of a card with the warp-specialised kernel
+_WAVES, _DEPTH = 10, 1024  # below so many waves of tiles the depth may be split, into parts of at least so much
 _SECONDS = 0.06  # a candidate's share
 
 
@@ -58,7 +61,15 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
         found += [Tile(128, 128, 128, 8, 2, tma=True, hopper=True, group=g) for g in groups]
     if rows >= 48:
         found += [Tile(128, bn, 64, 8, 3 if bn > 128 else 4, tma=True, group=g) for bn in wide for g in groups]
-    return found
+    return found + ([replace(t, split=s) for t in found for s in (2, 4) if may_split(problem, tokens, t, s)] if down else [])
+
+
+def may_split(problem: Problem, tokens: int, tile: Tile, split: int) -> bool:
+    """Whether the last wave of the down projection's tiles is much of all, and a part of its depth still a long product."""
+    rows = tokens * problem.k / problem.experts / tile.bm
+    waves = problem.experts * (rows + 0.5) * problem.hidden / (256 // tile.bm * tile.bn) / _PROCESSORS
+    usual = tile.hopper and tile.group == 8 and tile.bk == 64
+    return usual and waves < _WAVES and problem.intermediate >= split * _DEPTH
 
 
 def vectors(down: bool) -> list[Vector]:
@@ -113,12 +124,12 @@ def microseconds(calls: list[Callable[[], object]], seconds: float = _SECONDS) -
     return sorted(seen)[len(seen) // 2] * 1000 / len(calls)
 
 
-def gemm_calls(inputs: Inputs, tile: Tile, down: bool) -> list[Callable[[], object]]:
-    """One GEMM with one tile on every input set; the dispatch is made before."""
-    return [_gemm_call(inputs, tile, down, *given) for given in inputs.sets]
+def gemm_calls(inputs: Inputs, tile: Tile, down: bool, summed: bool = False) -> list[Callable[[], object]]:
+    """One GEMM with one tile on every input set; the dispatch is made before. `summed`: down and the combine, which reads every part."""
+    return [_gemm_call(inputs, tile, down, summed, *given) for given in inputs.sets]
 
 
-def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w: Tensor) -> Callable[[], object]:
+def _gemm_call(inputs: Inputs, tile: Tile, down: bool, summed: bool, x: Tensor, ids: Tensor, w: Tensor) -> Callable[[], object]:
     p = inputs.problem
     c = experts.read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
     assert c is not None
@@ -126,9 +137,14 @@ def _gemm_call(inputs: Inputs, tile: Tile, down: bool, x: Tensor, ids: Tensor, w
     a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()
     if not down:
         return functools.partial(experts.grouped_gemm, c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k)
-    y = torch.empty(c.slots, p.hidden, device="cuda", dtype=p.dtype)
-    scatter = not experts.uses_hopper(a, c.down, tile)
-    return functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=scatter)
+    y = torch.empty(experts.depth_parts(a, c.down, tile) * c.slots, p.hidden, device="cuda", dtype=p.dtype)
+    in_rows = experts.uses_hopper(a, c.down, tile)
+    product = functools.partial(experts.grouped_gemm, a, c.down, None, rows, y, tile, None, scatter=not in_rows)
+    if not summed:
+        return product
+    out, rank = torch.empty_like(x), rows.rank if in_rows else None
+    total = functools.partial(combine, y, c.ids, c.weights, x, None, out, p.experts, 0, weighted=True, rank=rank)
+    return lambda: (product(), total())
 
 
 def whole_calls(inputs: Inputs, choice: Choice) -> list[Callable[[], object]]:
@@ -143,7 +159,7 @@ def measure(inputs: Inputs, tokens: int) -> tuple[Choice, dict[str, list[tuple[f
     told: dict[str, list[tuple[float, str]]] = {}
     best: dict[str, Tile] = {}
     for name, down in (("up", False), ("down", True)):
-        seen = sorted(_timed((t, gemm_calls(inputs, t, down)) for t in tiles(p, tokens, down)), key=lambda pair: pair[0])
+        seen = sorted(_timed((t, gemm_calls(inputs, t, down, summed=down)) for t in tiles(p, tokens, down)), key=lambda pair: pair[0])
         best[name] = seen[0][1]
         told[name] = [(us, str(t)) for us, t in seen]
     choice = Choice(best["up"], best["down"], None)

@@ -286,6 +286,28 @@ def test_combine(width: int) -> None:
         close(combine.combine(y, ids, w, x, add, torch.empty_like(x), 4, 2, weighted), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_combine_of_parts(parts: int, dtype: torch.dtype) -> None:
+    """out = add + Σ_j w Σ_p y_p over sorted rows, weights in y or not; rows of no expert are not read in any part."""
+    tokens, k, width = 5, 3, 70
+    gen = torch.Generator().manual_seed(0)
+    y = torch.randn(parts, tokens * k, width, generator=gen).to(DEVICE, dtype)
+    x, add = (torch.randn(tokens, width, generator=gen).to(DEVICE, dtype) for _ in range(2))
+    w = torch.rand(tokens, k, generator=gen).to(DEVICE)
+    ids = torch.tensor([[0, 1, 2], [-1, 3, 4], [5, 6, 0], [-1, -1, -1], [2, 2, 2]], device=DEVICE)
+    rank = torch.randperm(tokens * k, generator=gen).to(DEVICE)
+    known, same = (ids >= 0) & (ids < 4), (ids >= 4) & (ids < 6)
+    y[:, rank[~known.reshape(-1)]] = math.nan
+    for weighted in (True, False):
+        scale = ((w if weighted else torch.ones_like(w)) * known).double()
+        routed = (torch.nan_to_num(y.double().sum(0)[rank]).view(tokens, k, width) * scale[..., None]).sum(1)
+        want = add + routed + x * (w * same).double().sum(1, keepdim=True)
+        runs = [combine.combine(y.view(-1, width), ids, w, x, add, torch.empty_like(x), 4, 2, weighted, rank=rank.int()) for _ in range(2)]
+        close(runs[0], want, TOLERANCE[dtype])
+        assert torch.equal(*runs)
+
+
 # ---- activations -------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,14 @@ def test_measurements_are_remembered(cache: Path) -> None:
     assert path == cache / "tuned" / "some_card.json" and list(path.parent.iterdir()) == [path]
     assert tune.read(path) == {PROBLEM.key: {1: CHOICE, 64: PLAIN}}
     assert tune.choose(PROBLEM, 1, CUDA) == CHOICE and tune.choose(PROBLEM, 5000, CUDA) == PLAIN
+
+
+def test_a_file_without_split_is_read(cache: Path) -> None:
+    """As older versions wrote it."""
+    path = tune.remember("some_card", PROBLEM, {1: CHOICE, 64: replace(PLAIN, down=replace(TILE, split=2))})
+    assert tune.read(path)[PROBLEM.key][64].down.split == 2
+    path.write_text(re.sub(r',\s*"split": \d', "", path.read_text()))
+    assert "split" not in path.read_text() and tune.read(path) == {PROBLEM.key: {1: CHOICE, 64: PLAIN}}
 
 
 def test_measurements_add_up() -> None:
@@ -94,7 +103,8 @@ def test_the_rule_gives_tiles_that_can_run(shape: tuple[int, int, int, int], dty
 def valid(choice: Choice) -> None:
     """Powers of two, and a pipeline that fits 227 KB of shared memory in bf16."""
     for tile, parts in ((choice.up, 2), (choice.down, 1)):
-        assert all(v & (v - 1) == 0 and v > 0 for v in (tile.bm, tile.bn, tile.bk, tile.warps, tile.group))
+        assert tile.split == 1 or (tile.hopper and tile is choice.down)
+        assert all(v & (v - 1) == 0 and v > 0 for v in (tile.split, tile.bm, tile.bn, tile.bk, tile.warps, tile.group))
         columns = tile.bn * (256 // tile.bm if tile.hopper else parts)
         staging = 2 * 64 * tile.bn if tile.hopper else 0
         assert tile.bm >= 16 and (tile.stages * tile.bk * (tile.bm + columns) + staging) * 2 <= 227 * 1024
@@ -133,3 +143,19 @@ def test_candidates_are_valid_and_differ() -> None:
             assert tiles and len(set(tiles)) == len(tiles)
             for tile in tiles:
                 valid(Choice(TILE, tile, None) if down else Choice(tile, TILE, None))
+
+
+def test_the_depth_is_split_for_few_deep_experts() -> None:
+    """Where tiles are few waves and parts stay long: in the down projection, warp-specialised, at most 4 parts."""
+    few = Problem(8, 4096, 14336, 2, torch.bfloat16, True)
+    for tokens in (256, 1024, 4096):
+        found = tuner.tiles(few, tokens, down=True)
+        split = [t for t in found if t.split > 1]
+        assert {t.split for t in split} == {2, 4} and len(split) <= 6 and all(replace(t, split=1) in found for t in split)
+        assert len(set(found)) == len(found)
+        for tile in found:
+            valid(Choice(TILE, tile, None))
+        assert all(t.split == 1 for t in tuner.tiles(few, tokens, down=False))
+    for other in (PROBLEM, Problem(256, 7168, 2048, 8, torch.bfloat16, True), replace(few, intermediate=1024)):
+        assert all(t.split == 1 for tokens in (1024, 4096) for t in tuner.tiles(other, tokens, down=True))
+    assert all(t.split == 1 for t in tuner.tiles(few, 16384, down=True))
