@@ -19,19 +19,18 @@ def _layout(args: tuple[Any, ...]) -> Layout:
     return Layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
-def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any, behind: bool = False) -> tuple[Tensor, Tensor]:
     r = routing.Routing(*gating)
-    forward = kernels.forward if kernels.can_route(r, logits.shape[1]) is None else routing.forward
-    return forward(logits, bias, expert_scale, r)
+    if kernels.can_route(r, logits.shape[1]) is not None:
+        return routing.forward(logits, bias, expert_scale, r)
+    return kernels.forward(logits, bias, expert_scale, r, behind)
 
 
 def route_linear(x: Tensor, weight: Tensor, weight_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return route(router.product(x, weight, weight_bias), *rest)
+    return route(router.product(x, weight, weight_bias), *rest, behind=router.fits(x, weight, weight_bias))
 
 
-def route_bwd(
-    grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any
-) -> list[Tensor]:
+def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
     *gating, needs = rest
     r = routing.Routing(*gating)
     backward = kernels.backward if kernels.can_route(r, logits.shape[1]) is None else routing.backward

@@ -5,7 +5,7 @@
 
 Launched early, a program asks for its first weights before it waits for the kernel before: the shared expert's, and in the second kernel
 those of the experts chosen, whose ids are complete once the first one runs. No kernel that may still run then writes weights: each of
-these lets the next one start only after its own wait.
+these lets the next one start only after its own wait. (The routing kernel does so before, when the router's product has waited for it.)
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 

@@ -61,8 +61,11 @@ def _by_logit(r: Routing, biased: bool) -> bool:
     return not r.n_groups and not score_bias and not r.score_over_selected and r.score in _RISING
 
 
-def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
-    """logits [T, E] -> (weights [T, k] in r.weight_dtype, ids [T, k] int64). One launch."""
+def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing, behind: bool = False) -> tuple[Tensor, Tensor]:
+    """logits [T, E] -> (weights [T, k] in r.weight_dtype, ids [T, k] int64). One launch.
+
+    `behind`: the kernel launched directly before is the one of `router.product`.
+    """
     tokens, num_experts = logits.shape
     if can_route(r, num_experts) is not None:
         return routing.forward(logits, bias, expert_scale, r)
@@ -85,7 +88,7 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
         BIAS=int(r.bias_on) if biased else 0, BIAS_IN_WEIGHTS=r.bias_in_weights and bias is not None,
         G=r.n_groups, S=size, SP=padded, KEPT=r.kept_groups, TOP=r.group_top, NORM=int(r.norm), NORM_P=float(r.norm_p),
         SCALED=r.scale != 1.0, EXPERT_SCALE=expert_scale is not None, BY_LOGIT=_by_logit(r, biased),
-        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, ROWS=rows, PDL=bool(launch),
+        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, ROWS=rows, PDL=bool(launch), BEHIND=behind,
         num_warps=warps, **launch,
     )  # fmt: skip
     return weights, ids

@@ -326,11 +326,19 @@ def route_kernel(
     BIAS: tl.constexpr, BIAS_IN_WEIGHTS: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, KEPT: tl.constexpr,
     TOP: tl.constexpr, NORM: tl.constexpr, NORM_P: tl.constexpr, SCALED: tl.constexpr, EXPERT_SCALE: tl.constexpr, BY_LOGIT: tl.constexpr,
     DTYPE: tl.constexpr, BT: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):  # fmt: skip
-    """ROWS: a warp takes whole rows, `_top_near`; else a row is spread over the threads that CHUNKS leaves it, `_top`."""
+    """ROWS: a warp takes whole rows, `_top_near`; else a row is spread over the threads that CHUNKS leaves it, `_top`.
+
+    `BEHIND`: the kernel before is the router's product, which lets this one start after its own wait: so the next one may start now.
+    """
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if BEHIND:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        else:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     inside = t < tokens
     rows = logits + t * stride

@@ -40,7 +40,7 @@ def logits_kernel(
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, H], w [E, H], bias [E] or None -> [T, E] in their dtype, summed in fp32. Beyond the kernel: torch's product."""
-    if not _fits(x, w, bias):
+    if not fits(x, w, bias):
         return torch.nn.functional.linear(x, w, bias)
     (tokens, k), n = x.shape, w.shape[0]
     out = x.new_empty(tokens, n)
@@ -56,6 +56,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _fits(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+def fits(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel takes the product."""
     alike = x.dtype == w.dtype and x.dtype in DTYPES and (bias is None or (bias.dtype == x.dtype and bias.stride(0) == 1))
     return alike and x.ndim == w.ndim == 2 and x.shape[0] <= _MOST_TOKENS and x.stride(1) == w.stride(1) == 1

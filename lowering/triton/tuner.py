@@ -42,7 +42,7 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
     rows = tokens * problem.k / problem.experts
     if problem.dtype == torch.float32:
         return [Tile(bm, bn, 32, 4, s) for bm, bn, s in itertools.product((16, 32, 64), (32, 64), (2, 3))]
-    few = [Tile(64, bn, bk, 8, s, tma=True, hopper=True, group=8) for bn, bk, s in ((64, 64, 5), (64, 128, 2), (32, 128, 4))]
+    few = [Tile(64, bn, bk, 8, s, tma=True, hopper=True, group=8) for bn, bk, s in ((64, 128, 2), (32, 128, 4), (32, 256, 2))]
     if rows <= 12:
         found = [Tile(16, bn, bk, 4, s, tma=tma) for bn, bk, s in ((32, 256, 3), (64, 128, 4), (32, 128, 5)) for tma in (False, True)]
         return found + ([Tile(16, 128, 128, 4, 3, tma=True)] if down else []) + (few if rows >= 8 else [])
