@@ -111,10 +111,10 @@ def rule(p: Problem, tokens: int) -> Choice:
 
 
 def _decode(tokens: int, size: int) -> tuple[Vector, Vector] | None:
-    """A program's weights: 4 to 16 KB a projection, in one go."""
+    """A program's weights: 4 to 8 KB a projection, in one go."""
     if tokens > 4:
         return None
-    return Vector(4, 2048 * 2 // size, 4), Vector(2, 1024 * 2 // size, 4)
+    return Vector(2, 2048 * 2 // size, 2), Vector(2, 1024 * 2 // size, 4)
 
 
 # ---- what was measured -------------------------------------------------------------------------------------------
