@@ -39,7 +39,7 @@ class Tiles:
 
     `padded`: tokens and incoming gradients are first copied in row order, every expert's rows filled up with zeros to whole groups of 64,
     and all products take both operands through the copy engine; else rows are gathered as they are read. Needs row tiles of 64 or more.
-    `hopper`: the gradients of the hidden layer and of the tokens run warp-specialised where they fit (padded, row tiles of 128).
+    `hopper`: the products run warp-specialised where they fit (padded, row tiles of 128).
     """
 
     hidden: Tile
@@ -50,8 +50,8 @@ class Tiles:
     hopper: bool = False
 
 
-def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tiles:
-    """By rows an expert sees on average."""
+def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool, hopper: bool = False) -> Tiles:
+    """By rows an expert sees on average. `hopper`: for the warp-specialised kernels, which gain from fewer rows on."""
     rows = slots / max(num_experts, 1)
     if not cuda:
         tile = Tile(16, 16, 16, 4, 1)
@@ -59,7 +59,7 @@ def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool) -> Tile
     if dtype == torch.float32:
         by_row, by_weight = Tile(16 if rows <= 16 else 64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)
         return Tiles(by_row, by_row, by_weight, by_weight)
-    bm = 16 if rows <= 16 else 32 if rows <= 40 else 64 if rows <= 96 else 128
+    bm = 16 if rows <= 16 else 32 if rows <= 40 else 64 if rows <= 96 and not hopper else 128
     hidden = Tile(bm, 128, 64, 8 if bm >= 64 else 4, 3, tma=True)
     to_input = Tile(bm, 256, 64, 8, 4 if bm == 128 else 3, tma=True) if bm >= 64 else hidden
     padded = bm == 128
@@ -176,7 +176,8 @@ def backward(
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs, strict=True) if need]
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda) if tiles is None else tiles
+    if tiles is None:
+        tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda, layout.stacked and hopper_calls.capable(x))
     tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
     blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[_PAD] * tiles.padded)
     rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))

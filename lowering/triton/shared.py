@@ -30,7 +30,7 @@ from .experts import Call, few_down, few_up, forward, read
 from .host import cdiv, power_of_2
 from .tune import Vector
 
-_MOST_BESIDE = 256  # tokens; a side stream gains at 64 (docs/kernels.md), and other kernels were seen to gain nothing from it at 256
+_MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % at 64 to 4,096 (docs/kernels.md); beyond nothing was measured
 
 _streams: dict[int, torch.cuda.Stream] = {}
 

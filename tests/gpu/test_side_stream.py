@@ -98,7 +98,7 @@ TOKENS = (1, 3, 16, 64, 256)
 
 
 @NEEDS_GPU
-@pytest.mark.parametrize(("tokens", "beside_it"), [(16, True), (256, True), (257, False), (1000, False)])
+@pytest.mark.parametrize(("tokens", "beside_it"), [(16, True), (256, True), (4096, True), (4097, False)])
 def test_auto_goes_by_the_number_of_tokens(tokens: int, beside_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A side stream for few tokens, the main one beyond; the same values."""
     forks: list[int] = []
