@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops  # noqa: F401 (defines them)
 from .liveness import is_write
@@ -48,7 +50,7 @@ def _autocast(graph: fx.Graph) -> bool:
 def _chain(route: fx.Node) -> list[fx.Node] | None:
     """The product and what shows its values in another shape or a wider dtype, up to the logits of a routing; None where there is none."""
     chain: list[fx.Node] = []
-    n: Any = route.args[0]
+    n: Any = route.args[0] if route.args else None
     while isinstance(n, fx.Node) and len(n.users) == 1:
         chain.insert(0, n)
         if n.target in _LINEAR:
@@ -65,26 +67,39 @@ def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _few(p: fx.Node) -> bool:
-    """Whether a few tokens meet a matrix, all of one dtype, all sizes known."""
-    values = [example_value(n) for n in _operands(p) if n is not None]
-    if not all(isinstance(v, torch.Tensor) and all(isinstance(d, int) for d in v.shape) for v in values):
+    """Whether a few tokens meet a parameter, all of one dtype on one device, all sizes known."""
+    nodes = [n for n in _operands(p) if n is not None]
+    if not all(isinstance(n, fx.Node) and _plain(example_value(n)) for n in nodes):
         return False
-    x, w, *_ = values
-    alike = {v.dtype for v in values} == {x.dtype} and x.dtype in _DTYPES
-    return alike and w.ndim == 2 and x.shape[-1] == w.shape[1] and 0 < x.numel() <= MOST_TOKENS * w.shape[1]
+    row, matrix, *bias = (example_value(n) for n in nodes)
+    alike = {(v.dtype, v.device) for v in (matrix, *bias)} == {(row.dtype, row.device)} and row.dtype in _DTYPES
+    sizes = matrix.ndim == 2 and row.shape[-1:] == matrix.shape[1:] and all(v.shape == matrix.shape[:1] for v in bias)
+    return alike and sizes and all(map(_is_parameter, nodes[1:])) and 0 < row.numel() <= MOST_TOKENS * matrix.shape[1]
+
+
+def _plain(v: Any) -> bool:
+    """A tensor of known sizes that stands for nothing else."""
+    return isinstance(v, torch.Tensor) and not is_traceable_wrapper_subclass(v) and all(isinstance(d, int) for d in v.shape)
+
+
+def _is_parameter(n: fx.Node) -> bool:
+    """Whether no kernel writes it before this graph's: what a graph computes, or is given, may still be on its way."""
+    given = n.op in ("placeholder", "get_attr") and isinstance(example_value(n), torch.nn.Parameter)
+    return given and not any(is_write(u) for u in n.users)
 
 
 def _keeps(chain: list[fx.Node]) -> bool:
-    """Whether nothing is rounded on the way. (A node without a value is the rewrite's own: rows in another shape.)"""
-    values = [example_value(n) for n in chain]
-    return all(v is None or torch.promote_types(values[0].dtype, v.dtype) == v.dtype for v in values)
+    """Whether rows stay rows on their way to the logits, and nothing is rounded. (A node without a value is the rewrite's own view.)"""
+    first, *values = (v for n in chain if (v := example_value(n)) is not None)
+    kept = all(v.shape[-1:] == first.shape[-1:] and v.numel() == first.numel() and v.device == first.device for v in values)
+    return kept and all(torch.promote_types(first.dtype, v.dtype) == v.dtype for v in values)
 
 
 def _written_between(product: fx.Node, route: fx.Node) -> bool:
-    """Whether anything is overwritten between the two: it might be what the product reads."""
-    n = product
+    """Whether anything may be overwritten between the two: it might be what the product reads."""
+    n = product.next
     while n is not route:
-        if is_write(n):
+        if is_write(n) or isinstance(n.target, HigherOrderOperator) or any(a is True for a in n.args):  # F.relu(x, True)
             return True
         n = n.next
     return False

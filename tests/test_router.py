@@ -64,7 +64,7 @@ class Cast(Block):
 
 
 class Full(Block):
-    """Product in fp32 of parameters in another dtype."""
+    """Near miss: the matrix is another parameter's cast, which may still be on its way when the kernel starts."""
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.gate.weight.float())
@@ -89,6 +89,36 @@ class Bare(Block):
 
     def logits(self, x: Tensor) -> Tensor:
         return x @ self.gate.weight.t()
+
+
+class Changed(Block):
+    """Near miss: the matrix is written right before."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        self.gate.weight.mul_(1.5)
+        return self.gate(x)
+
+
+class Halves(Block):
+    """Near miss: the product has twice the experts' columns, a row of it is two rows of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.randn(2 * E, H))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x[::2], self.wide).view(-1, E)
+
+
+class OneBias(Block):
+    """Near miss: a bias for all experts alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(1))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.gate.weight, self.one)
 
 
 class Read(Block):
@@ -126,7 +156,7 @@ def taken(graphs: list[torch.fx.GraphModule]) -> bool:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [Block, Cast, Full, Stacked])
+@pytest.mark.parametrize("kind", [Block, Cast, Stacked])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_few_tokens(kind: type[Block], dtype: torch.dtype, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One to four tokens: the product is in the op, and the result is the module's own."""
@@ -149,6 +179,10 @@ STAYS: list[tuple[str, type[Block], dict[str, Any]]] = [
     ("logits read elsewhere", Read, {}),
     ("a bend behind the product", TwoLayers, {}),
     ("no linear map by name", Bare, {}),
+    ("matrix computed", Full, {}),
+    ("matrix changed", Changed, {}),
+    ("half of the product's columns a row", Halves, {}),
+    ("bias of one element", OneBias, {}),
 ]
 
 
@@ -157,10 +191,12 @@ def test_stays(why: str, kind: type[Block], options: dict[str, Any], monkeypatch
     """Near misses: the product stays as the user wrote it, and the result is right."""
     x = torch.randn(1, options.pop("tokens", 2), H)
     model = kind()
+    with torch.no_grad():
+        want = copy.deepcopy(model)(x)
     got, graphs = graphs_of(model, x, monkeypatch, **options)
     assert not taken(graphs), why
-    got, want = (v[0] if isinstance(v, tuple) else v for v in (got, model(x)))
-    assert float((got - want).detach().norm()) <= 2e-2 * float(want.detach().norm())
+    got, want = (v[0] if isinstance(v, tuple) else v for v in (got, want))
+    assert float((got - want).detach().norm()) <= 2e-2 * float(want.norm())
 
 
 def test_unknown_number_of_tokens_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +219,8 @@ def routed(between: Callable[[Tensor, Tensor], Tensor]) -> torch.fx.GraphModule:
 
     gm: torch.fx.GraphModule = torch.fx.symbolic_trace(forward)
     FakeTensorProp(gm).propagate(torch.randn(2, H), torch.randn(E, H))
+    w = next(n for n in gm.graph.nodes if n.name == "w")
+    w.meta["val"] = nn.Parameter(w.meta["val"])
     for n in gm.graph.nodes:
         if n.target is torch.ops.moe_compile.route:
             n.target = torch.ops.moe_compile.route.default
@@ -195,9 +233,11 @@ def routed(between: Callable[[Tensor, Tensor], Tensor]) -> torch.fx.GraphModule:
         ("nothing", lambda y, x: y, True),
         ("wider", lambda y, x: y.to(torch.float64), True),
         ("rows in another shape and back", lambda y, x: y.unsqueeze(0).view(-1, E), True),
+        ("two rows of one", lambda y, x: y.reshape(1, 2 * E), False),
         ("rounded", lambda y, x: y.to(torch.bfloat16), False),
         ("rounded and widened", lambda y, x: y.to(torch.bfloat16).float(), False),
         ("tokens overwritten", lambda y, x: (x.mul_(2.0), y)[1], False),
+        ("tokens overwritten by a flag", lambda y, x: (torch.nn.functional.relu(x, True), y)[1], False),
         ("logits of overwritten tokens", lambda y, x: torch.add(y, 0.0 * x.mul_(2.0).sum()), False),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -180,15 +180,16 @@ def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
     layout = c.layout
-    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
     a = c.x.new_empty(c.slots, c.up.n)
-    y = c.x.new_empty(depth_parts(a, c.down, choice.down) * c.slots, c.down.n)
-    grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, gather=c.ids.shape[1], pre=pre,
+    up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
+    y = c.x.new_empty(depth_parts(a, c.down, down) * c.slots, c.down.n)
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, gather=c.ids.shape[1], pre=pre,
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
     if c.late is not None:
         c.late.issue()
-    in_rows = uses_hopper(a, c.down, choice.down)
-    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down, None, scatter=not in_rows)
+    in_rows = uses_hopper(a, c.down, down)
+    grouped_gemm(a, c.down, c.down_bias, rows, y, down, None, scatter=not in_rows)
     add = c.add if c.late is None else c.late.join()
     return combine(y, c.ids, c.weights, c.x, add, out, layout.num_experts, layout.num_identity, weighted=not layout.weight_on_input,
                    early=c.late is None, rank=rows.rank if in_rows else None)  # fmt: skip
@@ -251,12 +252,21 @@ def uses_hopper(a: Tensor, w: Matrices, tile: Tile) -> bool:
     return tile.hopper and hopper_fits(a, w, tile)
 
 
+def runnable(a: Tensor, w: Matrices, tile: Tile) -> Tile:
+    """The tile, or where it is the warp-specialised kernel's, which does not take these operands, one that suits the plain kernel."""
+    if not tile.hopper or hopper_fits(a, w, tile):
+        return tile
+    return Tile(64, 128, 64, 8, 4, tma=True, group=tile.group) if tile.bm == 64 else replace(tile, hopper=False)
+
+
 def depth_parts(a: Tensor, w: Matrices, tile: Tile) -> int:
     """Into how many parts `grouped_gemm` splits the depth of the plain product of a [N, k]: as the tile says, or 1 where it cannot.
 
-    The buffer of results has so many times N rows, and tells the kernel and the combine.
+    The buffer of results has so many times N rows, and tells the kernel and the combine. In fp16 a part could overflow where all of them
+    do not.
     """
-    fits = uses_hopper(a, w, tile) and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    possible = a.dtype == torch.bfloat16 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    fits = possible and uses_hopper(a, w, tile)
     return tile.split if fits else 1
 
 

@@ -27,7 +27,7 @@ def logits_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     n0 = tl.program_id(1) * BN
-    first = _tile(w, n0, 0, n, k, stride_w, 1, True, BN, BK, EVEN)  # no kernel that may still run writes weights
+    first = _tile(w, n0, 0, n, k, stride_w, 1, True, BN, BK, EVEN)  # a parameter: no kernel that may still run writes it
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -58,5 +58,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 def fits(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel takes the product."""
-    alike = x.dtype == w.dtype and x.dtype in DTYPES and (bias is None or (bias.dtype == x.dtype and bias.stride(0) == 1))
-    return alike and x.ndim == w.ndim == 2 and x.shape[0] <= _MOST_TOKENS and x.stride(1) == w.stride(1) == 1
+    if x.dtype not in DTYPES or not x.ndim == w.ndim == 2 or not x.shape[1] == w.shape[1] > 0 or x.shape[0] > _MOST_TOKENS:
+        return False
+    plain = bias is None or (bias.shape == w.shape[:1] and bias.dtype == x.dtype and bias.stride(0) == 1)
+    return plain and x.dtype == w.dtype and x.device == w.device and x.stride(1) == w.stride(1) == 1
