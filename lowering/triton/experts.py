@@ -265,7 +265,7 @@ def depth_parts(a: Tensor, w: Matrices, tile: Tile) -> int:
     The buffer of results has so many times N rows, and tells the kernel and the combine. In fp16 a part could overflow where all of them
     do not.
     """
-    possible = a.dtype == torch.bfloat16 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    possible = a.dtype != torch.float16 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
     fits = possible and uses_hopper(a, w, tile)
     return tile.split if fits else 1
 
