@@ -109,13 +109,13 @@ def call(case: Case, t: dict[str, Any]) -> Tensor:
     return torch.ops.moe_compile.experts(*t.values(), *ops.experts_args(case.experts))
 
 
-def close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Relative to the largest value: what a norm-wise error bound means."""
+def close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE, least: float = 1e-30) -> None:
+    """Relative to the largest value: what a norm-wise error bound means. `least`: at least so large, where terms are larger than sums."""
     assert got.shape == want.shape
     got, want = got.detach(), want.detach()
     scale = float(want.abs().max()) if want.numel() else 1.0
     error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"error {error:.2e} at scale {scale:.2e}"
+    assert error <= tolerance * max(scale, least), f"error {error:.2e} at scale {scale:.2e}"
 
 
 @BY_NAME

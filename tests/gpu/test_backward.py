@@ -72,11 +72,11 @@ def tolerance(case: Case) -> float:
 PADDED = Tile(64, 32, 16, 4, 1) if not ON_GPU else Tile(128, 64, 64, 8, 3, tma=True)
 
 
-def check(case: Case, t: dict[str, Any], tiles: b.Tiles | None = None) -> None:
+def check(case: Case, t: dict[str, Any], tiles: b.Tiles | None = None, least: float = 1e-30) -> None:
     grad = torch.randn(t["x"].shape[0], case.experts.out_features, device=DEVICE).to(case.dtype)
     for got, want, leaf in zip(run(case, t, grad, tiles=tiles), expected(case, t, grad), leaves({**t, "add": None}), strict=True):
         assert got.dtype == leaf.dtype and got.is_contiguous()
-        close(got, want, tolerance(case))
+        close(got, want, tolerance(case), least)
 
 
 @BY_NAME
@@ -195,7 +195,7 @@ def test_tiles_in_two_parts(form: ir.Form) -> None:
     routing=st.tuples(st.integers(1, 6), st.integers(1, 3), st.booleans()),
 )
 def test_any_layout(form: ir.Form, flags: tuple[bool, ...], sizes: tuple[int, ...], routing: tuple[Any, ...]) -> None:
-    """Random layouts and small sizes."""
+    """Random layouts and small sizes; a gradient of one element may be a small difference of large terms."""
     stacked, up_t, down_t, up_bias, down_bias, on_input = flags
     activation = act.relu(act.G) ** 2 if form is ir.Form.SINGLE else act.SWIGLU
     meaning = ir.Experts(
@@ -203,7 +203,7 @@ def test_any_layout(form: ir.Form, flags: tuple[bool, ...], sizes: tuple[int, ..
         up_bias=up_bias, down_bias=down_bias, weight_on_input=on_input,
     )  # fmt: skip
     case = Case("any", meaning, tokens=routing[0], k=routing[1], foreign=routing[2])
-    check(case, moved(tensors(case)))
+    check(case, moved(tensors(case)), least=0.02)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="sizes for a GPU")
@@ -275,14 +275,14 @@ def test_warp_specialised(name: str, tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@pytest.mark.parametrize("name", ["weight on input", "list", "separate list"])
-def test_not_warp_specialised(name: str) -> None:
+@pytest.mark.parametrize(("name", "still"), [("weight on input", {"weight_grad"}), ("list", set()), ("separate list", set())])
+def test_not_warp_specialised(name: str, still: set[str]) -> None:
     """What they do not cover: the plain kernels run."""
     case, t = warped_case(next(c for c in CASES if c.name == name), torch.bfloat16, 700)
     with pytest.MonkeyPatch.context() as patch:
         seen = launches(patch)
         check(case, t, warped_tiles())
-        assert not seen
+        assert seen == still
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
