@@ -5,7 +5,7 @@ Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activ
 `experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
-inference with few of them; kernels may read `router` before what stands before the op has ended, so it must be a parameter.
+inference with few of them.
 `experts_scaled` is `experts` with a scale for each output channel, for weights that are stored as integers; where a gradient is asked
 for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
 A device without kernels of its own runs `moe_compile.lowering.generic`.

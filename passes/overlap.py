@@ -146,7 +146,7 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     if fused and (op.kwargs or len(op.args) != len(op.target._schema.arguments)):  # type: ignore[union-attr]
         return None
     params = {n: planner.locate(n, m.out) for n in o.params()}
-    if any(params[q.node].op not in ("placeholder", "get_attr") for q in o.up):
+    if any(n.op not in ("placeholder", "get_attr") or any(map(is_write, n.users)) for n in (params[q.node] for q in o.up)):
         return None  # kernels ask for these weights before what stands before the op has ended
     if any(planner.position[n] > planner.position[op] for n in params.values()):
         return None

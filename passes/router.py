@@ -67,25 +67,19 @@ def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _few(p: fx.Node) -> bool:
-    """Whether a few tokens meet a parameter, all of one dtype on one device, all sizes known."""
+    """Whether a few tokens meet a matrix, all of one dtype on one device, all sizes known."""
     nodes = [n for n in _operands(p) if n is not None]
     if not all(isinstance(n, fx.Node) and _plain(example_value(n)) for n in nodes):
         return False
     row, matrix, *bias = (example_value(n) for n in nodes)
     alike = {(v.dtype, v.device) for v in (matrix, *bias)} == {(row.dtype, row.device)} and row.dtype in _DTYPES
     sizes = matrix.ndim == 2 and row.shape[-1:] == matrix.shape[1:] and all(v.shape == matrix.shape[:1] for v in bias)
-    return alike and sizes and all(map(_is_parameter, nodes[1:])) and 0 < row.numel() <= MOST_TOKENS * matrix.shape[1]
+    return alike and sizes and 0 < row.numel() <= MOST_TOKENS * matrix.shape[1]
 
 
 def _plain(v: Any) -> bool:
     """A tensor of known sizes that stands for nothing else."""
     return isinstance(v, torch.Tensor) and not is_traceable_wrapper_subclass(v) and all(isinstance(d, int) for d in v.shape)
-
-
-def _is_parameter(n: fx.Node) -> bool:
-    """Whether no kernel writes it before this graph's: what a graph computes, or is given, may still be on its way."""
-    given = n.op in ("placeholder", "get_attr") and isinstance(example_value(n), torch.nn.Parameter)
-    return given and not any(is_write(u) for u in n.users)
 
 
 def _keeps(chain: list[fx.Node]) -> bool:

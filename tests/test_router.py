@@ -64,7 +64,7 @@ class Cast(Block):
 
 
 class Full(Block):
-    """Near miss: the matrix is another parameter's cast, which may still be on its way when the kernel starts."""
+    """Product in fp32 of a matrix in another dtype."""
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.gate.weight.float())
@@ -92,7 +92,7 @@ class Bare(Block):
 
 
 class Changed(Block):
-    """Near miss: the matrix is written right before."""
+    """The matrix is written right before the product."""
 
     def logits(self, x: Tensor) -> Tensor:
         self.gate.weight.mul_(1.5)
@@ -156,19 +156,18 @@ def taken(graphs: list[torch.fx.GraphModule]) -> bool:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [Block, Cast, Stacked])
+@pytest.mark.parametrize("kind", [Block, Cast, Stacked, Full, Changed])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_few_tokens(kind: type[Block], dtype: torch.dtype, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One to four tokens: the product is in the op, and the result is the module's own."""
     model = kind(dtype, bias)
     x = torch.randn(1, tokens, H, dtype=dtype)
+    with torch.no_grad():
+        want = copy.deepcopy(model)(x).double()
     got, graphs = graphs_of(model, x, monkeypatch)
     assert taken(graphs)
-    with torch.no_grad():
-        want = model(x).double()
-    assert float((got.double() - want).norm()) <= {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype] * float(
-        want.norm()
-    )
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert float((got.double() - want).norm()) <= tolerance * float(want.norm())
 
 
 STAYS: list[tuple[str, type[Block], dict[str, Any]]] = [
@@ -179,8 +178,6 @@ STAYS: list[tuple[str, type[Block], dict[str, Any]]] = [
     ("logits read elsewhere", Read, {}),
     ("a bend behind the product", TwoLayers, {}),
     ("no linear map by name", Bare, {}),
-    ("matrix computed", Full, {}),
-    ("matrix changed", Changed, {}),
     ("half of the product's columns a row", Halves, {}),
     ("bias of one element", OneBias, {}),
 ]
@@ -219,8 +216,6 @@ def routed(between: Callable[[Tensor, Tensor], Tensor]) -> torch.fx.GraphModule:
 
     gm: torch.fx.GraphModule = torch.fx.symbolic_trace(forward)
     FakeTensorProp(gm).propagate(torch.randn(2, H), torch.randn(E, H))
-    w = next(n for n in gm.graph.nodes if n.name == "w")
-    w.meta["val"] = nn.Parameter(w.meta["val"])
     for n in gm.graph.nodes:
         if n.target is torch.ops.moe_compile.route:
             n.target = torch.ops.moe_compile.route.default

@@ -1,7 +1,7 @@
 """The router's product for a few tokens: l[t, e] = Σ_h x[t, h] W[e, h] + b[e], a program per token and expert.
 
-A library's product takes 5 µs for a matrix of half a megabyte; here every processor reads a row or two, asked for before the kernel ahead
-has finished, and the routing kernel starts while this one drains.
+A library's product takes 5 µs for a matrix of half a megabyte; here every processor reads a row or two, and the routing kernel starts
+while this one drains. The matrix is read after the wait for the kernel ahead, which may be the one that has just written it.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -27,10 +27,10 @@ def logits_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     n0 = tl.program_id(1) * BN
-    first = _tile(w, n0, 0, n, k, stride_w, 1, True, BN, BK, EVEN)  # a parameter: no kernel that may still run writes it
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    first = _tile(w, n0, 0, n, k, stride_w, 1, True, BN, BK, EVEN)
     y = _product(first, w, x + t * stride_x, n0, n, k, stride_w, 1, True, EVEN)
     columns = n0 + tl.arange(0, BN)
     if BIAS:

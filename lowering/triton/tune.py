@@ -104,7 +104,7 @@ def rule(p: Problem, tokens: int) -> Choice:
     elif rows <= 20:
         up = down = Tile(32, 64, 128, 4, 3, tma=True)
     elif rows <= 90:
-        up, down = Tile(64, 128, 64, 8, 4, tma=True), Tile(64, 128, 64, 4, 3, tma=True)
+        up = down = Tile(64, 64, 128, 8, 2, tma=True, hopper=True, group=8)
     else:
         up = down = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
     return Choice(up, down, _decode(tokens, 2))
