@@ -26,8 +26,8 @@ class Tile:
     """A grouped GEMM's tile and launch: rows, columns (of each projection), depth, warps, pipeline stages, programs an SM (0: one a tile).
 
     `tma`: weights through the copy engine.
-    `hopper`: the warp-specialised kernel where it fits (128 rows and `bn` columns twice, or 64 and four times), else the plain one with
-    the same tile.
+    `hopper`: the warp-specialised kernel where it fits (128 rows and `bn` columns twice, or 64 and four times), else the plain one
+    (`experts.runnable`).
     `group`: row tiles that are walked together, rows fastest.
     `split`: parts of the down projection's depth, each a tile of its own in the warp-specialised kernel; elsewhere there is one.
     """
