@@ -2,7 +2,7 @@
 
 Semantics and capability are two questions: `can_lower` reads the IR and nothing else. A target is a module with
 `can_lower(ir) -> str | None` and `lowering_name(ir) -> str`, imported when it is first asked for; `SCALED = True` says that it is ready
-for experts with scales (integer weights).
+for experts with scales (integer weights), `ROUTER_TOKENS = n` that its routing op takes the router's product in for up to n tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def prepare(ir: MoeBlock, target: str) -> None:
     module = _module(target)
     if module is not None and hasattr(module, "prepare"):
         module.prepare(ir)
+
+
+def router_tokens(target: str) -> int:
+    """Up to how many tokens a target wants the router's product inside the routing op."""
+    return getattr(_module(target), "ROUTER_TOKENS", 0)
 
 
 def _module(target: str) -> ModuleType | None:

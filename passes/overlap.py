@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 
 from ..ir import Overlap, Rejection
+from .conditions import may_train, under_autocast
 from .fused import is_fused
 from .liveness import is_write
 from .match import Param
@@ -29,23 +30,15 @@ def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
 
     "auto" leaves it to the op, which knows the number of tokens, when to use a side stream.
     """
-    if target != "cuda" or options.overlap_shared is False:
-        return None
-    if may_train(graph):
+    if target != "cuda" or options.overlap_shared is False or may_train(graph):
         return None
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
-
-
-def may_train(graph: fx.Graph) -> bool:
-    """Whether a gradient may be wanted."""
-    values = (example_value(n) for n in graph.nodes if n.op in ("placeholder", "get_attr"))
-    return torch.is_grad_enabled() and any(v is None or isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
 def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:
     """How the shared expert goes into the op of a block; None where the graph goes on computing it."""
     s = b.shared
-    if s is None or s.operands is None or _autocast(planner, b):
+    if s is None or s.operands is None or under_autocast(planner.shadow.dynamo.graph, b.match.out.meta["val"].device.type):
         return None
     region = inside([s.node], _boundary(b, s.operands))
     if isinstance(region, Rejection) or not _private(region, s.node) or not _one_dtype(b, s, s.operands, region):
@@ -61,11 +54,6 @@ def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> Shared
 
 def _boundary(b: Block, o: Operands) -> list[fx.Node]:
     return [b.match.tokens, *o.params(), *([] if o.gate is None else [o.gate])]
-
-
-def _autocast(planner: Planner, b: Block) -> bool:
-    nodes = planner.shadow.dynamo.graph.nodes
-    return torch.is_autocast_enabled(b.match.out.meta["val"].device.type) or any("autocast" in str(n.target) for n in nodes)
 
 
 def _private(region: list[fx.Node], out: fx.Node) -> bool:

@@ -1,6 +1,6 @@
-"""The router's product goes into the routing op where few tokens are routed: a kernel of a microsecond there, not a library's product.
+"""The router's product goes into the routing op where few tokens are routed: a kernel of two microseconds there, not a library's product.
 
-route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
+    route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops  # noqa: F401 (defines them)
+from ..lowering import router_tokens
+from .conditions import may_train, under_autocast
 from .liveness import is_write
-from .overlap import may_train
 from .shadow import example_value
 
-MOST_TOKENS = 4
 _SAME_VALUES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type")
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _route = torch.ops.moe_compile.route.default
 _route_linear = torch.ops.moe_compile.route_linear.default
 
@@ -28,12 +27,12 @@ _route_linear = torch.ops.moe_compile.route_linear.default
 def take_products(gm: fx.GraphModule, target: str) -> int:
     """Rewrite the routings whose logits are a product that nobody else reads; how many there were.
 
-    Only for CUDA, for a few tokens whose number is known when compiling, when no gradient may be wanted.
+    Only for a target that wants them, for as many tokens as it says, known when compiling, when no gradient may be wanted.
     """
-    graph = gm.graph
-    if target != "cuda" or may_train(graph) or _autocast(graph):
+    graph, most = gm.graph, router_tokens(target)
+    if not most or may_train(graph):
         return 0
-    found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n)) is not None]
+    found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n, most)) is not None]
     for n, chain in found:
         _rewrite(graph, n, chain)
     if found:
@@ -42,19 +41,14 @@ def take_products(gm: fx.GraphModule, target: str) -> int:
     return len(found)
 
 
-def _autocast(graph: fx.Graph) -> bool:
-    enabled = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return enabled or any("autocast" in str(n.target) for n in graph.nodes)
-
-
-def _chain(route: fx.Node) -> list[fx.Node] | None:
+def _chain(route: fx.Node, most: int) -> list[fx.Node] | None:
     """The product and what shows its values in another shape or a wider dtype, up to the logits of a routing; None where there is none."""
     chain: list[fx.Node] = []
     n: Any = route.args[0] if route.args else None
     while isinstance(n, fx.Node) and len(n.users) == 1:
         chain.insert(0, n)
         if n.target in _LINEAR:
-            return chain if _few(n) and _keeps(chain) and not _written_between(n, route) else None
+            return chain if _few(n, most) and _keeps(chain) and not _written_between(n, route) else None
         name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
         n = n.args[0] if n.args and name in _SAME_VALUES else None
     return None
@@ -66,15 +60,16 @@ def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
     return given["input"], given["weight"], given.get("bias")
 
 
-def _few(p: fx.Node) -> bool:
-    """Whether a few tokens meet a matrix, all of one dtype on one device, all sizes known."""
+def _few(p: fx.Node, most: int) -> bool:
+    """Whether at most so many tokens meet a matrix, all of one dtype on one device, all sizes known."""
     nodes = [n for n in _operands(p) if n is not None]
     if not all(isinstance(n, fx.Node) and _plain(example_value(n)) for n in nodes):
         return False
     row, matrix, *bias = (example_value(n) for n in nodes)
-    alike = {(v.dtype, v.device) for v in (matrix, *bias)} == {(row.dtype, row.device)} and row.dtype in _DTYPES
+    alike = {(v.dtype, v.device) for v in (matrix, *bias)} == {(row.dtype, row.device)}
     sizes = matrix.ndim == 2 and row.shape[-1:] == matrix.shape[1:] and all(v.shape == matrix.shape[:1] for v in bias)
-    return alike and sizes and 0 < row.numel() <= MOST_TOKENS * matrix.shape[1]
+    few = 0 < row.numel() <= most * matrix.shape[-1]
+    return alike and sizes and few and not under_autocast(p.graph, row.device.type)
 
 
 def _plain(v: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from ... import activation as act
 from ...ir import MoeBlock
 
+ROUTER_TOKENS = 4  # as the few-token kernels of the experts
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

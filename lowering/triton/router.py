@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import ROUTER_TOKENS
 from .combine import early_launch
 from .decode import _product, _tile
 from .host import cdiv, power_of_2
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_TOKENS = 4  # as the few-token kernels of the experts
 _DEPTH = 4096  # elements of a row in one go
 
 
@@ -58,7 +58,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 def fits(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel takes the product."""
-    if x.dtype not in DTYPES or not x.ndim == w.ndim == 2 or not x.shape[1] == w.shape[1] > 0 or x.shape[0] > _MOST_TOKENS:
+    if x.dtype not in DTYPES or not x.ndim == w.ndim == 2 or not x.shape[1] == w.shape[1] > 0 or x.shape[0] > ROUTER_TOKENS:
         return False
     plain = bias is None or (bias.shape == w.shape[:1] and bias.dtype == x.dtype and bias.stride(0) == 1)
     return plain and x.dtype == w.dtype and x.device == w.device and x.stride(1) == w.stride(1) == 1

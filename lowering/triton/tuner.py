@@ -67,8 +67,8 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
 def may_split(problem: Problem, tokens: int, tile: Tile, split: int) -> bool:
     """Whether the last wave of the down projection's tiles is much of all, and a part of its depth still a long product."""
     rows = tokens * problem.k / problem.experts / tile.bm
-    waves = problem.experts * (rows + 0.5) * problem.hidden / (256 // tile.bm * tile.bn) / _PROCESSORS
-    usual = tile.hopper and tile.group == 8 and tile.bk == 64
+    waves = problem.experts * (rows + 0.5) * problem.hidden / (2 * tile.bn) / _PROCESSORS
+    usual = tile.hopper and tile.group == 8 and (tile.bm, tile.bk) == (128, 64)
     return usual and waves < _WAVES and problem.intermediate >= split * _DEPTH
 
 
@@ -135,6 +135,7 @@ def _gemm_call(inputs: Inputs, tile: Tile, down: bool, summed: bool, x: Tensor, 
     assert c is not None
     rows = dispatch(c.ids, p.experts, (tile.bm,))
     a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()
+    tile = experts.runnable(*((a, c.down) if down else (c.x, c.up)), tile)  # what a call would run
     if not down:
         return functools.partial(experts.grouped_gemm, c.x, c.up, None, rows, a, tile, inputs.layout, gather=p.k)
     y = torch.empty(experts.depth_parts(a, c.down, tile) * c.slots, p.hidden, device="cuda", dtype=p.dtype)

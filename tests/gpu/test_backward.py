@@ -272,6 +272,7 @@ def test_warp_specialised(name: str, tokens: int, dtype: torch.dtype) -> None:
         check(case, t, warped_tiles())
         assert ("grad_hidden" in seen) == (form is not ir.Form.INTERLEAVED)
         assert ("grad_input" in seen) == (form is not ir.Form.SEPARATE)
+        assert "weight_grad" in seen
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
@@ -288,7 +289,7 @@ def test_not_warp_specialised(name: str, still: set[str]) -> None:
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_warp_specialised_routings(name: str) -> None:
-    """Empty experts have zero gradients, one expert has all rows."""
+    """Experts without rows, or all of them, have zero gradients; one expert has all rows."""
     case, t = warped_case(Case(name, experts()), torch.bfloat16, 1000)
     t["ids"] = ROUTINGS[name](case.tokens, case.k, case.experts.num_experts).to(DEVICE)
     check(case, t, warped_tiles())
@@ -309,56 +310,24 @@ def test_warp_specialised_neighbours() -> None:
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
 def test_warp_specialised_repeats() -> None:
-    """Twenty runs on changing inputs, bitwise equal to a second run of each."""
+    """Twenty runs on changing inputs, some experts without rows, bitwise equal to a second run of each."""
     for seed in range(20):
         torch.manual_seed(seed)
         case, t = warped_case(Case("again", experts()), torch.bfloat16, 500 + 37 * seed)
+        t["ids"] = t["ids"].clamp(min=seed % 3, max=5)
         grad = torch.randn(case.tokens, 512, device=DEVICE, dtype=torch.bfloat16)
         for one, two in zip(run(case, t, grad, tiles=warped_tiles()), run(case, t, grad, tiles=warped_tiles()), strict=True):
             assert torch.equal(one, two)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), [(9, 512, 256), (700, 192, 320), (3000, 512, 256)])
 @pytest.mark.parametrize("name", ["stacked", "transposed", "separate", "single", "interleaved", "biases", "identity experts"])
-def test_weights(name: str, tokens: int, hidden: int, intermediate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warp-specialised weight gradients in every layout they cover: few rows an expert to many, tiles that reach beyond the matrix."""
-    case, t = warped_case(next(c for c in CASES + SINGLE if c.name == name), torch.bfloat16, tokens, hidden, intermediate)
+def test_weights_beyond_the_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients whose last tiles reach beyond the matrix, in both directions."""
+    case, t = warped_case(next(c for c in CASES + SINGLE if c.name == name), torch.bfloat16, 700, 192, 320)
     seen = launches(monkeypatch)
     check(case, t, warped_tiles())
     assert "weight_grad" in seen
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs an H100")
-def test_weights_half() -> None:
-    case, t = warped_case(Case("half", experts()), torch.float16, 900)
-    check(case, t, warped_tiles())
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs an H100")
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_weights_routings(name: str) -> None:
-    """Experts without rows, at the start, in the middle, at the end, or all of them: zeros; all rows of one expert."""
-    case, t = warped_case(Case(name, experts()), torch.bfloat16, 1000)
-    t["ids"] = ROUTINGS[name](case.tokens, case.k, case.experts.num_experts).to(DEVICE)
-    check(case, t, warped_tiles())
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs an H100")
-def test_weights_repeat() -> None:
-    """Ragged counts, empty experts, one expert's NaN: bitwise equal to a second run, and no neighbour sees the NaN."""
-    for seed in range(10):
-        torch.manual_seed(seed)
-        case, t = warped_case(Case("again", experts()), torch.bfloat16, 500 + 37 * seed)
-        t["ids"] = t["ids"].clamp(min=seed % 3, max=5)
-        t["up"][0] = t["up"][0].detach().clone()
-        t["up"][0][3] = float("nan")
-        grad = torch.randn(case.tokens, 512, device=DEVICE, dtype=torch.bfloat16)
-        one, two = (run(case, t, grad, tiles=warped_tiles()) for _ in range(2))
-        for a, b_ in zip(one, two, strict=True):
-            assert torch.equal(a.nan_to_num(7.0), b_.nan_to_num(7.0))
-        for g in one[2:]:
-            assert [bool(e.isnan().any()) for e in g] == [e == 3 for e in range(8)]
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs an H100")

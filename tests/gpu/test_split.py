@@ -68,6 +68,19 @@ def test_only_the_warp_specialised_kernel_splits(monkeypatch: pytest.MonkeyPatch
     assert experts.depth_parts(call.x, replace(deep, k=32), PARTS.down) == experts.depth_parts(many, deep, PARTS.down) == 1
 
 
+def test_a_tile_suits_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the warp-specialised kernel does not take the operands, its tile of 64 rows gives way, and no other."""
+    case = Case("plain", simple(), tokens=5)
+    call = experts.read(*operands(case).values(), layout_of(case))
+    assert call is not None
+    plain = replace(COLUMNS, hopper=False)
+    for tile, runs in ((plain, plain), (COLUMNS, Tile(64, 128, 64, 8, 4, tma=True, group=8)), (WARP, replace(WARP, hopper=False))):
+        monkeypatch.setattr(experts, "hopper_fits", lambda *_: False)
+        assert experts.runnable(call.x, call.up, tile) == runs
+        monkeypatch.setattr(experts, "hopper_fits", lambda *_: True)
+        assert experts.runnable(call.x, call.up, tile) == tile
+
+
 # ---- the warp-specialised kernel ---------------------------------------------------------------------------------
 
 IN_PARTS = [
