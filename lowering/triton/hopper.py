@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # as in gemm.py
 PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
 HALF_ROWS = gl.constexpr(64)
-EARLY = gl.constexpr(7)  # steps before a tile's end at which the next one is claimed: each load that hangs on another has two to arrive
+EARLY = gl.constexpr(8)  # steps before a tile's end at which the next one is claimed: each load that hangs on another has two to arrive
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------
@@ -131,9 +131,10 @@ def _news(CONSUMERS: gl.constexpr = 2):
 @gluon.jit
 def _feed(
     begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
-    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr,
+    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
-    """A stage for each step of depth in [begin, end): its weights lie by (part of the columns, depth, block)."""
+    """A stage for each step of depth in [begin, end), TOGETHER of them at a time: what lies side by side in memory is asked for
+    together. A stage's weights lie by (part of the columns, depth, block)."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
@@ -141,29 +142,41 @@ def _feed(
     DEPTH: gl.constexpr = BK // CHUNKS
     PIECE: gl.constexpr = pointers.shape[1]
     bytes: gl.constexpr = PARTS * CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
-    for k in range(begin, end):
-        s = step % STAGES
-        mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(s), bytes)
-        for box in gl.static_range(PARTS * CHUNKS):
-            at = 2 * (s * PARTS * CHUNKS + box)
-            column = n0 + box // CHUNKS * WIDE
-            depth = k * BK + box % CHUNKS * DEPTH
-            if OUT_IN:
-                tma.async_copy_global_to_shared(w0, [row_w + column, depth], full.index(s), ring_w.index(at))
-                tma.async_copy_global_to_shared(w1, [row_w + column + NEXT, depth], full.index(s), ring_w.index(at + 1))
+    for k in range(begin, end, TOGETHER):
+        for i in gl.static_range(TOGETHER):
+            s = (step + i) % STAGES
+            mbarrier.wait(empty.index(s), (((step + i) // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(s), bytes)
+        for part in gl.static_range(PARTS):
+            column = n0 + part * WIDE
+            for i in gl.static_range(2 * TOGETHER * CHUNKS):  # by block, then depth
+                s = (step + i // CHUNKS % TOGETHER) % STAGES
+                depth = (k + i // CHUNKS % TOGETHER) * BK + i % CHUNKS * DEPTH
+                at = 2 * ((s * PARTS + part) * CHUNKS + i % CHUNKS) + i // (TOGETHER * CHUNKS)
+                if i < TOGETHER * CHUNKS:
+                    _ask(w0, row_w, column, depth, full.index(s), ring_w.index(at), OUT_IN)
+                else:
+                    _ask(w1, row_w, column + NEXT, depth, full.index(s), ring_w.index(at), OUT_IN)
+        for i in gl.static_range(TOGETHER):
+            s = (step + i) % STAGES
+            if GATHER:  # rows beyond the expert's end are not read
+                for at in gl.static_range(0, BK, PIECE):
+                    async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=mask)
+                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+                pointers += BK
             else:
-                tma.async_copy_global_to_shared(w0, [row_w + depth, column], full.index(s), ring_w.index(at))
-                tma.async_copy_global_to_shared(w1, [row_w + depth, column + NEXT], full.index(s), ring_w.index(at + 1))
-        if GATHER:  # rows beyond the expert's end are not read
-            for at in gl.static_range(0, BK, PIECE):
-                async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=mask)
-            async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-            pointers += BK
-        else:
-            tma.async_copy_global_to_shared(a_tma, [first, k * BK], full.index(s), ring_a.index(s))
-        step += 1
+                tma.async_copy_global_to_shared(a_tma, [first, (k + i) * BK], full.index(s), ring_a.index(s))
+        step += TOGETHER
     return step, pointers
+
+
+@gluon.jit
+def _ask(w, row, column, depth, full, place, OUT_IN: gl.constexpr):
+    """A box of an expert's matrix, whose rows begin at `row` of all matrices one below the other."""
+    if OUT_IN:
+        tma.async_copy_global_to_shared(w, [row + column, depth], full, place)
+    else:
+        tma.async_copy_global_to_shared(w, [row + depth, column], full, place)
 
 
 @gluon.jit
@@ -171,7 +184,7 @@ def _produce(
     a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, slots_per_token, stride_a,
     rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
     WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, GROUP: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
@@ -206,22 +219,22 @@ def _produce(
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
         step, pointers = _feed(from_step, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         tile = _claim(counter)
         step, pointers = _feed(claim_at, expert_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         e = _expert(tile, tiles, row_tiles, blocks)
         step, pointers = _feed(expert_at, place_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
         step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
         step, pointers = _feed(rows_at, to_step, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER)  # fmt: skip
+                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         number += 1
     _tell(news, told, heard, number, 0, -1, 0, 0, 0)
     _release(counter)
@@ -380,7 +393,7 @@ def grouped_gemm(
     num_tiles, counter, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM = 128 rows and two blocks of BN columns, or of 64 rows and four.
 
@@ -393,6 +406,7 @@ def grouped_gemm(
     `SPLIT` > 1, for a plain product of rows that are not gathered, not weighted and not kept: row r of part p of the depth, the steps
     [p · steps / SPLIT, (p + 1) · steps / SPLIT), goes to out[p · num_slots + r]; part 0 has the bias. k / BK is at least SPLIT.
     """
+    gl.static_assert((TOGETHER == 1) | (STAGES > TOGETHER))  # a consumer may hold one stage until it has the next
     gl.static_assert((SPLIT == 1) | ((MODE == PLAIN) & (not GATHER) & (not SAVE) & (not WEIGHTED)))
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)
@@ -420,5 +434,5 @@ def grouped_gemm(
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN, SPLIT)),
         (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps,
                     slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT)),
+                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT, TOGETHER)),
     ], [4, 4], [184, 136] if (PARTS == 2) & (BN <= 64) else [216, 72])  # fmt: skip
