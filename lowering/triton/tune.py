@@ -30,6 +30,7 @@ class Tile:
     (`experts.runnable`).
     `group`: row tiles that are walked together, rows fastest.
     `split`: parts of the down projection's depth, each a tile of its own in the warp-specialised kernel; elsewhere there is one.
+    `together`: steps of depth that the warp-specialised kernel asks for at a time, where the depth divides.
     """
 
     bm: int
@@ -42,6 +43,7 @@ class Tile:
     hopper: bool = False
     group: int = 1
     split: int = 1
+    together: int = 1
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
         found += [Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=g) for g in groups]
         found += [Tile(128, 64, 64, 8, 6, tma=True, hopper=True, group=8)]
         found += [Tile(128, 128, 128, 8, 2, tma=True, hopper=True, group=g) for g in groups]
+    if 24 <= rows <= 160:  # 256 bytes side by side in memory at a time
+        found += [Tile(128, bn, 64, 8, s, tma=True, hopper=True, group=8, together=2) for bn, s in ((128, 4), (64, 6))]
     if rows >= 48:
         found += [Tile(128, bn, 64, 8, 3 if bn > 128 else 4, tma=True, group=g) for bn in wide for g in groups]
     return found + ([replace(t, split=s) for t in found for s in (2, 4) if may_split(problem, tokens, t, s)] if down else [])

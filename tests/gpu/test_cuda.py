@@ -107,6 +107,9 @@ def test_warp_specialised_saves(name: str, tile: Tile, monkeypatch: pytest.Monke
                 replace(WARP, stages=3, group=4),
                 replace(WARP, group=16),
                 replace(WARP, bn=64, stages=6),
+                replace(WARP, together=2),
+                replace(WARP, bn=64, stages=6, together=2),
+                replace(SPLIT, together=2),
                 replace(SPLIT, stages=2, group=1),
                 replace(SPLIT, bn=128, stages=2),
             ],
@@ -115,7 +118,7 @@ def test_warp_specialised_saves(name: str, tile: Tile, monkeypatch: pytest.Monke
         *itertools.product([replace(WARP, bk=128, stages=2), replace(SPLIT, bk=128, stages=2)], ["many tiles", "many tiles, transposed"]),
         (replace(SPLIT, bn=32, bk=128, stages=4), "many tiles"),
     ],
-    ids=lambda v: f"{v.bm}x{v.bn}x{v.bk}, {v.stages} stages, groups of {v.group}" if isinstance(v, Tile) else v,
+    ids=lambda v: f"{v.bm}x{v.bn}x{v.bk}, {v.stages} stages by {v.together}, groups of {v.group}" if isinstance(v, Tile) else v,
 )
 def test_warp_specialised_rings(tile: Tile, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More and fewer steps than the ring has; a stage of one and of two boxes of weights."""

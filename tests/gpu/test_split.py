@@ -86,6 +86,7 @@ def test_a_tile_suits_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> N
 IN_PARTS = [
     *(replace(WARP, split=s) for s in (2, 3, 4)),
     replace(WARP, bn=64, stages=6, split=2),
+    replace(WARP, split=2, together=2),
     replace(WARP, stages=3, group=1, split=7),
     replace(COLUMNS, split=2),
     replace(COLUMNS, bn=32, bk=128, stages=4, split=2),
