@@ -308,7 +308,7 @@ def warp_specialised(
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
-    together = tile.together if w.out_in and tile.stages > tile.together and w.k // tile.bk % (split * tile.together) == 0 else 1
+    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k // tile.bk % (2 * split) == 0 else 1
     hopper.grouped_gemm[(min(tiles.shape[1] * blocks, processors(a.device)),)](
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],

@@ -36,7 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # as in gemm.py
 PLAIN, SINGLE, DUAL, INTERLEAVED = (gl.constexpr(i) for i in range(4))
 HALF_ROWS = gl.constexpr(64)
-EARLY = gl.constexpr(8)  # steps before a tile's end at which the next one is claimed: each load that hangs on another has two to arrive
+EARLY = gl.constexpr(8)  # steps before a tile's end at which the next one is claimed: each load that hangs on another has two to arrive,
+# and all parts of a tile are of even length where steps go by twos
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def grouped_gemm(
     `SPLIT` > 1, for a plain product of rows that are not gathered, not weighted and not kept: row r of part p of the depth, the steps
     [p · steps / SPLIT, (p + 1) · steps / SPLIT), goes to out[p · num_slots + r]; part 0 has the bias. k / BK is at least SPLIT.
     """
-    gl.static_assert((TOGETHER == 1) | (STAGES > TOGETHER))  # a consumer may hold one stage until it has the next
+    gl.static_assert((TOGETHER == 1) | ((TOGETHER == 2) & (STAGES > 2)))  # a consumer may hold one stage until it has the next
     gl.static_assert((SPLIT == 1) | ((MODE == PLAIN) & (not GATHER) & (not SAVE) & (not WEIGHTED)))
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)

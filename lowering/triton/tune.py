@@ -30,7 +30,7 @@ class Tile:
     (`experts.runnable`).
     `group`: row tiles that are walked together, rows fastest.
     `split`: parts of the down projection's depth, each a tile of its own in the warp-specialised kernel; elsewhere there is one.
-    `together`: steps of depth that the warp-specialised kernel asks for at a time, where the depth divides.
+    `together`: steps of depth that the warp-specialised kernel asks for at a time, 1 or 2, where the depth divides.
     """
 
     bm: int
