@@ -27,7 +27,6 @@ _ONE_LAUNCH = 2048  # pairs that one program reads at once
 _BUCKETS = (128, 1024, _ONE_LAUNCH)
 _SMALL_CHUNK, _CHUNK = 256, 1024  # pairs that one program sorts at once
 _TABLE = 8192  # entries of (segment, expert) that a program adds up at once
-_SEGMENTS, _MANY = 256, 65536  # segments, half as many up to so many pairs
 _WRITERS, _SLOTS = 64, 32  # programs that write the tile lists, entries that one finds at once
 
 
@@ -261,10 +260,20 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
     )  # fmt: skip
 
 
+def _segments(pairs: int, bins: int) -> tuple[int, bool, int]:
+    """(segments at most, whether the second launch starts early, its warps), as measured on an H100.
+
+    Many programs that wait take the place of those they wait for, unless they are small; adding up the counts of many experts is not.
+    """
+    if bins <= 128 and pairs <= 2**17:
+        return (128 if pairs <= 2**16 else 256), True, 4
+    return (128 if bins <= 256 and pairs > 2**15 else 64), pairs <= 2**15, 8
+
+
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     n, bins = ids.numel(), _bins(num_experts)
-    launch = _early(ids)
-    programs = _SEGMENTS // (1 if n > _MANY else 2) // (1 if bins <= 256 else 2)
+    programs, early, warps = _segments(n, bins)
+    launch = _early(ids) if early else {}
     chunk = min(_CHUNK, max(_SMALL_CHUNK, power_of_2(cdiv(n, programs))))
     segment = cdiv(cdiv(n, chunk), programs) * chunk
     segments = cdiv(n, segment)
@@ -275,5 +284,5 @@ def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths
     _place[(segments + writers,)](
         ids, counts, *out, n, segment, segments, *_pair(lengths),
         E=num_experts, EP=bins, BITS=chunk.bit_length() - 1, CHUNK=chunk, BP=max(1, _TABLE // bins), MOST=programs,
-        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=4 if chunk < _CHUNK else 8, **launch,
+        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=warps, **launch,
     )  # fmt: skip

@@ -105,8 +105,10 @@ def rule(p: Problem, tokens: int) -> Choice:
         up, down = Tile(16, 32, 256, 4, 3), Tile(16, 64, 128, 4, 4)
     elif rows <= 20:
         up = down = Tile(32, 64, 128, 4, 3, tma=True)
-    elif rows <= 90:
+    elif rows <= 48:
         up = down = Tile(64, 64, 128, 8, 2, tma=True, hopper=True, group=8)
+    elif rows <= 90:
+        up = down = Tile(128, 64, 64, 8, 6, tma=True, hopper=True, group=8, together=2)
     else:
         up = down = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
     return Choice(up, down, _decode(tokens, 2))
