@@ -408,6 +408,12 @@ def test_sanitizer_run() -> None:
         calls.append(lambda tile=tile: kernel(ragged, t, Choice(tile, tile, None), save=True))
     many = {**t, **{n: t[n].repeat(30, 1)[:4000] for n in ("x", "ids", "weights")}}  # the dispatch of many pairs
     calls.append(lambda: op(ragged, many))
+    deep = Case("", swiglu(5, 256, 128, out_features=200), 150, 3, dtype=torch.bfloat16, foreign=True)  # whole steps of depth for all
+    given, trained = operands(deep), operands(deep)
+    for tile in (replace(SPLIT, bn=128, stages=2), *(replace(t, **how) for t in (WARP, SPLIT) for how in ({"together": 2}, {"split": 2}))):
+        calls.append(lambda tile=tile: kernel(deep, given, Choice(replace(tile, split=1), tile, None)))
+    leaves = [trained[n].requires_grad_() for n in ("x", "weights")] + [w.requires_grad_() for n in ("up", "down") for w in trained[n]]
+    calls.append(lambda: torch.autograd.grad(op(deep, trained).float().square().sum(), leaves))
     calls.append(Block(3))
     run_all(calls)
 
