@@ -260,25 +260,26 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
     )  # fmt: skip
 
 
-def _segments(pairs: int, bins: int) -> tuple[int, bool, int]:
-    """(segments at most, whether the second launch starts early, its warps), as measured on an H100.
+def _segments(pairs: int, bins: int) -> tuple[int, bool, bool, int]:
+    """(segments at most, whether the first launch and the second start early, warps of the second), as measured on an H100.
 
     Many programs that wait take the place of those they wait for, unless they are small; adding up the counts of many experts is not.
     """
     if bins <= 128 and pairs <= 2**17:
-        return (128 if pairs <= 2**16 else 256), True, 4
-    return (128 if bins <= 256 and pairs > 2**15 else 64), pairs <= 2**15, 8
+        return (128 if pairs <= 2**16 else 256), True, True, 4
+    early = pairs <= 2**15
+    return (128 if bins <= 256 and not early else 64), early, early, 8
 
 
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     n, bins = ids.numel(), _bins(num_experts)
-    programs, early, warps = _segments(n, bins)
-    launch = _early(ids) if early else {}
+    programs, count_early, place_early, warps = _segments(n, bins)
+    launch_count, launch = (_early(ids) if early else {} for early in (count_early, place_early))
     chunk = min(_CHUNK, max(_SMALL_CHUNK, power_of_2(cdiv(n, programs))))
     segment = cdiv(cdiv(n, chunk), programs) * chunk
     segments = cdiv(n, segment)
     counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
-    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch), num_warps=4, **launch)
+    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch_count), num_warps=4, **launch_count)
     writers = min(_WRITERS, max([1, *(cdiv(length, _SLOTS) for length in lengths)]))
     bms = _pair(list(blocks))
     _place[(segments + writers,)](

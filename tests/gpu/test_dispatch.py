@@ -26,7 +26,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(d, "_ONE_LAUNCH", 0)
     if not ON_GPU:
         monkeypatch.setattr(d, "_CHUNK", 64)
-        monkeypatch.setattr(d, "_segments", lambda pairs, bins: (4, True, 4))
+        monkeypatch.setattr(d, "_segments", lambda pairs, bins: (4, True, True, 4))
         monkeypatch.setattr(d, "_WRITERS", 2)
         monkeypatch.setattr(d, "_SLOTS", 8)
 
