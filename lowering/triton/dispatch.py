@@ -266,7 +266,7 @@ def _segments(pairs: int, bins: int) -> tuple[int, bool, bool, int]:
     Many programs that wait take the place of those they wait for, unless they are small; adding up the counts of many experts is not.
     """
     if bins <= 128 and pairs <= 2**17:
-        return (128 if pairs <= 2**16 else 256), True, True, 4
+        return (256, True, True, 4) if pairs > 2**16 else (128, pairs <= 2**15, True, 4)
     early = pairs <= 2**15
     return (128 if bins <= 256 and not early else 64), early, early, 8
 

@@ -30,7 +30,7 @@ from .experts import Call, few_down, few_up, forward, read
 from .host import cdiv, power_of_2
 from .tune import Vector
 
-_MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % at 64 to 4,096 (docs/kernels.md); beyond nothing was measured
+_MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
 
 _streams: dict[int, torch.cuda.Stream] = {}
 
