@@ -71,6 +71,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
+    generic.check_rows(x, ids, weights)
     biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
     found = _kernel("forward", x, layout, up, down, *biases)
     if found is None or not ids.numel():

@@ -65,6 +65,12 @@ def check_sizes(layout: Layout, *lists: Sequence[Tensor]) -> None:
             raise ValueError(f"moe_compile::experts: num_experts is {layout.num_experts}, but a parameter holds fewer experts")
 
 
+def check_rows(x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """The kernels read as many rows of one as of another."""
+    if not x.shape[0] == ids.shape[0] == weights.shape[0]:
+        raise ValueError(f"moe_compile::experts: {x.shape[0]} tokens, {ids.shape[0]} rows of ids, {weights.shape[0]} of weights")
+
+
 @dataclass(frozen=True)
 class Rows:
     """The (token, slot) pairs ordered by expert; pairs of no expert are left out."""

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from .bench import Call, Spec, bind, roles_of
-from .fingerprint import OF_CLASS, own_attribute
+from .fingerprint import OF_CLASS, number_of_class, own_attribute
 from .ir import Rejection
 from .reading import Reading, Trial, matches, read
 
@@ -311,10 +311,11 @@ def _guard(parent: Any, owner: Any, reading: Reading) -> None:
     if module is None:
         return
     for path, name in reading.reads:
-        value = own_attribute(module.get_submodule(path), name)
+        part = module.get_submodule(path)
+        value = own_attribute(part, name)
         # parameters are guarded where they are used, and modules that hold some with them
         if (
-            value is OF_CLASS
+            (value is OF_CLASS and number_of_class(type(part), name) is None)
             or isinstance(value, torch.Tensor)
             or (isinstance(value, nn.Module) and next(value.parameters(), None) is not None)
         ):

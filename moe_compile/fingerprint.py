@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,16 @@ def fingerprint(module: nn.Module, path: str, name: str) -> Any:
     except AttributeError:
         return None
     value = own_attribute(owner, name)
-    return (type(owner),) if value is OF_CLASS else (type(owner), _print(value))
+    if value is OF_CLASS:
+        value = number_of_class(type(owner), name)
+        return (type(owner),) if value is None else (type(owner), _print(value))
+    return type(owner), _print(value)
+
+
+def number_of_class(cls: type, name: str) -> Any:
+    """What a class itself says for `name`, if that is a number or a string, which may be set anew; None for all else."""
+    value = inspect.getattr_static(cls, name, None)
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def _print(v: Any) -> Any:

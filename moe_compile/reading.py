@@ -7,6 +7,7 @@ compares the two on other routings. Whatever fails on the way is a `Rejection`, 
 
 from __future__ import annotations
 
+import dis
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ Recover = Callable[[fx.GraphModule], Any]
 
 _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _COUNTS = {"numel", "nelement", "len"}
+_FEWEST, _MANY, _WORK = 512, 2048, 1 << 30
 _SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
 
 
@@ -131,6 +133,9 @@ class _Dispatch:
         yield "only the first experts", b.arguments(b.routing(5, range(k)))
         yield "only the last experts", b.arguments(b.routing(6, range(n - k, n)))
         yield "one token", b.arguments(b.routing(1, range(n)))
+        many = _affordable(b, k)
+        if many > self.lead[-1]:  # an expert may have room for so many tokens and no more
+            yield "many tokens", b.arguments(b.routing(many, range(k)))
 
     def optional(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
         """Routings that the function may refuse."""
@@ -182,12 +187,34 @@ class _Block:
         yield "other tokens", b.arguments([*(p + 1 for p in first), last + 4])
         yield "few experts", b.arguments(self.lead, alike=True)
         yield "one token", b.arguments([1] * len(self.lead))
+        many = _affordable(b, 8)
+        if many > self.lead[-1]:
+            yield "many tokens", b.arguments([*(1 for _ in first), many], alike=True)
 
     def optional(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ()
 
     def usual(self, b: BlockBench) -> dict[str, Any]:
         return b.arguments(self.lead)
+
+
+def _affordable(bench: Bench, k: int) -> int:
+    """Tokens that k experts each can work on in a moment, at most 2048: multiplications count. Code that compares numbers is worth more."""
+    work = sum(w.numel() // (w.shape[0] if w.ndim > 2 else 1) for w in bench.weights() if w.ndim > 1)
+    return max(_FEWEST if _compares(bench.call.fn.__code__) else 0, min(_MANY, _WORK // max(1, k * work)))
+
+
+def _compares(code: types.CodeType) -> bool:
+    """Whether code asks which of two numbers is larger, but for 0 and 1: a number of rows may be one of them."""
+    before = None
+    for i in dis.get_instructions(code):
+        small = before is not None and before.opname == "LOAD_CONST" and before.argval in (0, 1)
+        if i.opname == "COMPARE_OP" and i.argrepr[:1] in ("<", ">") and not small:
+            return True
+        if i.opname == "LOAD_GLOBAL" and i.argval in ("min", "max"):
+            return True
+        before = i
+    return any(_compares(c) for c in code.co_consts if isinstance(c, types.CodeType))
 
 
 def _log_reads(bench: Bench, reads: set[tuple[str, str]]) -> None:

@@ -101,7 +101,7 @@ class Finder:
             elif label and n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES:
                 label = 0
             self.live[n] = label
-            ready = is_fused(n)
+            ready = is_fused(n) and n not in self.walls  # in a checkpointed body: taken there
             if label and self.left.get(label, 1) <= 0:
                 continue
             if ready or label and label not in closed and self._is_candidate(n, label):
@@ -178,7 +178,7 @@ class Finder:
 
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
-        table = is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
+        table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
         T.allow(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:

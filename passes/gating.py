@@ -41,6 +41,8 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
     choice: fx.Node = chosen.args[0]
     if not _takes_largest(choice):
         return Rejection("the selection takes the smallest scores", choice, "gating")
+    if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
+        return Rejection("the router sees another number of tokens than the experts", choice, "gating")
     last: Rejection | None = None
     for logits in _boundaries(choice, walls):
         out = _try(m, chosen, logits, walls)

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import emitted, overlap, recall, router, unify
+from . import emitted, gradients, overlap, recall, router, unify
 from . import terms as T
 from .deep import deep_recursion
 from .find import Finder
@@ -23,11 +23,11 @@ from .gating import GatingMatch, match_gating, where_valid
 from .match import PARAMETERS, ExpertsMatch
 from .plan import BlockPlan, execute
 from .pull import Puller, dtype_of
-from .region import Block, routing_nodes
+from .region import Block, inside, routing_nodes
 from .rewrite import Planner
 from .shadow import Shadow, example_value
 from .shared import match_shared
-from .validate import validate
+from .validate import parts, validate
 
 __all__ = ["Outcome", "Recovered", "recover_recorded", "run"]
 
@@ -176,12 +176,9 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     reason = can_lower(b.ir, target)
     if reason is not None:
         refusal = Rejection(reason, b.match.out, "lower")
-    elif options.validate:
+    else:
         with _timed(out.seconds, "validate"):
-            refusal = validate(b)
-            if refusal is not None and refusal.reason.startswith("the routing"):
-                b = as_written(b, refusal.reason)
-                refusal = validate(b)
+            b, refusal = _checked(b, planner.shadow, bool(options.validate))
     if refusal is None:
         try:
             plan = planner.plan(b)
@@ -201,6 +198,26 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
     out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note, shared is not None))
     return plan
+
+
+def _checked(b: Block, shadow: Shadow, prove: bool) -> tuple[Block, Rejection | None]:
+    """The block, with its routing as written where only that cannot be proved, and what is wrong with it."""
+    refusal = written_elsewhere(b, shadow)
+    if refusal is None and prove:
+        refusal = validate(b) or gradients.check(b, shadow)
+    if refusal is not None and b.gating is not None and refusal.reason.startswith("the routing"):
+        return _checked(as_written(b, refusal.reason), shadow, prove)
+    return b, refusal
+
+
+def written_elsewhere(b: Block, shadow: Shadow) -> Rejection | None:
+    """Whether a tensor of the block is written through another view: its name in the shadow does not tell its value."""
+    for part in parts(b):
+        nodes = inside(part.outs, part.boundary)
+        seen = part.boundary if isinstance(nodes, Rejection) else [*part.boundary, *nodes]
+        if shadow.stale.intersection(seen):
+            return Rejection(f"{part.what} has a tensor that is written through another view", b.match.out, "validate")
+    return None
 
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:

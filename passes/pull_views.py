@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from . import terms as T
 from .pull import Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, size_of, truth
@@ -122,6 +123,8 @@ def _slice(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
     d = normal_dim(a.dim, len(idx))
     start, step = size_of(a.start) or 0, getattr(a, "step", 1) or 1
+    if free_unbacked_symbols(src.meta["val"].shape[d]) and not T.same_size(shape_of(src)[d], shape_of(n)[d]):
+        raise Opaque("some of the rows that depend on data are left out")
     if isinstance(start, int) and start < 0:
         start = start + shape_of(src)[d]
     return p.at(src, replace(idx, d, T.add(T.mul(T.const(step), idx[d]), T.const(start))))

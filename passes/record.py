@@ -26,10 +26,14 @@ from torch.utils import _pytree as pytree
 from moe_compile.ir import Rejection
 
 from .probe import Probe
+from .pull import call_args
 from .selections import name_selections
 
 _READS = ("aten::item", "aten::_local_scalar_dense")
+_NO_END = (1 << 63) - 1
 _NO_MEANING = ("aten::resolve_conj", "aten::resolve_neg")
+_BOUNDS = {f"aten::{name}" for name in ("clamp", "clamp_max", "minimum", "clamp_", "clamp_max_")}
+_COUNTS = {f"aten::{name}" for name in ("bincount", "histc", "sum", "cumsum")}
 # where a number from the host may be a row count, which the probe's routing decides
 _SIZES = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "arange", "split_with_sizes"}
 _SIZES |= {prefix + name for prefix in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
@@ -155,6 +159,7 @@ def record(fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe | 
     if [t._version for t in flat] != versions:
         raise Rejection("it writes to its inputs or parameters", stage="record")
     gm, reads = _clean(traced, list(inputs), list(params), flat)
+    _check_cuts(gm)
     values = replay(gm)
     _check_result(values, results[0])
     gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
@@ -270,8 +275,15 @@ def _check_read(node: fx.Node) -> None:
             raise Rejection(f"its control flow depends on the value of {n.meta['param_path']}", stage="record")
         if n.op == "placeholder" and n.meta["real"].is_floating_point():
             raise Rejection(f"its control flow depends on the values of {n.meta['arg']}", stage="record")
+        if _schema_name(n) in _BOUNDS and not n.meta["val"].is_floating_point() and _counts(n):
+            raise Rejection("its control flow depends on a count that it bounds", stage="record")
         if not _chooses(n):
             stack.extend(n.all_input_nodes)
+
+
+def _counts(n: fx.Node) -> bool:
+    """Whether integers are made by counting."""
+    return n.op != "placeholder" and (_schema_name(n) in _COUNTS or any(_counts(x) for x in n.all_input_nodes))
 
 
 def _chooses(n: fx.Node) -> bool:
@@ -323,6 +335,20 @@ def _same_graph(a: fx.GraphModule, b: fx.GraphModule) -> None:
             continue
         if _writes(n) or _schema_name(n).removeprefix("aten::") not in _SIZES:
             _same_arguments((n.args, n.kwargs), (m.args, m.kwargs), twin)
+
+
+def _check_cuts(gm: fx.GraphModule) -> None:
+    """Raise `Rejection` where rows are cut at a number that the probe has fewer rows than: with more, it would leave some out."""
+    for n in gm.graph.nodes:
+        name = _schema_name(n).removeprefix("aten::")
+        if name not in ("slice", "split"):
+            continue
+        a = call_args(n)
+        rows = n.args[0].meta["val"].shape[a.dim]
+        most = a.split_size if name == "split" else a.end
+        first = 0 if name == "split" else a.start or 0
+        if isinstance(most, int) and rows < most < _NO_END or isinstance(first, int) and first < -rows:
+            raise Rejection(f"it cuts rows at {most if first >= 0 else first}, which no probe reaches", stage="record")
 
 
 def _cuts_rows(n: fx.Node) -> bool:

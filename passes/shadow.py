@@ -23,7 +23,8 @@ class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
 
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
-    `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like): never looked through.
+    `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
+    never looked through. `stale`: see `stale_views`. `no_grad`: see `without_gradient`.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -35,6 +36,7 @@ class Shadow:
         self.graph = self.module.graph
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.stale = stale_views(self.graph)
+        self.no_grad = without_gradient(self.graph) - self.walls
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -85,7 +87,15 @@ class _Tracer(fx.Interpreter):
             proxy = get_proxy_slot(out, tracer, None, lambda p: p.proxy)
             if proxy is not None:
                 self.records.append((n, proxy.node))
+                if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
+                    self.spans.append([proxy.node.name])
         return out
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A checkpointed body runs as it is: what is recomputed in the backward pass has no meaning here."""
+        if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "tag_activation_checkpoint":
+            return args[0](*args[1:])
+        return super().call_function(target, args, kwargs)
 
 
 def _current_tracer() -> Any:
@@ -147,3 +157,14 @@ def stale_views(graph: fx.Graph) -> set[fx.Node]:
             if order[n] < i and n not in mutated_args(writer) and any(order[u] > i for u in n.users):
                 stale.add(n)
     return stale
+
+
+def without_gradient(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that run where the graph itself has turned gradients off."""
+    enabled, found = True, set()
+    for n in graph.nodes:
+        if n.target is torch._C._set_grad_enabled:
+            enabled = bool(n.args[0])
+        elif not enabled and n.op == "call_function":
+            found.add(n)
+    return found

@@ -96,6 +96,8 @@ def _one_hot(v: Term, body: Term) -> Term | None:
             if uses(b, v):
                 continue
             if a is v:
+                if b.op == "v" and not T.same_size(b.args[1], v.args[1]) and not T.below(b, v.args[1]):
+                    continue  # b goes further than the sum does
                 return subst(rest, {v: b})
             if T.same_choice(a, b, v):
                 return subst(rest, {v: b.args[1][-1]})

@@ -6,7 +6,9 @@ Agreement to 1e-7 in float64 means the same function and not a tolerance.
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,27 +21,16 @@ from .probing import TROUBLE, Sizes, constant, difference, evaluate, one_thread,
 from .pull import fixed_number, shape_of, size_of
 from .region import Block, inside
 
+Probe = Callable[[Block, dict[fx.Node, Tensor], list[fx.Node]], str | None]
+
 _proved: dict[Any, str | None] = {}
 _unlike = itertools.count()  # a constant too large to compare is like no other
 
 
 def validate(block: Block) -> Rejection | None:
     """None when the block's IR and its subgraph agree on every probe; else which part does not, and by how much."""
-    parts: list[Any] = []
-    routing = [n for n in (block.raw_ids, block.weights, block.ids if block.masked else None) if n is not None]
-    if is_fused(block.match.out):  # its experts were compared with the original function when it was captured
-        if block.gating is not None and block.raw_ids is not None and block.weights is not None:
-            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
-    elif block.ids is not None and block.weights is not None:
-        parts.append((_experts_probe, [block.match.out], block.expert_inputs(), "the experts"))
-        if block.gating is not None and block.raw_ids is not None:
-            parts.append((_routing_probe, routing, block.routing_inputs(), "the routing"))
-    else:
-        tokens_and_rest = [
-            n for n in dict.fromkeys([block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]) if n is not None
-        ]
-        parts.append((_joint_probe, [block.match.out], tokens_and_rest, "the block"))
-    for probe, outs, boundary, what in parts:
+    for part in parts(block):
+        probe, outs, boundary, what = part.probe, part.outs, part.boundary, part.what
         nodes = inside(outs, boundary)
         if isinstance(nodes, Rejection):
             return nodes
@@ -52,6 +43,39 @@ def validate(block: Block) -> Rejection | None:
         if _proved[key] is not None:
             return Rejection(f"{what} and the recovered formula disagree: {_proved[key]}", block.match.out, "validate")
     return None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a block that is compared by itself: what is computed (`outs`) from what (`boundary`).
+
+    `values(computed, outs)`: what the graph says and what the IR says, to be equal; `probe` compares the two, and the choice of experts.
+    """
+
+    what: str
+    outs: list[fx.Node]
+    boundary: list[fx.Node]
+    probe: Probe
+    values: Callable[[dict[fx.Node, Tensor], list[fx.Node]], tuple[Tensor, Tensor]]
+
+    @property
+    def routing(self) -> bool:
+        return self.probe is _routing_probe
+
+
+def parts(block: Block) -> list[Part]:
+    """Experts and routing where tensors lie between the two, else the whole; experts that are fused already were compared then."""
+    outs = [n for n in (block.raw_ids, block.weights, block.ids if block.masked else None) if n is not None]
+    routed = block.gating is not None and block.raw_ids is not None
+    routing = Part("the routing", outs, block.routing_inputs(), _routing_probe, partial(_routing_pair, block))
+    if is_fused(block.match.out):
+        return [routing] if routed and block.weights is not None else []
+    if block.ids is not None and block.weights is not None:
+        experts = Part("the experts", [block.match.out], block.expert_inputs(), _experts_probe, partial(_experts_pair, block))
+        return [experts, routing] if routed else [experts]
+    given = [block.match.tokens, block.match.base, *block.params(), *block.routing_inputs()]
+    edge = [n for n in dict.fromkeys(given) if n is not None]
+    return [Part("the block", [block.match.out], edge, _joint_probe, partial(_joint_pair, block))]
 
 
 def signature(nodes: list[fx.Node], boundary: list[fx.Node], outs: list[fx.Node]) -> Any:
@@ -106,9 +130,13 @@ def _compare(
 
 
 def _experts_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
+    return difference(*_experts_pair(block, env, outs))
+
+
+def _experts_pair(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> tuple[Tensor, Tensor]:
     assert block.ids is not None and block.weights is not None
     k = block.match.k
-    return difference(env[outs[0]], _experts_value(block, env, env[block.ids].reshape(-1, k), env[block.weights].reshape(-1, k)))
+    return env[outs[0]], _experts_value(block, env, env[block.ids].reshape(-1, k), env[block.weights].reshape(-1, k))
 
 
 def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
@@ -116,18 +144,27 @@ def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]
     g = block.gating
     assert g is not None
     gating = g.gating
-    ids, weights, *mapped = (env[o].reshape(-1, gating.k) for o in outs)
-    choice, raw = gating.selection(*_routing_values(block, env)[:2], torch.float64)
+    ids = env[outs[0]].reshape(-1, gating.k)
+    choice, _ = gating.selection(*_routing_values(block, env)[:2], torch.float64)
     best = choice.topk(gating.k, dim=-1).values
     chosen = choice.gather(-1, ids).sort(-1, descending=True).values
     if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()) or not torch.allclose(chosen, best, rtol=1e-9, atol=1e-12):
         return "other experts are selected"
-    _, bias, table = _routing_values(block, env)
+    return difference(*_routing_pair(block, env, outs))
+
+
+def _routing_pair(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> tuple[Tensor, Tensor]:
+    """The weights of the experts that the graph chose."""
+    assert block.gating is not None
+    gating = block.gating.gating
+    ids, weights, *mapped = (env[o].reshape(-1, gating.k) for o in outs)
+    logits, bias, table = _routing_values(block, env)
+    _, raw = gating.selection(logits, bias, torch.float64)
     wanted = gating.weights_of(raw, ids, bias, table)
     if mapped:
         valid = valid_slots(block, mapped[0])
         weights, wanted = weights * valid, wanted * valid
-    return difference(weights * block.fold.factor, wanted)
+    return weights * block.fold.factor, wanted
 
 
 def valid_slots(block: Block, ids: Tensor) -> Tensor:
@@ -137,10 +174,13 @@ def valid_slots(block: Block, ids: Tensor) -> Tensor:
 
 
 def _joint_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:
-    g = block.gating
-    assert g is not None
-    w, ids = g.gating.evaluate(*_routing_values(block, env))
-    return difference(env[outs[0]] * block.fold.factor, _experts_value(block, env, ids, w))
+    return difference(*_joint_pair(block, env, outs))
+
+
+def _joint_pair(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> tuple[Tensor, Tensor]:
+    assert block.gating is not None
+    w, ids = block.gating.gating.evaluate(*_routing_values(block, env))
+    return env[outs[0]] * block.fold.factor, _experts_value(block, env, ids, w)
 
 
 def _routing_values(block: Block, env: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:

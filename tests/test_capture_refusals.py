@@ -11,7 +11,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from captured import Counter, E, H, I, Loop, compiled
+from captured import Counter, E, H, I, K, Loop, compiled
 from torch import Tensor, nn
 
 from moe_compile import activation as act
@@ -86,6 +86,92 @@ class Counting(Loop):
             self.load[e] += t.numel()
             out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
         return out
+
+
+class RoomForSixty(Loop):
+    """What comes after an expert's first 60 rows is dropped, which few tokens do not tell."""
+
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            t, j = self.kept(t, j)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+    def kept(self, t: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        return t[:60], j[:60]
+
+
+class RoomAsked(RoomForSixty):
+    def kept(self, t: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        return (t[:60], j[:60]) if t.numel() > 60 else (t, j)
+
+
+class RoomForTheBest(RoomForSixty):
+    def kept(self, t: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(t.numel()) if t.numel() <= 60 else torch.arange(t.numel()).flip(0)[:60]
+        return t[rows], j[rows]
+
+
+class ManyTokensDoubled(RoomForSixty):
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return super().dispatch(x, ids, w * 2 if x.shape[0] > 200 else w)
+
+
+class FirstTokensOnly(Loop):
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids[:200] == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class BoundedCounts(Loop):
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out, flat = torch.zeros_like(x), ids.view(-1)
+        order, counts = flat.argsort(stable=True), torch.bincount(flat, minlength=E)
+        starts = (counts.cumsum(0) - counts).tolist()
+        for e, n in enumerate(counts.clamp(max=60).tolist()):
+            rows = order[starts[e] : starts[e] + n]
+            out.index_add_(0, rows // K, self.expert(e, x[rows // K]) * w.view(-1)[rows][:, None])
+        return out
+
+
+class TokensInPieces(Loop):
+    """Nothing is dropped, but a reading of few tokens has one piece only."""
+
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        pieces = zip(x.split(64), ids.split(64), w.split(64), strict=True)
+        return torch.cat([super(TokensInPieces, self).dispatch(*p) for p in pieces])
+
+
+@pytest.mark.parametrize(
+    "cls", [RoomForSixty, RoomAsked, RoomForTheBest, ManyTokensDoubled, FirstTokensOnly, BoundedCounts, TokensInPieces]
+)
+@torch.no_grad()
+def test_what_many_tokens_do_is_not_told_by_few(cls: type[Loop]) -> None:
+    m, counter = cls(), Counter()
+    c = compiled(m, counter, dynamic=True)
+    for tokens in (9, 300):
+        x = torch.randn(tokens, H)
+        torch.testing.assert_close(c(x), m(x))
+    assert counter.ops == 0 or cls is TokensInPieces  # each piece may well be fused
+
+
+@torch.no_grad()
+def test_a_number_of_the_class_is_guarded() -> None:
+    class Scaled(Loop):
+        scale = 1.0
+
+        def expert(self, e: int, x: Tensor) -> Tensor:
+            return super().expert(e, x) * self.scale
+
+    m, counter, x = Scaled(), Counter(), torch.randn(9, H)
+    c = compiled(m, counter)
+    for Scaled.scale in (1.0, 3.0):
+        torch.testing.assert_close(c(x), m(x))
 
 
 @pytest.mark.parametrize("cls", [Dropout, Capacity, LoneTokenDoubled, BranchOnValues, Detached, Counting])

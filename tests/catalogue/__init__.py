@@ -25,6 +25,7 @@ from . import (
     shared,
     sigmoids,
     weights,
+    written_parts,
 )
 from .base import AsWritten, Case, Fused, Rejected, Sound, Untouched
 
@@ -34,6 +35,7 @@ FILES: tuple[ModuleType, ...] = (
     sigmoids,
     groups,
     router_near_misses,
+    written_parts,
     near_norms,
     loops,
     loops_remote,
