@@ -202,9 +202,7 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
 
 def _checked(b: Block, shadow: Shadow, prove: bool) -> tuple[Block, Rejection | None]:
     """The block, with its routing as written where only that cannot be proved, and what is wrong with it."""
-    refusal = written_elsewhere(b, shadow)
-    if refusal is None and prove:
-        refusal = validate(b) or gradients.check(b, shadow)
+    refusal = written_elsewhere(b, shadow) or (validate(b) if prove else None) or gradients.check(b, shadow)
     if refusal is not None and b.gating is not None and refusal.reason.startswith("the routing"):
         return _checked(as_written(b, refusal.reason), shadow, prove)
     return b, refusal

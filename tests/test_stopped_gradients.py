@@ -131,13 +131,13 @@ class OneOfTwoInCheckpoint(Case):
         return x + out
 
 
-def trained(cls: Callable[[], Case]) -> tuple[Report, list[dict[str, Tensor]]]:
+def trained(cls: Callable[[], Case], **options: Any) -> tuple[Report, list[dict[str, Tensor]]]:
     """The report, and the result with all gradients of the compiled module and of eager's."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     module, x = cls(), torch.randn(9, H)
     twin = copy.deepcopy(module)
-    fused = torch.compile(Host(module), backend="moe_fused", options=OPTIONS)
+    fused = torch.compile(Host(module), backend="moe_fused", options=OPTIONS | options)
     found = []
     with collecting() as report:
         for run, owner in ((fused, module), (twin, twin)):
@@ -175,6 +175,11 @@ def test_a_stop_in_the_experts_leaves_the_block_as_written(cls: Callable[[], Cas
     report, found = trained(cls)
     assert_eagers(found)
     assert not report.blocks and any("other gradients" in r.reason for r in report.rejected), str(report)
+
+
+@pytest.mark.parametrize("cls", [DetachedWeights, DetachedTokens])
+def test_stops_are_told_without_validation_too(cls: Callable[[], Case]) -> None:
+    assert_eagers(trained(cls, validate=False)[1])
 
 
 @pytest.mark.parametrize("cls", [HookOnScores, HookOnRows])
