@@ -24,6 +24,12 @@ def under_autocast(graph: fx.Graph, device: str) -> bool:
 
 @contextmanager
 def no_saving_hooks() -> Iterator[None]:
-    """The user's hooks on saved tensors see none of ours: a checkpoint around the first call counts what is saved, and compares."""
+    """The user's hooks on saved tensors see none of ours: a checkpoint around the first call counts what is saved, and compares.
+
+    Where there are none, none are set: a graph with `torch.func.grad` in it forbids any.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         yield

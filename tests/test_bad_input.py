@@ -206,6 +206,18 @@ def test_a_checkpoint_around_a_compiled_block(cls, reentrant):
     fused()
 
 
+def test_gradients_inside_the_compiled_function():
+    model, x = Moe(), torch.randn(5, H)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    got = torch.compile(gradient, backend="moe_fused", options={"inner": "aot_eager"})(x)
+    torch.testing.assert_close(got, gradient(x), rtol=1e-4, atol=1e-5)
+    report = moe_compile.last_report()
+    assert report is not None and not any(r.stage == "internal" for r in report.rejected), str(report)
+
+
 @pytest.mark.parametrize("frozen", [("up",), ("down", "router"), ("up", "down", "router")])
 def test_weights_that_require_no_grad(frozen):
     model, x = Moe(), torch.randn(T, H)
