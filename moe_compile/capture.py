@@ -154,6 +154,8 @@ def _dynamo_refuses() -> type[Exception]:
 
 def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]] | None:
     """(function, arguments) to inline in place of this call, as Dynamo's variables; None to leave it alone."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None  # inside torch.func.grad or vmap no probe can be run, and what was read elsewhere is told by nobody
     fn = _function_of(func)
     if fn is None or not is_candidate(fn.__code__) or (_many_processes() and set(fn.__code__.co_names) & _COLLECTIVES):
         return None

@@ -1,6 +1,9 @@
-"""Under what a graph runs: whether a gradient may be wanted, whether autocast chooses dtypes."""
+"""Under what a graph runs: whether a gradient may be wanted, whether autocast chooses dtypes, what the user's hooks see."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.fx as fx
@@ -17,3 +20,16 @@ def may_train(graph: fx.Graph) -> bool:
 def under_autocast(graph: fx.Graph, device: str) -> bool:
     """Whether autocast chooses dtypes on a type of device, around the graph or in it."""
     return torch.is_autocast_enabled(device) or any("autocast" in str(n.target) for n in graph.nodes)
+
+
+@contextmanager
+def no_saving_hooks() -> Iterator[None]:
+    """The user's hooks on saved tensors see none of ours: a checkpoint around the first call counts what is saved, and compares.
+
+    Where there are none, none are set: a graph with `torch.func.grad` in it forbids any.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield

@@ -80,6 +80,8 @@ def _assemble(
     stacked = not isinstance(ups[0].weight, tuple)
     if stacked == isinstance(parsed.down.weight, tuple):
         raise No("some expert weights are stacked and some are not")
+    if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, parsed.down)):
+        raise No("of the experts' weights and biases some are stacked and some are not")
     store = ups if form is Form.SEPARATE else ups[:1]
     _check_scales(ups, form)
     width = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)

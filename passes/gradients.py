@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ir import Rejection
 from .conditions import may_train
+from .find import CREATION
 from .probing import TOLERANCE, TROUBLE, Sizes, one_thread, probe_values, run, size_choices
 from .pull import op_name
 from .region import Block, data_inputs, inside
@@ -43,6 +44,8 @@ def _problem(block: Block, part: Part, shadow: Shadow, wanted: set[fx.Node]) -> 
     nodes = inside(part.outs, part.boundary)
     if isinstance(nodes, Rejection):
         return nodes.reason
+    if _turned_constant(block, part, nodes, wanted, shadow):
+        return "those of weights that come out constant are zeros, and would be none"
     if part.routing and any(n in shadow.no_grad for n in block.routing_inputs()):
         return "an input of it is computed under no_grad"  # where the op would stand
     if all(n in shadow.no_grad for n in part.outs):
@@ -56,6 +59,16 @@ def _problem(block: Block, part: Part, shadow: Shadow, wanted: set[fx.Node]) -> 
         return f"{stops[0].name} stops that of {large[0].name}"
     small = sorted(n for n in wanted if n not in block.params() or n.meta["val"].numel() <= _SMALL)
     return _compare_at_any_size(block, part, nodes, small, shadow)
+
+
+def _turned_constant(block: Block, part: Part, nodes: list[fx.Node], wanted: set[fx.Node], shadow: Shadow) -> bool:
+    """Whether weights such as w / Σw of one expert are made of what wants a gradient: its gradient is there, and all zeros."""
+    norm = None if block.gating is None else block.gating.gating.norm
+    if norm is None or norm.expr is None or norm.expr.free_symbols:
+        return False
+    without = {n for n in nodes if op_name(n) in CREATION or op_name(n) in _STOPS or n in shadow.no_grad}
+    made_of = [n for n in block.routing_inputs() if n in wanted]
+    return not _reached(made_of, set(nodes) - without, lambda n: n.users).isdisjoint(part.outs)
 
 
 def _meets(leaf: fx.Node, nodes: set[fx.Node], stops: list[fx.Node], outs: list[fx.Node]) -> bool:

@@ -16,6 +16,7 @@ from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
 from . import emitted, gradients, overlap, recall, router, unify
 from . import terms as T
+from .conditions import no_saving_hooks
 from .deep import deep_recursion
 from .find import Finder
 from .fold import Fold, fold_of, scaled
@@ -115,7 +116,7 @@ def _merge(out: Outcome, part: Outcome) -> None:
 def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[BlockPlan]:
     """Find and prove the blocks; what is found goes into `out`."""
     plans: list[BlockPlan] = []
-    with deep_recursion():
+    with deep_recursion(), no_saving_hooks():
         _fresh_terms()
         with _timed(out.seconds, "shadow"):
             shadow = Shadow(gm)

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from moe_compile.ir import Rejection
 
+from .conditions import no_saving_hooks
 from .probe import Probe
 from .pull import call_args
 from .selections import name_selections
@@ -49,7 +50,7 @@ class HostRead:
 
 @contextlib.contextmanager
 def neutral() -> Iterator[None]:
-    """Run user code apart from whatever is being traced: no modes, no autocast, gradients on, and no random number drawn.
+    """Run user code apart from whatever is being traced: no modes, no hooks of autograd, no autocast, gradients on, no random number drawn.
 
     Raises `Rejection` if the code moved a random generator; the generators are put back in every case.
     """
@@ -62,6 +63,7 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(no_saving_hooks())
         stack.enter_context(_no_random_numbers())
         yield
 

@@ -204,6 +204,8 @@ def normaliser(value: sp.Expr, red: Reductions) -> tuple[Normaliser | None, floa
     """value = scale · s / guard(reduction(s)) -> (normaliser, scale)."""
     ratio = sp.cancel(value / S) if value.is_rational_function(S) else sp.simplify(value / S)
     if ratio.is_number:
+        if not ratio.is_real:
+            raise Unknown(f"the weights are {ratio} times the scores")
         return None, float(ratio)
     below = 1 / ratio
     zs = ratio.free_symbols & set(red.by_symbol)

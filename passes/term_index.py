@@ -87,7 +87,7 @@ def split_by(t: Term, n: Any) -> tuple[Term, Term]:
         k, body = (part.args[0], None) if part.op == "c" else coefficient(part)
         quotient = exact_div(k, n)
         if quotient is None:
-            if body is None and isinstance(k, int) and isinstance(n, int) and k >= n:
+            if body is None and isinstance(k, int) and isinstance(n, int) and k >= n > 0:
                 q.append(const(k // n))
                 r.append(const(k % n))
             else:

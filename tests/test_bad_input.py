@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import moe_compile
 
@@ -46,6 +47,18 @@ class Moe(nn.Module):
         g, u = torch.bmm(self.up[flat], rows).squeeze(-1).chunk(2, -1)
         y = torch.bmm(self.down[flat], (F.silu(g) * u).unsqueeze(-1)).squeeze(-1)
         return (y * w.reshape(-1, 1)).view(-1, K, H).sum(1)
+
+
+class Loop(Moe):
+    """The experts in a loop over those that were hit, which is read by example."""
+
+    def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            token, slot = torch.where(ids == e)
+            g, u = F.linear(x[token], self.up[e]).chunk(2, -1)
+            out.index_add_(0, token, F.linear(F.silu(g) * u, self.down[e]) * w[token, slot, None])
+        return out
 
 
 class TwoMoes(nn.Module):
@@ -167,7 +180,42 @@ def test_no_tokens_and_one_token():
         torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_no_tokens_in_some_shapes():
+    model = Moe()
+    for shape in ((0, 4, H), (3, 0, H)):
+        torch._dynamo.reset()
+        assert compiled(model)(torch.ones(shape)).shape == shape
+        report = moe_compile.last_report()
+        assert report is not None and not any(r.stage == "internal" for r in report.rejected), str(report)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Moe, Loop])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_a_compiled_block(cls, reentrant):
+    """The first call compiles under the checkpoint's hooks, which count what autograd saves; the second call is its recomputation."""
+    model = cls()
+    run = compiled(model)
+    x, y = (torch.linspace(-1, 1, 5 * H).view(5, H).requires_grad_() for _ in range(2))
+    checkpoint(run, x, use_reentrant=reentrant).square().sum().backward()
+    model(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    fused()
+
+
+def test_gradients_inside_the_compiled_function():
+    model, x = Moe(), torch.randn(5, H)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    got = torch.compile(gradient, backend="moe_fused", options={"inner": "aot_eager"})(x)
+    torch.testing.assert_close(got, gradient(x), rtol=1e-4, atol=1e-5)
+    report = moe_compile.last_report()
+    assert report is not None and not any(r.stage == "internal" for r in report.rejected), str(report)
 
 
 @pytest.mark.parametrize("frozen", [("up",), ("down", "router"), ("up", "down", "router")])

@@ -124,3 +124,25 @@ def test_user_state_is_untouched() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert {k: (v.data_ptr(), v._version) for k, v in m.state_dict(keep_vars=True).items()} == before
     assert {k: v for k, v in vars(m).items() if k in attributes and k != "_compiled_call_impl"} == attributes
+
+
+def test_not_inside_transforms() -> None:
+    """What is read outside of `torch.func.grad` is not put inside it, and a try inside is not remembered outside."""
+
+    class Everywhere(Loop):
+        def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for e in ids.unique().tolist():
+                t, j = torch.where(ids == e)
+                out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+            return out
+
+    m, x = Everywhere(), torch.randn(9, H)
+
+    def gradient(x: Tensor) -> Any:
+        return torch.func.grad(lambda x: m(x).square().sum())(x)
+
+    for f, ops in ((gradient, 0), (m, 1), (gradient, 0)):
+        torch._dynamo.reset()
+        torch.testing.assert_close(compiled(f, counter := Counter())(x), f(x), rtol=1e-4, atol=1e-5)
+        assert counter.ops == ops

@@ -61,6 +61,29 @@ class DetachedDivisor(Case):
         return w / w.sum(-1, keepdim=True).detach(), ids
 
 
+class OneOfOne(Case):
+    """w / Σw of one expert is 1: a router that learns nothing has a gradient all the same, all zeros."""
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = torch.topk(logits.softmax(-1), 1)
+        return w / w.sum(-1, keepdim=True), ids
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, mlp(x[token], self.up[e], self.down[e]) * w[token, slot, None])
+        return out
+
+
+class One(OneOfOne):
+    """The same weights, and no gradient."""
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = torch.topk(logits.softmax(-1), 1)
+        return torch.ones_like(w), ids
+
+
 class StraightThrough(Case):
     """One forward, the weight's gradient backward."""
 
@@ -180,6 +203,18 @@ def test_a_stop_in_the_experts_leaves_the_block_as_written(cls: Callable[[], Cas
 @pytest.mark.parametrize("cls", [DetachedWeights, DetachedTokens])
 def test_stops_are_told_without_validation_too(cls: Callable[[], Case]) -> None:
     assert_eagers(trained(cls, validate=False)[1])
+
+
+@pytest.mark.parametrize(("cls", "routed"), [(OneOfOne, False), (One, True)])
+def test_gradients_of_constant_weights(cls: Callable[[], Case], routed: bool) -> None:
+    """An optimizer decays a weight whose gradient is zero, and passes by one that has none."""
+    module, x = cls(), torch.randn(9, H)
+    twin = copy.deepcopy(module)
+    with collecting() as report:
+        torch.compile(Host(module), backend="moe_fused", options=OPTIONS)(x).sum().backward()
+    twin(x).sum().backward()
+    assert (module.gate.grad is None) == (twin.gate.grad is None) == routed
+    assert [b.ir.gating is not None for b in report.blocks] == [routed], str(report)
 
 
 @pytest.mark.parametrize("cls", [HookOnScores, HookOnRows])

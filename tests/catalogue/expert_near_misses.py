@@ -56,6 +56,24 @@ class SwappedPair(_Loop):
         return mlp(x, self.up[e], self.down[{2: 3, 3: 2}.get(e, e)])
 
 
+class StackedBiasesOfAList(ListCase):
+    """Verdict: rejected. Weights in a list, biases in one tensor."""
+
+    expect = Rejected("biases stacked")
+    near = "LoopWhereStacked"
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.down_bias = parameter(n, H)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, (expert(x[token]) + self.down_bias[e]) * w[token, slot, None])
+        return out
+
+
 class SwappedHalves(_Loop):
     """Verdict: rejected. In expert 5 alone, up and gate have changed places."""
 
