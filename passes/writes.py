@@ -14,8 +14,10 @@ from .shadow import aliased_arg, mutated_args
 
 def harmless(stale: set[fx.Node], m: ExpertsMatch) -> bool:
     """Whether every one of these nodes is the block's tokens or its result, and is written when that does not matter."""
-    graph = _Storage(m.out.graph) if stale else None
-    for n in stale if graph is not None else ():
+    if not stale:
+        return True
+    graph = _Storage(m.out.graph)
+    for n in stale:
         if n is m.out:
             fine = graph.written_after(m.out)
         else:
