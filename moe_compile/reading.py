@@ -165,7 +165,8 @@ class _Block:
             raise NoExperts("nothing tells how many experts there are", stage="read")
         ((name, spec),) = call.tensors.items()
         rank = len(spec.shape) - 1
-        self.lead = primes(max(min(most, 512) + 1, -(-4 * min(most, 512) // 5 ** (rank - 1))), self.own.sizes(), rank)
+        most = min(most, 512)  # each of few experts is to get two tokens and more, also where a token has one expert only
+        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.own.sizes(), rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
 
     def record(self) -> fx.GraphModule:

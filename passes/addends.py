@@ -38,7 +38,7 @@ def split_parts(term: Term, dense: Any) -> tuple[list[Part], list[Term]]:
 def _parts_of(a: Term, dense: Any) -> list[Part]:
     """Σ_j c · body of one addend, opened into one part for each expert that is named by a condition."""
     a = scaled_input(dense(a)) or a
-    sums = [f for f in factors(a) if f.op == "sum" and _routes(f)]
+    sums = [f for f in factors(a) if f.op == "sum" and _routes(f)] or [f for f in factors(a) if _chosen_once(f)]
     if len(sums) > 1:  # the other ones are a part of the weights
         sums = [f for f in sums if has_feature(f)] or [f for f in sums if any(_condition(x) for x in factors(f.args[1]))]
     outer = [f for f in factors(a) if f not in sums[:1]]
@@ -83,6 +83,11 @@ def _gate_of(x: Term, v: Term) -> tuple[Term | None, Term, Term] | None:
 
 def has_feature(t: Term) -> bool:
     return any(v.args[0] == "h" for v in t.atoms)
+
+
+def _chosen_once(f: Term) -> bool:
+    """any_j [ids_j = e], which is Σ_j [ids_j = e]: a top-k chooses nothing twice."""
+    return f.op == "any" and f.args[1].op == "eq" and any(x.op == "topk" and x.args[1][-1] is f.args[0] for x in f.args[1].args)
 
 
 def _routes(s: Term) -> bool:

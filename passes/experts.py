@@ -231,6 +231,7 @@ def base_node(base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | Non
         lead = shape_of(node)[:-1]
         if (
             T.same_size(rows(node), rows(out))
+            and idx
             and idx[-1] is h
             and idx[:-1] == _clamped(row_index(t, lead), lead)
             and dtype_of(node) == dtype_of(out)

@@ -16,11 +16,12 @@ from .channels import made_floats
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
-from .pull import RULES, Puller, call_args, op_name
+from .pull import RULES, Puller, call_args, op_name, shape_of
 from .pull_views import TUPLES
 from .rounding import rounded_nodes
 from .rows import data_dependent, is_row, outer_atoms
 from .terms import Term
+from .writes import harmless
 
 COMBINES = (
     "sum",
@@ -38,6 +39,7 @@ COMBINES = (
     "scatter_reduce",
     "_index_put_impl",
 )
+WRITES = ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl")
 VIEWS = frozenset(
     (
         "view reshape _unsafe_view flatten unflatten view_as squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes "
@@ -124,7 +126,9 @@ class Finder:
         return found
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
-        """What an add puts together that could be a result of its own: two blocks of one selection, added."""
+        """What could be a result of its own: each of two blocks of one selection, added, or what a weight multiplies."""
+        if op_name(n) == "mul":
+            return self._weighed(n, label)
         if op_name(n) != "add":
             return []
         out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in COMBINES]
@@ -143,17 +147,27 @@ class Finder:
         return Rejection("the selected indices choose no experts", source, "find")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
-        if op_name(n) not in COMBINES or n in self.walls:
+        if op_name(n) not in COMBINES and not self._weighed(n, label) or n in self.walls:
             return False
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:
             return False
+        if any(n in self._weighed(u, label) for u in users_through_views(n)):
+            return False
         return not any(self._continues(n, u, label) for u in n.users)
+
+    def _weighed(self, n: fx.Node, label: int) -> list[fx.Node]:
+        """What one weight a row, from the same selection, multiplies when all experts are done: out * p[:, None]."""
+        if op_name(n) != "mul" or any(op_name(u) in COMBINES and op_name(u) != "add" for u in n.users):
+            return []
+        pairs = [(x, y) for x, y in (n.args[:2], n.args[1::-1]) if _is_tensor(x) and _is_tensor(y)]
+        rows = [x for x, y in pairs if self.static[y] == label and shape_of(y)[1:][-1:] == (1,)]
+        return [x for x in map(unviewed, rows) if op_name(x) in WRITES and self.live.get(x) == label]
 
     def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
         """Whether u goes on accumulating onto n."""
         name = op_name(u)
-        if name in ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl"):
+        if name in WRITES:
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
@@ -203,7 +217,7 @@ class Finder:
             if blind is not None and self.live.get(blind[0]) == label:
                 return Rejection(f"{out.reason} ({blind[1]})", blind[0], "experts")
             return out
-        if self.stale & set(x for x, _ in p.memo):
+        if not harmless(self.stale & {x for x, _ in p.memo}, out):
             return Rejection("a tensor of the block is written through another view", n, "experts")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
@@ -211,7 +225,7 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
-        if is_joined(n) or is_table(n):
+        if is_joined(n) or is_table(n) or n in self.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
@@ -256,11 +270,20 @@ def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
     return not stack
 
 
+def _is_tensor(n: Any) -> bool:
+    return isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)
+
+
 def is_zero(n: fx.Node) -> bool:
     """Whether a tensor was made of zeros."""
+    return op_name(unviewed(n)) in ("zeros", "zeros_like", "new_zeros")
+
+
+def unviewed(n: fx.Node) -> fx.Node:
+    """The tensor that n is a view of."""
     while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
         n = n.args[0]
-    return op_name(n) in ("zeros", "zeros_like", "new_zeros")
+    return n
 
 
 def _by_position(n: fx.Node) -> bool:
@@ -294,8 +317,7 @@ def is_joined(n: fx.Node) -> bool:
 
 def _selected(n: fx.Node) -> bool:
     """Whether a tensor is the indices of a selection, in another shape perhaps."""
-    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
+    n = unviewed(n)
     return is_selection(n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n)
 
 

@@ -16,7 +16,7 @@ from .algebra import Translator, Unknown
 from .identity import among
 from .match import ExpertsMatch
 from .pull import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
-from .rows import rows
+from .rows import factors, rows
 from .scoring import build
 from .terms import Term
 
@@ -128,7 +128,7 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
     row = chosen.args[1][:-1]
     tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*row, v)), m.k, num_experts)
     criterion = T.canonical(p.at(source, (*row, e)))
-    weight = roll_slots(T.canonical(expand(m.weight, p)), choice, row, m.k)
+    weight = roll_slots(at_best(T.canonical(expand(m.weight, p)), criterion, e, chosen), choice, row, m.k)
     plain, groups = split_groups(criterion, e, p)
     if groups is not None and _always_kept(groups, plain, tr, e, num_experts, m.k):
         weight = assume_kept(weight, choice)
@@ -172,6 +172,39 @@ def assume_kept(t: Term, choice: fx.Node) -> Term:
 
     found = [x for x in T.walk(t) if x.op in ("any", "eq") and holds(x)]
     return T.canonical(T.subst(t, dict.fromkeys(sorted(found, key=lambda x: x.op), T.const(1)))) if found else t
+
+
+def at_best(weight: Term, criterion: Term, e: Term, chosen: Term) -> Term:
+    """max_v f(v) = f(argmax), where the criterion of the best choice and f are increasing functions of one x(v)."""
+    choice: fx.Node = chosen.args[0]
+    if not T.is_c(chosen.args[1][-1], 0) or op_name(choice) == "topk" and not call_args(choice).sorted:
+        return weight
+    best: dict[Term, Term] = {}
+    for x in T.walk(weight):
+        if x.op == "max" and x.args[0].args[1] == e.args[1] and _same_at(risen(*x.args[::-1]), risen(criterion, e), e, x.args[0]):
+            best[x] = T.subst(x.args[1], {x.args[0]: chosen})
+    return T.canonical(T.subst(weight, best)) if best else weight
+
+
+def risen(t: Term, v: Term) -> Term:
+    """x of t = f(x), f increasing: an exponential, a sigmoid, a positive factor that is the same for every v."""
+    while True:
+        own = [f for f in factors(t) if T.uses(f, v)]
+        if t.op == "fn" and t.args[0] in ("exp", "sigmoid"):
+            t = t.args[1][0]
+        elif t.op == "mul" and len(own) == 1 and all(_positive(f) for f in t.args if f is not own[0]):
+            t = own[0]
+        else:
+            return t
+
+
+def _positive(t: Term) -> bool:
+    """Whether a term is above 0 for certain."""
+    if t.op == "c":
+        return isinstance(t.args[0], (int, float)) and t.args[0] > 0
+    if t.op == "fn":
+        return t.args[0] in ("exp", "sigmoid")
+    return t.op in ("pow", "sum") and _positive(t.args[0 if t.op == "pow" else 1])
 
 
 def expand(t: Term, p: Puller) -> Term:

@@ -14,7 +14,7 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import emitted, gradients, overlap, recall, router, unify
+from . import emitted, gradients, held, overlap, recall, router, unify, writes
 from . import terms as T
 from .conditions import no_saving_hooks
 from .deep import deep_recursion
@@ -214,7 +214,7 @@ def written_elsewhere(b: Block, shadow: Shadow) -> Rejection | None:
     for part in parts(b):
         nodes = inside(part.outs, part.boundary)
         seen = part.boundary if isinstance(nodes, Rejection) else [*part.boundary, *nodes]
-        if shadow.stale.intersection(seen):
+        if not writes.harmless(shadow.stale.intersection(seen), b.match):
             return Rejection(f"{part.what} has a tensor that is written through another view", b.match.out, "validate")
     return None
 
@@ -242,7 +242,7 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
-    shared = match_shared(m, result, shadow.order, shadow.walls)
+    shared = None if writes.touched(shadow.stale, m) else match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
@@ -269,18 +269,23 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     from .shadow import stale_views
 
     with deep_recursion():
-        _fresh_terms()
-        stale = stale_views(gm.graph)
-        found = Finder(gm.graph, set(), stale, id_inputs="roles" in gm.meta).run()
-        if not found.matches:
-            return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
-        (m, p), *more = found.matches
-        if more:
-            return Rejection("the recorded function holds more than one block of experts", m.out, "record")
-        nodes = routing_nodes(m, p)
+        for _ in range(3):  # ids and weights may have to be put into tensors of their own
+            _fresh_terms()
+            found = Finder(gm.graph, set(), stale_views(gm.graph), id_inputs="roles" in gm.meta).run()
+            if not found.matches:
+                return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
+            (m, p), *more = found.matches
+            if more:
+                return Rejection("the recorded function holds more than one block of experts", m.out, "record")
+            nodes = routing_nodes(m, p)
+            if not held.hold(m, p, nodes):
+                break
         ids, weights = nodes.ids, nodes.weights
         if ids is None or weights is None:
-            return Rejection("the recorded function's ids or weights are no inputs of it", m.out, "record")
+            return Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
+        count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
+        if possible is not None and possible >= count:
+            return Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")
         ir = MoeBlock(None, m.experts, None, "")
         ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
         for name in PARAMETERS:

@@ -202,8 +202,8 @@ class Executor:
     def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> fx.Node:
         """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
         out, tokens = self.names[p.out], self.node(p.tokens)
-        value = example_value(out)
         aliases = [self.names[n] for n in p.same_tensor]
+        value = next(v for d in (out, *aliases) if (v := example_value(d)) is not None)  # `tensor[...] = y` has none
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):

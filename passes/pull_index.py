@@ -5,16 +5,29 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
 from . import terms as T
-from .pull import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, truth
+from .pull import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, truth
 from .pull_views import TUPLES
 from .terms import Term
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
+
+RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
+
+
+def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
+    """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped."""
+    source = mask
+    while op_name(source) in RESHAPES and source not in p.walls and not p.stop(source):
+        source = source.args[0]  # type: ignore[assignment]
+    m = p.mask(source)
+    return reindex(tuple(T.mk("nz", m, row, d) for d in range(len(m.shape))), m.shape, shape_of(mask))
+
 
 # ---- gather ------------------------------------------------------------------------------------------------------------
 
@@ -26,17 +39,14 @@ class Index:
         self.puller = p
         rank = len(shape_of(src))
         self.at_dim: dict[int, Any] = {}  # source dim -> function of the broadcast index
-        self.mask: Mask | None = None
         shapes: list[tuple[Any, ...]] = []
         d = 0
         for i in indices:
             if i is None:
                 d += 1
             elif dtype_of(i) is torch.bool:
-                m = p.mask(i)
-                self.mask = m
-                for c in range(len(m.shape)):
-                    self.at_dim[d] = lambda idx, m=m, c=c: T.mk("nz", m, idx[-1], c)
+                for c in range(len(shape_of(i))):
+                    self.at_dim[d] = lambda idx, i=i, c=c: true_at(p, i, idx[-1])[c]
                     d += 1
                 shapes.append(("rows",))
             else:
@@ -97,8 +107,7 @@ def _embedding(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("masked_select")
 def _masked_select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    m = p.mask(a.mask)
-    return p.broadcast(n.args[0], tuple(T.mk("nz", m, idx[0], d) for d in range(len(m.shape))))
+    return p.broadcast(n.args[0], true_at(p, a.mask, idx[0]))
 
 
 @rule("where")
@@ -110,11 +119,11 @@ def _where(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _nonzero(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if idx[1].op != "c":
         raise Opaque("nonzero read by a variable column")
-    return T.mk("nz", p.mask(n.args[0]), idx[0], idx[1].args[0])  # type: ignore[arg-type]
+    return true_at(p, n.args[0], idx[0])[idx[1].args[0]]  # type: ignore[arg-type]
 
 
 def _where_tuple(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
-    return T.mk("nz", p.mask(src.args[0]), idx[0], i)  # type: ignore[arg-type]
+    return true_at(p, src.args[0], idx[0])[i]  # type: ignore[arg-type]
 
 
 TUPLES["where"] = TUPLES["nonzero_numpy"] = _where_tuple
@@ -228,16 +237,28 @@ def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if len(coords) == 1 and first is row:  # out[arange] = y
         (d,) = where.at_dim
         return T.subst(value, {row: idx[d]})
-    if all(c.op == "nz" and c.args[0] is first.args[0] and c.args[1] is row for c in coords) and first.op == "nz":
-        mask: Mask = first.args[0]
-        if sorted(c.args[2] for c in coords) == list(range(len(mask.shape))):
-            at = {c: idx[d] for c, d in zip(coords, where.at_dim, strict=True)}
-            inside = T.subst(value, dict(at))
-            if T.uses(inside, row):
-                raise Opaque("a masked write that depends on the row's number")
-            m = mask.at(tuple(idx[d] for c, d in sorted(zip(coords, where.at_dim, strict=True), key=lambda x: x[0].args[2])))
-            return T.ite(m, inside, p.at(n.args[0], idx))
+    place = _place_in_mask(coords, row, [idx[d] for d in where.at_dim], [shape_of(n.args[0])[d] for d in where.at_dim])  # type: ignore[arg-type]
+    if place is not None:
+        mask, at = place
+        inside = T.subst(value, {T.mk("nz", mask, row, d): i for d, i in enumerate(at)})
+        if T.uses(inside, row):
+            raise Opaque("a masked write that depends on the row's number")
+        return T.ite(mask.at(at), inside, p.at(n.args[0], idx))
     return _put_scatter(p, n, a, where, idx)
+
+
+def _place_in_mask(coords: list[Term], row: Term, at: list[Term], sizes: list[Any]) -> tuple[Mask, Idx] | None:
+    """(mask, index into it that `at` is) when `coords` are those of the row-th true element of one mask, in any order or reshaped."""
+    masks = {x.args[0] for c in coords for x in T.walk(c) if x.op == "nz" and x.args[1] is row}
+    if len(masks) != 1:
+        return None
+    (mask,) = masks
+    own = [T.mk("nz", mask, row, d) for d in range(len(mask.shape))]
+    if len(coords) == len(own) and set(coords) == set(own):
+        return mask, tuple(at[coords.index(c)] for c in own)
+    if T.same_size(sp.Mul(*sizes), sp.Mul(*mask.shape)) and tuple(coords) == reindex(tuple(own), mask.shape, sizes):
+        return mask, reindex(tuple(at), sizes, mask.shape)
+    return None
 
 
 def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term:

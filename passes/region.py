@@ -87,19 +87,30 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     for n in sorted(reached, key=order.__getitem__):
         v = n.meta.get("val")
-        if not isinstance(v, torch.Tensor) or v.ndim < 2 or shape_of(n)[-1] != m.k or not T.same_size(rows(n), rows(m.tokens)):
+        if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:
             continue
-        if n in p.walls or order[n] >= order[m.out]:
+        at = _slot_of_row(n, m, slot)
+        if at is None:
             continue
-        term = T.canonical(p.at(n, (*row_index(m.t, shape_of(n)[:-1]), slot)))
+        term = T.canonical(p.at(n, at))
         for name, value in want.items():
             if term is value and name in holders and v.dtype.is_floating_point == (name == "weights"):
                 holders[name].append(n)
-            if term is value and v.dtype.is_floating_point == (name == "weights"):
+            if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+
+
+def _slot_of_row(n: fx.Node, m: ExpertsMatch, slot: T.Term) -> tuple[T.Term, ...] | None:
+    """Where a tensor that may be [.., k] has a token's slot; a single slot may have no dim of its own: [..]."""
+    shape = shape_of(n)
+    if len(shape) > 1 and shape[-1] == m.k and T.same_size(rows(n), rows(m.tokens)):
+        return (*row_index(m.t, shape[:-1]), slot)
+    if m.k == 1 and shape and T.same_size(rows(n) * shape[-1], rows(m.tokens)):
+        return row_index(m.t, shape)
+    return None
 
 
 def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:

@@ -82,7 +82,7 @@ class Planner:
 
     def _experts(self, b: Block) -> ExpertsPlan:
         m, routed = b.match, b.gating is not None
-        out, tokens = self.locate(m.out, m.out), self.locate(m.tokens, m.out)
+        out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
         base = None if m.base is None else self.locate(m.base, m.out)
         ids = self._required(b.ids, m.out, "expert ids") if not routed or b.ids is not b.raw_ids else None
@@ -109,11 +109,11 @@ class Planner:
             up_scale=group(m.up_scale),
             down_scale=group(m.down_scale),
             experts=m.experts,
-            lead=None if example_value(out).ndim == 2 else self._lead(m),
+            lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
 
     def _check(self, m: ExpertsMatch, inputs: list[fx.Node], out: fx.Node) -> None:
-        devices = {example_value(n).device for n in (*inputs, out)}
+        devices = {m.out.meta["val"].device, *(example_value(n).device for n in inputs)}
         if len(devices) > 1:
             raise Rejection(f"the block's tensors are on different devices: {', '.join(sorted(map(str, devices)))}", m.out, "rewrite")
         if any(self.position[n] > self.position[out] for n in inputs):
@@ -123,6 +123,10 @@ class Planner:
         if s is None:
             raise Rejection(f"no tensor of the graph holds the {what}", until, "rewrite")
         return self.locate(s, until)
+
+    def _result(self, s: fx.Node) -> fx.Node:
+        """The Dynamo node after which the result is there: the one that holds it, or `result[...] = y`."""
+        return self.shadow.statement[s] if s in self.shadow.statement else self.locate(s, s)
 
     def _lead(self, m: ExpertsMatch) -> tuple[Any, ...]:
         """The result's leading sizes: numbers, or where to read them."""
@@ -142,7 +146,8 @@ class Planner:
 
     def _aliases(self, s: fx.Node) -> list[fx.Node]:
         """Dynamo nodes that are the result's tensor object: the result, and what it was accumulated into in place."""
-        out = list(self.shadow.origin.get(s, ()))
+        out = [self.shadow.statement[s]] if s in self.shadow.statement else []
+        out.extend(self.shadow.origin.get(s, ()))
         while written := mutated_args(s):
             s = written[0]
             out.extend(self.shadow.origin.get(s, ()))

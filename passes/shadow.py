@@ -23,6 +23,7 @@ class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
 
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
+    `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
     `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
     never looked through. `stale`: see `stale_views`. `no_grad`: see `without_gradient`.
     """
@@ -31,6 +32,7 @@ class Shadow:
         self.dynamo = gm
         self.origin: dict[fx.Node, list[fx.Node]] = {}
         self.image: dict[fx.Node, fx.Node] = {}
+        self.statement: dict[fx.Node, fx.Node] = {}
         self.walls: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
@@ -54,7 +56,9 @@ class Shadow:
         by_name = {n.name: n for n in traced.graph.nodes}
         for dynamo_node, recorded in records:
             s = by_name.get(recorded.name)
-            if s is not None:
+            if s is not None and dynamo_node.target is operator.setitem:
+                self.statement[s] = dynamo_node
+            elif s is not None:
                 self.origin.setdefault(s, []).append(dynamo_node)
                 self.image[dynamo_node] = s
         shadows = (n for n in traced.graph.nodes if n.op == "placeholder")
@@ -78,14 +82,17 @@ class _Tracer(fx.Interpreter):
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
         before = {x.name for x in tracer.graph.nodes} if is_hop and tracer is not None else set()
+        target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
+        old = None if tracer is None or target is None else get_proxy_slot(target, tracer, None, lambda p: p.proxy)
         out = super().run_node(n)
         if tracer is None:
             return out
         if is_hop:
             self.spans.append([x.name for x in tracer.graph.nodes if x.name not in before])
-        if isinstance(out, Tensor) and n.op not in ("placeholder", "output"):
-            proxy = get_proxy_slot(out, tracer, None, lambda p: p.proxy)
-            if proxy is not None:
+        value = out if target is None else target
+        if isinstance(value, Tensor) and n.op not in ("placeholder", "output"):
+            proxy = get_proxy_slot(value, tracer, None, lambda p: p.proxy)
+            if proxy is not None and proxy is not old:  # a write through a view gives the tensor no new name
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
                     self.spans.append([proxy.node.name])
