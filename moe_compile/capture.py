@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .bench import Call, Spec, bind, roles_of
 from .fingerprint import OF_CLASS, number_of_class, own_attribute
@@ -43,6 +43,8 @@ _ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincou
 _EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
 _COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous", "to", "long", "detach"}  # of ids that repeat none
+_INTO = {"setitem", "iadd", "isub", "imul", "ifloordiv", "imod", "iand", "ior", "ixor"}
 _UNUSUAL = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 _lock = threading.RLock()
@@ -179,6 +181,11 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
         log.info("capture: left as written: %s: %s", trial.outcome.source, trial.outcome.reason)
         return None
     reading = trial.outcome
+    roles = roles_of(call.tensors)
+    if reading.distinct and roles is not None and not distinct(bound[roles.ids].as_proxy().node):
+        with _lock:
+            _pending.append(Rejection("a token that had an expert twice would get another result", stage="read", source=call.source))
+        return None
     _guard(parent, owner, reading)
     from torch._dynamo.variables import UserFunctionVariable
 
@@ -267,6 +274,34 @@ def _may_be_block(call: Call) -> bool:
     if call.module is None or len(specs) != 1 or not _asks(call.fn.__code__):
         return False
     return specs[0].dtype.is_floating_point and 2 <= len(specs[0].shape) <= 3 and isinstance(specs[0].shape[-1], int)
+
+
+def distinct(ids: fx.Node) -> bool:
+    """Whether a row of ids repeats none: they come out of a top-k or a sort, and nothing is written into them on the way."""
+    first = ids
+    while (name := _called(first)) in _VIEWS or name == "getitem" and first.args[1] != 1:
+        first = first.args[0]  # type: ignore[assignment]
+    if _called(first) == "getitem":
+        first = first.args[0]  # type: ignore[assignment]
+        sources = ("topk", "sort")
+    else:
+        sources = ("argsort",)
+    if _called(first) not in sources:
+        return False
+    same = {first}
+    for n in ids.graph.nodes:
+        if n.args and isinstance(n.args[0], fx.Node) and n.args[0] in same:
+            if _called(n).endswith("_") or _called(n) in _INTO or "out" in n.kwargs:
+                return False
+            same.add(n)
+    return True
+
+
+def _called(n: Any) -> str:
+    """The name of what a node of Dynamo's graph calls."""
+    if not isinstance(n, fx.Node) or n.op not in ("call_function", "call_method"):
+        return ""
+    return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
 
 
 def _example_value(variable: Any) -> Any:

@@ -39,6 +39,7 @@ class Reading:
 
     `run(*arguments, *parameters)` is what may be inlined in its place: `arguments` by name in that order, then the module's
     parameters at `params`. `reads`: what the function asked its module for, with what it got (see `fingerprint`).
+    `distinct`: it holds only where no token has an expert twice.
     """
 
     experts: Experts
@@ -47,6 +48,7 @@ class Reading:
     params: tuple[str, ...]
     reads: Mapping[tuple[str, str], Any]
     source: str
+    distinct: bool = False
 
 
 @dataclass
@@ -87,7 +89,8 @@ def _read(call: Call, reader: _Dispatch | _Block, recover: Recover) -> Reading:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
     written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped)
     _confirm(written, reader)
-    return Reading(found.ir.experts, written.by_op, (*call.tensors, *call.constants), tuple(written.params), {}, call.source)
+    arguments, distinct = (*call.tensors, *call.constants), not _holds_for_repeats(written, reader)
+    return Reading(found.ir.experts, written.by_op, arguments, tuple(written.params), {}, call.source, distinct)
 
 
 class _Dispatch:
@@ -143,6 +146,12 @@ class _Dispatch:
         ids[::2, 0] = self.experts
         yield "an id beyond the last expert", b.arguments(ids)
 
+    def twice(self, b: DispatchBench) -> dict[str, Any] | None:
+        """Some tokens have an expert twice: both their weights may count, or one of them."""
+        ids = b.routing(7, range(self.experts))
+        ids[::2, -1] = ids[::2, 0]
+        return b.arguments(ids) if b.roles.k > 1 else None
+
     def usual(self, b: DispatchBench) -> dict[str, Any]:
         """Every expert is hit."""
         return b.arguments(b.routing(-(-self.experts // b.roles.k) + 2, range(self.experts)))
@@ -195,6 +204,9 @@ class _Block:
     def optional(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ()
 
+    def twice(self, b: BlockBench) -> dict[str, Any] | None:
+        return None
+
     def usual(self, b: BlockBench) -> dict[str, Any]:
         return b.arguments(self.lead)
 
@@ -237,6 +249,18 @@ def _confirm(written: Regenerated, reader: Any) -> None:
         _compare_gradients(written, sharp, reader.usual(sharp))
     bench = own if call.device.type in ("cpu", "meta") else own.again(device=call.device)
     _compare(written, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)
+
+
+def _holds_for_repeats(written: Regenerated, reader: Any) -> bool:
+    """Whether an expert that a token has twice counts twice in the user's function, as it does in ours."""
+    arguments = reader.twice(reader.sharp)
+    if arguments is None:
+        return True
+    try:
+        _compare(written, reader.sharp, arguments, "an expert twice")
+    except Rejection:
+        return False
+    return True
 
 
 def _given(written: Regenerated, bench: Bench, arguments: Mapping[str, Any]) -> list[Any]:

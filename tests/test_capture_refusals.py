@@ -18,6 +18,7 @@ from moe_compile import activation as act
 from moe_compile import capture
 from moe_compile.bench import Roles, Spec, primes, roles_of
 from moe_compile.ir import Experts, Form, MoeBlock, Rejection
+from moe_compile.report import collecting
 
 
 @pytest.fixture(autouse=True)
@@ -317,3 +318,68 @@ def test_token_counts_are_told_from_all_other_sizes() -> None:
     small, large = primes(17, taken={16, 5 * 64, 19}, count=2)
     assert (small, large) == (7, 17)
     assert primes(17, taken={17 * 8, 19, 64}) == [23]
+
+
+# ---- an expert twice for a token ---------------------------------------------------------------------------------------
+
+
+class Puts(Loop):
+    """out[t] += y counts an expert that a token has twice once, where the op counts it twice."""
+
+    def edit(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        return self.dispatch(x, self.edit(ids), w)
+
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out[t] += self.expert(e, x[t]) * w[t, j, None]
+        return out
+
+
+class Viewed(Puts):
+    def edit(self, ids: Tensor) -> Tensor:
+        return ids.view(-1, K).to(torch.int64).contiguous()
+
+
+class Written(Puts):
+    def edit(self, ids: Tensor) -> Tensor:
+        ids[0] = 0
+        return ids
+
+
+class WrittenThroughAView(Puts):
+    def edit(self, ids: Tensor) -> Tensor:
+        ids.view(-1)[:K].fill_(1)
+        return ids
+
+
+class Clamped(Puts):
+    def edit(self, ids: Tensor) -> Tensor:
+        return ids.clamp(max=1)
+
+
+class WrittenButAdded(Written):
+    """index_add_ counts it twice as well."""
+
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("cls", "ops"), [(Puts, 1), (Viewed, 1), (WrittenButAdded, 1), (Written, 0), (WrittenThroughAView, 0), (Clamped, 0)]
+)
+def test_an_expert_twice_for_a_token(cls: type[Puts], ops: int) -> None:
+    m, counter, x = cls(), Counter(), torch.randn(9, H)
+    with collecting() as report:
+        torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == ops
+    assert ops or any("had an expert twice" in r.reason for r in report.rejected), str(report)
