@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import guards
 from .bench import Call, Spec, bind, roles_of
 from .fingerprint import OF_CLASS, number_of_class, own_attribute
 from .ir import Rejection
@@ -186,7 +187,13 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
         with _lock:
             _pending.append(Rejection("a token that had an expert twice would get another result", stage="read", source=call.source))
         return None
-    _guard(parent, owner, reading)
+    try:
+        _guard(parent, owner, reading)
+        _guard_around(parent, owner, fn, reading)
+    except guards.Unguarded as e:
+        with _lock:
+            _pending.append(Rejection(f"it reads {e}, which nothing watches", stage="read", source=call.source))
+        return None
     from torch._dynamo.variables import UserFunctionVariable
 
     params = [_attribute(parent, owner, p) for p in reading.params]
@@ -331,7 +338,7 @@ def trial_of(call: Call) -> Trial:
     roles = roles_of(call.tensors)
     handed_in = {n: tuple(map(str, call.tensors[n].shape)) for n in (roles.params if roles is not None else ())}  # weights as arguments
     state = (call.device.type, call.autocast, call.grad, torch.get_default_dtype())
-    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), state)
+    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), state, guards.values_of_globals(call.fn))
     with _lock:
         known = _trials.setdefault(call.fn, [])
         for k, trial in known:
@@ -358,6 +365,22 @@ def _guard(parent: Any, owner: Any, reading: Reading) -> None:
         ):
             continue
         _attribute(parent, owner, f"{path}.{name}" if path else name).realize()
+
+
+def _guard_around(parent: Any, owner: Any, fn: types.FunctionType, reading: Reading) -> None:
+    """Guard what the function finds in globals and in its module's attributes that are neither modules nor tensors."""
+    guards.guard_globals(parent, fn)
+    module = None if owner is None else _module_of(owner)
+    if module is None:
+        return
+    from torch._dynamo.source import AttrSource
+
+    names = guards.names_of(fn)
+    for path, name in reading.reads:
+        value = own_attribute(module.get_submodule(path), name)
+        if value is not OF_CLASS and not isinstance(value, (torch.Tensor, nn.Module)):
+            part = owner.realize() if not path else _attribute(parent, owner, path).realize()
+            guards.guard_value(AttrSource(part.source, name), value, names, f"{path}.{name}" if path else name)
 
 
 def _attribute(parent: Any, owner: Any, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ class _Same:
 
     def __init__(self, value: Any) -> None:
         self.id = id(value)
-        self.plain = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, (int, float, str, bool, type(None)))}
+        self.plain = values_in(value)
         try:
             self.ref: Callable[[], Any] = weakref.ref(value)
         except TypeError:
@@ -26,6 +27,18 @@ class _Same:
         return isinstance(other, _Same) and self.id == other.id and self.ref() is other.ref() is not None and self.plain == other.plain
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def values_in(v: Any, depth: int = 4) -> Any:
+    """The plain values that an object or container holds, and those in what it holds."""
+    if isinstance(v, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+        return type(v), v
+    if depth == 0 or isinstance(v, (Tensor, nn.Module, type, types.FunctionType, types.ModuleType)):
+        return None
+    if isinstance(v, (list, tuple)):
+        return [values_in(x, depth - 1) for x in v]
+    held = v if isinstance(v, dict) else getattr(v, "__dict__", {})
+    return {k: values_in(x, depth - 1) for k, x in held.items()}
 
 
 OF_CLASS = object()

@@ -1,0 +1,110 @@
+"""Guards on what a captured function reads beside its arguments, its module's attributes and parameters.
+
+Its code is inlined no more, so Dynamo does not see those reads: globals, and what hangs on them or on the module's attributes (lists,
+dictionaries, configurations), are found by the names in the code and guarded by value. What cannot be guarded is told by `Unguarded`.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fingerprint import values_in
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_KEPT = (*_PLAIN, list, tuple, dict, set, frozenset, torch.Tensor)
+_LIBRARIES = ("torch", "numpy", "moe_compile")
+_DEPTH, _MOST = 4, 256
+
+
+class Unguarded(Exception):
+    """A value that a function reads and nothing can watch."""
+
+
+def names_of(fn: types.FunctionType) -> set[str]:
+    """Names in the code of a function, and of the user's functions that it calls by a global name."""
+    return {n for f in _functions(fn, set()) for c in _codes(f.__code__) for n in c.co_names}
+
+
+def guard_globals(tx: Any, fn: types.FunctionType) -> None:
+    """Guard the global values that a function, and those of the user's that it calls, read. Raises Unguarded."""
+    from torch._dynamo.source import AttrSource
+
+    names = names_of(fn)
+    for f in _functions(fn, set()):
+        for name in _globals_of(f):
+            value = f.__globals__[name]
+            if not _skipped(value):
+                module = sys.modules.get(f.__globals__.get("__name__", ""))
+                if module is None or module.__dict__ is not f.__globals__:
+                    raise Unguarded(f"the global {name}")
+                guard_value(AttrSource(tx.import_source(module.__name__), name), value, names, name)
+
+
+def values_of_globals(fn: types.FunctionType) -> list[Any]:
+    """What the globals that `guard_globals` guards hold now; equal for two moments iff nothing was set anew."""
+    found = [(n, f.__globals__[n]) for f in _functions(fn, set()) for n in _globals_of(f)]
+    return [(n, values_in(v)) for n, v in found if not _skipped(v)]
+
+
+def guard_value(source: Any, value: Any, names: set[str], label: str, depth: int = _DEPTH) -> None:
+    """Guard a value that is reached by Dynamo's `source`, and of an object what `names` name. Raises Unguarded."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
+
+    if _skipped(value):
+        return
+    inner: list[tuple[Any, Any, str]] = []
+    if isinstance(value, torch.Tensor) or depth == 0:
+        raise Unguarded(label)
+    if isinstance(value, _PLAIN):
+        install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+    elif isinstance(value, (list, tuple)) and len(value) <= _MOST:
+        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+        inner = [(GetItemSource(source, i), v, f"{label}[{i}]") for i, v in enumerate(value)]
+    elif isinstance(value, dict) and len(value) <= _MOST and all(isinstance(k, (str, int)) for k in value):
+        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+        inner = [(DictGetItemSource(source, k), v, f"{label}[{k!r}]") for k, v in value.items()]
+    elif hasattr(value, "__dict__"):
+        read = sorted(n for n in names & vars(value).keys())
+        inner = [(AttrSource(source, n), vars(value)[n], f"{label}.{n}") for n in read]
+    else:
+        raise Unguarded(label)
+    for s, v, name in inner:
+        guard_value(s, v, names, name, depth - 1)
+
+
+def _skipped(v: Any) -> bool:
+    """Code, which is not set anew, and modules, whose attributes and parameters are guarded elsewhere."""
+    code = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, nn.Module)
+    library = type(v).__module__.partition(".")[0] in ("torch", "logging", "typing", "functools", "builtins")
+    return isinstance(v, code) or library and not isinstance(v, _KEPT)
+
+
+def _functions(fn: types.FunctionType, seen: set[types.FunctionType]) -> Iterator[types.FunctionType]:
+    if fn in seen:
+        return
+    seen.add(fn)
+    yield fn
+    for name in _globals_of(fn):
+        f = fn.__globals__.get(name)
+        if isinstance(f, types.FunctionType) and (f.__module__ or "").partition(".")[0] not in _LIBRARIES:
+            yield from _functions(f, seen)
+
+
+def _globals_of(fn: types.FunctionType) -> list[str]:
+    found = {i.argval for c in _codes(fn.__code__) for i in dis.get_instructions(c) if i.opname == "LOAD_GLOBAL"}
+    return sorted(n for n in found if n in fn.__globals__)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for c in code.co_consts:
+        if isinstance(c, types.CodeType):
+            yield from _codes(c)
