@@ -288,11 +288,9 @@ def distinct(ids: fx.Node) -> bool:
     first = ids
     while (name := _called(first)) in _VIEWS or name == "getitem" and first.args[1] != 1:
         first = first.args[0]  # type: ignore[assignment]
+    sources = {"argsort"}
     if _called(first) == "getitem":
-        first = first.args[0]  # type: ignore[assignment]
-        sources = ("topk", "sort")
-    else:
-        sources = ("argsort",)
+        first, sources = first.args[0], {"topk", "sort"}  # type: ignore[assignment]
     if _called(first) not in sources:
         return False
     same = {first}
