@@ -189,7 +189,8 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
         return None
     try:
         _guard(parent, owner, reading)
-        _guard_around(parent, owner, fn, reading)
+        with guards.or_unguarded():
+            _guard_around(parent, owner, fn, reading)
     except guards.Unguarded as e:
         with _lock:
             _pending.append(Rejection(f"it reads {e}, which nothing watches", stage="read", source=call.source))

@@ -6,6 +6,7 @@ dictionaries, configurations), are found by the names in the code and guarded by
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import sys
 import types
@@ -25,6 +26,15 @@ _DEPTH, _MOST = 4, 256
 
 class Unguarded(Exception):
     """A value that a function reads and nothing can watch."""
+
+
+@contextlib.contextmanager
+def or_unguarded() -> Iterator[None]:
+    """Where a private name of torch is missing, nothing can be watched."""
+    try:
+        yield
+    except (AttributeError, ImportError, TypeError, NotImplementedError) as e:
+        raise Unguarded(f"values beside its arguments ({type(e).__name__}: {e})") from e
 
 
 def names_of(fn: types.FunctionType) -> set[str]:
