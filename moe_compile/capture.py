@@ -25,7 +25,7 @@ import textwrap
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ def _instead(parent: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[
 @functools.cache
 def is_candidate(code: types.CodeType) -> bool:
     """Whether code may be an expert loop: it has a loop, and does nothing that anyone outside could notice."""
-    codes = list(_with_inner(code))
+    codes = list(guards.codes(code))
     names = {n for c in codes for n in c.co_names}
     if code.co_flags & _UNUSUAL or names & _EFFECTS:
         return False
@@ -216,7 +216,7 @@ def is_candidate(code: types.CodeType) -> bool:
 @functools.cache
 def _asks(code: types.CodeType) -> bool:
     """Whether code asks its tensors for something that depends on data; `where(mask, a, b)` does not, `where(mask)` does."""
-    asks = {n for c in _with_inner(code) for n in c.co_names} & _ASKS
+    asks = {n for c in guards.codes(code) for n in c.co_names} & _ASKS
     if asks != {"where"}:
         return bool(asks)
     try:
@@ -225,13 +225,6 @@ def _asks(code: types.CodeType) -> bool:
         return True
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
     return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
-
-
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for c in code.co_consts:
-        if isinstance(c, types.CodeType):
-            yield from _with_inner(c)
 
 
 def _many_processes() -> bool:
@@ -337,7 +330,7 @@ def trial_of(call: Call) -> Trial:
     roles = roles_of(call.tensors)
     handed_in = {n: tuple(map(str, call.tensors[n].shape)) for n in (roles.params if roles is not None else ())}  # weights as arguments
     state = (call.device.type, call.autocast, call.grad, torch.get_default_dtype())
-    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), state, guards.values_of_globals(call.fn))
+    key = (type(call.module), shapes, handed_in, roles, dict(call.constants), state, guards.values_of_globals(call.fn, call.module))
     with _lock:
         known = _trials.setdefault(call.fn, [])
         for k, trial in known:
@@ -368,13 +361,13 @@ def _guard(parent: Any, owner: Any, reading: Reading) -> None:
 
 def _guard_around(parent: Any, owner: Any, fn: types.FunctionType, reading: Reading) -> None:
     """Guard what the function finds in globals and in its module's attributes that are neither modules nor tensors."""
-    guards.guard_globals(parent, fn)
     module = None if owner is None else _module_of(owner)
+    guards.guard_globals(parent, fn, module)
     if module is None:
         return
     from torch._dynamo.source import AttrSource
 
-    names = guards.names_of(fn)
+    names = guards.names_of(fn, module)
     for path, name in reading.reads:
         value = own_attribute(module.get_submodule(path), name)
         if value is not OF_CLASS and not isinstance(value, (torch.Tensor, nn.Module)):

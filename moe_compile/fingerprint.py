@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
 
 class _Same:
     """Equal only to itself, for as long as it lives."""
@@ -31,7 +33,7 @@ class _Same:
 
 def values_in(v: Any, depth: int = 4) -> Any:
     """The plain values that an object or container holds, and those in what it holds."""
-    if isinstance(v, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+    if isinstance(v, PLAIN):
         return type(v), v
     if depth == 0 or isinstance(v, (Tensor, nn.Module, type, types.FunctionType, types.ModuleType)):
         return None
@@ -79,7 +81,7 @@ def _print(v: Any) -> Any:
         return "tensor", tuple(v.shape), v.dtype
     if isinstance(v, nn.Module):
         return "module", type(v), len(v._modules)
-    if isinstance(v, (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)):
+    if isinstance(v, PLAIN):
         return type(v), v
     if type(v) in (list, tuple):
         return type(v), tuple(_print(x) for x in v)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -16,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fingerprint import values_in
+from .fingerprint import PLAIN, values_in
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_KEPT = (*_PLAIN, list, tuple, dict, set, frozenset, torch.Tensor)
+_KEPT = (*PLAIN, list, tuple, dict, set, frozenset, torch.Tensor)
 _LIBRARIES = ("torch", "numpy", "moe_compile")
 _DEPTH, _MOST = 4, 256
 
@@ -37,17 +37,17 @@ def or_unguarded() -> Iterator[None]:
         raise Unguarded(f"values beside its arguments ({type(e).__name__}: {e})") from e
 
 
-def names_of(fn: types.FunctionType) -> set[str]:
-    """Names in the code of a function, and of the user's functions that it calls by a global name."""
-    return {n for f in _functions(fn, set()) for c in _codes(f.__code__) for n in c.co_names}
+def names_of(fn: types.FunctionType, module: nn.Module | None) -> set[str]:
+    """Names in the code of a function, and of the user's functions and methods of `module` and its parts that it may call."""
+    return {n for f in _functions(fn, module) for n in _names(f)}
 
 
-def guard_globals(tx: Any, fn: types.FunctionType) -> None:
-    """Guard the global values that a function, and those of the user's that it calls, read. Raises Unguarded."""
+def guard_globals(tx: Any, fn: types.FunctionType, module: nn.Module | None) -> None:
+    """Guard the global values that a function, and those of the user's that it may call, read. Raises Unguarded."""
     from torch._dynamo.source import AttrSource
 
-    names = names_of(fn)
-    for f in _functions(fn, set()):
+    names = names_of(fn, module)
+    for f in _functions(fn, module):
         for name in _globals_of(f):
             value = f.__globals__[name]
             if not _skipped(value):
@@ -57,9 +57,9 @@ def guard_globals(tx: Any, fn: types.FunctionType) -> None:
                 guard_value(AttrSource(tx.import_source(module.__name__), name), value, names, name)
 
 
-def values_of_globals(fn: types.FunctionType) -> list[Any]:
+def values_of_globals(fn: types.FunctionType, module: nn.Module | None) -> list[Any]:
     """What the globals that `guard_globals` guards hold now; equal for two moments iff nothing was set anew."""
-    found = [(n, f.__globals__[n]) for f in _functions(fn, set()) for n in _globals_of(f)]
+    found = [(n, f.__globals__[n]) for f in _functions(fn, module) for n in _globals_of(f)]
     return [(n, values_in(v)) for n, v in found if not _skipped(v)]
 
 
@@ -73,7 +73,7 @@ def guard_value(source: Any, value: Any, names: set[str], label: str, depth: int
     inner: list[tuple[Any, Any, str]] = []
     if isinstance(value, torch.Tensor) or depth == 0:
         raise Unguarded(label)
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
     elif isinstance(value, (list, tuple)) and len(value) <= _MOST:
         install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
@@ -97,24 +97,33 @@ def _skipped(v: Any) -> bool:
     return isinstance(v, code) or library and not isinstance(v, _KEPT)
 
 
-def _functions(fn: types.FunctionType, seen: set[types.FunctionType]) -> Iterator[types.FunctionType]:
-    if fn in seen:
-        return
-    seen.add(fn)
-    yield fn
-    for name in _globals_of(fn):
-        f = fn.__globals__.get(name)
-        if isinstance(f, types.FunctionType) and (f.__module__ or "").partition(".")[0] not in _LIBRARIES:
-            yield from _functions(f, seen)
+def _functions(fn: types.FunctionType, module: nn.Module | None) -> list[types.FunctionType]:
+    """`fn`, and what it may call by a global name, by a method's name, or by calling a part of the module."""
+    classes = dict.fromkeys(type(m) for m in module.modules()) if module is not None else {}
+    found = [fn]
+    for f in found:
+        called = [f.__globals__[n] for n in _globals_of(f)]
+        called += [inspect.getattr_static(c, n, None) for c in classes for n in (*sorted(_names(f)), "forward")]
+        found += [g for g in dict.fromkeys(c for c in called if isinstance(c, types.FunctionType)) if g not in found and not _of_library(g)]
+    return found
+
+
+def _of_library(f: types.FunctionType) -> bool:
+    return (f.__module__ or "").partition(".")[0] in _LIBRARIES
+
+
+def _names(f: types.FunctionType) -> set[str]:
+    return {n for c in codes(f.__code__) for n in c.co_names}
 
 
 def _globals_of(fn: types.FunctionType) -> list[str]:
-    found = {i.argval for c in _codes(fn.__code__) for i in dis.get_instructions(c) if i.opname == "LOAD_GLOBAL"}
+    found = {i.argval for c in codes(fn.__code__) for i in dis.get_instructions(c) if i.opname == "LOAD_GLOBAL"}
     return sorted(n for n in found if n in fn.__globals__)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Code, and that of the functions made inside it."""
     yield code
     for c in code.co_consts:
         if isinstance(c, types.CodeType):
-            yield from _codes(c)
+            yield from codes(c)

@@ -6,6 +6,8 @@ gradient and the result, both gradients are computed on a probe: a stop may be w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.fx as fx
 from torch import Tensor
@@ -78,12 +80,13 @@ def _meets(leaf: fx.Node, nodes: set[fx.Node], stops: list[fx.Node], outs: list[
     return any(s in after and s in before for s in stops)
 
 
-def _reached(start: list[fx.Node], nodes: set[fx.Node], steps: object) -> set[fx.Node]:
+def _reached(start: list[fx.Node], nodes: set[fx.Node], steps: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Float nodes among `nodes` that `start` leads to, itself included."""
     seen: set[fx.Node] = set()
     stack = list(start)
     while stack:
         n = stack.pop()
-        for x in (n, *steps(n)):  # type: ignore[operator]
+        for x in (n, *steps(n)):
             if x in nodes and x not in seen and _float(x):
                 seen.add(x)
                 stack.append(x)

@@ -285,7 +285,15 @@ def _check_read(node: fx.Node) -> None:
 
 def _counts(n: fx.Node) -> bool:
     """Whether integers are made by counting."""
-    return n.op != "placeholder" and (_schema_name(n) in _COUNTS or any(_counts(x) for x in n.all_input_nodes))
+    stack, seen = [n], {n}
+    while stack:
+        x = stack.pop()
+        if _schema_name(x) in _COUNTS:
+            return True
+        new = [i for i in x.all_input_nodes if i not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return False
 
 
 def _chooses(n: fx.Node) -> bool:

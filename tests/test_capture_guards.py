@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured import Counter, H, K, Loop, compiled
+from captured import Counter, H, Loop, compiled
 from torch import Tensor
 
 from moe_compile.report import collecting
@@ -29,10 +29,6 @@ class Plain(Loop):
         self.cfg = types.SimpleNamespace(moe=types.SimpleNamespace(scale=1.0))
         self.scales, self.named = [1.0, 2.0], {"scale": 1.0}
 
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
-        return self.dispatch(x, ids, w)
-
 
 class OfGlobal(Plain):
     def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
@@ -50,6 +46,11 @@ class OfGlobalOfAFunction(Plain):
             t, j = torch.where(ids == e)
             out.index_add_(0, t, scaled(self.expert(e, x[t])) * w[t, j, None])
         return out
+
+
+class OfGlobalOfAMethod(Plain):
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x) * SCALE
 
 
 class OfGlobalList(Plain):
@@ -121,7 +122,7 @@ def set_attributes(patch: pytest.MonkeyPatch, m: Any) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("cls", "change"),
-    [(c, set_globals) for c in (OfGlobal, OfGlobalOfAFunction, OfGlobalList, OfGlobalObject)]
+    [(c, set_globals) for c in (OfGlobal, OfGlobalOfAFunction, OfGlobalOfAMethod, OfGlobalList, OfGlobalObject)]
     + [(c, set_attributes) for c in (OfNestedConfig, OfList, OfDict)],
 )
 def test_a_change_is_seen(cls: type[Plain], change: Callable[..., None], dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
