@@ -44,6 +44,7 @@ test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(MAKE) --no-print-directory types
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_contract.py
 
 # mypy knows no package-dir mapping: it is shown the package as it is once installed
 types:

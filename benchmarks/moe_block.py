@@ -30,7 +30,8 @@ from transformers.models.afmoe import modeling_afmoe
 from transformers.models.afmoe.configuration_afmoe import AfmoeConfig
 
 import moe_compile.ops
-from moe_compile import activation, ir
+from moe_compile import ir
+from moe_compile.ir import scalar as activation
 
 MoeBlock: Any = getattr(modeling_afmoe, "AfmoeSparseMoeBlock", None) or modeling_afmoe.AfmoeMoE  # its name in older releases
 RESULTS = Path(__file__).parent / "results"

@@ -23,7 +23,8 @@ from roofline import SHAPES, TOKENS, Point, Shape, floor, store, table
 from torch import Tensor, nn
 
 import moe_compile.ops
-from moe_compile import activation, ir
+from moe_compile import ir
+from moe_compile.ir import scalar as activation
 from moe_compile.lowering.triton import tune, tuner
 from moe_compile.lowering.triton.dispatch import dispatch
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import activation as act
 from ..ir import MoeBlock
+from ..ir import scalar as act
 from . import cpu_build, cpu_route, generic
 from .cpu_call import Call
 from .generic import Layout

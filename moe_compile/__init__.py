@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from . import ir
-from ._version import __version__
-from .ahead import prepare
-from .errors import NotFused, OptionError
-from .explain import explain
-from .options import Options
-from .report import BlockReport, GraphBreak, Report, last_report
+from pathlib import Path
+
+# passes/ and lowering/ stand beside this folder in a checkout and inside it once installed. Where Python finds the checkout first (it runs
+# in the repository's root), they are looked up beside it.
+_CHECKOUT = Path(__file__).parent.parent
+if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "generic.py").is_file():
+    __path__.append(str(_CHECKOUT))
+
+from . import ir  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .ahead import prepare  # noqa: E402
+from .errors import NotFused, OptionError  # noqa: E402
+from .explain import explain  # noqa: E402
+from .options import Options  # noqa: E402
+from .report import BlockReport, GraphBreak, Report, last_report  # noqa: E402
 
 __all__ = [
     "BlockReport",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import capture
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
+from .loops import capture
 from .options import Options
 from .snapshot import Snapshot
 

@@ -392,7 +392,7 @@ def route_args(gating: Any) -> list[Any]:
 
 def experts_args(experts: Any) -> list[Any]:
     """The plain arguments of `experts`, after the tensors, for an `ir.Experts`. Raises `activation.UnknownActivation`."""
-    from .activation import encode
+    from .ir.scalar import encode
 
     act_ops, act_consts = encode(experts.activation)
     return [
@@ -419,6 +419,6 @@ def shared_args(shared: Any, overlap: int) -> list[Any]:
     `overlap`: an `ir.Overlap`, as an int.
     Raises `activation.UnknownActivation`.
     """
-    from .activation import encode
+    from .ir.scalar import encode
 
     return [*encode(shared.activation), int(shared.form), shared.up_transposed, shared.down_transposed, overlap]

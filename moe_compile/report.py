@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .formula import experts_text, formula, shared_text
 from .ir import MoeBlock, Rejection
+from .ir.text import experts_text, formula, shared_text
 
 
 class RecoveredLike(Protocol):

@@ -14,21 +14,25 @@ import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
-from . import emitted, gradients, held, overlap, recall, router, unify, writes
 from . import terms as T
-from .conditions import no_saving_hooks
-from .deep import deep_recursion
-from .find import Finder
-from .fold import Fold, fold_of, scaled
-from .gating import GatingMatch, match_gating, where_valid
-from .match import PARAMETERS, ExpertsMatch
-from .plan import BlockPlan, execute
-from .pull import Puller, dtype_of
-from .region import Block, inside, routing_nodes
-from .rewrite import Planner
-from .shadow import Shadow, example_value
-from .shared import match_shared
-from .validate import parts, validate
+from .aten.conditions import no_saving_hooks
+from .aten.element import Puller, dtype_of
+from .aten.shadow import Shadow, example_value
+from .prove import emitted, gradients, overlap
+from .prove.validate import parts, validate
+from .recover import materialise as held
+from .recover import writes
+from .recover.find import Finder
+from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.output_scale import Fold, fold_of, scaled
+from .recover.region import Block, inside, routing_nodes
+from .recover.routing import GatingMatch, match_gating, where_valid
+from .recover.shared import match_shared
+from .rewrite import recall, router
+from .rewrite.plan import BlockPlan, execute
+from .rewrite.planner import Planner
+from .terms import unify
+from .terms.deep import deep_recursion
 
 __all__ = ["Outcome", "Recovered", "recover_recorded", "run"]
 
@@ -266,7 +270,7 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    from .shadow import stale_views
+    from .aten.shadow import stale_views
 
     with deep_recursion():
         for _ in range(3):  # ids and weights may have to be put into tensors of their own

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile import activation as act
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Norm, Normaliser, Score, SharedExpert
+from moe_compile.ir import scalar as act
 
 H, I = 8, 4  # 2I == H on purpose: no orientation can be told from a shape
 

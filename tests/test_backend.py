@@ -23,7 +23,7 @@ import moe_compile
 from moe_compile.backend import moe_fused, target_of
 from moe_compile.ir import Rejection
 from moe_compile.options import Options
-from moe_compile.passes import emitted, validate
+from moe_compile.passes.prove import emitted, validate
 from moe_compile.snapshot import Snapshot, unchanged
 
 ROOT = Path(__file__).parent.parent
@@ -76,12 +76,23 @@ def test_subpackages_live_inside_the_package():
     assert moe_compile.passes.__name__ == "moe_compile.passes" and moe_compile.lowering.__name__ == "moe_compile.lowering"
 
 
+def test_the_repository_root_runs_its_own_package_with_any_install():
+    """Python finds the folder moe_compile/ of the checkout before an installed package: its rooms are found beside it."""
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import moe_compile, moe_compile.passes.pipeline as p, moe_compile.lowering.generic as g; print(p.__file__, g.__file__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert out.split() == [str(ROOT / "passes" / "pipeline.py"), str(ROOT / "lowering" / "generic.py")]
+
+
 def test_every_folder_is_installed():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    for top in ("passes", "lowering"):
+    for top in ("moe_compile", "passes", "lowering"):
         for folder in [ROOT / top, *(ROOT / top).rglob("*")]:
             if folder.is_dir() and any(folder.glob("*.py")):
-                assert "moe_compile." + ".".join(folder.relative_to(ROOT).parts) in packages
+                name = ".".join(folder.relative_to(ROOT).parts)
+                assert name.removeprefix("moe_compile.") in [p.removeprefix("moe_compile.") for p in packages]
 
 
 def test_the_wheel_holds_everything(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from captured import Counter, E, H, I, K, Loop, compiled
 from torch import Tensor, nn
 
-from moe_compile import capture, reading
+from moe_compile.loops import capture, reading
 
 
 @pytest.fixture(autouse=True)

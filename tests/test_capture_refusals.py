@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from captured import Counter, E, H, I, K, Loop, compiled
 from torch import Tensor, nn
 
-from moe_compile import activation as act
-from moe_compile import capture
-from moe_compile.bench import Roles, Spec, primes, roles_of
 from moe_compile.ir import Experts, Form, MoeBlock, Rejection
+from moe_compile.ir import scalar as act
+from moe_compile.loops import capture
+from moe_compile.loops.bench import Roles, Spec, primes, roles_of
 from moe_compile.report import collecting
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from captured import Counter, E, H, Loop, compiled
 from torch import Tensor, nn
 
-from moe_compile import backend, capture
+from moe_compile import backend
+from moe_compile.loops import capture
 
 
 @pytest.fixture(autouse=True)

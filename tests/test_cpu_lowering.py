@@ -14,8 +14,8 @@ import torch
 from conftest import have_compiler
 from torch import Tensor
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.lowering import can_lower, cpu, cpu_build, generic, lowering_name
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from catalogue import check
 from torch import Tensor, nn
 
-from moe_compile.passes import rewrite
+from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
 torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from catalogue import naive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_compile import activation as act
 from moe_compile.ir import (
     BiasOn,
     Experts,
@@ -31,6 +30,7 @@ from moe_compile.ir import (
     SumK,
     W,
 )
+from moe_compile.ir import scalar as act
 
 torch.set_num_threads(1)
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 
 TOLERANCE = 1e-5
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 import moe_compile
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 
 pytest.importorskip("triton")
 

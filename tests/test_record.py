@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compile.ir import Rejection
-from moe_compile.passes.probe import Probe, candidates
-from moe_compile.passes.record import record, record_symbolically
+from moe_compile.loops.probe import Probe, candidates
+from moe_compile.loops.record import record, record_symbolically
 
 E, K, H, I, T = 6, 2, 16, 8, 23
 

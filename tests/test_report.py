@@ -10,23 +10,9 @@ import torch
 from conftest import Recovered
 
 from moe_compile import GraphBreak, Report
-from moe_compile import activation as act
-from moe_compile.formula import activation_text, experts_text, formula, number, shared_text
-from moe_compile.ir import (
-    BiasOn,
-    Experts,
-    Form,
-    Gating,
-    Groups,
-    MoeBlock,
-    Norm,
-    Normaliser,
-    Rejection,
-    Score,
-    SharedExpert,
-    SumK,
-    W,
-)
+from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, MoeBlock, Norm, Normaliser, Rejection, Score, SharedExpert, SumK, W
+from moe_compile.ir import scalar as act
+from moe_compile.ir.text import activation_text, experts_text, formula, number, shared_text
 
 INF = float("inf")
 SUM = Normaliser(Norm.SUM)

@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import moe_compile
 from moe_compile import backend, ir, ops
-from moe_compile.passes import router
+from moe_compile.passes.rewrite import router
 
 pytest.importorskip("triton")
 E, H, K = 6, 16, 2

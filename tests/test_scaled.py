@@ -12,10 +12,10 @@ from catalogue import check
 from torch import Tensor
 from torch.library import opcheck
 
-from moe_compile import activation as act
 from moe_compile import ir, lowering, ops
-from moe_compile.formula import experts_text
-from moe_compile.passes import rewrite
+from moe_compile.ir import scalar as act
+from moe_compile.ir.text import experts_text
+from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_scale=True, down_scale=True, weight_dtype=torch.int8)

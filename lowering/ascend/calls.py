@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import activation as act
 from ...ir import BiasOn, Form, Norm, Score
+from ...ir import scalar as act
 from ...ir import score as apply_score
 from .. import generic, routing
 from ..routing import Routing

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import sympy as sp
 import torch
 
-from ... import activation as act
 from ...ir import BiasOn, Form, MoeBlock, Norm, Score
+from ...ir import scalar as act
 from ...ops import route_args
 from .. import generic
 from ..routing import Routing

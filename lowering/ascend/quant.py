@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import activation as act
+from ...ir import scalar as act
 from .. import generic
 from . import calls, law, schemas
 from .calls import call

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ...passes.liveness import is_write
+from ...passes.aten.effects import is_write
 from .. import generic
 from ..routing import Routing
 from . import calls, law, quant, training

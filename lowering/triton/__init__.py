@@ -6,8 +6,8 @@ import importlib.util
 
 import torch
 
-from ... import activation as act
 from ...ir import MoeBlock
+from ...ir import scalar as act
 
 ROUTER_TOKENS = 4  # as the few-token kernels of the experts
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ... import activation as act
+from ...ir import scalar as act
 
 # In the order of the opcodes (activation._UNARY): value from v, slope from v and the value s
 _UNARY: list[tuple[str, str]] = [

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import activation as act
 from ...ir import Form
+from ...ir import scalar as act
 from ..generic import Layout
 from . import experts, tune
 from .combine import combine

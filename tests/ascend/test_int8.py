@@ -11,8 +11,8 @@ from ascend_blocks import Seen, compiled
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile import activation as act
 from moe_compile.ir import Form
+from moe_compile.ir import scalar as act
 from moe_compile.lowering.ascend import calls, emulate, quant, schemas, weights
 
 schemas.ensure()

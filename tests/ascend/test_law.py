@@ -10,8 +10,8 @@ import pytest
 import sympy as sp
 import torch
 
-from moe_compile import activation as act
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, MoeBlock, Norm, Normaliser, Score
+from moe_compile.ir import scalar as act
 from moe_compile.lowering.ascend import calls, law, schemas
 from moe_compile.lowering.routing import Routing
 from moe_compile.ops import route_args

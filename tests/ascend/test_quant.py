@@ -23,7 +23,7 @@ def block(name: str, implementation: str = "default", **changes: int) -> nn.Modu
 
 
 def layout(**changes: object) -> calls.generic.Layout:
-    from moe_compile import activation as act
+    from moe_compile.ir import scalar as act
 
     ops, consts = act.encode(act.SWIGLU)
     plain = dict(form=int(Form.CONCAT), num_experts=4, stacked=True, up_transposed=True, down_transposed=True, weight_on_input=False)

@@ -254,7 +254,7 @@ def test_the_joint_graph_of_training() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from moe_compile import activation as act
+    from moe_compile.ir import scalar as act
     from moe_compile.lowering.ascend import training
     from moe_compile.lowering.ascend.calls import Packed, generic
 

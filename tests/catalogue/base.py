@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile import activation as act
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert
+from moe_compile.ir import scalar as act
 
 from .naive import Parts
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile import activation as act
 from moe_compile.ir import Form
+from moe_compile.ir import scalar as act
 
 from .base import RENORM, Fused, I, experts
 from .weights import Interleaved, StackedOutIn

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile import activation as act
 from moe_compile.ir import Form
+from moe_compile.ir import scalar as act
 
 from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected
 from .dispatch import GroupedSorted

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile import activation as act
 from moe_compile.ir import Form
+from moe_compile.ir import scalar as act
 
 from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, ListCase, experts, mlp, parameter
 

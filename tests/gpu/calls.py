@@ -10,8 +10,8 @@ import torch
 from test_ops import Case
 from torch import Tensor
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import experts as kernels
 from moe_compile.lowering.triton.tune import Choice, Tile, Vector
 

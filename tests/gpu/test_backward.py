@@ -14,8 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import backward as b
 from moe_compile.lowering.triton import hopper_calls

@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 from calls import GROUPED, PATHS, TOLERANCE, covered, kernel, layout_of, norm_error, op, operands
 from test_experts import ALONE, GATED
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import combine, decode, dispatch, experts, gemm, route_kernels, tune, tuner
 from moe_compile.lowering.triton.tune import Choice, Problem, Tile
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from calls import DEVICE, DTYPES, FACTORS, GROUPED, ON_GPU, PATHS, TOLERANCE, cover, covered, kernel, layout_of, op, operands
 
-from moe_compile import activation as act
 from moe_compile import ir
+from moe_compile.ir import scalar as act
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import activation, combine, experts
 

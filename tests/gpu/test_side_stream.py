@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 
 from calls import DEVICE, DTYPES, FACTORS, ON_GPU, TOLERANCE, cover, norm_error, operands
 
-from moe_compile import activation as act
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import calls as kernels
 from moe_compile.lowering.triton import shared as beside
 

@@ -1,0 +1,159 @@
+"""The IR as text: readable maths for the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+import torch
+
+from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
+from . import scalar as act
+
+_SCORE = {
+    Score.IDENTITY: "",
+    Score.SOFTMAX: "softmax",
+    Score.SIGMOID: "σ",
+    Score.SQRT_SOFTPLUS: "√softplus",
+    Score.SOFTPLUS: "softplus",
+    Score.EXP: "exp",
+    Score.TANH: "tanh",
+    Score.RELU: "relu",
+}
+_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """bf16, fp32, ... or torch's own name."""
+    return _DTYPE.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def formula(gating: Gating) -> str:
+    """The routing weights as a formula, such as ``w = 2.826 · σ(l)[top8 of σ(l)+b] / (Σ + 1e-20)``.
+
+    l: router logits, b: selection bias, c: per-expert scale, Σ: sum over the k selected. Every field of the IR shows.
+    """
+    w = _weights(gating)
+    if gating.norm is not None and gating.norm.kind is not Norm.NONE:
+        w = _normalised(gating.norm, w)
+    if gating.scale != 1.0:
+        w = f"{number(gating.scale)} · {w}"
+    if gating.expert_scale:
+        w = f"{w} · c[id]"
+    return f"w = {w}{_dtypes(gating)}"
+
+
+def _score(kind: Score, argument: str) -> str:
+    name = _SCORE[kind]
+    return f"{name}({argument})" if name else argument
+
+
+def _weights(g: Gating) -> str:
+    """The score of the selected experts, before normalising and scaling."""
+    everywhere = _score(g.score, "l")
+    gathered = "l" if g.score_over_selected else everywhere
+    if g.bias_in_weights and not g.score_over_selected:
+        gathered += "+b"
+    choice = "l" if g.score_over_selected or g.bias is BiasOn.LOGIT else everywhere
+    if g.bias is not BiasOn.NONE:
+        choice += "+b"
+    of = "" if choice == gathered else f" of {choice}"
+    pick = f"[top{g.k}{of}{_groups(g.groups)}]"
+    if not g.score_over_selected:
+        return (f"({gathered})" if gathered.endswith("+b") else gathered) + pick
+    scored = _score(g.score, "l" + pick)
+    return f"({scored} + b[id])" if g.bias_in_weights else scored
+
+
+def _groups(g: Groups | None) -> str:
+    if g is None:
+        return ""
+    by = "max" if g.top == 1 else f"Σ top{g.top}"
+    fill = "" if g.fill == float("-inf") else f", others {number(g.fill)}"
+    return f" in best {g.kept} of {g.count} groups by {by}{fill}"
+
+
+def _normalised(norm: Normaliser, w: str) -> str:
+    if norm.kind is Norm.EXPR:
+        return f"{_expression(norm.expr)}, w' = {w}"
+    d = {Norm.SUM: "Σ", Norm.MAX: "max", Norm.PNORM: f"‖·‖{_subscript(norm.p)}"}[norm.kind]
+    if norm.clamp_min:
+        d = f"max({d}, {number(norm.clamp_min)})"
+    return f"{w} / ({d} + {number(norm.eps)})" if norm.eps else f"{w} / {d}"
+
+
+def _expression(expr: Any) -> str:
+    text = str(expr.subs(W, sp.Symbol("w'")))
+    for a, b in (("SumK(", "Σ("), ("MaxK(", "max("), ("MinK(", "min("), ("**", "^"), ("*", "·")):
+        text = text.replace(a, b)
+    return text
+
+
+def _subscript(p: float) -> str:
+    text = "∞" if p == float("inf") else number(p)
+    return text.translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def _dtypes(g: Gating) -> str:
+    notes = []
+    if g.score_dtype != torch.float32:
+        notes.append(f"scored in {dtype_text(g.score_dtype)}")
+    if g.weight_dtype != g.score_dtype:
+        notes.append(f"w in {dtype_text(g.weight_dtype)}")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def number(x: float) -> str:
+    """A float as a person writes it: 2.826, 1e-20, −∞, 1."""
+    if x in (float("inf"), float("-inf")):
+        return "∞" if x > 0 else "−∞"
+    return f"{x:.6g}"
+
+
+def activation_text(expr: object) -> str:
+    """SwiGLU, ReLU², or the expression with σ and ∞ for sigmoid and oo."""
+    text = act.describe(expr)
+    if "(" not in text or text.endswith(("(tanh)", "(up first)")):
+        return text
+    for a, b in (("sigmoid(", "σ("), ("-oo", "−∞"), ("oo", "∞"), ("*", "·")):
+        text = text.replace(a, b)
+    return text
+
+
+def experts_text(e: Experts) -> str:
+    """One line on the experts, such as ``128 × SwiGLU 2048→1024→2048, stacked [E,out,in]``."""
+    parts = [f"{e.num_experts} × {activation_text(e.activation)} {e.hidden}→{e.intermediate}→{e.out_features}", _layout(e)]
+    if e.form is Form.INTERLEAVED:
+        parts.append("gate/up interleaved")
+    elif e.form is Form.SEPARATE:
+        parts.append("gate and up apart")
+    if e.up_bias or e.down_bias:
+        parts.append("biases" if e.up_bias and e.down_bias else "up bias" if e.up_bias else "down bias")
+    if e.scaled:
+        stored = "weights" if e.weight_dtype is None else dtype_text(e.weight_dtype)
+        parts.append(f"{stored} × scale" + ("" if e.up_scale and e.down_scale else " (up)" if e.up_scale else " (down)"))
+    if e.row_bits:
+        parts.append(f"rows in {e.row_bits} bits")
+    if e.weight_on_input:
+        parts.append("w on input")
+    if e.num_identity:
+        parts.append(f"+ {e.num_identity} identity")
+    if e.ids_mapped:
+        parts.append("ids mapped")
+    if e.dtype != torch.float32:
+        parts.append(dtype_text(e.dtype))
+    return ", ".join(parts)
+
+
+def _layout(e: Experts) -> str:
+    kind, lead = ("stacked", "E,") if e.stacked else ("list of", "")
+    up, down = (f"[{lead}in,out]" if t else f"[{lead}out,in]" for t in (e.up_transposed, e.down_transposed))
+    return f"{kind} {up}" if up == down else f"{kind} up {up} down {down}"
+
+
+def shared_text(s: SharedExpert | None) -> str:
+    """The shared expert, such as ``σ(x·g) · SwiGLU 1024``; ``–`` when there is none."""
+    if s is None:
+        return "–"
+    text = f"{activation_text(s.activation)} {s.intermediate}" + (", biases" if s.bias else "")
+    return f"σ(x·g) · {text}" if s.gated else text

@@ -1,0 +1,214 @@
+"""From a recorded function with its experts recovered back to code: one op for the experts, every other operation as it was.
+
+The recording was made at token counts that are primes and no factor of any other size, so a number in it says where it
+comes from: 3 * 37 is the number of tokens of a batch of 3, whatever was meant by it in the user's code.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from ..ir import Experts, Rejection
+from ..ops import experts_args, scaled_args
+from ..passes.aten.shadow import aliased_arg, mutated_args
+from .bench import Call
+
+_LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
+
+
+class Regenerated:
+    """The code for a call. `boundary`: nodes of the recording as the passes give them (tokens, ids, weights, out, base, up, ...).
+
+    primes: what the token counts of the recording are in code. reshaped: arguments that were recorded in another shape.
+    `params`: paths of the module's parameters, which follow the call's own arguments. Raises `Rejection` where an operation
+    cannot be written down again.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        gm: fx.GraphModule,
+        experts: Experts,
+        boundary: Mapping[str, Any],
+        primes: Mapping[int, str],
+        reshaped: Mapping[str, str] | None = None,
+    ) -> None:
+        self.call, self.gm, self.experts, self.boundary, self.primes = call, gm, experts, boundary, primes
+        self.reshaped = reshaped or {}
+        self.out: fx.Node = boundary["out"]
+        scales = ("up_scale", "down_scale") if experts.scaled else ()
+        self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias", *scales)]
+        self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
+        self.live = self._live()
+        if self.out not in self.live:
+            raise Rejection("its result is a view made before the experts wrote to it", stage="read")
+        self._check_types()
+        self._check_writes()
+        placeholders = [n for n in gm.graph.nodes if n in self.live and n.op == "placeholder"]
+        self.params = [n.meta["param_path"] for n in placeholders if "param_path" in n.meta]
+        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"_p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
+        self.device = f"{next(iter(call.tensors))}.device"
+
+    def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
+        if n is not self.out:
+            return n.all_input_nodes
+        given = [self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")]
+        return [x for x in (*given, *(w for ws in self.lists for w in ws)) if x is not None]
+
+    def _live(self) -> set[fx.Node]:
+        stack, seen = [next(n for n in self.gm.graph.nodes if n.op == "output")], set()
+        while stack:
+            n = stack.pop()
+            if n not in seen:
+                seen.add(n)
+                stack.extend(self._inputs(n))
+        return seen
+
+    def _check_types(self) -> None:
+        out, tokens, base = self.out.meta["val"].dtype, self.boundary["tokens"].meta["val"].dtype, self.boundary.get("base")
+        readers = [u for u in self.out.users if u in self.live]
+        if out != tokens and not all(u.op == "call_function" and u.meta["val"].dtype == tokens for u in readers):
+            raise Rejection(f"its experts' result is {out} for tokens of {tokens}", stage="read")
+        if base is not None and base.meta["val"].dtype != tokens:
+            raise Rejection("its result starts from a tensor of another type", stage="read")
+
+    def _check_writes(self) -> None:
+        """Raise `Rejection` if an in-place operation that is left out changes what a remaining one reads."""
+        root: dict[fx.Node, fx.Node] = {}
+        for n in self.gm.graph.nodes:
+            source = aliased_arg(n)
+            root[n] = n if source is None or n is self.out else root[source]  # ours is a tensor of its own
+        kept = {root[n] for n in self.live if n.op != "output"}
+        for n in self.gm.graph.nodes:
+            if n not in self.live and any(root[m] in kept for m in mutated_args(n)):
+                raise Rejection(f"{n.name} writes to a tensor that is read outside of the experts", stage="read")
+
+    # ---- code ----------------------------------------------------------------------------------------------------------
+
+    def code(self, experts: str) -> str:
+        """Source of a function of the call's arguments and the parameters; `experts` is what to call for the experts."""
+        heads = [*self.call.tensors, *self.call.constants, *(f"_p{i}" for i in range(len(self.params)))]
+        lines = [f"def {self.function_name}({', '.join(heads)}):"]
+        lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
+        env = dict(self.names)
+        indent, result = "    ", "None"
+        for n in self.gm.graph.nodes:
+            if n not in self.live or n.op == "placeholder":
+                continue
+            if n.op == "output":
+                result = self._value(n.args[0], env)
+                continue
+            grad = n.meta.get("grad", True)
+            if (indent == "    ") != grad:
+                indent = "    " if grad else "        "
+                lines += [] if grad else ["    with torch.no_grad():"]
+            env[n] = f"_v{len(env)}"
+            lines += [f"{indent}{line}" for line in self._statement(n, env, experts)]
+        return "\n".join([*lines, f"    return {result}"])
+
+    def _statement(self, n: fx.Node, env: dict[fx.Node, str], experts: str) -> list[str]:
+        if n is self.out:
+            return self._experts(env, experts)
+        if n.target is operator.getitem:
+            return [f"{env[n]} = {self._value(n.args[0], env)}[{n.args[1]}]"]
+        schema = getattr(n.target, "_schema", None)
+        if n.op != "call_function" or schema is None:
+            raise Rejection(f"{n.name} is a constant that its code made", stage="read")
+        if torch.Tag.dynamic_output_shape in n.target.tags or schema.name == "aten::where" and len(schema.arguments) == 1:  # type: ignore[union-attr]
+            raise Rejection(f"{n.name}, whose size depends on data, is not a part of the experts", stage="read")
+        args = [self._value(a, env) for a in n.args]
+        args += [f"{k}={self._value(v, env)}" for k, v in n.kwargs.items()]
+        namespace, name = schema.name.split("::")
+        return [f"{env[n]} = torch.ops.{namespace}.{name}.{n.target._overloadname}({', '.join(args)})"]  # type: ignore[union-attr]
+
+    def _experts(self, env: dict[fx.Node, str], experts: str) -> list[str]:
+        b, out = self.boundary, self.out.meta["val"]
+        rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
+        base = "None" if b.get("base") is None else self._rows(b["base"], env)
+        lists = ", ".join(f"[{', '.join(self._weight(n, env) for n in ns)}]" for ns in self.lists)
+        plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
+        lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
+        tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
+        if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:
+            tail += f".to({out.dtype})"  # autocast would decide the op's type; the user's function decides for itself
+        return [*lines, f"{env[self.out]} = {env[self.out]}{tail}"] if tail else lines
+
+    def _rows(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
+        v = n.meta["val"]
+        return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
+
+    def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
+        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(str(int(s)) for s in self.views[n])})"
+
+    def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
+        """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""
+        if isinstance(v, fx.Node):
+            return env[v]
+        if isinstance(v, (list, tuple)):
+            inner = ", ".join(self._value(x, env) for x in v)
+            return f"[{inner}]" if isinstance(v, list) else f"({inner},)" if len(v) else "()"
+        if isinstance(v, dict):
+            return "{" + ", ".join(f"{k!r}: {self._value(x, env)}" for k, x in v.items()) + "}"
+        if isinstance(v, torch.device):
+            return self.device
+        if isinstance(v, int) and not isinstance(v, bool) and 0 < v < _LARGEST:
+            return self._size(v)
+        return _literal(v)
+
+    def _size(self, v: int) -> str:
+        factors = []
+        for p, spelled in self.primes.items():
+            if v % p == 0:
+                factors.append(spelled)
+                v //= p
+        return " * ".join([*factors, *([str(v)] if v != 1 or not factors else [])])
+
+    @functools.cached_property
+    def by_op(self) -> Any:
+        """The code as a function that stands, for stack traces, where the user's does."""
+        return self._compiled(f"torch.ops.moe_compile.experts{'_scaled' if self.experts.scaled else ''}.default", globals())
+
+    @functools.cached_property
+    def by_oracle(self) -> Any:
+        """The function with the IR's own evaluation for the experts, in float32 (float64 where the tokens are)."""
+
+        def experts(x: Tensor, ids: Tensor, w: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, *rest: Any) -> Tensor:
+            dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+            *scales, add = rest[: len(self.lists) - 3]
+            return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype, *scales).to(x.dtype)
+
+        return self._compiled("_experts", {"torch": torch, "_experts": experts})
+
+    def _compiled(self, experts: str, names: dict[str, Any]) -> Any:
+        code = self.call.fn.__code__
+        tree = ast.parse(self.code(experts))
+        for node in ast.walk(tree):
+            if hasattr(node, "lineno"):
+                node.lineno = node.end_lineno = code.co_firstlineno  # type: ignore[attr-defined]
+                node.col_offset = node.end_col_offset = 0  # type: ignore[attr-defined]
+        space: dict[str, Any] = {}
+        exec(compile(tree, code.co_filename, "exec"), names, space)
+        return space[self.function_name]
+
+
+def _literal(v: Any) -> str:
+    if isinstance(v, (list, tuple)):
+        return f"[{', '.join(_literal(x) for x in v)}]"
+    if isinstance(v, float):  # neither infinity nor NaN has a literal
+        return repr(v).replace("inf", "1e999") if v == v else "(1e999 - 1e999)"
+    if v is None or isinstance(v, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
+        return repr(v)
+    raise Rejection(f"a constant of type {type(v).__name__} in its operations", stage="read")
+
+
+def _listed(v: Any) -> list[fx.Node]:
+    return [] if v is None else list(v) if isinstance(v, (list, tuple)) else [v]

@@ -1,0 +1,267 @@
+"""What an element of each view, cast and freshly made tensor is. Each rule is its op's definition."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from .. import terms as T
+from ..terms import Term
+from .element import Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, size_of, truth
+
+Idx = tuple[Term, ...]
+Args = SimpleNamespace
+
+# ---- views and casts ---------------------------------------------------------------------------------------------------
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    if dtype_of(src) != dtype_of(n):
+        raise Opaque("bits read as another type")
+    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
+
+
+@rule(
+    "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive", "view_dtype", "_to_copy", "to",
+    "type_as", "float", "_conj", "resolve_conj", "resolve_neg", "data", "real", "requires_grad", "bool", "double", "half", "int", "long",
+)  # fmt: skip
+def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    if src.meta["val"].device != n.meta["val"].device:
+        raise Opaque("a copy to another device")
+    t = p.at(src, idx)
+    before, after = dtype_of(src), dtype_of(n)
+    if after is torch.bool and before is not torch.bool:
+        return truth(t)
+    if before.is_floating_point and not after.is_floating_point and not _integral(t):
+        raise Opaque("a cast that rounds")
+    return t
+
+
+def _integral(t: Term) -> bool:
+    """Whether a float-typed term can only hold whole numbers (counts, ids)."""
+    if T.is_truth(t) or t.op in ("topk", "perm", "inv", "sv", "nz", "eq", "fdiv", "mod", "v"):
+        return True
+    if t.op == "c":
+        return isinstance(t.args[0], int)
+    if t.op == "a":
+        v = t.args[0].meta.get("val")
+        return isinstance(v, Tensor) and not v.dtype.is_floating_point
+    if t.op == "fn" and t.args[0] in ("round", "clamp"):
+        return t.args[0] == "round" or _integral(t.args[1][0]) and all(float(c).is_integer() or abs(c) == math.inf for c in t.args[2])
+    return t.op in ("add", "mul", "sum", "max") and all(_integral(c) for c in T.children(t))
+
+
+@rule("dropout", "feature_dropout", "native_dropout")
+def _dropout(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if getattr(a, "train", True) and a.p != 0:
+        raise Opaque("dropout is active")
+    return p.at(a.input, idx)
+
+
+@rule("permute")
+def _permute(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    dims = [normal_dim(d, len(idx)) for d in a.dims]
+    return p.at(n.args[0], tuple(idx[dims.index(d)] for d in range(len(idx))))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def _transpose(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    d0, d1 = (normal_dim(d, len(idx)) for d in n.args[1:3])  # type: ignore[arg-type]
+    out = list(idx)
+    out[d0], out[d1] = out[d1], out[d0]
+    return p.at(n.args[0], out)
+
+
+@rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
+def _t(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    if len(idx) < 2:
+        return p.at(n.args[0], idx)
+    return p.at(n.args[0], (*idx[:-2], idx[-1], idx[-2]))
+
+
+@rule("movedim", "moveaxis")
+def _movedim(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    rank = len(idx)
+    src = [normal_dim(d, rank) for d in ([a.source] if isinstance(a.source, int) else a.source)]
+    dst = [normal_dim(d, rank) for d in ([a.destination] if isinstance(a.destination, int) else a.destination)]
+    order: list[int | None] = [None] * rank
+    for s, d in zip(src, dst, strict=True):
+        order[d] = s
+    rest = iter(d for d in range(rank) if d not in src)
+    full = [next(rest) if d is None else d for d in order]
+    return p.at(n.args[0], tuple(idx[full.index(d)] for d in range(rank)))
+
+
+@rule("unsqueeze")
+def _unsqueeze(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    d = normal_dim(a.dim, len(idx))
+    return p.at(n.args[0], idx[:d] + idx[d + 1 :])
+
+
+@rule("squeeze")
+def _squeeze(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return p.broadcast(n.args[0], idx)
+
+
+@rule("slice", "narrow")
+def _slice(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    d = normal_dim(a.dim, len(idx))
+    start, step = size_of(a.start) or 0, getattr(a, "step", 1) or 1
+    if free_unbacked_symbols(src.meta["val"].shape[d]) and not T.same_size(shape_of(src)[d], shape_of(n)[d]):
+        raise Opaque("some of the rows that depend on data are left out")
+    if isinstance(start, int) and start < 0:
+        start = start + shape_of(src)[d]
+    return p.at(src, replace(idx, d, T.add(T.mul(T.const(step), idx[d]), T.const(start))))
+
+
+@rule("select")
+def _select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    rank = len(shape_of(src))
+    d, i = normal_dim(a.dim, rank), size_of(a.index)
+    if isinstance(i, int) and i < 0:
+        i = i + shape_of(src)[d]
+    return p.at(src, (*idx[:d], T.const(i), *idx[d:]))
+
+
+@rule("getitem")
+def _getitem(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src, i = n.args
+    assert isinstance(src, fx.Node) and isinstance(i, int)
+    f = TUPLES.get(op_name(src))
+    if f is None or src in p.walls:
+        raise Opaque(f"no rule for an output of {src.target}")
+    return f(p, src, i, n, idx)
+
+
+def _chunk(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    a = call_args(src)
+    x: Any = src.args[0]
+    d = normal_dim(a.dim, len(idx))
+    if op_name(src) == "chunk":
+        start = i * -(-shape_of(x)[d] // a.chunks)
+    elif isinstance(sizes := getattr(a, "split_size", None) or getattr(a, "split_sizes", None), int):
+        start = i * sizes
+    else:
+        start = sum(size_of(s) for s in sizes[:i])  # type: ignore[index,union-attr]
+    return p.at(x, replace(idx, d, T.add(idx[d], T.const(start))))
+
+
+def _unbind(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    d = normal_dim(call_args(src).dim, len(idx) + 1)
+    return p.at(src.args[0], (*idx[:d], T.const(i), *idx[d:]))
+
+
+TUPLES: dict[str, Any] = {"chunk": _chunk, "split": _chunk, "split_with_sizes": _chunk, "unbind": _unbind}
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    parts: list[fx.Node] = [x for x in a.tensors if shape_of(x) != (0,)]
+    d = normal_dim(a.dim, len(idx))
+    from .definitions_select import grouped_cat
+
+    whole = grouped_cat(p, parts, d, idx)
+    if whole is not None:
+        return whole
+    start: Any = 0
+    out: Term | None = None
+    for x in parts:
+        n_x = shape_of(x)[d]
+        if T.is_c(idx[d]) and isinstance(n_x, int) and isinstance(start, int):
+            if start <= idx[d].args[0] < start + n_x:
+                return p.at(x, replace(idx, d, T.const(idx[d].args[0] - start)))
+        else:
+            here = p.at(x, replace(idx, d, T.add(idx[d], T.const(-start))))
+            out = here if out is None else T.ite(T.lt(idx[d], T.const(start)), out, here)
+        start = start + n_x
+    if out is None:
+        raise Opaque("an empty cat")
+    return out
+
+
+@rule("stack")
+def _stack(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    d = normal_dim(a.dim, len(idx))
+    rest = idx[:d] + idx[d + 1 :]
+    if T.is_c(idx[d]):
+        return p.at(a.tensors[idx[d].args[0]], rest)
+    firsts = [p.at(x, rest) for x in a.tensors]
+    if all(f.op == "a" and f.args[1] == firsts[0].args[1] for f in firsts):
+        return T.atom(tuple(f.args[0] for f in firsts), (idx[d], *firsts[0].args[1]))
+    out = firsts[-1]
+    for e in range(len(firsts) - 2, -1, -1):
+        out = T.ite(T.eq(idx[d], T.const(e)), firsts[e], out)
+    return out
+
+
+@rule("repeat", "tile")
+def _repeat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    shape = shape_of(src)
+    own = idx[len(idx) - len(shape) :]
+    return p.at(src, tuple(i if T.same_size(s, o) else T.mod(i, s) for i, s, o in zip(own, shape, shape_of(n)[-len(shape) :], strict=True)))
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    src: Any = n.args[0]
+    if not isinstance(a.repeats, int) or a.dim is None:
+        raise Opaque("repeat_interleave by a tensor")
+    d = normal_dim(a.dim, len(idx))
+    return p.at(src, replace(idx, d, T.fdiv(idx[d], a.repeats)))
+
+
+# ---- creation ----------------------------------------------------------------------------------------------------------
+
+
+@rule("zeros", "zeros_like", "new_zeros", "zero")
+def _zeros(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.const(0)
+
+
+@rule("ones", "ones_like", "new_ones")
+def _ones(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.const(1)
+
+
+@rule("full", "full_like", "new_full", "scalar_tensor", "fill")
+def _full(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    v = getattr(a, "fill_value", None) if hasattr(a, "fill_value") else getattr(a, "value", getattr(a, "s", None))
+    return p.at(v, ()) if isinstance(v, fx.Node) else T.const(v)
+
+
+@rule("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+def _empty(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.atom(n, idx)
+
+
+@rule("arange")
+def _arange(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.add(T.const(size_of(getattr(a, "start", 0)) or 0), T.mul(T.const(getattr(a, "step", 1) or 1), idx[0]))
+
+
+@rule("copy")
+def _copy(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return p.broadcast(a.src, idx)
+
+
+@rule("eye")
+def _eye(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.eq(idx[0], idx[1])

@@ -1,0 +1,224 @@
+"""Whether the shared expert goes into the experts' op, which runs it beside the routed experts: conditions, proof, plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...ir import Overlap, Rejection
+from ..aten.conditions import may_train, under_autocast
+from ..aten.effects import is_write
+from ..aten.element import CONTRACTIONS, call_args, dtype_of, op_name, shape_of
+from ..aten.shadow import example_value, mutated_args
+from ..recover.fused import is_fused
+from ..recover.match import Param
+from ..recover.region import SIZES, Block, inside
+from ..recover.shared import Operands, SharedMatch
+from ..rewrite.plan import Operand, SharedPlan
+from ..rewrite.planner import Planner
+from .probe import TROUBLE, difference, one_thread, run, size_choices, windows
+from .validate import signature
+
+_SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
+_refutations: dict[Any, bool] = {}
+
+
+def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
+    """The op's `overlap` where the shared expert may go into it: on CUDA, when no gradient may be wanted.
+
+    "auto" leaves it to the op, which knows the number of tokens, when to use a side stream.
+    """
+    if target != "cuda" or options.overlap_shared is False or may_train(graph):
+        return None
+    return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
+
+
+def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:
+    """How the shared expert goes into the op of a block; None where the graph goes on computing it."""
+    s = b.shared
+    if s is None or s.operands is None or under_autocast(planner.shadow.dynamo.graph, b.match.out.meta["val"].device.type):
+        return None
+    region = inside([s.node], _boundary(b, s.operands))
+    if isinstance(region, Rejection) or not _private(region, s.node) or not _one_dtype(b, s, s.operands, region):
+        return None
+    try:
+        join = _as_base(b, s) or _as_sum(b, s, planner)
+        if join is None or (prove and _refuted(b, s, s.operands, region)):
+            return None
+        return _plan(b, s.operands, planner, overlap, *join)
+    except Rejection:  # a value that the Dynamo graph does not hold
+        return None
+
+
+def _boundary(b: Block, o: Operands) -> list[fx.Node]:
+    return [b.match.tokens, *o.params(), *([] if o.gate is None else [o.gate])]
+
+
+def _private(region: list[fx.Node], out: fx.Node) -> bool:
+    """Nobody else reads what is computed inside; the tokens in another shape may be read by all."""
+    members, computed = set(region), set()
+    for n in region:
+        if op_name(n) in CONTRACTIONS or any(x in computed for x in n.all_input_nodes):
+            computed.add(n)
+    return all(u in members or op_name(u) in SIZES for n in computed if n is not out for u in n.users)
+
+
+def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
+    """Products in the dtype of the routed experts', and so all that goes in and comes out."""
+    products = [n for n in region if op_name(n) in CONTRACTIONS]
+    nodes = [b.match.tokens, s.node, *o.params(), *products, *(x for n in products for x in n.all_input_nodes)]
+    return {dtype_of(n) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)} == {b.match.experts.dtype}
+
+
+# ---- where routed and shared result come together ------------------------------------------------------------------
+
+
+def _as_base(b: Block, s: SharedMatch) -> tuple[str | None, str | None] | None:
+    """The experts add it themselves: nothing else reads it."""
+    m, node = b.match, s.node
+    if m.base is None or m.base is not node:
+        return None
+    readers = [m.out] if is_fused(m.out) else inside([m.out], b.expert_inputs())
+    return None if isinstance(readers, Rejection) or not set(node.users) <= set(readers) else (None, None)
+
+
+def _as_sum(b: Block, s: SharedMatch, planner: Planner) -> tuple[str, str] | None:
+    """(the sum, its routed part) in the Dynamo graph: the only reader of both results, or None."""
+    out: fx.Node = b.match.out if b.fold.last is None else b.fold.last
+    routed, shared = _chain(out), _chain(s.node)
+    users, dtype = list(routed[-1].users), b.match.experts.dtype
+    if len(users) != 1 or list(shared[-1].users) != users or not _plain_sum(users[0], routed[-1], shared[-1], dtype):
+        return None
+    if any(dtype_of(n) not in (dtype, torch.float32, torch.float64) for n in (*routed, *shared)):
+        return None  # rounded on the way
+    found = planner.shadow.origin.get(users[0], [])
+    if len(found) != 1 or is_write(found[0]):
+        return None
+    (total,) = found
+    image = planner.shadow.image
+    parts = {id(c): [x for x in total.all_input_nodes if image.get(x) in c] for c in (routed, shared)}
+    rest, other = parts[id(routed)], parts[id(shared)]
+    if len(rest) != 1 or len(other) != 1:
+        return None
+    now, then = example_value(rest[0]), example_value(total)
+    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device:
+        return None
+    return total.name, rest[0].name
+
+
+def _chain(n: fx.Node) -> list[fx.Node]:
+    """n and what only shows its rows in another shape or dtype, as long as that is its only reader."""
+    out = [n]
+    while len(n.users) == 1:
+        (n,) = n.users
+        if op_name(n) not in _SAME_ROWS or mutated_args(n):
+            break
+        out.append(n)
+    return out
+
+
+def _plain_sum(u: fx.Node, a: fx.Node, b: fx.Node, dtype: torch.dtype) -> bool:
+    if op_name(u) != "add" or mutated_args(u) or set(u.all_input_nodes) != {a, b} or call_args(u).alpha != 1:
+        return False
+    return shape_of(a) == shape_of(b) == shape_of(u) and dtype_of(a) == dtype_of(b) == dtype_of(u) == dtype
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | None, rest: str | None) -> SharedPlan | None:
+    m, fused = b.match, is_fused(b.match.out)
+    op = planner.locate(m.out, m.out)
+    if fused and (op.kwargs or len(op.args) != len(op.target._schema.arguments)):  # type: ignore[union-attr]
+        return None
+    params = {n: planner.locate(n, m.out) for n in o.params()}
+    if any(n.op not in ("placeholder", "get_attr") or any(map(is_write, n.users)) for n in (params[q.node] for q in o.up)):
+        return None  # kernels ask for these weights before what stands before the op has ended
+    if any(planner.position[n] > planner.position[op] for n in params.values()):
+        return None
+    gate: fx.Node | None = None
+    moved: list[fx.Node] = []
+    if o.gate is not None:
+        gate = planner.locate(o.gate, o.gate)
+        before = None if o.gate in planner.overwritten else _before(gate, op, planner)
+        if before is None:
+            return None
+        moved = before
+    devices = {example_value(n).device for n in (op, *params.values(), *([] if gate is None else [gate]))}
+    if len(devices) != 1:
+        return None
+
+    def group(qs: list[Param]) -> tuple[Operand, ...]:
+        return tuple((params[q.node].name, q.view) for q in qs)
+
+    return SharedPlan(
+        op=op.name if fused else None,
+        experts=o.experts,
+        up=group(o.up),
+        down=group(o.down),
+        up_bias=group(o.up_bias),
+        down_bias=group(o.down_bias),
+        gate=None if gate is None else gate.name,
+        moved=tuple(n.name for n in moved),
+        total=total,
+        rest=rest,
+        overlap=overlap,
+    )
+
+
+def _before(gate: fx.Node, op: fx.Node, planner: Planner) -> list[fx.Node] | None:
+    """What has to move in front of the op for the gate to be there, in order; None when it cannot."""
+    at = planner.position
+    if at[gate] < at[op]:
+        return []
+    between = [n for n in planner.shadow.dynamo.graph.nodes if at[op] <= at[n] <= at[gate]]
+    if any(is_write(n) or n.op not in ("call_function", "call_method") or "enabled" in str(n.target) for n in between):
+        return None
+    needed = {gate}
+    for n in reversed(between):
+        if n in needed:
+            needed.update(x for x in n.all_input_nodes if at[x] >= at[op])
+    return None if op in needed else [n for n in between if n in needed]
+
+
+# ---- the proof -----------------------------------------------------------------------------------------------------
+
+
+def _refuted(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
+    """Whether the formula and the graph's own MLP differ on a probe, both in float64; equal layers are probed once."""
+    key = (o.experts, o.gate is None, signature(region, _boundary(b, o), [s.node]))
+    if key not in _refutations:
+        if len(_refutations) > 4096:
+            _refutations.clear()
+        _refutations[key] = _probe(b, s, o, region)
+    return _refutations[key]
+
+
+def _probe(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
+    for sizes in size_choices(b):
+        try:
+            with one_thread():
+                return not all(_agrees(b, s, o, region, sizes, seed) for seed in range(2))
+        except TROUBLE:
+            continue
+    return True
+
+
+def _agrees(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node], sizes: Any, seed: int) -> bool:
+    gen = torch.Generator().manual_seed(seed)
+    tokens = b.match.tokens
+    env: dict[fx.Node, Any] = {n: windows(sizes.shape(n), gen) for n in o.params()}
+    env[tokens] = torch.randn(sizes.shape(tokens), generator=gen, dtype=torch.float64) * (1, 4)[seed]
+    if o.gate is not None:
+        env[o.gate] = torch.rand(sizes.shape(o.gate), generator=gen, dtype=torch.float64) + 0.1
+    given = dict(env)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        run(region, env, sizes)
+        x = given[tokens].reshape(-1, o.experts.hidden)
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+        weights = torch.ones(x.shape[0], 1, dtype=torch.float64) if o.gate is None else given[o.gate].reshape(-1, 1)
+        lists = [[given[q.node] for q in group] for group in (o.up, o.down, o.up_bias, o.down_bias)]
+        want = o.experts.evaluate(x, ids, weights, *lists)
+    return difference(env[s.node], want) is None

@@ -1,0 +1,168 @@
+"""Routing as algebra: terms of the router become sympy expressions in which spelling disappears.
+
+Symbols: l the logit of the expert at hand, b its selection bias, c its scale. A reduction over all experts or over the
+selected k is a symbol of its own, kept in a table with what it reduces; whatever does not depend on the expert is pulled
+out of it. So softmax, top-k, renormalise becomes exp(l)/Z_E / (Z_K/Z_E) = exp(l)/Z_K, the same as top-k, softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+import torch.fx as fx
+
+from ...ir import scalar as act
+from .. import terms as T
+from ..aten.element import shape_of
+from ..terms import Term
+
+L, B, C = sp.symbols("l b c", real=True)
+S = sp.Symbol("s", positive=True)
+PER_EXPERT = (L, B, C, S)
+
+
+class Unknown(Exception):
+    """An expression that is no routing algebra; the message says what was met."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """kind: sum, max or min; over: E (all experts) or K (the selected ones)."""
+
+    kind: str
+    over: str
+    body: sp.Expr
+
+
+class Reductions:
+    """The table of reduction symbols."""
+
+    def __init__(self, k: int, num_experts: int) -> None:
+        self.size = {"K": k, "E": num_experts}
+        self.by_symbol: dict[sp.Symbol, Reduction] = {}
+        self.by_key: dict[Reduction, sp.Symbol] = {}
+
+    def make(self, kind: str, over: str, body: sp.Expr) -> sp.Expr:
+        """The reduction of `body`, factors that are equal for all experts pulled out."""
+        body = sp.powsimp(sp.expand_power_base(sp.expand_power_exp(body)))
+        if kind == "sum" and (split := sp.expand(body, multinomial=False)).is_Add:
+            return sp.Add(*(self.make(kind, over, part) for part in split.args))
+        outside, inside = body.as_independent(*PER_EXPERT, as_Add=False)
+        if kind != "sum" and not outside.is_positive:
+            outside, inside = sp.Integer(1), body
+        if inside == 1:
+            return outside * (self.size[over] if kind == "sum" else 1)
+        key = Reduction(kind, over, inside)
+        if key not in self.by_key:
+            positive = True if inside.is_positive else None
+            symbol = sp.Symbol(f"Z{len(self.by_key)}", positive=positive, real=True)
+            self.by_key[key] = symbol
+            self.by_symbol[symbol] = key
+        return outside * self.by_key[key]
+
+    def replace(self, expr: sp.Expr, f: Any, keep: tuple[sp.Symbol, ...] = ()) -> sp.Expr:
+        """Apply `f` to an expression, and to what its reductions reduce (those in `keep` excepted)."""
+        out = f(expr)
+        for z in sorted((expr.free_symbols & set(self.by_symbol)) - set(keep), key=str):
+            r = self.by_symbol[z]
+            body = self.replace(r.body, f, keep)
+            if body != r.body:
+                out = out.subs(z, self.make(r.kind, r.over, body))
+        return out
+
+
+class Translator:
+    """Terms of one router to sympy. `logits` is the node whose elements are l; `chosen(v)` the expert in slot v."""
+
+    def __init__(self, logits: fx.Node, t: Term, chosen: Any, k: int, num_experts: int) -> None:
+        self.logits, self.t, self.chosen = logits, t, chosen
+        self.reductions = Reductions(k, num_experts)
+        self.tables: dict[fx.Node, sp.Symbol] = {}
+        self.memo: dict[tuple[Term, Term], sp.Expr] = {}
+
+    def __call__(self, x: Term, at: Term) -> sp.Expr:
+        """`at`: the term that indexes the expert at hand."""
+        key = (x, at)
+        out = self.memo.get(key)
+        if out is None:
+            out = self.memo[key] = self._translate(x, at)
+        return out
+
+    def _translate(self, x: Term, at: Term) -> sp.Expr:
+        op, a = x.op, x.args
+        if op == "c":
+            if isinstance(a[0], str):
+                raise Unknown("NaN")
+            return sp.nsimplify(a[0], rational=True) if isinstance(a[0], float) and abs(a[0]) != float("inf") else sp.sympify(a[0])
+        if op == "a":
+            return self._atom(x, at)
+        if op == "add":
+            return sp.Add(*(self(y, at) for y in a))
+        if op == "mul":
+            return sp.Mul(*(self(y, at) for y in a))
+        if op == "pow":
+            return self(a[0], at) ** sp.nsimplify(a[1], rational=True)
+        if op == "fn":
+            return _function(a[0], self(a[1][0], at), a[2])
+        if op in ("sum", "max", "min"):
+            v, body = a
+            over, inner = self._domain(v, body)
+            return self.reductions.make(op, over, self(body, inner))
+        raise Unknown(f"{op} in the router: {T.show(x, 90)}")
+
+    def _domain(self, v: Term, body: Term) -> tuple[str, Term]:
+        slot = self.chosen(v)
+        for y in T.walk(body):
+            if y.op == "a" and y.args[1] and y.args[1][-1] is v:
+                if v.args[1] != self.reductions.size["E"]:
+                    raise Unknown("a reduction over a part of the experts")
+                return "E", v
+            if y.op == "a" and y.args[1] and y.args[1][-1] is slot:
+                if v.args[1] != self.reductions.size["K"]:
+                    raise Unknown("a reduction over a part of the selected experts")
+                return "K", slot
+        raise Unknown(f"a reduction over something else than experts: {T.show(body, 90)}")
+
+    def _atom(self, x: Term, at: Term) -> sp.Expr:
+        node, idx = x.args
+        if idx and idx[-1] is at:
+            if node is self.logits:
+                return L
+            if all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
+                return self.tables.setdefault(node, sp.Symbol(f"table{len(self.tables)}", real=True))
+        raise Unknown(f"the router reads {T.show(x, 90)}")
+
+
+def _function(name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:
+    if name == "exp":
+        return sp.exp(sp.expand(x))
+    if name == "sigmoid":
+        return 1 - act.sigmoid(-x) if x.could_extract_minus_sign() else act.sigmoid(x)
+    if name == "tanh":  # one spelling for both: tanh(x) = 2 sigmoid(2x) - 1
+        return sp.expand(2 * _function("sigmoid", 2 * x, ()) - 1)
+    if name == "log":
+        for e in x.atoms(sp.exp):
+            if x == 1 + e:
+                return act.softplus(e.args[0])
+    if name == "clamp":
+        lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c, rational=True) for c in consts)
+        return act.clamp(x, lo, hi)
+    heads = {
+        "softplus": act.softplus, "relu": act.relu, "log": sp.log, "abs": sp.Abs,
+    }  # fmt: skip
+    if name not in heads:
+        raise Unknown(f"{name} in the router")
+    if name == "relu" and x.is_positive:
+        return x
+    return heads[name](x)
+
+
+def show_expr(e: sp.Expr, reductions: Reductions) -> str:
+    """Readable text of an expression, reductions written out (for rejections)."""
+    out = e
+    for z, r in reversed(list(reductions.by_symbol.items())):
+        if z in out.free_symbols:
+            out = out.subs(z, sp.Function(f"{r.kind}{r.over}")(r.body))
+    return str(out)

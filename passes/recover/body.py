@@ -1,0 +1,381 @@
+"""The inside of one expert: down act(up x), parsed into projections and an activation expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy as sp
+
+from ...ir import Form
+from ...ir import scalar as act
+from .. import terms as T
+from ..aten.element import op_name
+from ..terms import Term
+from ..terms.unify import constant_part
+from . import scales as channels
+from .rounding import ROUNDED
+from .rows import No, clip, factors
+from .scales import Channel
+
+
+@dataclass
+class Linear:
+    """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
+
+    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
+    multiplies the sum too.
+    """
+
+    weight: Any
+    stride: int
+    offset: int
+    transposed: bool
+    flat: bool
+    bias: Any = None
+    scale: sp.Expr = sp.S.One
+    channel: Channel | None = None
+
+
+@dataclass
+class Core:
+    """One expert's function, parsed."""
+
+    down: Linear
+    linears: dict[sp.Symbol, Linear]
+    expr: sp.Expr
+    inner: Any
+    on_input: Term | None = None
+    tokens: list[Term] = field(default_factory=list)
+    table: Term | None = None
+
+
+def parse_core(
+    core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None, tables: Term | None = None
+) -> Core:
+    """c · Σ_i down[e, h, i] · act(...), plus a bias [e, h].
+
+    `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
+    `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
+    """
+    scale, total, bias, channel = _output(core, h, expert)
+    i, inner = total.args
+    downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+    if len(downs) != 1:
+        raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
+    rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
+    down = linear_of(downs[0], h, i, expert)
+    if down.stride != 1 or down.offset != 0:
+        raise No("the down projection reads a part of its weight")
+    if bias is not None:
+        down.bias = bias.args[0]
+    if channel is not None:
+        down.channel = channels.channel(channel, h, expert, 1, 0)
+    reader = Reader(t, i, expert, channels.integer_weights(core, expert))
+    expr = reader.read(rest) * reader.read(scale) * (sp.S.One if tables is None else reader.read(tables))
+    if reader.routed() and outside is not None:
+        if bias is not None and outside.op != "c":
+            raise No("a routing weight on the input of experts whose output has a bias, and another one on their output")
+        expr = expr * reader.read(outside)
+    expr, scaled, table = channels.put_in(expr, reader.channels, reader.linears, expert)
+    for name, s in scaled.items():
+        lin = reader.linears[name]
+        lin.channel = channels.channel(reader.channels[s], i, expert, lin.stride, lin.offset)
+    expr, on_input = _input_weight(expr, reader)
+    return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
+
+
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias, the scale free of features: scale, sum, bias, s."""
+    sums: list[tuple[Term, Term, Term | None]] = []
+    bias = None
+    for part in core.args if core.op == "add" else (core,):
+        found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
+        own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+        others = [f for f in factors(part) if f not in found and f not in own]
+        if len(found) == 1 and len(own) < 2 and not any(T.uses(f, h) for f in others):
+            sums.append((T.mul(*others), found[0], own[0] if own else None))
+        elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
+            bias = part
+        else:
+            raise No(f"an expert's output has a term that is no projection: {clip(part)}")
+    if len(sums) != 1:
+        raise No("an expert's output is not one down projection")
+    scale, total, channel = sums[0]
+    return scale, total, bias, channel
+
+
+def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
+    """What else than one weight a product holds: scales that do not come out of its sum, or a zero point."""
+    if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
+        return "an integer weight has a zero point"
+    read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
+    if len(read) < 2 or not any(channels.is_integer(f) for f in read):
+        return None
+    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a scale is in groups along the inner dim"
+
+
+def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
+    """act(w·a, w·b) with one routing weight w: the weight multiplies the expert's input."""
+    if not reader.routed():
+        return expr.subs({s: sp.sympify(x.args[0]) for s, x in reader.scalars.items()}), None
+    scalars = set(reader.scalars)
+    biased = {s for s, lin in reader.linears.items() if lin.bias is not None}
+    for weight in _input_weights(expr, reader):
+        if any(reader.linears[s].scale != weight for s in biased):
+            continue
+        fresh = {s: sp.Symbol(f"in_{s.name}", real=True) for s in reader.linears}
+        out = expr.subs({s: f if s in biased else f / weight for s, f in fresh.items()}, simultaneous=True)
+        out = sp.powsimp(sp.expand_power_base(out)) if scalars & out.free_symbols else out
+        if not scalars & out.free_symbols:
+            powers = weight.as_powers_dict()
+            term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
+            return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
+    if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
+        raise No(ROUNDED)
+    raise No("a routing value enters an expert's activation")
+
+
+def _rounded(n: Any) -> bool:
+    """Whether a tensor was rounded, seen through casts and clamps."""
+    while op_name(n) in ("to", "_to_copy", "clamp", "type_as", "float", "view", "reshape"):
+        n = n.args[0]
+    return op_name(n) == "round"
+
+
+def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
+    """Candidates for the routing weight: what multiplies a projection that has a bias, or one inside the activation."""
+    scalars, linears = set(reader.scalars), set(reader.linears)
+    out: dict[sp.Expr, None] = {lin.scale: None for lin in reader.linears.values() if lin.scale != 1}
+    for place in (*expr.atoms(sp.Mul), expr):
+        found = [s for s in linears if s in place.free_symbols]
+        if len(found) == 1 and place.is_Mul:
+            ratio = sp.cancel(place / found[0])
+            weight = sp.Mul(*(b**e for b, e in ratio.as_powers_dict().items() if b in scalars))
+            if weight != 1 and not linears & ratio.free_symbols:
+                out[weight] = None
+    return list(out)
+
+
+def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
+    """How a weight atom is laid out, from its index: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+    idx = list(a.args[1])
+    flat = False
+    if idx and idx[0] is expert:
+        idx = idx[1:]
+    else:
+        pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
+        own = [x for x in pieces if T.uses(x, expert)]
+        if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
+            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+        idx[0] = T.add(*(x for x in pieces if x is not own[0]))
+        flat = True
+    if len(idx) != 2:
+        raise No(f"an expert weight is no matrix: {clip(a)}")
+    for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
+        if c is inp and T.uses(r, out):
+            stride, offset = affine(r, out)
+            return Linear(a.args[0], stride, offset, transposed, flat)
+    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+
+
+def affine(r: Term, v: Term) -> tuple[int, int]:
+    """r = stride * v + offset."""
+    offset, rest = constant_part(r)
+    stride, body = T.coefficient(rest)
+    if body is not v or not isinstance(stride, int) or not isinstance(offset, int):
+        raise No("a projection's rows are not a simple slice")
+    return stride, offset
+
+
+def _symbol_of(x: Term, known: dict[sp.Symbol, Term], prefix: str, **assumptions: bool) -> sp.Symbol:
+    """The symbol that stands for a term, a new one where there is none yet."""
+    for symbol, term in known.items():
+        if term is x:
+            return symbol
+    symbol = sp.Symbol(f"{prefix}{len(known)}", **assumptions)
+    known[symbol] = x
+    return symbol
+
+
+class Reader:
+    """Turns the inside of one expert, a term in i, into an activation expression over its up projections."""
+
+    def __init__(self, t: Term, i: Term, expert: Term, integers: bool = False) -> None:
+        self.t, self.i, self.expert, self.integers = t, i, expert, integers
+        self.linears: dict[sp.Symbol, Linear] = {}
+        self.by_key: dict[Any, sp.Symbol] = {}
+        self.tokens: list[Term] = []
+        self.scalars: dict[sp.Symbol, Term] = {}
+        self.channels: dict[sp.Symbol, Term] = {}  # scales of output channels
+        self.memo: dict[Term, sp.Expr] = {}
+
+    def read(self, x: Term) -> sp.Expr:
+        out = self.memo.get(x)
+        if out is None:
+            out = self.memo[x] = self._read(x)
+        return out
+
+    def _read(self, x: Term) -> sp.Expr:
+        if x.op == "c":
+            return sp.sympify(x.args[0])
+        if not T.uses(x, self.i):
+            return self.scalar(x)
+        if x.op == "sum":
+            return self.linear(x)
+        if x.op == "add":
+            return self.add(x)
+        if x.op == "mul":
+            return sp.Mul(*(self.read(f) for f in x.args))
+        if x.op == "pow":
+            return self.read(x.args[0]) ** sp.nsimplify(x.args[1])
+        if x.op == "fn":
+            return function(x.args[0], [self.read(a) for a in x.args[1]], x.args[2])
+        if self._is_channel(x):
+            return self.channel(x)
+        raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+
+    def _is_channel(self, x: Term) -> bool:
+        return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
+
+    def channel(self, x: Term) -> sp.Symbol:
+        return _symbol_of(x, self.channels, "s", real=True)
+
+    def routed(self) -> bool:
+        """Whether a value that is no number multiplies something inside."""
+        return any(x.op != "c" for x in self.scalars.values())
+
+    def scalar(self, x: Term) -> sp.Expr:
+        """A value that is the same for all features: factor by factor a symbol."""
+        if x.op == "mul":
+            return sp.Mul(*(self.read(f) for f in x.args))
+        if x.op == "pow":
+            return self.read(x.args[0]) ** sp.nsimplify(x.args[1], rational=True)
+        if self.integers and channels.for_expert(x, self.expert):
+            return self.channel(x)
+        if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
+            raise No(f"an expert's inside reads a parameter that is no projection: {clip(x)}")
+        return self.symbol(x)
+
+    def symbol(self, x: Term) -> sp.Symbol:
+        return _symbol_of(x, self.scalars, "w", positive=True)
+
+    def add(self, x: Term) -> sp.Expr:
+        """A sum of pointwise terms, where `c Σ_m ... + b[e, i]` is one projection with its bias."""
+        biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
+        if not biases:
+            return sp.Add(*(self.read(a) for a in x.args))
+        projections = [a for a in x.args if self._is_projection(a)]
+        rest = [self.read(a) for a in x.args if a not in projections and a not in biases]
+        if len(projections) != 1 or len(biases) != 1:
+            raise No("a bias that belongs to no single projection")
+        return sp.Add(*rest, self.affine(projections[0], biases[0]))
+
+    def _is_projection(self, a: Term) -> bool:
+        inside = [f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f)]
+        return len(inside) == 1 and inside[0].op == "sum"
+
+    def affine(self, a: Term, bias: Term) -> sp.Symbol:
+        """c Σ_m x W + b as one symbol: the projection, with its bias, of c x."""
+        (s,) = (f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f))
+        lin, number = self.projection(s)
+        if bias.args[1][0] is not self.expert or len(bias.args[1]) != 2 or affine(bias.args[1][1], self.i) != (lin.stride, lin.offset):
+            raise No("a bias is not laid out like its projection")
+        lin.bias = bias.args[0]
+        lin.scale = number * sp.Mul(*(self.read(f) for f in factors(a) if f is not s))
+        return self.name(lin)
+
+    def linear(self, s: Term) -> sp.Expr:
+        """Σ_m c x W as c times a symbol."""
+        lin, number = self.projection(s)
+        return number * self.name(lin)
+
+    def projection(self, s: Term) -> tuple[Linear, sp.Expr]:
+        """Σ_m c x[t,m] W[e,i,m]: the projection, and the number c as a symbol (1 if there is none)."""
+        m, inner = s.args
+        fs = factors(inner)
+        ws = [f for f in fs if f.op == "a" and T.uses(f, self.expert)]
+        numbers = [f for f in fs if f.op == "c"]
+        xs = [f for f in fs if f not in ws and f not in numbers]
+        if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
+            if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
+                raise No(why)
+            raise No(f"a projection is not token times weight: {clip(s)}")
+        self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
+        return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
+
+    def name(self, lin: Linear) -> sp.Symbol:
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale)
+        if key not in self.by_key:
+            symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
+            self.by_key[key] = symbol
+            self.linears[symbol] = lin
+        return self.by_key[key]
+
+
+HEADS: dict[str, Any] = {
+    "sigmoid": act.sigmoid,
+    "relu": act.relu,
+    "softplus": act.softplus,
+    "gelu_tanh": act.gelu_tanh,
+    "tanh": sp.tanh,
+    "exp": sp.exp,
+    "log": sp.log,
+    "erf": sp.erf,
+    "abs": sp.Abs,
+}
+
+
+def function(name: str, args: list[sp.Expr], consts: tuple[Any, ...]) -> sp.Expr:
+    if name == "clamp":
+        lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c) for c in consts)
+        return act.clamp(args[0], lo, hi)
+    if name == "erf":
+        (x,) = args
+        k, rest = x.as_coeff_Mul()
+        return sp.erf(rest / sp.sqrt(2)) if abs(float(k) - 0.5**0.5) < 1e-9 else sp.erf(x)
+    head = HEADS.get(name)
+    if head is None:
+        raise No(f"no activation is known that uses {name}")
+    return head(*args)
+
+
+def layout(c: Core) -> tuple[Form, list[sp.Symbol], sp.Expr]:
+    """Storage form of the up projection, its symbols (first, second), and the activation in G and U."""
+    symbols = list(c.linears)
+    if len(symbols) == 1:
+        lin = c.linears[symbols[0]]
+        if (lin.stride, lin.offset) != (1, 0):
+            raise No("a single projection reads a part of its weight")
+        return Form.SINGLE, symbols, _tidy(c.expr.subs(symbols[0], act.G))
+    if len(symbols) != 2:
+        raise No(f"an expert has {len(symbols)} up projections")
+    a, b = symbols
+    la, lb = c.linears[a], c.linears[b]
+    if la.weight == lb.weight:
+        if la.offset > lb.offset:
+            a, b, la, lb = b, a, lb, la
+        if (la.stride, la.offset, lb.stride, lb.offset) == (1, 0, 1, c.inner):
+            form = Form.CONCAT
+        elif (la.stride, la.offset, lb.stride, lb.offset) == (2, 0, 2, 1):
+            form = Form.INTERLEAVED
+        else:
+            raise No("gate and up rows are neither halves nor interleaved")
+    else:
+        if (la.stride, la.offset, lb.stride, lb.offset) != (1, 0, 1, 0):
+            raise No("gate and up weights are read in parts")
+        form = Form.SEPARATE
+        if _is_gate(b, c.expr) and not _is_gate(a, c.expr):
+            a, b = b, a
+    return form, [a, b], _tidy(c.expr.subs({a: act.G, b: act.U}, simultaneous=True))
+
+
+def _is_gate(s: sp.Symbol, expr: sp.Expr) -> bool:
+    return any(s in f.free_symbols for f in expr.atoms(sp.Function))
+
+
+def _tidy(expr: sp.Expr) -> sp.Expr:
+    """Numbers as exact as they were written: 0.5 is 1/2, 1.702 stays itself."""
+    # scales of rows that were divided by and multiplied back
+    expr = expr.replace(lambda e: e.is_Float and e != 1 and abs(e - 1) < 1e-12, lambda e: sp.S.One)
+    return expr.replace(lambda e: e.is_Float, lambda e: sp.nsimplify(e, rational=True) if sp.nsimplify(e, rational=True).q < 10**6 else e)

@@ -1,0 +1,93 @@
+"""One function of (token, slot, expert) from the parts: E unrolled copies made one, or the one that looks its weights up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import terms as T
+from ..aten.element import shape_of
+from ..terms import Term
+from ..terms.unify import unify
+from .addends import Part, has_feature
+from .rows import No, data_dependent, factors, outer_atoms, plain_row
+from .scales import is_integer
+
+EXPERT = "expert"
+
+
+def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
+    """(body in the variable `expert`, the ids term, parts of experts that are another function)."""
+    named = [q for q in parts if q.expert is not None]
+    if named and len(named) != len(parts):
+        raise No("some experts are named by number and some are looked up")
+    if not named:
+        if len(parts) > 1:
+            raise No("more than one term looks experts up")
+        return _looked_up(parts[0])
+    ids = {q.ids for q in named}
+    if len(ids) > 1:
+        raise No("the experts are chosen by different ids")
+    by_expert: dict[int, list[Term]] = {}
+    for q in named:
+        assert q.expert is not None
+        by_expert.setdefault(q.expert, []).append(q.body)
+    copies = {e: T.canonical(T.add(*bs)) if len(bs) == 1 else _twice(e) for e, bs in by_expert.items()}
+    identity = {e: c for e, c in copies.items() if _is_identity(c)}
+    real = {e: c for e, c in copies.items() if e not in identity}
+    if not real:
+        raise No("no expert is applied")
+    if sorted(real) != list(range(len(real))):
+        raise No(f"the experts are not 0..{len(real) - 1}, each once: {_brief(sorted(real))}")
+    expert = T.named(EXPERT, len(real))
+    body = unify(real, expert)
+    if isinstance(body, str):
+        raise No(body)
+    (the_ids,) = ids
+    assert the_ids is not None
+    return body, the_ids, identity
+
+
+def _twice(e: int) -> Term:
+    raise No(f"expert {e} is applied twice")
+
+
+def _brief(xs: list[int]) -> str:
+    return str(xs) if len(xs) < 12 else f"{xs[:5]}...{xs[-2:]}"
+
+
+def _is_identity(c: Term) -> bool:
+    return not any(x.op == "sum" and any(v.args[0] == "h" for v in x.atoms) for x in T.walk(c))
+
+
+def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
+    """Weights are indexed by the ids themselves: name that index `expert`."""
+    found: dict[Term, None] = {}
+    sizes = []
+    core = T.mul(*(f for f in factors(part.body) if has_feature(f)))
+    for a in outer_atoms(core):
+        if plain_row(a) or len(a.args[1]) < 2 or not any(data_dependent(i) for i in a.args[1]):
+            continue
+        for d, i in enumerate(a.args[1]):
+            for piece in i.args if i.op == "add" else (i,):
+                if data_dependent(piece):
+                    found[T.coefficient(piece)[1]] = None
+                    stride = T.coefficient(piece)[0]
+                    n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
+                    sizes.append(T.exact_div(n, stride))
+    if len(found) != 1:
+        raise No("expert weights are indexed by different ids" if found else "no expert weight is indexed by the ids")
+    if len(set(sizes)) != 1 or not isinstance(sizes[0], int):
+        raise No("expert weights disagree on the number of experts")
+    (ids,) = found
+    expert = T.named(EXPERT, sizes[0])
+    mapping = {}
+    atoms = outer_atoms(part.body)
+    whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_integer(a) for a in atoms)  # then one number an expert may be a scale
+    for a in atoms:
+        if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
+            mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
+    return T.canonical(T.subst(part.body, mapping)), ids, {}
+
+
+def _dim(a: Term, d: int) -> Any:
+    return shape_of(a.args[0])[d]

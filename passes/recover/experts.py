@@ -1,0 +1,240 @@
+"""Experts from terms: out[t,h] = base[t,h] + Σ_j w(t,j) · down(e) act(up(e) x[t]),  e = ids(t,j)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...ir import Experts, Form, Rejection
+from .. import terms as T
+from ..aten.element import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from ..terms import Term
+from . import scales as channels
+from .addends import rolled, slot_variable, split_parts
+from .body import Core, Linear, layout, parse_core
+from .copies import EXPERT, one_body
+from .match import ExpertsMatch, Param
+from .rounding import unrounded
+from .rows import No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
+from .scales import Channel
+
+
+def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejection:
+    """Read the experts off the result node `out`; `dense(term)` looks into tensors that hold all experts' outputs."""
+    try:
+        return _match(p, out, dense)
+    except No as e:
+        return Rejection(str(e), out, "experts")
+
+
+def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
+    shape = shape_of(out)
+    t, h = row_variable(rows(out)), T.named("h", shape[-1])
+    term = p.at(out, (*row_index(t, shape[:-1]), h))
+    if not any(x.op in ("topk", "sv", "nz", "a") and x.op != "a" or (x.op == "a" and ids_atom(x)) for x in T.walk(term)):
+        raise No("the result does not depend on expert ids")
+    parts, base = split_parts(term, dense)
+    if not parts:
+        raise No("no expert is applied")
+    parts = rolled(parts)
+    j, k = slot_variable(parts)
+    body, ids, foreign = one_body(parts, j)
+    return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+
+
+def _assemble(
+    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term]
+) -> ExpertsMatch:
+    expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
+    if expert is None:
+        raise No("no expert weight is read")
+    count: int = expert.args[1]
+    body, rounding = unrounded(body)
+    is_core = [T.uses(f, h) for f in factors(body)]
+    core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
+    weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
+    tables, weight = channels.tables(core, weight, expert)
+    parsed = parse_core(core, t, h, expert, weight, tables)
+    if parsed.table is not None and parsed.down.channel is None:
+        parsed.down.channel = channels.channel(parsed.table, h, expert, 1, 0)
+    elif parsed.table is not None:
+        weight = T.mul(weight, parsed.table)
+    if parsed.on_input is not None:
+        weight = parsed.on_input
+    weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
+    _check_identity(identity, count, weight, parsed, t, h)
+    _check_rows(ids, t, j, k)
+    tokens = token_node(parsed.tokens, t)
+    if not T.same_size(rows(tokens), rows(out)):
+        raise No("the experts' input has another number of rows than their result")
+    form, order, expression = layout(parsed)
+    inter = parsed.inner
+    if not isinstance(inter, int):
+        raise No("the expert's inner size is not a fixed number")
+    hidden = shape_of(tokens)[-1]
+    ups = [parsed.linears[s] for s in order]
+    if len({(x.transposed, x.flat, isinstance(x.weight, tuple)) for x in ups}) != 1 or len({x.bias is None for x in ups}) != 1:
+        raise No("gate and up projections are stored differently")
+    stacked = not isinstance(ups[0].weight, tuple)
+    if stacked == isinstance(parsed.down.weight, tuple):
+        raise No("some expert weights are stacked and some are not")
+    if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, parsed.down)):
+        raise No("of the experts' weights and biases some are stacked and some are not")
+    store = ups if form is Form.SEPARATE else ups[:1]
+    _check_scales(ups, form)
+    width = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    experts = Experts(
+        num_experts=count,
+        hidden=hidden,
+        intermediate=inter,
+        out_features=shape_of(out)[-1],
+        form=form,
+        activation=expression,
+        stacked=stacked,
+        up_transposed=ups[0].transposed,
+        down_transposed=parsed.down.transposed,
+        up_bias=ups[0].bias is not None,
+        down_bias=parsed.down.bias is not None,
+        weight_on_input=parsed.on_input is not None,
+        num_identity=len(identity),
+        ids_mapped=mapped(ids),
+        dtype=compute_dtype(p, tokens),
+        up_scale=ups[0].channel is not None,
+        down_scale=parsed.down.channel is not None,
+        weight_dtype=_integers([*ups, parsed.down]),
+        row_bits=0 if rounding is None else rounding.bits,
+        row_floor=0.0 if rounding is None else rounding.floor,
+    )
+    if experts.row_bits and not experts.scaled:
+        raise No("rows are rounded to fewer bits and weights are not")
+    up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
+    return ExpertsMatch(
+        experts=experts,
+        out=out,
+        tokens=tokens,
+        ids=ids,
+        weight=weight,
+        t=t,
+        j=j,
+        k=k,
+        up=up,
+        down=params(parsed.down.weight, (count, experts.out_features, inter), parsed.down.transposed, parsed.down.flat),
+        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
+        down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
+        base=base_node(base, out, t, h),
+        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
+        down_scale=channels.params(parsed.down.channel, count, experts.out_features) if parsed.down.channel is not None else [],
+    )
+
+
+def _check_scales(ups: list[Linear], form: Form) -> None:
+    """Gate and up both have a scale or none; stored in one weight they have one scale tensor."""
+    found: list[Channel | None] = [x.channel for x in ups]
+    if len({c is None for c in found}) != 1 or len({c.dim is None for c in found if c is not None}) > 1:
+        raise No("gate and up projections are scaled differently")
+    if form is not Form.SEPARATE and len({c for c in found if c is not None}) > 1:
+        raise No("the scales of gate and up are not stored as their weights are")
+    if len({isinstance(c.node, tuple) for c in found if c is not None} | {isinstance(x.weight, tuple) for x in ups}) > 1:
+        raise No("scales are not stored as their weights are")
+
+
+def _integers(linears: list[Linear]) -> torch.dtype | None:
+    """The integer type that scaled weights are stored in; None where nothing is scaled or weights are floats."""
+    if all(x.channel is None for x in linears):
+        return None
+    if any(x.channel is not None and isinstance(x.channel.node, tuple) != isinstance(x.weight, tuple) for x in linears):
+        raise No("scales are not stored as their weights are")
+    dtypes = {dtype_of(n) for x in linears for n in (x.weight if isinstance(x.weight, tuple) else (x.weight,))}
+    if len(dtypes) > 1:
+        raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
+    (dtype,) = dtypes
+    return None if dtype.is_floating_point else dtype
+
+
+def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:
+    """The dtype the experts' matrix products are computed in: autocast may make it another one than the tokens'."""
+    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in CONTRACTIONS and not p.stop(n)}
+    found = {d for d in found if d.is_floating_point}
+    return found.pop() if len(found) == 1 else dtype_of(tokens)
+
+
+def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
+    """Ids must be those of token t in slot j: [T, k] tensors (or [B, S, k]), read row by row."""
+    for x in T.walk(ids):
+        if x.op == "topk" or x.op == "a" and len(x.args[1]) > 1:
+            *lead, last = x.args[1]
+            free = {v for i in x.args[1] for v in i.atoms}
+            if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
+                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+            if t.op == "v" and any(i.op in ("fdiv", "mod") and i.args[1].args[0] == k for i in lead) and k > 1:
+                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+            if k == 1 and T.uses(last, t):
+                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+
+
+def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed: Core, t: Term, h: Term) -> None:
+    """Identity experts must be w · x[t, h], with the same w and x as the others, numbered on from E."""
+    if not identity:
+        return
+    if sorted(identity) != list(range(count, count + len(identity))):
+        raise No("identity experts are not numbered on from the others")
+    (x,) = {a.args[0] for a in parsed.tokens}
+    for e, c in identity.items():
+        xs = [f for f in factors(c) if f.op == "a" and f.args[0] is x and T.uses(f, h)]
+        if len(xs) != 1 or T.mul(*(f for f in factors(c) if f is not xs[0])) is not weight:
+            raise No(f"expert {e} is neither like the others nor the identity")
+
+
+def token_node(tokens: list[Term], t: Term) -> fx.Node:
+    """The node whose flattened rows are the experts' input."""
+    if len(set(tokens)) != 1:
+        raise No("gate and up projections read different inputs")
+    x = tokens[0]
+    node, idx = x.args
+    lead = shape_of(node)[:-1]
+    m = idx[-1]
+    if m.op != "v" or m.args[0] != "m" or idx[:-1] != _clamped(row_index(t, lead), lead):
+        raise No(f"the experts' input rows are not the tokens in order: {clip(x)}")
+    return node
+
+
+def _clamped(idx: tuple[Term, ...], lead: tuple[Any, ...]) -> tuple[Term, ...]:
+    return tuple(T.const(0) if s == 1 and len(lead) > 1 else i for i, s in zip(idx, lead, strict=True))
+
+
+def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> list[Param]:
+    """Check a parameter's shape against its use; `full` is [E, rows, cols] (or [E, rows] for a bias)."""
+    want = (full[0], *full[1:][::-1]) if transposed else full
+    if isinstance(nodes, tuple):
+        for n in nodes:
+            if shape_of(n) != tuple(want[1:]):
+                raise No(f"expert parameter {n} has shape {shape_of(n)}, used as {want[1:]}")
+        return [Param(n) for n in nodes]
+    if flat:
+        if shape_of(nodes)[0] != want[0] * want[1]:
+            raise No(f"expert parameter {nodes} has shape {shape_of(nodes)}, used as {want}")
+        return [Param(nodes, tuple(want))]
+    shape = shape_of(nodes)
+    if shape[1:] != tuple(want[1:]) or shape[0] < want[0]:  # rows of identity experts may follow
+        raise No(f"expert parameter {nodes} has shape {shape}, used as {want}")
+    return [Param(nodes)]
+
+
+def base_node(base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | None:
+    """The accumulator's start: nothing, or one tensor read at the result's own index."""
+    if not base:
+        return None
+    if len(base) == 1 and base[0].op == "a" and isinstance(base[0].args[0], fx.Node):
+        node, idx = base[0].args
+        lead = shape_of(node)[:-1]
+        if (
+            T.same_size(rows(node), rows(out))
+            and idx
+            and idx[-1] is h
+            and idx[:-1] == _clamped(row_index(t, lead), lead)
+            and dtype_of(node) == dtype_of(out)
+        ):
+            return node
+    raise No(f"the accumulator starts from more than one tensor: {clip(T.add(*base))}")

@@ -1,0 +1,426 @@
+"""Find: walk the shadow once and try to read experts at every node that could be their combined result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...ir import Rejection
+from .. import terms as T
+from ..aten.definitions_views import TUPLES
+from ..aten.element import RULES, Puller, call_args, op_name, shape_of
+from ..terms import Term
+from .experts import match_experts
+from .fused import is_fused, read_fused, with_identity
+from .match import ExpertsMatch
+from .rounding import rounded_nodes
+from .rows import data_dependent, is_row, outer_atoms
+from .scales import made_floats
+from .writes import harmless
+
+COMBINES = (
+    "sum",
+    "mean",
+    "index_add",
+    "index_put",
+    "scatter_add",
+    "add",
+    "mm",
+    "bmm",
+    "matmul",
+    "einsum",
+    "addmm",
+    "baddbmm",
+    "scatter_reduce",
+    "_index_put_impl",
+)
+WRITES = ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl")
+VIEWS = frozenset(
+    (
+        "view reshape _unsafe_view flatten unflatten view_as squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes "
+        "swapdims t mT mH numpy_T adjoint movedim moveaxis slice select narrow contiguous clone alias detach lift_fresh_copy "
+        "repeat repeat_interleave chunk split split_with_sizes unbind stack"
+    ).split()
+)
+JOINS = ("cat", "concat", "concatenate", "stack")
+CREATION = frozenset(
+    (
+        "zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange "
+        "scalar_tensor eye"
+    ).split()
+)
+
+
+@dataclass
+class Findings:
+    matches: list[tuple[ExpertsMatch, Puller]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+class Finder:
+    """Labels say which selection (top-k) a node's value depends on, the latest one counting.
+
+    Nodes with the label at hand are looked into, others are the region's inputs. A matched result is labelled 0 again, so
+    later layers do not see this one's: every node is visited once.
+    """
+
+    def __init__(self, graph: fx.Graph, walls: set[fx.Node], stale: set[fx.Node], id_inputs: bool = False) -> None:
+        self.graph, self.walls, self.stale = graph, walls, stale
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.limit = 20_000 + 40 * len(self.order)
+        self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
+        self.static = self._labels(lambda n: None)
+        self.live: dict[fx.Node, int] = {}
+        self.left: dict[int, int] = {}
+        self.integers = made_floats(graph, VIEWS)
+        if self.integers:
+            self.integers |= rounded_nodes(graph)
+        self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
+
+    def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
+        number = {n: i + 1 for i, n in enumerate(self.sources)}
+        out: dict[fx.Node, int] = {}
+        for n in self.graph.nodes:
+            out[n] = number.get(n) or max((out[x] for x in n.all_input_nodes), default=0)
+        return out
+
+    def run(self) -> Findings:
+        number = {n: i + 1 for i, n in enumerate(self.sources)}
+        found = Findings()
+        tried: dict[int, list[Rejection]] = {}
+        closed: set[int] = set()  # selections that feed another one
+        matched: set[int] = set()  # selections whose experts were found; there may be more of them
+        for n in self.graph.nodes:
+            label = max((self.live[x] for x in n.all_input_nodes), default=0)
+            if n in number:
+                closed.add(label)  # a selection that feeds another one is a part of it
+                label = number[n]
+            elif label and n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES:
+                label = 0
+            self.live[n] = label
+            ready = is_fused(n) and n not in self.walls  # in a checkpointed body: taken there
+            if label and self.left.get(label, 1) <= 0:
+                continue
+            if ready or label and label not in closed and self._is_candidate(n, label):
+                for x in (n, *self._summands(n, label)):
+                    out = self.attempt(x, label)
+                    if not isinstance(out, Rejection):
+                        found.matches.append(out)
+                        self.live[x] = 0
+                        matched.add(label)
+                    else:
+                        tried.setdefault(label, []).append(out)
+                    if x is n and not isinstance(out, Rejection):
+                        break
+        found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
+        for s, i in number.items():
+            if is_table(s) and i not in matched:
+                found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
+            elif i not in closed | matched:
+                found.rejected.append(self._worst(tried.get(i, ()), s, i))
+        return found
+
+    def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
+        """What could be a result of its own: each of two blocks of one selection, added, or what a weight multiplies."""
+        if op_name(n) == "mul":
+            return self._weighed(n, label)
+        if op_name(n) != "add":
+            return []
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in COMBINES]
+        return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
+
+    def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
+        """The most telling of the reasons: one from a place where experts were seen."""
+        for r in reversed(list(tried)):
+            if not any(s in r.reason for s in TRIVIAL):
+                return Rejection(r.reason, r.node, r.stage)
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        if any(self.live.get(n) == label for n in output.all_input_nodes):
+            return Rejection(
+                "the selected indices leave this graph before any expert is applied: the expert loop was not captured", source, "capture"
+            )
+        return Rejection("the selected indices choose no experts", source, "find")
+
+    def _is_candidate(self, n: fx.Node, label: int) -> bool:
+        if op_name(n) not in COMBINES and not self._weighed(n, label) or n in self.walls:
+            return False
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:
+            return False
+        if any(n in self._weighed(u, label) for u in users_through_views(n)):
+            return False
+        return not any(self._continues(n, u, label) for u in n.users)
+
+    def _weighed(self, n: fx.Node, label: int) -> list[fx.Node]:
+        """What one weight a row, from the same selection, multiplies when all experts are done: out * p[:, None]."""
+        if op_name(n) != "mul" or any(op_name(u) in COMBINES and op_name(u) != "add" for u in n.users):
+            return []
+        pairs = [(x, y) for x, y in (n.args[:2], n.args[1::-1]) if _is_tensor(x) and _is_tensor(y)]
+        rows = [x for x, y in pairs if self.static[y] == label and shape_of(y)[1:][-1:] == (1,)]
+        return [x for x in map(unviewed, rows) if op_name(x) in WRITES and self.live.get(x) == label]
+
+    def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
+        """Whether u goes on accumulating onto n."""
+        name = op_name(u)
+        if name in WRITES:
+            return u.args[0] is n
+        if name == "add":
+            others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
+            return bool(others) and all(self.static[x] == label or is_zero(x) for x in others)
+        return name == "index" and any(
+            self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n
+        )
+
+    def spend(self, label: int) -> int:
+        """Elements that may still be asked for around one selection: the whole search stays linear in the graph."""
+        return self.left.setdefault(label, 4 * self.limit)
+
+    def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
+        out = self._attempt(n, label)
+        if isinstance(out, Rejection) and self.integers and not any(s in out.reason for s in TRIVIAL):
+            kept, self.integers = self.integers, set()
+            again = self._attempt(n, label)
+            self.integers = kept
+            return out if isinstance(again, Rejection) else again
+        return out
+
+    def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        allowed = min(self.limit, self.spend(label))
+        table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
+        T.allow(self.limit if table else 15 * self.limit)
+        p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
+        try:
+            out = self._match(n, p, label)
+        except T.TooLarge as e:
+            if table:
+                allowed = self.left[label]
+                return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
+            return Rejection(str(e), n, "experts")
+        finally:
+            T.allow(10_000_000)
+            self.left[label] -= allowed - max(p.left, 0)
+        if isinstance(out, Rejection):
+            return Rejection(out.reason[:240], out.node, out.stage)
+        return out, p
+
+    def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
+        dense = DenseReader(p, self, label)
+        out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
+        if isinstance(out, Rejection):
+            blind = next(iter(p.unknown.items()), None)
+            if blind is not None and self.live.get(blind[0]) == label:
+                return Rejection(f"{out.reason} ({blind[1]})", blind[0], "experts")
+            return out
+        if not harmless(self.stale & {x for x, _ in p.memo}, out):
+            return Rejection("a tensor of the block is written through another view", n, "experts")
+        if is_fused(n) and not isinstance(out, Rejection):
+            self.fused[n] = out
+        return out
+
+    def stops(self, n: fx.Node, label: int) -> bool:
+        """Whether the experts' pass takes a node as a given tensor."""
+        if is_joined(n) or is_table(n) or n in self.stale and op_name(n) == "clone":  # no copy any more of what it was made of
+            return True
+        if self.live.get(n, self.static[n]) == label or n in self.integers:
+            return False
+        name = op_name(n)
+        if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]
+            return False
+        v = n.meta.get("val")
+        if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
+            return False
+        if name in VIEWS or name == "index" and _by_position(n):
+            return False
+        if name in ("to", "_to_copy", "type_as", "float"):
+            src = n.args[0]
+            u = src.meta["val"] if isinstance(src, fx.Node) else None
+            return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
+        return True
+
+
+def outermost(matches: list[tuple[ExpertsMatch, Puller]]) -> list[tuple[ExpertsMatch, Puller]]:
+    """Without those whose result goes nowhere but into another one of the same selection: there the routing weight is still to come."""
+    chosen = [{x.args[0] for x in T.walk(m.ids) if x.op == "topk"} for m, _ in matches]
+    kept = []
+    for i, (m, p) in enumerate(matches):
+        later = (n for (n, _), c in zip(matches[i + 1 :], chosen[i + 1 :], strict=True) if c & chosen[i])
+        if not any(_part_of(m.out, n) for n in later):
+            kept.append((m, p))
+    return kept
+
+
+def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
+    """Whether all that is made of `out` is the result of m."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack and len(seen) < 64:
+        n = stack.pop()
+        if n is m.out or n in seen:
+            continue
+        seen.add(n)
+        if not n.users or n is m.tokens or n is m.base or n.op == "output":
+            return False
+        stack.extend(n.users)
+    return not stack
+
+
+def _is_tensor(n: Any) -> bool:
+    return isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)
+
+
+def is_zero(n: fx.Node) -> bool:
+    """Whether a tensor was made of zeros."""
+    return op_name(unviewed(n)) in ("zeros", "zeros_like", "new_zeros")
+
+
+def unviewed(n: fx.Node) -> fx.Node:
+    """The tensor that n is a view of."""
+    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n
+
+
+def _by_position(n: fx.Node) -> bool:
+    """Whether rows are gathered by computed positions (such as arange // k), not by data."""
+    seen: list[Any] = [i for i in call_args(n).indices if i is not None]
+    for x in seen:
+        if x.op != "call_function" or len(seen) > 20:
+            return False
+        if op_name(x) not in CREATION:
+            seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
+    return True
+
+
+def is_table(n: fx.Node) -> bool:
+    """Ids read from a table of integers, as hash routing does."""
+    v = n.meta.get("val")
+    if op_name(n) not in ("index", "embedding", "gather") or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
+        return False
+    src = n.args[0]
+    return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
+
+
+def is_joined(n: fx.Node) -> bool:
+    """Ids [T, k] put together from several selections of one expert each."""
+    v = n.meta.get("val")
+    if op_name(n) not in JOINS or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
+        return False
+    parts = n.args[0]
+    return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)
+
+
+def _selected(n: fx.Node) -> bool:
+    """Whether a tensor is the indices of a selection, in another shape perhaps."""
+    n = unviewed(n)
+    return is_selection(n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n)
+
+
+def is_selection(n: fx.Node) -> bool:
+    """A node that chooses indices by a floating-point score: top-k, sort, argmax."""
+    if n.op != "call_function":
+        return False
+    name = op_name(n)
+    if is_table(n) or is_joined(n):
+        return True
+    if name not in ("topk", "sort", "argsort", "argmax", "max"):
+        return False
+    if name == "max" and not hasattr(call_args(n), "dim"):
+        return False
+    x = n.args[0]
+    v = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if not (isinstance(v, torch.Tensor) and v.dtype.is_floating_point and v.ndim >= 2):
+        return False
+    return name in ("argsort", "argmax") or any(u.args[1] == 1 and u.users for u in n.users)  # its indices are read
+
+
+def _is_id_input(n: fx.Node) -> bool:
+    v = n.meta.get("val")
+    return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim in (1, 2) and v.dtype in (torch.int64, torch.int32)
+
+
+FIND = "find"
+TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
+
+
+class DenseReader:
+    """Looks into tensors that hold the outputs of experts for all tokens, down to the tokens and the parameters.
+
+    A dense combine multiplies every expert's output by a scattered weight; those outputs do not depend on the selection,
+    so the experts' pass stops there. The router's own inputs mark where to stop.
+    """
+
+    def __init__(self, p: Puller, finder: Finder, label: int) -> None:
+        self.outer = p
+        self.finder = finder
+        self.label = label
+        self._inner: Puller | None = None
+
+    def inner(self) -> Puller:
+        if self._inner is None:
+            edge = self.router_inputs()
+            self._inner = Puller(lambda n: n in edge, self.finder.walls, self.finder.limit)
+        return self._inner
+
+    def router_inputs(self) -> set[fx.Node]:
+        """Nodes the selection is computed from: tokens among them, experts' outputs never."""
+        source = self.finder.sources[self.label - 1]
+        out: set[fx.Node] = set()
+        frontier: list[Any] = list(source.all_input_nodes)
+        while frontier and len(out) < 400:
+            n = frontier.pop()
+            if n not in out:
+                out.add(n)
+                frontier.extend(n.all_input_nodes)
+        return out
+
+    def __call__(self, body: Term) -> Term:
+        for _ in range(40):
+            mapping = {a: self.look(a) for a in outer_atoms(body) if self.hides_experts(a)}
+            mapping = {k: v for k, v in mapping.items() if k is not v}
+            if not mapping:
+                return body
+            body = T.subst(body, mapping)
+        return body
+
+    def hides_experts(self, a: Term) -> bool:
+        nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+        n = nodes[0]
+        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
+            return False
+        row = (
+            any(is_row(a, d) for d in range(len(a.args[1])))
+            if isinstance(a.args[0], fx.Node)
+            else any(v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms)
+        )
+        feature = (
+            any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
+        )
+        return row and feature and n not in self.inner_edge()
+
+    def inner_edge(self) -> set[fx.Node]:
+        if not hasattr(self, "_edge"):
+            self._edge = self.router_inputs()
+        return self._edge
+
+    def look(self, a: Term) -> Term:
+        nodes, idx = a.args
+        if isinstance(nodes, tuple):  # one tensor for each expert, stacked
+            out = T.const(0)
+            for e in range(len(nodes) - 1, -1, -1):
+                out = T.ite(T.eq(idx[0], T.const(e)), self.inner().at(nodes[e], idx[1:]), out)
+            return out
+        return self.inner().at(nodes, idx)
+
+
+def users_through_views(n: fx.Node) -> Iterator[fx.Node]:
+    """Users of n, seen through views and casts."""
+    for u in n.users:
+        if op_name(u) in VIEWS or op_name(u) in ("to", "_to_copy", "type_as"):
+            yield from users_through_views(u)
+        else:
+            yield u

@@ -1,0 +1,110 @@
+"""Experts that capture has already put into the graph as the fused op: read back, so that their routing can be recovered too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch.fx as fx
+
+from ...ir import Experts, Form, Rejection
+from ...ir import scalar as act
+from .. import terms as T
+from ..aten.element import Puller, call_args, dtype_of, op_name, shape_of
+from .addends import Part, split_parts
+from .identity import among
+from .match import ExpertsMatch, Param
+from .rows import No, mapped, row_index, row_variable, rows
+
+
+def is_fused(n: fx.Node) -> bool:
+    names = ("moe_compile::experts", "moe_compile::experts_scaled")
+    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
+
+
+def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
+    """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
+    a = call_args(n)
+    x, ids, weights = a.x, a.ids, a.weights
+    form = Form(a.form)
+    rows = _inner(a, form)
+    tokens, k = shape_of(x)[0], shape_of(ids)[-1]
+    t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
+    ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
+    up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
+    stored = dtype_of(a.up[0])
+    experts = Experts(
+        num_experts=a.num_experts,
+        hidden=shape_of(x)[-1],
+        intermediate=rows,
+        out_features=shape_of(n)[-1],
+        form=form,
+        activation=act.decode(a.act_ops, a.act_consts),
+        stacked=a.stacked,
+        up_transposed=a.up_transposed,
+        down_transposed=a.down_transposed,
+        up_bias=bool(a.up_bias),
+        down_bias=bool(a.down_bias),
+        weight_on_input=a.weight_on_input,
+        num_identity=a.num_identity,
+        ids_mapped=mapped(ids_term),
+        dtype=dtype_of(x),
+        up_scale=bool(up_scale),
+        down_scale=bool(down_scale),
+        weight_dtype=stored if (up_scale or down_scale) and not stored.is_floating_point else None,
+        row_bits=getattr(a, "row_bits", 0),
+        row_floor=getattr(a, "row_floor", 0.0),
+    )
+    weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
+    up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
+    ids_term, weight = T.canonical(ids_term), T.canonical(weight)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add, up_scale, down_scale)
+
+
+def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], dense: Any) -> ExpertsMatch | None:
+    """experts(x, ids, w) + x Σ_j [E <= ids_j < E + z] w_j as the same experts and z identity experts; `fused`: the calls known so far."""
+    if not fused or op_name(n) != "add" or len(shape_of(n)) < 2:
+        return None
+    t, h = row_variable(rows(n)), T.named("h", shape_of(n)[-1])
+    try:
+        parts, base = split_parts(p.at(n, (*row_index(t, shape_of(n)[:-1]), h)), dense)
+    except No:
+        return None
+    call = base[0].args[0] if len(base) == 1 and base[0].op == "a" else None
+    m = fused.get(call) if isinstance(call, fx.Node) else None
+    if m is None or base[0].args[1] != (t, h) or m.experts.num_identity or dtype_of(n) != dtype_of(m.out) or not _goes_only_into(m.out, n):
+        return None
+    weight = among(m.weight, m.ids, range(m.experts.num_experts))  # of the other ids the call reads none
+    copy = T.canonical(T.mul(weight, p.at(m.tokens, (*row_index(t, shape_of(m.tokens)[:-1]), h))))
+    if not all(_is_copy(q, m, copy) for q in parts):
+        return None
+    first = m.experts.num_experts
+    if not parts or sorted(q.expert or 0 for q in parts) != list(range(first, first + len(parts))):
+        return None
+    return replace(m, experts=replace(m.experts, num_identity=len(parts)), out=n, weight=T.canonical(weight))
+
+
+def _is_copy(q: Part, m: ExpertsMatch, copy: T.Term) -> bool:
+    """Whether a part is w · x, by the ids of the experts."""
+    return q.ids is not None and T.canonical(q.ids) is m.ids and T.canonical(q.body) is copy
+
+
+def _goes_only_into(call: fx.Node, n: fx.Node) -> bool:
+    """Whether nobody but n reads the call's result: else it would be computed twice."""
+    while call is not n and len(call.users) == 1:
+        (call,) = call.users
+    return call is n
+
+
+def _unviewed(x: fx.Node) -> fx.Node:
+    """The tokens before they were flattened: what a shared expert reads."""
+    while op_name(x) in ("view", "reshape", "flatten", "_unsafe_view") and isinstance(x.args[0], fx.Node):
+        if shape_of(x.args[0])[-1:] != shape_of(x)[-1:]:
+            break
+        x = x.args[0]
+    return x
+
+
+def _inner(a: Any, form: Form) -> int:
+    """Intermediate size, off the down projection: [.., out, I], or [.., I, out] when transposed."""
+    return int(shape_of(a.down[0])[-2 if a.down_transposed else -1])

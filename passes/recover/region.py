@@ -1,0 +1,141 @@
+"""A recovered block as a region of the shadow: its boundary, the nodes inside, the nodes that hold ids and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+from ...ir import MoeBlock, Rejection
+from .. import terms as T
+from ..aten.element import Puller, call_args, fixed_number, op_name, shape_of
+from .fused import is_fused
+from .match import ExpertsMatch
+from .output_scale import Fold
+from .routing import GatingMatch
+from .rows import row_index, rows
+from .shared import SharedMatch
+
+
+@dataclass
+class Block:
+    """A match with all that validation and rewrite need.
+
+    `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
+    when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
+    `masked`: the weights are those of the gating only where the ids are experts.
+    """
+
+    match: ExpertsMatch
+    gating: GatingMatch | None
+    ir: MoeBlock
+    ids: fx.Node | None
+    weights: fx.Node | None
+    raw_ids: fx.Node | None
+    shared: SharedMatch | None = None
+    twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
+    fold: Fold = field(default_factory=Fold)
+    masked: bool = False
+
+    def params(self) -> list[fx.Node]:
+        return [q.node for group in self.match.groups() for q in group]
+
+    def routing_inputs(self) -> list[fx.Node]:
+        g = self.gating
+        return [] if g is None else [n for n in (g.logits, g.bias, g.expert_scale) if n is not None]
+
+    def expert_inputs(self) -> list[fx.Node]:
+        """Boundary of the experts' own region, given ids and weights."""
+        m = self.match
+        given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
+        return list(dict.fromkeys([*given, *self.params(), *self.twins]))
+
+    def fixed_numbers(self) -> list[fx.Node]:
+        """Variable floats of the user's that the recovered numbers were read from."""
+        routing = [self.ids, self.weights, *self.twins] if self.gating is None else self.routing_inputs()
+        given = [n for n in (self.match.tokens, self.match.base, *self.params(), *routing) if n is not None]
+        nodes = inside([self.match.out if self.fold.last is None else self.fold.last], given)
+        return [] if isinstance(nodes, Rejection) else [n for n in nodes if fixed_number(n)]
+
+
+@dataclass
+class RoutingNodes:
+    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`: see Block."""
+
+    ids: fx.Node | None
+    weights: fx.Node | None
+    raw: fx.Node | None
+    twins: dict[fx.Node, fx.Node]
+
+
+def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
+    slot = m.j if m.j.op == "v" else T.const(0)
+    raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
+    want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
+    found: dict[str, fx.Node] = {}
+    holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
+    order = {n: i for i, n in enumerate(m.out.graph.nodes)}
+    for name, term in (("ids", m.ids), ("weights", m.weight)):
+        if term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
+            found[name] = term.args[0]
+    if is_fused(m.out):
+        a = call_args(m.out)
+        found.update(ids=a.ids, weights=a.weights)
+        p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
+    reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
+    for n in sorted(reached, key=order.__getitem__):
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:
+            continue
+        at = _slot_of_row(n, m, slot)
+        if at is None:
+            continue
+        term = T.canonical(p.at(n, at))
+        for name, value in want.items():
+            if term is value and name in holders and v.dtype.is_floating_point == (name == "weights"):
+                holders[name].append(n)
+            if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
+                if not (name == "weights" and is_fused(m.out)):
+                    found[name] = n  # the last one: weights may be cast after they are computed
+    twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
+    return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+
+
+def _slot_of_row(n: fx.Node, m: ExpertsMatch, slot: T.Term) -> tuple[T.Term, ...] | None:
+    """Where a tensor that may be [.., k] has a token's slot; a single slot may have no dim of its own: [..]."""
+    shape = shape_of(n)
+    if len(shape) > 1 and shape[-1] == m.k and T.same_size(rows(n), rows(m.tokens)):
+        return (*row_index(m.t, shape[:-1]), slot)
+    if m.k == 1 and shape and T.same_size(rows(n) * shape[-1], rows(m.tokens)):
+        return row_index(m.t, shape)
+    return None
+
+
+def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:
+    """Nodes between the boundary and `outs`, in graph order; a rejection when another tensor comes in."""
+    edge, seen = set(boundary), set()
+    outs = list(outs)
+    stack = [n for n in outs if n not in edge]
+    while stack:
+        n = stack.pop()
+        if n in seen or n in edge:
+            continue
+        seen.add(n)
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
+            return Rejection(f"the block reads one more input, {n.name}", n, "region")
+        stack.extend(data_inputs(n))
+    order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
+    return sorted(seen, key=order.__getitem__)
+
+
+SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like")
+SIZES = ("sym_size", "sym_numel", "sym_stride")
+
+
+def data_inputs(n: fx.Node) -> list[fx.Node]:
+    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape."""
+    if op_name(n) in SHAPE_ONLY or op_name(n) in SIZES or fixed_number(n):
+        return []
+    return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

@@ -1,0 +1,336 @@
+"""Gating from terms: the criterion of a top-k and the weights of its choices, read as one `ir.Gating`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from ...ir import Gating, Groups, Rejection
+from .. import terms as T
+from ..aten.element import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
+from ..terms import Term
+from .algebra import Translator, Unknown
+from .identity import among
+from .match import ExpertsMatch
+from .rows import factors, rows
+from .scoring import build
+
+
+@dataclass
+class GatingMatch:
+    """A recovered gating and the shadow nodes at its edge: logits ([T, E] or [..., E]), bias and table [E], the choice."""
+
+    gating: Gating
+    logits: fx.Node
+    bias: fx.Node | None
+    expert_scale: fx.Node | None
+    choice: fx.Node
+
+
+def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejection:
+    """The gating that made m.ids and m.weight, or why it stays as written."""
+    found = {x for x in T.walk(m.ids) if x.op == "topk"}
+    if len(found) != 1:
+        return Rejection("the expert ids do not come from one top-k of the graph", m.out, "gating")
+    (chosen,) = found
+    choice: fx.Node = chosen.args[0]
+    if not _takes_largest(choice):
+        return Rejection("the selection takes the smallest scores", choice, "gating")
+    if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
+        return Rejection("the router sees another number of tokens than the experts", choice, "gating")
+    last: Rejection | None = None
+    for logits in _boundaries(choice, walls):
+        out = _try(m, chosen, logits, walls)
+        if isinstance(out, GatingMatch):
+            return out
+        last = last or out
+    return last or Rejection("no router logits were found", choice, "gating")
+
+
+def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:
+    """The weights where the ids are experts at all: [id < E] is 1 there, and [t is foreign] 0 when foreign slots get an id beyond them.
+
+    None when that says nothing about the weights.
+    """
+    known: dict[Term, Term] = {}
+    ids, experts = m.ids, range(m.experts.num_experts + m.experts.num_identity)
+    while ids.op == "ite":
+        cond, *cases = ids.args
+        outside = [x.op == "c" and x.args[0] not in experts for x in cases]
+        if outside[0] == outside[1]:
+            break
+        _suppose(cond, outside[1], known)
+        ids = cases[outside[0]]
+    weight = among(T.subst(m.weight, known) if known else m.weight, ids, experts)
+    return None if weight is m.weight else replace(m, weight=weight)
+
+
+def _suppose(cond: Term, true: bool, known: dict[Term, Term]) -> None:
+    if cond.op == "not":
+        _suppose(cond.args[0], not true, known)
+    elif true and cond.op == "mul":
+        for f in cond.args:
+            _suppose(f, True, known)
+    else:
+        known[cond] = T.const(true)
+
+
+def _takes_largest(choice: fx.Node) -> bool:
+    a = call_args(choice)
+    if op_name(choice) in ("topk", "sort", "argsort"):
+        return bool(a.largest if op_name(choice) == "topk" else a.descending)
+    return op_name(choice) in ("max", "argmax")
+
+
+def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
+    """Where the logits may be cut: the projection that makes them, then each [.., E] node towards the top-k."""
+    source: Any = choice.args[0]
+    num_experts = shape_of(source)[-1]
+    path: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    frontier: list[Any] = [source]
+    while frontier and len(seen) < 80:
+        n = frontier.pop(0)
+        if not isinstance(n, fx.Node) or n in seen:
+            continue
+        seen.add(n)
+        v = n.meta.get("val")
+        if isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and shape_of(n)[-1] == num_experts:
+            if T.same_size(rows(n), rows(source)):
+                path.append(n)
+        if n.op == "call_function" and op_name(n) not in CONTRACTIONS and n not in walls:
+            frontier.extend(n.all_input_nodes)
+    order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
+    path.sort(key=lambda n: order.get(n, 0))
+    return [n for n in path if op_name(n) not in ("zeros_like", "zeros", "full_like", "scatter", "expand", "bitwise_not")]
+
+
+def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch | Rejection:
+    try:
+        return _read(m, chosen, logits, walls)
+    except Unknown as e:
+        return Rejection(str(e), chosen.args[0], "gating")
+
+
+def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch:
+    choice: fx.Node = chosen.args[0]
+    source: Any = choice.args[0]
+    num_experts = shape_of(source)[-1]
+    if not isinstance(num_experts, int):
+        raise Unknown("the number of experts is dynamic")
+    p = Puller(lambda n: n is logits or op_name(n) in CONTRACTIONS, walls)
+    e = T.named("e", num_experts)
+    row = chosen.args[1][:-1]
+    tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*row, v)), m.k, num_experts)
+    criterion = T.canonical(p.at(source, (*row, e)))
+    weight = roll_slots(at_best(T.canonical(expand(m.weight, p)), criterion, e, chosen), choice, row, m.k)
+    plain, groups = split_groups(criterion, e, p)
+    if groups is not None and _always_kept(groups, plain, tr, e, num_experts, m.k):
+        weight = assume_kept(weight, choice)
+    ids_term = T.mk("topk", choice, (*row, m.j if m.k > 1 or m.j.op == "v" else chosen.args[1][-1]))
+    if m.ids is not ids_term and chosen is not ids_term:
+        ids_term = chosen
+    select = tr(plain, e)
+    value = tr(weight, ids_term)
+    bias, table = _tables(tr, select, value)
+    gating = build(select, value, tr, groups, bias, table)
+    score_dtype = _score_dtype(p, logits, source)
+    full = Gating(
+        num_experts=num_experts,
+        k=m.k,
+        score_dtype=score_dtype,
+        weight_dtype=score_dtype,
+        groups=groups,
+        expert_scale=table is not None,
+        **gating,
+    )
+    return GatingMatch(full, logits, bias, table, choice)
+
+
+def _always_kept(groups: Groups, plain: Term, tr: Translator, e: Term, num_experts: int, k: int) -> bool:
+    """Whether a chosen expert is certain to be in a kept group: the others' fill must lose against any score."""
+    enough = k <= groups.kept * (num_experts // groups.count)
+    return enough and (groups.fill == -math.inf or groups.fill == 0 and bool(tr(plain, e).is_positive))
+
+
+def assume_kept(t: Term, choice: fx.Node) -> Term:
+    """[the group of a chosen expert is among the kept ones] = 1."""
+
+    def holds(x: Term) -> bool:
+        body = x.args[1] if x.op == "any" else x
+        if body.op != "eq":
+            return False
+        return any(
+            g.op == "fdiv" and g.args[0].op == "topk" and g.args[0].args[0] is choice and pick.op == "topk" and pick.args[0] is not choice
+            for g, pick in (body.args, body.args[::-1])
+        )
+
+    found = [x for x in T.walk(t) if x.op in ("any", "eq") and holds(x)]
+    return T.canonical(T.subst(t, dict.fromkeys(sorted(found, key=lambda x: x.op), T.const(1)))) if found else t
+
+
+def at_best(weight: Term, criterion: Term, e: Term, chosen: Term) -> Term:
+    """max_v f(v) = f(argmax), where the criterion of the best choice and f are increasing functions of one x(v)."""
+    choice: fx.Node = chosen.args[0]
+    if not T.is_c(chosen.args[1][-1], 0) or op_name(choice) == "topk" and not call_args(choice).sorted:
+        return weight
+    best: dict[Term, Term] = {}
+    for x in T.walk(weight):
+        if x.op == "max" and x.args[0].args[1] == e.args[1] and _same_at(risen(*x.args[::-1]), risen(criterion, e), e, x.args[0]):
+            best[x] = T.subst(x.args[1], {x.args[0]: chosen})
+    return T.canonical(T.subst(weight, best)) if best else weight
+
+
+def risen(t: Term, v: Term) -> Term:
+    """x of t = f(x), f increasing: an exponential, a sigmoid, a positive factor that is the same for every v."""
+    while True:
+        own = [f for f in factors(t) if T.uses(f, v)]
+        if t.op == "fn" and t.args[0] in ("exp", "sigmoid"):
+            t = t.args[1][0]
+        elif t.op == "mul" and len(own) == 1 and all(_positive(f) for f in t.args if f is not own[0]):
+            t = own[0]
+        else:
+            return t
+
+
+def _positive(t: Term) -> bool:
+    """Whether a term is above 0 for certain."""
+    if t.op == "c":
+        return isinstance(t.args[0], (int, float)) and t.args[0] > 0
+    if t.op == "fn":
+        return t.args[0] in ("exp", "sigmoid")
+    return t.op in ("pow", "sum") and _positive(t.args[0 if t.op == "pow" else 1])
+
+
+def expand(t: Term, p: Puller) -> Term:
+    """Look into the score tensors that the experts' pass left as atoms."""
+    mapping = {x: p.at(x.args[0], x.args[1]) for x in T.walk(t) if x.op == "a" and isinstance(x.args[0], fx.Node)}
+    return T.subst(t, {k: v for k, v in mapping.items() if k is not v})
+
+
+def roll_slots(t: Term, choice: fx.Node, rows: tuple[Term, ...], k: int) -> Term:
+    """f(slot 0) + f(slot 1) + ... + f(slot k-1) is a sum over the slots, also when it is written out."""
+    slots = [T.mk("topk", choice, (*rows, T.const(c))) for c in range(k)]
+    memo: dict[Term, Term] = {}
+    for x in T.walk(t):
+        y = T.rebuild(x, lambda c: memo[c]) if x.op not in ("c", "v") else x
+        if y.op == "add" and k > 1:
+            y = _rolled(y, slots)
+        memo[x] = y
+    return memo[t]
+
+
+def is_last_slot(x: Term, t: Term) -> bool:
+    """Whether x reads the last one, n >= 1, of a top-k's slots that t reads by number."""
+    if not x.args[1] or x.args[1][-1].op != "c" or x.args[1][-1].args[0] < 1:
+        return False
+    same = [y.args[1][-1] for y in T.walk(t) if y.op == "topk" and y.args[0] is x.args[0] and y.args[1][:-1] == x.args[1][:-1]]
+    return all(s.op == "c" and s.args[0] <= x.args[1][-1].args[0] for s in same)
+
+
+def _rolled(t: Term, slots: list[Term]) -> Term:
+    v = T.named("#rolled", len(slots))
+    rest, forms = list(t.args), []
+    any_slot = T.mk("topk", slots[0].args[0], (*slots[0].args[1][:-1], v))
+    groups: dict[Term, dict[int, Term]] = {}
+    for a in t.args:
+        here = [c for c, s in enumerate(slots) if any(x is s for x in T.walk(a))]
+        if len(here) == 1:
+            groups.setdefault(T.subst(a, {slots[here[0]]: any_slot}), {})[here[0]] = a
+    for form, members in groups.items():
+        if len(members) == len(slots):
+            rest = [a for a in rest if a not in members.values()]
+            forms.append(form)
+    return T.canonical(T.add(T.reduce_("sum", v, T.add(*forms)), *rest)) if forms else t
+
+
+def _score_dtype(p: Puller, logits: fx.Node, source: fx.Node) -> torch.dtype:
+    for x, d in p.dtypes.items():
+        if d.is_floating_point and x.op == "fn" and any(a.op == "a" and a.args[0] is logits for a in x.args[1]):
+            return d
+    return dtype_of(source)
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------------
+
+
+def split_groups(criterion: Term, e: Term, p: Puller) -> tuple[Term, Groups | None]:
+    """ite([group of e is among the kept ones], x, fill) -> x and the groups."""
+    if criterion.op == "ite":
+        cond, inside, fill = criterion.args
+        if inside.op == "c":
+            cond, inside, fill = T.not_(cond), fill, inside
+        if fill.op != "c":
+            raise Unknown("losing groups are filled with a tensor")
+        return inside, _groups(cond, inside, float(fill.args[0]), e, p)
+    if criterion.op == "mul":
+        for f in criterion.args:
+            if f.op == "any" or (f.op == "eq" and any(x.op == "topk" for x in T.walk(f))):
+                inside = T.mul(*(g for g in criterion.args if g is not f))
+                return inside, _groups(f, inside, 0.0, e, p)
+    return criterion, None
+
+
+def _groups(cond: Term, inside: Term, fill: float, e: Term, p: Puller) -> Groups:
+    kept, hit = (cond.args[0].args[1], cond.args[1]) if cond.op == "any" else (1, cond)
+    if hit.op != "eq":
+        raise Unknown(f"experts are masked by something else than their group: {T.show(cond, 90)}")
+    pick, group = hit.args if hit.args[0].op == "topk" else hit.args[::-1]
+    if pick.op != "topk" or group.op != "fdiv" or group.args[0] is not e:
+        raise Unknown(f"experts are masked by something else than their group: {T.show(cond, 90)}")
+    per_group = group.args[1].args[0]
+    count = e.args[1] // per_group
+    chooser: fx.Node = pick.args[0]
+    if not _takes_largest(chooser) or shape_of(chooser.args[0])[-1] != count:  # type: ignore[arg-type]
+        raise Unknown("groups are chosen in an unknown way")
+    g = T.named("g", count)
+    score = T.canonical(p.at(chooser.args[0], (*pick.args[1][:-1], g)))
+    for x in [x for x in T.walk(score) if x.op == "topk" and is_last_slot(x, score)]:
+        score = roll_slots(score, x.args[0], x.args[1][:-1], x.args[1][-1].args[0] + 1)
+    return Groups(count, kept, _group_top(score, inside, e, g, per_group), fill)
+
+
+def _group_top(score: Term, inside: Term, e: Term, g: Term, n: int) -> int:
+    """How many of a group's best selection scores its own score sums (1: the maximum)."""
+    if score.op == "max":
+        v, body = score.args
+        if v.args[1] == n and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), v)):
+            return 1
+    elif score.op == "sum" or score.op == "mul" and sum(f.op == "sum" for f in score.args) == 1:
+        inner = next(f for f in (score.args if score.op == "mul" else (score,)) if f.op == "sum")
+        v, body = inner.args
+        body = T.mul(body, *(f for f in score.args if f is not inner)) if score.op == "mul" else body
+        for x in T.walk(body):
+            if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):
+                if _takes_largest(x.args[0]) and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), x)):
+                    return int(v.args[1])
+    else:
+        for x in T.walk(score):
+            if x.op == "topk" and _takes_largest(x.args[0]) and _same_at(score, inside, e, T.add(T.mul(T.const(n), g), x)):
+                return 1
+    raise Unknown("a group's score is neither the maximum nor a sum of the best selection scores")
+
+
+def _same_at(body: Term, inside: Term, e: Term, index: Term) -> bool:
+    """Whether body is `inside` at expert `index`; both are canonical up to the names of variables bound further out."""
+    return T.canonical(T.subst(inside, {e: index})) is T.canonical(body)
+
+
+def _tables(tr: Translator, select: sp.Expr, value: sp.Expr) -> tuple[fx.Node | None, fx.Node | None]:
+    """Which [E] tensors are the selection bias and the per-expert scale."""
+    bias = table = None
+    for node, symbol in tr.tables.items():
+        if symbol in select.free_symbols:
+            if bias is not None:
+                raise Unknown("two tensors enter the selection")
+            bias = node
+        elif symbol in value.free_symbols:
+            if table is not None:
+                raise Unknown("two tensors scale the weights")
+            table = node
+    return bias, table

@@ -1,0 +1,102 @@
+"""Vocabulary of the experts' pass: rows of tokens, factors and atoms of a term, the failure that ends a reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from .. import terms as T
+from ..aten.element import shape_of
+from ..terms import Term
+
+
+class No(Exception):
+    """The first predicate that failed."""
+
+
+def row_variable(tokens: Any) -> Term:
+    """The token index; with a single token it is 0, as it is wherever a dim of size 1 is read."""
+    if isinstance(tokens, sp.Expr):
+        tokens = sp.expand(tokens)
+    return T.const(0) if tokens == 1 else T.named("t", tokens)
+
+
+def rows(n: fx.Node) -> Any:
+    """Number of rows when all leading dims are flattened."""
+    total: Any = 1
+    for s in shape_of(n)[:-1]:
+        total = total * s
+    return total
+
+
+def is_row(a: Term, d: int) -> bool:
+    """Whether dim d of an atom is read at the token itself."""
+    i = a.args[1][d]
+    if data_dependent(i):
+        return False
+    if any(v.args[0] == "t" for v in i.atoms):
+        return True
+    return T.is_c(i, 0) and isinstance(a.args[0], fx.Node) and shape_of(a.args[0])[d] == 1
+
+
+def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:
+    """t as an index into the leading dims (row-major)."""
+    rev: list[Term] = []
+    flat = t
+    for n, s in enumerate(reversed(lead)):
+        last = n == len(lead) - 1
+        rev.append(flat if last else T.mod(flat, s))
+        flat = flat if last else T.fdiv(flat, s)
+    return tuple(rev[::-1])
+
+
+def ids_atom(x: Term) -> bool:
+    """Whether an atom may be an expert id: whole numbers, but not bytes, which are weights."""
+    n = x.args[0]
+    if not isinstance(n, fx.Node) or not hasattr(n.meta.get("val"), "dtype"):
+        return False
+    return not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype not in (torch.int8, torch.uint8)
+
+
+def factors(t: Term) -> tuple[Term, ...]:
+    return t.args if t.op == "mul" else (t,)
+
+
+def outer_atoms(t: Term) -> list[Term]:
+    """Atoms that are values (not those inside another atom's index), each once."""
+    out: dict[Term, None] = {}
+    seen: set[Term] = set()
+    stack = [t]
+    while stack:
+        x = stack.pop()
+        if x in seen:
+            continue
+        seen.add(x)
+        if x.op == "a":
+            out[x] = None
+        elif x.op not in ("eq", "lt", "topk"):
+            stack.extend(T.children(x))
+    return list(out)
+
+
+def data_dependent(i: Term) -> bool:
+    """Whether an index term is read from data (an expert id), not computed from loop variables."""
+    return any(x.op in ("topk", "sv") or (x.op == "a") for x in T.walk(i))
+
+
+def mapped(ids: Term) -> bool:
+    """Whether ids are neither a selection's own nor simply given."""
+    return ids.op != "topk" and not (ids.op == "a" and not any(data_dependent(i) for i in ids.args[1]))
+
+
+def plain_row(a: Term) -> bool:
+    """Whether an atom has the token row itself as an index (scores and tokens do, weights do not)."""
+    return any(is_row(a, d) for d in range(len(a.args[1])))
+
+
+def clip(t: Term) -> str:
+    """The term as text for a rejection, cut short."""
+    return T.show(t, 120)

@@ -1,0 +1,186 @@
+"""Scales of output channels, as weights stored in integers have them: Σ_m x[t,m] q[e,i,m] s[e,i] = s[e,i] Σ_m x[t,m] q[e,i,m].
+
+In an expert's inside every scale is a symbol. It belongs to the projection whose symbol L it can be put into: the activation must be a
+function of s · L alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from .. import terms as T
+from ..aten.element import op_name, shape_of
+from ..terms import Term
+from ..terms.unify import constant_part
+from .match import Param
+from .rows import No, clip, factors
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The scale s[e, row(i)] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows (None: no dim does)."""
+
+    node: Any
+    dim: int | None
+
+
+def nodes_of(a: Term) -> tuple[fx.Node, ...]:
+    return a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+
+
+def is_integer(a: Term) -> bool:
+    """Whether an atom reads weights that are stored as integers (truth values are none)."""
+    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes_of(a)]
+    return all(isinstance(v, torch.Tensor) and is_whole(v.dtype) for v in values)
+
+
+def is_whole(dtype: torch.dtype) -> bool:
+    """Whether a type holds whole numbers, truth values apart."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def integer_weights(t: Term, expert: Term) -> bool:
+    """Whether an expert's inside reads a matrix of integers."""
+    return any(x.op == "a" and len(x.args[1]) > 2 and T.uses(x, expert) and is_integer(x) for x in T.walk(t))
+
+
+def for_expert(a: Term, expert: Term) -> bool:
+    """One number for each expert: s[e], s[e, 0], s[e, 0, 0]."""
+    if a.op != "a" or not a.args[1] or a.args[1][0] is not expert or is_integer(a):
+        return False
+    return all(T.is_c(i, 0) for i in a.args[1][1:]) and all(s == 1 for s in shape_of(nodes_of(a)[0])[1 - isinstance(a.args[0], tuple) :])
+
+
+def tables(core: Term, weight: Term, expert: Term) -> tuple[Term, Term]:
+    """(what stands beside the routing weight as one number for each expert, the routing weight without it).
+
+    Where weights are integers these are scales that came out of the experts' sums; a factor of the routing may be among them.
+    """
+    if not integer_weights(core, expert):
+        return T.const(1), weight
+    found = [f for f in factors(weight) if for_expert(f.args[0] if f.op == "pow" else f, expert)]
+    return T.mul(*found), T.mul(*(f for f in factors(weight) if f not in found))
+
+
+def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel:
+    """An atom as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
+    first, *idx = a.args[1]
+    if first is not expert:
+        raise No(f"a scale is not indexed by its expert first: {clip(a)}")
+    sizes = shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
+    running = [d for d, x in enumerate(idx) if T.uses(x, i)]
+    if len(running) > 1 or any(not T.is_c(x, 0) or sizes[d] != 1 for d, x in enumerate(idx) if d not in running):
+        raise No(f"a scale is no number for each output channel: {clip(a)}")
+    if is_integer(a):
+        raise No("a scale is an integer")
+    if not running:
+        return Channel(a.args[0], None)
+    rest_offset, rest = constant_part(idx[running[0]])
+    if (*T.coefficient(rest), rest_offset) != (stride, i, offset):
+        raise No("a scale is not laid out like the rows of its projection: it may be another one's")
+    return Channel(a.args[0], running[0])
+
+
+def params(c: Channel, experts: int, width: int) -> list[Param]:
+    """The scale as an operand [E, width], or [E, 1] for one number an expert; a list: [width] or [1]."""
+    rows = width if c.dim is not None else 1
+    if isinstance(c.node, tuple):
+        for n in c.node:
+            _check_size(n, c.dim, rows)
+        return [Param(n, None if shape_of(n) == (rows,) else (rows,)) for n in c.node]
+    shape = shape_of(c.node)
+    _check_size(c.node, None if c.dim is None else c.dim + 1, rows)
+    if len(shape) == 2 and shape[0] >= experts:
+        return [Param(c.node)]
+    if shape[0] != experts:
+        raise No(f"expert parameter {c.node} has shape {shape}, used for {experts} experts")
+    return [Param(c.node, (experts, rows))]
+
+
+def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
+    if dim is not None and shape_of(n)[dim] != rows:
+        raise No(f"expert parameter {n} has shape {shape_of(n)}, used as the scale of {rows} channels")
+
+
+def made_floats(graph: fx.Graph, views: frozenset[str]) -> set[fx.Node]:
+    """Nodes that hold weights stored as integers, or what casts, views and products with scales make of them."""
+    found: set[fx.Node] = set()
+    for n in graph.nodes:
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor):
+            continue
+        if n.op in ("placeholder", "get_attr"):
+            if v.ndim > 1 and is_whole(v.dtype) and v.dtype.itemsize == 1:
+                found.add(n)
+        elif op_name(n) in views or op_name(n) in ("to", "_to_copy", "type_as", "float", "mul"):
+            if any(x in found for x in n.all_input_nodes[: None if op_name(n) in ("mul", "stack") else 1]):
+                found.add(n)
+    return found
+
+
+# ---- which projection a scale belongs to -------------------------------------------------------------------------------
+
+
+def put_in(
+    expr: sp.Expr, scales: Mapping[sp.Symbol, Term], linears: Mapping[sp.Symbol, Any], expert: Term
+) -> tuple[sp.Expr, dict[sp.Symbol, sp.Symbol], sp.Symbol | None]:
+    """(the activation over L' = s · L, {L: s}, a scale s[e] of the whole). Raises No where a scale stands apart from every projection.
+
+    A projection with a bias has its scale in `linears[L].scale` already, which is left without it.
+    """
+    left = set(scales)
+    found: dict[sp.Symbol, sp.Expr] = {}
+    if not left:
+        return expr, {}, None
+    for name, lin in linears.items():
+        if lin.bias is not None:
+            found[name] = sp.Mul(*(b**e for b, e in lin.scale.as_powers_dict().items() if b in left))
+            lin.scale = sp.cancel(lin.scale / found[name])
+    while (place := _next(expr, set(linears) - set(found), left)) is not None:
+        name, choice = place
+        kin = {s for n, s in found.items() if linears[n].weight == linears[name].weight}
+        found[name] = min(choice, key=lambda s: (s not in kin, for_expert(scales[s], expert), str(s)))
+        expr = expr.subs(name, name / found[name])
+    expr, whole = _whole(expr, left)
+    if whole is not None and not for_expert(scales[whole], expert):
+        raise No(APART)
+    wrong = [s for s in found.values() if s != 1 and s not in left]
+    if wrong:
+        raise No(f"a projection has more than one scale, or is divided by one: {sp.Mul(*wrong)}")
+    return expr, {name: s for name, s in found.items() if s != 1}, whole
+
+
+APART = "a scale is applied to something else than a projection's sum: over an input channel, behind an activation, or twice"
+
+
+def _whole(expr: sp.Expr, scales: set[sp.Symbol]) -> tuple[sp.Expr, sp.Symbol | None]:
+    """expr = s · rest, with no scale in the rest."""
+    powers = expr.as_powers_dict()
+    own = [s for s in powers if s in scales]
+    rest = expr / sp.Mul(*own)
+    if len(own) > 1 or scales & rest.free_symbols:
+        raise No(APART)
+    return rest, own[0] if own else None
+
+
+def _next(expr: sp.Expr, open_: set[sp.Symbol], scales: set[sp.Symbol]) -> tuple[sp.Symbol, list[sp.Symbol]] | None:
+    """A projection and what may be its scale: the scales in a product in which its symbol is the only open one, to the same power.
+
+    Where there is no such product, two projections are only ever multiplied, and either may have either scale.
+    """
+    rest: tuple[sp.Symbol, list[sp.Symbol]] | None = None
+    for place in sorted((*expr.atoms(sp.Mul), expr), key=lambda e: (sp.count_ops(e), str(e))):
+        powers = place.as_powers_dict()
+        factor = sorted((b for b in powers if b in open_), key=str)
+        for name in factor:
+            own = [b for b, e in powers.items() if b in scales and e == powers[name] or b in scales and len(factor) > 1]
+            if own and len(factor) == 1:
+                return name, own
+            rest = rest or ((name, own) if own else None)
+    return rest

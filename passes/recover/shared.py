@@ -1,0 +1,193 @@
+"""The shared expert: an MLP of the same tokens that is added to the routed result, found by dataflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+import torch.fx as fx
+
+from ...ir import Experts, Form, SharedExpert
+from .. import terms as T
+from ..aten.element import CONTRACTIONS, Puller, op_name, shape_of
+from ..terms import Term
+from .body import Core, layout, parse_core
+from .experts import params
+from .find import users_through_views
+from .match import ExpertsMatch, Param
+from .rows import No, factors, is_row, row_index, row_variable, rows
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a fused op needs of a shared expert: it as the one expert of a list, its parameters, the node of its gate [.., 1] or None."""
+
+    experts: Experts
+    up: list[Param]
+    down: list[Param]
+    up_bias: list[Param]
+    down_bias: list[Param]
+    gate: fx.Node | None
+
+    def params(self) -> list[fx.Node]:
+        return [q.node for q in (*self.up, *self.down, *self.up_bias, *self.down_bias)]
+
+
+@dataclass(frozen=True)
+class SharedMatch:
+    """A shared expert and the node that holds its output. `operands` None: recovered, but not in a form that the ops take."""
+
+    ir: SharedExpert
+    node: fx.Node
+    operands: Operands | None
+
+
+def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
+    """The shared expert, or None when nothing of that form is added to the result.
+
+    `result`: the node that the routed experts end in, after a scale on the output.
+    """
+    starts = [] if m.base is None else [m.base]
+    for other in (x for n in (*starts, *_joined(result)) for x in _addends(n)):
+        if shape_of(other)[-1:] == shape_of(m.out)[-1:] and _stands_beside(other, m, order):
+            found = _read(m, other, order, walls)
+            if found is not None:
+                return found
+    return None
+
+
+FAR = 4  # additions that are looked through: zeros, a scale, a residual
+LARGE = 256  # nodes between the tokens and a shared expert's result: an MLP has about ten
+
+
+def _addends(n: fx.Node) -> list[fx.Node]:
+    """What is added, and what that is a sum of."""
+    out = [n]
+    for n in out:
+        while op_name(n) in ("clone", "view", "reshape", "contiguous"):
+            n = n.args[0]  # type: ignore[assignment]
+        if op_name(n) == "add" and len(out) < FAR:
+            out.extend(x for x in n.args[:2] if isinstance(x, fx.Node))
+    return out
+
+
+def _joined(out: fx.Node) -> Iterator[fx.Node]:
+    """What is added to the result, nearest first; further additions count as long as nobody else reads the sum so far."""
+    for _ in range(FAR):
+        users = [u for u in users_through_views(out) if op_name(u) == "add"]
+        for u in users:
+            yield from (x for x in u.args[:2] if isinstance(x, fx.Node) and not _comes_from(x, out))
+        if len(users) != 1 or len(list(users_through_views(out))) != 1:
+            return
+        out = users[0]
+
+
+def _comes_from(n: fx.Node, out: fx.Node) -> bool:
+    while n is not out and n.op == "call_function" and n.all_input_nodes and op_name(n) not in ("add", *CONTRACTIONS):
+        n = n.all_input_nodes[0]
+    return n is out
+
+
+def _stands_beside(other: fx.Node, m: ExpertsMatch, order: dict[fx.Node, int]) -> bool:
+    """Whether `other` is computed from the tokens by few operations and without the routed result: a later layer is not."""
+    seen, waiting = {other}, [other]
+    while waiting:
+        n = waiting.pop()
+        if n is m.out or len(seen) > LARGE:
+            return False
+        new = {x for x in n.all_input_nodes if order[x] > order[m.tokens]} - seen
+        seen |= new
+        waiting.extend(new)
+    return True
+
+
+def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
+    edge = order[m.tokens]
+    p = Puller(lambda n: order[n] <= edge, walls)
+    t, h = row_variable(rows(other)), T.named("h", shape_of(other)[-1])
+    try:
+        term = p.at(other, (*row_index(t, shape_of(other)[:-1]), h))
+        parsed = _parse(m, term, t, h)
+        if parsed is None:
+            return None
+        core, gate = parsed
+        form, symbols, expr = layout(core)
+        if not isinstance(core.inner, int) or form is Form.INTERLEAVED:
+            return None
+    except (No, T.TooLarge):
+        return None
+    ir = SharedExpert(core.inner, expr, gated=gate.op != "c", bias=core.linears[symbols[0]].bias is not None)
+    try:
+        return SharedMatch(ir, other, _operands(m, other, core, form, symbols, expr, _gate_node(p, other, term, t, h, edge, order)))
+    except No:
+        return SharedMatch(ir, other, None)
+
+
+def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term] | None:
+    """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one, and what multiplies it."""
+    one = T.named("expert", 1)
+    weights = {
+        x: T.atom(x.args[0], (one, *x.args[1]))
+        for x in T.walk(term)
+        if x.op == "a" and not any(is_row(x, d) for d in range(len(x.args[1])))
+    }
+    term = T.subst(term, weights)
+    core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
+    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
+    if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
+        return None
+    parsed = parse_core(core, t, h, one)
+    if any(x.channel is not None for x in (parsed.down, *parsed.linears.values())):
+        return None  # the IR of a shared expert has no scales
+    if parsed.on_input is not None or {x.args[0] for x in parsed.tokens} != {m.tokens}:
+        return None
+    return parsed, gate
+
+
+def _gate_node(p: Puller, other: fx.Node, term: Term, t: Term, h: Term, edge: int, order: dict[fx.Node, int]) -> fx.Node | None:
+    """The node of what multiplies the MLP, nearest to the product; None when that is 1. Raises No when no node holds it."""
+    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
+    if T.is_c(gate, 1):
+        return None
+    wanted, seen = T.canonical(gate), [other]
+    for n in seen:
+        seen.extend(x for x in n.all_input_nodes if order[x] > edge and x not in seen)
+        if shape_of(n)[-1:] == (1,) and T.same_size(rows(n), rows(other)):
+            if T.canonical(p.at(n, (*row_index(t, shape_of(n)[:-1]), T.const(0)))) is wanted:
+                return n
+    raise No("no tensor of the graph holds the shared expert's gate")
+
+
+def _operands(
+    m: ExpertsMatch, other: fx.Node, core: Core, form: Form, symbols: list[sp.Symbol], expr: Any, gate: fx.Node | None
+) -> Operands:
+    """Raises No when gate and up are stored unlike each other or a parameter is read in part."""
+    ups, down, out = [core.linears[s] for s in symbols], core.down, shape_of(other)[-1]
+    if len({(x.transposed, x.bias is None) for x in ups}) != 1 or any(x.scale != 1 for x in ups):
+        raise No("gate and up projections are stored differently")
+    store = ups if form is Form.SEPARATE else ups[:1]
+    hidden, width = shape_of(m.tokens)[-1], core.inner * (2 if form is Form.CONCAT else 1)
+    experts = Experts(
+        num_experts=1,
+        hidden=hidden,
+        intermediate=core.inner,
+        out_features=out,
+        form=form,
+        activation=expr,
+        stacked=False,
+        up_transposed=ups[0].transposed,
+        down_transposed=down.transposed,
+        up_bias=ups[0].bias is not None,
+        down_bias=down.bias is not None,
+        dtype=m.experts.dtype,
+    )
+    return Operands(
+        experts,
+        [q for x in store for q in params((x.weight,), (1, width, hidden), x.transposed, False)],
+        params((down.weight,), (1, out, core.inner), down.transposed, False),
+        [q for x in store if x.bias is not None for q in params((x.bias,), (1, width), False, False)],
+        params((down.bias,), (1, out), False, False) if down.bias is not None else [],
+        gate,
+    )

@@ -1,0 +1,358 @@
+"""A rewrite as data: which Dynamo nodes, by name, become which fused ops. `execute` carries it out.
+
+Plans hold names and plain values only, so that they can be kept on disk and replayed on an equal graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from ...ir import Experts, MaxK, MinK, Rejection, SumK, W
+from ...ir import scalar as act
+from ...ops import experts_args, scaled_args, shared_args
+from ..aten.effects import live_nodes, remove_dead
+from ..aten.shadow import example_value
+
+ops = torch.ops.moe_compile
+Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """weights, ids = route(logits, bias, table, *plain), and the nodes that read it from then on."""
+
+    logits: str
+    bias: Operand | None
+    table: Operand | None
+    num_experts: int
+    plain: tuple[Any, ...]
+    normaliser: sp.Expr | None
+    ids: tuple[str, ...]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
+
+    `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
+    `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
+    """
+
+    out: str
+    same_tensor: tuple[str, ...]
+    tokens: str
+    ids: str | None
+    weights: str | None
+    k: int
+    up: tuple[Operand, ...]
+    down: tuple[Operand, ...]
+    up_bias: tuple[Operand, ...]
+    down_bias: tuple[Operand, ...]
+    base: str | None
+    experts: Experts
+    lead: tuple[Any, ...] | None
+    up_scale: tuple[Operand, ...] = ()
+    down_scale: tuple[Operand, ...] = ()
+
+    def operands(self) -> tuple[tuple[Operand, ...], ...]:
+        """Every list of parameters that the op takes."""
+        scales = (self.up_scale, self.down_scale) if self.experts.scaled else ()
+        return self.up, self.down, self.up_bias, self.down_bias, *scales
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """The shared expert goes into the experts' op, as `experts_shared`.
+
+    `op`: that op where capture put it in, None for the plan's own. `gate`: the node [.., 1] that multiplies the shared expert.
+    `moved`: what computes the gate and stood behind the op. `total`: the sum of routed and shared result, which `rest` (the routed
+    part) takes the place of; None when the op itself added the shared result. `overlap`: as the op's.
+    """
+
+    op: str | None
+    experts: Experts
+    up: tuple[Operand, ...]
+    down: tuple[Operand, ...]
+    up_bias: tuple[Operand, ...]
+    down_bias: tuple[Operand, ...]
+    gate: str | None
+    moved: tuple[str, ...]
+    total: str | None
+    rest: str | None
+    overlap: int
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its routing, its experts, or only the first when capture has put the experts in already.
+
+    `folded`: (product that the weights carry now, the node that takes its place). `reader`: the experts' op that capture put in,
+    where it must read weights that nobody else may read. `fixed`: variable floats that the recovered numbers are the values of.
+    """
+
+    route: RoutePlan | None
+    experts: ExpertsPlan | None
+    folded: tuple[tuple[str, str], ...] = ()
+    fixed: tuple[str, ...] = ()
+    reader: str | None = None
+    shared: SharedPlan | None = None
+
+    def reads(self) -> list[str]:
+        """Names of the nodes that the plan's operations read."""
+        r, e = self.route, self.experts
+        out: list[str] = []
+        if r is not None:
+            out += [r.logits, *(q[0] for q in (r.bias, r.table) if q is not None)]
+        if e is not None:
+            out += [e.tokens, *(n for n in (e.ids, e.weights, e.base) if n is not None)]
+            out += [q[0] for group in e.operands() for q in group]
+        return out
+
+    def names(self) -> list[str]:
+        """Names of all nodes that the plan reads or replaces."""
+        r, e = self.route, self.experts
+        gone = [*(() if r is None else (*r.ids, *r.weights)), *(() if e is None else (e.out, *e.same_tensor))]
+        return [*self.reads(), *gone, *(n for pair in self.folded for n in pair), *(() if self.reader is None else (self.reader,))]
+
+
+@dataclass
+class Executor:
+    """Carries plans out on one graph; `now` says what stands for a node that an earlier plan replaced."""
+
+    graph: fx.Graph
+    now: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    routed: dict[RoutePlan, tuple[fx.Node, fx.Node]] = field(default_factory=dict)  # blocks may share a router
+
+    def __post_init__(self) -> None:
+        self.names = {n.name: n for n in self.graph.nodes}
+        self.position = {n: i for i, n in enumerate(self.graph.nodes)}
+
+    def node(self, name: str) -> fx.Node:
+        n = self.names[name]
+        while n in self.now:
+            n = self.now[n]
+        return n
+
+    def block(self, plan: BlockPlan) -> tuple[fx.Node | None, fx.Node | None]:
+        """Emit one block; returns the nodes of the weights and ids in use."""
+        weights = ids = op = None
+        for name in plan.fixed:
+            float(example_value(self.names[name]))  # a guard: another value is another graph
+        if plan.route is not None:
+            if plan.route not in self.routed:
+                self.routed[plan.route] = self.route(plan.route)
+            weights, ids = self.routed[plan.route]
+        if plan.experts is not None:
+            p = plan.experts
+            ids = self.node(p.ids) if p.ids is not None else ids
+            weights = self.node(p.weights) if p.weights is not None else weights
+            assert ids is not None and weights is not None
+            op = self.experts(p, ids, weights)
+        if plan.reader is not None and weights is not None:
+            self.names[plan.reader].update_arg(2, weights)
+        for product, source in plan.folded:
+            self.leave_out(self.names[product], self.node(source))
+        if plan.shared is not None:
+            named = plan.shared.op
+            self.shared(plan.shared, op if named is None else self.node(named))
+        return weights, ids
+
+    # ---- gating --------------------------------------------------------------------------------------------------------
+
+    def route(self, p: RoutePlan) -> tuple[fx.Node, fx.Node]:
+        """The op stands right after its inputs."""
+        inputs = [self.node(p.logits), *(self.node(q[0]) for q in (p.bias, p.table) if q is not None)]
+        logits = inputs[0]
+        where = _after(max(inputs, key=lambda n: self.position.get(n, -1)))
+        with self.graph.inserting_before(where):
+            bias, table = (None if q is None else self.operand(q) for q in (p.bias, p.table))
+            tensors = (_rows(self.graph, logits, p.num_experts), bias, None if p.normaliser is not None else table)
+            pair = _call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
+            weights = _call(self.graph, operator.getitem, (pair, 0), logits)
+            ids = _call(self.graph, operator.getitem, (pair, 1), logits)
+            if p.normaliser is not None:
+                weights = normalised(self.graph, p.normaliser, weights)
+                if table is not None:
+                    picked = _call(self.graph, operator.getitem, (table, ids), logits)
+                    weights = _call(self.graph, operator.mul, (weights, self.cast_to(picked, p.plain[-1], table)), logits)
+        for names, new in ((p.ids, ids), (p.weights, weights)):
+            for name in names:
+                old = self.names[name]
+                new.meta.setdefault("example_value", example_value(old))
+                old.replace_all_uses_with(new)
+                self.now[old] = new
+        return weights, ids
+
+    def leave_out(self, product: fx.Node, source: fx.Node) -> None:
+        product.replace_all_uses_with(source)
+        self.now[product] = source
+        self.graph.erase_node(product)
+
+    # ---- experts -------------------------------------------------------------------------------------------------------
+
+    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> fx.Node:
+        """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
+        out, tokens = self.names[p.out], self.node(p.tokens)
+        aliases = [self.names[n] for n in p.same_tensor]
+        value = next(v for d in (out, *aliases) if (v := example_value(d)) is not None)  # `tensor[...] = y` has none
+        readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
+        g, dtype = self.graph, p.experts.dtype
+        with g.inserting_before(out), self.no_autocast(value.device.type, out):
+            lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands()[:4]]
+            lists += [[self.operand(q) for q in group] for group in p.operands()[4:]]
+            routed = (
+                self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
+                _rows(g, ids, p.k),
+                _rows(g, weights, p.k),
+            )
+            add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
+            target = ops.experts_scaled.default if p.experts.scaled else ops.experts.default
+            plain = scaled_args(p.experts) if p.experts.scaled else experts_args(p.experts)
+            new = op = _call(g, target, (*routed, *lists, add, *plain), out)
+            if value.dtype != dtype:
+                new = _method(g, "to", (new, value.dtype), out)
+            if p.lead is not None:
+                sizes = [
+                    s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
+                ]
+                new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
+        new.meta["example_value"] = value
+        for u in readers:
+            for d in aliases:
+                u.replace_input_with(d, new)
+        for d in aliases:
+            self.now[d] = new
+        return op
+
+    def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
+        """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""
+        assert op is not None
+        g = self.graph
+        for name in p.moved:
+            op.prepend(self.names[name])
+        with g.inserting_before(op):
+            lists = [[self.operand(q) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
+            gate = None if p.gate is None else _rows(g, self.node(p.gate), 1)
+            add = op.args[7] if p.total is not None else None
+            plain = shared_args(p.experts, p.overlap)
+            new = _call(g, ops.experts_shared.default, (*op.args[:7], add, *op.args[8:], *lists, gate, *plain), op)
+        if "example_value" in op.meta:
+            new.meta["example_value"] = op.meta["example_value"]
+        op.replace_all_uses_with(new)
+        self.now.update({old: new for old, by in self.now.items() if by is op} | {op: new})
+        g.erase_node(op)
+        if p.total is not None and p.rest is not None:
+            self.leave_out(self.names[p.total], self.node(p.rest))
+
+    def cast_to(self, n: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+        return _method(self.graph, "to", (n, dtype), like)
+
+    def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return n if example_value(source).dtype == dtype else _method(self.graph, "to", (n, dtype), n)
+
+    def parameter(self, q: Operand, experts: Experts) -> fx.Node:
+        """A weight or bias in the dtype of the products; integers with scales stay as they are stored."""
+        source = self.names[q[0]]
+        stays = experts.scaled and not example_value(source).dtype.is_floating_point
+        return self.operand(q) if stays else self.cast(self.operand(q), source, experts.dtype)
+
+    @contextlib.contextmanager
+    def no_autocast(self, device: str, like: fx.Node) -> Iterator[None]:
+        """Under autocast the op still computes in the dtype that was recovered: casts are explicit."""
+        inside = torch.is_autocast_enabled(device) or any("_enter_autocast" in str(n.target) for n in self.names.values())
+        if not inside:
+            yield
+            return
+        mode = torch.amp.autocast_mode
+        entered = _call(self.graph, mode._enter_autocast, (device, torch.get_autocast_dtype(device), False, True), like)
+        yield
+        _call(self.graph, mode._exit_autocast, (entered,), like)
+
+    def operand(self, q: Operand) -> fx.Node:
+        n = self.node(q[0])
+        return n if q[1] is None else _method(self.graph, "view", (n, *q[1]), n)
+
+
+def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
+    """Rewrite the graph; nodes that only the old regions needed go out."""
+    alive = live_nodes(gm.graph)
+    run = Executor(gm.graph)
+    for p in plans:
+        run.block(p)
+    remove_dead(gm.graph, alive)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
+    """A recovered normaliser expression as plain tensor ops on w [T, k]. Raises Rejection when no op is known for a part."""
+    reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
+    functions = {"sigmoid": torch.sigmoid, "relu": torch.relu, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "Abs": torch.abs}
+    pairs = {sp.Add: operator.add, sp.Mul: operator.mul, sp.Pow: operator.pow}
+
+    def fold(f: Any, parts: list[Any]) -> Any:
+        out = parts[0]
+        for p in parts[1:]:
+            out = _call(g, f, (out, p), w) if isinstance(out, fx.Node) or isinstance(p, fx.Node) else f(out, p)
+        return out
+
+    def emit(e: Any) -> Any:
+        if e == W:
+            return w
+        if e.is_number:
+            return float(e)
+        if type(e) in reductions:
+            return _call(g, reductions[type(e)], (emit(e.args[0]), -1, True), w)
+        parts = [emit(a) for a in e.args]
+        if isinstance(e, (sp.Add, sp.Mul, sp.Pow)):
+            return fold(next(f for head, f in pairs.items() if isinstance(e, head)), parts)
+        if isinstance(e, act.clamp):
+            return _call(g, torch.clamp, (parts[0], *(None if abs(p) == float("inf") else p for p in parts[1:])), w)
+        return _call(g, functions[type(e).__name__], (parts[0],), w)
+
+    out = emit(expr)
+    return out if isinstance(out, fx.Node) else _call(g, torch.full_like, (w, out), w)
+
+
+def can_emit(expr: sp.Expr) -> Rejection | None:
+    """Whether `normalised` knows every function of an expression."""
+    known = (SumK, MaxK, MinK, act.clamp, act.sigmoid, act.relu, sp.exp, sp.log, sp.tanh, sp.Abs)
+    other = next((f for f in expr.atoms(sp.Function) if not isinstance(f, known)), None)
+    return None if other is None else Rejection(f"no tensor op is known for {other}", None, "rewrite")
+
+
+def _rows(g: fx.Graph, n: fx.Node, width: int) -> fx.Node:
+    """[.., width] as [T, width]."""
+    value = example_value(n)
+    return _method(g, "reshape", (n, -1, width), n) if isinstance(value, torch.Tensor) and value.ndim != 2 else n
+
+
+def _method(g: fx.Graph, name: str, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    return _dressed(g.call_method(name, args), like)
+
+
+def _call(g: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    return _dressed(g.call_function(target, args), like)
+
+
+def _dressed(n: fx.Node, like: fx.Node) -> fx.Node:
+    """Give a new node the source location of the one it stands for."""
+    n.meta.update({k: like.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in like.meta})
+    return n
+
+
+def _after(n: fx.Node) -> fx.Node:
+    """The first place after n where a call may stand (placeholders stay together)."""
+    out = n.next
+    while out.op == "placeholder":
+        out = out.next
+    return out

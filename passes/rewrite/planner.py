@@ -1,0 +1,154 @@
+"""From a validated block to a rewrite plan: every shadow node at the boundary is located in the Dynamo graph, or the block stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...ir import Norm, Rejection
+from ...ops import route_args
+from ..aten.element import shape_of
+from ..aten.shadow import Shadow, example_value, mutated_args
+from ..recover.fused import is_fused
+from ..recover.match import ExpertsMatch
+from ..recover.region import Block
+from ..recover.rows import rows
+from ..terms import same_size
+from .plan import BlockPlan, ExpertsPlan, RoutePlan, can_emit
+
+
+class Planner:
+    """Plans blocks of one shadow; raises Rejection where a boundary value cannot be had in the Dynamo graph."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        self.shadow = shadow
+        self.position = {n: i for i, n in enumerate(shadow.dynamo.graph.nodes)}
+        self.overwritten: dict[fx.Node, int] = {}  # shadow node -> when its tensor gets a newer value
+        for n, i in shadow.order.items():
+            for m in mutated_args(n):
+                self.overwritten.setdefault(m, i)
+
+    def locate(self, s: fx.Node, until: fx.Node) -> fx.Node:
+        """The Dynamo node that holds shadow node `s` and still does where shadow node `until` is computed."""
+        found = self.shadow.origin.get(s)
+        if not found:
+            raise Rejection(f"{s.name} has no counterpart in the captured graph", s, "rewrite")
+        if self.overwritten.get(s, 1 << 60) < self.shadow.order[until]:
+            raise Rejection(f"{s.name} is overwritten before the block's result", s, "rewrite")
+        return found[0]
+
+    def plan(self, b: Block) -> BlockPlan:
+        route = None if b.gating is None else self._route(b)
+        fused = is_fused(b.match.out)
+        folded = tuple((d.name, source.name) for d, source in b.fold.products)
+        reader = self.locate(b.match.out, b.match.out).name if fused and (folded or b.masked) else None
+        return BlockPlan(route, None if fused else self._experts(b), folded, self._fixed(b), reader)
+
+    def _fixed(self, b: Block) -> tuple[str, ...]:
+        """Dynamo nodes that hold the variable floats of the block: all those that say the same."""
+        exprs = {str(n.meta["val"].node.expr) for n in b.fixed_numbers()}
+        values = ((d, example_value(d)) for d in self.shadow.dynamo.graph.nodes) if exprs else ()
+        return tuple(d.name for d, v in values if isinstance(v, torch.SymFloat) and str(v.node.expr) in exprs)
+
+    def _route(self, b: Block) -> RoutePlan:
+        g = b.gating
+        assert g is not None
+        norm, plain = g.gating.norm, route_args(g.gating)
+        expr = norm.expr if norm is not None and norm.kind is Norm.EXPR else None
+        if expr is not None:
+            plain[9:13] = [0, 0.0, 0.0, 1.0]  # raw scores: the normaliser follows as plain tensor ops
+            refusal = can_emit(expr)
+            if refusal is not None:
+                raise refusal
+        tables = [
+            None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
+        ]
+        weights = () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
+        redirected = (self._readable(b.raw_ids, torch.int64), weights)
+        return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
+
+    def _readable(self, s: fx.Node | None, dtype: torch.dtype) -> tuple[str, ...]:
+        """Dynamo nodes of the graph's own ids or weights that the fused op's can stand in for."""
+        if s is None or s in self.overwritten:
+            return ()
+        out = []
+        for d in self.shadow.origin.get(s, ()):
+            v = example_value(d)
+            if isinstance(v, torch.Tensor) and v.ndim == 2 and v.dtype == dtype and d.op != "placeholder":
+                out.append(d.name)
+        return tuple(out)
+
+    def _experts(self, b: Block) -> ExpertsPlan:
+        m, routed = b.match, b.gating is not None
+        out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
+        params = {n: self.locate(n, m.out) for n in b.params()}
+        base = None if m.base is None else self.locate(m.base, m.out)
+        ids = self._required(b.ids, m.out, "expert ids") if not routed or b.ids is not b.raw_ids else None
+        weights = None if routed else self._required(b.weights, m.out, "routing weights")
+        inputs = [tokens, *params.values(), *(n for n in (base, ids, weights) if n is not None)]
+        inputs += [self.locate(n, n) for n in b.routing_inputs()]
+        self._check(m, inputs, out)
+
+        def group(qs: list[Any]) -> tuple[Any, ...]:
+            return tuple((params[q.node].name, q.view) for q in qs)
+
+        return ExpertsPlan(
+            out=out.name,
+            same_tensor=tuple(d.name for d in self._aliases(m.out)),
+            tokens=tokens.name,
+            ids=None if ids is None else ids.name,
+            weights=None if weights is None else weights.name,
+            k=m.k,
+            up=group(m.up),
+            down=group(m.down),
+            up_bias=group(m.up_bias),
+            down_bias=group(m.down_bias),
+            base=None if base is None else base.name,
+            up_scale=group(m.up_scale),
+            down_scale=group(m.down_scale),
+            experts=m.experts,
+            lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
+        )
+
+    def _check(self, m: ExpertsMatch, inputs: list[fx.Node], out: fx.Node) -> None:
+        devices = {m.out.meta["val"].device, *(example_value(n).device for n in inputs)}
+        if len(devices) > 1:
+            raise Rejection(f"the block's tensors are on different devices: {', '.join(sorted(map(str, devices)))}", m.out, "rewrite")
+        if any(self.position[n] > self.position[out] for n in inputs):
+            raise Rejection("an input of the block is computed after its result", m.out, "rewrite")
+
+    def _required(self, s: fx.Node | None, until: fx.Node, what: str) -> fx.Node:
+        if s is None:
+            raise Rejection(f"no tensor of the graph holds the {what}", until, "rewrite")
+        return self.locate(s, until)
+
+    def _result(self, s: fx.Node) -> fx.Node:
+        """The Dynamo node after which the result is there: the one that holds it, or `result[...] = y`."""
+        return self.shadow.statement[s] if s in self.shadow.statement else self.locate(s, s)
+
+    def _lead(self, m: ExpertsMatch) -> tuple[Any, ...]:
+        """The result's leading sizes: numbers, or where to read them."""
+        lead = shape_of(m.tokens)[:-1]
+        out: list[Any] = []
+        for s in shape_of(m.out)[:-1]:
+            same = [d for d, x in enumerate(lead) if same_size(s, x)]
+            if isinstance(s, int):
+                out.append(s)
+            elif same:
+                out.append(("tokens", same[0]))
+            elif same_size(s, rows(m.tokens)):
+                out.append(("rows",))
+            else:
+                raise Rejection(f"the result's shape {shape_of(m.out)} is not that of the tokens", m.out, "rewrite")
+        return tuple(out)
+
+    def _aliases(self, s: fx.Node) -> list[fx.Node]:
+        """Dynamo nodes that are the result's tensor object: the result, and what it was accumulated into in place."""
+        out = [self.shadow.statement[s]] if s in self.shadow.statement else []
+        out.extend(self.shadow.origin.get(s, ()))
+        while written := mutated_args(s):
+            s = written[0]
+            out.extend(self.shadow.origin.get(s, ()))
+        return list(dict.fromkeys(out))

@@ -1,0 +1,143 @@
+"""Recall: what the passes found in a graph, kept on disk, so that a second process does not search and prove it again.
+
+The key covers the whole Dynamo graph (targets, arguments, shapes, dtypes, devices, strides), the options that matter, and
+the versions of torch and of this package's sources. A graph that holds anything the key cannot describe is not kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ... import lowering as _lowering
+from ...ir import scalar as _activation
+from ..aten.shadow import example_value
+
+log = logging.getLogger("moe_compile")
+
+
+class _Unkeyable(Exception):
+    pass
+
+
+def key_of(graph: fx.Graph, salt: tuple[Any, ...]) -> str | None:
+    """A digest of the graph, or None when some part of it has no stable description."""
+    h = hashlib.sha256(repr((_sources(), torch.__version__, salt, torch.is_grad_enabled())).encode())
+    try:
+        for n in graph.nodes:
+            h.update(repr((n.name, n.op, _target(n), _arg(n.args), _arg(n.kwargs), _value(example_value(n)))).encode())
+    except _Unkeyable:
+        return None
+    return h.hexdigest()
+
+
+def _target(n: fx.Node) -> str:
+    t = n.target
+    if isinstance(t, str):
+        if n.op in ("get_attr", "call_module"):
+            raise _Unkeyable
+        return t
+    if isinstance(t, torch._ops.OpOverload):
+        return str(t)
+    module = getattr(t, "__module__", None) or ""
+    name = getattr(t, "__qualname__", getattr(t, "__name__", None))
+    if isinstance(t, torch._ops.HigherOrderOperator) or name is None or "<locals>" in name:
+        raise _Unkeyable
+    if module.split(".")[0] not in ("torch", "_operator", "operator", "builtins", "math", ""):
+        raise _Unkeyable
+    return f"{module}.{name}"
+
+
+def _arg(a: Any) -> Any:
+    if isinstance(a, fx.Node):
+        return ("node", a.name)
+    if isinstance(a, (list, tuple)):
+        return tuple(_arg(x) for x in a)
+    if isinstance(a, dict):
+        return tuple((k, _arg(v)) for k, v in sorted(a.items()))
+    if isinstance(a, slice):
+        return ("slice", _arg(a.start), _arg(a.stop), _arg(a.step))
+    if a is None or isinstance(
+        a, (int, float, bool, str, complex, torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+    ):
+        return repr(a)
+    raise _Unkeyable
+
+
+def _value(v: Any) -> Any:
+    if isinstance(v, torch.Tensor):
+        return (
+            type(v).__name__,
+            str(tuple(v.shape)),
+            str(v.dtype),
+            str(v.device),
+            v.requires_grad,
+            str(v.stride()) if v.layout is torch.strided else "",
+        )
+    if isinstance(v, torch.SymFloat):  # a block may rest on the number it has now
+        return (str(v), repr(v.node.hint))
+    if isinstance(v, (torch.SymInt, torch.SymBool)):
+        return str(v)
+    if isinstance(v, (list, tuple)):
+        return tuple(_value(x) for x in v)
+    return repr(v) if isinstance(v, (int, float, bool, str, type(None))) else type(v).__name__
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package's own files: a change of the compiler forgets everything."""
+    h = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    package = Path(_activation.__file__).resolve().parent
+    lowered = (f for p in _lowering.__path__ for f in Path(p).resolve().rglob("*.py"))  # what can be lowered is part of a plan
+    for f in sorted({*root.glob("*.py"), *package.glob("*.py"), *lowered}):
+        h.update(f.name.encode() + f.read_bytes())
+    return h.hexdigest()
+
+
+def folder() -> Path | None:
+    """Inside Inductor's cache folder, and off when Inductor's caches are off."""
+    from torch._inductor import config
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return None
+    return Path(cache_dir()) / "moe_compile"
+
+
+def load(key: str | None) -> Any:
+    """What was kept under a key, or None."""
+    where = folder() if key is not None else None
+    if where is None or key is None:
+        return None
+    try:
+        return pickle.loads((where / key).read_bytes())
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # a file of another version, or a broken one
+        log.info("a kept plan could not be read (%s)", e)
+        return None
+
+
+def save(key: str | None, value: Any) -> None:
+    """Keep a value; a failure to do so is not an error."""
+    where = folder() if key is not None else None
+    if where is None or key is None:
+        return
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=where)
+        with os.fdopen(handle, "wb") as f:
+            f.write(pickle.dumps(value))
+        os.replace(name, where / key)
+    except Exception as e:
+        log.info("a plan could not be kept (%s)", e)

@@ -1,0 +1,106 @@
+"""The router's product goes into the routing op where few tokens are routed: a kernel of two microseconds there, not a library's product.
+
+    route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ... import ops  # noqa: F401 (defines them)
+from ...lowering import router_tokens
+from ..aten.conditions import may_train, under_autocast
+from ..aten.effects import is_write
+from ..aten.shadow import example_value
+
+_SAME_VALUES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type")
+_LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
+_route = torch.ops.moe_compile.route.default
+_route_linear = torch.ops.moe_compile.route_linear.default
+
+
+def take_products(gm: fx.GraphModule, target: str) -> int:
+    """Rewrite the routings whose logits are a product that nobody else reads; how many there were.
+
+    Only for a target that wants them, for as many tokens as it says, known when compiling, when no gradient may be wanted.
+    """
+    graph, most = gm.graph, router_tokens(target)
+    if not most or may_train(graph):
+        return 0
+    found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n, most)) is not None]
+    for n, chain in found:
+        _rewrite(graph, n, chain)
+    if found:
+        graph.lint()
+        gm.recompile()
+    return len(found)
+
+
+def _chain(route: fx.Node, most: int) -> list[fx.Node] | None:
+    """The product and what shows its values in another shape or a wider dtype, up to the logits of a routing; None where there is none."""
+    chain: list[fx.Node] = []
+    n: Any = route.args[0] if route.args else None
+    while isinstance(n, fx.Node) and len(n.users) == 1:
+        chain.insert(0, n)
+        if n.target in _LINEAR:
+            return chain if _few(n, most) and _keeps(chain) and not _written_between(n, route) else None
+        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+        n = n.args[0] if n.args and name in _SAME_VALUES else None
+    return None
+
+
+def _operands(p: fx.Node) -> tuple[Any, Any, Any]:
+    """x, W and b, or None."""
+    given = dict(zip(("input", "weight", "bias"), p.args, strict=False)) | p.kwargs
+    return given["input"], given["weight"], given.get("bias")
+
+
+def _few(p: fx.Node, most: int) -> bool:
+    """Whether at most so many tokens meet a matrix, all of one dtype on one device, all sizes known."""
+    nodes = [n for n in _operands(p) if n is not None]
+    if not all(isinstance(n, fx.Node) and _plain(example_value(n)) for n in nodes):
+        return False
+    row, matrix, *bias = (example_value(n) for n in nodes)
+    alike = {(v.dtype, v.device) for v in (matrix, *bias)} == {(row.dtype, row.device)}
+    sizes = matrix.ndim == 2 and row.shape[-1:] == matrix.shape[1:] and all(v.shape == matrix.shape[:1] for v in bias)
+    few = 0 < row.numel() <= most * matrix.shape[-1]
+    return alike and sizes and few and not under_autocast(p.graph, row.device.type)
+
+
+def _plain(v: Any) -> bool:
+    """A tensor of known sizes that stands for nothing else."""
+    return isinstance(v, torch.Tensor) and not is_traceable_wrapper_subclass(v) and all(isinstance(d, int) for d in v.shape)
+
+
+def _keeps(chain: list[fx.Node]) -> bool:
+    """Whether rows stay rows on their way to the logits, and nothing is rounded. (A node without a value is the rewrite's own view.)"""
+    first, *values = (v for n in chain if (v := example_value(n)) is not None)
+    kept = all(v.shape[-1:] == first.shape[-1:] and v.numel() == first.numel() and v.device == first.device for v in values)
+    return kept and all(torch.promote_types(first.dtype, v.dtype) == v.dtype for v in values)
+
+
+def _written_between(product: fx.Node, route: fx.Node) -> bool:
+    """Whether anything may be overwritten between the two: it might be what the product reads."""
+    n = product.next
+    while n is not route:
+        if is_write(n) or isinstance(n.target, HigherOrderOperator) or any(a is True for a in n.args):  # F.relu(x, True)
+            return True
+        n = n.next
+    return False
+
+
+def _rewrite(graph: fx.Graph, route: fx.Node, chain: list[fx.Node]) -> None:
+    x, w, b = _operands(chain[0])
+    with graph.inserting_before(route):
+        if example_value(x).ndim != 2:
+            x = graph.call_method("reshape", (x, [-1, example_value(w).shape[1]]))
+        new = graph.call_function(_route_linear, (x, w, b, *route.args[1:]), dict(route.kwargs))
+    new.meta.update(route.meta)
+    route.replace_all_uses_with(new)
+    for n in (route, *reversed(chain)):
+        graph.erase_node(n)
