@@ -138,15 +138,6 @@ class Packed:
     down_offset: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows ordered by expert [T k, H], where each slot went [T k], rows per expert [E]."""
-
-    rows: Tensor
-    index: Tensor
-    counts: Tensor
-
-
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     """npu_grouped_matmul adds fp32 biases to bf16 products."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
@@ -166,13 +157,25 @@ def identity_addend(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, n
     return cast(cast(x, wide) * cast(w, wide), x.dtype)
 
 
-def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> Dispatched:
-    """x [T, H], ids [T, k] int32 -> rows by expert."""
-    rows, index, counts, _ = call(
+def init_routing(x: Tensor, ids: Tensor, num_experts: int, quant_mode: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, k] int32 -> rows by expert [T k, H], where each slot went [T k], rows per expert [E], scales of the rows [T k].
+
+    quant_mode 1: rows in int8, each with its own scale; -1: as they are, without scales.
+    """
+    return call(  # type: ignore[no-any-return]
         "npu_moe_init_routing_v2", x, ids, active_num=-1, expert_num=num_experts, drop_pad_mode=0, expert_tokens_num_type=1,
-        expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, num_experts], row_idx_type=0,
+        expert_tokens_num_flag=True, quant_mode=quant_mode, active_expert_range=[0, num_experts], row_idx_type=0,
     )  # fmt: skip
-    return Dispatched(rows, index, counts)
+
+
+def list_type(counts: Tensor) -> int:
+    """1: `group_list` holds counts. A list of one may not be of that type: its count is its running sum too, which is type 0."""
+    return 0 if counts.shape[0] == 1 else 1
+
+
+def groups(counts: Tensor, group_type: int = 0) -> dict[str, Any]:
+    """How npu_grouped_matmul is told the rows of each expert; group_type 0: rows are grouped, 2: the inner dim is."""
+    return dict(group_list=counts, split_item=3, group_type=group_type, group_list_type=list_type(counts))
 
 
 def grouped(
@@ -182,7 +185,7 @@ def grouped(
     extra = {} if bias is None else {"bias": [bias]}
     if scale is not None and offset is not None:
         extra |= {"antiquant_scale": [scale], "antiquant_offset": [offset]}
-    (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, group_list=counts, split_item=3, group_type=0, group_list_type=1)
+    (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, **groups(counts))
     return out  # type: ignore[no-any-return]
 
 
@@ -214,15 +217,14 @@ def up_rows(rows: Tensor, p: Packed, counts: Tensor) -> list[Tensor]:
 
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids [T, k] int32 within the experts -> output rows by expert, their index, and the weights that are still to be applied."""
-    d = dispatch(x, ids, layout.num_experts)
-    rows = d.rows
+    rows, index, counts, _ = init_routing(x, ids, layout.num_experts)
     if layout.weight_on_input:
         wide = generic.accumulate_dtype(x.dtype)
-        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, d.index.to(torch.int64), weights.reshape(-1))
+        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    y = grouped(activate(up_rows(rows, p, d.counts), layout), p.down, p.down_bias, d.counts, p.down_scale, p.down_offset)
-    return y, d.index, weights
+    y = grouped(activate(up_rows(rows, p, counts), layout), p.down, p.down_bias, counts, p.down_scale, p.down_offset)
+    return y, index, weights
 
 
 def combine(rows: Tensor, index: Tensor, weights: Tensor, addends: Sequence[Tensor]) -> Tensor:

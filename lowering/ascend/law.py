@@ -13,17 +13,12 @@ from dataclasses import dataclass
 import sympy as sp
 import torch
 
-from ...ir import BiasOn, Form, MoeBlock, Norm, Score
+from ...ir import BiasOn, Form, Norm, Score
 from ...ir import scalar as act
-from ...ops import route_args
-from .. import generic
 from ..routing import Routing
 
 MAX_GATED = 2048  # experts of npu_moe_gating_top_k
 MAX_SOFTMAX_K = 1024
-MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
-MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 Check = Callable[[Routing, int], str | None]
 
@@ -227,58 +222,3 @@ def activation_call(expr: sp.Expr, form: int) -> str:
     if swiglu(expr, form):
         return "npu_swiglu"
     return "npu_clipped_swiglu" if clipped(expr, form) else "pointwise"
-
-
-# ---- a whole block -----------------------------------------------------------------------------------------------------
-
-
-def can_lower(ir: MoeBlock) -> str | None:
-    """None when the npu ops can run this block's experts, else the reason."""
-    e = ir.experts
-    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
-        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
-        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
-    if e.dtype not in FLOATS:
-        return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
-    if e.num_experts > MAX_GROUPED:
-        return f"{e.num_experts} experts: npu_grouped_matmul takes {MAX_GROUPED}"
-    try:
-        act.encode(e.activation)
-    except act.UnknownActivation as error:
-        return f"activation: {error}"
-    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
-        return f"rows rounded to {e.row_bits} bits: {why}"
-    if e.num_identity and e.hidden != e.out_features:
-        return "identity experts need as many outputs as inputs"
-    return None
-
-
-def _refuses_rounded(ir: MoeBlock) -> str | None:
-    """Why the int8 chain cannot run experts that round their rows themselves; there is no other way to run them."""
-    from . import quant
-
-    e = ir.experts
-    ops, consts = act.encode(e.activation)
-    stored = (e.stacked, e.up_transposed, e.down_transposed, e.weight_on_input, e.num_identity)
-    layout = generic.Layout(tuple(ops), tuple(consts), int(e.form), e.num_experts, *stored)
-    if e.num_identity:
-        return "identity experts take rows that are not rounded"
-    if e.row_floor > MAX_FLOOR:
-        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
-    return quant.refuses(layout, e.intermediate, e.up_bias or e.down_bias, e.dtype)
-
-
-def lowering_name(ir: MoeBlock) -> str:
-    """The calls a block becomes, for the report."""
-    routing = "routing as written"
-    if ir.gating is not None:
-        g = ir.gating
-        plain = route_args(g)
-        if g.norm is not None and g.norm.kind is Norm.EXPR:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
-        row, _ = choose_routing(Routing(*plain), g.num_experts)
-        routing = row.calls
-    if ir.experts.row_bits:
-        return f"{routing}; int8 grouped_matmul, npu_dequant_swiglu_quant"
-    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
-    return f"{routing}; {product}, {activation_call(ir.experts.activation, ir.experts.form)}"

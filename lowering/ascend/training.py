@@ -38,7 +38,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 def k_split(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
     """X_eᵀ dY_e -> [E, K, N]; the operands are row blocks, never a weight, so the ban on NZ is not met."""
-    (dw,) = call("npu_grouped_matmul", [x.t()], [grad], group_list=counts, split_item=3, group_type=2, group_list_type=1)
+    (dw,) = call("npu_grouped_matmul", [x.t()], [grad], **calls.groups(counts, 2))
     return dw  # type: ignore[no-any-return]
 
 

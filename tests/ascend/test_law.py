@@ -12,11 +12,11 @@ import torch
 
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, MoeBlock, Norm, Normaliser, Score
 from moe_compile.ir import scalar as act
-from moe_compile.lowering.ascend import calls, law, schemas
+from moe_compile.lowering.ascend import calls, capability, law, register
 from moe_compile.lowering.routing import Routing
 from moe_compile.ops import route_args
 
-schemas.ensure()
+register.ensure()
 E, K = 16, 4
 SUM = Normaliser(Norm.SUM, eps=1e-20)
 GROUPS = Groups(4, 2, 2, -math.inf)
@@ -161,13 +161,13 @@ def block(**changes: Any) -> MoeBlock:
     ({"num_identity": 2, "out_features": 8}, "as many outputs"),
 ])  # fmt: skip
 def test_what_the_experts_cannot_be(changes: dict[str, Any], reason: str | None) -> None:
-    told = law.can_lower(block(**changes))
+    told = capability.can_lower(block(**changes))
     assert told is None if reason is None else told is not None and reason in told
 
 
 def test_the_report_names_the_calls() -> None:
-    assert law.lowering_name(block()) == "npu_moe_gating_top_k(norm_type=1); grouped_matmul, npu_swiglu"
+    assert capability.lowering_name(block()) == "npu_moe_gating_top_k(norm_type=1); grouped_matmul, npu_swiglu"
     written = dataclasses.replace(block(), gating=None)
-    assert law.lowering_name(written).startswith("routing as written")
+    assert capability.lowering_name(written).startswith("routing as written")
     custom = dataclasses.replace(block(), gating=but(SIGMOID, norm=Normaliser(Norm.EXPR, expr=sp.Symbol("w"))))
-    assert "out_flag=True" in law.lowering_name(custom)
+    assert "out_flag=True" in capability.lowering_name(custom)

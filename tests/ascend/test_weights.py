@@ -10,7 +10,8 @@ from ascend_blocks import Seen, block, compiled, first, relative, zoo
 from torch import nn
 
 import moe_compile
-from moe_compile.lowering.ascend.weights import Recipe, Store
+from moe_compile.lowering.ascend.store import Store
+from moe_compile.lowering.ascend.weights import Recipe
 
 
 class Lists(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
 from hazards import hazards, stages
 
-from moe_compile.lowering.ascend import dry_run, metas, modes, schemas
+from moe_compile.lowering.ascend import dry_run, metas, modes, register, schemas
 from moe_compile.options import Options
 
 if not schemas.wheel():
     pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
 
-schemas.ensure()
+register.ensure()
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
 MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
