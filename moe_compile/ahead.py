@@ -19,6 +19,6 @@ def prepare(model: nn.Module, target: str = "ascend") -> dict[str, int]:
         raise OptionError(f"target is {target!r}; allowed: {', '.join(repr(t) for t in TARGETS if t != 'auto')}")
     if target != "ascend":
         return {}
-    from .lowering.ascend.prepare import prepare as rearrange
+    from .lowering.ascend.rearrange import prepare as rearrange
 
     return rearrange(model)

@@ -31,12 +31,18 @@ def all_within(ids: fx.Node, num_experts: int, at: fx.Node) -> bool:
         if "experts_of" in n.meta:
             found = bool(n.meta["experts_of"] == num_experts)
             break
-        if n.op == "call_method" and n.target in _SAME_IDS and isinstance(n.args[0], fx.Node):
+        if n.op == "call_method" and n.target in _SAME_IDS and isinstance(n.args[0], fx.Node) and _holds_ids(n, num_experts):
             seen.append(n.args[0])
             continue
         found = _selected(n) == num_experts
         break
     return found and not _written_before(seen, at)
+
+
+def _holds_ids(n: fx.Node, num_experts: int) -> bool:
+    """Whether a node's dtype has every id: a byte wraps around, half precision rounds."""
+    dtype = _dtype(n)
+    return dtype is not None and not dtype.is_floating_point and dtype != torch.bool and torch.iinfo(dtype).max >= num_experts - 1
 
 
 def _selected(n: fx.Node) -> int | None:

@@ -66,7 +66,8 @@ class Store:
         found = self.kept.get(key)
         if found is not None and found.holds(tensors):
             return found.packed
-        with self.lock, torch.no_grad():
+        # a copy made under inference mode could not be written again outside of it
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             return self._make(key, recipe, tensors)
 
     def _make(self, key: tuple[Any, ...], recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:

@@ -140,27 +140,6 @@ def test_other_targets_need_no_preparation() -> None:
         moe_compile.prepare(nn.Linear(2, 2), target="tpu")
 
 
-@torch.no_grad()
-def test_the_fractal_format_is_for_weights_only_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cast itself exists on an NPU only: here it is a copy that is counted."""
-    from moe_compile.lowering.ascend import weights
-
-    cast: list[tuple[int, ...]] = []
-
-    def format_cast(t: torch.Tensor) -> torch.Tensor:
-        cast.append(tuple(t.shape))
-        return t.clone()
-
-    assert weights.to_nz(torch.zeros(2, 3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16 and not cast  # no NPU
-    monkeypatch.setattr(weights, "_format_cast", format_cast)
-    monkeypatch.setattr(weights, "to_nz", lambda t: format_cast(t) if t.ndim == 3 else t)
-    module, x = block("gpt_oss").to(torch.bfloat16), torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
-    fn = compiled(module, weight_format="nz")
-    for _ in range(2):
-        assert relative(first(fn(x)), first(module(x))) <= 0.05
-    assert sorted(cast) == sorted((tuple(module.experts.gate_up_proj.shape), tuple(module.experts.down_proj.shape)))
-
-
 def test_sharded_training_is_told_about_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_compile.lowering.ascend import rewrite
 
