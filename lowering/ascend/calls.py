@@ -17,7 +17,7 @@ from ...ir import scalar as act
 from ...ir import score as apply_score
 from .. import generic, routing
 from ..routing import Routing
-from . import law, schemas
+from . import device, law, schemas
 from .rules import check
 
 
@@ -42,9 +42,15 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing,
 
     Training takes ATen: the gating ops' backward cannot be traced, or is silently missing.
     """
-    row = law.ROUTING[-1] if training else law.choose_routing(r, logits.shape[-1])[0]
+    row = law.ROUTING[-1] if training else law.choose_routing(case(logits, r))[0]
     weights, ids, done = _ROWS[row.name](logits, bias, r)
     return _finish(weights, ids, bias, table, r, done), ids
+
+
+def case(logits: Tensor, r: Routing) -> law.Case:
+    """What the laws ask about a routing of these logits [T, E]."""
+    tokens, experts = logits.shape
+    return law.Case(r, experts, tokens if type(tokens) is int else None, device.family())
 
 
 Routed = tuple[Tensor, Tensor, frozenset[str]]  # weights, ids, what has been done to the weights
@@ -84,10 +90,26 @@ def _softmax_general(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
     return w, ids, frozenset(() if waits else ("scale",))
 
 
-def _softmax_selected(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
-    """w = softmax(l[ids])."""
-    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", cast(logits, torch.float32), k=r.k, renorm=1, output_softmax=False)
+def _softmax_second(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l)[ids]."""
+    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", cast(logits, torch.float32), k=r.k, renorm=0, output_softmax=False)
     return w, ids, frozenset()
+
+
+def _softmax_selected(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l[ids]). A cast to the dtype that the model selects in comes first: two logits may be one there."""
+    wide = cast(cast(logits, r.score_dtype), torch.float32)
+    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", wide, k=r.k, renorm=1, output_softmax=False)
+    return w, ids, frozenset()
+
+
+def _by_logits(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = score(l)[ids], or score(l[ids]): the op's own weights are not used."""
+    _weights, ids, _done = _softmax_selected(logits, None, r)
+    raw, score = cast(logits, r.score_dtype), Score(r.score)
+    if not r.score_over_selected:
+        return apply_score(score, raw).gather(-1, ids.to(torch.int64)), ids, frozenset()
+    return apply_score(score, raw.gather(-1, ids.to(torch.int64))), ids, frozenset()
 
 
 def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
@@ -102,7 +124,8 @@ def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
     return apply_score(Score(r.score), picked) if r.score_over_selected else picked, ids, frozenset()
 
 
-_ROWS = dict(zip((row.name for row in law.ROUTING), (_sigmoid, _sigmoid_raw, _softmax, _softmax_general, _softmax_selected, _aten)))
+_FORMS = (_sigmoid, _sigmoid_raw, _softmax, _softmax_second, _softmax_general, _softmax_selected, _by_logits, _aten)
+_ROWS = {row.name: form for row, form in zip(law.ROUTING, _FORMS, strict=True)}
 
 
 def _finish(w: Tensor, ids: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing, done: frozenset[str]) -> Tensor:

@@ -60,7 +60,7 @@ def lowering_name(ir: MoeBlock) -> str:
         plain = route_args(g)
         if g.norm is not None and g.norm.kind is Norm.EXPR:
             plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
-        row, _ = law.choose_routing(Routing(*plain), g.num_experts)
+        row, _ = law.choose_routing(law.Case(Routing(*plain), g.num_experts))
         routing = row.calls
     if ir.experts.row_bits:
         chain, _ = int8.choose(_problem(ir))

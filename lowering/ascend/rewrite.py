@@ -113,7 +113,8 @@ class _Lowering:
         """weights, ids = route(...): readers of ids other than the experts get them as int64."""
         logits, bias, table, *plain = n.args
         tensors = [a for a in (logits, bias, table) if isinstance(a, fx.Node)]
-        why = None if self.train else law.why_aten(Routing(*plain), logits.meta["example_value"].shape[-1])  # type: ignore[arg-type, union-attr]
+        value = logits.meta["example_value"]  # type: ignore[union-attr]
+        why = None if self.train else law.why_aten(calls.case(value, Routing(*plain)))  # type: ignore[arg-type]
         if why is not None:
             self.notes.append(f"routing as ATen ops: {why}")
         with recording(n, n, tensors) as r:
@@ -129,7 +130,7 @@ class _Lowering:
             self.graph.erase_node(g)
         self.graph.erase_node(n)
         for t in (ids, wide):
-            r.node(t).meta["experts_of"] = logits.meta["example_value"].shape[-1]  # type: ignore[union-attr]
+            r.node(t).meta["experts_of"] = value.shape[-1]
         r.drop_unused()
 
     # ---- experts -------------------------------------------------------------------------------------------------------
