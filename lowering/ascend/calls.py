@@ -149,6 +149,7 @@ class Packed:
     """Expert weights as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
 
     `up` holds one tensor, or gate and up apart. Weights in int8 have a scale and an offset [E, out] each, in the dtype of the rows.
+    nz: of training, weights are to be used in the fractal format; elsewhere they come in their format.
     """
 
     up: Sequence[Tensor]
@@ -159,6 +160,7 @@ class Packed:
     up_offset: Sequence[Tensor] = ()
     down_scale: Tensor | None = None
     down_offset: Tensor | None = None
+    nz: bool = False
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import report as reports
 from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
-from . import register, schemas, streams, workarounds
+from . import register, schemas, sharding, streams, workarounds
 from .operands import EXPERTS, Choices, ops
 from .rewrite import Lowered, lower, needs_gradients
 from .store import STORE
@@ -44,11 +44,19 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
         log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
         _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
         return _inner(options, mode, gm, example_inputs, train)
-    _tell(lowered.notes)
+    _tell([*lowered.notes, *_sharding(lowered, example_inputs)])
+    if train and options.weight_format == "nz" and options.inner not in ("auto", "eager"):
+        _tell(["weight_format='nz': the inner compiler traces the backward pass, and the cast cannot be traced: weights stay as they are"])
     for sink in SINKS:
         sink(lowered)
     inner = _inner(options, mode, lowered.module, inputs_of(lowered, example_inputs), train)
     return _with_packed(inner, lowered)
+
+
+def _sharding(lowered: Lowered, example_inputs: Sequence[Any]) -> list[str]:
+    """What there is to say of weights in training that are spread over ranks."""
+    recipes = [i for i in lowered.inputs if isinstance(i, Recipe)] if lowered.training else []
+    return [n for r in recipes for n in sharding.notes(r, [example_inputs[s.position] for s in r.sources])]
 
 
 def _on_npu(example_inputs: Sequence[Any]) -> bool:

@@ -223,8 +223,11 @@ class Operands:
         return n
 
     def _formatted(self, recipe: Recipe, values: Sequence[Tensor]) -> Recipe:
-        """The recipe in the fractal format, where that is asked for and the operand is a weight that may have it."""
-        if not self.choices.nz or self.choices.train or recipe.part not in ("", "int8", "stored"):
+        """The recipe in the fractal format, where that is asked for and the operand is a weight that may have it.
+
+        In training weights are cast where they are used, so the recipe stays: only what cannot be is told here.
+        """
+        if not self.choices.nz or recipe.part not in ("", "int8", "stored"):
             return recipe
         made = recipe.view(values)
         if made.ndim != 3:
@@ -232,5 +235,4 @@ class Operands:
         why = "it is not known to be taken under rows of floats" if recipe.part == "stored" else refuses_nz(made.shape, made.dtype)
         if why is not None:
             self.notes.append(f"weight_format='nz': an expert weight stays as it is: {why}")
-            return recipe
-        return recipe.in_nz()
+        return recipe if why is not None or self.choices.train else recipe.in_nz()

@@ -177,7 +177,7 @@ class _Lowering:
         one = {name: v[name][0] for name in v if name.startswith("down") and v[name]}
         up = {name: values for name, values in v.items() if name.startswith("up")}
         if row is None:
-            return Packed(**up, **one)
+            return Packed(**up, **one, nz=self.train and self.choices.nz)
         return quant.Quantised(**up, **one, row=row, alpha=int8.chain_of(self.choices.quantize)[1])
 
     def done(self) -> Lowered:
@@ -201,21 +201,7 @@ class _Lowering:
                 f"expert weights are copied on first use into the layout of grouped matmul: {size} "
                 "(moe_compile.prepare(model, target='ascend') rearranges them in place instead)"
             )
-        if self.train and _sharded():
-            self.notes += sorted({_alignment_note(recipe, n) for recipe, n in self.operands.packed.items()} - {""})
         self.graph.lint()
         self.gm.recompile()
         return Lowered(self.gm, inputs, self.train, list(dict.fromkeys(self.notes)), self.operands.made)
 
-
-def _sharded() -> bool:
-    """Whether weights are likely to be spread over several devices."""
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _alignment_note(recipe: Recipe, n: fx.Node) -> str:
-    """Shards of expert weights are cast to the fractal format as they are gathered: blocks of 512 are what that wants."""
-    sizes = n.meta["example_value"].shape[1:]
-    odd = [int(s) for s in sizes if len(sizes) == 2 and s % 512]
-    return f"expert weights are sharded: sizes that are multiples of 512 are recommended, one has {odd}" if odd else ""

@@ -138,15 +138,3 @@ def test_other_targets_need_no_preparation() -> None:
     assert moe_compile.prepare(nn.Linear(2, 2), target="cpu") == {}
     with pytest.raises(moe_compile.OptionError, match="'ascend'"):
         moe_compile.prepare(nn.Linear(2, 2), target="tpu")
-
-
-def test_sharded_training_is_told_about_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_compile.lowering.ascend import rewrite
-
-    module, x = block("afmoe"), torch.randn(2, 5, zoo.HIDDEN)
-    first(compiled(module)(x)).sum()
-    assert not any("512" in n for n in moe_compile.last_report().notes)
-    torch._dynamo.reset()
-    monkeypatch.setattr(rewrite, "_sharded", lambda: True)
-    first(compiled(module)(x)).sum()
-    assert any("multiples of 512" in n for n in moe_compile.last_report().notes)
