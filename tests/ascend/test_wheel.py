@@ -298,18 +298,27 @@ def test_workarounds_are_applied_where_they_are_needed() -> None:
 # ---- int8 and training -----------------------------------------------------------------------------------------------------
 
 
-def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def every_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some converters ask CANN which attributes its ops have; the stub knows none."""
+    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
+    monkeypatch.setattr(sys.modules["torchair._ge_concrete_graph.compat_ir"], "is_cann_compat", lambda *args, **kwargs: "")
+
+
+def int8_chain(weight_format: str, inner: int) -> list[dry_run.GeNode]:
+    """The MoE nodes of a block in W8A8."""
     import test_quant
 
-    # the converter asks CANN which attributes its ops have; the stub knows none
-    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
-    compat = sys.modules["torchair._ge_concrete_graph.compat_ir"]
-    monkeypatch.setattr(compat, "is_cann_compat", lambda *args, **kwargs: "")
-    module, found = test_quant.block("afmoe").to(torch.bfloat16), []
+    module, found = test_quant.block("afmoe", moe_intermediate_size=inner).to(torch.bfloat16), []
     x = torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
+    backend = dry_run.ge_backend(Options(), found.append)
     with torch.no_grad():
-        compiled(module, inner=dry_run.ge_backend(Options(), found.append), quantize="w8a8", strict=True)(x)
-    chain = [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant")]
+        compiled(module, inner=backend, quantize="w8a8", weight_format=weight_format, strict=True)(x)
+    return [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant", "GroupedMatmulSwigluQuantV2", "DynamicQuant")]
+
+
+def test_the_int8_chain_in_ge(every_attribute: None) -> None:
+    chain = int8_chain("nd", 256)
     assert [n.type for n in chain] == [
         "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "DequantSwigluQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
     ]  # fmt: skip
@@ -318,6 +327,22 @@ def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (quantised.attrs["activate_left"], quantised.attrs["quant_mode"]) == (True, "dynamic")
     assert quantised.inputs[0] == "GroupedMatmul:0" and first_product.inputs[0] == "MoeInitRoutingV3:0"
     assert second.inputs[0] == "DequantSwigluQuant:0"
+
+
+def test_the_fused_int8_chain_in_ge(every_attribute: None) -> None:
+    chain = int8_chain("nz", 256)
+    assert [n.type for n in chain] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmulSwigluQuantV2", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
+    _, _, fused, second, _ = chain
+    assert (fused.attrs["group_list_type"], fused.attrs["quant_dtype"]) == (1, 2), "GE's number of int8"
+    assert second.inputs[0] == "GroupedMatmulSwigluQuantV2:0"
+
+
+def test_small_intermediate_sizes_go_step_by_step_in_ge(every_attribute: None) -> None:
+    assert [n.type for n in int8_chain("nd", 64)] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "DynamicQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
 
 
 def test_int8_weights_under_rows_of_floats_in_ge() -> None:
@@ -383,3 +408,72 @@ def test_training_on_the_cpu_keeps_its_gradients(inner: str) -> None:
         torch.testing.assert_close(found[1][name], want, rtol=1e-4, atol=1e-5, msg=name)
     assert any("no gradients" in n for n in moe_compile.last_report().notes)
     assert len(moe_compile.last_report().blocks) == 1
+
+
+# ---- formats: memory is real on the stub, kernels are not ----------------------------------------------------------------
+
+
+def _bytes(t: torch.Tensor, size: int) -> bytes:
+    """What lies at a tensor's address: the stub's device memory is the host's."""
+    import ctypes
+
+    return bytes((ctypes.c_char * size).from_address(t.data_ptr()))
+
+
+def test_a_gathered_weight_is_laid_over_in_the_fractal_format() -> None:
+    """No copy, no memory of its own, the format kept by what FSDP2 does to it, and refilled memory found again."""
+    from moe_compile.lowering.ascend import formats
+
+    shape = (8, 32, 48)
+    weight = (torch.arange(8 * 32 * 48) % 199).to(torch.bfloat16).view(shape)
+    gathered = torch.cat([formats.in_blocks(piece).view(-1) for piece in weight.chunk(4)])  # what four ranks bring
+    assert torch.equal(gathered.view(shape), formats.in_blocks(weight))
+    wanted, size = bytes(gathered.view(torch.uint8).tolist()), gathered.numel() * 2
+    flat = gathered.npu()
+    before = torch.npu.memory_allocated()
+    nz = formats.over(flat, shape)
+    assert formats.is_nz(nz) and not formats.is_nz(flat) and torch.npu.memory_allocated() == before
+    p = torch.nn.Parameter(torch.as_strided(nz, shape, (32 * 48, 48, 1), storage_offset=0))
+    assert formats.is_nz(p) and formats.is_nz(p.detach()) and formats.is_nz(p.transpose(1, 2).transpose(1, 2))
+    assert p.data_ptr() == flat.data_ptr() and _bytes(p, size) == wanted
+    version = p._version
+    flat.untyped_storage().resize_(0)  # reshard
+    held = torch.empty(shape, dtype=torch.bfloat16, device="npu")  # the memory goes elsewhere meanwhile
+    flat.untyped_storage().resize_(size)
+    flat.copy_(gathered)
+    formats.point(p, flat)
+    assert p.data_ptr() == nz.data_ptr() == flat.data_ptr() and _bytes(p, size) == wanted
+    assert p._version == version and formats.is_nz(p)
+    del held
+    with pytest.raises(RuntimeError, match="base format"):
+        nz.untyped_storage().resize_(0)  # why the gathered memory stays FSDP2's, and the tensor over it is none of its own
+
+
+def test_the_extension_is_called_as_fsdp2_calls_it() -> None:
+    """Shards of npu tensors: in blocks before the gather, one tensor of the format behind it, the same one at the next gather."""
+    from types import SimpleNamespace
+
+    from moe_compile.lowering.ascend import formats, shards
+
+    shape = torch.Size((4, 16, 32))
+    flat = torch.zeros(shape.numel(), dtype=torch.bfloat16).npu()
+    shard = shards.FractalShard(torch.zeros(2, 16, 32, dtype=torch.bfloat16))
+    full, inner = shard.fsdp_post_all_gather((flat,), (shape, True), torch.bfloat16)
+    assert formats.is_nz(full) and full.shape == shape and inner == ()
+    other = torch.zeros(shape.numel(), dtype=torch.bfloat16).npu()
+    assert shard.fsdp_post_all_gather((other,), (shape, True), torch.bfloat16, out=full) is None
+    assert full.data_ptr() == other.data_ptr()
+    plain, _ = shard.fsdp_post_all_gather((flat,), (shape, False), torch.bfloat16)
+    assert not formats.is_nz(plain) and plain.data_ptr() == flat.data_ptr()
+    policy = SimpleNamespace(param_dtype=torch.bfloat16)
+    (piece,), (_, nz) = shard.fsdp_pre_all_gather(SimpleNamespace(size=lambda: 2), shape, None, None, policy)
+    assert not nz and piece.shape == (2, 16, 32), "a shard on the CPU has no formats"
+
+
+def test_a_cast_in_training_is_of_the_format() -> None:
+    from moe_compile.lowering.ascend import casts, formats
+
+    store = casts.Casts()
+    owner = torch.nn.Parameter(torch.zeros(2, 16, 32, dtype=torch.bfloat16).npu())
+    nz = store.get(owner, owner)
+    assert formats.is_nz(nz) and store.get(owner, owner) is nz and store.get(nz, nz) is nz
