@@ -94,12 +94,11 @@ def _value(v: Any) -> Any:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of this package's own files: a change of the compiler forgets everything."""
+    """A digest of this package's own files, in every room: a change of the compiler forgets everything."""
     h = hashlib.sha256()
-    root = Path(__file__).resolve().parent
-    package = Path(_activation.__file__).resolve().parent
-    lowered = (f for p in _lowering.__path__ for f in Path(p).resolve().rglob("*.py"))  # what can be lowered is part of a plan
-    for f in sorted({*root.glob("*.py"), *package.glob("*.py"), *lowered}):
+    passes, package = Path(__file__).resolve().parents[1], Path(_activation.__file__).resolve().parents[1]
+    lowered = (Path(p).resolve() for p in _lowering.__path__)  # what can be lowered is part of a plan
+    for f in sorted({f for folder in (passes, package, *lowered) for f in folder.rglob("*.py")}):
         h.update(f.name.encode() + f.read_bytes())
     return h.hexdigest()
 
