@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ... import ir as _ir
 from ... import lowering as _lowering
-from ...ir import scalar as _activation
 from ..aten.shadow import example_value
 
 log = logging.getLogger("moe_compile")
@@ -94,11 +94,11 @@ def _value(v: Any) -> Any:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of this package's own files, in every room: a change of the compiler forgets everything."""
+    """A digest of this package's own files: a change of the compiler forgets everything."""
     h = hashlib.sha256()
-    passes, package = Path(__file__).resolve().parents[1], Path(_activation.__file__).resolve().parents[1]
-    lowered = (Path(p).resolve() for p in _lowering.__path__)  # what can be lowered is part of a plan
-    for f in sorted({f for folder in (passes, package, *lowered) for f in folder.rglob("*.py")}):
+    passes, package = Path(__file__).resolve().parents[1], Path(_ir.__file__).resolve().parents[1]
+    folders = [passes, package, *(Path(p).resolve() for p in _lowering.__path__)]  # what can be lowered is part of a plan
+    for f in sorted({f for folder in folders for f in folder.rglob("*.py")}):
         h.update(f.name.encode() + f.read_bytes())
     return h.hexdigest()
 
