@@ -11,19 +11,18 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
+from . import names
 from .definitions_views import TUPLES
-from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, truth
+from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, truth
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
 
-RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
-
-
 def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
     """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped."""
     source = mask
-    while op_name(source) in RESHAPES and source not in p.walls and not p.stop(source):
+    while op_name(source) in names.RESHAPE and source not in p.walls and not p.stop(source):
         source = source.args[0]  # type: ignore[assignment]
     m = p.mask(source)
     return reindex(tuple(T.mk("nz", m, row, d) for d in range(len(m.shape))), m.shape, shape_of(mask))
@@ -181,7 +180,7 @@ def _added(p: Puller, n: fx.Node, idx: Idx) -> Term | None:
         row = T.var(shape_of(a.index)[0], "n")
         hit = T.eq(p.at(a.index, (row,)), idx[d])
         return T.mul(T.const(a.alpha), T.reduce_("sum", row, T.mul(hit, p.at(a.source, replace(idx, d, row)))))
-    if name in ("index_put", "_index_put_impl"):
+    if name in names.PUT:
         a = call_args(n)
         values = a.values if a.accumulate else accumulated_value(n)
         return None if values is None else _put_sum(p, n, a, values, idx)
@@ -217,7 +216,7 @@ def _put_sum(p: Puller, n: fx.Node, a: Args, values: Any, idx: Idx) -> Term:
     return t
 
 
-@rule("index_put", "_index_put_impl")
+@rule(*names.PUT)
 def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if a.accumulate or accumulated_value(n) is not None:
         return _index_add(p, n, a, idx)

@@ -6,12 +6,15 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
+from ...ir.scalar import BY_NAME, FUNCTIONS
 from .. import terms as T
 from ..terms import Term
-from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, op_name, replace, rule, shape_of, size_of, truth
+from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of, truth
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -80,28 +83,33 @@ def _unary(name: str) -> Any:
     return f
 
 
-for _n in ("sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "erf", "relu", "neg", "reciprocal", "square", "abs", "log1p", "expm1"):
-    rule(_n)(_unary(_n))
-rule("log_sigmoid", "logsigmoid")(_unary("log_sigmoid"))
-rule("special_expit", "expit")(_unary("sigmoid"))
-rule("special_log1p")(_unary("log1p"))
-rule("special_expm1")(_unary("expm1"))
-rule("negative")(_unary("neg"))
-rule("absolute")(_unary("abs"))
+for _f in FUNCTIONS:
+    rule(*_f.aten, *((_f.name,) if _f.plain else ()))(_unary(_f.name))
 
-_FOLD: dict[str, Any] = {
-    "sigmoid": lambda x: 0.0 if x == -math.inf else 1 / (1 + math.exp(-x)),
-    "exp": math.exp,
-    "relu": lambda x: max(x, 0.0),
-    "tanh": math.tanh,
+# spelled with the functions of the table
+_SPELLED: dict[tuple[str, ...], Any] = {
+    ("neg", "negative"): lambda x: T.mul(T.const(-1), x),
+    ("reciprocal",): lambda x: T.power(x, -1),
+    ("sqrt",): lambda x: T.power(x, 0.5),
+    ("rsqrt",): lambda x: T.power(x, -0.5),
+    ("square",): lambda x: T.power(x, 2),
+    ("silu",): lambda x: T.mul(x, apply_fn("sigmoid", x)),
+    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), apply_fn("softplus", T.mul(T.const(-1), x))),
+    ("mish",): lambda x: T.mul(x, apply_fn("tanh", apply_fn("softplus", x))),
 }
+for _names, _spelling in _SPELLED.items():
+    rule(*_names)(lambda p, n, a, idx, f=_spelling: f(p.at(n.args[0], idx)))
+
+
+def _is_number(x: Term) -> bool:
+    return x.op == "c" and isinstance(x.args[0], (int, float, sp.Number))
 
 
 def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
     """A pointwise function; pushed into scattered values so that sigmoid(scatter(-inf, v)) is scatter(0, sigmoid(v))."""
-    if x.op == "c" and name in _FOLD and not isinstance(x.args[0], str):
-        return T.const(_FOLD[name](x.args[0]))
-    if x.op == "ite" and x.args[2].op == "c" and name in _FOLD:
+    if name in BY_NAME and _is_number(x):
+        return T.const(BY_NAME[name].number(float(x.args[0])))
+    if name in BY_NAME and x.op == "ite" and _is_number(x.args[2]):
         inner = x.args[1]
         if inner.op == "sum":
             body = inner.args[1]
@@ -128,16 +136,16 @@ def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x = p.at(n.args[0], idx)
     if a.approximate == "tanh":
-        return T.fn("gelu_tanh", x)
+        return apply_fn("gelu_tanh", x)
     half = T.mul(T.const(0.5), x)
-    return T.mul(half, T.add(T.const(1), T.fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
+    return T.mul(half, T.add(T.const(1), apply_fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
 
 
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if a.beta != 1:
-        raise Opaque("softplus with beta")
-    return T.fn("softplus", p.at(n.args[0], idx))
+    if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
+        raise Opaque("softplus with beta or a threshold of its own")
+    return apply_fn("softplus", p.at(n.args[0], idx))
 
 
 @rule("glu")

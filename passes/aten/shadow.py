@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,9 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
+
+from .node import example_value as example_value
+from .node import named_args, schema_of
 
 
 class Shadow:
@@ -110,24 +112,6 @@ def _current_tracer() -> Any:
 
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer
-
-
-def example_value(n: fx.Node) -> Any:
-    """The fake (or real) value that Dynamo or a tracer recorded for a node."""
-    return n.meta["example_value"] if "example_value" in n.meta else n.meta.get("val")
-
-
-def schema_of(n: fx.Node) -> Any:
-    return getattr(n.target, "_schema", None)
-
-
-def named_args(n: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """(schema argument, value) pairs of an ATen call; defaults are left out."""
-    for spec, value in zip(schema_of(n).arguments, n.args, strict=False):
-        yield spec, value
-    for spec in schema_of(n).arguments[len(n.args) :]:
-        if spec.name in n.kwargs:
-            yield spec, n.kwargs[spec.name]
 
 
 def mutated_args(n: fx.Node) -> list[fx.Node]:

@@ -9,7 +9,9 @@ import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
 from .. import terms as T
-from ..aten.element import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, dtype_of, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
@@ -155,7 +157,7 @@ def _integers(linears: list[Linear]) -> torch.dtype | None:
 
 def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:
     """The dtype the experts' matrix products are computed in: autocast may make it another one than the tokens'."""
-    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in CONTRACTIONS and not p.stop(n)}
+    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in names.CONTRACTION and not p.stop(n)}
     found = {d for d in found if d.is_floating_point}
     return found.pop() if len(found) == 1 else dtype_of(tokens)
 

@@ -11,8 +11,10 @@ import torch.fx as fx
 
 from ...ir import Rejection
 from .. import terms as T
+from ..aten import names
 from ..aten.definitions_views import TUPLES
-from ..aten.element import RULES, Puller, call_args, op_name, shape_of
+from ..aten.element import RULES, Puller, call_args, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
@@ -21,39 +23,6 @@ from .rounding import rounded_nodes
 from .rows import data_dependent, is_row, outer_atoms
 from .scales import made_floats
 from .writes import harmless
-
-COMBINES = (
-    "sum",
-    "mean",
-    "index_add",
-    "index_put",
-    "scatter_add",
-    "add",
-    "mm",
-    "bmm",
-    "matmul",
-    "einsum",
-    "addmm",
-    "baddbmm",
-    "scatter_reduce",
-    "_index_put_impl",
-)
-WRITES = ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl")
-VIEWS = frozenset(
-    (
-        "view reshape _unsafe_view flatten unflatten view_as squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes "
-        "swapdims t mT mH numpy_T adjoint movedim moveaxis slice select narrow contiguous clone alias detach lift_fresh_copy "
-        "repeat repeat_interleave chunk split split_with_sizes unbind stack"
-    ).split()
-)
-JOINS = ("cat", "concat", "concatenate", "stack")
-CREATION = frozenset(
-    (
-        "zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange "
-        "scalar_tensor eye"
-    ).split()
-)
-
 
 @dataclass
 class Findings:
@@ -76,7 +45,7 @@ class Finder:
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
-        self.integers = made_floats(graph, VIEWS)
+        self.integers = made_floats(graph)
         if self.integers:
             self.integers |= rounded_nodes(graph)
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
@@ -130,7 +99,7 @@ class Finder:
             return self._weighed(n, label)
         if op_name(n) != "add":
             return []
-        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in COMBINES]
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in names.COMBINE]
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
@@ -146,7 +115,7 @@ class Finder:
         return Rejection("the selected indices choose no experts", source, "find")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
-        if op_name(n) not in COMBINES and not self._weighed(n, label) or n in self.walls:
+        if op_name(n) not in names.COMBINE and not self._weighed(n, label) or n in self.walls:
             return False
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:
@@ -157,16 +126,16 @@ class Finder:
 
     def _weighed(self, n: fx.Node, label: int) -> list[fx.Node]:
         """What one weight a row, from the same selection, multiplies when all experts are done: out * p[:, None]."""
-        if op_name(n) != "mul" or any(op_name(u) in COMBINES and op_name(u) != "add" for u in n.users):
+        if op_name(n) != "mul" or any(op_name(u) in names.COMBINE and op_name(u) != "add" for u in n.users):
             return []
         pairs = [(x, y) for x, y in (n.args[:2], n.args[1::-1]) if _is_tensor(x) and _is_tensor(y)]
         rows = [x for x, y in pairs if self.static[y] == label and shape_of(y)[1:][-1:] == (1,)]
-        return [x for x in map(unviewed, rows) if op_name(x) in WRITES and self.live.get(x) == label]
+        return [x for x in map(unviewed, rows) if op_name(x) in names.ACCUMULATE and self.live.get(x) == label]
 
     def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
         """Whether u goes on accumulating onto n."""
         name = op_name(u)
-        if name in WRITES:
+        if name in names.ACCUMULATE:
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
@@ -229,14 +198,14 @@ class Finder:
         if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
         name = op_name(n)
-        if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]
+        if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]
             return False
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in VIEWS or name == "index" and _by_position(n):
+        if name in names.VIEW or name == "stack" or name == "index" and _by_position(n):
             return False
-        if name in ("to", "_to_copy", "type_as", "float"):
+        if name in names.CAST:
             src = n.args[0]
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
@@ -275,12 +244,12 @@ def _is_tensor(n: Any) -> bool:
 
 def is_zero(n: fx.Node) -> bool:
     """Whether a tensor was made of zeros."""
-    return op_name(unviewed(n)) in ("zeros", "zeros_like", "new_zeros")
+    return op_name(unviewed(n)) in names.ZEROS
 
 
 def unviewed(n: fx.Node) -> fx.Node:
     """The tensor that n is a view of."""
-    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+    while op_name(n) in names.VIEW and isinstance(n.args[0], fx.Node):
         n = n.args[0]
     return n
 
@@ -291,7 +260,7 @@ def _by_position(n: fx.Node) -> bool:
     for x in seen:
         if x.op != "call_function" or len(seen) > 20:
             return False
-        if op_name(x) not in CREATION:
+        if op_name(x) not in names.CREATION:
             seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
     return True
 
@@ -299,7 +268,7 @@ def _by_position(n: fx.Node) -> bool:
 def is_table(n: fx.Node) -> bool:
     """Ids read from a table of integers, as hash routing does."""
     v = n.meta.get("val")
-    if op_name(n) not in ("index", "embedding", "gather") or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
+    if op_name(n) not in names.LOOKUP or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
         return False
     src = n.args[0]
     return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
@@ -308,7 +277,7 @@ def is_table(n: fx.Node) -> bool:
 def is_joined(n: fx.Node) -> bool:
     """Ids [T, k] put together from several selections of one expert each."""
     v = n.meta.get("val")
-    if op_name(n) not in JOINS or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
+    if op_name(n) not in names.JOIN or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
         return False
     parts = n.args[0]
     return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)
@@ -327,7 +296,7 @@ def is_selection(n: fx.Node) -> bool:
     name = op_name(n)
     if is_table(n) or is_joined(n):
         return True
-    if name not in ("topk", "sort", "argsort", "argmax", "max"):
+    if name not in names.SELECTION:
         return False
     if name == "max" and not hasattr(call_args(n), "dim"):
         return False
@@ -390,7 +359,7 @@ class DenseReader:
     def hides_experts(self, a: Term) -> bool:
         nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
         n = nodes[0]
-        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
+        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION:
             return False
         row = (
             any(is_row(a, d) for d in range(len(a.args[1])))
@@ -420,7 +389,7 @@ class DenseReader:
 def users_through_views(n: fx.Node) -> Iterator[fx.Node]:
     """Users of n, seen through views and casts."""
     for u in n.users:
-        if op_name(u) in VIEWS or op_name(u) in ("to", "_to_copy", "type_as"):
+        if op_name(u) in names.VIEW | names.CAST:
             yield from users_through_views(u)
         else:
             yield u

@@ -10,7 +10,9 @@ import torch.fx as fx
 
 from ...ir import MoeBlock, Rejection
 from .. import terms as T
-from ..aten.element import Puller, call_args, fixed_number, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, call_args, fixed_number, shape_of
+from ..aten.names import op_name
 from .fused import is_fused
 from .match import ExpertsMatch
 from .output_scale import Fold
@@ -130,12 +132,8 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
     return sorted(seen, key=order.__getitem__)
 
 
-SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like")
-SIZES = ("sym_size", "sym_numel", "sym_stride")
-
-
 def data_inputs(n: fx.Node) -> list[fx.Node]:
     """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape."""
-    if op_name(n) in SHAPE_ONLY or op_name(n) in SIZES or fixed_number(n):
+    if op_name(n) in names.LIKE | names.SIZE or fixed_number(n):
         return []
     return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

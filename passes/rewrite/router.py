@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ... import ops  # noqa: F401 (defines them)
 from ...lowering import router_tokens
 from ..aten.conditions import may_train, under_autocast
+from ..aten import names
 from ..aten.effects import is_write
 from ..aten.shadow import example_value
 
-_SAME_VALUES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type")
+_SAME_VALUES = names.RESHAPE | names.SAME | names.CAST
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 _route = torch.ops.moe_compile.route.default
 _route_linear = torch.ops.moe_compile.route_linear.default
@@ -49,8 +50,7 @@ def _chain(route: fx.Node, most: int) -> list[fx.Node] | None:
         chain.insert(0, n)
         if n.target in _LINEAR:
             return chain if _few(n, most) and _keeps(chain) and not _written_between(n, route) else None
-        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
-        n = n.args[0] if n.args and name in _SAME_VALUES else None
+        n = n.args[0] if n.args and names.op_name(n) in _SAME_VALUES else None
     return None
 
 
