@@ -15,6 +15,7 @@ from .. import terms as T
 from ..terms import Term
 from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of, truth
 from .names import op_name
+from .places import never_negative
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -55,17 +56,25 @@ def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     mode = "floor" if op_name(n) == "floor_divide" else getattr(a, "rounding_mode", None)
     if mode is None:
         return T.mul(x, T.power(y, -1))
-    if y.op == "c" and dtype_of(n.args[0]).is_floating_point is False:  # type: ignore[arg-type]
+    whole = _is_positive(y) and not dtype_of(n).is_floating_point
+    if whole and (mode == "floor" or never_negative(x)):
         return T.fdiv(x, y.args[0])
     raise Opaque("a rounding division")
 
 
+def _is_positive(t: Term) -> bool:
+    """Whether a term is a number (or a size) above 0."""
+    return t.op == "c" and not isinstance(t.args[0], str) and bool(sp.sympify(t.args[0]).is_positive)
+
+
 @rule("remainder", "fmod")
 def _remainder(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    y = p.broadcast(a.other, idx)
-    if y.op != "c":
-        raise Opaque("remainder by a tensor")
-    return T.mod(p.broadcast(n.args[0], idx), y.args[0])
+    x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
+    if not _is_positive(y) or dtype_of(n).is_floating_point:
+        raise Opaque("a remainder by a tensor, or of a float")
+    if op_name(n) == "fmod" and not never_negative(x):
+        raise Opaque("a remainder that may be negative")
+    return T.mod(x, y.args[0])
 
 
 @rule("pow", "float_power")
@@ -162,16 +171,18 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     lo, hi = (size_of(v) if isinstance(v, fx.Node) and fixed_number(v) else v for v in (lo, hi))
     if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
         raise Opaque("clamp by a tensor")
-    return clamp_term(p.at(n.args[0], idx), lo, hi)
+    lo, hi = (0, 6) if op_name(n) == "relu6" else (lo, hi)
+    return clamp_term(p.at(n.args[0], idx), lo, hi, "hardtanh" if op_name(n) in ("hardtanh", "relu6") else "clamp")
 
 
-def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
+def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
+    """x between two limits. As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0."""
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
     if lo == -math.inf and hi == math.inf:
         return x
-    if lo == 0 and hi == math.inf:
-        return T.fn("relu", x)
-    return T.fn("clamp", x, consts=(float(lo), float(hi)))
+    if torch.is_grad_enabled():
+        return T.fn(name, x, consts=(float(lo), float(hi)))
+    return T.fn("relu", x) if (lo, hi) == (0, math.inf) else T.fn("clamp", x, consts=(float(lo), float(hi)))
 
 
 @rule("maximum", "minimum")
@@ -181,7 +192,8 @@ def _maximum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         x, y = y, x
     if y.op != "c":
         raise Opaque("maximum of two tensors")
-    return clamp_term(x, y.args[0], None) if op_name(n) == "maximum" else clamp_term(x, None, y.args[0])
+    lo, hi = (None, y.args[0]) if op_name(n) in ("minimum", "min") else (y.args[0], None)
+    return clamp_term(x, lo, hi, "maximum")
 
 
 @rule("eq", "ne", "not_equal")

@@ -42,7 +42,28 @@ def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         return truth(t)
     if before.is_floating_point and not after.is_floating_point and not _integral(t):
         raise Opaque("a cast that rounds")
+    if before != after and not _holds(t, before, after):
+        raise Opaque(f"a cast to {str(after).removeprefix('torch.')} that may change values")
     return t
+
+
+def _holds(t: Term, before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a cast keeps an element. Floats of 16 bits and more are one real number to the passes, and indices fit into 32 bits."""
+    top = T.upper(t) if t.op not in ("fn", "a") else None
+    if after.is_floating_point:
+        exact = 2 / torch.finfo(after).eps if after.itemsize > 1 else 0
+        return after.itemsize > 1 and (top is None or top <= exact)
+    if after.itemsize >= 4 or any(x.op == "fn" and x.args[0] == "round" for x in T.walk(t)):
+        return True
+    most = torch.iinfo(after).max
+    if not before.is_floating_point and before is not torch.bool and _fits(before, after) or T.is_truth(t):
+        return True
+    return top is not None and top <= most
+
+
+def _fits(before: torch.dtype, after: torch.dtype) -> bool:
+    a, b = torch.iinfo(before), torch.iinfo(after)
+    return b.min <= a.min and a.max <= b.max
 
 
 def _integral(t: Term) -> bool:

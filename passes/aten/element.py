@@ -25,6 +25,9 @@ Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
 
 
+NO_RULE = "no rule for"
+
+
 class Opaque(Exception):
     """A rule cannot say what this element is: the node becomes an atom."""
 
@@ -125,6 +128,7 @@ class Puller:
         self.masks: dict[fx.Node, Mask] = {}
         self.mask_of: dict[Any, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
+        self.given: frozenset[fx.Node] = frozenset()  # inputs that are ids, whose rows are taken to repeat none
         self.unknown: dict[fx.Node, str] = {}
 
     def at(self, node: Any, idx: Sequence[Term]) -> Term:
@@ -147,7 +151,7 @@ class Puller:
             return self.literal(node) if node.op == "get_attr" and not idx else T.atom(node, idx)
         f = RULES.get(op_name(node))
         if f is None:
-            self.unknown.setdefault(node, f"no rule for {node.target}")
+            self.unknown.setdefault(node, f"{NO_RULE} {node.target}")
             return T.atom(node, idx)
         try:
             args = SimpleNamespace() if node.target is operator.getitem else call_args(node)

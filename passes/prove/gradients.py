@@ -13,8 +13,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Rejection
-from ..aten.conditions import may_train
 from ..aten import names
+from ..aten.conditions import may_train
 from ..aten.names import op_name
 from ..aten.shadow import Shadow, example_value
 from ..recover.region import Block, data_inputs, inside

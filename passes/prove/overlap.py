@@ -8,12 +8,12 @@ import torch
 import torch.fx as fx
 
 from ...ir import Overlap, Rejection
-from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write
 from ..aten import names
+from ..aten.conditions import may_train, under_autocast
+from ..aten.effects import is_write, mutated_args
 from ..aten.element import call_args, dtype_of, shape_of
 from ..aten.names import op_name
-from ..aten.shadow import example_value, mutated_args
+from ..aten.node import example_value
 from ..recover.fused import is_fused
 from ..recover.match import Param
 from ..recover.region import Block, inside
@@ -143,7 +143,7 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     moved: list[fx.Node] = []
     if o.gate is not None:
         gate = planner.locate(o.gate, o.gate)
-        before = None if o.gate in planner.overwritten else _before(gate, op, planner)
+        before = None if planner.overwritten(o.gate) else _before(gate, op, planner)
         if before is None:
             return None
         moved = before

@@ -17,9 +17,9 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..aten import names
+from ..aten.effects import mutated_args
 from ..aten.element import fixed_number, shape_of, size_of
 from ..aten.names import op_name
-from ..aten.shadow import mutated_args
 from ..recover.region import Block
 
 TOLERANCE = 1e-7
@@ -84,7 +84,8 @@ def make_input(block: Block, n: fx.Node, sizes: Sizes, seed: int, gen: torch.Gen
     shape = sizes.shape(n)
     m = block.match
     if n is block.ids:
-        return _probe_ids(shape, m.experts.num_experts, m.experts.num_identity, seed, gen)
+        ids = _probe_ids(shape, m.experts.num_experts, m.experts.num_identity, seed, gen)
+        return ids - m.experts.num_experts * torch.randint(0, 2, shape, generator=gen) if block.wraps else ids
     if n is block.weights:
         return torch.rand(shape, generator=gen, dtype=torch.float64) + 0.1
     g = block.gating

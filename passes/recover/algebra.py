@@ -155,6 +155,8 @@ def canonical_function(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> s
                 return act.softplus(e.args[0])
     if name == "relu" and x.is_positive:
         return x
+    if name == "maximum" and 0 not in consts:  # a sum of scores is never just its least divisor
+        name = "clamp"
     return act.call(name, x, consts)
 
 

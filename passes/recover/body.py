@@ -261,6 +261,9 @@ class Reader(Bridge):
 
     def add(self, x: Term) -> sp.Expr:
         """A sum of pointwise terms, where `c Σ_m ... + b[e, i]` is one projection with its bias."""
+        common, *others = {T.coefficient(a)[0] for a in x.args}
+        if not others and common != 1:  # -(Σ + b) comes as -Σ - b
+            return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))

@@ -1,4 +1,4 @@
-"""From terms to sympy: arithmetic and scalar functions are the same for the inside of an expert and for a router; what a leaf is, differs."""
+"""From terms to sympy: arithmetic and scalar functions are the same for an expert's inside and for a router; what a leaf is, differs."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Bridge:
             try:
                 return self.function(x.args[0], go(x.args[1][0]), x.args[2])
             except KeyError:
-                raise self.failure(x.args[0]) from None
+                raise self.failure(f"{x.args[0]}, whose gradient at a limit is none of clamp's" if x.args[2] else x.args[0]) from None
         return self.leaf(x)

@@ -13,7 +13,8 @@ from ...ir import Rejection
 from .. import terms as T
 from ..aten import names
 from ..aten.definitions_views import TUPLES
-from ..aten.element import RULES, Puller, call_args, shape_of
+from ..aten.effects import Memory
+from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .experts import match_experts
@@ -23,6 +24,7 @@ from .rounding import rounded_nodes
 from .rows import data_dependent, is_row, outer_atoms
 from .scales import made_floats
 from .writes import harmless
+
 
 @dataclass
 class Findings:
@@ -37,11 +39,12 @@ class Finder:
     later layers do not see this one's: every node is visited once.
     """
 
-    def __init__(self, graph: fx.Graph, walls: set[fx.Node], stale: set[fx.Node], id_inputs: bool = False) -> None:
-        self.graph, self.walls, self.stale = graph, walls, stale
-        self.order = {n: i for i, n in enumerate(graph.nodes)}
+    def __init__(self, graph: fx.Graph, walls: set[fx.Node], memory: Memory, id_inputs: bool = False) -> None:
+        self.graph, self.walls, self.memory = graph, walls, memory
+        self.order = memory.order
         self.limit = 20_000 + 40 * len(self.order)
         self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
+        self.given = frozenset(self.sources if id_inputs else ())
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
@@ -163,6 +166,7 @@ class Finder:
         table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
         T.allow(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
+        p.given = self.given
         try:
             out = self._match(n, p, label)
         except T.TooLarge as e:
@@ -181,11 +185,12 @@ class Finder:
         dense = DenseReader(p, self, label)
         out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
-            blind = next(iter(p.unknown.items()), None)
-            if blind is not None and self.live.get(blind[0]) == label:
-                return Rejection(f"{out.reason} ({blind[1]})", blind[0], "experts")
+            node, why = next(iter(p.unknown.items()), (None, ""))
+            if node is not None and self.live.get(node) == label:
+                told = not why.startswith(NO_RULE) and any(s in out.reason for s in TRIVIAL)  # else nothing was seen at all
+                return Rejection(why if told else f"{out.reason} ({why})", node, "experts")
             return out
-        if not harmless(self.stale & {x for x, _ in p.memo}, out):
+        if not harmless(self.memory, (x for x, _ in p.memo), out):
             return Rejection("a tensor of the block is written through another view", n, "experts")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
@@ -193,7 +198,7 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
-        if is_joined(n) or is_table(n) or n in self.stale and op_name(n) == "clone":  # no copy any more of what it was made of
+        if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
@@ -333,6 +338,7 @@ class DenseReader:
         if self._inner is None:
             edge = self.router_inputs()
             self._inner = Puller(lambda n: n in edge, self.finder.walls, self.finder.limit)
+            self._inner.given = self.finder.given
         return self._inner
 
     def router_inputs(self) -> set[fx.Node]:

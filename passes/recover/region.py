@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.fx as fx
@@ -27,7 +27,7 @@ class Block:
 
     `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
     when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
-    `masked`: the weights are those of the gating only where the ids are experts.
+    `masked`: the weights are those of the gating only where the ids are experts. `wraps`: ids below zero count from the last expert.
     """
 
     match: ExpertsMatch
@@ -40,6 +40,7 @@ class Block:
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
     fold: Fold = field(default_factory=Fold)
     masked: bool = False
+    wraps: bool = False
 
     def params(self) -> list[fx.Node]:
         return [q.node for group in self.match.groups() for q in group]
@@ -64,12 +65,13 @@ class Block:
 
 @dataclass
 class RoutingNodes:
-    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`: see Block."""
+    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`, `wraps`: see Block."""
 
     ids: fx.Node | None
     weights: fx.Node | None
     raw: fx.Node | None
     twins: dict[fx.Node, fx.Node]
+    wraps: bool = False
 
 
 def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
@@ -101,6 +103,8 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
             if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
+    if "ids" not in found and m.ids.op == "mod" and T.is_c(m.ids.args[1], m.experts.num_experts):
+        return replace(routing_nodes(replace(m, ids=m.ids.args[0]), p), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
 

@@ -103,9 +103,9 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
             continue
         seen.add(n)
         v = n.meta.get("val")
-        if isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and shape_of(n)[-1] == num_experts:
-            if T.same_size(rows(n), rows(source)):
-                path.append(n)
+        floats = isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and v.dtype.itemsize > 1
+        if floats and shape_of(n)[-1] == num_experts and T.same_size(rows(n), rows(source)):
+            path.append(n)
         if n.op == "call_function" and op_name(n) not in names.CONTRACTION and n not in walls:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}

@@ -44,6 +44,7 @@ class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
+    `wraps`: ids below zero count from the last expert.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
     """
 
@@ -62,6 +63,7 @@ class ExpertsPlan:
     lead: tuple[Any, ...] | None
     up_scale: tuple[Operand, ...] = ()
     down_scale: tuple[Operand, ...] = ()
+    wraps: bool = False
 
     def operands(self) -> tuple[tuple[Operand, ...], ...]:
         """Every list of parameters that the op takes."""
@@ -209,6 +211,7 @@ class Executor:
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
             lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands()[:4]]
             lists += [[self.operand(q) for q in group] for group in p.operands()[4:]]
+            ids = _call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             routed = (
                 self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
                 _rows(g, ids, p.k),
