@@ -1,5 +1,6 @@
 // out = add + Σ_j w[t,j] · down act(up x[t]), in three phases: up and activation, down, combine.
 #pragma once
+#include "pack.h"
 #include "plan.h"
 
 constexpr i64 UP_BLOCK = 24, DOWN_BLOCK = 48, ROW_BLOCK = 64;  // output columns worked on at a time
@@ -15,7 +16,7 @@ struct Scratch {
   Scratch(Carver& c, i64 depth) {
     i64 padded = up_to(depth, 2), block = up_to(MAX_BLOCK * up_to(ROWS, VL), RUN);
     x_panel = c.take<unit>(up_to(ROWS, VL) * padded);
-    x_rows = c.take<element>(ROWS * padded);
+    x_rows = c.take<element>(ROWS * row_stride(depth));
     w_rows = c.take<element>(MAX_BLOCK * padded);
     w_panel = c.take<unit>(WIDE * padded);
     g = c.take<float>(block), u = c.take<float>(block), a = c.take<float>(block);
@@ -41,155 +42,197 @@ struct Forward {
   const stored* down_bias(i64 e) const { return static_cast<const stored*>(at<const void>(a.down_bias, a.experts, a.down_bias_expert, 0, e)); }
   const stored* token(i64 slot) const { return static_cast<const stored*>(a.x) + slot / a.k * a.x_stride; }
   i64 slot(const Task& t, i64 row) const { return plan.slots[size_t(t.first + row)]; }
-  i64 a_row() const { return units(a.inter) * PER; }
-  bool panel_in(const Task& t) const { return t.panel && a.up_k == 1; }
-  bool panel_out(const Task& t) const { return t.panel && a.down_k == 1; }
+
+  // Panels of tokens want weight rows in one piece in both products; packed weights take any number of rows.
+  static bool panels(const Args& a) { return a.up_k == 1 && a.down_k == 1 && !a.packed_up; }
+  static Plan plan_of(const Args& a) { return make_plan(a, panels(a), row_stride(a.inter)); }
+  i64 a_row() const { return row_stride(a.inter); }
 
   element input(i64 slot, const stored* x, i64 k) const {
     if (a.weight_on_input) return to_element(load(store(load(x[k]) * a.weights[slot])));
     return to_element(load(x[k]));
   }
 
-  // The task's tokens as pointers to rows of elements.
-  void input_rows(const Task& t, bool whole_units, const element** rows, Scratch& s) const {
-    bool direct = DIRECT && !a.weight_on_input && (!whole_units || a.hidden % PER == 0);
-    i64 depth = units(a.hidden) * PER;
-    for (i64 r = 0; r < t.rows; r++) {
-      i64 p = slot(t, r);
-      const stored* x = token(p);
-      if (direct) {
-        rows[r] = reinterpret_cast<const element*>(x);
-        continue;
-      }
-      element* to = s.x_rows + r * depth;
-      for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(p, x, k) : element(0);
-      rows[r] = to;
+  // A strip's tokens as pointers to rows of whole units. Several rows that are to be multiplied as rows are copied, so that they do not
+  // meet in one set of the cache; one row, or rows on the way to a panel, are used where they lie.
+  void input_rows(const Strip& p, const element** rows, element* copy) const {
+    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && (p.lanes || p.rows == 1);
+    i64 stride = row_stride(a.hidden), depth = units(a.hidden) * PER;
+    for (i64 r = 0; r < p.rows; r++) {
+      i64 s = plan.slots[size_t(p.first + r)];
+      const stored* x = token(s);
+      element* to = copy + r * stride;
+      rows[r] = direct ? reinterpret_cast<const element*>(x) : to;
+      if (direct) continue;
+      if (!a.weight_on_input) elements(x, a.hidden, depth, to);
+      else
+        for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(s, x, k) : element(0);
+    }
+  }
+
+  // [nb][lanes] of a strip's panel, or [rows][os] of its rows: columns n .. n + nb of a matrix. `stream`: the weights come from memory,
+  // and `next` is what is read after them.
+  static void product(
+      const Strip& p, const Matrix& m, i64 n, i64 nb, const unit* panel, const element** rows, bool stream, const stored* next, Scratch& s,
+      float* out, i64 os) {
+    const element* w[MAX_BLOCK];
+    if (p.lanes) {
+      bool direct = weight_rows(m, n, nb, w, s.w_rows);
+      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
+    } else if (m.sk == 1) {
+      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, stream);
+    } else {
+      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
     }
   }
 
   // Pre-activations and activations of columns n0 .. n1.
   void up_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
-    bool panel = panel_in(t);
-    const element *rows[ROWS], *w[MAX_BLOCK];
-    input_rows(t, panel || a.up_k != 1, rows, s);
-    if (panel) pack_panel(s.x_panel, rows, t.rows, t.lanes, a.hidden);
-    i64 step = panel ? UP_BLOCK : ROW_BLOCK;
-    for (i64 n = n0; n < n1; n += step) {
-      i64 nb = std::min(step, n1 - n), os = panel ? t.lanes : up_to(nb, VL);
-      for (i64 half = 0; half < a.halves; half++) {
-        float* out = half ? s.u : s.g;
-        Matrix m = up(half, t.expert);
-        if (panel) {
-          weight_rows(m, n, nb, true, w, s.w_rows);
-          lanes_product(s.x_panel, t.lanes, w, nb, units(a.hidden), out, os);
-        } else if (a.up_k == 1) {
-          row_dots(m, n, nb, rows, t.rows, s, out, os);
-        } else {
-          columns_product(rows, t.rows, m, n, nb, s.w_panel, out, os);
-        }
-        add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, os, panel, t.rows);
-      }
-      if (a.pre) save_pre(t, n, nb, os, panel, s);
-      i64 used = (panel ? nb : t.rows) * os;
-      for (i64 i = 0; i < used; i += RUN) run_program<false>(program, s.g + i, s.u + i, s.a + i, nullptr, nullptr);
-      put_activations(t, n, nb, os, panel, s.a);
+    const element* rows[ROWS];
+    for (int i = 0; i < t.n_strips; i++) {
+      const Strip& p = t.strips[i];
+      i64 at = p.first - t.first;
+      input_rows(p, rows + at, s.x_rows + at * row_stride(a.hidden));
+      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden);
     }
+    i64 step = t.panel() ? UP_BLOCK : ROW_BLOCK;
+    for (i64 n = n0; n < n1; n += step)
+      for (int i = 0; i < t.n_strips; i++) up_block(t, t.strips[i], n, std::min(step, n1 - n), n + step < n1, rows, s);
   }
 
-  static void row_dots(const Matrix& m, i64 n, i64 nb, const element** rows, i64 n_rows, Scratch& s, float* out, i64 os) {
-    if (m.rows_direct()) {
-      dots(rows, n_rows, reinterpret_cast<const element*>(m(n, 0)), m.sn, nb, m.k, out, os);
-      return;
+  void up_block(const Task& t, const Strip& p, i64 n, i64 nb, bool more, const element** rows, Scratch& s) const {
+    i64 os = p.lanes ? p.lanes : up_to(nb, VL);
+    for (i64 half = 0; half < a.halves; half++) {
+      float* out = half ? s.u : s.g;
+      bool last = half + 1 == a.halves;
+      const stored* next = !last ? up(half + 1, t.expert)(n, 0) : more ? up(0, t.expert)(n + nb, 0) : nullptr;
+      product(p, up(half, t.expert), n, nb, s.x_panel, rows + (p.first - t.first), &p == t.strips, next, s, out, os);
+      add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, os, p);
     }
-    const element* w[MAX_BLOCK];
-    weight_rows(m, n, nb, false, w, s.w_rows);
-    dots(rows, n_rows, w[0], units(m.k) * PER, nb, m.k, out, os);
+    if (a.pre) save_pre(p, n, nb, os, s);
+    activate((p.lanes ? nb : p.rows) * os, s);
+    put_activations(p, n, nb, os, s.a);
   }
 
-  static void add_bias(const stored* bias, i64 stride, i64 n, i64 nb, float* out, i64 os, bool panel, i64 rows) {
+  void activate(i64 used, Scratch& s) const {
+    for (i64 i = 0; i < used; i += RUN) run_program<false>(program, s.g + i, s.u + i, s.a + i, nullptr, nullptr);
+  }
+
+  static void add_bias(const stored* bias, i64 stride, i64 n, i64 nb, float* out, i64 os, const Strip& p) {
     if (!bias) return;
-    for (i64 i = 0; i < (panel ? nb : rows); i++)
-      for (i64 j = 0; j < (panel ? os : nb); j++) out[i * os + j] += load(bias[(n + (panel ? i : j)) * stride]);
+    for (i64 i = 0; i < (p.lanes ? nb : p.rows); i++)
+      for (i64 j = 0; j < (p.lanes ? os : nb); j++) out[i * os + j] += load(bias[(n + (p.lanes ? i : j)) * stride]);
   }
 
-  void save_pre(const Task& t, i64 n, i64 nb, i64 os, bool panel, const Scratch& s) const {
+  void save_pre(const Strip& p, i64 n, i64 nb, i64 os, const Scratch& s) const {
     for (i64 half = 0; half < a.halves; half++) {
       const float* from = half ? s.u : s.g;
-      stored* to = static_cast<stored*>(a.pre) + t.first * a.halves * a.inter + half * a.inter + n;
-      auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
-        for (i64 j = 0; j < cols; j++) to[r * a.halves * a.inter + c + j] = store(v[j]);
-      };
-      if (panel) each_transposed(from, os, nb, t.rows, put);
-      else for (i64 r = 0; r < t.rows; r++) put(r, 0, nb, from + r * os);
+      stored* to = static_cast<stored*>(a.pre) + p.first * a.halves * a.inter + half * a.inter + n;
+      auto put = [&](i64 r, i64 c, i64 cols, const float* v) { store_row(v, cols, to + r * a.halves * a.inter + c); };
+      if (p.lanes) each_transposed(from, os, nb, p.rows, put);
+      else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, from + r * os);
     }
   }
 
-  // Activations into the task's operand for the down product: a panel over rows, or rows.
-  void put_activations(const Task& t, i64 n, i64 nb, i64 os, bool panel, const float* from) const {
-    element* base = act + t.a_at;
+  // Activations into the strip's operand for the down product: a panel over rows, or rows of whole units.
+  void put_activations(const Strip& p, i64 n, i64 nb, i64 os, const float* from) const {
     bool last = n + nb == a.inter && a.inter % PER;
-    if (panel_out(t)) {
-      unit* p = reinterpret_cast<unit*>(base);
-      i64 nu = units(a.inter);
-      for (i64 first = 0; first < t.lanes; first += WIDE) {
-        i64 w = block_lanes(t.lanes, first);
-#if defined(PAIRS)
-        if (panel && nb % 2 == 0) {
-          for (i64 j = 0; j < nb; j += 2) {
-            const float *even = from + j * os + first, *odd = even + os;
-            uint32_t* to = p + first * nu + (n + j) / 2 * w;
-            for (i64 l = 0; l < w; l++) to[l] = uint32_t(store(even[l])) | uint32_t(store(odd[l])) << 16;
-          }
-          continue;
-        }
-#endif
-        for (i64 j = 0; j < nb + last; j++) {
-          element_any* to = reinterpret_cast<element_any*>(p + first * nu + (n + j) / PER * w) + (n + j) % PER;
-          if (j == nb)
-            for (i64 l = 0; l < w; l++) to[l * PER] = element(0);
-          else if (panel)
-            for (i64 l = 0; l < w; l++) to[l * PER] = to_element(from[j * os + first + l]);
-          else
-            for (i64 l = 0; l < w; l++) to[l * PER] = first + l < t.rows ? to_element(from[(first + l) * os + j]) : element(0);
-        }
-      }
+    if (p.lanes) {
+      put_panel(p, n, nb, os, from, last);
       return;
     }
-    for (i64 r = 0; r < t.rows; r++) {
-      element* to = base + r * a_row() + n;
-      for (i64 j = 0; j < nb; j++) to[j] = to_element(panel ? from[j * os + r] : from[r * os + j]);
+    for (i64 r = 0; r < p.rows; r++) {
+      element* to = act + p.a_at + r * a_row() + n;
+      element_row(from + r * os, nb, to);
       if (last) to[nb] = element(0);
+    }
+  }
+
+  void put_panel(const Strip& p, i64 n, i64 nb, i64 os, const float* from, bool last) const {
+    unit* panel = reinterpret_cast<unit*>(act + p.a_at);
+    i64 nu = units(a.inter);
+    for (i64 first = 0; first < p.lanes; first += WIDE) {
+      i64 w = block_lanes(p.lanes, first);
+#if defined(PAIRS)
+      if (nb % 2 == 0) {
+        for (i64 j = 0; j < nb; j += 2) {
+          const float *even = from + j * os + first, *odd = even + os;
+          put_pairs(even, odd, w, panel + first * nu + (n + j) / 2 * w);
+        }
+        continue;
+      }
+#endif
+      for (i64 j = 0; j < nb + last; j++) {
+        element_any* to = reinterpret_cast<element_any*>(panel + first * nu + (n + j) / PER * w) + (n + j) % PER;
+        for (i64 l = 0; l < w; l++) to[l * PER] = j == nb ? element(0) : to_element(from[j * os + first + l]);
+      }
     }
   }
 
   // Weighted outputs of columns n0 .. n1 into y.
   void down_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
-    bool panel = panel_out(t);
-    const element *rows[ROWS], *w[MAX_BLOCK];
-    for (i64 r = 0; r < t.rows; r++) rows[r] = act + t.a_at + r * a_row();
     Matrix m = down(t.expert);
-    i64 step = panel ? DOWN_BLOCK : ROW_BLOCK;
-    for (i64 n = n0; n < n1; n += step) {
-      i64 nb = std::min(step, n1 - n), os = panel ? t.lanes : up_to(nb, VL);
-      if (panel) {
-        weight_rows(m, n, nb, true, w, s.w_rows);
-        lanes_product(reinterpret_cast<const unit*>(act + t.a_at), t.lanes, w, nb, units(a.inter), s.g, os);
-      } else if (a.down_k == 1) {
-        row_dots(m, n, nb, rows, t.rows, s, s.g, os);
-      } else {
-        columns_product(rows, t.rows, m, n, nb, s.w_panel, s.g, os);
+    i64 step = t.panel() ? DOWN_BLOCK : ROW_BLOCK;
+    for (i64 n = n0; n < n1; n += step)
+      for (int i = 0; i < t.n_strips; i++) {
+        const Strip& p = t.strips[i];
+        const element* rows[ROWS];
+        for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
+        i64 nb = std::min(step, n1 - n), os = p.lanes ? p.lanes : up_to(nb, VL);
+        const stored* next = n + step < n1 ? m(n + step, 0) : nullptr;
+        product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
+        add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
+        auto put = [&](i64 r, i64 c, i64 cols, const float* v) { put_output(plan.slots[size_t(p.first + r)], n + c, cols, v); };
+        if (p.lanes) each_transposed(s.g, os, nb, p.rows, put);
+        else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, s.g + r * os);
       }
-      add_bias(down_bias(t.expert), 1, n, nb, s.g, os, panel, t.rows);
-      auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
-        i64 p = slot(t, r);
-        float weight = a.weight_on_input ? 1.f : a.weights[p];
-        float* to = y + p * a.out_features + n + c;
-        for (i64 j = 0; j < cols; j++) to[j] = v[j] * weight;
-      };
-      if (panel) each_transposed(s.g, os, nb, t.rows, put);
-      else for (i64 r = 0; r < t.rows; r++) put(r, 0, nb, s.g + r * os);
+  }
+
+  void put_output(i64 slot, i64 n, i64 cols, const float* v) const {
+    float weight = a.weight_on_input ? 1.f : a.weights[slot];
+    float* to = y + slot * a.out_features + n;
+    for (i64 j = 0; j < cols; j++) to[j] = v[j] * weight;
+  }
+
+  // ---- packed weights: panels of COLS columns, tokens as rows ----
+
+  // Panels n0 .. n1 of up.
+  void packed_up(const Task& t, i64 n0, i64 n1, Scratch& s) const {
+    const element* rows[ROWS];
+    const Strip& p = t.strips[0];
+    input_rows(p, rows, s.x_rows);
+    const packed* from = Packed(a).up(t.expert);
+    i64 size = units(a.hidden) * COLS;
+    for (i64 j = n0; j < n1; j++) {
+      i64 n = j * COLS, nb = std::min(COLS, a.inter - n);
+      for (i64 half = 0; half < a.halves; half++) {
+        float* out = half ? s.u : s.g;
+        packed_product(from + (j * a.halves + half) * size, rows, p.rows, units(a.hidden), out, COLS);
+        add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, COLS, p);
+      }
+      activate(p.rows * COLS, s);
+      put_activations(p, n, nb, COLS, s.a);
     }
   }
+
+  // Panels n0 .. n1 of down, two at a time, so that more of a row of y is written at once.
+  void packed_down(const Task& t, i64 n0, i64 n1, Scratch& s) const {
+    const element* rows[ROWS];
+    const Strip& p = t.strips[0];
+    for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
+    const packed* from = Packed(a).down(t.expert);
+    i64 size = units(a.inter) * COLS;
+    constexpr i64 TOGETHER = MAX_BLOCK / COLS, os = TOGETHER * COLS;
+    for (i64 j = n0; j < n1; j += TOGETHER) {
+      i64 n = j * COLS, nb = std::min(std::min(n1 - j, TOGETHER) * COLS, a.out_features - n);
+      for (i64 i = 0; i < TOGETHER && j + i < n1; i++)
+        packed_product(from + (j + i) * size, rows, p.rows, units(a.inter), s.g + i * COLS, os);
+      add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
+      for (i64 r = 0; r < p.rows; r++) put_output(plan.slots[size_t(p.first + r)], n, nb, s.g + r * os);
+    }
+  }
+
+  // ---- all phases ----
 
   // One token's result: what to add, then its experts in order of their slots.
   void combine(i64 t, float* sum) const {
@@ -206,8 +249,7 @@ struct Forward {
         for (i64 o = 0; o < width; o++) sum[o] += load(x[o]) * a.weights[p];
       }
     }
-    stored* out = static_cast<stored*>(a.out) + t * width;
-    for (i64 o = 0; o < width; o++) out[o] = store(sum[o]);
+    store_row(sum, width, static_cast<stored*>(a.out) + t * width);
   }
 
   // Rows of pre-activations that belong to no expert are zero.
@@ -225,25 +267,29 @@ struct Forward {
       y = c.take<float>(a.tokens * a.k * a.out_features);
       if (!pass) shared.get(c.used);
     }
-    i64 n_tasks = i64(plan.tasks.size());
-    i64 up_chunks = chunks_of(plan, a.threads, a.inter), down_chunks = chunks_of(plan, a.threads, a.out_features);
-    i64 up_step = up_to((a.inter + up_chunks - 1) / up_chunks, 8), down_step = up_to((a.out_features + down_chunks - 1) / down_chunks, 8);
+    const bool packs = a.packed_up;
+    const i64 n_tasks = i64(plan.tasks.size()), unit_of = packs ? COLS : 1;
+    const i64 up_all = (a.inter + unit_of - 1) / unit_of, down_all = (a.out_features + unit_of - 1) / unit_of;
+    const i64 up_chunks = chunks_of(plan, a.threads, a.inter), down_chunks = chunks_of(plan, a.threads, a.out_features);
+    const i64 up_step = up_to((up_all + up_chunks - 1) / up_chunks, packs ? 1 : 8), down_step = up_to((down_all + down_chunks - 1) / down_chunks, packs ? 1 : 8);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
       Carver size{nullptr};
       Scratch(size, std::max(a.hidden, a.inter));
-      Carver c{own.get(size.used + a.out_features * 4)};
+      Carver c{own.get(size.used + a.out_features * 4 + 128)};
       Scratch s(c, std::max(a.hidden, a.inter));
       float* sum = c.take<float>(a.out_features);
 #pragma omp for schedule(dynamic, 1)
       for (i64 i = 0; i < n_tasks * up_chunks; i++) {
-        i64 n = i % up_chunks * up_step;
-        up_phase(plan.tasks[size_t(i / up_chunks)], n, std::min(a.inter, n + up_step), s);
+        i64 n = i % up_chunks * up_step, end = std::min(up_all, n + up_step);
+        const Task& t = plan.tasks[size_t(i / up_chunks)];
+        packs ? packed_up(t, n, end, s) : up_phase(t, n, end, s);
       }
 #pragma omp for schedule(dynamic, 1)
       for (i64 i = 0; i < n_tasks * down_chunks; i++) {
-        i64 n = i % down_chunks * down_step;
-        down_phase(plan.tasks[size_t(i / down_chunks)], n, std::min(a.out_features, n + down_step), s);
+        i64 n = i % down_chunks * down_step, end = std::min(down_all, n + down_step);
+        const Task& t = plan.tasks[size_t(i / down_chunks)];
+        packs ? packed_down(t, n, end, s) : down_phase(t, n, end, s);
       }
 #pragma omp for schedule(static)
       for (i64 t = 0; t < a.tokens; t++) combine(t, sum);
