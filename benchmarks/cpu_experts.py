@@ -27,7 +27,8 @@ from cpu_peers import Layer, Routed, Side
 from torch import Tensor
 
 import moe_compile.ops
-from moe_compile import activation, ir
+from moe_compile import ir
+from moe_compile.ir import scalar as act
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -79,7 +80,7 @@ def inputs_of(shape: Shape, dtype: torch.dtype, tokens: int) -> list[Routed]:
 
 
 def ours(layers: list[Layer], shape: Shape) -> Side:
-    e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, activation.SWIGLU)
+    e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU)
     plain, op = moe_compile.ops.experts_args(e), torch.ops.moe_compile.experts
 
     def side(i: int, x: Routed) -> Tensor:
@@ -90,6 +91,33 @@ def ours(layers: list[Layer], shape: Shape) -> Side:
     return side
 
 
+import ctypes
+def collapse(t):
+    libc=ctypes.CDLL(None,use_errno=True); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
+    a=t.data_ptr(); n=t.numel()*t.element_size(); H=2<<20; lo=(a+H-1)//H*H; hi=(a+n)//H*H
+    s=time.time(); r=libc.madvise(lo,hi-lo,25); 
+    print("collapse",n>>20,"MB",r,ctypes.get_errno(),round(time.time()-s,3),"s")
+def huge_empty(n):
+    t=torch.empty(n+(2<<20),dtype=torch.uint8); libc=ctypes.CDLL(None); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
+    a=(t.data_ptr()+(2<<20)-1)//(2<<20)*(2<<20); libc.madvise(a,n//(2<<20)*(2<<20),14); o=a-t.data_ptr(); return t[o:o+n]
+def packed_side(layers, shape):
+    from moe_compile.lowering import cpu, cpu_build
+    e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU)
+    plain=moe_compile.ops.experts_args(e); lay=moe_compile.ops._layout(plain)
+    calls=[]
+    for up,down in layers:
+        lib,call=cpu._kernel("forward", up.new_empty(1,shape.hidden), lay, [up],[down],[],[])
+        call=call.on(torch.empty(1,shape.hidden,dtype=up.dtype),torch.zeros(1,1,dtype=torch.long),torch.ones(1,1))
+        call.args.threads=2
+        lib.moe_packed_bytes.restype=ctypes.c_int64
+        bufs=[huge_empty(lib.moe_packed_bytes(ctypes.byref(call.args),i)) for i in range(2)]
+        call.args.packed_up,call.args.packed_down=bufs[0].data_ptr(),bufs[1].data_ptr()
+        s=time.time(); lib.moe_pack(ctypes.byref(call.args)); print("pack",time.time()-s)
+        calls.append((lib,call,bufs))
+    def side(i,x):
+        lib,call,_=calls[i]; t,ids,w=x
+        c=call.on(t,ids,w); out=torch.empty_like(t); c.tensors(out=out); c.run(lib.moe_experts_forward); return out
+    return side
 def exact(layer: Layer, x: Routed) -> Tensor:
     """The same in float64, token by token and expert by expert."""
     (up, down), (tokens, ids, weights) = layer, x
@@ -200,7 +228,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             layers = layers_of(shape, dtype)
             inputs = {t: inputs_of(shape, dtype, t) for t in args.tokens}
             truth = {t: exact(layers[0], (x := inputs[t][0])[0:3]) for t in args.tokens if t <= 128}
+            if args.huge: [collapse(w) for l in layers for w in l]
             sides: dict[str, Side] = {"ours": ours(layers, shape)}
+            if args.packed: sides["packed"] = packed_side(layers, shape)
             for name, make in peers.items():
                 if name in args.only and cpu_peers.takes(name, dtype):
                     sides[name] = make([(u.clone(), d.clone()) for u, d in layers])
@@ -242,6 +272,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--huge", action="store_true")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--want", type=int, default=15, help="quiet samples of each side")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a figure at most")
     parser.add_argument("--sample", type=float, default=0.02, help="seconds of one sample")

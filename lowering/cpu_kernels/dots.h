@@ -36,54 +36,43 @@ constexpr int dot_unroll(int m, int n) {
 template <int M, int N, int S, bool FETCH>
 static inline void dot_set(const element* const* x, const stored* w, i64 ws, i64 depth, const stored* ahead, float* out, i64 os) {
   constexpr int U = dot_unroll(M, N);
-  vf sums[S][M];
-#pragma GCC unroll 4
-  for (int i = 0; i < S; i += N) {
-    vf acc[U][N][M];
-    for (int u = 0; u < U; u++)
-      for (int n = 0; n < N; n++)
-        for (int m = 0; m < M; m++) acc[u][n][m] = vf{};
+  vf sums[S * M];
+  each<S / N>(EACH_OF(g) {
+    constexpr int i = g * N;
+    vf acc[U * N * M];
+    each<U * N * M>(EACH_OF(j) { acc[j] = vf{}; });
     const stored *row = w + i * ws, *next = ahead + i * ws;
     i64 k = 0;
-    for (; k + U * STEP <= depth; k += U * STEP) {
-#pragma GCC unroll 8
-      for (int u = 0; u < U; u++) {
+    for (; k + U * STEP <= depth; k += U * STEP)
+      each<U>(EACH_OF(u) {
         const i64 at = k + u * STEP;
         vu b[N];
-#pragma GCC unroll 2
-        for (int n = 0; n < N; n++) {
+        each<N>(EACH_OF(n) {
           b[n] = load_stored(row + n * ws + at);
           if (M > 1) b[n] = in_register(b[n]);
           if (FETCH) __builtin_prefetch(next + n * ws + at, 0, 2);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
+        });
+        each<M>(EACH_OF(m) {
           vu a = load_units(x[m] + at);
-#pragma GCC unroll 2
-          for (int n = 0; n < N; n++) acc[u][n][m] = madd(acc[u][n][m], a, b[n]);
-        }
-      }
-    }
+          each<N>(EACH_OF(n) { acc[(u * N + n) * M + m] = madd(acc[(u * N + n) * M + m], a, b[n]); });
+        });
+      });
     for (; k < depth; k += STEP) {
       i64 left = depth - k;
-      for (int n = 0; n < N; n++) {
+      each<N>(EACH_OF(n) {
         vu b = left < STEP ? load_part_stored(row + n * ws + k, left) : load_stored(row + n * ws + k);
-        for (int m = 0; m < M; m++) acc[0][n][m] = madd(acc[0][n][m], left < STEP ? load_part(x[m] + k, left) : load_units(x[m] + k), b);
-      }
+        each<M>(EACH_OF(m) { acc[n * M + m] = madd(acc[n * M + m], left < STEP ? load_part(x[m] + k, left) : load_units(x[m] + k), b); });
+      });
     }
-#pragma GCC unroll 2
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        sums[i + n][m] = acc[0][n][m];
-        for (int u = 1; u < U; u++) sums[i + n][m] += acc[u][n][m];
-      }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; m++) {
-    if constexpr (S == 4) sum4(sums[0][m], sums[1][m], sums[2][m], sums[3][m], out + m * os);
-    else out[m * os] = sum_lanes(sums[0][m]);
-  }
+    each<N * M>(EACH_OF(j) {
+      sums[i * M + j] = acc[j];
+      each<U - 1>(EACH_OF(u) { sums[i * M + j] += acc[(u + 1) * N * M + j]; });
+    });
+  });
+  each<M>(EACH_OF(m) {
+    if constexpr (S == 4) sum4(sums[m], sums[M + m], sums[2 * M + m], sums[3 * M + m], out + m * os);
+    else out[m * os] = sum_lanes(sums[m]);
+  });
 }
 
 // M rows of x against n weight rows, those from `first` of `all` on.

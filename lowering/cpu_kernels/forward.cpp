@@ -3,7 +3,7 @@
 
 extern "C" int moe_experts_forward(const Args* args) {
   try {
-    Forward{*args, Forward::plan_of(*args), {args->act_ops, args->act_consts, args->n_act}, nullptr, nullptr}.run();
+    Forward{*args, Forward::plan_of(*args), {args->act_ops, args->act_consts, args->n_act}, nullptr}.run();
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
@@ -19,7 +19,7 @@ extern "C" i64 moe_packed_bytes(const Args* args, i64 which) {
 // Fills args->packed_up and args->packed_down.
 extern "C" int moe_pack(const Args* args) {
   const Args& a = *args;
-  Forward f{a, {}, {}, nullptr, nullptr};
+  Forward f{a, {}, {}, nullptr};
   Packed p(a);
   const i64 ups = p.up_panels() * a.halves, all = ups + p.down_panels();
 #pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1)

@@ -1,4 +1,5 @@
-// out = add + Σ_j w[t,j] · down act(up x[t]), in three phases: up and activation, down, combine.
+// out = add + Σ_j w[t,j] · down act(up x[t]), in two phases: up and activation, expert by expert; then down, each thread for columns of its
+// own, over all experts in their order, into fp32 sums [tokens, columns]. Sums and their order do not depend on the threads.
 #pragma once
 #include "pack.h"
 #include "plan.h"
@@ -28,7 +29,6 @@ struct Forward {
   Plan plan;
   Program program;
   element* act;  // activations of all tasks
-  float* y;      // [tokens * k, out_features] weighted expert outputs
 
   Matrix up(i64 half, i64 e) const {
     return {static_cast<const stored*>(at<const void>(a.up, a.experts, a.up_expert, half, e)), a.up_n, a.up_k, a.inter, a.hidden};
@@ -53,20 +53,21 @@ struct Forward {
     return to_element(load(x[k]));
   }
 
-  // A strip's tokens as pointers to rows of whole units. Several rows that are to be multiplied as rows are copied, so that they do not
-  // meet in one set of the cache; one row, or rows on the way to a panel, are used where they lie.
+  // A strip's tokens as pointers to rows of whole units. Rows that would meet in one or two sets of the cache are copied; others,
+  // and rows on the way to a panel, are used where they lie.
   void input_rows(const Strip& p, const element** rows, element* copy) const {
-    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && (p.lanes || p.rows == 1);
+    bool apart = p.lanes || p.rows == 1 || a.x_stride * i64(sizeof(stored)) % 2048;
+    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && apart;
     i64 stride = row_stride(a.hidden), depth = units(a.hidden) * PER;
     for (i64 r = 0; r < p.rows; r++) {
-      i64 s = plan.slots[size_t(p.first + r)];
-      const stored* x = token(s);
+      const size_t at = size_t(p.first + r);
+      const stored* x = static_cast<const stored*>(a.x) + plan.tokens[at] * a.x_stride;
       element* to = copy + r * stride;
       rows[r] = direct ? reinterpret_cast<const element*>(x) : to;
       if (direct) continue;
       if (!a.weight_on_input) elements(x, a.hidden, depth, to);
       else
-        for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(s, x, k) : element(0);
+        for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(plan.slots[at], x, k) : element(0);
     }
   }
 
@@ -169,8 +170,8 @@ struct Forward {
     }
   }
 
-  // Weighted outputs of columns n0 .. n1 into y.
-  void down_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
+  // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels].
+  void down_phase(const Task& t, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
     Matrix m = down(t.expert);
     i64 step = t.panel() ? DOWN_BLOCK : ROW_BLOCK;
     for (i64 n = n0; n < n1; n += step)
@@ -180,18 +181,23 @@ struct Forward {
         for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
         i64 nb = std::min(step, n1 - n), os = p.lanes ? p.lanes : up_to(nb, VL);
         const stored* next = n + step < n1 ? m(n + step, 0) : nullptr;
+        for (i64 r = 0; r < p.rows; r++)
+          for (i64 c = 0; c < nb; c += 16) __builtin_prefetch(sums + plan.tokens[size_t(p.first + r)] * width + n - n0 + c, 1, 2);
         product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
         add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
-        auto put = [&](i64 r, i64 c, i64 cols, const float* v) { put_output(plan.slots[size_t(p.first + r)], n + c, cols, v); };
+        auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
+          const size_t at = size_t(p.first + r);
+          add_output(v, cols, plan.weights[at], sums + plan.tokens[at] * width + n - n0 + c);
+        };
         if (p.lanes) each_transposed(s.g, os, nb, p.rows, put);
         else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, s.g + r * os);
       }
   }
 
-  void put_output(i64 slot, i64 n, i64 cols, const float* v) const {
-    float weight = a.weight_on_input ? 1.f : a.weights[slot];
-    float* to = y + slot * a.out_features + n;
-    for (i64 j = 0; j < cols; j++) to[j] = v[j] * weight;
+  static void add_output(const float* v, i64 n, float weight, float* to) {
+    i64 j = 0;
+    for (; j + VL <= n; j += VL) *(vf_any*)(to + j) += *(const vf_any*)(v + j) * weight;
+    for (; j < n; j++) to[j] += v[j] * weight;
   }
 
   // ---- packed weights: panels of COLS columns, tokens as rows ----
@@ -207,7 +213,7 @@ struct Forward {
       i64 n = j * COLS, nb = std::min(COLS, a.inter - n);
       for (i64 half = 0; half < a.halves; half++) {
         float* out = half ? s.u : s.g;
-        packed_product(from + (j * a.halves + half) * size, rows, p.rows, units(a.hidden), out, COLS);
+        packed_product<false>(from + (j * a.halves + half) * size, rows, p.rows, units(a.hidden), j + 1 == n1 && half + 1 == a.halves, Out{out, COLS});
         add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, COLS, p);
       }
       activate(p.rows * COLS, s);
@@ -215,41 +221,39 @@ struct Forward {
     }
   }
 
-  // Panels n0 .. n1 of down, two at a time, so that more of a row of y is written at once.
-  void packed_down(const Task& t, i64 n0, i64 n1, Scratch& s) const {
+  // As down_phase, n0 a multiple of COLS.
+  void packed_down(const Task& t, i64 n0, i64 n1, float* sums, i64 width) const {
     const element* rows[ROWS];
     const Strip& p = t.strips[0];
+    const i64* tokens = plan.tokens.data() + p.first;
+    const float* weights = plan.weights.data() + p.first;
     for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
-    const packed* from = Packed(a).down(t.expert);
-    i64 size = units(a.inter) * COLS;
-    constexpr i64 TOGETHER = MAX_BLOCK / COLS, os = TOGETHER * COLS;
-    for (i64 j = n0; j < n1; j += TOGETHER) {
-      i64 n = j * COLS, nb = std::min(std::min(n1 - j, TOGETHER) * COLS, a.out_features - n);
-      for (i64 i = 0; i < TOGETHER && j + i < n1; i++)
-        packed_product(from + (j + i) * size, rows, p.rows, units(a.inter), s.g + i * COLS, os);
-      add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
-      for (i64 r = 0; r < p.rows; r++) put_output(plan.slots[size_t(p.first + r)], n, nb, s.g + r * os);
-    }
+    const i64 size = units(a.inter) * COLS;
+    const packed* from = Packed(a).down(t.expert) + n0 / COLS * size;
+    for (i64 n = n0; n < n1; n += COLS, from += size)
+      packed_product<true>(from, rows, p.rows, units(a.inter), n + COLS >= n1, Out{sums + n - n0, width, tokens, weights});
+    const stored* bias = down_bias(t.expert);
+    for (i64 r = 0; bias && r < p.rows; r++)
+      for (i64 n = n0; n < n1; n++) sums[tokens[r] * width + n - n0] += load(bias[n]) * weights[r];
   }
 
   // ---- all phases ----
 
-  // One token's result: what to add, then its experts in order of their slots.
-  void combine(i64 t, float* sum) const {
-    i64 width = a.out_features;
-    const stored* add = static_cast<const stored*>(a.add);
-    for (i64 o = 0; o < width; o++) sum[o] = add ? load(add[t * width + o]) : 0.f;
-    for (i64 j = 0; j < a.k; j++) {
-      i64 p = t * a.k + j, id = a.ids[p];
-      if (id >= 0 && id < a.experts) {
-        const float* from = y + p * width;
-        for (i64 o = 0; o < width; o++) sum[o] += from[o];
-      } else if (id >= a.experts && id < a.experts + a.identity) {
-        const stored* x = token(p);
-        for (i64 o = 0; o < width; o++) sum[o] += load(x[o]) * a.weights[p];
-      }
-    }
-    store_row(sum, width, static_cast<stored*>(a.out) + t * width);
+  // What a token's sum of columns n0 .. n1 begins with: what is to be added, and experts that hand the token on.
+  void begin_sum(i64 t, i64 n0, i64 n1, float* sum) const {
+    const stored* add = a.add ? static_cast<const stored*>(a.add) + t * a.out_features : nullptr;
+    for (i64 n = n0; n < n1; n++) sum[n - n0] = add ? load(add[n]) : 0.f;
+    for (i64 p = t * a.k; a.identity && p < (t + 1) * a.k; p++)
+      if (a.ids[p] >= a.experts && a.ids[p] < a.experts + a.identity)
+        for (i64 n = n0; n < n1; n++) sum[n - n0] += load(token(p)[n]) * a.weights[p];
+  }
+
+  // Columns n0 .. n1 of the result.
+  void down_part(i64 n0, i64 n1, float* sums, Scratch& s) const {
+    const i64 width = up_to(n1 - n0, COLS);
+    for (i64 t = 0; t < a.tokens; t++) begin_sum(t, n0, n1, sums + t * width);
+    for (const Task& t : plan.tasks) a.packed_up ? packed_down(t, n0, n1, sums, width) : down_phase(t, n0, n1, sums, width, s);
+    for (i64 t = 0; t < a.tokens; t++) store_row(sums + t * width, n1 - n0, static_cast<stored*>(a.out) + t * a.out_features + n0);
   }
 
   // Rows of pre-activations that belong to no expert are zero.
@@ -261,38 +265,31 @@ struct Forward {
   void run() {
     clear_rest_of_pre();
     thread_local Workspace shared, own;
+    const i64 parts = parts_of(a), part = up_to((a.out_features + parts - 1) / parts, COLS);
+    float* sums = nullptr;
     for (int pass = 0; pass < 2; pass++) {
       Carver c{pass ? shared.data : nullptr};
       act = c.take<element>(plan.a_size);
-      y = c.take<float>(a.tokens * a.k * a.out_features);
+      sums = c.take<float>(a.tokens * part * parts);
       if (!pass) shared.get(c.used);
     }
-    const bool packs = a.packed_up;
-    const i64 n_tasks = i64(plan.tasks.size()), unit_of = packs ? COLS : 1;
-    const i64 up_all = (a.inter + unit_of - 1) / unit_of, down_all = (a.out_features + unit_of - 1) / unit_of;
-    const i64 up_chunks = chunks_of(plan, a.threads, a.inter), down_chunks = chunks_of(plan, a.threads, a.out_features);
-    const i64 up_step = up_to((up_all + up_chunks - 1) / up_chunks, packs ? 1 : 8), down_step = up_to((down_all + down_chunks - 1) / down_chunks, packs ? 1 : 8);
+    const i64 n_tasks = i64(plan.tasks.size()), unit_of = a.packed_up ? COLS : 1, all = (a.inter + unit_of - 1) / unit_of;
+    const i64 chunks = chunks_of(plan, a.threads, a.inter), step = up_to((all + chunks - 1) / chunks, a.packed_up ? 1 : 8);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
       Carver size{nullptr};
       Scratch(size, std::max(a.hidden, a.inter));
-      Carver c{own.get(size.used + a.out_features * 4 + 128)};
+      Carver c{own.get(size.used)};
       Scratch s(c, std::max(a.hidden, a.inter));
-      float* sum = c.take<float>(a.out_features);
 #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < n_tasks * up_chunks; i++) {
-        i64 n = i % up_chunks * up_step, end = std::min(up_all, n + up_step);
-        const Task& t = plan.tasks[size_t(i / up_chunks)];
-        packs ? packed_up(t, n, end, s) : up_phase(t, n, end, s);
+      for (i64 i = 0; i < n_tasks * chunks; i++) {
+        i64 n = i % chunks * step, end = std::min(all, n + step);
+        const Task& t = plan.tasks[size_t(i / chunks)];
+        a.packed_up ? packed_up(t, n, end, s) : up_phase(t, n, end, s);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < n_tasks * down_chunks; i++) {
-        i64 n = i % down_chunks * down_step, end = std::min(down_all, n + down_step);
-        const Task& t = plan.tasks[size_t(i / down_chunks)];
-        packs ? packed_down(t, n, end, s) : down_phase(t, n, end, s);
-      }
-#pragma omp for schedule(static)
-      for (i64 t = 0; t < a.tokens; t++) combine(t, sum);
+      for (i64 i = 0; i < parts; i++)
+        if (i * part < a.out_features) down_part(i * part, std::min(a.out_features, (i + 1) * part), sums + i * a.tokens * part, s);
       own.trim();
     }
     shared.trim();

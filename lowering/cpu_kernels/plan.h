@@ -68,7 +68,8 @@ struct Task {
 };
 
 struct Plan {
-  std::vector<i64> slots;  // pair t * k + j at each ordered position
+  std::vector<i64> slots, tokens;  // pair t * k + j at each ordered position, and t
+  std::vector<float> weights;      // what its result is multiplied by
   std::vector<i64> count;  // rows per expert
   std::vector<Task> tasks;
   i64 a_size = 0;
@@ -76,7 +77,7 @@ struct Plan {
 
 // Rows that go into a panel, whole vectors of them; the rest is cheaper row by row, or there are so many left that padding is.
 static i64 panel_rows(i64 rows) {
-  constexpr i64 FEW = VL * 11 / 16, LEFT = VL / 2;
+  constexpr i64 FEW = VL * 11 / 16, LEFT = VL * 10 / 16;
   if (rows <= FEW) return 0;
   i64 whole = rows / VL * VL;
   return rows - whole <= LEFT ? whole : rows;
@@ -98,10 +99,15 @@ static Plan make_plan(const Args& a, bool panels, i64 a_row) {
     if (a.ids[i] >= 0 && a.ids[i] < n) start[size_t(a.ids[i]) + 1]++;
   p.count.assign(start.begin() + 1, start.end());
   for (i64 e = 0; e < n; e++) start[size_t(e) + 1] += start[size_t(e)];
-  p.slots.resize(size_t(start[size_t(n)]));
+  const size_t used = size_t(start[size_t(n)]);
+  p.slots.resize(used), p.tokens.resize(used), p.weights.resize(used);
   std::vector<i64> next(start.begin(), start.end() - 1);
-  for (i64 i = 0; i < pairs; i++)
-    if (a.ids[i] >= 0 && a.ids[i] < n) p.slots[size_t(next[size_t(a.ids[i])]++)] = i;
+  for (i64 t = 0; t < a.tokens; t++)
+    for (i64 i = t * a.k; i < (t + 1) * a.k; i++) {
+      if (a.ids[i] < 0 || a.ids[i] >= n) continue;
+      const size_t to = size_t(next[size_t(a.ids[i])]++);
+      p.slots[to] = i, p.tokens[to] = t, p.weights[to] = a.weight_on_input ? 1.f : a.weights[i];
+    }
   for (i64 e = 0; e < n; e++) {
     i64 total = p.count[size_t(e)], blocks = (total + ROWS - 1) / ROWS;
     for (i64 b = 0, done = 0; b < blocks; b++) {
@@ -122,4 +128,11 @@ static i64 chunks_of(const Plan& p, i64 threads, i64 columns) {
   i64 tasks = std::max<i64>(i64(p.tasks.size()), 1);
   if (threads == 1 || tasks >= 4 * threads) return 1;
   return std::max<i64>(1, std::min((4 * threads + tasks - 1) / tasks, columns / (2 * VL)));
+}
+
+// Parts of the output columns that threads take in turn: two for each, which evens out what disturbs one of them; with more of them,
+// activations are read more often.
+static i64 parts_of(const Args& a) {
+  i64 most = (a.out_features + COLS - 1) / COLS;
+  return std::max<i64>(1, std::min(most, a.threads > 1 ? 2 * a.threads : 1));
 }

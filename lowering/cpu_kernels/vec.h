@@ -16,6 +16,17 @@ static inline vu load_units(const void* p) { return *(const vf_any*)p; }
 static inline vu spread(const unit_any* p) { return *p - vf{}; }
 #endif
 
+// f(0), ..., f(N - 1) with constants for arguments: arrays that are only indexed by them live in registers, also from loop to loop.
+template <class F, int... I>
+__attribute__((always_inline)) static inline void each_of(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+__attribute__((always_inline)) static inline void each(F&& f) {
+  each_of(f, std::make_integer_sequence<int, N>());
+}
+#define EACH_OF(i) [&](auto i) __attribute__((always_inline))
+
 // Keeps the compiler from loading a value again at each of its uses.
 static inline vu in_register(vu v) {
 #if defined(WIDE_VECTORS) && defined(__GNUC__)
