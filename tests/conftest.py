@@ -89,7 +89,7 @@ def have_compiler() -> bool:
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store of packed Ascend weights for this test alone: what other tests leave is collected at any time, and the shared count falls."""
     from moe_compile.lowering.ascend import modes
-    from moe_compile.lowering.ascend.weights import Store
+    from moe_compile.lowering.ascend.store import Store
 
     own = Store()
     monkeypatch.setattr(modes, "STORE", own)
