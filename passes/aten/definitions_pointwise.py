@@ -158,8 +158,10 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 
 def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
+    """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside."""
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
-    if lo == -math.inf and hi == math.inf:
+    top = T.upper(x)
+    if lo == -math.inf and hi == math.inf or top is not None and lo <= 0 and top <= hi:
         return x
     if lo == 0 and hi == math.inf:
         return T.fn("relu", x)
