@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(call.params["name"]))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans of earlier runs are not replayed: the passes run. Kernels and Inductor's caches stay the user's, they are keyed by sources."""
+    from moe_compile.passes.rewrite import recall
+
+    folder, own = recall.folder, tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "folder", lambda: own if folder() is not None else None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """Every test starts without compiled code and with one seed."""
