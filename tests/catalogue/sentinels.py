@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import RENORM, E, Fused, H, K, Rejected, Sound
+from .base import RENORM, AsWritten, E, Fused, H, K, Rejected, Sound
 from .weights import Interleaved
 
 BF16 = torch.bfloat16
@@ -98,6 +98,40 @@ class ClampedGroupedPlain(ClampedGrouped):
         return F.grouped_mm(rows, weight, offs=ends) + bias[expert]
 
 
+class ClampedJoined(ClampedBatched):
+    """Verdict: experts fused, routing as written: sparsemixer. The best expert, then the best of the others; ids joined, kept inside."""
+
+    assert isinstance(Interleaved.expect, Fused)
+    expect = AsWritten(Interleaved.expect.experts, "top-k")
+    group = "joined"
+    routes_all = False
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        first = logits.argmax(-1, keepdim=True)
+        second = logits.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+        ids = torch.cat([first, second], dim=-1)
+        return logits.gather(-1, ids).sigmoid(), ids
+
+
+class ClampedJoinedStack(ClampedJoined):
+    """Verdict: experts fused, routing as written, as ClampedJoined: stacked, and rows of ids >= E zeroed."""
+
+    expect = ClampedJoined.expect
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        first = logits.argmax(-1)
+        second = logits.scatter(-1, first[:, None], -torch.inf).argmax(-1)
+        ids = torch.stack((first, second), dim=-1)
+        return logits.gather(-1, ids).sigmoid(), ids
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        outside = (ids >= E).unsqueeze(-1)
+        h = torch.einsum("th,tkho->tko", x, self.up[ids.clamp(max=E - 1)]) + self.up_bias[ids.clamp(max=E - 1)]
+        h = self.act(h.masked_fill(outside, 0.0))
+        y = torch.einsum("tki,tkih->tkh", h, self.down[ids]) + self.down_bias[ids]
+        return (y.masked_fill(outside, 0.0) * w.unsqueeze(-1)).sum(1)
+
+
 # Near misses: the clamp reaches an id, the mask a row ---------------------------------------------------------------------
 
 
@@ -144,3 +178,15 @@ class OutsideOneShort(ClampedGrouped):
     expect = Rejected()
     group, near = "", "ClampedGrouped"
     limit = E - 1
+
+
+class JoinedOneShort(ClampedJoined):
+    """Verdict: left, or fused with ids mapped: the second id is one of twice as many, and those beyond go to the last expert."""
+
+    expect = Sound()
+    group, near = "", "ClampedBatched"
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.cat([logits, -logits], dim=-1)
+        ids = torch.cat([logits.argmax(-1, keepdim=True), wide.argmax(-1, keepdim=True)], dim=-1)
+        return wide.gather(-1, ids).sigmoid(), ids
