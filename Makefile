@@ -67,8 +67,13 @@ test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(MAKE) --no-print-directory types
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_contract.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # mypy knows no package-dir mapping: it is shown the package as it is once installed
 types:

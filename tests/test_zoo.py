@@ -22,10 +22,7 @@ pytest.importorskip("transformers")
 
 OWN_DEFAULT = ("openai_privacy_filter",)  # any other decorated model runs grouped_mm when it is left alone: one case tests both
 IMPLEMENTATIONS = [
-    (e, i)
-    for e in zoo.ENTRIES
-    for i in e.implementations
-    if i != "grouped_mm" or e.name in OWN_DEFAULT or "COVERAGE_DOC" in os.environ
+    (e, i) for e in zoo.ENTRIES for i in e.implementations if i != "grouped_mm" or e.name in OWN_DEFAULT or "COVERAGE_DOC" in os.environ
 ]
 # (batch, tokens): each architecture runs as one sequence and as two, its implementations in turn; no size is a power of two, none a width
 SHAPES = {"default": (2, 11), "eager": (1, 7), "batched_mm": (2, 11), "grouped_mm": (1, 7)}
