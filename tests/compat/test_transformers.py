@@ -13,8 +13,7 @@ import pytest
 import torch
 import transformers
 import zoo
-
-import moe_compile
+import zoo_run
 
 VERSION = os.environ["COMPAT"]
 # One or more of each router class and expert form, with what transformers runs when nothing is asked for, and in turn the others
@@ -69,11 +68,8 @@ def test_the_version_is_the_one_asked_for() -> None:
 def test_fused_as_everywhere(entry: zoo.Entry, implementation: str) -> None:
     if importlib.util.find_spec(f"transformers.models.{entry.package}") is None:
         pytest.skip(f"transformers {VERSION} does not have it")
-    model, inputs = entry.build(implementation), entry.make_inputs(2, 11)
-    expected = zoo.output_of(model(**inputs))
-    actual = zoo.output_of(torch.compile(model, backend="moe_fused", options={"inner": "aot_eager"})(**inputs))
-    report = moe_compile.last_report()
-    assert report is not None and len(report.blocks) == entry.blocks, [r.reason for r in report.rejected] if report else "nothing compiled"
+    report, difference = zoo_run.run_both(entry, implementation, (2, 11))
+    assert difference <= 1e-5
+    assert len(report.blocks) == entry.blocks, [r.reason for r in report.rejected]
     assert all(b.validated for b in report.blocks)
     assert not entry.gating or all(b.ir.gating is not None for b in report.blocks)
-    assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
