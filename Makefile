@@ -16,17 +16,17 @@ trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like 
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
 test: lint  ## lint, type check and run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 	$(MAKE) --no-print-directory test-ascend
 	$(MAKE) --no-print-directory test-compat
 
 QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
 
 quick: lint  ## lint, type check and a fast cut of the tests, under a minute: before every commit
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup --quick $(QUICK) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --quick $(QUICK) $(ARGS)
 
 golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalogue entry and zoo model; read its diff
-	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
+	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
 	git --no-pager diff --stat tests/golden.txt
 
 # An environment that borrows torch and the test tools from the main one: $(call borrowing,FOLDER)

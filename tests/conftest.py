@@ -38,16 +38,25 @@ def is_quick(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[i for i in items if not is_quick(i)])
         items[:] = [i for i in items if is_quick(i)]
     for item in items:
         if item.path.parent.name == "gpu":  # the interpreter is numpy, which warns of infinities that a kernel masks
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
-        call = getattr(item, "callspec", None)
-        if call is not None and isinstance(call.params.get("name"), str):
-            item.add_marker(pytest.mark.xdist_group(call.params["name"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one catalogue entry share one compilation: one worker runs them. (`--dist loadgroup` does nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEntry(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test[test.index("[") :] if file.endswith("test_catalogue.py") and "[" in test else nodeid
+
+    return ByEntry(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
