@@ -10,15 +10,18 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test quick golden test-ascend run-ascend test-compat test-cuda lint format types bench clean
+.PHONY: trinity test suite quick golden test-ascend run-ascend test-compat test-cuda lint format types bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
-test: lint  ## lint, type check and run all tests
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: $(READY)  ## lint, type check and run all tests
+	$(MAKE) --no-print-directory -j2 lint suite
 	$(MAKE) --no-print-directory test-ascend
 	$(MAKE) --no-print-directory test-compat
+
+suite: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
 
