@@ -28,12 +28,12 @@ class Blocks(nn.Module):
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         super().__init__()
         names = [n.rpartition(".")[0] for n, _ in model.named_modules() if n.rpartition(".")[2] == "experts"]
-        self.blocks = nn.ModuleList(model.get_submodule(n) for n in names)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        hooks = [b.register_forward_pre_hook(lambda m, a, k: self.calls.append((a, k)), with_kwargs=True) for b in self.blocks]
+        met: list[tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # some have experts that these inputs do not meet
+        hooks = [model.get_submodule(n).register_forward_pre_hook(lambda m, a, k: met.append((m, (a, k))), with_kwargs=True) for n in names]
         model(**inputs)
         for h in hooks:
             h.remove()
+        self.blocks, self.calls = nn.ModuleList(m for m, _ in met), [call for _, call in met]
 
     def forward(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
         outputs = [b(*args, **kwargs) for b, (args, kwargs) in zip(self.blocks, calls)]
