@@ -11,9 +11,12 @@ from torch import Tensor, nn
 import moe_compile
 
 OPTIONS = {"inner": "aot_eager"}
-# What is not transformers' default is compiled within the whole model for each expert form and what is odd; else the blocks alone
-WHOLE = ("qwen2_moe", "mixtral", "gemma4", "aria", "gpt_oss", "minimax_m3_vl", "afmoe", "deepseek_v3", "nemotron_h", "phimoe", "inkling",
-         "deepseek_v4+hash", "zaya", "muse_spark")  # fmt: skip
+# What is not transformers' default is compiled within the whole model for each expert form, and where the shared expert stands outside
+# of the block or the block is odd; else the blocks alone
+WHOLE = (
+    *("qwen2_moe", "mixtral", "aria", "gpt_oss", "minimax_m3_vl", "afmoe", "deepseek_v3", "nemotron_h", "phimoe", "inkling", "zaya"),
+    *("gemma4", "granitemoe_swa", "granitemoeshared", "granitemoehybrid", "deepseek_v4+hash", "muse_spark"),
+)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
