@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import Tensor
 
@@ -44,13 +45,38 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
         log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
         _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
         return _inner(options, mode, gm, example_inputs, train)
-    _tell([*lowered.notes, *_sharding(lowered, example_inputs)])
-    if train and options.weight_format == "nz" and options.inner not in ("auto", "eager"):
-        _tell(["weight_format='nz': the inner compiler traces the backward pass, and the cast cannot be traced: weights stay as they are"])
+    inputs = inputs_of(lowered, example_inputs)
+    chosen = graph_mode(options, mode, inputs, train)
+    _tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, options, chosen)])
     for sink in SINKS:
         sink(lowered)
-    inner = _inner(options, mode, lowered.module, inputs_of(lowered, example_inputs), train)
-    return _with_packed(inner, lowered)
+    return _with_packed(_inner(options, mode, lowered.module, inputs, train), lowered)
+
+
+def _remarks(lowered: Lowered, inputs: Sequence[Any], options: Options, chosen: str) -> list[str]:
+    """What the way to the device means for this graph."""
+    if lowered.training:
+        traced = options.weight_format == "nz" and options.inner not in ("auto", "eager")
+        why = "the inner compiler traces the backward pass, and the cast cannot be traced"
+        return [f"weight_format='nz': {why}: weights stay as they are"] if traced else []
+    if chosen != "npugraph_ex" and not reports.explaining():
+        return []
+    copied = sum(_bytes(t) for i, t in zip(lowered.inputs, inputs) if isinstance(i, int) and isinstance(t, Tensor) and not is_static(t))
+    return [f"npugraph_ex: a replayed step copies {_size(copied)} of inputs and {_size(lowered.made)} of expert weights"]
+
+
+def is_static(t: Tensor) -> bool:
+    """Whether npugraph_ex captures an input by its address; it copies any other on every replay."""
+    return isinstance(t, torch.nn.Parameter) or hasattr(t, "_dynamo_static_input_type")
+
+
+def _bytes(t: Tensor) -> int:
+    n: Any = t.numel() * t.element_size()
+    return n if isinstance(n, int) else int(n.node.hint or 0)  # a symbolic size, as it is now
+
+
+def _size(n: int) -> str:
+    return f"{n} bytes" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
 
 
 def _sharding(lowered: Lowered, example_inputs: Sequence[Any]) -> list[str]:
@@ -107,9 +133,7 @@ def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_input
         from ...inner import compile_with as generic
 
         return generic(options, None if mode in ASCEND_MODES else mode, "any", gm, example_inputs)
-    chosen = graph_mode(options, mode, training)
-    if not _on_npu(example_inputs):
-        chosen = "eager"
+    chosen = graph_mode(options, mode, example_inputs, training)
     if chosen == "ge":
         return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
     if chosen == "npugraph_ex":
@@ -120,10 +144,10 @@ def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_input
     return gm
 
 
-def graph_mode(options: Options, mode: str | None, training: bool) -> str:
-    """Which mode compiles: training has none, because neither takes a backward pass with these ops."""
+def graph_mode(options: Options, mode: str | None, example_inputs: Sequence[Any], training: bool) -> str:
+    """Which mode compiles: training has none, because neither takes a backward pass with these ops; nor has a machine without an NPU."""
     asked = mode if mode in ASCEND_MODES else options.mode
-    if training:
+    if training or not _on_npu(example_inputs):
         return "eager"
     return "npugraph_ex" if asked in ("auto", None) else asked
 

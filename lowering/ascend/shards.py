@@ -89,7 +89,8 @@ def _inner(t: FractalShard) -> Tensor:
 def _whole_experts(t: Tensor, outer_size: torch.Size) -> bool:
     if t.shape[1:] == outer_size[1:]:
         return True
-    log.warning("expert weights %s are not sharded along the experts: they are gathered as they are, not in the fractal format", [*outer_size])
+    told = "expert weights %s are not sharded along the experts: they are gathered as they are, not in the fractal format"
+    log.warning(told, [*outer_size])
     return False
 
 

@@ -271,7 +271,8 @@ class Executor:
     @contextlib.contextmanager
     def no_autocast(self, device: str, like: fx.Node) -> Iterator[None]:
         """Under autocast the op still computes in the dtype that was recovered: casts are explicit."""
-        inside = torch.is_autocast_enabled(device) or any("_enter_autocast" in str(n.target) for n in self.names.values())
+        known = torch.amp.is_autocast_available(device)  # of no "meta", where a model is only told about
+        inside = (known and torch.is_autocast_enabled(device)) or any("_enter_autocast" in str(n.target) for n in self.names.values())
         if not inside:
             yield
             return

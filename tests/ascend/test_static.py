@@ -119,3 +119,39 @@ def test_weights_made_under_inference_mode(store: Store) -> None:
     with torch.no_grad():
         in_place(module)
         assert relative(first(fn(x)), first(module(x))) <= 1e-5
+
+
+class Computed(nn.Module):
+    """Verdict: fused, and what every step costs is told. Expert weights are made of others in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(4, 16))
+        self.up, self.down = nn.Parameter(torch.randn(4, 24, 16)), nn.Parameter(torch.randn(4, 16, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w, ids = (x @ self.gate.t()).softmax(-1).topk(2, -1)
+        up, down = self.up * 0.5, self.down * 2.0
+        rows, e = x.repeat_interleave(2, 0), ids.reshape(-1)
+        g, u = torch.bmm(up[e], rows.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        y = torch.bmm(down[e], (nn.functional.silu(g) * u).unsqueeze(-1)).squeeze(-1) * w.reshape(-1, 1)
+        return y.view(*ids.shape, -1).sum(1)
+
+
+@torch.no_grad()
+def test_weights_that_a_step_makes_are_counted() -> None:
+    x = torch.randn(7, 16)
+    report = moe_compile.explain(Computed(), x, options={"target": "ascend"})
+    size = 4 * (4 * 24 * 16 + 4 * 16 * 12)
+    assert len(report.blocks) == 1
+    told = f"copies {x.numel() * 4} bytes of inputs and {size / 1024:.1f} KiB of expert weights"
+    assert any(told in n for n in report.notes), report.notes
+
+
+@torch.no_grad()
+def test_only_who_asks_is_told_what_a_step_copies(store: Store) -> None:
+    module, x = block("afmoe"), tokens()
+    compiled(module)(x)
+    assert not any("replayed" in n for n in moe_compile.last_report().notes)
+    report = moe_compile.explain(module, x, options={"target": "ascend"})
+    assert any("and 0 bytes of expert weights" in n for n in report.notes)

@@ -99,7 +99,7 @@ def test_micro_steps_share_a_cast_and_an_optimiser_step_ends_it(watch: Watch) ->
 def test_a_weight_written_without_an_optimiser_is_cast_again(watch: Watch) -> None:
     plain, module, x = models()
     fn = compiled(module, weight_format="nz")
-    for change in range(2):
+    for _ in range(2):
         backward(fn, x)
         for m in (module, plain):
             with torch.no_grad():

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -80,7 +79,8 @@ def train(
     report = moe_compile.last_report()
     return {
         "moved": sorted(moved), "gradients": gradients, "notes": report.notes, "blocks": len(report.blocks),
-        "weights": max(_worst(state[k], v) for k, v in whole.state_dict().items()), "types": sorted({type(v).__name__ for v in state.values()}),
+        "weights": max(_worst(state[k], v) for k, v in whole.state_dict().items()),
+        "types": sorted({type(v).__name__ for v in state.values()}),
     }  # fmt: skip
 
 
@@ -116,15 +116,19 @@ def bytes_of_the_gather(rank: int, world: int) -> dict[str, Any]:
     import moe_compile
 
     out = {}
+    real, gathered = formats.over, []
+
+    def over(blocks: Tensor, shape: Any) -> Tensor:
+        gathered.append(blocks.clone())
+        return real(blocks, shape)
+
+    formats.over = over
     for experts in (E, E - 1):  # the last rank has fewer
-        gathered: list[Tensor] = []
+        gathered.clear()
         model, whole = Block(experts), Block(experts)
-        real = formats.over
-        formats.over = lambda blocks, shape: (gathered.append(blocks.clone()), real(blocks, shape))[1]
         moe_compile.prepare(model, target="ascend", training=True, weight_format="nz")
         fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
         model(torch.randn(T, H, dtype=torch.bfloat16))
-        formats.over = real
         wanted = [formats.in_blocks(w.detach().bfloat16().transpose(1, 2)).view(-1) for w in (whole.up, whole.down)]
         out[str(experts)] = [any(torch.equal(g[: w.numel()], w) for g in gathered) for w in wanted] + [len(gathered) == 2]
     return out
