@@ -40,7 +40,8 @@ define borrowing
 endef
 
 # The real torch_npu wheel, which exists for Linux only, on empty CANN libraries: no NPU and no CANN are needed. Its environment borrows
-# torch and the test tools from the other one.
+# torch and the test tools from the other one, and takes the newest wheel for that torch (TORCH_NPU=2.11.0.post3 for another). It needs
+# a torch without CUDA: torch_npu 2.14 and torch's CUDA build register the same allocator options, and one of them aborts.
 test-ascend:  ## the Ascend lowering against the real torch_npu wheel
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
 
@@ -49,7 +50,8 @@ run-ascend: $(ASCEND)/.ready
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
 	$(call borrowing,$(ASCEND))
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt \
+	  torch-npu==$(or $(TORCH_NPU),$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])').*)
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python tests/ascend/cann_stub.py $(ASCEND)/cann
 	touch $@
 

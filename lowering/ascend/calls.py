@@ -252,6 +252,17 @@ def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: gen
     return y, index, weights
 
 
+def tuning(rows: Tensor, counts: Tensor) -> dict[str, list[int]]:
+    """How many rows an expert has on average, which int8 products choose their tiles by: told where the number of rows is fixed."""
+    total = rows.shape[0]
+    return {"tuning_config": [-(-total // counts.shape[0])]} if type(total) is int and total > 0 else {}
+
+
+def unpermute(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j w · row -> [T, H], weights in the dtype of the rows: fp32 ones of bf16 rows give NaN gradients."""
+    return call("npu_moe_token_unpermute", rows, index, cast(weights, rows.dtype))  # type: ignore[no-any-return]
+
+
 def combine(rows: Tensor, index: Tensor, weights: Tensor, addends: Sequence[Tensor]) -> Tensor:
     """Σ_j w · row + addends -> [T, H]. fp32 weights of bf16 rows stay fp32, as the kernel accumulates in fp32."""
     keeps = weights.dtype == torch.float32 and rows.dtype == torch.bfloat16
@@ -284,10 +295,13 @@ def start(
     return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
 
 
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    """The combine with at most two addends inside; more are added behind it."""
-    inside = [*own, *addends]
-    out = combine(rows, index, weights, inside[:2])
-    for a in inside[2:]:
+def finish(
+    rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True
+) -> Tensor:
+    """The combine with at most two addends inside; more are added behind it. Not `fused`, which training cannot be: all of them are."""
+    every = [*own, *addends]
+    inside = every[:2] if fused else []
+    out = combine(rows, index, weights, inside) if fused else unpermute(rows, index, weights)
+    for a in every[len(inside) :]:
         out = out + cast(a, out.dtype)
     return out

@@ -38,7 +38,7 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
         _tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
         return _inner(options, mode, gm, example_inputs, train)
     try:
-        lowered = lower(gm, Choices(train, options.quantize, options.weight_format == "nz"))
+        lowered = lower(gm, Choices(train, options.quantize, options.weight_format == "nz", options.combine == "finalize"))
     except Exception as e:
         if options.strict:
             raise
@@ -47,6 +47,8 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
         return _inner(options, mode, gm, example_inputs, train)
     inputs = inputs_of(lowered, example_inputs)
     chosen = graph_mode(options, mode, inputs, train)
+    if chosen == "ge" and options.combine == "unpermute":
+        raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
     _tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, options, chosen)])
     for sink in SINKS:
         sink(lowered)

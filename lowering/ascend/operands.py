@@ -24,11 +24,15 @@ EXPERTS = (ops.experts.default, ops.experts_scaled.default)
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user asked for. train: with gradients; quantize: the option; nz: packed weights in the fractal format."""
+    """What the user asked for. train: with gradients; quantize: the option; nz: packed weights in the fractal format.
+
+    fused_combine: npu_moe_finalize_routing, not npu_moe_token_unpermute.
+    """
 
     train: bool = False
     quantize: int8.Quantize = None
     nz: bool = False
+    fused_combine: bool = True
 
 
 @dataclass(frozen=True)

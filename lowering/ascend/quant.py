@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import generic
 from . import calls, int8
-from .calls import call, groups, list_type
+from .calls import call, groups, list_type, tuning
 
 _ENUM = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # torch's own numbers of dtypes
 
@@ -40,14 +40,15 @@ Rows = tuple[Tensor, Tensor]  # rows in int8 and their scales
 def _product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ rows · weight · scale · row_scale in `dtype`."""
     (out,) = call(
-        "npu_grouped_matmul", [rows], [weight], scale=[scale], per_token_scale=[row_scale], **groups(counts), output_dtype=_ENUM[dtype]
-    )
+        "npu_grouped_matmul", [rows], [weight], scale=[scale], per_token_scale=[row_scale], **groups(counts), **tuning(rows, counts),
+        output_dtype=_ENUM[dtype],
+    )  # fmt: skip
     return out  # type: ignore[no-any-return]
 
 
 def _sums(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: torch.dtype, __: generic.Layout) -> Rows:
     """Raw sums, then everything else in one op."""
-    (sums,) = call("npu_grouped_matmul", [rows], [q.up[0]], **groups(counts), output_dtype=_ENUM[torch.int32])
+    (sums,) = call("npu_grouped_matmul", [rows], [q.up[0]], **groups(counts), **tuning(rows, counts), output_dtype=_ENUM[torch.int32])
     out: Rows = call(
         "npu_dequant_swiglu_quant", sums, weight_scale=q.up_scale[0], activation_scale=row_scale, group_index=counts, activate_left=True,
         quant_mode=1,
@@ -59,7 +60,7 @@ def _fused(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: tor
     """Product, SwiGLU and quantisation in one launch. The dtypes are told: the schema's defaults are not those of the documents."""
     out: Rows = call(
         "npu_grouped_matmul_swiglu_quant_v2", rows, [q.up[0]], [q.up_scale[0]], row_scale, counts, dequant_mode=0,
-        dequant_dtype=_ENUM[torch.float32], quant_mode=0, quant_dtype=_ENUM[torch.int8], group_list_type=list_type(counts),
+        dequant_dtype=_ENUM[torch.float32], quant_mode=0, quant_dtype=_ENUM[torch.int8], group_list_type=list_type(counts), **tuning(rows, counts),
     )  # fmt: skip
     return out
 
@@ -94,8 +95,3 @@ def start(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As `calls.start`, in int8."""
     return calls.start(x, ids, weights, q, layout, all_known, experts_rows)
-
-
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    return calls.finish(rows, index, weights, own, addends)
-

@@ -76,6 +76,10 @@ def _shape(t: Tensor | None, *sizes: Any) -> bool:
     return t.ndim == len(sizes) and all(s is None or same(n, s) for n, s in zip(t.shape, sizes))
 
 
+def _expected_rows(config: Sequence[int] | None, rows: Tensor) -> bool:
+    return not config or (len(config) == 1 and 0 <= config[0] and not statically_known_true(config[0] > rows.shape[0]))
+
+
 def _is_index(t: Tensor) -> bool:
     return t.dtype == torch.int32 and t.ndim == 1
 
@@ -181,6 +185,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             15: torch.bfloat16, 5: torch.float32}.get(a.output_dtype, a.scale[0].dtype)),
         Rule("output_dtype", "must be given for int8", lambda a: a.x[0].dtype != torch.int8 or a.output_dtype in (3, 5, 15)),
         Rule("act_type", "must be 0", lambda a: not a.act_type),
+        Rule("tuning_config", "must be the rows that an expert is expected to have: one number, not above all rows", lambda a: (
+            _expected_rows(a.tuning_config, a.x[0]))),
     ),
     "npu_swiglu": (
         Rule("input", "must be fp16, bf16 or fp32", lambda a: a.input.dtype in FLOATS),
@@ -260,6 +266,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
         Rule("dequant_mode", "and quant_mode must be 0: scales of channels and rows", lambda a: a.dequant_mode == a.quant_mode == 0),
         Rule("dequant_dtype", "must be fp32 and quant_dtype int8", lambda a: (a.dequant_dtype, a.quant_dtype) == (6, 1)),
+        Rule("tuning_config", "must be the rows that an expert is expected to have: one number, not above all rows", lambda a: (
+            _expected_rows(a.tuning_config, a.x))),
         Rule("smooth_scale", "is for weights of 4 bits, bias for none", lambda a: a.smooth_scale is None and a.bias is None),
     ),
     "npu_swiglu_clip_quant": (

@@ -104,11 +104,3 @@ def start(
 def activate(products: Sequence[Tensor], layout: generic.Layout) -> Tensor:
     """npu_swiglu has a gradient, npu_clipped_swiglu has none: anything but SwiGLU is pointwise."""
     return calls.activate(products, layout, differentiable=True)
-
-
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    """Σ_j w · row, then the addends; weights take the dtype of the rows, because fp32 ones of bf16 rows give NaN gradients."""
-    out = call("npu_moe_token_unpermute", rows, index, cast(weights, rows.dtype))
-    for a in [*own, *addends]:
-        out = out + cast(a, out.dtype)
-    return out  # type: ignore[no-any-return]

@@ -141,3 +141,16 @@ def test_zero_weights_and_rows_are_no_trouble() -> None:
     assert not int8.to_int8(weight, scale).any()
     q, s = torch.ops.npu.npu_dynamic_quant(torch.zeros(3, 8, dtype=torch.bfloat16))
     assert not q.any() and not s.any()
+
+
+@pytest.mark.parametrize("weight_format", ["nd", "nz"])
+@torch.no_grad()
+def test_int8_products_are_told_how_many_rows_to_expect(weight_format: str) -> None:
+    """Where the number of tokens is fixed: 32 tokens, 2 slots each, 8 experts are 8 rows an expert. Nothing else is known otherwise."""
+    module = block("qwen3_moe").to(torch.bfloat16)
+    for dynamic, told in ((False, [8]), (True, None)):
+        torch._dynamo.reset()
+        with Seen() as seen:
+            compiled(module, dynamic=dynamic, quantize="w8a8", weight_format=weight_format)(torch.randn(2, 16, zoo.HIDDEN).bfloat16())
+        nodes = [n for n in seen.lowered[0].module.graph.nodes if "npu_grouped_matmul" in str(n.target)]
+        assert len(nodes) == 2 and all(n.kwargs.get("tuning_config") == told for n in nodes), nodes
