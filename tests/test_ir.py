@@ -29,9 +29,9 @@ from moe_compile.ir import (
     SharedExpert,
     SumK,
     W,
+    text,
 )
 from moe_compile.ir import scalar as act
-from moe_compile.ir import text
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import activation as triton_code
 

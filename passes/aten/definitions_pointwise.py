@@ -176,7 +176,7 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 
 def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
-    """x between two limits. As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0."""
+    """x between two limits. As functions all spellings are one; at a limit clamp's slope is 1, maximum's 1/2, hardtanh's and relu's 0."""
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
     if lo == -math.inf and hi == math.inf:
         return x
