@@ -15,7 +15,7 @@ import torch.fx as fx
 from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
 from . import terms as T
-from .aten.conditions import may_train, no_saving_hooks
+from .aten.conditions import no_saving_hooks
 from .aten.effects import Memory
 from .aten.element import Puller, dtype_of
 from .aten.shadow import Shadow, example_value
@@ -24,7 +24,7 @@ from .prove.validate import parts, validate
 from .recover import materialise as held
 from .recover import writes
 from .recover.find import Finder
-from .recover.fused import is_fused
+from .recover.fused import zero_gradients
 from .recover.match import PARAMETERS, ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
 from .recover.region import Block, inside, routing_nodes
@@ -134,7 +134,7 @@ def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[
                     blocks.append(assemble(m, shadow, p))
                 except T.TooLarge as e:
                     found.rejected.append(Rejection(str(e), m.out))
-        out.rejected.extend(_located(_untransformed(r, shadow), shadow) for r in found.rejected)
+        out.rejected.extend(_located(r, shadow) for r in found.rejected)
         planner = Planner(shadow)
         for b in blocks:
             plan = _take(b, planner, options, target, out)
@@ -203,15 +203,9 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
         shared = None if how is None else overlap.plan_shared(b, planner, how, options.validate)
     plan = replace(plan, shared=shared)
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    note = "; ".join(filter(None, (b.ir.routing_note, _zero_gradients(b, planner.shadow))))
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, planner.shadow.dynamo.graph))))
     out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), note, shared is not None))
     return plan
-
-
-def _zero_gradients(b: Block, shadow: Shadow) -> str:
-    """What a loop that leaves out experts without tokens does not say of their gradients."""
-    listed = is_fused(b.match.out) and not b.match.experts.stacked and may_train(shadow.dynamo.graph)
-    return "experts that get no token have gradients of zeros, where the loop gives none" if listed else ""
 
 
 def _planned(b: Block, planner: Planner) -> tuple[Block, BlockPlan]:
@@ -345,15 +339,10 @@ def block_source(out: fx.Node, choice: fx.Node | None) -> str:
     return ":".join(frame) if frame else ""
 
 
-def _untransformed(r: Rejection, shadow: Shadow) -> Rejection:
-    """The true reason where a transform of torch.func is on around a selection."""
-    if r.node not in shadow.transformed:
-        return r
-    return Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", r.node, r.stage, r.source)
-
-
 def _located(r: Rejection, shadow: Shadow) -> Rejection:
     n = r.node
+    if n in shadow.transformed:
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
     if not r.source and isinstance(n, fx.Node):
         r.source = source_of(n) or next((source_of(d) for d in shadow.origin.get(n, ()) if source_of(d)), "")
     return r

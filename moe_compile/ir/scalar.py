@@ -269,7 +269,7 @@ def encode(expr: sp.Expr) -> tuple[list[int], list[float]]:
 
     Raises `UnknownActivation` naming the sub-expression that has no opcode.
     """
-    symbols = {G: ([OP_G], []), U: ([OP_U], [])}
+    symbols: dict[Any, _Code] = {G: ([OP_G], []), U: ([OP_U], [])}
     ops, consts = fold(expr, _Programs(), lambda e, _: symbols.get(e))
     return ops, consts
 

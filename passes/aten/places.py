@@ -15,7 +15,8 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
-from .element import Mask, call_args, normal_dim, op_name, shape_of
+from .element import Mask, call_args, normal_dim, shape_of
+from .names import op_name
 
 REPEATED = "rows that may be put in one place are written, not added: the last of them counts"
 
