@@ -181,9 +181,13 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 
 def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
-    """x between two limits. As functions all spellings are one; at a limit clamp's slope is 1, maximum's 1/2, hardtanh's and relu's 0."""
+    """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside.
+
+    As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0.
+    """
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
-    if lo == -math.inf and hi == math.inf:
+    top = T.upper(x)
+    if lo == -math.inf and hi == math.inf or top is not None and lo <= 0 and top <= hi:
         return x
     if torch.is_grad_enabled():
         return T.fn(name, x, consts=(float(lo), float(hi)))

@@ -45,6 +45,9 @@ class Finder:
         self.limit = 20_000 + 40 * len(self.order)
         self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
         self.given = frozenset(self.sources if id_inputs else ())
+        for n in self.sources:
+            if is_joined(n) and n not in self.memory.stale and (choices := _choices(n)) is not None:
+                n.meta["moe_extent"] = choices
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
@@ -290,8 +293,23 @@ def is_joined(n: fx.Node) -> bool:
 
 def _selected(n: fx.Node) -> bool:
     """Whether a tensor is the indices of a selection, in another shape perhaps."""
+    return is_selection(_selection(n))
+
+
+def _selection(n: fx.Node) -> fx.Node:
     n = unviewed(n)
-    return is_selection(n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n)
+    return n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n
+
+
+def _choices(n: fx.Node) -> int | None:
+    """How many indices the selection had to choose from whose indices these are: each of them is less. None where that is not known."""
+    chosen = _selection(n)
+    if is_joined(chosen):
+        parts = [_choices(x) for x in chosen.args[0]]  # type: ignore[union-attr]
+        return None if None in parts else max(p for p in parts if p is not None)
+    dim = None if is_table(chosen) else call_args(chosen).dim
+    size = None if dim is None else shape_of(chosen.args[0])[dim]  # type: ignore[arg-type]
+    return size if isinstance(size, int) else None
 
 
 def is_selection(n: fx.Node) -> bool:
