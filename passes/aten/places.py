@@ -113,8 +113,8 @@ def never_negative(t: Term) -> bool:
     return lowest is not None and lowest >= 0
 
 
-def least(t: Term) -> int | None:
-    """A number that an index is not below for certain."""
+def least(t: Term, given: int | None = None) -> int | None:
+    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own."""
     if t.op == "c":
         return int(t.args[0]) if isinstance(t.args[0], (int, float)) else 0 if isinstance(t.args[0], sp.Expr) else None
     if t.op == "rank":
@@ -123,13 +123,13 @@ def least(t: Term) -> int | None:
         return 0
     if t.op == "a":
         value = t.args[0].meta.get("val") if isinstance(t.args[0], fx.Node) else None
-        return 0 if isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else None
+        return 0 if T.extent(t) is not None or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
     if t.op == "fn":
         limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
-        return math.floor(limit) if limit > -math.inf else least(t.args[1][0]) if t.args[0] == "round" else None
+        return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given) if t.args[0] == "round" else None
     if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv", "ite"):
         return None
-    parts = [least(c) for c in (t.args[1:] if t.op == "ite" else T.children(t))]
+    parts = [least(c, given) for c in (t.args[1:] if t.op == "ite" else T.children(t))]
     if None in parts:
         return None
     if t.op == "add":
