@@ -318,6 +318,10 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
         elif op == act.OP_MUL:
             (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
             stack.append((a * b, _sum(_times(ag, b), _times(bg, a)), _sum(_times(au, b), _times(bu, a))))
+        elif op == act.OP_DIV:
+            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
+            v = a / b
+            stack.append((v, *(_over(_sum(x, _times(y, -v)), b) for x, y in ((ag, bg), (au, bu)))))
         elif op == act.OP_POW:
             p = next(const)
             v, vg, vu = stack.pop()
@@ -338,6 +342,10 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _over(a: Tensor | None, b: Tensor) -> Tensor | None:
+    return None if a is None else a / b
 
 
 def _times(a: Tensor | None, b: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The ops in plain torch that is differentiable any number of times: what stands behind gradients that are asked for with `create_graph`."""
+"""The ops in plain torch, differentiable any number of times: what stands behind gradients asked for with `create_graph`."""
 
 from __future__ import annotations
 

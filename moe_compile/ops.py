@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, routing, scaled, twice
+from .lowering import cpu, cpu_route, generic, gradients, routing, scaled
+from .lowering.gradients import layout_of as _layout
+from .lowering.gradients import routing_of as _routing
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -96,16 +98,6 @@ def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, e
 
 def _kept(t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if t is None else t.clone()
-
-
-# One object for equal arguments: what kernels derive from it is looked up, not made again
-_routing = functools.lru_cache(maxsize=1024)(routing.Routing)
-_same_layout = functools.lru_cache(maxsize=1024)(generic.Layout)
-
-
-def _layout(args: Sequence[Any]) -> generic.Layout:
-    act_ops, act_consts, *rest = args
-    return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
 def _experts(*args: Any) -> Tensor:
@@ -280,85 +272,6 @@ def _empty_contiguous(t: Tensor) -> Tensor:
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
-class _Experts(torch.autograd.Function):
-    """`experts` with a gradient. Tensors of lists come one by one, because autograd only sees direct arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
-    ) -> Tensor:
-        lists = _regroup(flat, sizes)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, pre, kept_ids, kept_weights = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
-        ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
-        ctx.sizes, ctx.layout, ctx.given = sizes, layout, _Given(weights)
-        ctx.add_dtype = None if add is None else add.dtype
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pre, x, ids, weights, *flat = ctx.saved_tensors
-        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
-        needs = [need_x, need_w, *need_flat]
-        found: list[Tensor | None] = [None] * len(needs)
-        if torch.is_grad_enabled():
-            (w,) = ctx.given.tensors()
-            sizes, layout = ctx.sizes, _layout(ctx.layout)
-            again = lambda x, w, *flat: twice.experts(x, ids, w, *_regroup(flat, sizes), layout)  # noqa: E731
-            found = twice.gradients(again, [x, w, *flat], needs, grad)
-        elif any(needs):
-            given = iter(_ops.experts_bwd(grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
-            found = [next(given) if n else None for n in needs]
-        return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
-
-
-class _Route(torch.autograd.Function):
-    """`route` with a gradient to logits, to a bias that enters the weights, and to the per-expert scale."""
-
-    @staticmethod
-    def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            weights, ids, *kept = _ops.route_fwd(logits, bias, expert_scale, *gating)
-        ctx.mark_non_differentiable(ids)
-        ctx.save_for_backward(*kept)
-        bias = bias if gating[4] else None  # one that only selects has no gradient
-        ctx.gating, ctx.given, ctx.has = gating, _Given(logits, bias, expert_scale), (bias is not None, expert_scale is not None)
-        return weights, ids
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        logits, ids, *tables = ctx.saved_tensors
-        bias, scale = (t if there else None for t, there in zip(tables, ctx.has, strict=True))
-        needs = [ctx.needs_input_grad[1], *(n and there for n, there in zip(ctx.needs_input_grad[2:], ctx.has, strict=True))]
-        found: list[Tensor | None] = [None] * 3
-        if torch.is_grad_enabled():
-            plain = _routing(*ctx.gating)
-            found = twice.gradients(lambda l, b, c: twice.route(l, ids, b, c, plain), ctx.given.tensors(), needs, grad)
-        elif any(needs):
-            given = iter(_ops.route_bwd(grad, ids, logits, bias, scale, *ctx.gating, needs))
-            found = [next(given) if n else None for n in needs]
-        return None, *found
-
-
-class _Given:
-    """Arguments as they were given, for a gradient that is to have one itself; a copy would not be tied to what they come from."""
-
-    def __init__(self, *tensors: Tensor | None) -> None:
-        self._tensors = tensors
-        self._versions = [None if t is None or t.is_inference() else t._version for t in tensors]
-
-    def tensors(self) -> tuple[Any, ...]:
-        if self._versions != [None if t is None or t.is_inference() else t._version for t in self._tensors]:
-            raise RuntimeError("a tensor that a second gradient needs has been modified by an inplace operation since the forward pass")
-        return self._tensors
-
-
-def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The four lists back from one."""
-    it = iter(flat)
-    return [[next(it) for _ in range(size)] for size in sizes]
-
-
 def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -368,14 +281,14 @@ def _experts_autograd(*args: Any) -> Tensor:
     if torch.is_grad_enabled():
         flat = [t for ts in lists for t in ts]
         if _needs_grad([x, weights, add, *flat]):
-            return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+            return gradients.Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.experts.default(*args)  # type: ignore[no-any-return]
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     if _needs_grad([logits, bias, expert_scale]):
-        return _Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
+        return gradients.Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 

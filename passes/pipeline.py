@@ -24,6 +24,7 @@ from .prove.validate import parts, validate
 from .recover import materialise as held
 from .recover import writes
 from .recover.find import Finder
+from .recover.fused import zero_gradients
 from .recover.match import PARAMETERS, ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
 from .recover.region import Block, inside, routing_nodes
@@ -202,7 +203,8 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
         shared = None if how is None else overlap.plan_shared(b, planner, how, options.validate)
     plan = replace(plan, shared=shared)
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note, shared is not None))
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, planner.shadow.dynamo.graph))))
+    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), note, shared is not None))
     return plan
 
 
@@ -339,6 +341,8 @@ def block_source(out: fx.Node, choice: fx.Node | None) -> str:
 
 def _located(r: Rejection, shadow: Shadow) -> Rejection:
     n = r.node
+    if n in shadow.transformed:
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
     if not r.source and isinstance(n, fx.Node):
         r.source = source_of(n) or next((source_of(d) for d in shadow.origin.get(n, ()) if source_of(d)), "")
     return r

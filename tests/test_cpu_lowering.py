@@ -144,6 +144,7 @@ ACTIVATIONS = {
     "power": (act.G**2 + 1) ** sp.Rational(1, 2) * act.U + act.U**3,
     "clamped": act.clamp(act.silu(act.G), -sp.oo, 2) * act.clamp(act.U, -1, 1),
     "constant slope": act.G + 2 * act.U,
+    "quotient": act.G / (1 + sp.Abs(act.U)) - 1 / (2 + act.softplus(act.G)),
     "small": act.log1p(act.relu(act.G)) * act.U + act.expm1(act.U),
 }
 

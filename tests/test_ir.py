@@ -29,9 +29,9 @@ from moe_compile.ir import (
     SharedExpert,
     SumK,
     W,
+    text,
 )
 from moe_compile.ir import scalar as act
-from moe_compile.ir import text
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import activation as triton_code
 
@@ -48,6 +48,7 @@ ACTIVATIONS: dict[str, Any] = {
     "softplus log": sp.log(1 + act.softplus(act.G)) * act.U,
     "odd": sp.tanh(act.G) * sp.Abs(act.U) + sp.exp(-(act.G**2)) - 3,
     "root": sp.sqrt(act.softplus(act.G)) / (1 + act.U**2),
+    "quotient": act.G / (1 + sp.Abs(act.U)) - 1 / (2 + act.softplus(act.G)),
     "small": act.log1p(act.relu(act.G)) + act.expm1(act.U / 4),
 }
 SINGLE: dict[str, Any] = {

@@ -2,7 +2,7 @@
 #pragma once
 #include "common.h"
 
-enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_UNARY = 16 };
+enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV, OP_UNARY = 16 };
 enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS, LOG1P, EXPM1 };
 
 constexpr int RUN = 8 * VL;  // floats per step of the program
@@ -155,13 +155,16 @@ static void run_program(const Program& p, const float* g, const float* u, float*
       continue;
     }
     float *a = v[top], *ag = vg[DUAL ? top : 0], *au = vu[DUAL ? top : 0];
-    if (op == OP_ADD || op == OP_MUL) {
+    if (op == OP_ADD || op == OP_MUL || op == OP_DIV) {
       const float *b = v[top], *bg = ag, *bu = au;
       top--;
       a = v[top], ag = vg[DUAL ? top : 0], au = vu[DUAL ? top : 0];
       if (op == OP_ADD) {
         EACH(a[i] += b[i]);
         if (DUAL) EACH(ag[i] += bg[i]; au[i] += bu[i]);
+      } else if (op == OP_DIV) {
+        EACH(a[i] /= b[i]);
+        if (DUAL) EACH(ag[i] = (ag[i] - a[i] * bg[i]) / b[i]; au[i] = (au[i] - a[i] * bu[i]) / b[i]);
       } else {
         if (DUAL) EACH(ag[i] = ag[i] * b[i] + a[i] * bg[i]; au[i] = au[i] * b[i] + a[i] * bu[i]);
         EACH(a[i] *= b[i]);

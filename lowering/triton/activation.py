@@ -110,9 +110,9 @@ def _emit(ops: Sequence[int], consts: Sequence[float], w: _Writer) -> _Dual:
             stack.append(_Dual("u", None, "1.0"))
         elif op == act.OP_CONST:
             stack.append(_Dual(_number(next(const)), None, None))
-        elif op in (act.OP_ADD, act.OP_MUL):
+        elif op in act.OF_TWO:
             b, a = stack.pop(), stack.pop()
-            stack.append(_sum(w, a, b) if op == act.OP_ADD else _product(w, a, b))
+            stack.append((_sum, _product, _quotient)[act.OF_TWO.index(op)](w, a, b))
         elif op == act.OP_POW:
             stack.append(_power(w, stack.pop(), next(const)))
         elif op == act.OP_CLAMP:
@@ -134,6 +134,19 @@ def _product(w: _Writer, a: _Dual, b: _Dual) -> _Dual:
     if not w.slopes:
         return _Dual(v, None, None)
     return _Dual(v, w.plus(w.times(a.dg, b.v), w.times(b.dg, a.v)), w.plus(w.times(a.du, b.v), w.times(b.du, a.v)))
+
+
+def _quotient(w: _Writer, a: _Dual, b: _Dual) -> _Dual:
+    """v = a / b with slope (a' - v b') / b: no square of b, which may be 0."""
+    v = w.let(f"{a.v} / {b.v}")
+    if not w.slopes:
+        return _Dual(v, None, None)
+
+    def slope(x: str | None, y: str | None) -> str | None:
+        top = w.plus(x, None if y is None else w.let(f"-{v} * {y}"))
+        return None if top is None else w.let(f"{top} / {b.v}")
+
+    return _Dual(v, slope(a.dg, b.dg), slope(a.du, b.du))
 
 
 def _power(w: _Writer, x: _Dual, p: float) -> _Dual:

@@ -152,6 +152,7 @@ class Algebra(Protocol):
     def number(self, c: float) -> Any: ...
     def add(self, a: Any, b: Any) -> Any: ...
     def mul(self, a: Any, b: Any) -> Any: ...
+    def div(self, a: Any, b: Any) -> Any: ...
     def power(self, a: Any, p: float) -> Any: ...
     def clamp(self, a: Any, lo: float, hi: float) -> Any: ...
     def apply(self, f: Scalar, a: Any) -> Any: ...
@@ -159,11 +160,10 @@ class Algebra(Protocol):
 
 def fold(expr: Any, to: Algebra, known: Callable[[Any, Callable[[Any], Any]], Any]) -> Any:
     """An expression in another algebra. `known(e, go)`: what a symbol (or a function that has no row, by `go` of its arguments) is made
-    into, None for all else. w · d ** -n is a division where the algebra has one (`div`): its gradient stays finite where d * d is 0.
+    into, None for all else. w · d ** -n is a division: its gradient stays finite where d * d is 0.
 
     Raises `UnknownActivation` naming the sub-expression that has no row.
     """
-    divide = getattr(to, "div", None)
 
     def go(e: Any) -> Any:
         found = known(e, go)
@@ -174,13 +174,11 @@ def fold(expr: Any, to: Algebra, known: Callable[[Any, Callable[[Any], Any]], An
         if isinstance(e, sp.Add):
             return functools.reduce(to.add, map(go, e.args))
         if isinstance(e, sp.Mul):
-            below = [a for a in e.args if divide and a.is_Pow and a.exp.is_number and a.exp.is_negative]
+            below = [a for a in e.args if a.is_Pow and a.exp.is_number and a.exp.is_negative]
             top = functools.reduce(to.mul, map(go, [a for a in e.args if a not in below] or [sp.S.One]))
-            return top if not below else divide(top, functools.reduce(to.mul, [go(1 / a) for a in below]))  # type: ignore[misc]
+            return top if not below else to.div(top, functools.reduce(to.mul, [go(1 / a) for a in below]))
         if isinstance(e, sp.Pow) and e.exp.is_number:
-            if divide and e.exp.is_negative:
-                return divide(to.number(1.0), go(1 / e))
-            return to.power(go(e.base), float(e.exp))
+            return to.div(to.number(1.0), go(1 / e)) if e.exp.is_negative else to.power(go(e.base), float(e.exp))
         if isinstance(e, clamp) and all(a.is_number for a in e.args[1:]):
             return to.clamp(go(e.args[0]), *(float(a) for a in e.args[1:]))
         row = BY_HEAD.get(e.func)
@@ -226,6 +224,9 @@ class _Expressions:
     def mul(self, a: Any, b: Any) -> Any:
         return a * b
 
+    def div(self, a: Any, b: Any) -> Any:
+        return a / b
+
     def power(self, a: Any, p: float) -> Any:
         return a ** number(p)
 
@@ -236,7 +237,8 @@ class _Expressions:
         return f.head(a)
 
 
-OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP = range(7)
+OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV = range(8)
+OF_TWO = (OP_ADD, OP_MUL, OP_DIV)
 OP_UNARY = 16  # opcodes 16.. are FUNCTIONS
 _OPCODE = {f.name: OP_UNARY + i for i, f in enumerate(FUNCTIONS)}
 _Code = tuple[list[int], list[float]]
@@ -254,6 +256,9 @@ class _Programs:
     def mul(self, a: _Code, b: _Code) -> _Code:
         return [*a[0], *b[0], OP_MUL], [*a[1], *b[1]]
 
+    def div(self, a: _Code, b: _Code) -> _Code:
+        return [*a[0], *b[0], OP_DIV], [*a[1], *b[1]]
+
     def power(self, a: _Code, p: float) -> _Code:
         return [*a[0], OP_POW], [*a[1], p]
 
@@ -269,7 +274,7 @@ def encode(expr: sp.Expr) -> tuple[list[int], list[float]]:
 
     Raises `UnknownActivation` naming the sub-expression that has no opcode.
     """
-    symbols = {G: ([OP_G], []), U: ([OP_U], [])}
+    symbols: dict[Any, _Code] = {G: ([OP_G], []), U: ([OP_U], [])}
     ops, consts = fold(expr, _Programs(), lambda e, _: symbols.get(e))
     return ops, consts
 
@@ -283,9 +288,9 @@ def interpret(ops: Sequence[int], consts: Sequence[float], g: Any, u: Any, to: A
             stack.append(g if op == OP_G else u)
         elif op == OP_CONST:
             stack.append(to.number(next(const)))
-        elif op in (OP_ADD, OP_MUL):
+        elif op in OF_TWO:
             b, a = stack.pop(), stack.pop()
-            stack.append(to.add(a, b) if op == OP_ADD else to.mul(a, b))
+            stack.append((to.add, to.mul, to.div)[OF_TWO.index(op)](a, b))
         elif op == OP_POW:
             stack.append(to.power(stack.pop(), next(const)))
         elif op == OP_CLAMP:

@@ -75,7 +75,7 @@ def _normalised(norm: Normaliser, w: str) -> str:
 
 
 def _expression(expr: Any) -> str:
-    text = str(expr.subs(W, sp.Symbol("w'")))
+    text = str(_decimals(expr.subs(W, sp.Symbol("w'"))))
     for a, b in (("SumK(", "Σ("), ("MaxK(", "max("), ("MinK(", "min("), ("**", "^"), ("*", "·")):
         text = text.replace(a, b)
     return text
@@ -117,8 +117,11 @@ def describe(expr: sp.Expr) -> str:
         relu(G): "ReLU",
         relu(G) ** 2: "ReLU²",
     }
-    decimals = expr.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(str(float(e))))
-    return named.get(expr) or re.sub(r"(\.\d*?[1-9])0+\b", r"\1", str(decimals).replace("**", "^"))
+    return named.get(expr) or re.sub(r"(\.\d*?[1-9])0+\b", r"\1", str(_decimals(expr)).replace("**", "^"))
+
+
+def _decimals(expr: Any) -> Any:
+    return expr.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(str(float(e))))
 
 
 def activation_text(expr: object) -> str:

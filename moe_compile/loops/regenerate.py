@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
 from ..passes.aten.effects import aliased_arg, mutated_args
+from ..passes.aten.names import LIKE, op_name
 from .bench import Call
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
@@ -47,6 +48,7 @@ class Regenerated:
         scales = ("up_scale", "down_scale") if experts.scaled else ()
         self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias", *scales)]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
+        self.like = laid_out_like(self.out)
         self.live = self._live()
         if self.out not in self.live:
             raise Rejection("its result is a view made before the experts wrote to it", stage="read")
@@ -61,7 +63,7 @@ class Regenerated:
     def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
         if n is not self.out:
             return n.all_input_nodes
-        given = [self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")]
+        given = [*(self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")), self.like]
         return [x for x in (*given, *(w for ws in self.lists for w in ws)) if x is not None]
 
     def _live(self) -> set[fx.Node]:
@@ -140,7 +142,11 @@ class Regenerated:
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
         if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:
             tail += f".to({out.dtype})"  # autocast would decide the op's type; the user's function decides for itself
-        return [*lines, f"{env[self.out]} = {env[self.out]}{tail}"] if tail else lines
+        lines += [f"{env[self.out]} = {env[self.out]}{tail}"] if tail else []
+        if self.like is not None:  # zeros_like of a transposed tensor is transposed: so is what was added into it
+            v, like = env[self.out], env[self.like]
+            lines.append(f"{v} = {v} if {like}.is_contiguous() else torch.empty_like({like}, dtype={v}.dtype).copy_({v})")
+        return lines
 
     def _rows(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
         v = n.meta["val"]
@@ -198,6 +204,14 @@ class Regenerated:
         space: dict[str, Any] = {}
         exec(compile(tree, code.co_filename, "exec"), names, space)
         return space[self.function_name]
+
+
+def laid_out_like(out: fx.Node) -> fx.Node | None:
+    """The tensor whose layout a result has: it was made by `zeros_like`, `clone` or the like, and added into."""
+    while (source := aliased_arg(out)) is not None and out.meta["val"].shape == source.meta["val"].shape:
+        out = source
+    kept = op_name(out) in LIKE | {"clone"} and out.kwargs.get("memory_format") in (None, torch.preserve_format)
+    return out.args[0] if kept and isinstance(out.args[0], fx.Node) else None
 
 
 def _literal(v: Any) -> str:

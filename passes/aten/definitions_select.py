@@ -13,6 +13,7 @@ from . import names
 from .definitions_views import TUPLES
 from .element import Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
+from .places import least
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -145,6 +146,9 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
     if t.op != "eq" or e not in t.args or not binders:
         raise Opaque("group sizes that are not the counts of the ids")
     ids = t.args[0] if t.args[1] is e else t.args[1]
+    lowest = least(ids, given=0)
+    if lowest is None or lowest < 0:
+        raise Opaque("ids below zero are sorted before the rows of the first group")
     total: Any = 1
     for v in binders:
         total = total * v.args[1]

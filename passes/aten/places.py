@@ -6,14 +6,17 @@ where rows are different places. A selection's own indices are; indices mapped b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
-from .element import Mask, call_args, normal_dim, op_name, shape_of
+from .element import Mask, call_args, normal_dim, shape_of
+from .names import op_name
 
 REPEATED = "rows that may be put in one place are written, not added: the last of them counts"
 
@@ -26,7 +29,8 @@ def apart(coordinates: Sequence[Term], rows: Iterable[Term], given: Iterable[fx.
         known = False
         for v in list(left):
             others = left - {v}
-            if any(_tells(c, v, others, given) for c in _parts(coordinates, others)) or _quotient_and_rest(coordinates, v):
+            told = _quotient_and_rest(coordinates, v) or _key_and_rank(coordinates, v)
+            if told or any(_tells(c, v, others, given) for c in _parts(coordinates)):
                 left.discard(v)
                 known = True
         for masked in list(left):
@@ -36,8 +40,8 @@ def apart(coordinates: Sequence[Term], rows: Iterable[Term], given: Iterable[fx.
     return not left
 
 
-def _parts(coordinates: Sequence[Term], others: set[Term]) -> Iterable[Term]:
-    """Coordinates without numbers, and without what is known already: the one addend (up to a factor) that is left of each."""
+def _parts(coordinates: Sequence[Term]) -> Iterable[Term]:
+    """Coordinates without numbers: the one addend (up to a factor) that is left of each."""
     for c in coordinates:
         own = [x for x in (c.args if c.op == "add" else (c,)) if x.op != "c"]
         if len(own) == 1:
@@ -74,6 +78,12 @@ def _quotient_and_rest(coordinates: Sequence[Term], v: Term) -> bool:
     return any(c.op == "mod" and c.args[0] is v and c.args[1] in whole for c in coordinates)
 
 
+def _key_and_rank(coordinates: Sequence[Term], v: Term) -> bool:
+    """The key of v and how many have that key up to v: `sums._same_place`."""
+    ranks = [c for c in _parts(coordinates) if c.op == "rank" and c.args[1] is v]
+    return any(r.args[2] is T.at_key(*r.args[:2]) and r.args[2] in coordinates for r in ranks)
+
+
 def _true_elements(coordinates: Sequence[Term], row: Term, given: Iterable[fx.Node]) -> bool:
     """Coordinates of the row-th true element of a mask: all of them, or all but one along which at most one element is true."""
     found: dict[Mask, set[int]] = {}
@@ -99,18 +109,36 @@ def _one_place(mask: Mask, dims: set[int], given: Iterable[fx.Node]) -> bool:
 
 def never_negative(t: Term) -> bool:
     """Whether an index is at least 0 for certain."""
+    lowest = least(t)
+    return lowest is not None and lowest >= 0
+
+
+def least(t: Term, given: int | None = None) -> int | None:
+    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own."""
     if t.op == "c":
-        return isinstance(t.args[0], int) and t.args[0] >= 0 or not isinstance(t.args[0], (int, float, str))
-    if T.is_truth(t) or t.op in ("v", "nz", "topk", "perm", "inv", "rank", "mod"):
-        return True
+        return int(t.args[0]) if isinstance(t.args[0], (int, float)) else 0 if isinstance(t.args[0], sp.Expr) else None
+    if t.op == "rank":
+        return int(t.args[2] is T.at_key(*t.args[:2]))  # an element is among those of its own key
+    if T.is_truth(t) or t.op in ("v", "nz", "topk", "perm", "inv", "mod"):
+        return 0
     if t.op == "a":
         value = t.args[0].meta.get("val") if isinstance(t.args[0], fx.Node) else None
-        return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-    if t.op == "fn" and t.args[0] in ("clamp", "relu", "abs", "round"):
-        return t.args[0] in ("relu", "abs") or t.args[0] == "clamp" and t.args[2][0] >= 0 or never_negative(t.args[1][0])
-    if t.op == "ite":
-        return never_negative(t.args[1]) and never_negative(t.args[2])
-    return t.op in ("add", "mul", "sum", "max", "min", "fdiv", "sv") and all(never_negative(c) for c in T.children(t))
+        return 0 if T.extent(t) is not None or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
+    if t.op == "fn":
+        limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
+        return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given) if t.args[0] == "round" else None
+    if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv", "ite"):
+        return None
+    parts = [least(c, given) for c in (t.args[1:] if t.op == "ite" else T.children(t))]
+    if None in parts:
+        return None
+    if t.op == "add":
+        return sum(parts)  # type: ignore[arg-type]
+    lowest: int = min(parts)  # type: ignore[type-var,assignment]
+    return lowest if t.op in ("ite", "max", "min", "sv") else 0 if lowest >= 0 else None
+
+
+_UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def wrapped(t: Term, size: object) -> Term:

@@ -18,6 +18,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from .effects import Memory
+from .effects import aliased_arg as aliased_arg
+from .effects import mutated_args as mutated_args
 from .node import example_value as example_value
 
 
@@ -26,6 +28,7 @@ class Shadow:
 
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
+    `transformed`: shadow nodes made under a transform of torch.func (vmap, grad, jvp, ...): walls too, for the ops have no rule for it.
     `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
     never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
@@ -36,22 +39,23 @@ class Shadow:
         self.image: dict[fx.Node, fx.Node] = {}
         self.statement: dict[fx.Node, fx.Node] = {}
         self.walls: set[fx.Node] = set()
+        self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
-        self.walls |= self.memory.frozen
+        self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
         mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
         records: list[tuple[fx.Node, fx.Node]] = []
-        spans: list[tuple[int, int]] = []
+        tracer = _Tracer(gm, records)
 
         def run(*args: Any) -> Any:
             with preserve_node_meta():
-                return _Tracer(gm, records, spans).run(*args)
+                return tracer.run(*args)
 
         with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
@@ -68,37 +72,46 @@ class Shadow:
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
-        for names in spans:
-            self.walls.update(by_name[x] for x in names if x in by_name)  # type: ignore[union-attr]
+        self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)
+        self.transformed.update(by_name[x] for x in tracer.transformed if x in by_name)
         return traced
 
 
 class _Tracer(fx.Interpreter):
-    """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has."""
+    """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
-    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], spans: list[Any]) -> None:
+    `opaque`, `transformed`: names of what was made in a higher-order op, under a transform of torch.func.
+    """
+
+    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]]) -> None:
         super().__init__(gm)
-        self.records, self.spans = records, spans
+        self.records = records
+        self.opaque: set[str] = set()
+        self.transformed: set[str] = set()
+        self.level = 0
         self.garbage_collect_values = False
 
     def run_node(self, n: fx.Node) -> Any:
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
-        before = {x.name for x in tracer.graph.nodes} if is_hop and tracer is not None else set()
+        self.level += _change_of_level(n)
+        watched = tracer is not None and (is_hop or self.level > 0)
+        before = {x.name for x in tracer.graph.nodes} if watched else set()
         target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
         old = None if tracer is None or target is None else get_proxy_slot(target, tracer, None, lambda p: p.proxy)
         out = super().run_node(n)
         if tracer is None:
             return out
-        if is_hop:
-            self.spans.append([x.name for x in tracer.graph.nodes if x.name not in before])
+        if watched:
+            made = {x.name for x in tracer.graph.nodes} - before
+            (self.opaque if is_hop else self.transformed).update(made)
         value = out if target is None else target
         if isinstance(value, Tensor) and n.op not in ("placeholder", "output"):
             proxy = get_proxy_slot(value, tracer, None, lambda p: p.proxy)
             if proxy is not None and proxy is not old:  # a write through a view gives the tensor no new name
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
-                    self.spans.append([proxy.node.name])
+                    self.opaque.add(proxy.node.name)
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,6 +119,12 @@ class _Tracer(fx.Interpreter):
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "tag_activation_checkpoint":
             return args[0](*args[1:])
         return super().call_function(target, args, kwargs)
+
+
+def _change_of_level(n: fx.Node) -> int:
+    """1 where a node of Dynamo's graph enters a transform of torch.func, -1 where it leaves one."""
+    name = str(getattr(n.target, "__name__", ""))
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
 def _current_tracer() -> Any:

@@ -18,6 +18,7 @@ from ..recover.fused import is_fused
 from ..recover.match import Param
 from ..recover.region import Block, inside
 from ..recover.shared import Operands, SharedMatch
+from ..rewrite.layout import dims_by_stride
 from ..rewrite.plan import Operand, SharedPlan
 from ..rewrite.planner import Planner
 from .probe import TROUBLE, difference, one_thread, run, size_choices, windows
@@ -104,7 +105,7 @@ def _as_sum(b: Block, s: SharedMatch, planner: Planner) -> tuple[str, str] | Non
     if len(rest) != 1 or len(other) != 1:
         return None
     now, then = example_value(rest[0]), example_value(total)
-    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device:
+    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device or dims_by_stride(now) != dims_by_stride(then):
         return None
     return total.name, rest[0].name
 

@@ -11,6 +11,7 @@ from ...ir import Experts, Form, Rejection
 from ...ir import scalar as act
 from .. import terms as T
 from ..aten import names
+from ..aten.conditions import may_train
 from ..aten.element import Puller, call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from .addends import Part, split_parts
@@ -22,6 +23,12 @@ from .rows import No, mapped, row_index, row_variable, rows
 def is_fused(n: fx.Node) -> bool:
     names = ("moe_compile::experts", "moe_compile::experts_scaled")
     return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
+
+
+def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
+    """What the report says of a captured loop over a list of experts in training, whose experts without tokens it leaves out."""
+    told = is_fused(m.out) and not m.experts.stacked and may_train(graph)
+    return "experts that get no token have gradients of zeros, where the loop gives none" if told else ""
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:

@@ -19,7 +19,8 @@ from ...ir import Experts, MaxK, MinK, Rejection, SumK, W
 from ...ir import scalar as act
 from ...ops import experts_args, scaled_args, shared_args
 from ..aten.effects import live_nodes, remove_dead
-from ..aten.shadow import example_value
+from ..aten.node import example_value
+from .layout import dims_by_stride, restrided
 
 ops = torch.ops.moe_compile
 Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
@@ -228,6 +229,7 @@ class Executor:
                     s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
                 ]
                 new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
+            new = restrided(g, new, dims_by_stride(value))
         new.meta["example_value"] = value
         for u in readers:
             for d in aliases:

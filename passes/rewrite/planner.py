@@ -19,6 +19,7 @@ from ..recover.region import Block
 from ..recover.rows import rows
 from ..recover.writes import reads
 from ..terms import same_size
+from .layout import dims_by_stride
 from .plan import BlockPlan, ExpertsPlan, RoutePlan, can_emit
 
 
@@ -89,7 +90,7 @@ class Planner:
         out = []
         for d in self.shadow.origin.get(s, ()):
             v = example_value(d)
-            if isinstance(v, torch.Tensor) and v.ndim == 2 and v.dtype == dtype and d.op != "placeholder":
+            if isinstance(v, torch.Tensor) and v.ndim == 2 and v.dtype == dtype and d.op != "placeholder" and v.is_contiguous():
                 out.append(d.name)
         return tuple(out)
 
@@ -103,6 +104,8 @@ class Planner:
         inputs = [tokens, *params.values(), *(n for n in (base, ids, weights) if n is not None)]
         inputs += [self.locate(n, n) for n in b.routing_inputs()]
         self._check(m, inputs, out)
+        for d in self._aliases(m.out):
+            dims_by_stride(example_value(d), m.out)
 
         def group(qs: list[Any]) -> tuple[Any, ...]:
             return tuple((params[q.node].name, q.view) for q in qs)

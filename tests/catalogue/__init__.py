@@ -12,8 +12,10 @@ from . import (
     combine,
     constant_near_misses,
     dispatch,
+    exact,
     expert_near_misses,
     groups,
+    ids,
     loops,
     loops_remote,
     near_norms,
@@ -51,6 +53,8 @@ FILES: tuple[ModuleType, ...] = (
     sentinels,
     expert_near_misses,
     constant_near_misses,
+    exact,
+    ids,
 )
 
 
