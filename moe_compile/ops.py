@@ -14,8 +14,6 @@ A device without kernels of its own runs `moe_compile.lowering.generic`.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, routing, scaled
+from .lowering import cpu, cpu_route, generic, on_cuda, routing, scaled
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -144,31 +142,6 @@ def _experts_bwd_cpu(*args: Any) -> list[Tensor]:
     return cpu.backward(*args[:9], _layout(args[9:-1]), args[-1])
 
 
-def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels of lowering/triton, looked up at the first call; plain torch where triton is missing."""
-
-    @functools.cache
-    def found() -> Callable[..., Any]:
-        if importlib.util.find_spec("triton") is None:
-            return otherwise
-        kernels: Callable[..., Any] = getattr(importlib.import_module("moe_compile.lowering.triton.calls"), name)
-        return kernels
-
-    def call(*args: Any) -> Any:
-        with torch.cuda.device(args[0].device):
-            return found()(*args)
-
-    return call
-
-
-_shared_kernels = _cuda("experts_shared", lambda *_: None)
-
-
-def _experts_shared_cuda(*args: Any) -> Tensor:
-    out = _shared_kernels(*args)
-    return _experts_shared(*args) if out is None else out
-
-
 for _name, _any_device, _on_cpu in (
     ("route", _route, _route_cpu),
     ("route_linear", _route_linear, None),
@@ -179,7 +152,7 @@ for _name, _any_device, _on_cpu in (
     ("experts_shared", _experts_shared, None),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
-    _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
+    _lib.impl(_name, functools.partial(on_cuda.call, _name), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 _lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
@@ -239,6 +212,36 @@ def _empty_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+on_cuda.define(
+    _lib,
+    {
+        "route": _route,
+        "route_linear": _route_linear,
+        "route_bwd": _route_bwd,
+        "experts": _experts,
+        "experts_fwd": _experts_fwd,
+        "experts_bwd": _experts_bwd,
+        "experts_shared": _experts_shared,
+    },
+    {
+        "route": _route_fake,
+        "route_linear": _route_linear_fake,
+        "route_bwd": _route_bwd_fake,
+        "experts": _experts_fake,
+        "experts_fwd": _experts_fwd_fake,
+        "experts_bwd": _experts_bwd_fake,
+        "experts_shared": _experts_shared_fake,
+    },
+)
+
+
+def _below(name: str, *args: Any) -> Any:
+    """The op below autograd, on CUDA in its short form."""
+    x: Tensor = args[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return on_cuda.call(name, *args) if x.is_cuda else getattr(_ops, name).default(*args)
+
+
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -250,8 +253,7 @@ class _Experts(torch.autograd.Function):
         ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
     ) -> Tensor:
         lists = _regroup(flat, sizes)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, pre = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
+        out, pre = _below("experts_fwd", x, ids, weights, *lists, add, *layout)
         ctx.save_for_backward(pre, x, ids, weights, *flat)
         ctx.sizes, ctx.layout = sizes, layout
         ctx.add_dtype = None if add is None else add.dtype
@@ -265,7 +267,7 @@ class _Experts(torch.autograd.Function):
         needs = [need_x, need_w, *need_flat]
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs):
-            given = iter(_ops.experts_bwd(grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
+            given = iter(_below("experts_bwd", grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
 
@@ -275,8 +277,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            weights, ids = _ops.route(logits, bias, expert_scale, *gating)
+        weights, ids = _below("route", logits, bias, expert_scale, *gating)
         ctx.mark_non_differentiable(ids)
         ctx.save_for_backward(ids, logits, bias, expert_scale)
         ctx.gating = gating
@@ -289,7 +290,7 @@ class _Route(torch.autograd.Function):
         needs[1] = needs[1] and ctx.gating[4]  # a bias that only selects has no gradient
         found: list[Tensor | None] = [None] * 3
         if any(needs):
-            given = iter(_ops.route_bwd(grad, *ctx.saved_tensors, *ctx.gating, needs))
+            given = iter(_below("route_bwd", grad, *ctx.saved_tensors, *ctx.gating, needs))
             found = [next(given) if n else None for n in needs]
         return None, *found
 
@@ -310,15 +311,13 @@ def _experts_autograd(*args: Any) -> Tensor:
         flat = [t for ts in lists for t in ts]
         if _needs_grad([x, weights, add, *flat]):
             return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.experts.default(*args)  # type: ignore[no-any-return]
+    return _below("experts", *args)  # type: ignore[no-any-return]
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     if _needs_grad([logits, bias, expert_scale]):
         return _Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+    return _below("route", logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
 def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,8 +327,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if _needs_grad(tensors):
             return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_ops, name)(*args)
+        return _below(name, *args)
 
     return call
 

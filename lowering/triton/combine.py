@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .host import capability, cdiv, power_of_2
+from .launch.tape import launch
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,11 +78,12 @@ def combine(
     split = max(1, y.shape[0] // max(1, tokens * k))
     grid = (tokens, cdiv(width, columns))
     warps = max(1, columns // 256)
-    launch = {"launch_pdl": True} if early and early_launch(x) else {}
-    _combine[grid](
+    pdl = {"launch_pdl": True} if early and early_launch(x) else {}
+    launch(
+        _combine, grid,
         y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity,
         x.stride(0), add.stride(0) if add is not None else 0,
         SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0,
-        BT=1, BN=columns, SPLIT=split, PDL=bool(launch), num_warps=warps, **launch,
+        BT=1, BN=columns, SPLIT=split, PDL=bool(pdl), num_warps=warps, **pdl,
     )  # fmt: skip
     return out

@@ -16,6 +16,7 @@ from . import activation, decode, gemm, tune
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .host import capability, cdiv, power_of_2, processors
+from .launch.tape import empty, launch
 from .tune import Choice, Tile, Vector
 from .weights import (
     Biases,
@@ -90,8 +91,8 @@ def forward(
         add = late.join()
     if call is None:
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
-    out = x.new_empty(x.shape[0], call.down.n)
-    pre = x.new_empty(call.slots if save else 0, layout.pre_width(down))
+    out = empty(x, x.shape[0], call.down.n)
+    pre = empty(x, call.slots if save else 0, layout.pre_width(down))
     if call.slots == 0:
         return (out.zero_() if add is None else out.copy_(add)), pre
     if choice is None:
@@ -129,7 +130,7 @@ def read(
 
 
 def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
-    a = c.x.new_empty(c.slots, c.up.n)
+    a = empty(c.x, c.slots, c.up.n)
     few_up(c, a, up)
     if c.late is None:
         few_down(c, a, c.add, out, down, early=True)
@@ -143,30 +144,32 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     """a [T·k, I] = act(up x), a program per pair and block of columns."""
     layout, bias = c.layout, c.up_bias
     fns = activation.functions(layout.act_ops, layout.act_consts)
-    launch = {"launch_pdl": True} if early_launch(c.x) else {}
+    pdl = {"launch_pdl": True} if early_launch(c.x) else {}
     bn, bk = _extents(tile, c.up)
-    decode.up_decode[(c.slots, cdiv(c.up.n, bn))](
+    launch(
+        decode.up_decode, (c.slots, cdiv(c.up.n, bn)),
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
         c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         *_bias_strides(bias),
         MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
-        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(pdl), ALIGNED=c.up.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
 def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, early: bool) -> None:
     """out [T, H] = add + Σ_j w down a, in the dtype of `out`. `early`: may start while the kernel before it still runs."""
     layout, bias = c.layout, c.down_bias
-    launch = {"launch_pdl": True} if early and early_launch(c.x) else {}
+    pdl = {"launch_pdl": True} if early and early_launch(c.x) else {}
     bn, bk = _extents(tile, c.down)
-    decode.down_decode[(c.ids.shape[0], cdiv(c.down.n, bn))](
+    launch(
+        decode.down_decode, (c.ids.shape[0], cdiv(c.down.n, bn)),
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, add, out,
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
         ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
-        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
-        num_warps=tile.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(pdl), ALIGNED=c.down.aligned,
+        num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
@@ -180,10 +183,10 @@ def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
     layout = c.layout
-    a = c.x.new_empty(c.slots, c.up.n)
+    a = empty(c.x, c.slots, c.up.n)
     up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
-    y = c.x.new_empty(depth_parts(a, c.down, down) * c.slots, c.down.n)
+    y = empty(c.x, depth_parts(a, c.down, down) * c.slots, c.down.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, gather=c.ids.shape[1], pre=pre,
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
     if c.late is not None:
@@ -234,16 +237,17 @@ def grouped_gemm(
     fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
     most = tiles.shape[1] * cdiv(w.n, bn)
     grid = (min(most, tile.per_sm * processors(a.device)) if tile.per_sm else most,)
-    launch = {"launch_pdl": True} if early_launch(a) else {}
-    gemm.grouped_gemm[grid](
+    pdl = {"launch_pdl": True} if early_launch(a) else {}
+    launch(
+        gemm.grouped_gemm, grid,
         a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
         tiles.shape[1], w.n, w.k, max(gather, 1),
         a.stride(0), w.stride_e, stride_n, w.stride_k, *_bias_strides(bias), out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
         GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
-        num_warps=tile.warps, num_stages=tile.stages, **launch,
+        BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(pdl), GROUP=tile.group, ALIGNED=w.aligned,
+        num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
 
 
@@ -309,7 +313,8 @@ def warp_specialised(
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
     together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k // tile.bk % (2 * split) == 0 else 1
-    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, processors(a.device)),)](
+    launch(
+        hopper.grouped_gemm, (min(tiles.shape[1] * blocks, processors(a.device)),),
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
         rows.order, rows.offsets, rows.tile_starts.get(pad), tiles, rows.tile_starts[tile.bm], count, rows.counters,

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .launch import plans
+
 SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -148,6 +150,7 @@ def remember(card_name: str, problem: Problem, found: dict[int, Choice]) -> Path
     temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     _table.cache_clear()
+    plans.forget()
     return path
 
 
