@@ -113,7 +113,7 @@ class Later:
         for i in index:
             if i is None:
                 shape.append(1)
-                strides.append(1)
+                strides.append(self.shape[dim] * self.strides[dim] if dim < self.ndim else 1)
                 continue
             stride = self.strides[dim]
             if isinstance(i, slice):
