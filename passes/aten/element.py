@@ -128,7 +128,6 @@ class Puller:
     """`stop(node)` says where to make an atom; `dtypes` notes the dtype in which a pointwise function was computed."""
 
     def __init__(self, stop: Callable[[fx.Node], bool], walls: set[fx.Node] = frozenset(), limit: int = 400_000) -> None:  # type: ignore[assignment]
-
         self.stop, self.walls, self.left = stop, walls, limit
         self.memo: dict[tuple[fx.Node, tuple[Term, ...]], Term] = {}
         self.masks: dict[fx.Node, Mask] = {}
