@@ -45,12 +45,14 @@ BLOCKS = {
         60, 4, 2048, 1408, 5632, "qwen2_moe", "Qwen2MoeSparseMoeBlock", {"num_experts": 60, "shared_expert_intermediate_size": 5632}
     ),
     "Phi-3.5-MoE": Block(
-        16, 2, 4096, 6400, 0, "phimoe", "PhimoeSparseMoeBlock", {"num_local_experts": 16, "intermediate_size": 6400, "router_jitter_noise": 0.0}
+        16, 2, 4096, 6400, 0, "phimoe", "PhimoeSparseMoeBlock",
+        {"num_local_experts": 16, "intermediate_size": 6400, "router_jitter_noise": 0.0},
     ),
     "Jamba": Block(16, 2, 4096, 14336, 0, "jamba", "JambaSparseMoeBlock", {"num_experts": 16, "intermediate_size": 14336}),
     "Granite-3": Block(40, 8, 1536, 512, 0, "granitemoe", "GraniteMoeMoE", {"num_local_experts": 40, "intermediate_size": 512}),
     "Ernie-4.5-21B": Block(
-        64, 6, 2560, 1536, 3072, "ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", {"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2}
+        64, 6, 2560, 1536, 3072, "ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock",
+        {"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2},
     ),
     "2056 x 1416": Block(60, 4, 2056, 1416),
     "2056 x 1416, [E,in,out]": Block(60, 4, 2056, 1416, transposed=True),

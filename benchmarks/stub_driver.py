@@ -17,7 +17,9 @@ import torch
 _SOURCE = """
 typedef unsigned long long u64;
 int cuLaunchKernelEx(void *a, void *b, void *c, void *d) { return 0; }
-int cuTensorMapEncodeTiled(void *a, int b, unsigned c, void *d, void *e, void *f, void *g, void *h, int i, int j, int k, int l) { return 0; }
+int cuTensorMapEncodeTiled(void *m, int t, unsigned r, void *a, void *s, void *d, void *b, void *e, int i, int w, int l, int f) {
+  return 0;
+}
 int cuEventCreate(void **e, unsigned f) { *e = (void *)1; return 0; }
 int cuEventRecord(void *e, void *s) { return 0; }
 int cuStreamWaitEvent(void *s, void *e, unsigned f) { return 0; }

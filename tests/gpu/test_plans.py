@@ -5,6 +5,7 @@ Kernels run in Triton's interpreter, from the addresses that a plan has written:
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -346,7 +347,7 @@ def test_small_buffers_do_not_overlap() -> None:
     recorded.steps = [tape.Launch(None, (1,), tuple(made_), {}, False)]
     found = memory.plan(recorded, [made_[1].root])
     places = sorted((found.offsets[b.root], found.offsets[b.root] + memory.bytes_of(b)) for b in made_ if b is not made_[1])
-    assert all(a[1] <= b[0] for a, b in zip(places, places[1:])) and places[-1][1] <= found.size and set(found.alone) == {made_[1].root}
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(places)) and places[-1][1] <= found.size and set(found.alone) == {made_[1].root}
 
 
 # ---- beside the routed experts -------------------------------------------------------------------------------------
