@@ -24,6 +24,10 @@ int cuEventCreate(void **e, unsigned f) { *e = (void *)1; return 0; }
 int cuEventRecord(void *e, void *s) { return 0; }
 int cuStreamWaitEvent(void *s, void *e, unsigned f) { return 0; }
 int cuMemsetD32Async(u64 p, unsigned v, u64 n, void *s) { return 0; }
+int cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+int cuDeviceGet(int *d, int i) { return 0; }
+int cuDevicePrimaryCtxRetain(void **c, int d) { return 0; }
+int cuCtxSetCurrent(void *c) { return 0; }
 int cuGetErrorString(int code, const char **text) { *text = "stub"; return 0; }
 """
 CARD = "nvidia_h100_80gb_hbm3"

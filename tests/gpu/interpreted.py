@@ -64,6 +64,9 @@ class Driver:
         step.kernel[step.grid](*args, **{n: real(a) for n, a in step.kwargs.items()})
         return 0
 
+    def bind(self, index: int) -> None:
+        pass
+
     def event(self) -> int:
         return 7
 

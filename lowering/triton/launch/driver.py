@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _NAMES = ("cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuMemsetD32Async")
+_CONTEXT = ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")
 _EARLY_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _L2_128 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton asks for
@@ -66,6 +67,17 @@ class Driver:
         self.memset.argtypes = (c_uint64, c_uint, c_size_t, c_void_p)
         self._create = create
         self._create.argtypes = (POINTER(c_void_p), c_uint)
+        self._current, self._device, self._retain, self._set_current = (getattr(library, name) for name in _CONTEXT)
+        self._set_current.argtypes = (c_void_p,)
+
+    def bind(self, index: int) -> None:
+        """Give this thread the context that torch uses on a device, where it has none: a thread that has only just begun."""
+        context, device = c_void_p(), c_int()
+        self.check(self._current(ctypes.byref(context)))
+        if not context:
+            self.check(self._device(ctypes.byref(device), index))
+            self.check(self._retain(ctypes.byref(context), device))
+            self.check(self._set_current(context))
 
     def event(self) -> int:
         """A new event that keeps no time."""

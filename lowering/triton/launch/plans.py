@@ -8,6 +8,7 @@ tiles are not: `forget` drops the plans when they change.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,15 @@ MOST = 4096  # plans; each holds some ten kilobytes
 Build = Callable[[Any, list[Any]], Any]  # (the op's plain numbers, operands or None) -> a tensor, or a tuple or list of them
 _plans: dict[Hashable, tuple[Plan, type | None] | None] = {}
 _enabled = True
+
+
+class _Thread(threading.local):
+    """Whether this thread has a context of the driver."""
+
+    bound = False
+
+
+_thread = _Thread()
 
 
 def call(build: Build, how: Any, tensors: Sequence[Tensor | None]) -> Any:
@@ -50,6 +60,9 @@ def call(build: Build, how: Any, tensors: Sequence[Tensor | None]) -> Any:
     if kept is None:
         return build(how, list(tensors))
     plan, kind = kept
+    if not _thread.bound:
+        found.bind(index)
+        _thread.bound = True
     results = plan.run(tensors, pointers, current_stream(index))
     return results[0] if kind is None else kind(results)
 
