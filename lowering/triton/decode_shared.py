@@ -31,7 +31,9 @@ from .tune import Vector
 @triton.jit
 def up_together(
     x, ids, weights, w0, w1, out, shared0, shared1, shared_out,
-    tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, shared_n, shared_stride_n, shared_stride_k,
+    tokens, n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, stride_x: tl.constexpr,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
+    shared_n: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +83,9 @@ def up_together(
 @triton.jit
 def down_together(
     a, ids, weights, w, bias, x, add, out, shared_a, shared, shared_bias, gate,
-    n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
-    shared_k, shared_stride_n, shared_stride_k, shared_stride_bn,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
+    shared_k: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr, shared_stride_bn,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,

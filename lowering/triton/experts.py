@@ -269,7 +269,7 @@ def depth_parts(a: Tensor, w: Matrices, tile: Tile) -> int:
     The buffer of results has so many times N rows, and tells the kernel and the combine. In fp16 a part could overflow where all of them
     do not.
     """
-    possible = a.dtype != torch.float16 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    possible = a.dtype != torch.float16 and w.k % tile.bk == 0 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
     fits = possible and uses_hopper(a, w, tile)
     return tile.split if fits else 1
 
@@ -278,7 +278,9 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
     card = capability(a.device) == (9, 0)
     rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 and w.n * a.element_size() % 16 == 0
-    shape = tile.bm in _WARPED_ROWS and w.k % tile.bk == 0 and (w.out_in or tile.bn >= 64)  # rows of 128 bytes in shared memory
+    # [k, n]: rows of 128 bytes in shared memory, and no step may reach into the next expert's matrix; [n, k]: a row's rest comes as zeros
+    depth = w.k * a.element_size() % 16 == 0 if w.out_in else w.k % tile.bk == 0 and tile.bn >= 64
+    shape = tile.bm in _WARPED_ROWS and depth
     return card and rows and shape and a.dtype != torch.float32 and not w.table and all(flat_fits(p) for p in _whole(w))
 
 
@@ -312,7 +314,7 @@ def warp_specialised(
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
-    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k // tile.bk % (2 * split) == 0 else 1
+    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k % (2 * split * tile.bk) == 0 else 1
     launch(
         hopper.grouped_gemm, (min(tiles.shape[1] * blocks, processors(a.device)),),
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
@@ -322,7 +324,7 @@ def warp_specialised(
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
         WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, SPLIT=split,
-        TOGETHER=together, num_warps=4,
+        TOGETHER=together, EVEN_K=w.k % tile.bk == 0, num_warps=4,
     )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ _DEPTH = 4096  # elements of a row in one go
 
 @triton.jit
 def logits_kernel(
-    x, w, bias, out, n, k, stride_x, stride_w, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr
-):
+    x, w, bias, out, n: tl.constexpr, k: tl.constexpr, stride_x: tl.constexpr, stride_w: tl.constexpr,
+    BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     n0 = tl.program_id(1) * BN
     if PDL:
