@@ -99,29 +99,16 @@ class Plain(nn.Module):
         return y[back].view(x.shape[0], self.k, -1).sum(1).to(x.dtype).view_as(hidden)
 
     def _product(self, rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-        """torch's grouped product takes rows of whole 16 bytes only; for other widths every expert's rows by themselves."""
-        aligned = rows.shape[1] % 8 == 0 and w.shape[2] % 8 == 0
-        return torch._grouped_mm(rows, w, offs=ends) if aligned else _one_by_one(rows, w, ends)
-
-
-@torch.library.custom_op("moe_bench::one_by_one", mutates_args=())
-def _one_by_one(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """As transformers does where the grouped product cannot."""
-    out, first = rows.new_zeros(rows.shape[0], w.shape[2]), 0
-    for e, end in enumerate(ends.tolist()):
-        if end > first:
-            torch.mm(rows[first:end], w[e], out=out[first:end])
-        first = end
-    return out
-
-
-@_one_by_one.register_fake
-def _(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], w.shape[2])
+        """torch's grouped product takes rows of whole 16 bytes only; for other widths what transformers falls back to."""
+        if rows.shape[1] % 8 == 0 and w.shape[2] % 8 == 0:
+            return torch._grouped_mm(rows, w, offs=ends)
+        product: Tensor = torch.ops.transformers.grouped_mm_fallback(rows, w, offs=ends)
+        return product
 
 
 def build(b: Block, dtype: torch.dtype, device: str) -> nn.Module:
     """A random block on the device, in eval mode. Raises ImportError or AttributeError where transformers does not have it."""
+    importlib.import_module("transformers.integrations.moe")  # defines what `Plain` falls back to
     torch.manual_seed(0)
     with torch.device(device):
         module = Plain(b) if b.model is None else _of_transformers(b)

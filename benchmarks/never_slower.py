@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fcntl
+import functools
 import gc
 import itertools
 import json
@@ -44,15 +45,16 @@ def sets_of(tokens: int) -> int:
 # ---- one block, in a process of its own ------------------------------------------------------------------------------
 
 
-def compiled(block: Any, backend: str, training: bool) -> Any:
-    """The block through a backend; sides share their weights."""
+def compiled(block: Any, backend: str, name: str) -> Any:
+    """The block through a backend, entered by a function of its own: what Dynamo keeps of one does not lengthen the other's guards."""
     import torch
 
-    torch._dynamo.reset()
-    return torch.compile(block, backend=backend, dynamic=False)
+    space: dict[str, Any] = {"block": block}
+    exec(f"def {name}(x):\n    return block(x)", space)
+    return torch.compile(space[name], backend=backend, dynamic=False)
 
 
-def calls_of(f: Any, inputs: list[Any], training: bool) -> list[Callable[[], object]]:
+def calls_of(f: Any, block: Any, inputs: list[Any], training: bool) -> list[Callable[[], object]]:
     """A call on each input; in training a step of forward and backward after which gradients are dropped."""
     import torch
 
@@ -65,7 +67,7 @@ def calls_of(f: Any, inputs: list[Any], training: bool) -> list[Callable[[], obj
         return [lambda x=x: infer(x) for x in inputs]
     leaves = [x.clone().requires_grad_() for x in inputs]
     grads = [torch.randn_like(x) for x in inputs]
-    parameters = [p for p in f.parameters() if p.requires_grad]
+    parameters = [p for p in block.parameters() if p.requires_grad]
 
     def step(x: Any, grad: Any) -> None:
         f(x).backward(grad)
@@ -76,25 +78,47 @@ def calls_of(f: Any, inputs: list[Any], training: bool) -> list[Callable[[], obj
     return [lambda x=x, g=g: step(x, g) for x, g in zip(leaves, grads)]
 
 
-def called(calls: list[Callable[[], object]], seconds: float) -> float:
-    """Median microseconds of a call, over rounds of calls one after the other."""
+def called(calls: list[Callable[[], object]]) -> float:
+    """Microseconds of a call, over calls one after the other."""
     import torch
 
-    seen, until = [], time.perf_counter() + seconds
-    while len(seen) < 5 or time.perf_counter() < until:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for call in calls * 4:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for call in calls * 2:
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / (2 * len(calls)) * 1e6
+
+
+def replayed(calls: list[Callable[[], object]]) -> Callable[[], float]:
+    """The calls captured in one CUDA graph; microseconds of a call at each replay."""
+    import torch
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
             call()
-        torch.cuda.synchronize()
-        seen.append((time.perf_counter() - start) / (4 * len(calls)))
-    return statistics.median(seen) * 1e6
+
+    def replay() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / len(calls)
+
+    return replay
 
 
-def in_graph(calls: list[Callable[[], object]], seconds: float) -> float:
-    from moe_compile.lowering.triton import tuner
-
-    return tuner.microseconds(calls, seconds)
+def in_turns(sides: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """The lower quartile of each side's figures, taken in turns: a machine that is busy for a while slows both."""
+    seen: dict[str, list[float]] = {n: [] for n in sides}
+    until = time.perf_counter() + seconds * len(sides)
+    while time.perf_counter() < until or min(map(len, seen.values())) < 6:
+        for n, side in sides.items():
+            seen[n].append(side())
+    return {n: sorted(v)[len(v) // 4] for n, v in seen.items()}
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -107,6 +131,7 @@ def worker(args: argparse.Namespace) -> None:
     training, b = kind == "training", BLOCKS[name]
     block = build(b, getattr(torch, dtype), "cuda")
     block.requires_grad_(training)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     ready: dict[tuple[int, str], Any] = {}
     for tokens, backend in itertools.product(args.tokens, BACKENDS):
         g = torch.Generator("cuda").manual_seed(tokens)
@@ -114,8 +139,8 @@ def worker(args: argparse.Namespace) -> None:
         point: Point = {"block": name, "dtype": dtype, "kind": kind, "tokens": tokens}
         start = time.perf_counter()
         try:
-            f = compiled(block, backend, training)
-            calls = calls_of(f, inputs, training)
+            f = compiled(block, backend, f"{backend}_{tokens}")
+            calls = calls_of(f, block, inputs, training)
             result = calls[0]()
             for call in calls:
                 call()
@@ -142,7 +167,7 @@ def fused() -> int:
 
 
 def measured(sides: dict[str, Any], seconds: float) -> Point:
-    """Both sides in turns, twice; the better of each side's two."""
+    """Both sides in turns."""
     import torch
 
     point: Point = dict(sides["moe_fused"][0])
@@ -152,16 +177,15 @@ def measured(sides: dict[str, Any], seconds: float) -> Point:
     if isinstance(results[0], torch.Tensor):
         a, c = (r.float() for r in results)
         point["difference"] = float(f"{float((a - c).norm() / a.norm()):.2e}")
-    for what, how in (("called", called), ("graph", in_graph)):
-        seen: dict[str, list[float]] = {n: [] for n in sides}
-        for n in (*sides, *reversed(sides)):
-            try:
-                seen[n].append(how(sides[n][1], seconds))
-            except Exception as e:  # a step that waits for the device cannot be captured
-                point[f"{what}_{n}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
-                torch.cuda.synchronize()
-        point |= {f"{what}_{n}": round(min(v), 1) for n, v in seen.items() if v}
-    return point
+    found = in_turns({n: functools.partial(called, s[1]) for n, s in sides.items()}, seconds)
+    graphs: dict[str, Callable[[], float]] = {}
+    for n, s in sides.items():
+        try:
+            graphs[n] = replayed(s[1])
+        except Exception as e:  # a step that waits for the device cannot be captured
+            point[f"graph_{n}_failed"] = f"{type(e).__name__}: {str(e)[:120]}"
+    point |= {f"called_{n}": round(us, 1) for n, us in found.items()}
+    return point | {f"graph_{n}": round(us, 1) for n, us in in_turns(graphs, seconds).items()} if graphs else point
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def install() -> None:
     """From here on, plans are made for a card that is not there, of operands in main memory. Once, before anything is called."""
     from triton.runtime.driver import driver as triton_driver
 
-    from moe_compile.lowering.triton import combine, experts, hopper_calls, tune
+    from moe_compile.lowering.triton import calls, tune  # noqa: F401 (with all it needs)
     from moe_compile.lowering.triton.launch import driver, plan, plans, tape
 
     triton_driver.set_active(_Triton())
@@ -104,8 +105,8 @@ def install() -> None:
     side = type("Stream", (), {"cuda_stream": 1})()
     plan.side_stream = tape.side_stream = lambda device: side
     tune.card = lambda device: CARD
-    for module in (combine, experts, hopper_calls):
-        module.capability = lambda device: (9, 0)
-    for module in (experts, hopper_calls):
-        module.processors = lambda device: 132
+    for module in [m for name, m in sys.modules.items() if name.startswith("moe_compile.lowering.triton.")]:
+        for name, told in (("capability", (9, 0)), ("processors", 132)):
+            if hasattr(module, name):
+                setattr(module, name, lambda device, told=told: told)
     plans.device_of = lambda tensors: torch.device("cuda", 0)

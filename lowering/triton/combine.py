@@ -18,7 +18,8 @@ UNROLLED = tl.constexpr(16)  # slots of a token
 
 @triton.jit
 def _slot(
-    total, j, t, columns, inside, y, rank, ids, weights, x, tokens, width: tl.constexpr, k: tl.constexpr, num_experts, num_identity, stride_x,
+    total, j, t, columns, inside, y, rank, ids, weights, x, tokens, width: tl.constexpr, k: tl.constexpr,
+    num_experts, num_identity, stride_x,
     SORTED: tl.constexpr, WEIGHTED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """total + what slot j of tokens t adds."""

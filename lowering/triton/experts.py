@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ir import Form
 from .. import generic
 from ..generic import Layout
-from . import activation, decode, gemm, tune
+from . import activation, decode, gemm, library, tune
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .host import capability, cdiv, power_of_2, processors
@@ -95,12 +95,16 @@ def forward(
     pre = empty(x, call.slots if save else 0, layout.pre_width(down))
     if call.slots == 0:
         return (out.zero_() if add is None else out.copy_(add)), pre
+    chosen = choice
     if choice is None:
         problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, ids.shape[1], x.dtype, layout.gated)
         choice = tune.choose(problem, x.shape[0], x.device)
     call = replace(call, late=late)
     if choice.decode is not None and not save:
         return _few_tokens(call, out, *choice.decode), pre
+    if chosen is None and library.better(call):
+        out, kept = library.run(call, up[0], down[0], out)
+        return out, kept if save else pre
     return _grouped(call, out, pre if save else None, choice), pre
 
 

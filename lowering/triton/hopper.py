@@ -191,9 +191,10 @@ def _ask(w, row, column, depth, full, place, OUT_IN: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k, slots_per_token, stride_a,
-    rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-    EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, GROUP: gl.constexpr,
+    a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
+    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+    EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr,
+    GROUP: gl.constexpr,
     SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]

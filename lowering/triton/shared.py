@@ -22,13 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ir import Form, Overlap
+from ...ir import Overlap
 from ..generic import Layout
-from . import activation, tune
+from . import tune
 from .decode_shared import Shared, few_together, fits
 from .experts import Call, few_down, few_up, forward, read
 from .host import cdiv, power_of_2
 from .launch.tape import Beside, empty, fill, launch, product
+from .pointwise import activate
 from .tune import Vector
 
 _MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
@@ -72,7 +73,7 @@ class Many:
         c = self.call
         for w, pre in zip(self.up, self.pre, strict=True):
             product(c.x, w, pre)
-        activate(c, self.pre, self.a)
+        activate(c.layout, self.pre, c.up_bias, self.a)
         product(self.a, self.down, self.y)
         if self.out is None:
             return self.y
@@ -177,42 +178,6 @@ def _branch(
     down_in = down[0] if down_transposed else down[0].t()
     a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
     return Many(call, up_in, down_in, pre, a, y, None if plain else out, None if gate is None else weights, add)
-
-
-def activate(c: Call, pre: Sequence[Tensor], out: Tensor) -> None:
-    """out [T, I] = act(g + b_g, u + b_u), from products as they are stored."""
-    form, (tokens, width) = Form(c.layout.form), out.shape
-    g = u = pre[0]
-    if form is Form.SEPARATE:
-        u = pre[1]
-    elif form is Form.CONCAT:
-        u = pre[0][:, width:]
-    elif form is Form.INTERLEAVED:
-        u = pre[0][:, 1:]
-    bias = c.up_bias
-    columns = min(1024, power_of_2(width))
-    launch(
-        _activate, (tokens, cdiv(width, columns)),
-        g, u, *((None, None) if bias is None else (bias.parts[0], bias.parts[-1])), out, width, g.stride(0),
-        0 if bias is None else bias.stride_n,
-        STEP=2 if form is Form.INTERLEAVED else 1, ACT=activation.functions(c.layout.act_ops, c.layout.act_consts).act,
-        BIAS=bias is not None, BN=columns, num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _activate(
-    g, u, bias_g, bias_u, out, width, stride, stride_bias, STEP: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
-):
-    t = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = columns < width
-    a = tl.load(g + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(u + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        a += tl.load(bias_g + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
-        b += tl.load(bias_u + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + t * width + columns, ACT(a, b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

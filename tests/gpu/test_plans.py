@@ -360,7 +360,8 @@ def test_the_shared_expert_on_a_side_stream(card: Driver, monkeypatch: pytest.Mo
     stream = type("Stream", (), {"cuda_stream": 5})()
     for module in (plan, tape):
         monkeypatch.setattr(module, "side_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: __import__("contextlib").nullcontext())
+    for name in ("set_stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
     monkeypatch.setattr(plans, "device_of", lambda tensors: torch.device("cuda", 0))
     monkeypatch.setattr(plan, "_empty", lambda shape, strides, dtype, device: torch.empty_strided(shape, strides, dtype=dtype))
     for module in (combine, experts, hopper_calls):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .later import Later
-from .tape import Fork, Join, Product, Step, Tape
+from .tape import Fork, GroupedProduct, Join, Product, Step, Tape
 
 LARGE = 1 << 24  # bytes
 _ALIGNED = 256
@@ -39,7 +39,7 @@ class Memory:
 def plan(tape: Tape, results: Collection[int]) -> Memory:
     """`results`: roots of the buffers that the call gives back."""
     spans = _spans(tape.steps)
-    by_torch = {t.root for s in tape.steps if isinstance(s, Product) for t in s.touches()}
+    by_torch = {t.root for s in tape.steps if isinstance(s, (Product, GroupedProduct)) for t in s.touches()}
     end, size = len(tape.steps), 0
     offsets: dict[int, int] = {}
     alone: dict[int, Span] = {}

@@ -16,7 +16,7 @@ from . import memory
 from .driver import Driver
 from .later import Later
 from .packing import Map, Packed, Pointer, cell, pack
-from .tape import Begin, Fill, Fork, Join, Launch, Product, Step, Tape, side_stream
+from .tape import Begin, End, Fill, Fork, GroupedProduct, Join, Launch, Product, Step, Tape, side_stream
 
 _empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # skips the dispatcher
 
@@ -48,8 +48,11 @@ class Plan:
         self._table = (ctypes.c_uint64 * max(count, 1))()
         self._kept: list[Any] = [packed]
         self._event = driver.event() if any(isinstance(s, Fork) for s in tape.steps) else 0
+        self._by_torch = any(isinstance(s, (Product, GroupedProduct)) and s.side for s in tape.steps)  # on the side stream
+        self._main: Any = None  # torch's current stream, while another one is
+        self._made = {s.out.root for s in tape.steps if isinstance(s, GroupedProduct)}  # buffers that torch allocates
         self._run_steps = self._with_memory(tape, [self._step(s, packed.get(i)) for i, s in enumerate(tape.steps)])
-        self._first = [root for root, span in self._memory.alone.items() if span.first < 0]
+        self._first = [root for root, span in self._memory.alone.items() if span.first < 0 and root not in self._made]
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -80,6 +83,8 @@ class Plan:
                         self._driver.check(code)
             finally:
                 self._tensors = []
+                if self._main is not None:
+                    self._end()
             return [held[root] for root in self._results]
 
     def _on(self, stream: int) -> None:
@@ -117,7 +122,7 @@ class Plan:
         before: dict[int, list[Callable[[], Any]]] = defaultdict(list)
         behind: dict[int, list[Callable[[], Any]]] = defaultdict(list)
         for root, span in self._memory.alone.items():
-            if span.first >= 0:
+            if span.first >= 0 and root not in self._made:
                 before[span.first].append(partial(self._allocate, root))
             if span.last < len(tape.steps) and root not in self._results:
                 behind[span.last].append(partial(self._free, root))
@@ -132,8 +137,11 @@ class Plan:
             return partial(self._fill, step, self._entry(Pointer(step.target.root, step.target.start * step.target.dtype.itemsize)))
         if isinstance(step, Product):
             return partial(self._product, step)
-        assert isinstance(step, Fork)
-        return partial(self._signal, isinstance(step, Join)) if not isinstance(step, Begin) else self._begin
+        if isinstance(step, GroupedProduct):
+            return partial(self._grouped_product, step)
+        if isinstance(step, (Begin, End)):
+            return self._begin if isinstance(step, Begin) else self._end
+        return partial(self._signal, isinstance(step, Join))
 
     def _parameters(self, packed: Packed) -> Any:
         """The array of addresses of a kernel's parameters."""
@@ -171,12 +179,12 @@ class Plan:
         return self._driver.memset(self._table[entry], step.word, memory.bytes_of(step.target) // 4, stream)
 
     def _product(self, step: Product) -> None:
-        a, b, out = self._view(step.a), self._view(step.b), self._view(step.out)
-        if step.side:
-            with torch.cuda.stream(side_stream(self._device)):
-                torch.mm(a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
+        torch.mm(self._view(step.a), self._view(step.b), out=self._view(step.out))
+
+    def _grouped_product(self, step: GroupedProduct) -> None:
+        made = torch._grouped_mm(self._view(step.a), self._view(step.b), offs=self._view(step.ends))
+        self._tensors[step.out.root] = made
+        self._place(step.out.root, made.data_ptr())
 
     def _signal(self, join: bool) -> Any:
         """The event: of the main stream, for the side stream to wait for, or the other way round."""
@@ -184,7 +192,16 @@ class Plan:
         return code or (self._driver.wait(self._stream, self._event, 0) if join else 0)
 
     def _begin(self) -> Any:
+        """On the side stream, torch's products too."""
+        if self._by_torch:
+            self._main = torch.cuda.current_stream(self._device)
+            torch.cuda.set_stream(side_stream(self._device))
         return self._driver.wait(self._side, self._event, 0)
+
+    def _end(self) -> None:
+        if self._main is not None:
+            torch.cuda.set_stream(self._main)
+            self._main = None
 
 
 def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

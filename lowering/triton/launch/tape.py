@@ -56,6 +56,20 @@ class Product:
 
 
 @dataclass(frozen=True)
+class GroupedProduct:
+    """out = a b[e] for the rows of every expert e, by torch, which allocates it."""
+
+    a: Later
+    b: Later
+    ends: Later
+    out: Later
+    side: bool
+
+    def touches(self) -> list[Later]:
+        return [self.a, self.b, self.ends, self.out]
+
+
+@dataclass(frozen=True)
 class Fork:
     """What the side stream does from here on comes after what the main stream has so far."""
 
@@ -69,11 +83,16 @@ class Begin(Fork):
 
 
 @dataclass(frozen=True)
+class End(Fork):
+    """What follows is on the main stream again."""
+
+
+@dataclass(frozen=True)
 class Join(Fork):
     """The main stream waits for the side stream."""
 
 
-Step = Launch | Fill | Product | Fork
+Step = Launch | Fill | Product | GroupedProduct | Fork
 
 
 @dataclass
@@ -149,6 +168,17 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
+def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """[N, n]: rows [ends[e - 1], ends[e]) of a [N, k] times b[e], of b [E, k, n]; what lies behind the last expert's rows is anything."""
+    if not isinstance(a, Later):
+        found: Tensor = torch._grouped_mm(a, b, offs=ends)
+        return found
+    tape = _recorder()
+    out = tape.empty((a.shape[0], b.shape[2]), a.dtype)
+    tape.steps.append(GroupedProduct(a, cast(Later, b), cast(Later, ends), out, tape.side))
+    return cast(Tensor, out)
+
+
 def _recorder() -> Tape:
     if _now.tape is None:
         raise NotRecorded("nothing is recorded here")
@@ -194,6 +224,7 @@ class Beside:
             yield
         finally:
             tape.side = False
+            tape.steps.append(End())
 
     def join(self) -> None:
         """The main stream waits for the branch."""
