@@ -76,35 +76,63 @@ def define(library: torch.library.Library, otherwise: Mapping[str, Callable[...,
     """Define the short ops. `otherwise`: an op's implementation for any device, by name; `shapes`: its fake one. Both take the long
     arguments."""
     for name, schema in SCHEMAS.items():
+        _kernels[name] = _kernel(name, otherwise[name])
         library.define(f"cuda_{name}({schema}")
-        library.impl(f"cuda_{name}", _kernel(name, otherwise[name]), "CUDA")
+        library.impl(f"cuda_{name}", _kernels[name], "CUDA")
         library.impl(f"cuda_{name}", _long(name, otherwise[name]), "CompositeExplicitAutograd")
         # whoever asks for a gradient has met autograd before
         library.impl(f"cuda_{name}", torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"moe_compile::cuda_{name}", _long(name, shapes[name]), lib=library)
+        torch.library.register_fake(f"moe_compile::cuda_{name}", _fake(name, shapes[name]), lib=library)
 
 
 def call(name: str, *args: Any) -> Any:
-    """The short form of an op, for the arguments of the long one."""
-    return getattr(torch.ops.moe_compile, f"cuda_{name}").default(*shorten(name, args))
+    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between."""
+    short = shorten(name, args)
+    if torch._C._len_torch_dispatch_stack() == 0 and _functorch() is None and all(map(_ordinary, args)):
+        return _kernels[name](*short)
+    return getattr(torch.ops.moe_compile, f"cuda_{name}").default(*short)
+
+
+_kernels: dict[str, Callable[..., Any]] = {}
+_functorch: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+def _ordinary(a: Any) -> bool:
+    """No tensor that stands for another, or a list of such."""
+    if isinstance(a, (list, tuple)):
+        return all(map(_ordinary, a))
+    return not isinstance(a, Tensor) or type(a) in (Tensor, torch.nn.Parameter)
 
 
 def _long(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: f(*lengthen(name, args))
 
 
+def _fake(name: str, shape: Callable[..., Any]) -> Callable[..., Any]:
+    """The shapes of an op's results. Where a compiler asks for a card's, it is about to compile the rest: the op's kernels are begun."""
+
+    def run(*args: Any) -> Any:
+        if args[0].device.type == "cuda" and torch.cuda.is_available() and _found(name) is not None:
+            importlib.import_module(f"{__package__}.triton.calls").compile_ahead(name, args)
+        return shape(*lengthen(name, args))
+
+    return run
+
+
+@functools.cache
+def _found(name: str) -> Callable[..., Any] | None:
+    """The op in lowering/triton; None where triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    kernels: dict[str, Callable[..., Any]] = importlib.import_module(f"{__package__}.triton.calls").OPS
+    return kernels[name]
+
+
 def _kernel(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """The kernels of lowering/triton, looked up at the first call; `otherwise` where triton is missing or they are beyond it."""
 
-    @functools.cache
-    def found() -> Callable[..., Any] | None:
-        if importlib.util.find_spec("triton") is None:
-            return None
-        kernels: dict[str, Callable[..., Any]] = importlib.import_module(f"{__package__}.triton.calls").OPS
-        return kernels[name]
-
     def run(*args: Any) -> Any:
-        kernel = found()
+        kernel = _found(name)
         out = None if kernel is None else kernel(*args)
         return otherwise(*lengthen(name, args)) if out is None else out
 

@@ -19,9 +19,10 @@ from .. import generic
 from ..generic import Layout
 from . import activation, hopper_calls
 from . import backward_kernels as kernels
+from .call import Call, read
 from .combine import combine
 from .dispatch import Dispatch, dispatch
-from .experts import Call, precision, read
+from .experts import precision
 from .host import cdiv, power_of_2, processors
 from .launch.tape import empty, fill, launch
 from .tune import Tile

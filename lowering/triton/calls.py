@@ -16,7 +16,7 @@ from . import backward as gradient
 from . import experts as routed
 from . import route as kernels
 from . import router, shared
-from .launch import plans
+from .launch import plans, warm
 
 _LAYOUT = 9  # plain arguments of the routed experts; those of a shared one stand behind them
 
@@ -49,12 +49,30 @@ def _lists(how: How, flat: Sequence[Any]) -> list[list[Any]]:
     return [[next(it) for _ in range(size)] for size in how.sizes]
 
 
+Described = tuple[plans.Build, Any, tuple[Tensor | None, ...]]
+
+
+def _op(describe: Callable[..., Described]) -> Callable[..., Any]:
+    """The op that runs what `describe` makes of its arguments: how it is built, what besides operands decides, operands in one row."""
+
+    def run(*args: Any) -> Any:
+        return plans.call(*describe(*args))
+
+    run.describe = describe  # type: ignore[attr-defined]
+    return run
+
+
+def compile_ahead(name: str, args: Sequence[Any]) -> None:
+    """Begin to compile the kernels of an op whose (fake) operands are known."""
+    warm.start(*OPS[name].describe(*args))  # type: ignore[attr-defined]
+
+
 # ---- routing -------------------------------------------------------------------------------------------------------
 
 
-def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, how: str) -> tuple[Tensor, Tensor]:
-    weights, ids = plans.call(_route, how, (logits, bias, expert_scale))
-    return weights, ids
+@_op
+def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, how: str) -> Described:
+    return _route, how, (logits, bias, expert_scale)
 
 
 def _route(how: str, tensors: list[Any], behind: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,11 +83,11 @@ def _route(how: str, tensors: list[Any], behind: bool = False) -> tuple[Tensor, 
     return kernels.forward(logits, bias, expert_scale, r, behind)
 
 
+@_op
 def route_linear(
     x: Tensor, weight: Tensor, weight_bias: Tensor | None, bias: Tensor | None, expert_scale: Tensor | None, how: str
-) -> tuple[Tensor, Tensor]:
-    weights, ids = plans.call(_route_linear, how, (x, weight, weight_bias, bias, expert_scale))
-    return weights, ids
+) -> Described:
+    return _route_linear, how, (x, weight, weight_bias, bias, expert_scale)
 
 
 def _route_linear(how: str, tensors: list[Any]) -> tuple[Tensor, Tensor]:
@@ -77,11 +95,11 @@ def _route_linear(how: str, tensors: list[Any]) -> tuple[Tensor, Tensor]:
     return _route(how, [router.product(x, weight, weight_bias), *rest], behind=router.fits(x, weight, weight_bias))
 
 
+@_op
 def route_bwd(
     grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, how: str, needs: Sequence[bool]
-) -> list[Tensor]:
-    found: list[Tensor] = plans.call(_route_bwd, How(how, needs=tuple(needs)), (grad, ids, logits, bias, expert_scale))
-    return found
+) -> Described:
+    return _route_bwd, How(how, needs=tuple(needs)), (grad, ids, logits, bias, expert_scale)
 
 
 def _route_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
@@ -102,45 +120,47 @@ def _flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [t for ts in lists for t in ts]
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+@_op
+def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
     *lists, add, text = rest
-    out: Tensor = plans.call(_experts, _how(text, x, lists), (x, ids, weights, add, *_flat(lists)))
-    return out
+    return _experts, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
 
 
 def _experts(how: How, tensors: list[Any]) -> Tensor:
     x, ids, weights, add, *flat = tensors
-    return routed.forward(x, ids, weights, *_lists(how, flat), add, layout_of(how.text), save=False)[0]
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=False)[0]
 
 
-def experts_fwd(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+@_op
+def experts_fwd(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
     *lists, add, text = rest
-    out, pre = plans.call(_experts_fwd, _how(text, x, lists), (x, ids, weights, add, *_flat(lists)))
-    return out, pre
+    return _experts_fwd, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
 
 
 def _experts_fwd(how: How, tensors: list[Any]) -> tuple[Tensor, Tensor]:
     x, ids, weights, add, *flat = tensors
-    return routed.forward(x, ids, weights, *_lists(how, flat), add, layout_of(how.text), save=True)
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=True)
 
 
-def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+@_op
+def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
     *lists, text, needs = rest
-    found: list[Tensor] = plans.call(_experts_bwd, _how(text, x, lists, needs), (grad, pre, x, ids, weights, *_flat(lists)))
-    return found
+    return _experts_bwd, _how(text, x, lists, needs), (grad, pre, x, ids, weights, *_flat(lists))
 
 
 def _experts_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
     grad, pre, x, ids, weights, *flat = tensors
-    return gradient.backward(grad, pre, x, ids, weights, *_lists(how, flat), layout_of(how.text), how.needs)
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return gradient.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout_of(how.text), how.needs)
 
 
-def experts_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor | None:
-    """None where the operands are beyond the kernels."""
+@_op
+def experts_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    """The op gives None where the operands are beyond the kernels."""
     *lists, text = rest[:4] + rest[5:9] + rest[10:]
-    tensors = (x, ids, weights, rest[4], rest[9], *_flat(lists))
-    out: Tensor | None = plans.call(_experts_shared, _how(text, x, lists), tensors)
-    return out
+    return _experts_shared, _how(text, x, lists), (x, ids, weights, rest[4], rest[9], *_flat(lists))
 
 
 def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:

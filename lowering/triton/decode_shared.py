@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activation
+from .call import Call
 from .combine import early_launch
 from .decode import _base, _by_slot, _mixture, _product, _tile
-from .experts import Call, _bias_args, _bias_strides, _extents, _kind, _mode, at_once
+from .experts import _bias_args, _bias_strides, _extents, _kind, _mode, at_once
 from .gemm import DUAL
 from .host import cdiv, power_of_2
 from .launch.tape import empty, launch

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ...ir import Form
 from .. import generic
 from ..generic import Layout
 from . import activation, decode, gemm, library, tune
+from .call import Call, Late, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .host import capability, cdiv, power_of_2, processors
@@ -22,49 +23,14 @@ from .weights import (
     Biases,
     Matrices,
     descriptor,
-    down_biases,
-    down_matrices,
     flat_descriptor,
     flat_fits,
     rows_descriptor,
     tma_fits,
-    up_biases,
-    up_matrices,
 )
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WARPED_ROWS = (64, 128)  # of the warp-specialised kernel's tiles
 _MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
-
-
-class Late(Protocol):
-    """A value to add that is computed beside the experts."""
-
-    def issue(self) -> None:
-        """Start computing it; called when the up projection is under way."""
-
-    def join(self) -> Tensor:
-        """[T, H], ready on the current stream."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """The operands of one call, as the kernels take them."""
-
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-    up: Matrices
-    down: Matrices
-    up_bias: Biases | None
-    down_bias: Biases | None
-    add: Tensor | None
-    layout: Layout
-    late: Late | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.ids.numel()
 
 
 def forward(
@@ -106,31 +72,6 @@ def forward(
         out, kept = library.run(call, up[0], down[0], out)
         return out, kept if save else pre
     return _grouped(call, out, pre if save else None, choice), pre
-
-
-def read(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
-    add: Tensor | None,
-    layout: Layout,
-) -> Call | None:
-    """The operands for the kernels, or None when they are beyond them (other or mixed dtypes, no contiguous dimension)."""
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in (*up, *down, *up_bias, *down_bias)) or x.shape[1] == 0:
-        return None
-    generic.check_sizes(layout, up, down, up_bias, down_bias)
-    u, d = up_matrices(layout, up), down_matrices(layout, down)
-    if u is None or d is None:
-        return None
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if add is not None and add.stride(1) != 1:
-        add = add.contiguous()
-    biases = up_biases(layout, up_bias), down_biases(layout, down_bias)
-    return Call(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)
 
 
 def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...ir import Form
 from ..generic import Layout
 from . import activation, gemm
+from .call import Call
 from .dispatch import Dispatch
-from .experts import Call, hopper_fits, warp_specialised
+from .experts import hopper_fits, warp_specialised
 from .host import capability, cdiv, processors
 from .launch.tape import launch
 from .tune import Tile

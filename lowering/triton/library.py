@@ -9,23 +9,19 @@ the next expert's matrix, and the plain kernel is 1.2 to 1.7 times slower than t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
+from .call import Call
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .host import capability, cdiv, power_of_2
 from .launch.tape import empty, grouped_product, launch
 from .pointwise import activate
 from .weights import Matrices, tma_fits
-
-if TYPE_CHECKING:
-    from .experts import Call
 
 LEAST_ROWS = 8  # an expert, on average: below, weights are streamed once and the plain kernel streams them as fast
 _FORMS = (Form.CONCAT, Form.SINGLE)

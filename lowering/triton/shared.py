@@ -25,8 +25,9 @@ from torch import Tensor
 from ...ir import Overlap
 from ..generic import Layout
 from . import tune
+from .call import Call, read
 from .decode_shared import Shared, few_together, fits
-from .experts import Call, few_down, few_up, forward, read
+from .experts import few_down, few_up, forward
 from .host import cdiv, power_of_2
 from .launch.tape import Beside, empty, fill, launch, product
 from .pointwise import activate

@@ -20,6 +20,7 @@ from test_experts import ALONE, GATED
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.lowering.triton import call as call_of
 from moe_compile.lowering.triton import combine, decode, dispatch, experts, gemm, library, route_kernels, tune, tuner
 from moe_compile.lowering.triton.tune import Choice, Problem, Tile
 
@@ -172,7 +173,7 @@ def test_tiles_are_claimed_again_and_again() -> None:
     t = operands(case)
     first = kernel(case, t, Choice(WARP, WARP, None))[0]
     rows = dispatch.dispatch(t["ids"], case.experts.num_experts, (128,))
-    call = experts.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops._layout(ops.experts_args(case.experts)))
+    call = call_of.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops._layout(ops.experts_args(case.experts)))
     assert call is not None
     outs = [torch.empty(call.slots, call.up.n, device="cuda", dtype=case.dtype) for _ in range(3)]
     for out in outs:

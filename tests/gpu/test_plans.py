@@ -5,15 +5,20 @@ Kernels run in Triton's interpreter, from the addresses that a plan has written:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pytest
 import torch
 from test_ops import Case
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 
@@ -23,8 +28,8 @@ from interpreted import Driver, interpreted
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.lowering import on_cuda
-from moe_compile.lowering.triton import calls, combine, experts, hopper_calls, shared, tune
-from moe_compile.lowering.triton.launch import memory, plan, plans, tape
+from moe_compile.lowering.triton import calls, combine, experts, hopper_calls, library, shared, tune
+from moe_compile.lowering.triton.launch import driver, memory, packing, plan, plans, tape
 from moe_compile.lowering.triton.launch.later import Later, packed
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter's: on a GPU every test of an op is one of its plans")
@@ -428,3 +433,77 @@ def test_what_is_not_known_of_them() -> None:
             ask()
     with pytest.raises(tape.NotRecorded):
         tape.empty(later, 3)  # type: ignore[arg-type]
+
+
+# ---- kernels compiled ahead ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of kernels that are compiled, on a card that is said to be there; every second one fails."""
+    names: list[str] = []
+
+    def compiled(step: Any) -> None:
+        names.append(step.kernel.fn.__name__)
+        if len(names) % 2:
+            raise RuntimeError("does not build here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "found", lambda: object())
+    monkeypatch.setattr(packing, "compiled", compiled)
+    for module in (combine, experts, hopper_calls, library):
+        monkeypatch.setattr(module, "capability", lambda device: (0, 0))
+    monkeypatch.setattr(tune, "card", lambda device: "none")
+    plans.forget()
+    yield names
+    plans.forget()
+
+
+def traced(tokens: Any = 7, device: str = "cuda") -> None:
+    """What a compiler does with the op: its fake implementation on fake operands."""
+    with contextlib.nullcontext() if detect_fake_mode() else FakeTensorMode():
+        x, up, down = (torch.empty(s, device=device) for s in ((tokens, 24), (5, 32, 24), (5, 24, 16)))
+        ids, w = torch.empty(tokens, 2, dtype=torch.int64, device=device), torch.empty(tokens, 2, device=device)
+        out = torch.ops.moe_compile.cuda_experts(x, ids, w, [up], [down], [], [], None, TEXT)
+        assert out.shape[1] == 24
+
+
+def finish() -> None:
+    for futures in plans._compiling.values():
+        wait(futures)
+
+
+def test_kernels_are_compiled_while_the_rest_is(begun: list[str]) -> None:
+    """Once for each layout, from its fake operands alone; one that does not build is left to the call."""
+    for _ in range(3):
+        traced()
+    finish()
+    assert sorted(begun) == ["_combine", "_sort_few", "grouped_gemm", "grouped_gemm"]
+    traced(tokens=8)
+    finish()
+    assert len(begun) == 8
+
+
+def test_nothing_is_compiled_for_another_device(begun: list[str]) -> None:
+    traced(device="cpu")
+    assert not plans._compiling and not begun
+
+
+def test_nothing_is_compiled_for_sizes_that_vary(begun: list[str]) -> None:
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env):
+        traced(env.create_unbacked_symint())
+    assert not begun and not plans._compiling
+
+
+def test_whoever_makes_the_plan_waits(card: Driver) -> None:
+    t = tensors()
+    *rest, add = t.values()
+    done: list[str] = []
+    pending: Future[None] = Future()
+    pending.add_done_callback(lambda _: done.append("compiled"))
+    plans.expect(plans.key_of(*calls.experts.describe(*rest, add, TEXT)), [pending])
+    threading.Timer(0.2, pending.set_result, (None,)).start()
+    right(t)
+    assert done and card.seen

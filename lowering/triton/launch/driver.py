@@ -103,14 +103,14 @@ class TensorMap:
         rank = len(sizes)
         memory = ctypes.create_string_buffer(MAP_BYTES + _MAP_ALIGNED)
         self.address = -(-ctypes.addressof(memory) // _MAP_ALIGNED) * _MAP_ALIGNED
-        self._kept = (
+        self._kept: tuple[Any, ...] = (
             memory,
             (c_uint64 * rank)(*reversed(sizes)),
             (c_uint64 * rank)(*reversed(strides[:-1])),
             (c_uint32 * rank)(*reversed(box)),
             (c_uint32 * rank)(*[1] * rank),
         )
-        _, *arrays = self._kept
+        arrays: tuple[Any, ...] = self._kept[1:]
         self._before = (self.address, kind, rank)
         self._behind = (*(ctypes.addressof(a) for a in arrays), 0, swizzle, _L2_128, 0)
         self._driver = driver

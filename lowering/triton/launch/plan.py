@@ -18,6 +18,7 @@ from .later import Later
 from .packing import Map, Packed, Pointer, cell, pack
 from .tape import Begin, End, Fill, Fork, GroupedProduct, Join, Launch, Product, Step, Tape, side_stream
 
+_reinterpret: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_reinterpret_tensor", None)
 _empty_strided: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # skips the dispatcher
 
 
@@ -213,4 +214,6 @@ def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, dev
 
 def _within(whole: Tensor, t: Later) -> Tensor:
     """A view of a root."""
+    if _reinterpret is not None:
+        return _reinterpret(whole, t.shape, t.strides, t.start)
     return whole.as_strided(t.shape, t.strides, whole.storage_offset() + t.start)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 MOST = 4096  # plans; each holds some ten kilobytes
 Build = Callable[[Any, list[Any]], Any]  # (the op's plain numbers, operands or None) -> a tensor, or a tuple or list of them
 _plans: dict[Hashable, tuple[Plan, type | None] | None] = {}
+_compiling: dict[Hashable, Sequence[Future[None]]] = {}
 _enabled = True
 
 
@@ -50,11 +52,11 @@ def call(build: Build, how: Any, tensors: Sequence[Tensor | None]) -> Any:
     first = tensors[0]
     assert first is not None
     index = first.get_device()
-    layouts = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
-    key = (build, how, index, layouts, tuple([p & 15 for p in pointers]) if together & 15 else 0)
+    key = key_of(build, how, tensors, tuple([p & 15 for p in pointers]) if together & 15 else 0)
     try:
         kept = _plans[key]
     except KeyError:
+        wait(_compiling.get(key, ()))
         kept = _make(build, how, tensors, pointers, found)
         _keep(key, kept)
     if kept is None:
@@ -65,6 +67,23 @@ def call(build: Build, how: Any, tensors: Sequence[Tensor | None]) -> Any:
         _thread.bound = True
     results = plan.run(tensors, pointers, current_stream(index))
     return results[0] if kind is None else kind(results)
+
+
+def key_of(build: Build, how: Any, tensors: Sequence[Tensor | None], residues: Hashable = 0) -> Hashable:
+    """What a plan is known by. `residues`: addresses modulo 16, or 0 where all are."""
+    layouts = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+    first = tensors[0]
+    return build, how, None if first is None else first.get_device(), layouts, residues
+
+
+def known(key: Hashable) -> bool:
+    """Whether a plan is there, or its kernels are being compiled, or were."""
+    return key in _plans or key in _compiling
+
+
+def expect(key: Hashable, kernels: Sequence[Future[None]]) -> None:
+    """The kernels of a call are being compiled: whoever makes its plan waits for them."""
+    _compiling[key] = kernels
 
 
 def current_stream(index: int) -> int:
@@ -88,6 +107,7 @@ def hooked() -> bool:
 def forget() -> None:
     """Drop all plans."""
     _plans.clear()
+    _compiling.clear()
 
 
 @contextmanager
