@@ -133,7 +133,7 @@ def worker(args: argparse.Namespace) -> None:
     block.requires_grad_(training)
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     ready: dict[tuple[int, str], Any] = {}
-    for tokens, backend in itertools.product(args.tokens, BACKENDS):
+    for tokens, backend in itertools.product(args.tokens, args.backends):
         g = torch.Generator("cuda").manual_seed(tokens)
         inputs = [torch.randn(1, tokens, b.hidden, device="cuda", generator=g).to(getattr(torch, dtype)) for _ in range(sets_of(tokens))]
         point: Point = {"block": name, "dtype": dtype, "kind": kind, "tokens": tokens}
@@ -151,8 +151,8 @@ def worker(args: argparse.Namespace) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     for tokens in args.tokens:
-        sides = {backend: ready.pop((tokens, backend)) for backend in BACKENDS if (tokens, backend) in ready}
-        if len(sides) == 2:
+        sides = {backend: ready.pop((tokens, backend)) for backend in args.backends if (tokens, backend) in ready}
+        if len(sides) == len(args.backends):
             print(json.dumps(measured(sides, args.seconds)), flush=True)
         del sides
         gc.collect()
@@ -167,14 +167,15 @@ def fused() -> int:
 
 
 def measured(sides: dict[str, Any], seconds: float) -> Point:
-    """Both sides in turns."""
+    """The sides in turns."""
     import torch
 
-    point: Point = dict(sides["moe_fused"][0])
-    point["fused"] = sides["moe_fused"][4]
+    point: Point = dict(next(iter(sides.values()))[0])
+    if "moe_fused" in sides:
+        point["fused"] = sides["moe_fused"][4]
     point["compile_s"] = {n: round(s[3], 1) for n, s in sides.items()}
     results = [s[2] for s in sides.values()]
-    if isinstance(results[0], torch.Tensor):
+    if len(sides) == 2 and isinstance(results[0], torch.Tensor):
         a, c = (r.float() for r in results)
         point["difference"] = float(f"{float((a - c).norm() / a.norm()):.2e}")
     found = in_turns({n: functools.partial(called, s[1]) for n, s in sides.items()}, seconds)
@@ -191,17 +192,19 @@ def measured(sides: dict[str, Any], seconds: float) -> Point:
 # ---- all of them -------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> list[Point]:
-    """A process for every block, dtype and kind: they compile at the same time and are timed one after the other."""
+def run(args: argparse.Namespace, card: str) -> list[Point]:
+    """A process for every block, dtype and kind: they compile at the same time and are timed one after the other. What is measured is
+    kept after every such round."""
     jobs = list(itertools.product(args.blocks, args.dtypes, args.kinds))
     points: list[Point] = []
     for i in range(0, len(jobs), args.jobs):
         points += together(jobs[i : i + args.jobs], args)
+        store(points, card)
     return points
 
 
 def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> list[Point]:
-    rest = ["--tokens", *map(str, args.tokens), "--seconds", str(args.seconds), "--worker"]
+    rest = ["--tokens", *map(str, args.tokens), "--backends", *args.backends, "--seconds", str(args.seconds), "--worker"]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -212,7 +215,9 @@ def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> list
     ]  # fmt: skip
     points: list[Point] = []
     for process in started:  # all compile meanwhile
-        points += list(until_ready(process))
+        for point in until_ready(process):
+            points.append(point)
+            print(row(point), flush=True)
     for process in started:
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -275,7 +280,10 @@ def store(points: list[Point], card: str) -> Path:
     path = RESULTS / f"never_slower_{re.sub(r'[^A-Za-z0-9]+', '_', card).strip('_').lower()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text())["points"] if path.exists() else []
-    by_key = {tuple(p[k] for k in KEY): p for p in (*old, *points)}
+    by_key: dict[Any, Point] = {}
+    for p in (*old, *points):
+        key = tuple(p[k] for k in KEY)
+        by_key[key] = {**by_key.get(key, {}), **p}
     path.write_text(json.dumps({"machine": machine(card), "points": list(by_key.values())}, indent=1) + "\n")
     return path
 
@@ -311,6 +319,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     p.add_argument("--kinds", nargs="+", choices=("inference", "training"), default=["inference", "training"])
+    p.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="measure one side only")
     p.add_argument("--jobs", type=int, default=12, help="blocks compiled at the same time (default: %(default)s)")
     p.add_argument("--seconds", type=float, default=0.15, help="of timing a figure (default: %(default)s)")
     p.add_argument("--verbose", action="store_true", help="show what the processes say")
@@ -330,7 +339,7 @@ def main() -> int:
     card = torch.cuda.get_device_name(0)
     print(HEAD)
     with alone():
-        points = run(args)
+        points = run(args, card)
     print(f"{len(points)} points on {card}: {summary(points)}; kept in {store(points, card)}")
     return int(any((r := ratio(p, what)) is not None and r > SLACK for p in points for what in ("called", "graph")))
 
