@@ -2,8 +2,8 @@
 
     python benchmarks/whole_model.py            # Qwen3-30B-A3B's widths, 6 layers, random weights, on a CUDA device
 
-A decoding step has a static cache and one new token a sequence; steps follow each other without waiting. Milliseconds a step, the median
-of rounds. Results are written to benchmarks/results/whole_model_<card>.json.
+A decoding step has a static cache and one new token a sequence; steps follow each other without waiting. Milliseconds a step, the sides
+taking turns. Results are written to benchmarks/results/whole_model_<card>.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import datetime
 import gc
 import json
 import re
-import statistics
 import time
 import warnings
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 MODES = ("default", "reduce-overhead")
-STEPS, ROUNDS, PAST = 16, 7, 64
+STEPS, ROUNDS, PAST = 16, 24, 64
 
 
 @dataclass(frozen=True)
@@ -84,44 +83,80 @@ def new_cache(model: Any, length: int, batch: int) -> Any:
     return cache
 
 
-@torch.no_grad()
-def milliseconds(model: Any, point: Point, backend: str, mode: str) -> tuple[float, float, Tensor]:
-    """(a step, seconds of the first call, logits of the first step)."""
-    device = model.lm_head.weight.device
-    past = PAST if point.tokens == 1 else 0
-    length = past + STEPS * 4 if point.tokens == 1 else point.tokens
-    cache = new_cache(model, length, point.batch)
-    g = torch.Generator(device).manual_seed(1)
-    for layer in cache.layers:
-        for t in (layer.keys, layer.values):
-            t.normal_(generator=g)
-    step: Any = Step(model, cache, length)
-    if backend != "eager":
-        step = torch.compile(step, backend=backend, dynamic=False, **({} if mode == "default" else {"mode": mode}))
-    ids = torch.randint(0, model.config.vocab_size, (point.batch, point.tokens), device=device, generator=g)
-    places = [(past + i + torch.arange(point.tokens, device=device)).expand(ids.shape).contiguous() for i in range(STEPS)]
-    steps = STEPS if point.tokens == 1 else 2
+class Side:
+    """A model under one backend and mode at a point: its own cache, entered by a function of its own, so that what Dynamo keeps of one
+    side does not lengthen another's guards."""
 
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(past)
+    def __init__(self, model: Any, point: Point, backend: str, mode: str) -> None:
+        device = model.lm_head.weight.device
+        self.point, self.past = point, PAST if point.tokens == 1 else 0
+        length = PAST + STEPS * 4 if point.tokens == 1 else point.tokens
+        self.cache = new_cache(model, length, point.batch)
+        g = torch.Generator(device).manual_seed(1)
+        for layer in self.cache.layers:
+            for t in (layer.keys, layer.values):
+                t.normal_(generator=g)
+        name = f"{backend}_{mode}_{point.batch}_{point.tokens}".replace("-", "_")
+        space: dict[str, Any] = {"step": Step(model, self.cache, length)}
+        exec(f"def {name}(ids, positions):\n    return step(ids, positions)", space)
+        self.step: Any = space[name]
+        if backend != "eager":
+            self.step = torch.compile(self.step, backend=backend, dynamic=False, **({} if mode == "default" else {"mode": mode}))
+        self.ids = torch.randint(0, model.config.vocab_size, (point.batch, point.tokens), device=device, generator=g)
+        places = [self.past + i + torch.arange(point.tokens, device=device) for i in range(STEPS)]
+        self.places = [p.expand(self.ids.shape).contiguous() for p in places]
 
-    rewind()
-    start = time.perf_counter()
-    first = step(ids, places[0]).float().clone()
-    seconds = time.perf_counter() - start
-    seen = []
-    for _ in range(ROUNDS + 2):
-        rewind()
+    def rewind(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.past)
+
+    @torch.no_grad()
+    def first(self) -> float:
+        """Seconds of the first call; a few more follow, in which CUDA graphs are captured."""
+        start = time.perf_counter()
+        self.rewind()
+        self.step(self.ids, self.places[0])
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        for _ in range(4):
+            self.milliseconds()
+        return seconds
+
+    @torch.no_grad()
+    def milliseconds(self) -> float:
+        """A step, over steps that follow each other without waiting."""
+        steps = STEPS if self.point.tokens == 1 else 2
+        self.rewind()
         torch.cuda.synchronize()
         start = time.perf_counter()
         for i in range(steps):
-            if point.tokens > 1:
-                rewind()
-            step(ids, places[i if point.tokens == 1 else 0])
+            if self.point.tokens > 1:
+                self.rewind()
+            self.step(self.ids, self.places[i if self.point.tokens == 1 else 0])
         torch.cuda.synchronize()
-        seen.append((time.perf_counter() - start) / steps * 1000)
-    return statistics.median(seen[2:]), seconds, first
+        return (time.perf_counter() - start) / steps * 1000
+
+
+def measured(model: Any, point: Point, sides: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """All sides at a point in turns, the lower quartile of each: a machine that is busy for a while slows all of them."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    ready = {side: Side(model, point, *side) for side in sides}
+    first = {side: s.first() for side, s in ready.items()}
+    seen: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
+    for _ in range(ROUNDS):
+        for side, s in ready.items():
+            seen[side].append(s.milliseconds())
+    best = {side: sorted(v)[len(v) // 4] for side, v in seen.items()}
+    rows = []
+    for (backend, mode), ms in best.items():
+        row = {"point": point.name, "backend": backend, "mode": mode, "ms": round(ms, 3), "first_call_s": round(first[backend, mode], 1)}
+        ratio = ms / best["inductor", mode] if backend == "moe_fused" and ("inductor", mode) in best else None
+        told = "" if ratio is None else f"{ratio:.2f} x"
+        print(f"{point.name:24s} {backend:10s} {mode:16s} {ms:9.3f} ms {told:8s} first call {row['first_call_s']:.0f} s", flush=True)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -134,20 +169,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device")
     warnings.filterwarnings("ignore")
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     model = build(args.layers, "cuda")
-    rows = []
-    for point in (POINTS[i] for i in args.points):
-        sides = [("eager", "default")] * (not args.no_eager) + [(b, m) for m in args.modes for b in ("inductor", "moe_fused")]
-        for backend, mode in sides:
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            ms, seconds, _ = milliseconds(model, point, backend, mode)
-            known = {r["mode"]: r["ms"] for r in rows if r["point"] == point.name and r["backend"] == "inductor"}
-            rows.append({"point": point.name, "backend": backend, "mode": mode, "ms": round(ms, 3), "first_call_s": round(seconds, 1)})
-            told = f"{ms / known[mode]:.2f} x" if backend == "moe_fused" and mode in known else ""
-            print(f"{point.name:24s} {backend:10s} {mode:16s} {ms:9.3f} ms {told:8s} first call {seconds:.0f} s", flush=True)
-    store(rows, args.layers)
+    sides = [("eager", "default")] * (not args.no_eager) + [(b, m) for m in args.modes for b in ("inductor", "moe_fused")]
+    store([row for i in args.points for row in measured(model, POINTS[i], sides)], args.layers)
 
 
 def store(rows: list[dict[str, Any]], layers: int) -> None:
