@@ -16,8 +16,6 @@ A device without kernels of its own runs `moe_compile.lowering.generic`.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, gradients, routing, scaled
+from .lowering import cpu, cpu_route, generic, gradients, on_cuda, routing, scaled
 from .lowering.gradients import layout_of as _layout
 from .lowering.gradients import routing_of as _routing
 
@@ -161,31 +159,6 @@ def _experts_bwd_cpu(*args: Any) -> list[Tensor]:
     return cpu.backward(*args[:9], _layout(args[9:-1]), args[-1])
 
 
-def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels of lowering/triton, looked up at the first call; plain torch where triton is missing."""
-
-    @functools.cache
-    def found() -> Callable[..., Any]:
-        if importlib.util.find_spec("triton") is None:
-            return otherwise
-        kernels: Callable[..., Any] = getattr(importlib.import_module("moe_compile.lowering.triton.calls"), name)
-        return kernels
-
-    def call(*args: Any) -> Any:
-        with torch.cuda.device(args[0].device):
-            return found()(*args)
-
-    return call
-
-
-_shared_kernels = _cuda("experts_shared", lambda *_: None)
-
-
-def _experts_shared_cuda(*args: Any) -> Tensor:
-    out = _shared_kernels(*args)
-    return _experts_shared(*args) if out is None else out
-
-
 for _name, _any_device, _on_cpu in (
     ("route", _route, _route_cpu),
     ("route_linear", _route_linear, None),
@@ -195,14 +168,15 @@ for _name, _any_device, _on_cpu in (
     ("experts_shared", _experts_shared, None),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
-    _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
+    _lib.impl(_name, functools.partial(on_cuda.call, _name), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 _lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
 _lib.impl("route_fwd", _route_fwd, "CompositeExplicitAutograd")
 _lib.impl("experts_fwd", _with_copies(_experts_fwd), "CompositeExplicitAutograd")
 _lib.impl("experts_fwd", _with_copies(_experts_fwd_cpu), "CPU")
-_lib.impl("experts_fwd", _with_copies(_cuda("experts_fwd", _experts_fwd)), "CUDA")
+for _name in ("route_fwd", "experts_fwd"):
+    _lib.impl(_name, functools.partial(on_cuda.call, _name), "CUDA")
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -269,6 +243,31 @@ def _empty_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+on_cuda.define(
+    _lib,
+    {
+        "route": _route,
+        "route_linear": _route_linear,
+        "route_fwd": _route_fwd,
+        "route_bwd": _route_bwd,
+        "experts": _experts,
+        "experts_fwd": _with_copies(_experts_fwd),
+        "experts_bwd": _experts_bwd,
+        "experts_shared": _experts_shared,
+    },
+    {
+        "route": _route_fake,
+        "route_linear": _route_linear_fake,
+        "route_fwd": _route_fwd_fake,
+        "route_bwd": _route_bwd_fake,
+        "experts": _experts_fake,
+        "experts_fwd": _experts_fwd_fake,
+        "experts_bwd": _experts_bwd_fake,
+        "experts_shared": _experts_shared_fake,
+    },
+)
+
+
 # ---- gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -282,15 +281,13 @@ def _experts_autograd(*args: Any) -> Tensor:
         flat = [t for ts in lists for t in ts]
         if _needs_grad([x, weights, add, *flat]):
             return gradients.Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.experts.default(*args)  # type: ignore[no-any-return]
+    return on_cuda.below("experts", *args)  # type: ignore[no-any-return]
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     if _needs_grad([logits, bias, expert_scale]):
         return gradients.Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+    return on_cuda.below("route", logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
 def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,8 +297,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if _needs_grad(tensors):
             return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_ops, name)(*args)
+        return on_cuda.below(name, *args)
 
     return call
 

@@ -77,7 +77,7 @@ def _shape(t: Tensor | None, *sizes: Any) -> bool:
 
 
 def _expected_rows(config: Sequence[int] | None, rows: Tensor) -> bool:
-    return not config or (len(config) == 1 and 0 <= config[0] and not statically_known_true(config[0] > rows.shape[0]))
+    return not config or (len(config) == 1 and config[0] >= 0 and not statically_known_true(config[0] > rows.shape[0]))
 
 
 def _is_index(t: Tensor) -> bool:

@@ -22,6 +22,7 @@ from moe_compile import ir
 from moe_compile.ir import scalar as act
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import activation, combine, experts
+from moe_compile.lowering.triton import call as call_of
 
 G, U = act.G, act.U
 SIZES = (6, 96, 80) if ON_GPU else (4, 20, 18)
@@ -236,7 +237,7 @@ def test_beyond_the_kernels() -> None:
         (base, {**t, "up": [u.half() for u in t["up"]]}),
         (base, {**t, "up": strided}),
     ):
-        assert experts.read(*changed.values(), layout_of(case)) is None
+        assert call_of.read(*changed.values(), layout_of(case)) is None
         out, _ = experts.forward(*changed.values(), layout_of(case), False)
         close(out, case.experts.evaluate(**changed), TOLERANCE[case.dtype])
 
