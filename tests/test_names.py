@@ -76,6 +76,8 @@ def test_arithmetic_on_sizes_has_no_name() -> None:
 
 SEEN_THROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "ravel": lambda x: x.ravel().view(-1, H),
+    "view_copy": lambda x: torch.view_copy(x, (-1, H)),
+    "unsqueeze_copy": lambda x: torch.unsqueeze_copy(x, 0)[0],
     "positive": lambda x: +x,
 }
 
