@@ -371,4 +371,5 @@ SLOPES: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda v, _: torch.sign(v),  # abs
     lambda v, _: 1 / (1 + v),  # log1p
     lambda _, s: s + 1,  # expm1
+    lambda _, s: 0.6931471805599453 * s,  # exp2
 ]

@@ -191,6 +191,7 @@ def test_activations_far_out() -> None:
         act.gelu_tanh(act.G),
         act.log1p(act.G),
         act.expm1(act.G),
+        act.exp2(act.G),
     ):
         e = block(ir.Form.SINGLE, expr, sizes=(1, 1, 1, 1))
         for value in values:

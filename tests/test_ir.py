@@ -118,7 +118,7 @@ def test_op_numbers_are_a_contract() -> None:
     assert [n.name for n in Norm] == ["NONE", "SUM", "MAX", "PNORM", "EXPR"]
     assert [f.name for f in Form] == ["SINGLE", "CONCAT", "INTERLEAVED", "SEPARATE"]
     assert act.encode(act.SWIGLU)[0].count(act.OP_MUL) == 2
-    functions = ["sigmoid", "tanh", "exp", "log", "erf", "relu", "softplus", "gelu_tanh", "abs", "log1p", "expm1"]
+    functions = ["sigmoid", "tanh", "exp", "log", "erf", "relu", "softplus", "gelu_tanh", "abs", "log1p", "expm1", "exp2"]
     assert [f.name for f in act.FUNCTIONS] == functions
     assert len(generic.SLOPES) == len(triton_code._UNARY) == len(functions)
 

@@ -3,7 +3,7 @@
 #include "common.h"
 
 enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV, OP_UNARY = 16 };
-enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS, LOG1P, EXPM1 };
+enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS, LOG1P, EXPM1, EXP2 };
 
 constexpr int RUN = 8 * VL;  // floats per step of the program
 constexpr int DEPTH = 8;     // stack entries; cpu.py refuses programs that need more
@@ -127,6 +127,7 @@ static void unary(i64 op, float* v, float* s) {
       break;
     case LOG1P: if (s) EACH(s[i] = 1.f / (1.f + v[i])); EACH(v[i] = log1p_(v[i])); break;
     case EXPM1: EACH(v[i] = expm1_(v[i])); if (s) EACH(s[i] = v[i] + 1.f); break;
+    case EXP2: EACH(v[i] = exp2f(v[i])); if (s) EACH(s[i] = 0.693147181f * v[i]); break;
     case ABS: if (s) EACH(s[i] = v[i] > 0 ? 1.f : v[i] < 0 ? -1.f : 0.f); EACH(v[i] = fabsf(v[i])); break;
   }
 }

@@ -29,6 +29,7 @@ _UNARY: list[tuple[str, str]] = [
     ("tl.abs({v})", "tl.where({v} > 0.0, 1.0, tl.where({v} < 0.0, -1.0, 0.0))"),
     ("{log1p}", "1.0 / (1.0 + {v})"),
     ("{expm1}", "{s} + 1.0"),
+    ("tl.exp2({v})", "0.6931471805599453 * {s}"),
 ]
 _SOFTPLUS, _GELU_TANH, _LOG1P, _EXPM1 = 6, 7, 9, 10
 

@@ -55,6 +55,13 @@ class expm1(sp.Function):  # type: ignore[misc]
     nargs = 1
 
 
+class exp2(sp.Function):  # type: ignore[misc]
+    nargs = 1
+
+    def _eval_is_positive(self) -> bool:
+        return True
+
+
 class clamp(sp.Function):  # type: ignore[misc]
     """clamp(x, lo, hi); an absent limit is -oo or oo. Its slope at a limit is 1, relu's at 0 is 0."""
 
@@ -118,6 +125,7 @@ FUNCTIONS: tuple[Scalar, ...] = (
     Scalar("abs", sp.Abs, torch.abs, ("absolute",)),
     Scalar("log1p", log1p, torch.log1p, ("special_log1p",), increasing=True),
     Scalar("expm1", expm1, torch.expm1, ("special_expm1",), increasing=True),
+    Scalar("exp2", exp2, torch.exp2, ("special_exp2",), increasing=True, positive=True),
 )
 BY_NAME = {f.name: f for f in FUNCTIONS}
 BY_HEAD = {f.head: f for f in FUNCTIONS}

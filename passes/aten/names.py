@@ -22,7 +22,9 @@ def _row(names: str) -> frozenset[str]:
 # ---- views, copies and casts -------------------------------------------------------------------------------------------
 
 # the same elements, in the same row-major order, under another shape
-RESHAPE = _row("view reshape _unsafe_view flatten unflatten ravel view_as reshape_as squeeze unsqueeze")
+RESHAPE = _row(
+    "view reshape _unsafe_view flatten unflatten ravel view_as reshape_as squeeze unsqueeze view_copy squeeze_copy unsqueeze_copy"
+)
 # the same elements under other dims
 PERMUTE = _row("permute transpose swapaxes swapdims t mT mH numpy_T T H matrix_H adjoint movedim moveaxis")
 # some of the elements, at a place known when compiling; SPLIT gives several such parts

@@ -136,6 +136,13 @@ class LogOfOnePlus(_Activation):
     f = staticmethod(lambda v: torch.log(1 + v.relu()))
 
 
+class Exp2(_Activation):
+    """Verdict: fused. A power of two."""
+
+    expect = _single(act.exp2(act.G))
+    f = staticmethod(torch.exp2)
+
+
 class Mish(_Activation):
     """Verdict: fused. x tanh(softplus(x))."""
 

@@ -129,6 +129,7 @@ def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray
         "erf": np.vectorize(math.erf, otypes=[float]),
         "log1p": np.log1p,
         "expm1": np.expm1,
+        "exp2": np.exp2,
     }
     f = sp.lambdify(sp.symbols("g u", real=True), expr, [functions, "numpy"])
     return np.broadcast_to(f(g, g if u is None else u), g.shape)

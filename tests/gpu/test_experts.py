@@ -55,6 +55,7 @@ ALONE = {
     "softplus": act.softplus(G),
     "log": sp.log(1 + act.relu(G)),
     "power 3/2": (1 + G**2) ** sp.Rational(3, 2),
+    "exp2": act.exp2(act.clamp(G, -8, 8)),
     "identity": G,
     "expm1": act.expm1(act.clamp(G, -8, 2)),
 }
