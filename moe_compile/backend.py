@@ -16,7 +16,7 @@ from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
-from .loops import capture
+from .loops import capture, hooks
 from .options import Options
 from .snapshot import Snapshot
 
@@ -129,4 +129,4 @@ def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: 
     return "cpu" if "cpu" in kinds or not kinds else min(kinds)
 
 
-capture.install()  # torch.compile() imports this module before anything is traced
+hooks.install()  # torch.compile() imports this module before anything is traced

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
 from ..passes.aten.shadow import aliased_arg, mutated_args
-from .bench import Call
+from .call import Call
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
 
@@ -96,7 +96,7 @@ class Regenerated:
 
     def code(self, experts: str) -> str:
         """Source of a function of the call's arguments and the parameters; `experts` is what to call for the experts."""
-        heads = [*self.call.tensors, *self.call.constants, *(f"_p{i}" for i in range(len(self.params)))]
+        heads = [*self.call.tensors, *(f"_p{i}" for i in range(len(self.params)))]
         lines = [f"def {self.function_name}({', '.join(heads)}):"]
         lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
         env = dict(self.names)
@@ -108,9 +108,9 @@ class Regenerated:
                 result = self._value(n.args[0], env)
                 continue
             grad = n.meta.get("grad", True)
-            if (indent == "    ") != grad:
-                indent = "    " if grad else "        "
-                lines += [] if grad else ["    with torch.no_grad():"]
+            if (indent == "    ") != (grad == self.call.grad):
+                indent = "    " if grad == self.call.grad else "        "
+                lines += [] if grad == self.call.grad else [f"    with torch.{'enable' if grad else 'no'}_grad():"]
             env[n] = f"_v{len(env)}"
             lines += [f"{indent}{line}" for line in self._statement(n, env, experts)]
         return "\n".join([*lines, f"    return {result}"])

@@ -1,0 +1,151 @@
+"""Hooks that act before Dynamo captures, so that data-dependent expert loops reach the backend whole.
+
+Installed once, when the backend is looked up; they act only while a graph is traced for this backend, so other backends,
+export, and the same model under another backend see no change. ``MOE_COMPILE_CAPTURE=0`` turns them all off, at any time.
+
+- *Whole loops* (`capture`): one call is inlined in place of a loop. A loop that is compiled on its own gets a frame around it, because
+  Dynamo never inlines the frame it starts with.
+- *Static loops*: ops whose output size depends on data stay in the graph (two of Dynamo's own flags); a frame that cannot be
+  compiled so is compiled again without.
+
+Both rest on private names of torch; where one is missing, its hook logs that and stays out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import capture
+from .looks import asks, is_candidate
+
+log = logging.getLogger("moe_compile")
+
+_STEPS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__", "backend_compile_fn")
+
+
+def enabled() -> bool:
+    """Whether the hooks may act: the environment variable MOE_COMPILE_CAPTURE is not 0."""
+    return os.environ.get("MOE_COMPILE_CAPTURE", "1") != "0"
+
+
+def install() -> None:
+    """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
+    for hook in (_hook_inlining, _hook_root, _hook_flags):
+        try:
+            hook()
+        except (ImportError, AttributeError, TypeError) as e:
+            log.info("capture: %s is not available with torch %s: %s", hook.__name__.removeprefix("_hook_"), torch.__version__, e)
+
+
+def for_us(compiler_fn: Any) -> bool:
+    """Whether what Dynamo calls with its graphs ends at this backend, through whatever wraps it: DDP's optimizer is a bound method."""
+    for _ in range(16):
+        if compiler_fn is None or getattr(compiler_fn, "is_moe_fused", False):
+            break
+        steps = (getattr(c, a, None) for c in (compiler_fn, getattr(compiler_fn, "__self__", None)) for a in _STEPS)
+        compiler_fn = next((s for s in steps if s is not None), None)
+    return compiler_fn is not None and bool(getattr(compiler_fn, "is_moe_fused", False))
+
+
+@functools.cache
+def _hook_inlining() -> None:
+    """Let Dynamo inline a reading in place of an expert loop."""
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator as Inliner
+
+    own = Inliner.__dict__["inline_call"]
+    original = own.__func__
+    takes_class = isinstance(own, classmethod)
+
+    @functools.wraps(original)
+    def inline_call(*all_args: Any, **kw: Any) -> Any:
+        head, (parent, func, args, kwargs, *rest) = all_args[:takes_class], all_args[takes_class:]
+        try:
+            found = capture.instead(parent, func, args, kwargs) if enabled() and for_us(parent.output.compiler_fn) else None
+        except Exception as e:  # whatever a look at the call meets, the call itself must go on as it would without us
+            log.debug("capture: the call is left alone: %s: %s", type(e).__name__, e)
+            found = None
+        if found is not None:
+            func, args, kwargs = *found, {}
+        return original(*head, parent, func, args, kwargs, *rest, **kw)
+
+    Inliner.inline_call = type(own)(inline_call)
+
+
+@functools.cache
+def _hook_root() -> None:
+    """Put a frame around an expert loop that is compiled on its own: Dynamo inlines only what is called in a frame that it traces."""
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+
+    original = _TorchDynamoContext.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, fn: Any) -> Any:
+        forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
+        code = getattr(forward, "__code__", None)
+        if not enabled() or code is None or not for_us(getattr(self, "callback", None)) or not is_candidate(code) or not asks(code):
+            return original(self, fn)
+        if not isinstance(fn, nn.Module):
+            return original(self, functools.wraps(fn)(_frame_around(fn)))
+        compiled = original(self, fn)
+        if isinstance(compiled, OptimizedModule):
+            compiled.forward = original(self, _frame_around(fn))
+        return compiled
+
+    _TorchDynamoContext.__call__ = call
+
+
+def _frame_around(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    frame.__code__ = frame.__code__.replace()  # Dynamo keeps compiled code by code object: one of its own for each function
+    return frame
+
+
+@functools.cache
+def _hook_flags() -> None:
+    """Keep ops whose output size depends on data in the graphs that are traced for this backend."""
+    from torch._dynamo import convert_frame
+
+    original: Callable[..., Any] = convert_frame._compile
+    signature = inspect.signature(original)
+    if "compiler_fn" not in signature.parameters:
+        raise AttributeError("_compile has no compiler_fn")
+
+    @functools.wraps(original)
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        config = torch._dynamo.config
+        on_already = given.get("one_graph") or (config.capture_dynamic_output_shape_ops and config.capture_scalar_outputs)
+        if on_already or not enabled() or not for_us(given.get("compiler_fn")):
+            return original(*args, **kwargs)
+        try:
+            with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+                return original(*args, **kwargs)
+        except Exception as e:
+            if not _from_data_dependence(e):
+                raise
+            log.info("capture: a frame is compiled again without data-dependent sizes: %s", e)
+        return original(*args, **kwargs)
+
+    convert_frame._compile = compile_frame
+
+
+def _from_data_dependence(e: BaseException | None) -> bool:
+    """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
+    seen = 0
+    while e is not None and seen < 8:
+        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
+            return True
+        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
+            return True
+        e, seen = e.__cause__ or e.__context__, seen + 1
+    return False

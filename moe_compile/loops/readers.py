@@ -1,0 +1,150 @@
+"""How a function is recorded and tried: with its ids and routing weights as arguments, or with the router inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from ..ir import Rejection
+from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
+from .call import Call, Roles
+from .places import Place
+from .probe import candidates
+from .record import record_symbolically
+
+_COUNTS = {"numel", "nelement", "len"}
+_MANY, _WORK = 2048, 1 << 30
+
+
+class Dispatch:
+    """Recording and trials of a function of tokens, ids and routing weights."""
+
+    def __init__(self, call: Call, roles: Roles, reads: set[Place]) -> None:
+        self.call = call
+        self.sharp = DispatchBench(call, roles, torch.float32)
+        self.sharp.share(reads)
+        self.experts = number_of_experts(self.sharp)
+        self.own = self.sharp.again()
+        self.own.share(reads)
+        r, k = self.sharp.roles, self.sharp.roles.k
+        self.ids = r.ids
+        # more tokens than experts: then no expert's number is a token count
+        self.lead = primes(
+            max(17, self.experts + 1, -(-2 * self.experts // k)),
+            self.own.sizes() | {self.experts, k},
+            len(call.tensors[r.tokens].shape) - 1,
+        )
+        self.primes = {p: f"{r.tokens}.shape[{d}]" for d, p in enumerate(self.lead)}
+        # ids and weights may come flattened; the recording has them as [T, k], from where the function's own shape is a view
+        self.shapes = {n: len(call.tensors[n].shape) for n in (r.ids, r.weights)}
+        self.reshaped = {n: f"reshape(-1, {k})" for n, rank in self.shapes.items() if call.tensors[n].shape[1:] != (k,)}
+
+    def record(self) -> fx.GraphModule:
+        tokens, k = torch.Size(self.lead).numel(), self.own.roles.k
+        routings = [self.own.arguments(self.own.routing(tokens, range(self.experts)), self.lead) for _ in range(2)]
+        given = [{n: v.reshape(-1, k) if n in self.reshaped else v for n, v in a.items()} for a in routings]
+        shapes = {n: routings[0][n].shape for n in self.reshaped}
+
+        def fn(*module: Any, **tensors: Tensor) -> Any:
+            return self.own.call_user({n: v.reshape(shapes[n]) if n in shapes else v for n, v in tensors.items()})
+
+        gm = record_symbolically(fn, given, self.own.probe, self.call.grad, self.lead)
+        gm.meta["roles"] = self.own.roles._asdict()
+        return gm
+
+    def trials(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Routings that the recording never saw, with as few tokens as they need."""
+        n, k = self.experts, b.roles.k
+        yield "other tokens", self.usual(b)
+        yield "few experts", b.arguments(b.routing(11, range(min(n, max(k, 3)))))
+        yield "only the first experts", b.arguments(b.routing(5, range(k)))
+        yield "only the last experts", b.arguments(b.routing(6, range(n - k, n)))
+        yield "one token", b.arguments(b.routing(1, range(n)))
+        many = _affordable(b, k)
+        if many > self.lead[-1]:  # an expert may have room for so many tokens and no more
+            yield "many tokens", b.arguments(b.routing(many, range(k)))
+
+    def optional(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Routings that the function may refuse."""
+        ids = b.routing(7, range(self.experts))
+        ids[::2, 0] = self.experts
+        yield "an id beyond the last expert", b.arguments(ids)
+
+    def twice(self, b: DispatchBench) -> dict[str, Any] | None:
+        """Some tokens have an expert twice: both their weights may count, or one of them."""
+        ids = b.routing(7, range(self.experts))
+        ids[::2, -1] = ids[::2, 0]
+        return b.arguments(ids) if b.roles.k > 1 else None
+
+    def usual(self, b: DispatchBench) -> dict[str, Any]:
+        """Every expert is hit."""
+        return b.arguments(b.routing(-(-self.experts // b.roles.k) + 2, range(self.experts)))
+
+
+class Block:
+    """Recording and trials of a function of tokens alone, which holds the router too."""
+
+    reshaped: Mapping[str, str] = {}
+    ids = ""
+    experts = 0  # not known before the recording
+
+    def __init__(self, call: Call, reads: set[Place]) -> None:
+        self.call = call
+        self.sharp = BlockBench(call, torch.float32)
+        self.sharp.share(reads)
+        self.own = self.sharp.again()
+        self.own.share(reads)
+        most = max(candidates(call.module, lambda: iter(())), default=0)
+        if most < 2:
+            raise NoExperts("nothing tells how many experts there are", stage="read")
+        ((name, spec),) = call.tensors.items()
+        rank = len(spec.shape) - 1
+        most = min(most, 512)  # each of few experts is to get two tokens and more, also where a token has one expert only
+        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.own.sizes(), rank)
+        self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
+
+    def record(self) -> fx.GraphModule:
+        try:
+            given = [self.own.arguments(self.lead) for _ in range(2)]
+            gm = record_symbolically(self._run, given, self.own.probe, self.call.grad, self.lead)
+        except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
+            raise NoExperts(r.reason, stage="read") from r
+        if not gm.meta["host_reads"] and not self._counts_rows(gm):
+            raise NoExperts("nothing in its control flow depends on data", stage="read")
+        return gm
+
+    def _run(self, *module: Any, **tensors: Tensor) -> Any:
+        return self.own.call_user(tensors)
+
+    def _counts_rows(self, gm: fx.GraphModule) -> bool:
+        """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
+        picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
+        return picks and bool(_COUNTS & set(self.call.fn.__code__.co_names))
+
+    def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        *first, last = self.lead
+        yield "other tokens", b.arguments([*(p + 1 for p in first), last + 4])
+        yield "few experts", b.arguments(self.lead, alike=True)
+        yield "one token", b.arguments([1] * len(self.lead))
+        many = _affordable(b, 8)
+        if many > self.lead[-1]:
+            yield "many tokens", b.arguments([*(1 for _ in first), many], alike=True)
+
+    def optional(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from ()
+
+    def twice(self, b: BlockBench) -> dict[str, Any] | None:
+        return None
+
+    def usual(self, b: BlockBench) -> dict[str, Any]:
+        return b.arguments(self.lead)
+
+
+def _affordable(bench: Bench, k: int) -> int:
+    """Tokens that k experts each can work on in a moment, at most 2048: multiplications count."""
+    work = sum(w.numel() // (w.shape[0] if w.ndim > 2 else 1) for w in bench.weights() if w.ndim > 1)
+    return min(_MANY, _WORK // max(1, k * work))
