@@ -36,6 +36,7 @@ _EFFECTS = {
     },
 }
 _RANDOM = {"random", "_random", "secrets"}
+_HEAP = 1 << 9  # of types: made by code, not built in
 # torch: modules of functions that compute, of classes, and single names
 _COMPUTES = {"torch.functional", "torch.nn.functional", "torch._tensor", "torch.special", "torch.linalg", "torch.fft", "torch.return_types"}
 _COMPUTES |= {"torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft", "torch._refs"}
@@ -94,10 +95,19 @@ def is_library(name: str | None) -> bool:
 
 
 def home(v: Any) -> str:
-    """The module whose code a function or class is: `functools.wraps` copies names, so a function's globals tell."""
+    """The module whose code a function or class is: `functools.wraps` copies names, so a function's globals tell.
+
+    A class that its module does not know by name was made by it for somebody, as a parametrised module's is: it is nobody's, "".
+    """
     if isinstance(v, types.FunctionType):
         return str(v.__globals__.get("__name__") or "")
-    return str(getattr(v, "__module__", None) or "")
+    module = str(getattr(v, "__module__", None) or "")
+    if isinstance(v, type) and v.__flags__ & _HEAP:
+        found: Any = sys.modules.get(module)
+        for name in v.__qualname__.split("."):
+            found = getattr(found, name, None)
+        return module if found is v else ""
+    return module
 
 
 def why_not(v: Any, label: str) -> str:

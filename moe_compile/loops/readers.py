@@ -20,7 +20,18 @@ _COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
 
 
-class Dispatch:
+class _Reader:
+    """`lead`: the token counts of the recording, as primes that divide no other size; `known`: every other size and number around."""
+
+    lead: list[int]
+    known: set[int]
+
+    def counts_rows(self, size: int) -> bool:
+        """Whether a dim of this size, in the recording, counts rows: those of all tokens, or of some."""
+        return size not in self.known or any(size % p == 0 for p in self.lead if size)
+
+
+class Dispatch(_Reader):
     """Recording and trials of a function of tokens, ids and routing weights."""
 
     def __init__(self, call: Call, roles: Roles, reads: set[Place]) -> None:
@@ -32,12 +43,10 @@ class Dispatch:
         self.own.share(reads)
         r, k = self.sharp.roles, self.sharp.roles.k
         self.ids = r.ids
+        self.known = self.own.sizes() | {self.experts, self.experts + 1, k, 1}
         # more tokens than experts: then no expert's number is a token count
-        self.lead = primes(
-            max(17, self.experts + 1, -(-2 * self.experts // k)),
-            self.own.sizes() | {self.experts, k},
-            len(call.tensors[r.tokens].shape) - 1,
-        )
+        least = max(17, self.experts + 1, -(-2 * self.experts // k))
+        self.lead = primes(least, self.known - {1}, len(call.tensors[r.tokens].shape) - 1)
         self.primes = {p: f"{r.tokens}.shape[{d}]" for d, p in enumerate(self.lead)}
         # ids and weights may come flattened; the recording has them as [T, k], from where the function's own shape is a view
         self.shapes = {n: len(call.tensors[n].shape) for n in (r.ids, r.weights)}
@@ -52,7 +61,7 @@ class Dispatch:
         def fn(*module: Any, **tensors: Tensor) -> Any:
             return self.own.call_user({n: v.reshape(shapes[n]) if n in shapes else v for n, v in tensors.items()})
 
-        gm = record_symbolically(fn, given, self.own.probe, self.call.grad, self.lead)
+        gm = record_symbolically(fn, given, self.own.probe, self.call.grad, self.counts_rows)
         gm.meta["roles"] = self.own.roles._asdict()
         return gm
 
@@ -85,7 +94,7 @@ class Dispatch:
         return b.arguments(b.routing(-(-self.experts // b.roles.k) + 2, range(self.experts)))
 
 
-class Block:
+class Block(_Reader):
     """Recording and trials of a function of tokens alone, which holds the router too."""
 
     reshaped: Mapping[str, str] = {}
@@ -104,13 +113,14 @@ class Block:
         ((name, spec),) = call.tensors.items()
         rank = len(spec.shape) - 1
         most = min(most, 512)  # each of few experts is to get two tokens and more, also where a token has one expert only
-        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.own.sizes(), rank)
+        self.known = self.own.sizes() | {most + 1, 1}
+        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.known - {1}, rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
 
     def record(self) -> fx.GraphModule:
         try:
             given = [self.own.arguments(self.lead) for _ in range(2)]
-            gm = record_symbolically(self._run, given, self.own.probe, self.call.grad, self.lead)
+            gm = record_symbolically(self._run, given, self.own.probe, self.call.grad, self.counts_rows)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
             raise NoExperts(r.reason, stage="read") from r
         if not gm.meta["host_reads"] and not self._counts_rows(gm):

@@ -41,7 +41,7 @@ class HostRead:
 
 
 def record(
-    fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe, grad: bool = True, tokens: Sequence[int] = ()
+    fn: Callable[..., Any], arguments: Mapping[str, Any], probe: Probe, grad: bool = True, rows: thresholds.Rows = lambda size: False
 ) -> fx.GraphModule:
     """Straight-line graph of one call ``fn(probe.module, **arguments)``, where `fn` is sealed (`Probe.function`).
 
@@ -49,7 +49,7 @@ def record(
     the function reads become placeholders with ``meta["param_path"]``. Every node has ``meta["val"]`` (a fake tensor) and
     ``meta["grad"]`` (whether gradients were on); placeholders also have ``meta["real"]``, the probe itself.
     ``gm.meta["host_reads"]``: every `HostRead`, in order; ``gm.meta["host_values"]``: its values alone.
-    Rows picked by numbers from the host are named by what they are (see `selections`). tokens: the token counts, as primes.
+    Rows picked by numbers from the host are named by what they are (see `selections`). rows: whether a dim of a size counts rows.
     Raises `Rejection` if the function fails, draws random numbers, writes to anything but what it makes itself, or branches on the
     values of its floats.
     """
@@ -64,7 +64,7 @@ def record(
         gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
         gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
         cleaning.check_reads(reads)
-        thresholds.check(gm, reads, tokens)
+        thresholds.check(gm, reads, rows)
         cleaning.fix_indices(gm, reads, values)
         name_selections(gm, values)
         cleaning.drop_dead(gm)
@@ -95,7 +95,7 @@ def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Ten
 
 
 def record_symbolically(
-    fn: Callable[..., Any], routings: Sequence[Mapping[str, Any]], probe: Probe, grad: bool = True, tokens: Sequence[int] = ()
+    fn: Callable[..., Any], routings: Sequence[Mapping[str, Any]], probe: Probe, grad: bool = True, rows: thresholds.Rows = lambda size: False
 ) -> fx.GraphModule:
     """`record` on the first of several routings, with nothing left in it that belongs to that routing.
 
@@ -103,10 +103,10 @@ def record_symbolically(
     made from tensors, the function is recorded on the other routings too and must give the same graph but for row counts.
     Raises `Rejection` as `record` does, and when a number in the graph depends on the routing.
     """
-    gm = record(fn, routings[0], probe, grad, tokens)
+    gm = record(fn, routings[0], probe, grad, rows)
     if gm.meta["selections"] or any(n.op == "get_attr" or cleaning.cuts_rows(n) for n in gm.graph.nodes):
         for other in routings[1:]:
-            _same_graph(gm, record(fn, other, probe, grad, tokens))
+            _same_graph(gm, record(fn, other, probe, grad, rows))
     return gm
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -176,6 +177,8 @@ _KINDS: tuple[tuple[Any, Callable[[Any, Any, Place], Any]], ...] = (
 
 def containers(v: Any, place: Place) -> Iterator[tuple[Place, Any, list[Any]]]:
     """The lists, dictionaries and plain objects of an argument, all the way down, as `Sealed.check` takes them."""
+    if type(v) is Forbidden:
+        return
     if isinstance(v, tuple):
         for i, x in enumerate(v):
             yield from containers(x, place.item(i))
@@ -185,10 +188,15 @@ def containers(v: Any, place: Place) -> Iterator[tuple[Place, Any, list[Any]]]:
             yield from containers(x, place.item(k))
 
 
+_slots: weakref.WeakKeyDictionary[type, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
 def slots(cls: type) -> dict[str, Any]:
     """What a class keeps outside of `__dict__`: name -> descriptor."""
-    own = [c for c in cls.__mro__ if not is_library(home(c))]
-    return {k: d for c in own for k, d in vars(c).items() if isinstance(d, types.MemberDescriptorType)}
+    if cls not in _slots:
+        own = [c for c in type.mro(cls) if not is_library(home(c))]
+        _slots[cls] = {k: d for c in own for k, d in vars(c).items() if type(d) is types.MemberDescriptorType}
+    return _slots[cls]
 
 
 def held(x: Any) -> list[Any]:

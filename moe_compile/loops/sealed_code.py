@@ -142,6 +142,8 @@ class Code:
 
     def _use(self, fn: Any) -> None:
         """Note what a function finds around itself, whichever way it was reached."""
+        if type(fn) is Forbidden:
+            return
         for f in (fn, getattr(fn, "__func__", None), getattr(fn, "fget", None), getattr(fn, "func", None)):
             self.world.reads |= self._rests.get(id(f), (f, set()))[1]
 
@@ -276,7 +278,7 @@ def _is_set(cell: types.CellType) -> bool:
 
 
 def _is_slot(v: Any) -> bool:
-    return isinstance(v, types.MemberDescriptorType)
+    return type(v) is types.MemberDescriptorType
 
 
 def _type_of(real: dict[type, type]) -> Any:

@@ -7,7 +7,8 @@ becomes a Python number is followed in `rows`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch.fx as fx
 
@@ -22,12 +23,12 @@ _BEND = {"clamp", "clamp_max", "minimum", "clamp_", "clamp_max_", "floor_divide"
 _PICK = {"index", "gather", "index_select", "embedding", "take", "masked_select"}  # values come from the first argument
 
 
-def check(gm: fx.GraphModule, reads: Iterable[fx.Node], tokens: Sequence[int] = ()) -> None:
-    """Raise `Rejection` where a count or a position meets a number but 0 and 1, and where what is read by the host bounds or divides one.
+Rows = Callable[[int], bool]  # whether a dim of this size counts rows
 
-    tokens: the token counts of the probes, which are primes and divide nothing but numbers of rows.
-    """
-    counted = _counted(gm, tokens)
+
+def check(gm: fx.GraphModule, reads: Iterable[fx.Node], rows: Rows) -> None:
+    """Raise `Rejection` where a count or a position meets a number but 0 and 1, and where what is read by the host bounds or divides one."""
+    counted = _counted(gm, rows)
     for n in gm.graph.nodes:
         if _name(n) in _COMPARE and n.args[0] in counted and isinstance(n.args[1], (int, float)) and n.args[1] not in (0, 1):
             raise Rejection(f"it compares a number of rows, or a row's place, with {n.args[1]}, which few rows do not tell", stage="rows")
@@ -36,26 +37,61 @@ def check(gm: fx.GraphModule, reads: Iterable[fx.Node], tokens: Sequence[int] = 
             raise Rejection("its control flow depends on a count that it bounds or divides", stage="rows")
 
 
-def _counted(gm: fx.GraphModule, tokens: Sequence[int]) -> set[fx.Node]:
-    """Tensors that count rows, or number them."""
+def _counted(gm: fx.GraphModule, rows: Rows) -> set[fx.Node]:
+    """Tensors that count rows, or number them. What numbers experts, or slots of a token, does neither."""
     found: set[fx.Node] = set()
     for n in gm.graph.nodes:
-        if n.op == "call_function" and (_makes(n, tokens) or any(i in found for i in _kept(n))):
+        if n.op != "call_function":
+            continue
+        places = _places(n)
+        if places is not None:
+            counts = any(rows(d) for d in places)
+        else:
+            counts = _makes(n, rows) or any(i in found for i in _kept(n))
+        if counts:
             found.add(n)
     return found
 
 
-def _makes(n: fx.Node, tokens: Sequence[int]) -> bool:
-    """Whether numbers of rows begin here."""
+def _makes(n: fx.Node, rows: Rows) -> bool:
+    """Whether rows are counted or numbered here."""
     name, source = _name(n), n.args[0] if n.args else None
     if n.target is operator.getitem:
-        from_sort = _name(source) == "sort" and n.args[1] == 1
-        return from_sort or _picks(source) or n.args[1] == 2 and "unique" in _name(source)
+        return n.args[1] == 2 and "unique" in _name(source) and rows(source.args[0].meta["val"].numel())  # type: ignore[union-attr]
     if name == "arange":
-        return any(n.meta["val"].numel() % p == 0 for p in tokens if n.meta["val"].numel())
-    if name in _COUNT and isinstance(source, fx.Node):
-        return name in ("histc", "bincount") or not source.meta["val"].is_floating_point()
-    return name == "argsort" or _picks(n)
+        return rows(n.meta["val"].numel())
+    if name not in _COUNT or not isinstance(source, fx.Node):
+        return False
+    if name in ("histc", "bincount"):
+        return rows(source.meta["val"].numel())
+    before, after = list(source.meta["val"].shape), list(n.meta["val"].shape)
+    summed = [d for d in before if before.count(d) > after.count(d)] if before != after else before
+    return not source.meta["val"].is_floating_point() and any(map(rows, summed))
+
+
+def _places(n: fx.Node) -> list[int] | None:
+    """The sizes of the dims in which the integers of a result are places; None if they are none."""
+    name, source = _name(n), n.args[0] if n.args else None
+    if n.target is operator.getitem and isinstance(source, fx.Node):
+        dim = n.args[1]
+        if _name(source) == "sort":
+            return list(source.args[0].meta["val"].shape[-1:]) if dim == 1 else None  # type: ignore[union-attr]
+        if _picks(source):
+            return [source.args[0].meta["val"].shape[dim]]  # type: ignore[union-attr]
+        return _column(source.args[0], dim) if _name(source) == "unbind" else None
+    if name == "select":
+        return _column(source, n.args[2])
+    if name == "argsort":
+        return list(source.meta["val"].shape[-1:])  # type: ignore[union-attr]
+    return list(source.meta["val"].shape) if _picks(n) else None  # type: ignore[union-attr]
+
+
+def _column(n: Any, i: Any) -> list[int] | None:
+    """The dim that column `i` of a `nonzero` numbers, whichever way round that lies."""
+    n = n.args[0] if _name(n) in ("t", "transpose") else n
+    if _name(n) != "nonzero":
+        return None
+    return [n.args[0].meta["val"].shape[i]] if n.args[0].meta["val"].ndim > 1 else None
 
 
 def _picks(n: object) -> bool:
