@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from .call import Call, Roles, Spec
 from .neutral import neutral
 from .places import Place
 from .probe import Probe, Windows, candidates
+from .rows import Listener
 from .sealed import containers
 
 
@@ -24,11 +26,11 @@ class NoExperts(Rejection):
 class Bench:
     """A call's function on a probe module: made for one element type and device, run on arguments of any token count."""
 
-    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None, listening: bool = False) -> None:
         self.call, self.dtype = call, dtype
         self.device = device or torch.device("cpu")
         self.generator = torch.Generator().manual_seed(20)
-        self.probe = Probe(call.module, self.device, dtype=dtype)
+        self.probe = Probe(call.module, self.device, dtype=dtype, listening=listening)
         self.fn = self.probe.function(call.fn)
 
     def again(self, **kw: Any) -> Self:
@@ -40,10 +42,26 @@ class Bench:
         reads |= self.probe.reads
         self.probe.reads = reads
 
-    def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None) -> Any:
+    def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None, listener: Listener | None = None) -> Any:
         """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects."""
-        with neutral(self.call.grad), torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+        cast = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
+        with neutral(self.call.grad), cast, listener or contextlib.nullcontext():
             return self.call_user(arguments)
+
+    def follow(self, some: Mapping[str, Any], others: Mapping[str, Any], tokens: Sequence[tuple[int, int]]) -> None:
+        """Raise `Rejection` if what the function does may hang on how many rows there are: on `some` arguments and on `others` of as many
+        tokens as `tokens` says, pair by pair."""
+        first = Listener()
+        try:
+            self.run(others, listener=first)
+            second = Listener(first.said, tuple(tokens))
+            self.run(some, listener=second)
+        except Rejection:
+            raise
+        except Exception as e:
+            raise Rejection(f"it does with a number of rows what cannot be followed: {type(e).__name__}: {e}"[:300], stage="rows") from e
+        if len(second.said) != len(first.said):
+            raise Rejection("what it does depends on how many rows each expert gets", stage="rows")
 
     def call_user(self, arguments: Mapping[str, Any]) -> Any:
         """The sealed function on tensors by name, with all other arguments as they were at the call."""
@@ -89,8 +107,8 @@ class BlockBench(Bench):
 class DispatchBench(Bench):
     """For functions of tokens, ids and routing weights."""
 
-    def __init__(self, call: Call, roles: Roles, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        super().__init__(call, dtype, device)
+    def __init__(self, call: Call, roles: Roles, dtype: torch.dtype | None = None, **kw: Any) -> None:
+        super().__init__(call, dtype, **kw)
         self.roles = roles
         windows = Windows(self.device, self.generator, 0.2)
         self.given = {n: windows.take(call.tensors[n].shape, dtype or call.tensors[n].dtype) for n in roles.params}
@@ -125,6 +143,12 @@ class DispatchBench(Bench):
             return (true if not masked else torch.rand(shape, generator=self.generator) < 0.7).to(self.device)
         made = torch.randn(shape, generator=self.generator)
         return made.to(self.device, (self.dtype or spec.dtype) if spec.dtype.is_floating_point else spec.dtype)
+
+    def uneven(self, tokens: int, experts: int) -> Tensor:
+        """ids [tokens, k]: each expert is hit twice, and some much more often than others."""
+        even = self.routing(-(-2 * experts // self.roles.k), range(experts))
+        odds = (torch.rand(experts, generator=self.generator) ** 2 + 0.02).expand(tokens - len(even), experts)
+        return torch.cat([even, odds.multinomial(self.roles.k, generator=self.generator)])
 
     def routing(self, tokens: int, experts: Sequence[int] | range) -> Tensor:
         """ids [tokens, k], distinct in each row, that hit each of `experts` if tokens * k >= len(experts)."""

@@ -70,9 +70,15 @@ class Probe(Sealed):
     """
 
     def __init__(
-        self, module: nn.Module | None, device: torch.device, seed: int = 0, dtype: torch.dtype | None = None, scale: float | None = None
+        self,
+        module: nn.Module | None,
+        device: torch.device,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        scale: float | None = None,
+        listening: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(listening)
         self.device, self.dtype = device, dtype
         self.tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(seed)

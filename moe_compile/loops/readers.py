@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,6 +65,14 @@ class Dispatch(_Reader):
         gm = record_symbolically(fn, given, self.own.probe, self.call.grad, self.counts_rows)
         gm.meta["roles"] = self.own.roles._asdict()
         return gm
+
+    def follow(self) -> None:
+        """Raise `Rejection` if what the function does may hang on how many rows there are."""
+        b = self.own.again(listening=True)
+        few = primes(4 * max(17, 2 * self.experts), self.known - {1}, len(self.lead))
+        leads = [few, primes(2 * few[-1], self.known - {1} | set(few), len(few))]
+        made = [b.arguments(b.uneven(math.prod(lead), self.experts), lead) for lead in leads]
+        b.follow(*made, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
 
     def trials(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
         """Routings that the recording never saw, with as few tokens as they need."""
@@ -134,6 +143,11 @@ class Block(_Reader):
         """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
         picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
         return picks and bool(_COUNTS & set(self.call.fn.__code__.co_names))
+
+    def follow(self) -> None:
+        b = self.own.again(listening=True)
+        leads = [self.lead, primes(2 * self.lead[-1], self.known - {1} | set(self.lead), len(self.lead))]
+        b.follow(*(b.arguments(lead) for lead in leads), [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
 
     def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         *first, last = self.lead

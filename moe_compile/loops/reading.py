@@ -94,6 +94,7 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
+    reader.follow()
     written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped)
     confirm(written, reader)
     ids = reader.ids if not holds_for_repeats(written, reader) else None

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..ir import Rejection
-from . import sealed_code
+from . import rows, sealed_code
 from .libraries import Forbidden, home, is_library, is_plain_instance, safe_builtins, why_not
 from .places import FUNCTION, PLAIN, Place, Space
 
@@ -29,7 +29,7 @@ _VALUES = (tuple, int, float, str)  # what a class of the user's may extend
 class Sealed:
     """A world of copies. What is forbidden raises `Rejection`, and `check` raises it again in case the code read swallowed it."""
 
-    def __init__(self) -> None:
+    def __init__(self, listening: bool = False) -> None:
         self.reads: set[Place] = set()
         self.refused: Rejection | None = None
         self.memo: dict[int, tuple[Any, Any]] = {}  # id -> (what it is the id of, its copy)
@@ -39,6 +39,9 @@ class Sealed:
         self.code = sealed_code.Code(self)
         self.builtins = safe_builtins(self.refuse, self.code.imported)
         self.builtins["type"] = self.code.type_of
+        if listening:  # numbers of rows are followed (`rows`)
+            self.builtins |= rows.builtins()
+            self.code.real[int] = rows.Int
 
     def refuse(self, reason: str) -> NoReturn:
         self.refused = Rejection(reason, stage="effects")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..ir import Rejection
+from . import rows
 from .libraries import Forbidden, home, instead, is_library, why_not
 from .places import Place, Space
 
@@ -23,6 +24,7 @@ MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's ow
 # names by which code looks around behind its own data
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
 _PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
+_OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
 _PROXIES = ("torch", "numpy", "contextlib")  # libraries of which some names may be used and others not
 
 
@@ -75,8 +77,8 @@ class Code:
         self._classes: set[type] = set()
         self._metas: dict[type, type] = {}
         self._watched: dict[type, type] = {}
-        self._real: dict[type, type] = {}
-        self.type_of = _type_of(self._real)
+        self.real: dict[type, type] = {}
+        self.type_of = _type_of(self.real)
 
     def check(self) -> None:
         for names in self._spaces:
@@ -98,7 +100,7 @@ class Code:
             return world.forbid(f"it calls {name}, which is compiled, or kept from being compiled, on its own")
         if is_library(source) and not fn.__closure__:
             reason = why_not(fn, str(place))
-            return world.forbid(reason) if reason else fn
+            return world.forbid(reason) if reason else rows.apart(fn) if source.startswith("einops") else fn
         behind = {n for c in codes(fn.__code__) for n in c.co_names} & _BEHIND
         if behind and not is_library(source):
             return world.forbid(f"{name} uses {sorted(behind)[0]}")
@@ -263,10 +265,12 @@ class Code:
     def watched(self, cls: type) -> type:
         """A class of a library, for instances that note what they are asked for. Sealed code takes it for the class itself."""
         if cls not in self._watched:
-            names = {"__getattribute__": self._noting(cls), "__class__": property(lambda self: cls)}
+            names: dict[str, Any] = {"__getattribute__": self._noting(cls), "__class__": property(lambda self: cls)}
+            if issubclass(cls, nn.Module) and cls not in _OF_MODULES:
+                names["__call__"] = lambda self, *args, **kwargs: rows.apart(cls.__call__)(self, *args, **kwargs)
             names |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
             self._watched[cls] = new = type(cls)(cls.__name__, (cls,), names)
-            self._real[new] = cls
+            self.real[new] = cls
         return self._watched[cls]
 
 
