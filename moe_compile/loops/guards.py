@@ -58,7 +58,7 @@ class Guards:
             kind, name = place.steps[-1] if place.steps else ("", None)
             if kind == "attr" and not isinstance(holder, type) and own_attribute(holder, name) is MISSING and hasattr(holder, "__dict__"):
                 self._absent(place.holder, name)
-                if value is MISSING or (type(holder), name) in done:
+                if value is MISSING or (type(holder), name) in done or is_library(home(type(holder))):
                     continue
                 done.add((type(holder), name))
                 place = place.holder.type().attr(name)
@@ -77,7 +77,7 @@ class Guards:
     def _value(self, place: Place, v: Any, depth: int = _DEPTH) -> None:
         from torch._dynamo.guards import GuardBuilder
 
-        if v is MISSING or isinstance(v, types.ModuleType) or (callable(v) and is_library(home(v))):
+        if v is MISSING or isinstance(v, types.ModuleType):
             return
         if isinstance(v, torch.Tensor):
             if place.root == MODULE and all(kind == "attr" for kind, _ in place.steps):
@@ -87,7 +87,7 @@ class Guards:
             self._guard(place, GuardBuilder.CONSTANT_MATCH)
         elif isinstance(v, types.FunctionType):
             self._guard(place, GuardBuilder.CLOSURE_MATCH)
-        elif isinstance(v, type):
+        elif isinstance(v, (type, types.BuiltinFunctionType)):
             self._guard(place, GuardBuilder.ID_MATCH)
         elif isinstance(v, property):
             self._value(place.attr("fget"), v.fget)

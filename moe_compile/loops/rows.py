@@ -35,16 +35,21 @@ _VALUES = {"full": 1, "new_full": 2, "__setitem__": 2}  # the argument of them t
 Form = Mapping[tuple[int, int], int]  # (value in one run, in the other) of a plain count -> how often it is in the sum
 
 
-class Count:
+class Count(int):
     """A number of rows: `a` now, `b` on another routing. `form`: the counts that it is the sum of, with `rest`; None: it is no sum."""
 
-    __slots__ = ("a", "b", "form", "rest")
+    a: int
+    b: int
+    form: Form | None
+    rest: int
 
-    def __init__(self, a: Any, b: Any, form: Form | None, rest: int = 0) -> None:
+    def __new__(cls, a: int, b: int, form: Form | None, rest: int = 0) -> Count:
+        self = super().__new__(cls, a)
         self.a, self.b, self.form, self.rest = a, b, form, rest
+        return self
 
     def _meets(self, other: Any, op: Callable[[Any, Any], bool]) -> Any:
-        if not isinstance(other, (Count, int, float)) and not hasattr(other, "item"):
+        if not isinstance(other, (int, float)) and not hasattr(other, "item"):
             return NotImplemented
         d = self - other
         if not isinstance(d, Count):
@@ -145,7 +150,7 @@ def _leak(self: Count, *_: Any) -> NoReturn:
     refuse("it takes its rows one by one, or makes text or a key of their number")
 
 
-for _name in ("__index__", "__int__", "__float__", "__hash__", "__str__", "__repr__", "__format__", "__round__", "__trunc__"):
+for _name in ("__int__", "__float__", "__hash__", "__str__", "__repr__", "__format__", "__round__", "__trunc__"):
     setattr(Count, _name, _leak)
 
 
@@ -168,7 +173,10 @@ def _sum(x: Count, y: Any, sign: int) -> Any:
 
 def _other(op: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
     (a, b), (c, d) = _both(x), _both(y)
-    return Count(op(a, c), op(b, d), None)
+    a, b = op(a, c), op(b, d)
+    if type(a) is not int or type(b) is not int:
+        refuse("it computes with a number of rows")
+    return Count(a, b, None)
 
 
 class Listener(TorchFunctionMode):
@@ -289,7 +297,7 @@ class _IntMeta(type):
         return int(*args, **kw)
 
     def __instancecheck__(cls, v: Any) -> bool:
-        return isinstance(v, (int, Count))
+        return isinstance(v, int)
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(int, name)
@@ -308,6 +316,18 @@ def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args, **kwargs)
         with listener.paused():
             return fn(*listener._plain("", args), **{k: listener._plain("", v) for k, v in kwargs.items()})
+
+    return called
+
+
+def exact(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of plain numbers."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        for a in args:
+            if isinstance(a, Count):
+                _leak(a)
+        return fn(*args, **kwargs)
 
     return called
 

@@ -41,7 +41,7 @@ class Sealed:
         self.builtins["type"] = self.code.type_of
         if listening:  # numbers of rows are followed (`rows`)
             self.builtins |= rows.builtins()
-            self.code.real[int] = rows.Int
+            self.code.real |= {int: rows.Int, rows.Count: rows.Int}
 
     def refuse(self, reason: str) -> NoReturn:
         self.refused = Rejection(reason, stage="effects")
@@ -91,9 +91,11 @@ class Sealed:
         for kinds, make in _KINDS:
             if isinstance(v, kinds):
                 return make(self, v, place)
+        if self.code.is_plain_object(v):
+            return self._object(v, place)
         if is_plain_instance(v):
             return v
-        if not is_library(home(type(v))) or self.code.is_plain_object(v):
+        if not is_library(home(type(v))):
             return self._object(v, place)
         if isinstance(v, (*_CONTAINERS, tuple, frozenset)):
             return self._container(v, place)
@@ -109,13 +111,15 @@ class Sealed:
         return self.forbid(f"it uses {place}, a module that is not registered as a part of its own")
 
     def _bound(self, v: types.MethodType, place: Place) -> Any:
+        if is_plain_instance(v.__self__) and is_library(home(v.__func__)):
+            return v
         parts = [self.copy(v.__func__, place.attr("__func__")), self.copy(v.__self__, place.attr("__self__"))]
         return next((p for p in parts if type(p) is Forbidden), None) or types.MethodType(parts[0], parts[1])
 
     def _builtin(self, v: Any, place: Place) -> Any:
         owner, reason = getattr(v, "__self__", None), why_not(v, str(place))
         if reason or owner is None or isinstance(owner, (types.ModuleType, type)):
-            return self.forbid(reason) if reason else v
+            return self.forbid(reason) if reason else rows.exact(v) if home(v) == "math" else v
         new = self.copy(owner, place.attr("__self__"))
         return new if type(new) is Forbidden else getattr(new, v.__name__)
 
@@ -138,8 +142,9 @@ class Sealed:
     def _object(self, v: Any, place: Place) -> Any:
         """An object of a class of the user's, or one that only has attributes."""
         cls = self.code.watched(type(v)) if is_library(home(type(v))) else self.copy(type(v), place.type())
-        base = next((b for b in (*_CONTAINERS, *_VALUES) if isinstance(v, b)), object)
-        value = () if base not in _VALUES else ([self.copy(x, place.item(i)) for i, x in enumerate(v)] if base is tuple else v,)
+        base: Any = next(b for b in type.mro(type(v)) if is_library(home(b)))
+        items = [self.copy(x, place.item(i)) for i, x in enumerate(v)] if isinstance(v, tuple) else v
+        value = (items,) if isinstance(v, _VALUES) else ()
         try:
             new = cls if type(cls) is Forbidden else base.__new__(cls, *value)
         except TypeError:

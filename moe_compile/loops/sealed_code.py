@@ -25,7 +25,7 @@ MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's ow
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
 _PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
 _OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
-_PROXIES = ("torch", "numpy", "contextlib")  # libraries of which some names may be used and others not
+_PROXIES = ("torch", "numpy", "contextlib", "math")  # libraries of which some names may be used and others not
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -207,8 +207,9 @@ class Code:
         self._classes.add(new)
         self.world.places[id(new)] = new, place
         self.world.later.append(lambda: self.world.keep(place, new))
+        of_instance = any(kind == "type" for kind, _ in place.steps)
         for k in names:
-            if k.startswith("__"):  # Python calls these without asking for them by name
+            if k.startswith("__") and not (of_instance and k in ("__init__", "__new__")):  # Python calls these without asking by name
                 self._use(vars(new).get(k))
         return new
 
