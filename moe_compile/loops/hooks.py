@@ -17,6 +17,7 @@ import functools
 import inspect
 import logging
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -89,25 +90,30 @@ def _hook_root() -> None:
     @functools.wraps(original)
     def call(self: Any, fn: Any) -> Any:
         forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
-        code = getattr(forward, "__code__", None)
-        if not enabled() or code is None or not for_us(getattr(self, "callback", None)) or not is_candidate(code) or not asks(code):
+        mine = enabled() and isinstance(forward, types.FunctionType) and for_us(getattr(self, "callback", None))
+        if not mine or not is_candidate(forward.__code__) or not asks(forward.__code__):
             return original(self, fn)
         if not isinstance(fn, nn.Module):
-            return original(self, functools.wraps(fn)(_frame_around(fn)))
+            return original(self, functools.wraps(fn)(_frame_around(fn, fn)))
         compiled = original(self, fn)
         if isinstance(compiled, OptimizedModule):
-            compiled.forward = original(self, _frame_around(fn))
+            compiled.forward = original(self, _frame_around(fn, forward))
         return compiled
 
     _TorchDynamoContext.__call__ = call
 
 
-def _frame_around(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _frame_around(fn: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
+    """A frame that calls `fn`. It stands where its `code` does, and has its globals: Dynamo looks those of all other frames up by the name
+    of their module, which a class shipped by value need not have here."""
+
     def frame(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
-    frame.__code__ = frame.__code__.replace()  # Dynamo keeps compiled code by code object: one of its own for each function
-    return frame
+    # Dynamo keeps compiled code by code object: one of its own for each function
+    at = code.__code__
+    own = frame.__code__.replace(co_filename=at.co_filename, co_firstlineno=at.co_firstlineno, co_name=at.co_name)
+    return types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
 
 
 @functools.cache
