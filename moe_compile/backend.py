@@ -16,7 +16,7 @@ from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
-from .loops import capture, hooks
+from .loops import capture, flags, hooks
 from .options import Options
 from .snapshot import Snapshot
 
@@ -43,6 +43,7 @@ def moe_fused(
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected += loops_left([b.source for b in blocks])
     seconds["passes"] = time.perf_counter() - started
+    flags.check(gm)
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):

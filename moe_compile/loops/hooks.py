@@ -5,7 +5,7 @@ export, and the same model under another backend see no change. ``MOE_COMPILE_CA
 
 - *Whole loops* (`capture`): one call is inlined in place of a loop. A loop that is compiled on its own gets a frame around it, because
   Dynamo never inlines the frame it starts with.
-- *Static loops*: ops whose output size depends on data stay in the graph (two of Dynamo's own flags); a frame that cannot be
+- *Static loops* (`flags`): ops whose output size depends on data stay in the graphs of frames with an expert loop; a frame that cannot be
   compiled so is compiled again without.
 
 Both rest on private names of torch; where one is missing, its hook logs that and stays out.
@@ -18,14 +18,15 @@ import inspect
 import logging
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import capture
+from . import capture, flags
 from .looks import asks, is_candidate
+from .sealed_code import is_set
 
 log = logging.getLogger("moe_compile")
 
@@ -118,7 +119,7 @@ def _frame_around(fn: Callable[..., Any], code: types.FunctionType) -> Callable[
 
 @functools.cache
 def _hook_flags() -> None:
-    """Keep ops whose output size depends on data in the graphs that are traced for this backend."""
+    """Keep ops whose output size depends on data in the graphs of frames with an expert loop."""
     from torch._dynamo import convert_frame
 
     original: Callable[..., Any] = convert_frame._compile
@@ -129,15 +130,13 @@ def _hook_flags() -> None:
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        config = torch._dynamo.config
-        on_already = given.get("one_graph") or (config.capture_dynamic_output_shape_ops and config.capture_scalar_outputs)
-        if on_already or not enabled() or not for_us(given.get("compiler_fn")):
+        if not enabled() or not for_us(given.get("compiler_fn")) or _on_already(given) or not _wants(given):
             return original(*args, **kwargs)
         try:
-            with config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+            with flags.on():
                 return original(*args, **kwargs)
         except Exception as e:
-            if not _from_data_dependence(e):
+            if not flags.from_data_dependence(e):
                 raise
             log.info("capture: a frame is compiled again without data-dependent sizes: %s", e)
         return original(*args, **kwargs)
@@ -145,13 +144,11 @@ def _hook_flags() -> None:
     convert_frame._compile = compile_frame
 
 
-def _from_data_dependence(e: BaseException | None) -> bool:
-    """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
-    seen = 0
-    while e is not None and seen < 8:
-        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
-            return True
-        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
-            return True
-        e, seen = e.__cause__ or e.__context__, seen + 1
-    return False
+def _on_already(given: Mapping[str, Any]) -> bool:
+    config = torch._dynamo.config
+    return bool(given.get("one_graph") or (config.capture_dynamic_output_shape_ops and config.capture_scalar_outputs))
+
+
+def _wants(given: Mapping[str, Any]) -> bool:
+    cells = [c.cell_contents for c in given.get("closure") or () if is_set(c)]
+    return flags.wanted(given["code"], given.get("globals") or {}, [*(given.get("locals") or {}).values(), *cells])

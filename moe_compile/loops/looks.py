@@ -61,6 +61,12 @@ def asks(code: types.CodeType) -> bool:
     return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
 
 
+@functools.cache
+def compares(code: types.CodeType) -> bool:
+    """Whether code compares and subscripts, as in ``x[ids == e]``."""
+    return {"COMPARE_OP", "BINARY_SUBSCR"} <= {i.opname.replace("BINARY_OP", "BINARY_SUBSCR") for i in dis.get_instructions(code)}
+
+
 def is_collective(code: types.CodeType) -> bool:
     """Whether code may exchange something between the processes that there are."""
     d = torch.distributed

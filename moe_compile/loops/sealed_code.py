@@ -138,7 +138,7 @@ class Code:
             new.cell_contents = self.world.copy(cell.cell_contents, place)
             self.world.keep(place, new)
 
-        if _is_set(cell):
+        if is_set(cell):
             self.world.later.append(fill)
         return new
 
@@ -275,10 +275,11 @@ class Code:
         return self._watched[cls]
 
 
-def _is_set(cell: types.CellType) -> bool:
+def is_set(cell: types.CellType) -> bool:
+    """Whether a closure's variable has a value yet."""
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # not set yet, for the user's function either
+    except ValueError:
         return False
 
 

@@ -1,0 +1,120 @@
+"""Static expert loops: ops whose output size depends on data stay in the graphs of frames that hold one, and of no others.
+
+Two of Dynamo's own flags do that. They let sizes into a graph that no one knows at compile time; where Dynamo then has to assume something
+of them that Python does not (that two of them are equal, for one of them might have been 1 and broadcast), the frame is compiled without.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .libraries import home, is_library
+from .looks import asks, compares, has_loop
+from .places import MISSING, of_class
+from .sealed_code import codes
+
+_SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
+_now = threading.local()
+
+
+class Assumed(Exception):
+    """The graph assumes something of sizes that depend on data; the frame is to be compiled without them."""
+
+
+@contextmanager
+def on() -> Iterator[None]:
+    """The flags, for a frame that is compiled inside."""
+    was, _now.on = getattr(_now, "on", False), True
+    try:
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+            yield
+    finally:
+        _now.on = was
+
+
+def check(gm: fx.GraphModule) -> None:
+    """Raise `Assumed` if a graph that has such sizes through our flags asserts what the user's code does not."""
+    if not getattr(_now, "on", False):
+        return
+    for n in gm.graph.nodes:
+        if n.target is torch.ops.aten._assert_scalar.default and _equates(n.args[0]):
+            raise Assumed(str(n.args[1]))
+
+
+def _equates(n: Any) -> bool:
+    """Whether a condition sets one size equal to another, or to a number. Sums of sizes are those of a split, which Python asserts too."""
+    if not isinstance(n, fx.Node) or n.target not in (operator.eq, operator.ne):
+        return False
+    return all(_sizes(side) <= 1 for side in n.args) and any(_sizes(side) for side in n.args)
+
+
+def _sizes(n: Any) -> int:
+    """How many sizes that depend on data a number is made of."""
+    value = n.meta.get("example_value", n.meta.get("val")) if isinstance(n, fx.Node) else None
+    symbols = value.node.expr.free_symbols if isinstance(value, torch.SymInt) else ()
+    return sum(str(s).startswith("u") for s in symbols)
+
+
+def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
+    """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop."""
+    if has_loop(code) and asks(code):
+        return True
+    found = list(_reached(code, names, values))
+    loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found)
+    return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
+    """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
+    values = list(values)
+    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not is_library(home(c)))
+    own = [f for m in modules for f in vars(m).values() if callable(f)]  # a forward set on the instance
+    todo: list[tuple[types.CodeType, Mapping[str, Any]]] = [(code, names)]
+    found = [v for v in (*values, *own) for v in _functions(v)]
+    seen = set()
+    while todo or found:
+        todo += [(f.__code__, f.__globals__) for f in found if not is_library(home(f))]
+        found.clear()
+        if not todo:
+            return
+        c, g = todo.pop()
+        if c in seen:
+            continue
+        seen.add(c)
+        yield c
+        called = {n for i in codes(c) for n in i.co_names}
+        found += [f for n in called if n in g for f in _functions(g[n])]
+        found += [f for cls in classes for n in (*called, "forward") for f in _functions(of_class(cls, n))]
+
+
+def _functions(v: Any) -> list[types.FunctionType]:
+    """The functions behind a value: methods, wrappers and what they wrap."""
+    found = []
+    for _ in range(8):
+        v = getattr(v, "__func__", None) or (v.fget if isinstance(v, property) else v)
+        if v is MISSING or not isinstance(v, types.FunctionType):
+            break
+        found.append(v)
+        v = getattr(v, "__wrapped__", None)
+    return found
+
+
+def from_data_dependence(e: BaseException | None) -> bool:
+    """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
+    seen = 0
+    while e is not None and seen < 8:
+        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
+            return True
+        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
+            return True
+        e, seen = e.__cause__ or e.__context__, seen + 1
+    return False
