@@ -38,12 +38,13 @@ def moe_fused(
     """
     started = time.perf_counter()
     chosen = Options.parse(options, mode)
-    target, report = target_of(gm, example_inputs, chosen), reports.report_for(gm)
+    target = target_of(gm, example_inputs, chosen)
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected += loops_left([b.source for b in blocks])
     seconds["passes"] = time.perf_counter() - started
-    flags.check(gm)
+    flags.check(gm, rejected)
+    report = reports.report_for(gm)
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):

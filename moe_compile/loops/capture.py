@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ..ir import Rejection
+from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .looks import asks, distinct, effect, has_loop, is_collective
@@ -56,7 +57,7 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # inside torch.func.grad or vmap no probe can be run, and what was read elsewhere is told by nobody
     fn = function_of(func)
-    if fn is None or not has_loop(fn.__code__) or is_collective(fn.__code__):
+    if fn is None or not (has_loop(fn.__code__) or fn.__code__ in flags.blocks()) or is_collective(fn.__code__):
         return None
     bound, arguments = bind(fn, args, kwargs), Arguments()
     call = arguments.call(tx, fn, bound) if bound else None
@@ -113,7 +114,7 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
 def _may_be_block(call: Call) -> bool:
     """Whether a function may be a whole MoE block: its tokens are its only tensor, and its code asks for rows that depend on data."""
     specs = list(call.tensors.values())
-    if call.module is None or len(specs) != 1 or not asks(call.fn.__code__):
+    if call.module is None or len(specs) != 1 or not (asks(call.fn.__code__) or call.fn.__code__ in flags.blocks()):
         return False
     return specs[0].dtype.is_floating_point and 2 <= len(specs[0].shape) <= 3 and isinstance(specs[0].shape[-1], int)
 

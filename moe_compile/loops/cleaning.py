@@ -21,6 +21,8 @@ from ..passes.aten.shadow import aliased_arg, mutated_args
 
 _READS = ("aten::item", "aten::_local_scalar_dense")
 _NO_END = (1 << 63) - 1
+_SAME = {"to", "type_as", "contiguous", "float", "lift_fresh"}
+_STACKED = {"cat", "concat", "vstack", "row_stack"}
 _NO_MEANING = ("aten::resolve_conj", "aten::resolve_neg")
 
 
@@ -72,6 +74,21 @@ def replay(gm: fx.GraphModule) -> dict[fx.Node, Any]:
 
     Keep(gm, garbage_collect_values=False).run(*(n.meta["real"] for n in gm.graph.nodes if n.op == "placeholder"))
     return values
+
+
+def drop_nothing(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
+    """Operations that do nothing: a cast to the type that a tensor has is that tensor, also when it is written to; no rows stacked on others."""
+    for n in list(gm.graph.nodes):
+        name, source = schema_name(n).removeprefix("aten::"), n.args[0] if n.args else None
+        if name in _SAME and values[n] is values.get(source):  # type: ignore[arg-type]
+            n.replace_all_uses_with(source)  # type: ignore[arg-type]
+            gm.graph.erase_node(n)
+        elif name in _STACKED and isinstance(source, (list, tuple)) and (name in ("vstack", "row_stack") or call_args(n).dim == 0):
+            some = [p for p in source if values[p].shape[0]]  # type: ignore[index]
+            if some and len(some) < len(source) and values[some[0]].ndim == values[n].ndim:
+                if len(some) == 1:
+                    n.target, n.kwargs = torch.ops.aten.clone.default, {}
+                n.args = (some if len(some) > 1 else some[0], *(n.args[1:] if len(some) > 1 else ()))
 
 
 def check_result(values: dict[fx.Node, Any], result: Any) -> None:

@@ -9,44 +9,57 @@ from __future__ import annotations
 import operator
 import threading
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..ir import Rejection
 from .libraries import home, is_library
 from .looks import asks, compares, has_loop
 from .places import MISSING, of_class
 from .sealed_code import codes
 
 _SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
+_TOLD = {"find", "lower", "internal"}  # what reading by example would not change
 _now = threading.local()
 
 
-class Assumed(Exception):
-    """The graph assumes something of sizes that depend on data; the frame is to be compiled without them."""
+class Again(Exception):
+    """The frame is to be compiled again: without the flags, or with whole blocks read by example."""
 
 
 @contextmanager
-def on() -> Iterator[None]:
-    """The flags, for a frame that is compiled inside."""
-    was, _now.on = getattr(_now, "on", False), True
+def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[None]:
+    """The flags, for a frame that is compiled inside. `outer`: whole blocks that may be read, though their loops are in other functions;
+    last: they are what this time is for."""
+    was, _now.state = getattr(_now, "state", None), (outer, last)
     try:
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
             yield
     finally:
-        _now.on = was
+        _now.state = was
 
 
-def check(gm: fx.GraphModule) -> None:
-    """Raise `Assumed` if a graph that has such sizes through our flags asserts what the user's code does not."""
-    if not getattr(_now, "on", False):
+def blocks() -> frozenset[types.CodeType]:
+    """The functions of whole blocks that are to be read this time."""
+    outer, last = getattr(_now, "state", None) or (frozenset, False)
+    return outer() if last else frozenset()
+
+
+def check(gm: fx.GraphModule, missed: Sequence[Rejection]) -> None:
+    """Raise `Again` if a graph that has such sizes through our flags asserts what the user's code does not, or if whole blocks of its frame
+    may be read in place of what was `missed`."""
+    outer, last = getattr(_now, "state", None) or (None, False)
+    if outer is None:
         return
+    if not last and any(r.stage not in _TOLD for r in missed) and outer():
+        raise Again("whole blocks are read by example")
     for n in gm.graph.nodes:
         if n.target is torch.ops.aten._assert_scalar.default and _equates(n.args[0]):
-            raise Assumed(str(n.args[1]))
+            raise Again(str(n.args[1]))
 
 
 def _equates(n: Any) -> bool:
@@ -65,11 +78,30 @@ def _sizes(n: Any) -> int:
 
 def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
     """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop."""
-    if has_loop(code) and asks(code):
-        return True
-    found = list(_reached(code, names, values))
-    loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found)
+    return has_loop(code) and asks(code) or _loops(_reached(code, names, values))
+
+
+def _loops(reached: Iterable[types.CodeType]) -> bool:
+    found = list(reached)
+    loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
     return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
+    """The `forward`s of modules that reach both the choice of experts and a loop over them, and of whose parts none does so."""
+    known: dict[Any, bool] = {}
+
+    def holds(m: nn.Module) -> bool:
+        forward = of_class(type(m), "forward")
+        key = frozenset(type(x) for x in m.modules()), type(m)
+        if key not in known:
+            user = isinstance(forward, types.FunctionType) and not is_library(home(forward))
+            known[key] = user and _loops(_reached(forward.__code__, forward.__globals__, [m]))
+        return known[key]
+
+    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    inner = [m for m in modules if holds(m) and not any(holds(x) for x in m.modules() if x is not m)]
+    return frozenset(of_class(type(m), "forward").__code__ for m in inner)
 
 
 def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:

@@ -92,7 +92,7 @@ def _hook_root() -> None:
     def call(self: Any, fn: Any) -> Any:
         forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
         mine = enabled() and isinstance(forward, types.FunctionType) and for_us(getattr(self, "callback", None))
-        if not mine or not is_candidate(forward.__code__) or not asks(forward.__code__):
+        if not mine or not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([fn])):
             return original(self, fn)
         if not isinstance(fn, nn.Module):
             return original(self, functools.wraps(fn)(_frame_around(fn, fn)))
@@ -132,13 +132,17 @@ def _hook_flags() -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
         if not enabled() or not for_us(given.get("compiler_fn")) or _on_already(given) or not _wants(given):
             return original(*args, **kwargs)
-        try:
-            with flags.on():
-                return original(*args, **kwargs)
-        except Exception as e:
-            if not flags.from_data_dependence(e):
-                raise
-            log.info("capture: a frame is compiled again without data-dependent sizes: %s", e)
+        outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
+        for last in (False, True):
+            try:
+                with flags.on(outer, last):
+                    return original(*args, **kwargs)
+            except Exception as e:
+                if not flags.from_data_dependence(e):
+                    raise
+                log.info("capture: a frame is compiled again: %s", e)
+            if not outer():
+                break
         return original(*args, **kwargs)
 
     convert_frame._compile = compile_frame
@@ -150,5 +154,9 @@ def _on_already(given: Mapping[str, Any]) -> bool:
 
 
 def _wants(given: Mapping[str, Any]) -> bool:
-    cells = [c.cell_contents for c in given.get("closure") or () if is_set(c)]
-    return flags.wanted(given["code"], given.get("globals") or {}, [*(given.get("locals") or {}).values(), *cells])
+    return flags.wanted(given["code"], given.get("globals") or {}, _values(given))
+
+
+def _values(given: Mapping[str, Any]) -> list[Any]:
+    """What a frame has in its locals and its closure."""
+    return [*(given.get("locals") or {}).values(), *(c.cell_contents for c in given.get("closure") or () if is_set(c))]

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..ir import Rejection
 from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
 from .call import Call, Roles
+from .looks import has_loop
+from .masks import fold_masks
 from .places import Place
 from .probe import candidates
 from .record import record_symbolically
@@ -63,6 +65,7 @@ class Dispatch(_Reader):
             return self.own.call_user({n: v.reshape(shapes[n]) if n in shapes else v for n, v in tensors.items()})
 
         gm = record_symbolically(fn, given, self.own.probe, self.call.grad, self.counts_rows)
+        fold_masks(gm, self.experts)
         gm.meta["roles"] = self.own.roles._asdict()
         return gm
 
@@ -78,7 +81,7 @@ class Dispatch(_Reader):
         """Routings that the recording never saw, with as few tokens as they need."""
         n, k = self.experts, b.roles.k
         yield "other tokens", self.usual(b)
-        yield "few experts", b.arguments(b.routing(11, range(min(n, max(k, 3)))))
+        yield "few experts", b.arguments(b.routing(11, range(min(n, max(k, 3)))), masked=True)
         yield "only the first experts", b.arguments(b.routing(5, range(k)))
         yield "only the last experts", b.arguments(b.routing(6, range(n - k, n)))
         yield "one token", b.arguments(b.routing(1, range(n)))
@@ -116,7 +119,7 @@ class Block(_Reader):
         self.sharp.share(reads)
         self.own = self.sharp.again()
         self.own.share(reads)
-        most = max(candidates(call.module, lambda: iter(())), default=0)
+        most = max(candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2)), default=0)
         if most < 2:
             raise NoExperts("nothing tells how many experts there are", stage="read")
         ((name, spec),) = call.tensors.items()
@@ -142,7 +145,7 @@ class Block(_Reader):
     def _counts_rows(self, gm: fx.GraphModule) -> bool:
         """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
         picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
-        return picks and bool(_COUNTS & set(self.call.fn.__code__.co_names))
+        return picks and (not has_loop(self.call.fn.__code__) or bool(_COUNTS & set(self.call.fn.__code__.co_names)))
 
     def follow(self) -> None:
         b = self.own.again(listening=True)

@@ -61,6 +61,7 @@ def record(
         cleaning.check_cuts(gm)
         values = cleaning.replay(gm)
         cleaning.check_result(values, result)
+        cleaning.drop_nothing(gm, values)
         gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
         gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
         cleaning.check_reads(reads)
