@@ -15,7 +15,7 @@ from .call import Call, Roles, Spec
 from .neutral import neutral
 from .places import Place
 from .probe import Probe, Windows, candidates
-from .rows import Listener
+from .rows import UNEVEN, Listener
 from .sealed import containers
 
 
@@ -26,11 +26,20 @@ class NoExperts(Rejection):
 class Bench:
     """A call's function on a probe module: made for one element type and device, run on arguments of any token count."""
 
-    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None, listening: bool = False) -> None:
+    biases = 1.0  # size of lists of parameters beside that of matrices
+
+    def __init__(
+        self,
+        call: Call,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        listening: bool = False,
+        seed: int = 0,
+    ) -> None:
         self.call, self.dtype = call, dtype
         self.device = device or torch.device("cpu")
-        self.generator = torch.Generator().manual_seed(20)
-        self.probe = Probe(call.module, self.device, dtype=dtype, listening=listening)
+        self.generator = torch.Generator().manual_seed(20 + seed)
+        self.probe = Probe(call.module, self.device, seed, dtype, listening=listening, biases=self.biases)
         self.fn = self.probe.function(call.fn)
 
     def again(self, **kw: Any) -> Self:
@@ -61,7 +70,7 @@ class Bench:
         except Exception as e:
             raise Rejection(f"it does with a number of rows what cannot be followed: {type(e).__name__}: {e}"[:300], stage="rows") from e
         if len(second.said) != len(first.said):
-            raise Rejection("what it does depends on how many rows each expert gets", stage="rows")
+            raise Rejection(UNEVEN, stage="draw")
 
     def call_user(self, arguments: Mapping[str, Any]) -> Any:
         """The sealed function on tensors by name, with all other arguments as they were at the call."""
@@ -94,6 +103,8 @@ class Bench:
 
 class BlockBench(Bench):
     """For functions of tokens alone, with the router inside."""
+
+    biases = 0.125  # a bias of the choice must not shut experts out
 
     def arguments(self, lead: Sequence[int], alike: bool = False) -> dict[str, Tensor]:
         """Arguments for tokens [*lead, H]; `alike`: all tokens nearly the same, so that few experts are chosen."""

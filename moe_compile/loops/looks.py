@@ -61,6 +61,11 @@ def asks(code: types.CodeType) -> bool:
     return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
 
 
+def selects(code: types.CodeType) -> bool:
+    """Whether code chooses experts itself."""
+    return any({"topk", "argmax", "argsort"} & set(c.co_names) for c in codes(code))
+
+
 @functools.cache
 def compares(code: types.CodeType) -> bool:
     """Whether code compares and subscripts, as in ``x[ids == e]``."""

@@ -65,7 +65,7 @@ class Probe(Sealed):
 
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: every place that the code read so far beside its arguments.
-    Floats become `dtype` if one is given. Integer tables keep their values, but for matrices of bytes, which are weights.
+    Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values, but for matrices of bytes, which are weights.
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
@@ -77,9 +77,10 @@ class Probe(Sealed):
         dtype: torch.dtype | None = None,
         scale: float | None = None,
         listening: bool = False,
+        biases: float = 1.0,
     ) -> None:
         super().__init__(listening)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.biases = device, dtype, biases
         self.tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         self._windows = Windows(device, generator, scale if scale is not None else 0.2 if module is None else _scale(module))
@@ -146,7 +147,8 @@ class Probe(Sealed):
     def _float(self, t: Tensor) -> Tensor:
         if t.dtype not in _FLOATS:
             raise Rejection(f"parameters of type {t.dtype}", stage="tensors")
-        return self._windows.take(tuple(t.shape), self.dtype or t.dtype)
+        new = self._windows.take(tuple(t.shape), self.dtype or t.dtype)
+        return new if t.ndim > 1 else new * self.biases
 
     def _table(self, t: Tensor, path: str) -> Tensor:
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:

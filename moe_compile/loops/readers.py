@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..ir import Rejection
 from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
 from .call import Call, Roles
-from .looks import has_loop
+from .looks import has_loop, selects
 from .masks import fold_masks
 from .places import Place
 from .probe import candidates
@@ -21,6 +22,7 @@ from .record import record_symbolically
 
 _COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
+DRAWS = 4  # tries to choose every expert
 
 
 class _Reader:
@@ -113,11 +115,11 @@ class Block(_Reader):
     ids = ""
     experts = 0  # not known before the recording
 
-    def __init__(self, call: Call, reads: set[Place]) -> None:
-        self.call = call
-        self.sharp = BlockBench(call, torch.float32)
+    def __init__(self, call: Call, reads: set[Place], draw: int = 0) -> None:
+        self.call, self.draw = call, draw
+        self.sharp = BlockBench(call, torch.float32, seed=draw)
         self.sharp.share(reads)
-        self.own = self.sharp.again()
+        self.own = self.sharp.again(seed=draw)
         self.own.share(reads)
         most = max(candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2)), default=0)
         if most < 2:
@@ -134,7 +136,9 @@ class Block(_Reader):
             given = [self.own.arguments(self.lead) for _ in range(2)]
             gm = record_symbolically(self._run, given, self.own.probe, self.call.grad, self.counts_rows)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
-            raise NoExperts(r.reason, stage="read") from r
+            raise r if selects(self.call.fn.__code__) else NoExperts(r.reason, stage="read") from r
+        if self.draw < DRAWS - 1 and _leaves_out(gm, self.own.probe.tensors):
+            raise Rejection("its probes choose some experts only", stage="draw")
         if not gm.meta["host_reads"] and not self._counts_rows(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")
         return gm
@@ -148,9 +152,15 @@ class Block(_Reader):
         return picks and (not has_loop(self.call.fn.__code__) or bool(_COUNTS & set(self.call.fn.__code__.co_names)))
 
     def follow(self) -> None:
-        b = self.own.again(listening=True)
+        b = self.own.again(listening=True, seed=self.draw)
         leads = [self.lead, primes(2 * self.lead[-1], self.known - {1} | set(self.lead), len(self.lead))]
-        b.follow(*(b.arguments(lead) for lead in leads), [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
+        for draw in range(DRAWS):
+            try:
+                b.follow(*(b.arguments(lead) for lead in leads), [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
+                return
+            except Rejection as r:
+                if r.stage != "draw" or draw == DRAWS - 1:
+                    raise
 
     def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         *first, last = self.lead
@@ -169,6 +179,18 @@ class Block(_Reader):
 
     def usual(self, b: BlockBench) -> dict[str, Any]:
         return b.arguments(self.lead)
+
+
+def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether some experts were chosen while others were not: of parameters alike but for a number in their path, or of those in a stack."""
+    read = {n.meta["param_path"]: n for n in gm.graph.nodes if "param_path" in n.meta}
+    alike: dict[str, set[bool]] = {}
+    for path in tensors:
+        alike.setdefault(re.sub(r"\d+", "#", path), set()).add(path in read)
+    chosen = [{u.args[2] for u in n.users if u.target is torch.ops.aten.select.int and u.args[1] == 0} for n in read.values()]
+    return any(len(a) > 1 for a in alike.values()) or any(
+        0 < len(c) < tensors[p].shape[0] for p, c in zip(read, chosen, strict=True) if tensors[p].ndim > 2
+    )
 
 
 def _affordable(bench: Bench, k: int) -> int:

@@ -20,7 +20,7 @@ from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
 from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
-from .readers import Block, Dispatch
+from .readers import DRAWS, Block, Dispatch
 from .regenerate import Regenerated
 
 Recover = Callable[[fx.GraphModule], Any]
@@ -75,12 +75,14 @@ def read(call: Call, recover: Recover) -> Trial:
     return Trial(outcome, marks, not isinstance(outcome, NoExperts), lasting)
 
 
-def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover) -> Reading | Rejection:
+def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover, draw: int = 0) -> Reading | Rejection:
     try:
-        return _read(call, Block(call, reads) if roles is None else Dispatch(call, roles, reads), recover)
+        return _read(call, Block(call, reads, draw) if roles is None else Dispatch(call, roles, reads), recover)
     except NoExperts as r:
         return r
     except Rejection as r:
+        if r.stage == "draw" and roles is None and draw < DRAWS - 1:
+            return _try(call, roles, reads, recover, draw + 1)
         return Rejection(r.reason, None, r.stage, r.source or call.source)
     except Exception as e:
         return Rejection(f"reading it failed: {type(e).__name__}: {e}", stage="read", source=call.source)

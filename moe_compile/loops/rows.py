@@ -32,6 +32,7 @@ _SIZES |= {"split_with_sizes", "tensor_split", "narrow", "__getitem__", "__setit
 _SIZES |= {"repeat_interleave", "resize_", "view_as", "range", "unsafe_split", "chunk"}
 _VALUES = {"full": 1, "new_full": 2, "__setitem__": 2}  # the argument of them that is a value all the same
 
+UNEVEN = "what it does depends on how many rows each expert gets"
 Form = Mapping[tuple[int, int], int]  # (value in one run, in the other) of a plain count -> how often it is in the sum
 
 
@@ -138,9 +139,9 @@ for _name in ("floordiv", "mod"):
 _now = threading.local()
 
 
-def refuse(reason: str) -> NoReturn:
+def refuse(reason: str, stage: str = "rows") -> NoReturn:
     """Raise `Rejection`, and have the listener know in case the code swallows it."""
-    refusal = Rejection(reason, stage="rows")
+    refusal = Rejection(reason, stage=stage)
     if getattr(_now, "listener", None) is not None:
         _now.listener.refused = refusal
     raise refusal
@@ -230,7 +231,7 @@ class Listener(TorchFunctionMode):
             return out
         i = len(self.said) - 1
         if i >= len(self.before) or self.before[i][0] != name:
-            refuse("what it does depends on how many rows each expert gets")
+            refuse(UNEVEN, "draw")
         both = self._merge(flat, self.before[i][1])
         if both is flat:
             return out
@@ -248,7 +249,7 @@ class Listener(TorchFunctionMode):
             same = type(a) is type(b) and (a == b or isinstance(a, float))
             return a if same else self.count(a, b)
         if len(a) != len(b):
-            refuse("what it does depends on how many rows each expert gets")
+            refuse(UNEVEN, "draw")
         merged = [self._merge(x, y) for x, y in zip(a, b, strict=True)]
         if all(x is y for x, y in zip(merged, a, strict=True)):
             return a
@@ -264,7 +265,7 @@ class Listener(TorchFunctionMode):
 
     def count(self, a: Any, b: Any) -> Any:
         if type(a) is not int or type(b) is not int:
-            refuse("what it does depends on how many rows each expert gets")
+            refuse(UNEVEN, "draw")
         for s in self.tokens if a != b else ():
             if a and a % s[0] == 0 and b % s[1] == 0 and a // s[0] == b // s[1]:
                 return Count(a, b, {s: a // s[0]})
