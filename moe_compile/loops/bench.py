@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ir import Rejection
 from .call import Call, Roles, Spec
+from .fewer import Fewer
 from .neutral import neutral
 from .places import Place
 from .probe import Probe, Windows, candidates
@@ -35,11 +36,12 @@ class Bench:
         device: torch.device | None = None,
         listening: bool = False,
         seed: int = 0,
+        fewer: Fewer | None = None,
     ) -> None:
         self.call, self.dtype = call, dtype
         self.device = device or torch.device("cpu")
         self.generator = torch.Generator().manual_seed(20 + seed)
-        self.probe = Probe(call.module, self.device, seed, dtype, listening=listening, biases=self.biases)
+        self.probe = Probe(call.module, self.device, seed, dtype, listening=listening, biases=self.biases, fewer=fewer)
         self.fn = self.probe.function(call.fn)
 
     def again(self, **kw: Any) -> Self:
@@ -90,6 +92,11 @@ class Bench:
         found |= {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int)}
         return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
 
+    def shape(self, name: str) -> tuple[Any, ...]:
+        """The shape of a tensor that is handed in, on this bench."""
+        shape, fewer = self.call.tensors[name].shape, self.probe.fewer
+        return shape if fewer is None else fewer.shape(shape)
+
     def rows(self, lead: Sequence[int], spec: Spec) -> Tensor:
         """Tokens [*lead, H] of several magnitudes."""
         x = torch.randn(*lead, spec.shape[-1], generator=self.generator)
@@ -122,7 +129,7 @@ class DispatchBench(Bench):
         super().__init__(call, dtype, **kw)
         self.roles = roles
         windows = Windows(self.device, self.generator, 0.2)
-        self.given = {n: windows.take(call.tensors[n].shape, dtype or call.tensors[n].dtype) for n in roles.params}
+        self.given = {n: windows.take(self.shape(n), dtype or call.tensors[n].dtype) for n in roles.params}
 
     def again(self, **kw: Any) -> Self:
         return type(self)(self.call, self.roles, **kw)
@@ -141,14 +148,14 @@ class DispatchBench(Bench):
             r.tokens: self.rows(lead, t[r.tokens]),
             r.ids: (ids.reshape(-1) if len(t[r.ids].shape) == 1 else ids).to(self.device, t[r.ids].dtype),
             **self.given,
-            **{n: self._extra(t[n], ids.shape[0], masked) for n in r.extras},
+            **{n: self._extra(n, ids.shape[0], masked) for n in r.extras},
         }
         w = w.view(*made[r.ids].shape, *[1] * (len(t[r.weights].shape) - made[r.ids].ndim))
         made[r.weights] = w.to(self.device, self.dtype or t[r.weights].dtype)
         return self.complete(made)
 
-    def _extra(self, spec: Spec, tokens: int, masked: bool) -> Tensor:
-        shape = (tokens, *spec.shape[1:])
+    def _extra(self, name: str, tokens: int, masked: bool) -> Tensor:
+        spec, shape = self.call.tensors[name], (tokens, *self.shape(name)[1:])
         if spec.dtype is torch.bool:
             true = torch.ones(shape, dtype=torch.bool)
             return (true if not masked else torch.rand(shape, generator=self.generator) < 0.7).to(self.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir import Rejection
+from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, why_not
 from .places import MODULE, Place
 from .sealed import Sealed
@@ -78,13 +79,15 @@ class Probe(Sealed):
         scale: float | None = None,
         listening: bool = False,
         biases: float = 1.0,
+        fewer: Fewer | None = None,
     ) -> None:
-        super().__init__(listening)
+        super().__init__(listening, fewer)
         self.device, self.dtype, self.biases = device, dtype, biases
         self.tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         self._windows = Windows(device, generator, scale if scale is not None else 0.2 if module is None else _scale(module))
         self._path_of: dict[int, str] = {}
+        self._single: set[str] = set()  # paths of modules that are one expert's
         self.module = None
         if module is not None:
             if nn.modules.module._has_any_global_hook():
@@ -110,15 +113,17 @@ class Probe(Sealed):
         new = object.__new__(new_cls)
         self.memo[id(module)], self.places[id(new)] = (module, new), (new, place)
         yield module, new, path
-        for k, child in module._modules.items():
+        for k, child in self.some(module._modules.items()):
+            if path in self._single or len(module._modules) == (self.fewer.all if self.fewer else 0):
+                self._single.add(_join(path, k))
             if child is not None:
                 yield from self._shells(child, _join(path, k))
 
     def _fill_module(self, module: nn.Module, new: nn.Module, path: str) -> None:
         place, state = _place(path), dict(module.__dict__)
         for kind in ("_parameters", "_buffers"):
-            state[kind] = {k: None if v is None else self._probe(v, _join(path, k)) for k, v in state[kind].items()}
-        state["_modules"] = {k: None if v is None else self.memo[id(v)][1] for k, v in state["_modules"].items()}
+            state[kind] = {k: None if v is None else self._probe(v, _join(path, k)) for k, v in self.some(state[kind].items())}
+        state["_modules"] = {k: None if v is None else self.memo[id(v)][1] for k, v in self.some(state["_modules"].items())}
         state |= {h: type(state[h])() for h in _HOOKS}
         for k, v in state.items():
             if isinstance(v, Tensor):
@@ -136,24 +141,26 @@ class Probe(Sealed):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:
             raise Rejection(f"{path} is not strided", stage="tensors")
+        single = self.fewer is None or path.rpartition(".")[0] in self._single
+        shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
         weight = t.dtype is torch.int8 and t.ndim > 1
-        new = self._float(t) if t.is_floating_point() else self._windows.take(tuple(t.shape), t.dtype) if weight else self._table(t, path)
+        new = self._float(t, shape) if t.is_floating_point() else self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._path_of[id(t)], self.tensors[path] = path, new
         self.memo[id(t)] = t, new
         return new
 
-    def _float(self, t: Tensor) -> Tensor:
+    def _float(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         if t.dtype not in _FLOATS:
             raise Rejection(f"parameters of type {t.dtype}", stage="tensors")
-        new = self._windows.take(tuple(t.shape), self.dtype or t.dtype)
+        new = self._windows.take(shape, self.dtype or t.dtype)
         return new if t.ndim > 1 else new * self.biases
 
-    def _table(self, t: Tensor, path: str) -> Tensor:
+    def _table(self, t: Tensor, path: str, shape: tuple[int, ...]) -> Tensor:
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
-        return t.detach().to(self.device, copy=True)
+        return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
 
 
 def _place(path: str) -> Place:

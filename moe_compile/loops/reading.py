@@ -7,6 +7,7 @@ passes for the meaning, writes the function that Dynamo may inline instead (`reg
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,17 @@ from ..ir import Experts, Rejection
 from .bench import NoExperts
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
+from .fewer import LIMIT
 from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
 from .readers import DRAWS, Block, Dispatch
 from .regenerate import Regenerated
 
+log = logging.getLogger("moe_compile")
+
 Recover = Callable[[fx.GraphModule], Any]
 _NEVER = {"hooks", "shared", "tensors"}  # refusals that rest on one module and on no question that its code asked
+_ANYWAY = {*_NEVER, "effects", "random", "values", "rows", "draw"}  # those that fewer experts do not cause
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,31 @@ def read(call: Call, recover: Recover) -> Trial:
 
 def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover, draw: int = 0) -> Reading | Rejection:
     try:
-        return _read(call, Block(call, reads, draw) if roles is None else Dispatch(call, roles, reads), recover)
+        return _fewer(call, Block(call, reads, draw) if roles is None else Dispatch(call, roles, reads), recover)
     except NoExperts as r:
         return r
     except Rejection as r:
         if r.stage == "draw" and roles is None and draw < DRAWS - 1:
             return _try(call, roles, reads, recover, draw + 1)
-        return Rejection(r.reason, None, r.stage, r.source or call.source)
+        return Rejection(r.reason, None, "rows" if r.stage == "draw" else r.stage, r.source or call.source)
     except Exception as e:
         return Rejection(f"reading it failed: {type(e).__name__}: {e}", stage="read", source=call.source)
+
+
+def _fewer(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
+    """Read few experts in place of many; all of them where that does not tell, up to a limit."""
+    if reader.few():
+        try:
+            return _read(call, reader, recover)
+        except Exception as e:
+            if isinstance(e, NoExperts) or isinstance(e, Rejection) and e.stage in _ANYWAY:
+                raise
+            if reader.all > LIMIT:
+                why = f"it has {reader.all} experts, too many to be read one by one, and with fewer of them it is another function: {e}"
+                raise Rejection(why, stage="budget") from e
+            log.debug("capture: %s with fewer experts: %s: %s", call.source, type(e).__name__, e)
+        reader.lay(None)
+    return _read(call, reader, recover)
 
 
 def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
@@ -97,10 +118,10 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
     reader.follow()
-    written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped)
+    written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped, reader.fewer)
     confirm(written, reader)
     ids = reader.ids if not holds_for_repeats(written, reader) else None
-    return Reading(found.ir.experts, written.by_op, tuple(call.tensors), tuple(written.params), {}, call.source, ids)
+    return Reading(written.experts, written.by_op, tuple(call.tensors), tuple(written.params), {}, call.source, ids)
 
 
 def roots(call: Call) -> dict[str, Any]:

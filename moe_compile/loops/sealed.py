@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ir import Rejection
 from . import rows, sealed_code
+from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, is_plain_instance, safe_builtins, why_not
 from .places import FUNCTION, PLAIN, Place, Space
 
@@ -29,11 +30,12 @@ _VALUES = (tuple, int, float, str)  # what a class of the user's may extend
 class Sealed:
     """A world of copies. What is forbidden raises `Rejection`, and `check` raises it again in case the code read swallowed it."""
 
-    def __init__(self, listening: bool = False) -> None:
+    def __init__(self, listening: bool = False, fewer: Fewer | None = None) -> None:
         self.reads: set[Place] = set()
         self.refused: Rejection | None = None
         self.memo: dict[int, tuple[Any, Any]] = {}  # id -> (what it is the id of, its copy)
         self.places: dict[int, tuple[Any, Place]] = {}  # id of a copy that notes reads -> (the copy, where the original is)
+        self.fewer = fewer  # numbers and lists of all experts stand for few
         self.later: list[Callable[[], Any]] = []  # what is filled in once everything around it is there
         self.kept: list[tuple[Place, Any, list[Any]]] = []  # (place, a copy, what it held at first)
         self.code = sealed_code.Code(self)
@@ -70,6 +72,11 @@ class Sealed:
                 raise Rejection(f"it writes to {place}", stage="effects")
         self.code.check()
 
+    def some(self, items: Any) -> list[Any]:
+        """The items of a container; of one that has an item for each expert, those of the few."""
+        found = list(items)
+        return found if self.fewer is None or len(found) != self.fewer.all else found[: self.fewer.few]
+
     def keep(self, place: Place, new: Any) -> Any:
         """Watch a copy for writes from now on."""
         self.kept.append((place, new, held(new)))
@@ -80,7 +87,7 @@ class Sealed:
     def copy(self, v: Any, place: Place) -> Any:
         """`seal` inside of a copy: what hangs on it may be filled in later."""
         if type(v) in PLAIN:
-            return v
+            return v if self.fewer is None or type(v) is not int or v != self.fewer.all else self.fewer.few
         known = self.memo.get(id(v))
         if known is None:
             new = self._new(v, place) if len(self.memo) < _MOST else self.forbid(f"it reads {place}, which holds too much to be copied")
@@ -157,10 +164,10 @@ class Sealed:
     def _fill(self, v: Any, new: Any, place: Place) -> None:
         """What a container or object holds."""
         if isinstance(v, dict):
-            for k, x in dict.items(v):
+            for k, x in self.some(dict.items(v)):
                 dict.__setitem__(new, k, self.copy(x, place.item(k)))
         elif isinstance(v, (list, collections.deque)):
-            new.extend(self.copy(x, place.item(i)) for i, x in enumerate(v))
+            new.extend(self.copy(x, place.item(i)) for i, x in enumerate(self.some(v)))
         elif isinstance(v, set):
             set.update(new, (self.copy(x, place) for x in v))
         for name, slot in slots(type(v)).items():
