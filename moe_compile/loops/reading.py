@@ -16,6 +16,7 @@ from typing import Any
 import torch.fx as fx
 
 from ..ir import Experts, Rejection
+from ..passes.prove.probe import one_thread
 from .bench import NoExperts
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
@@ -64,6 +65,7 @@ class Trial:
 
 
 @neutral()
+@one_thread()
 def read(call: Call, recover: Recover) -> Trial:
     """Read a call's function. Never raises for what the function does: the outcome is then a `Rejection` with its source."""
     reads: set[Place] = set()
