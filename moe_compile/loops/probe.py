@@ -184,6 +184,8 @@ def candidates(module: nn.Module | None, weights: Callable[[], Iterator[Tensor]]
     for m in module.modules() if module is not None else ():
         if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)):
             found.add(len(m))
+            stacks = next((list(child.parameters(recurse=False)) for child in m.children()), [])
+            found.update(len(m) * p.shape[0] for p in stacks if p.ndim > 2)
     if module is not None:
         found.update(v for v in vars(module).values() if type(v) is int)
     return sorted((n for n in found if 1 <= n <= 4096), reverse=True)[:limit]

@@ -15,10 +15,10 @@ from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_expert
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
 from .looks import has_loop, selects
-from .masks import fold_masks
 from .places import Place
 from .probe import candidates
 from .record import record_symbolically
+from .rewrites import fold_masks, split_stacks
 
 _COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
@@ -86,6 +86,7 @@ class Dispatch(_Reader):
 
         gm = record_symbolically(fn, given, b.probe, self.call.grad, self.counts_rows)
         fold_masks(gm, self.experts)
+        split_stacks(gm)
         gm.meta["roles"] = b.roles._asdict()
         return gm
 
@@ -164,6 +165,7 @@ class Block(_Reader):
             raise Rejection("its probes choose some experts only", stage="draw")
         if not gm.meta["host_reads"] and not self._counts_rows(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")
+        split_stacks(gm)
         return gm
 
     def _run(self, *module: Any, **tensors: Tensor) -> Any:

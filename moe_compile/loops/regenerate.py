@@ -57,17 +57,22 @@ class Regenerated:
         self._check_types()
         self._check_writes()
         placeholders = [n for n in gm.graph.nodes if n in self.live and n.op == "placeholder"]
-        self.params = [n.meta["param_path"] for n in placeholders if "param_path" in n.meta]
-        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"_p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.params = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "param_path" in n.meta))
+        self.stacks = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "index" in n.meta))  # taken apart
+        self.names = {n: n.meta["arg"] if "arg" in n.meta else self._parameter(n) for n in placeholders}
         self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
         self.others = [self._others(ns) for ns in self.lists]
         self.device = f"{next(iter(call.tensors))}.device"
+
+    def _parameter(self, n: fx.Node) -> str:
+        name = f"_p{self.params.index(n.meta['param_path'])}"
+        return f"{name}s[{n.meta['index']}]" if "index" in n.meta else name
 
     def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
         """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
         if self.fewer is None or len(nodes) != self.fewer.few:
             return []
-        if not all("param_path" in n.meta for n in nodes) or any(n in self.views for n in nodes):
+        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes):
             raise Rejection("the weights of its experts are made of others", stage="read")
         paths = self.fewer.paths(self.call.module, [n.meta["param_path"] for n in nodes])[self.fewer.few :]
         self.params += [p for p in paths if p not in self.params]
@@ -114,6 +119,7 @@ class Regenerated:
         heads = [*self.call.tensors, *(f"_p{i}" for i in range(len(self.params)))]
         lines = [f"def {self.function_name}({', '.join(heads)}):"]
         lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
+        lines += [f"    _p{i}s = _p{i}.unbind(0)" for i, path in enumerate(self.params) if path in self.stacks]
         env = dict(self.names)
         indent, result = "    ", "None"
         for n in self.gm.graph.nodes:

@@ -1,4 +1,8 @@
-"""Masks of tokens beside a comparison of ids: [ids = e] · m  is  [(m ? ids : none) = e], so that the ids alone say who goes where."""
+"""Rewrites of a recording before the passes read it.
+
+- Masks of tokens: [ids = e] · m  is  [(m ? ids : none) = e], so that the ids alone say who goes where.
+- Stacks in a list: (w_0[0], w_0[1], w_1[0], ...) are the experts' matrices, each one a parameter of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from .cleaning import schema_name
+from .fewer import pattern
 
 _AND = {"logical_and", "bitwise_and", "__and__", "mul", "logical_and_", "bitwise_and_"}
 _aten = torch.ops.aten
@@ -34,6 +39,33 @@ def fold_masks(gm: fx.GraphModule, experts: int) -> None:
     if made:
         gm.graph.eliminate_dead_code()
         gm.recompile()
+
+
+def split_stacks(gm: fx.GraphModule) -> None:
+    """Make a parameter of each matrix where several stacks of one kind hold the experts' matrices, in place: ``meta["index"]`` says which."""
+    stacks: dict[str, list[fx.Node]] = {}
+    for n in gm.graph.nodes:
+        if n.op == "placeholder" and "param_path" in n.meta and n.meta["real"].ndim > 2:
+            stacks.setdefault(pattern(n.meta["param_path"]), []).append(n)
+    for group in stacks.values():
+        users = [u for n in group for u in n.users]
+        if len(group) < 2 or not all(u.target is _aten.select.int and u.args[1] == 0 for u in users):
+            continue
+        for n in group:
+            _split(gm, n)
+    gm.recompile()
+
+
+def _split(gm: fx.GraphModule, stack: fx.Node) -> None:
+    for i in sorted({int(u.args[2]) for u in stack.users}):  # type: ignore[call-overload]
+        with gm.graph.inserting_before(stack):
+            one = gm.graph.placeholder(f"{stack.target}_{i}")
+        users = [u for u in stack.users if u.args[2] == i]
+        one.meta = {**stack.meta, "index": i, "val": users[0].meta["val"], "real": stack.meta["real"][i]}
+        for u in users:
+            u.replace_all_uses_with(one)
+            gm.graph.erase_node(u)
+    gm.graph.erase_node(stack)
 
 
 def _masked(n: fx.Node) -> tuple[fx.Node, Any] | None:
