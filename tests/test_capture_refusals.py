@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from moe_compile.ir import Experts, Form, MoeBlock, Rejection
 from moe_compile.ir import scalar as act
-from moe_compile.loops import capture
-from moe_compile.loops import looks
+from moe_compile.loops import capture, looks
 from moe_compile.loops.bench import primes
 from moe_compile.loops.call import Roles, Spec, roles_of
 from moe_compile.report import collecting

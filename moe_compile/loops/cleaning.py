@@ -77,7 +77,7 @@ def replay(gm: fx.GraphModule) -> dict[fx.Node, Any]:
 
 
 def drop_nothing(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
-    """Operations that do nothing: a cast to the type that a tensor has is that tensor, also when it is written to; no rows stacked on others."""
+    """Take out what does nothing: a cast to the type that a tensor has is that tensor, also where it is written to; no rows stacked."""
     for n in list(gm.graph.nodes):
         name, source = schema_name(n).removeprefix("aten::"), n.args[0] if n.args else None
         if name in _SAME and values[n] is values.get(source):  # type: ignore[arg-type]
@@ -143,7 +143,8 @@ def check_writes(gm: fx.GraphModule) -> None:
         root[n] = n if source is None else root[source]
         for m in mutated_args(n):
             if root[m].op == "placeholder":
-                raise Rejection(f"it writes to its inputs or parameters: {root[m].meta.get('arg') or root[m].meta['param_path']}", stage="effects")
+                name = root[m].meta.get("arg") or root[m].meta["param_path"]
+                raise Rejection(f"it writes to its inputs or parameters: {name}", stage="effects")
 
 
 def chooses(n: fx.Node) -> bool:

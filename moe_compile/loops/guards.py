@@ -39,7 +39,7 @@ def or_unguarded() -> Iterator[None]:
 
 @dataclass
 class Guards:
-    """Guards for one call that Dynamo (`tx`) is about to inline: `roots` are the values at the roots of places, `sources` Dynamo's for them."""
+    """Guards for one call that Dynamo (`tx`) is about to inline. roots: the values at the roots of places; sources: Dynamo's for them."""
 
     tx: Any
     roots: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Guards:
         done = set()
         for place in reads:
             value, holder = find(place, self.roots), find(place.holder, self.roots) if place.steps else MISSING
-            kind, name = place.steps[-1] if place.steps else ("", None)
+            kind, name = place.steps[-1] if place.steps else ("", "")
             if kind == "attr" and not isinstance(holder, type) and own_attribute(holder, name) is MISSING and hasattr(holder, "__dict__"):
                 self._absent(place.holder, name)
                 if value is MISSING or (type(holder), name) in done or is_library(home(type(holder))):
@@ -192,7 +192,8 @@ class _Pending:
 
 
 def _cell_of(fn: Any, index: int) -> Any:
-    return (getattr(fn, "__closure__", None) or {index: None})[index]
+    closure = getattr(fn, "__closure__", None)
+    return closure[index] if closure else None
 
 
 def _inside(v: Any, depth: int = _DEPTH) -> Iterator[Any]:

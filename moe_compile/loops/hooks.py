@@ -91,8 +91,9 @@ def _hook_root() -> None:
     @functools.wraps(original)
     def call(self: Any, fn: Any) -> Any:
         forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
-        mine = enabled() and isinstance(forward, types.FunctionType) and for_us(getattr(self, "callback", None))
-        if not mine or not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([fn])):
+        if not isinstance(forward, types.FunctionType) or not enabled() or not for_us(getattr(self, "callback", None)):
+            return original(self, fn)
+        if not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([fn])):
             return original(self, fn)
         if not isinstance(fn, nn.Module):
             return original(self, functools.wraps(fn)(_frame_around(fn, fn)))

@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..ir import Rejection
-
 _PURE = {
     *("builtins", "math", "cmath", "operator", "_operator", "itertools", "functools", "_functools", "collections", "_collections"),
     *("_collections_abc", "typing", "types", "enum", "dataclasses", "abc", "_abc", "numbers", "fractions", "decimal", "string", "re"),
@@ -40,8 +38,15 @@ _HEAP = 1 << 9  # of types: made by code, not built in
 # torch: modules of functions that compute, of classes, and single names
 _COMPUTES = {"torch.functional", "torch.nn.functional", "torch._tensor", "torch.special", "torch.linalg", "torch.fft", "torch.return_types"}
 _COMPUTES |= {"torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft", "torch._refs"}
-_CLASSES = ("torch.nn.modules", "torch.nn.parameter", "torch.nn.utils.parametrize", "torch.amp", "torch.cuda.amp", "torch.return_types")
-_CLASSES += ("torch.autograd.grad_mode", "torch.autograd.function", "torch.utils._contextlib")
+_CLASSES: tuple[str, ...] = (
+    "torch.nn.modules",
+    "torch.nn.parameter",
+    "torch.nn.utils.parametrize",
+    "torch.amp",
+    "torch.cuda.amp",
+    "torch.return_types",
+)
+_CLASSES += ("torch.autograd.grad_mode", "torch.autograd.function", "torch.utils._contextlib", "torch.return_types")
 _NAMES = {"Tensor", "Size", "dtype", "device", "finfo", "iinfo", "layout", "memory_format", "FloatTensor", "LongTensor", "BoolTensor"}
 _ASKS = {"is_tensor", "is_grad_enabled", "get_default_dtype", "is_scripting", "is_tracing", "is_storage", "typename", "promote_types"}
 _OPS = {"aten", "prims", "prim", "moe_compile"}
@@ -82,14 +87,15 @@ def _use(f: Any, *_: Any, **__: Any) -> NoReturn:
     raise AssertionError
 
 
-_DUNDERS = "call enter exit iter next len bool getitem setitem delitem contains hash eq ne lt le gt ge int float index str repr format neg pos abs invert"
-_DUNDERS += "".join(f" {p}{n}" for n in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split() for p in ("", "r", "i"))
-for _name in _DUNDERS.split():
+_TWO = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_ONE = "call enter exit iter next len bool getitem setitem delitem contains hash eq ne lt le gt ge".split()
+_ONE += "int float index str repr format neg pos abs invert".split()
+for _name in (*_ONE, *(p + n for n in _TWO for p in ("", "r", "i"))):
     setattr(Forbidden, f"__{_name}__", _use)
 
 
 def is_library(name: str | None) -> bool:
-    """Whether code of a module of this name is no user's: of Python, torch, numpy or einops. All other libraries' code is read like the user's."""
+    """Whether code of a module of this name is no user's: Python's, torch's, numpy's, einops'. Others' is read as his."""
     top = (name or "").partition(".")[0]
     return top in ("torch", "moe_compile") or top in _PURE or top in sys.stdlib_module_names or top == "__builtin__"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,8 @@ class Probe(Sealed):
 
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: every place that the code read so far beside its arguments.
-    Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values, but for matrices of bytes, which are weights.
+    Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values,
+    but for matrices of bytes, which are weights.
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
@@ -144,7 +144,10 @@ class Probe(Sealed):
         single = self.fewer is None or path.rpartition(".")[0] in self._single
         shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
         weight = t.dtype is torch.int8 and t.ndim > 1
-        new = self._float(t, shape) if t.is_floating_point() else self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
+        if t.is_floating_point():
+            new = self._float(t, shape)
+        else:
+            new = self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._path_of[id(t)], self.tensors[path] = path, new

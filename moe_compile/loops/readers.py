@@ -36,6 +36,11 @@ class _Reader:
     fewer: Fewer | None = None
     lead: list[int]
     known: set[int]
+    _least: int
+
+    def lay(self, fewer: Fewer | None) -> None:
+        """The bench for the recording and how many tokens it takes."""
+        raise NotImplementedError
 
     def few(self) -> bool:
         """Record few experts in place of many, if there are many."""
@@ -61,7 +66,6 @@ class Dispatch(_Reader):
         self.lay(None)
 
     def lay(self, fewer: Fewer | None) -> None:
-        """The bench for the recording and how many tokens it takes."""
         r = self.sharp.roles
         self.fewer, self.experts = fewer, self.all if fewer is None else fewer.few
         self.table = self.own if fewer is None else self.sharp.again(fewer=fewer)
@@ -95,8 +99,8 @@ class Dispatch(_Reader):
         b = self.sharp.again(dtype=self.table.dtype, listening=True, fewer=self.fewer)
         few = primes(4 * max(17, 2 * self.experts), self.known - {1}, len(self.lead))
         leads = [few, primes(2 * few[-1], self.known - {1} | set(few), len(few))]
-        made = [b.arguments(b.uneven(math.prod(lead), self.experts), lead) for lead in leads]
-        b.follow(*made, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
+        some, others = (b.arguments(b.uneven(math.prod(lead), self.experts), lead) for lead in leads)
+        b.follow(some, others, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
 
     def trials(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
         """Routings that the recording never saw, with as few tokens as they need."""
@@ -132,6 +136,7 @@ class Block(_Reader):
 
     reshaped: Mapping[str, str] = {}
     ids = ""
+
     def __init__(self, call: Call, reads: set[Place], draw: int = 0) -> None:
         self.call, self.reads, self.draw, self._least = call, reads, draw, 17
         self.sharp = BlockBench(call, torch.float32, seed=draw)
@@ -181,8 +186,8 @@ class Block(_Reader):
         leads = [self.lead, primes(2 * self.lead[-1], self.known - {1} | set(self.lead), len(self.lead))]
         for draw in range(DRAWS):
             try:
-                b.follow(*(b.arguments(lead) for lead in leads), [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
-                return
+                some, others = (b.arguments(lead) for lead in leads)
+                return b.follow(some, others, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
             except Rejection as r:
                 if r.stage != "draw" or draw == DRAWS - 1:
                     raise
@@ -207,7 +212,7 @@ class Block(_Reader):
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether some experts were chosen while others were not: of parameters alike but for a number in their path, or of those in a stack."""
+    """Whether some experts were chosen and others not: of parameters alike but for a number in their path, or of those in a stack."""
     read = {n.meta["param_path"]: n for n in gm.graph.nodes if "param_path" in n.meta}
     alike: dict[str, set[bool]] = {}
     for path in tensors:

@@ -96,7 +96,11 @@ def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Ten
 
 
 def record_symbolically(
-    fn: Callable[..., Any], routings: Sequence[Mapping[str, Any]], probe: Probe, grad: bool = True, rows: thresholds.Rows = lambda size: False
+    fn: Callable[..., Any],
+    routings: Sequence[Mapping[str, Any]],
+    probe: Probe,
+    grad: bool = True,
+    rows: thresholds.Rows = lambda size: False,
 ) -> fx.GraphModule:
     """`record` on the first of several routings, with nothing left in it that belongs to that routing.
 

@@ -42,7 +42,7 @@ def fold_masks(gm: fx.GraphModule, experts: int) -> None:
 
 
 def split_stacks(gm: fx.GraphModule) -> None:
-    """Make a parameter of each matrix where several stacks of one kind hold the experts' matrices, in place: ``meta["index"]`` says which."""
+    """Make a parameter of each matrix where several stacks of one kind hold the experts', in place. ``meta["index"]`` says which."""
     stacks: dict[str, list[fx.Node]] = {}
     for n in gm.graph.nodes:
         if n.op == "placeholder" and "param_path" in n.meta and n.meta["real"].ndim > 2:

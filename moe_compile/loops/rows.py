@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -117,9 +116,6 @@ class Count(int):
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
 
-    def __abs__(self) -> Any:
-        return self if self.a >= 0 and self.b >= 0 else -self
-
     def item(self) -> Count:
         return self
 
@@ -151,7 +147,8 @@ def _leak(self: Count, *_: Any) -> NoReturn:
     refuse("it takes its rows one by one, or makes text or a key of their number")
 
 
-for _name in ("__int__", "__float__", "__hash__", "__str__", "__repr__", "__format__", "__round__", "__trunc__"):
+_LEAKS = "int float hash str repr format round trunc floor ceil abs pos invert rdivmod".split()
+for _name in (*(f"__{n}__" for n in _LEAKS), "bit_length", "bit_count", "to_bytes", "as_integer_ratio", "conjugate"):
     setattr(Count, _name, _leak)
 
 

@@ -20,7 +20,7 @@ from ..ir import Rejection
 from . import rows, sealed_code
 from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, is_plain_instance, safe_builtins, why_not
-from .places import FUNCTION, PLAIN, Place, Space
+from .places import FUNCTION, PLAIN, Place
 
 _MOST = 50_000  # objects that are copied
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -64,7 +64,7 @@ class Sealed:
         return self.seal(fn, Place(FUNCTION))
 
     def check(self, arguments: Sequence[tuple[Place, Any, list[Any]]] = ()) -> None:
-        """Raise `Rejection` if the code used what is forbidden, or wrote to the copy of anything that is not its own, `arguments` included."""
+        """Raise `Rejection` if the code used what is forbidden, or wrote to the copy of anything that is not its own."""
         if self.refused is not None:
             raise self.refused
         for place, now, before in (*self.kept, *arguments):
@@ -140,7 +140,7 @@ class Sealed:
             return type(v)(*items) if hasattr(v, "_fields") else type(v)(items)
         if isinstance(v, frozenset):
             return v if all(type(x) in PLAIN for x in v) else self.forbid(f"it reads {place}, a set of objects")
-        new = type(v)(maxlen=v.maxlen) if isinstance(v, collections.deque) else type(v)()
+        new: Any = type(v)(maxlen=v.maxlen) if isinstance(v, collections.deque) else type(v)()
         if isinstance(v, collections.defaultdict):
             new.default_factory = self.copy(v.default_factory, place)
         self.later.append(lambda: self._fill(v, new, place))

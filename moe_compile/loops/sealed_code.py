@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn, Protocol, cast
 
 from torch import nn
 
@@ -16,9 +16,6 @@ from ..ir import Rejection
 from . import rows
 from .libraries import Forbidden, home, instead, is_library, why_not
 from .places import Place, Space
-
-if TYPE_CHECKING:
-    from .sealed import Sealed
 
 MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's own code looks up in every module
 # names by which code looks around behind its own data
@@ -34,6 +31,22 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for c in code.co_consts:
         if isinstance(c, types.CodeType):
             yield from codes(c)
+
+
+class World(Protocol):
+    """What copies of code ask of the world that they are made for (`sealed.Sealed`)."""
+
+    reads: set[Place]
+    memo: dict[int, tuple[Any, Any]]
+    places: dict[int, tuple[Any, Place]]
+    later: list[Callable[[], Any]]
+    builtins: dict[str, Any]
+
+    def seal(self, v: Any, place: Place) -> Any: ...
+    def copy(self, v: Any, place: Place) -> Any: ...
+    def keep(self, place: Place, new: Any) -> Any: ...
+    def forbid(self, reason: str) -> Any: ...
+    def refuse(self, reason: str) -> NoReturn: ...
 
 
 class Names(dict[str, Any]):
@@ -70,7 +83,7 @@ class Proxy:
 class Code:
     """Copies of code for a `Sealed` world."""
 
-    def __init__(self, world: Sealed) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
         self._spaces: list[Names] = []
         self._rests: dict[int, tuple[Any, set[Place]]] = {}  # id of a function's copy -> (it, the places of its closure and defaults)
@@ -235,7 +248,8 @@ class Code:
                 return
 
     def _noting(self, base: type) -> Callable[[Any, str], Any]:
-        places, note, lookup = self.world.places, self.note, base.__getattribute__
+        places, note = self.world.places, self.note
+        lookup: Any = base.__getattribute__
         own = MODULE_STATE if issubclass(base, nn.Module) else frozenset()
 
         def __getattribute__(self: Any, name: str) -> Any:
@@ -249,13 +263,13 @@ class Code:
     def _meta(self, meta: type) -> Any:
         """A metaclass whose classes note what they are asked for themselves, as in `type(self).calls`."""
         if meta not in self._metas:
-            places, note = self.world.places, self.note
+            places, note, lookup = self.world.places, self.note, cast(Any, meta).__getattribute__
 
             def __getattribute__(cls: Any, name: str) -> Any:
                 known = places.get(id(cls))
                 if known is not None and not name.startswith("__"):
                     note(known[1], name, cls)
-                return meta.__getattribute__(cls, name)
+                return lookup(cls, name)
 
             self._metas[meta] = type(meta.__name__, (meta,), {"__getattribute__": __getattribute__})
         return self._metas[meta]

@@ -19,7 +19,8 @@ _COUNT = {"bincount", "histc", "sum", "cumsum", "count_nonzero", "scatter_add", 
 _KEEP = {"add", "sub", "rsub", "add_", "sub_", "cat", "stack", "concat", "neg", "clone", "copy_", "max", "min", "amax", "amin", "diff"}
 _KEEP |= {"_to_copy", "floor_divide", "div", "mul"}
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge", "greater", "greater_equal", "less", "less_equal", "not_equal"}
-_BEND = {"clamp", "clamp_max", "minimum", "clamp_", "clamp_max_", "floor_divide", "div", "remainder", "fmod", "bitwise_right_shift", "__rshift__"}
+_BEND = {"clamp", "clamp_max", "minimum", "clamp_", "clamp_max_", "floor_divide", "div", "remainder", "fmod"}
+_BEND |= {"bitwise_right_shift", "__rshift__"}
 _PICK = {"index", "gather", "index_select", "embedding", "take", "masked_select"}  # values come from the first argument
 
 
@@ -27,7 +28,7 @@ Rows = Callable[[int], bool]  # whether a dim of this size counts rows
 
 
 def check(gm: fx.GraphModule, reads: Iterable[fx.Node], rows: Rows) -> None:
-    """Raise `Rejection` where a count or a position meets a number but 0 and 1, and where what is read by the host bounds or divides one."""
+    """Raise `Rejection` where a count or a position meets a number but 0 and 1, or where what the host reads bounds or divides one."""
     counted = _counted(gm, rows)
     for n in gm.graph.nodes:
         if _name(n) in _COMPARE and n.args[0] in counted and isinstance(n.args[1], (int, float)) and n.args[1] not in (0, 1):
