@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
-from ..passes.aten.shadow import aliased_arg, mutated_args
+from ..passes.aten.effects import aliased_arg, mutated_args
 from .call import Call
 from .fewer import Fewer
 

@@ -110,9 +110,12 @@ def module_of(variable: Any) -> nn.Module | None:
 
 def attribute(tx: Any, owner: Any, path: str) -> Any:
     """The variable of ``owner.path``, with Dynamo's guards and sources."""
+    from torch._dynamo.variables.builder import SourcelessBuilder
+
+    look_up = SourcelessBuilder.create(tx, getattr)  # a variable's own method for it has another name in torch 2.14
     variable = owner
     for part in path.split("."):
-        variable = variable.realize().var_getattr(tx, part)
+        variable = look_up.call_function(tx, [variable.realize(), SourcelessBuilder.create(tx, part)], {})
     return variable
 
 

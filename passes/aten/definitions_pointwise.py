@@ -6,12 +6,16 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
+from ...ir.scalar import BY_NAME, FUNCTIONS
 from .. import terms as T
 from ..terms import Term
-from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, op_name, replace, rule, shape_of, size_of, truth
+from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of, truth
+from .names import op_name
+from .places import never_negative
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -52,17 +56,25 @@ def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     mode = "floor" if op_name(n) == "floor_divide" else getattr(a, "rounding_mode", None)
     if mode is None:
         return T.mul(x, T.power(y, -1))
-    if y.op == "c" and dtype_of(n.args[0]).is_floating_point is False:  # type: ignore[arg-type]
+    whole = _is_positive(y) and not dtype_of(n).is_floating_point
+    if whole and (mode == "floor" or never_negative(x)):
         return T.fdiv(x, y.args[0])
     raise Opaque("a rounding division")
 
 
+def _is_positive(t: Term) -> bool:
+    """Whether a term is a number (or a size) above 0."""
+    return t.op == "c" and not isinstance(t.args[0], str) and bool(sp.sympify(t.args[0]).is_positive)
+
+
 @rule("remainder", "fmod")
 def _remainder(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    y = p.broadcast(a.other, idx)
-    if y.op != "c":
-        raise Opaque("remainder by a tensor")
-    return T.mod(p.broadcast(n.args[0], idx), y.args[0])
+    x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
+    if not _is_positive(y) or dtype_of(n).is_floating_point:
+        raise Opaque("a remainder by a tensor, or of a float")
+    if op_name(n) == "fmod" and not never_negative(x):
+        raise Opaque("a remainder that may be negative")
+    return T.mod(x, y.args[0])
 
 
 @rule("pow", "float_power")
@@ -80,28 +92,33 @@ def _unary(name: str) -> Any:
     return f
 
 
-for _n in ("sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "erf", "relu", "neg", "reciprocal", "square", "abs", "log1p", "expm1"):
-    rule(_n)(_unary(_n))
-rule("log_sigmoid", "logsigmoid")(_unary("log_sigmoid"))
-rule("special_expit", "expit")(_unary("sigmoid"))
-rule("special_log1p")(_unary("log1p"))
-rule("special_expm1")(_unary("expm1"))
-rule("negative")(_unary("neg"))
-rule("absolute")(_unary("abs"))
+for _f in FUNCTIONS:
+    rule(*_f.aten, *((_f.name,) if _f.plain else ()))(_unary(_f.name))
 
-_FOLD: dict[str, Any] = {
-    "sigmoid": lambda x: 0.0 if x == -math.inf else 1 / (1 + math.exp(-x)),
-    "exp": math.exp,
-    "relu": lambda x: max(x, 0.0),
-    "tanh": math.tanh,
+# spelled with the functions of the table
+_SPELLED: dict[tuple[str, ...], Any] = {
+    ("neg", "negative"): lambda x: T.mul(T.const(-1), x),
+    ("reciprocal",): lambda x: T.power(x, -1),
+    ("sqrt",): lambda x: T.power(x, 0.5),
+    ("rsqrt",): lambda x: T.power(x, -0.5),
+    ("square",): lambda x: T.power(x, 2),
+    ("silu",): lambda x: T.mul(x, apply_fn("sigmoid", x)),
+    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), apply_fn("softplus", T.mul(T.const(-1), x))),
+    ("mish",): lambda x: T.mul(x, apply_fn("tanh", apply_fn("softplus", x))),
 }
+for _names, _spelling in _SPELLED.items():
+    rule(*_names)(lambda p, n, a, idx, f=_spelling: f(p.at(n.args[0], idx)))
+
+
+def _is_number(x: Term) -> bool:
+    return x.op == "c" and isinstance(x.args[0], (int, float, sp.Number))
 
 
 def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
     """A pointwise function; pushed into scattered values so that sigmoid(scatter(-inf, v)) is scatter(0, sigmoid(v))."""
-    if x.op == "c" and name in _FOLD and not isinstance(x.args[0], str):
-        return T.const(_FOLD[name](x.args[0]))
-    if x.op == "ite" and x.args[2].op == "c" and name in _FOLD:
+    if name in BY_NAME and _is_number(x):
+        return T.const(BY_NAME[name].number(float(x.args[0])))
+    if name in BY_NAME and x.op == "ite" and _is_number(x.args[2]):
         inner = x.args[1]
         if inner.op == "sum":
             body = inner.args[1]
@@ -128,16 +145,16 @@ def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x = p.at(n.args[0], idx)
     if a.approximate == "tanh":
-        return T.fn("gelu_tanh", x)
+        return apply_fn("gelu_tanh", x)
     half = T.mul(T.const(0.5), x)
-    return T.mul(half, T.add(T.const(1), T.fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
+    return T.mul(half, T.add(T.const(1), apply_fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
 
 
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if a.beta != 1:
-        raise Opaque("softplus with beta")
-    return T.fn("softplus", p.at(n.args[0], idx))
+    if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
+        raise Opaque("softplus with beta or a threshold of its own")
+    return apply_fn("softplus", p.at(n.args[0], idx))
 
 
 @rule("glu")
@@ -154,16 +171,22 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     lo, hi = (size_of(v) if isinstance(v, fx.Node) and fixed_number(v) else v for v in (lo, hi))
     if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
         raise Opaque("clamp by a tensor")
-    return clamp_term(p.at(n.args[0], idx), lo, hi)
+    lo, hi = (0, 6) if op_name(n) == "relu6" else (lo, hi)
+    return clamp_term(p.at(n.args[0], idx), lo, hi, "hardtanh" if op_name(n) in ("hardtanh", "relu6") else "clamp")
 
 
-def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
+def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
+    """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside.
+
+    As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0.
+    """
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
-    if lo == -math.inf and hi == math.inf:
+    top = T.upper(x)
+    if lo == -math.inf and hi == math.inf or top is not None and lo <= 0 and top <= hi:
         return x
-    if lo == 0 and hi == math.inf:
-        return T.fn("relu", x)
-    return T.fn("clamp", x, consts=(float(lo), float(hi)))
+    if torch.is_grad_enabled():
+        return T.fn(name, x, consts=(float(lo), float(hi)))
+    return T.fn("relu", x) if (lo, hi) == (0, math.inf) else T.fn("clamp", x, consts=(float(lo), float(hi)))
 
 
 @rule("maximum", "minimum")
@@ -173,7 +196,8 @@ def _maximum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         x, y = y, x
     if y.op != "c":
         raise Opaque("maximum of two tensors")
-    return clamp_term(x, y.args[0], None) if op_name(n) == "maximum" else clamp_term(x, None, y.args[0])
+    lo, hi = (None, y.args[0]) if op_name(n) in ("minimum", "min") else (y.args[0], None)
+    return clamp_term(x, lo, hi, "maximum")
 
 
 @rule("eq", "ne", "not_equal")

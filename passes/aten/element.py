@@ -18,10 +18,14 @@ from torch import Tensor
 
 from .. import terms as T
 from ..terms import Term
+from .names import op_name
+from .node import schema_of
 
 Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
-CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "embedding", "_grouped_mm", "grouped_mm_fallback")
+
+
+NO_RULE = "no rule for"
 
 
 class Opaque(Exception):
@@ -37,24 +41,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def op_name(n: fx.Node) -> str:
-    """ATen name without namespace, overload and in-place underscore; "getitem" for tuple access."""
-    if n.target is operator.getitem:
-        return "getitem"
-    schema = getattr(n.target, "_schema", None)
-    if schema is None:
-        return ""
-    name = str(schema.name).split("::")[-1]
-    return name if name.startswith("__") else name.rstrip("_")
-
-
 def call_args(n: fx.Node) -> SimpleNamespace:
     """The call's arguments by schema name, defaults filled in."""
     cached = n.meta.get("moe_args")
     if cached is not None:
         return cached
+    if schema_of(n) is None:
+        raise Opaque(f"{n.target} has no schema")
     out: dict[str, Any] = {}
-    for i, spec in enumerate(n.target._schema.arguments):  # type: ignore[union-attr]
+    for i, spec in enumerate(schema_of(n).arguments):
         if i < len(n.args):
             out[spec.name] = n.args[i]
         elif spec.name in n.kwargs:
@@ -133,6 +128,7 @@ class Puller:
         self.masks: dict[fx.Node, Mask] = {}
         self.mask_of: dict[Any, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
+        self.given: frozenset[fx.Node] = frozenset()  # inputs that are ids, whose rows are taken to repeat none
         self.unknown: dict[fx.Node, str] = {}
 
     def at(self, node: Any, idx: Sequence[Term]) -> Term:
@@ -155,7 +151,7 @@ class Puller:
             return self.literal(node) if node.op == "get_attr" and not idx else T.atom(node, idx)
         f = RULES.get(op_name(node))
         if f is None:
-            self.unknown.setdefault(node, f"no rule for {node.target}")
+            self.unknown.setdefault(node, f"{NO_RULE} {node.target}")
             return T.atom(node, idx)
         try:
             args = SimpleNamespace() if node.target is operator.getitem else call_args(node)

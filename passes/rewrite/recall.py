@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ... import ir as _ir
 from ... import lowering as _lowering
-from ...ir import scalar as _activation
 from ..aten.shadow import example_value
 
 log = logging.getLogger("moe_compile")
@@ -96,10 +96,9 @@ def _value(v: Any) -> Any:
 def _sources() -> str:
     """A digest of this package's own files: a change of the compiler forgets everything."""
     h = hashlib.sha256()
-    root = Path(__file__).resolve().parent
-    package = Path(_activation.__file__).resolve().parent
-    lowered = (f for p in _lowering.__path__ for f in Path(p).resolve().rglob("*.py"))  # what can be lowered is part of a plan
-    for f in sorted({*root.glob("*.py"), *package.glob("*.py"), *lowered}):
+    passes, package = Path(__file__).resolve().parents[1], Path(_ir.__file__).resolve().parents[1]
+    folders = [passes, package, *(Path(p).resolve() for p in _lowering.__path__)]  # what can be lowered is part of a plan
+    for f in sorted({f for folder in folders for f in folder.rglob("*.py")}):
         h.update(f.name.encode() + f.read_bytes())
     return h.hexdigest()
 

@@ -184,12 +184,6 @@ def fn(name: str, *args: Term, consts: tuple[Any, ...] = ()) -> Term:
         return power(x, -0.5)
     if name == "square":
         return power(x, 2)
-    if name == "log1p":
-        return fn("log", add(const(1), x))
-    if name == "expm1":
-        return add(fn("exp", x), const(-1))
-    if name == "log_sigmoid":
-        return fn("log", fn("sigmoid", x))
     return mk("fn", name, args, consts)
 
 

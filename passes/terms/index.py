@@ -39,7 +39,7 @@ def extent(t: Term) -> Any:
         return t.args[0].shape[t.args[2]]
     if t.op in ("perm", "inv"):
         return t.args[0].meta.get("extent")
-    if t.op == "topk":
+    if t.op == "topk" or t.op == "a" and not isinstance(t.args[0], tuple):
         return t.args[0].meta.get("moe_extent")
     return None
 
@@ -48,7 +48,7 @@ def upper(t: Term) -> int | None:
     """Largest value of a non-negative integer index term, when it is a plain number."""
     if t.op == "c":
         return t.args[0] if isinstance(t.args[0], int) and t.args[0] >= 0 else None
-    if t.op in ("v", "nz", "topk", "perm", "inv"):
+    if t.op in ("v", "nz", "topk", "perm", "inv", "a"):
         n = extent(t)
         return int(n) - 1 if isinstance(n, (int, sp.Integer)) else None
     if t.op == "sv":
