@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
-from ..passes.aten.element import call_args
 from ..passes.aten.effects import aliased_arg, mutated_args
+from ..passes.aten.element import call_args
 
 _READS = ("aten::item", "aten::_local_scalar_dense")
 _NO_END = (1 << 63) - 1

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 MODULE, FUNCTION = "self", "function"  # roots: the module and the function of a call; an argument is the root "argument NAME"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 Step = tuple[str, Any]  # ("attr", name), ("item", key), ("cell", index), ("default", index) or ("type", None)
 
 
@@ -189,7 +191,7 @@ def mark(v: Any, depth: int = 4) -> Any:
     if isinstance(v, Tensor):
         return "tensor", tuple(v.shape), v.dtype
     if isinstance(v, nn.Module):
-        return "module", type(v), len(v._modules)
+        return "module", type(v), len(v._modules), any(getattr(v, h, None) for h in HOOKS)
     if isinstance(v, PLAIN):
         return type(v), v if v == v else "nan"
     if depth and isinstance(v, (list, tuple)):

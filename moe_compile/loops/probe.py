@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..ir import Rejection
 from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, why_not
-from .places import MODULE, Place
+from .places import HOOKS, MODULE, Place
 from .sealed import Sealed
 from .sealed_code import MODULE_STATE
 
@@ -24,7 +24,6 @@ _PERIOD = (1 << 20) - 3  # a prime: rows of any usual length start at different 
 _TABLE = 1 << 22  # elements: integer buffers are copied up to this size
 _ALIGN = 16  # bytes
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Windows:
@@ -104,7 +103,7 @@ class Probe(Sealed):
             if next(module.parameters(), next(module.buffers(), None)) is not None or module._modules:
                 raise Rejection(f"{path} and {known} are one module", stage="shared")
             return
-        if path and any(getattr(module, h, None) for h in _HOOKS):
+        if path and any(getattr(module, h, None) for h in HOOKS):
             raise Rejection(f"module {path} has hooks", stage="hooks")
         cls, place = type(module), _place(path)
         new_cls = self.code.watched(cls) if is_library(home(cls)) and not why_not(cls, "") else self.copy(cls, place.type())
@@ -124,7 +123,7 @@ class Probe(Sealed):
         for kind in ("_parameters", "_buffers"):
             state[kind] = {k: None if v is None else self._probe(v, _join(path, k)) for k, v in self.some(state[kind].items())}
         state["_modules"] = {k: None if v is None else self.memo[id(v)][1] for k, v in self.some(state["_modules"].items())}
-        state |= {h: type(state[h])() for h in _HOOKS}
+        state |= {h: type(state[h])() for h in HOOKS}
         for k, v in state.items():
             if isinstance(v, Tensor):
                 state[k] = self._probe(v, _join(path, k))

@@ -172,7 +172,7 @@ class Sealed:
             set.update(new, (self.copy(x, place) for x in v))
         for name, slot in slots(type(v)).items():
             if hasattr(v, name):
-                slot.__set__(new, self.copy(slot.__get__(v), place.attr(name)))
+                object.__setattr__(new, name, self.copy(slot.__get__(v), place.attr(name)))
         if hasattr(v, "__dict__"):
             object.__getattribute__(new, "__dict__").update({k: self.copy(x, place.attr(k)) for k, x in vars(v).items()})
         self.keep(place, new)

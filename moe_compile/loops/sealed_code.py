@@ -241,7 +241,7 @@ class Code:
 
     def note(self, place: Place, name: str, asked: Any) -> None:
         """An object or class was asked for a name."""
-        self.world.reads.add(place.attr(name))
+        self.world.reads |= {place, place.attr(name)}
         for c in type.mro(asked if isinstance(asked, type) else type(asked)):
             if name in c.__dict__:
                 self._use(c.__dict__[name])
