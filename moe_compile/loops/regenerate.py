@@ -20,7 +20,8 @@ from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.names import LIKE, op_name
-from .bench import Call
+from .call import Call
+from .fewer import Fewer
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
 
@@ -41,8 +42,11 @@ class Regenerated:
         boundary: Mapping[str, Any],
         primes: Mapping[int, str],
         reshaped: Mapping[str, str] | None = None,
+        fewer: Fewer | None = None,
     ) -> None:
-        self.call, self.gm, self.experts, self.boundary, self.primes = call, gm, experts, boundary, primes
+        self.call, self.gm, self.boundary, self.fewer = call, gm, boundary, fewer
+        self.experts = experts if fewer is None else fewer.experts(experts)
+        self.primes = primes if fewer is None else {**primes, fewer.few: str(fewer.all)}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         scales = ("up_scale", "down_scale") if experts.scaled else ()
@@ -55,10 +59,26 @@ class Regenerated:
         self._check_types()
         self._check_writes()
         placeholders = [n for n in gm.graph.nodes if n in self.live and n.op == "placeholder"]
-        self.params = [n.meta["param_path"] for n in placeholders if "param_path" in n.meta]
-        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"_p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.params = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "param_path" in n.meta))
+        self.stacks = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "index" in n.meta))  # taken apart
+        self.names = {n: n.meta["arg"] if "arg" in n.meta else self._parameter(n) for n in placeholders}
         self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
+        self.others = [self._others(ns) for ns in self.lists]
         self.device = f"{next(iter(call.tensors))}.device"
+
+    def _parameter(self, n: fx.Node) -> str:
+        name = f"_p{self.params.index(n.meta['param_path'])}"
+        return f"{name}s[{n.meta['index']}]" if "index" in n.meta else name
+
+    def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
+        """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
+        if self.fewer is None or len(nodes) != self.fewer.few:
+            return []
+        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes):
+            raise Rejection("the weights of its experts are made of others", stage="read")
+        paths = self.fewer.paths(self.call.module, [n.meta["param_path"] for n in nodes])[self.fewer.few :]
+        self.params += [p for p in paths if p not in self.params]
+        return [f"_p{self.params.index(p)}" for p in paths]
 
     def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
         if n is not self.out:
@@ -98,9 +118,10 @@ class Regenerated:
 
     def code(self, experts: str) -> str:
         """Source of a function of the call's arguments and the parameters; `experts` is what to call for the experts."""
-        heads = [*self.call.tensors, *self.call.constants, *(f"_p{i}" for i in range(len(self.params)))]
+        heads = [*self.call.tensors, *(f"_p{i}" for i in range(len(self.params)))]
         lines = [f"def {self.function_name}({', '.join(heads)}):"]
         lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
+        lines += [f"    _p{i}s = _p{i}.unbind(0)" for i, path in enumerate(self.params) if path in self.stacks]
         env = dict(self.names)
         indent, result = "    ", "None"
         for n in self.gm.graph.nodes:
@@ -110,9 +131,9 @@ class Regenerated:
                 result = self._value(n.args[0], env)
                 continue
             grad = n.meta.get("grad", True)
-            if (indent == "    ") != grad:
-                indent = "    " if grad else "        "
-                lines += [] if grad else ["    with torch.no_grad():"]
+            if (indent == "    ") != (grad == self.call.grad):
+                indent = "    " if grad == self.call.grad else "        "
+                lines += [] if grad == self.call.grad else [f"    with torch.{'enable' if grad else 'no'}_grad():"]
             env[n] = f"_v{len(env)}"
             lines += [f"{indent}{line}" for line in self._statement(n, env, experts)]
         return "\n".join([*lines, f"    return {result}"])
@@ -136,7 +157,8 @@ class Regenerated:
         b, out = self.boundary, self.out.meta["val"]
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
-        lists = ", ".join(f"[{', '.join(self._weight(n, env) for n in ns)}]" for ns in self.lists)
+        named = [[*(self._weight(n, env) for n in ns), *others] for ns, others in zip(self.lists, self.others, strict=True)]
+        lists = ", ".join(f"[{', '.join(names)}]" for names in named)
         plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
@@ -153,7 +175,11 @@ class Regenerated:
         return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
 
     def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
-        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(str(int(s)) for s in self.views[n])})"
+        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(self._extent(int(s)) for s in self.views[n])})"
+
+    def _extent(self, size: int) -> str:
+        """A size of a weight: that of all experts for that of the few."""
+        return str(self.fewer.all if self.fewer is not None and size == self.fewer.few else size)
 
     def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
         """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""
