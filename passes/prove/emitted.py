@@ -24,7 +24,7 @@ from ..recover.region import Block
 from ..rewrite.plan import BlockPlan, Executor, Operand
 from . import probe
 from .claims import graph_choice
-from .edge import Edge, Small, edge_of
+from .edge import Small, edge_of, resized
 from .engine import Claim, Differs, Env
 from .region import Region
 from .sizes import regroup
@@ -37,14 +37,14 @@ def emitted_claim(b: Block, plan: BlockPlan, shadow: Shadow) -> Claim | Rejectio
     region = Region.between(_boundary(b), _replaced(b))
     if isinstance(region, Rejection):
         return region
-    names = {name: n for n in shadow.dynamo.graph.nodes for name in (n.name,)}
+    names = {n.name: n for n in shadow.dynamo.graph.nodes}
     images = {name: shadow.image[names[name]] for name in plan.names() if names[name] in shadow.image}
     r, e = plan.route, plan.experts
     plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead))
     roles = tuple(region.number.get(images[name]) if name in images else None for name in plan.names())
     key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, plain, roles)
     edge = edge_of(b, mapped=False)
-    meant = partial(_result, b, plan, names, images, edge)
+    meant = partial(_result, b, plan, names, images)
     says = "the emitted operations and the block disagree"
     return Claim("emitted", says, edge, region, partial(_graph_result, b), meant, key, probe.USUAL[:1])
 
@@ -74,7 +74,7 @@ def _graph_result(b: Block, env: Env) -> Tensor:
 
 
 def _result(
-    b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], edge: Edge, env: Env
+    b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env
 ) -> Tensor:
     """The result of the emitted nodes; weights in the order in which the graph has its experts."""
     graph, results = small_graph(in_small(b, plan, env.small), names)
@@ -105,7 +105,7 @@ def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
         rows, new = shape_of(m.tokens)[:-1], small.shapes[m.tokens][:-1]
         sizes = [s for options in regroup(small.sizes, rows, new, shape_of(m.out)[:-1]) for s in options[0]]
         lead = tuple(size if isinstance(s, int) else s for s, size in zip(lead, sizes, strict=True))
-    return replace(plan, experts=replace(e, experts=small.experts, lead=lead, **groups))
+    return replace(plan, experts=replace(e, experts=resized(e.experts, small.sizes), lead=lead, **groups))
 
 
 # ---- a graph with only what a plan needs -------------------------------------------------------------------------------
