@@ -70,7 +70,8 @@ def prove(claims: Iterable[Claim], at: fx.Node) -> Rejection | None:
     """None when all claims hold; else the first that does not, as a rejection at a node. Equal claims are run once a process."""
     for claim in claims:
         numbers = claim.region.number
-        key = (claim.part, claim.key, claim.region.signature, tuple(numbers[n] for n in claim.leaves), claim.kinds)
+        gradients = (tuple(numbers[n] for n in claim.leaves), frozenset(numbers[n] for n in claim.no_grad))
+        key = (claim.part, claim.key, claim.region.signature, gradients, claim.kinds)
         if key not in _proved:
             if len(_proved) > _KEPT:
                 _proved.clear()
