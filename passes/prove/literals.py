@@ -25,28 +25,32 @@ RULES: dict[str, Rule] = {}
 
 
 class Literals:
-    """The arguments that the calls of a region have on a probe, as `sizes` and `script` say; made once for each node."""
+    """The arguments that the calls of a region have on probes, as `sizes` and `script` say; made once for inputs of the same shapes."""
 
     def __init__(self, sizes: Sizes, script: Script) -> None:
         self.sizes, self.script = sizes, script
-        self.made: dict[fx.Node, tuple[Args, dict[str, Any]]] = {}
+        self.plain: set[fx.Node] = set()  # calls without numbers
+        self.made: dict[Any, tuple[Args, dict[str, Any]]] = {}
 
     def of(self, n: fx.Node, env: Env) -> tuple[Args, dict[str, Any]]:
         """(args, kwargs) in which only nodes are still to be loaded."""
-        found = self.made.get(n)
+        if n in self.plain:
+            return n.args, n.kwargs
+        if n.target is operator.getitem or not any(_holds_number(v) for v in (*n.args, *n.kwargs.values())):
+            self.plain.add(n)
+            return n.args, n.kwargs
+        key = (n, *(v.shape if isinstance(v := env.get(x), Tensor) else v for x in n.all_input_nodes))
+        found = self.made.get(key)
         if found is None:
-            found = self.made[n] = self._translated(n, env)
+            found = self.made[key] = self._translated(n, env)
         return found
 
     def _translated(self, n: fx.Node, env: Env) -> tuple[Args, dict[str, Any]]:
         schema = schema_of(n)
         if schema is None:  # arithmetic of sizes
-            plain = n.target is operator.getitem
-            return n.args if plain else tuple(self.number(n, i, a) for i, a in enumerate(n.args)), dict(n.kwargs)
+            return tuple(self.number(n, i, a) for i, a in enumerate(n.args)), dict(n.kwargs)
         specs = schema.arguments
         given = {s.name: v for s, v in zip(specs, n.args, strict=False)} | dict(n.kwargs)
-        if not any(_holds_number(v) for v in given.values()):
-            return n.args, dict(n.kwargs)
         rule = RULES.get(op_name(n))
         new = _sizes_and_scalars(self, n, env, given) if rule is None else {**given, **rule(self, n, env, given)}
         positional = tuple(new[s.name] for s in specs[: len(n.args)])
@@ -59,13 +63,15 @@ class Literals:
             return value
         return self.script.choose((n, place), self.sizes.candidates(value))
 
-    def view(self, n: fx.Node, old_in: tuple[Dim, ...], new_in: tuple[int, ...], old_out: tuple[Dim, ...]) -> list[int]:
-        """Sizes of a view's result."""
-        runs = regroup(self.sizes, old_in, new_in, old_out)
+    def view(self, n: fx.Node, old_in: tuple[Dim, ...], new_in: tuple[int, ...], old_out: tuple[Dim, ...], given: Args, env: Env) -> list[int]:
+        """Sizes of a view's result, for which the graph has numbers, or nodes that compute them (`given`)."""
+        computed = {d: int(env[a]) for d, a in enumerate(given) if isinstance(a, fx.Node)}
+        runs = regroup(self.sizes, old_in, new_in, old_out, computed)
         return [s for r, options in enumerate(runs) for s in self.script.choose((n, r), options)]
 
 
 def _holds_number(v: Any) -> bool:
+    """Whether an argument is a whole number, or a list with some in it (sizes that are computed stand beside them)."""
     if isinstance(v, (list, tuple)):
         return any(_holds_number(x) for x in v)
     return isinstance(v, int) and not isinstance(v, bool)
@@ -120,7 +126,7 @@ def _view(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str,
     if name not in given:  # view.dtype
         return {}
     old, new = _input(n, env, given)
-    return {name: t.view(n, old, new, shape_of(n))}
+    return {name: t.view(n, old, new, shape_of(n), tuple(given[name]), env)}
 
 
 @rule("unflatten")
@@ -128,7 +134,7 @@ def _unflatten(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict
     old, new = _input(n, env, given)
     d = normal_dim(given["dim"], len(old))
     many = len(shape_of(n)) - len(old) + 1
-    return {"sizes": t.view(n, old[d : d + 1], new[d : d + 1], shape_of(n)[d : d + many])}
+    return {"sizes": t.view(n, old[d : d + 1], new[d : d + 1], shape_of(n)[d : d + many], tuple(given["sizes"]), env)}
 
 
 @rule("expand", "broadcast_to")

@@ -58,13 +58,15 @@ class Region:
     @cached_property
     def written(self) -> set[fx.Node]:
         """Nodes of the edge whose memory is written inside."""
+        root: dict[fx.Node, fx.Node] = {}  # of nodes inside, the one of the edge whose memory they are
         found: set[fx.Node] = set()
+        edge = set(self.edge)
         for n in self.nodes:
-            for m in mutated_args(n):
-                root: fx.Node | None = m
-                while root is not None and root not in self.edge:
-                    root = aliased_arg(root)
-                found |= {root} if root is not None else set()
+            if n.op == "call_function":
+                base = aliased_arg(n)
+                if base is not None and (base in edge or base in root):
+                    root[n] = root.get(base, base)
+                found.update(root.get(m, m) for m in mutated_args(n) if m in edge or m in root)
         return found
 
     @cached_property

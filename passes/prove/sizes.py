@@ -107,33 +107,42 @@ class Script:
             yield Script(one)
 
 
-def regroup(sizes: Sizes, old_in: Sequence[Dim], new_in: Sequence[int], old_out: Sequence[Dim]) -> list[list[tuple[int, ...]]]:
-    """For each run of dims of a view the sizes that it may have on the probe. Raises Unfree where there are none."""
+def regroup(
+    sizes: Sizes, old_in: Sequence[Dim], new_in: Sequence[int], old_out: Sequence[Dim], computed: Mapping[int, int] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """For each run of dims of a view the sizes that it may have on the probe. Raises Unfree where there are none.
+
+    `computed`: dims of the result whose size the graph computes.
+    """
     runs: list[list[tuple[int, ...]]] = []
     o = i = 0
     while o < len(old_out) or i < len(old_in):
         o2, i2 = matching(old_out, old_in, o, i)
-        runs.append(_run(sizes, old_in[i:i2], new_in[i:i2], old_out[o:o2]))
+        inside = {d - o: s for d, s in (computed or {}).items() if o <= d < o2}
+        runs.append(_run(sizes, old_in[i:i2], new_in[i:i2], old_out[o:o2], inside))
         o, i = o2, i2
     return runs
 
 
-def _run(sizes: Sizes, old_in: Sequence[Dim], new_in: Sequence[int], old_out: Sequence[Dim]) -> list[tuple[int, ...]]:
+def _run(
+    sizes: Sizes, old_in: Sequence[Dim], new_in: Sequence[int], old_out: Sequence[Dim], computed: Mapping[int, int]
+) -> list[tuple[int, ...]]:
     total = math.prod(new_in)
     if len(old_out) <= 1:
         return [(total,)] if old_out else [()]
     if list(old_out) == list(old_in):
         return [tuple(new_in)]
-    options = []
-    for p in old_out:
+    options: list[dict[int, None]] = []
+    for d, p in enumerate(old_out):
         beside = [b for a, b in zip(old_in, new_in, strict=True) if a == p]
-        options.append(dict.fromkeys([*beside, *(sizes.candidates(p) if isinstance(p, int) else [sizes.of(p)])]))
+        likely = [computed[d]] if d in computed else [*beside, *(sizes.candidates(p) if isinstance(p, int) else [sizes.of(p)])]
+        options.append(dict.fromkeys(likely))
     found = [c for c in itertools.islice(itertools.product(*options), _COMBINATIONS) if math.prod(c) == total]
     if not found:
         known = [next(iter(o)) for o in options]
         for d, p in enumerate(old_out):
             rest = math.prod(known[:d] + known[d + 1 :])
-            if (not isinstance(p, int) or p > SMALL) and rest and total % rest == 0:
+            if d not in computed and (not isinstance(p, int) or p > SMALL) and rest and total % rest == 0:
                 found.append((*known[:d], total // rest, *known[d + 1 :]))
     if not found:
         numbers = tuple(p for p in old_out if isinstance(p, int))
