@@ -41,7 +41,8 @@ USUAL = (
 )
 MAPPED = (  # ids that are no selection's own
     Kind("an expert twice", ids="twice"),
-    Kind("ids below zero and beyond the last expert", ids="outside", may_fail=True),
+    Kind("ids below zero", ids="below", may_fail=True),
+    Kind("ids beyond the last expert", ids="beyond", may_fail=True),
 )
 
 
@@ -109,7 +110,7 @@ class _Draw:
         return torch.zeros_like(b) if b.ndim == 1 else out
 
     def ids(self, tokens: int) -> Tensor:
-        """ids [tokens, k]: distinct in a row, each expert in its turn over all probes; the same few; some twice; some outside."""
+        """ids [tokens, k]: distinct in a row, each expert in its turn over all probes; the same few; some twice; some of no expert."""
         total, k = self.edge.total, self.edge.k
         if self.kind.ids == "alike":
             return torch.arange(k).flip(0).expand(tokens, k).clone() % total
@@ -117,8 +118,8 @@ class _Draw:
         ids = order[(torch.arange(tokens * k) + self.turn * tokens * k) % total].reshape(tokens, k)
         if self.kind.ids == "twice" and k > 1:
             ids[::2, -1] = ids[::2, 0]
-        if self.kind.ids == "outside":
-            ids[::2, 0], ids[1::2, -1] = -1, total
+        if self.kind.ids in ("below", "beyond"):
+            ids[::2, 0] = -1 if self.kind.ids == "below" else total
         return ids
 
     def _logits(self, shape: tuple[int, ...]) -> Tensor:
