@@ -28,8 +28,8 @@ class Options:
     quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom
         op for it is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).
     weight_format: on Ascend, "nz": packed expert weights in the fractal format, in training cast where they are used; "nd": as they are.
-    combine: on Ascend, the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert inside)
-        or "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
+    combine: on Ascend, the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert
+        inside) or "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
     core_limit: on Ascend, (cube cores, vector cores) that the side stream of the shared expert may use.
     """
 

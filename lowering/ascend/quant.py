@@ -60,7 +60,8 @@ def _fused(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: tor
     """Product, SwiGLU and quantisation in one launch. The dtypes are told: the schema's defaults are not those of the documents."""
     out: Rows = call(
         "npu_grouped_matmul_swiglu_quant_v2", rows, [q.up[0]], [q.up_scale[0]], row_scale, counts, dequant_mode=0,
-        dequant_dtype=_ENUM[torch.float32], quant_mode=0, quant_dtype=_ENUM[torch.int8], group_list_type=list_type(counts), **tuning(rows, counts),
+        dequant_dtype=_ENUM[torch.float32], quant_mode=0, quant_dtype=_ENUM[torch.int8], group_list_type=list_type(counts),
+        **tuning(rows, counts),
     )  # fmt: skip
     return out
 

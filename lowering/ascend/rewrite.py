@@ -152,7 +152,8 @@ class _Lowering:
         with recording(place, n, c.reads) as late:
             late.nodes, late.kept = r.nodes, r.kept
             addends = [] if other is None else [late.value(other).reshape(-1, rows[0].shape[-1])]
-            out = calls.finish(*rows, own, addends, fused=self.choices.fused_combine and not self.train)
+            fused = self.choices.fused_combine and not self.train
+            out = calls.finish(rows[0], rows[1], rows[2], own, addends, fused)
         combined = self._reshaped(late.node(out), place, between)
         place.replace_all_uses_with(combined)
         if other is not None and other in place.args[:1]:  # `shared.add_(routed)`: from here on `shared` is the sum

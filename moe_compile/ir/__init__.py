@@ -390,12 +390,16 @@ class Rejection(Exception):
     """Why something was left exactly as the user wrote it.
 
     An exception only so that `strict=True` and deep helpers can raise it; passes return it as a value.
-    reason: one sentence naming the first failing predicate. source: file:line of the user's code, or "". stage: the pass.
+    reason: one sentence naming the first failing predicate: for people, never for control flow. code: what the passes decide by, and part:
+    which part of a block is concerned ("routing", "experts", "block", "shared", ...); "" where nothing depends on them.
+    source: file:line of the user's code, or "". stage: the pass.
     """
 
-    def __init__(self, reason: str, node: Any = None, stage: str = "recover", source: str = "") -> None:
+    def __init__(
+        self, reason: str, node: Any = None, stage: str = "recover", source: str = "", *, code: str = "", part: str = ""
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.node, self.stage, self.source = reason, node, stage, source
+        self.reason, self.node, self.stage, self.source, self.code, self.part = reason, node, stage, source, code, part
 
     def __repr__(self) -> str:
         return f"Rejection({self.stage}: {self.reason} at {self.source or '?'})"

@@ -16,7 +16,7 @@ from typing import Any
 import torch.fx as fx
 
 from ..ir import Experts, Rejection
-from ..passes.prove.probe import one_thread
+from ..passes.prove.region import one_thread
 from .bench import NoExperts
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats

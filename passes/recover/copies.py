@@ -9,7 +9,7 @@ from ..aten.element import shape_of
 from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
-from .rows import No, data_dependent, factors, outer_atoms, plain_row
+from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_row
 from .scales import is_integer
 
 EXPERT = "expert"
@@ -22,7 +22,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
         raise No("some experts are named by number and some are looked up")
     if not named:
         if len(parts) > 1:
-            raise No("more than one term looks experts up")
+            raise No("more than one term looks experts up", NO_EXPERTS)
         return _looked_up(parts[0])
     ids = {q.ids for q in named}
     if len(ids) > 1:
@@ -35,7 +35,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     identity = {e: c for e, c in copies.items() if _is_identity(c)}
     real = {e: c for e, c in copies.items() if e not in identity}
     if not real:
-        raise No("no expert is applied")
+        raise No("no expert is applied", NO_EXPERTS)
     if sorted(real) != list(range(len(real))):
         raise No(f"the experts are not 0..{len(real) - 1}, each once: {_brief(sorted(real))}")
     expert = T.named(EXPERT, len(real))
@@ -75,7 +75,9 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
                     n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
                     sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
-        raise No("expert weights are indexed by different ids" if found else "no expert weight is indexed by the ids")
+        if found:
+            raise No("expert weights are indexed by different ids")
+        raise No("no expert weight is indexed by the ids", NO_EXPERTS)
     if len(set(sizes)) != 1 or not isinstance(sizes[0], int):
         raise No("expert weights disagree on the number of experts")
     (ids,) = found

@@ -19,7 +19,7 @@ from .body import Core, Linear, layout, parse_core
 from .copies import EXPERT, one_body
 from .match import ExpertsMatch, Param
 from .rounding import unrounded
-from .rows import No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
+from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
 from .scales import Channel
 
 
@@ -28,7 +28,7 @@ def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejecti
     try:
         return _match(p, out, dense)
     except No as e:
-        return Rejection(str(e), out, "experts")
+        return Rejection(str(e), out, "experts", code=e.code)
 
 
 def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
@@ -36,10 +36,10 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     t, h = row_variable(rows(out)), T.named("h", shape[-1])
     term = p.at(out, (*row_index(t, shape[:-1]), h))
     if not any(x.op in ("topk", "sv", "nz", "a") and x.op != "a" or (x.op == "a" and ids_atom(x)) for x in T.walk(term)):
-        raise No("the result does not depend on expert ids")
+        raise No("the result does not depend on expert ids", NO_EXPERTS)
     parts, base = split_parts(term, dense)
     if not parts:
-        raise No("no expert is applied")
+        raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
     body, ids, foreign = one_body(parts, j)
@@ -51,7 +51,7 @@ def _assemble(
 ) -> ExpertsMatch:
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
-        raise No("no expert weight is read")
+        raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
     body, rounding = unrounded(body)
     is_core = [T.uses(f, h) for f in factors(body)]

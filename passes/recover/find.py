@@ -21,7 +21,7 @@ from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .rounding import rounded_nodes
-from .rows import data_dependent, is_row, outer_atoms
+from .rows import NO_EXPERTS, data_dependent, is_row, outer_atoms
 from .scales import made_floats
 from .writes import harmless
 
@@ -111,8 +111,8 @@ class Finder:
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
         """The most telling of the reasons: one from a place where experts were seen."""
         for r in reversed(list(tried)):
-            if not any(s in r.reason for s in TRIVIAL):
-                return Rejection(r.reason, r.node, r.stage)
+            if r.code != NO_EXPERTS:
+                return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label for n in output.all_input_nodes):
             return Rejection(
@@ -157,7 +157,7 @@ class Finder:
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
         out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and not any(s in out.reason for s in TRIVIAL):
+        if isinstance(out, Rejection) and self.integers and out.code != NO_EXPERTS:
             kept, self.integers = self.integers, set()
             again = self._attempt(n, label)
             self.integers = kept
@@ -181,7 +181,7 @@ class Finder:
             T.allow(10_000_000)
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
-            return Rejection(out.reason[:240], out.node, out.stage)
+            return Rejection(out.reason[:240], out.node, out.stage, code=out.code)
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
@@ -190,8 +190,8 @@ class Finder:
         if isinstance(out, Rejection):
             node, why = next(iter(p.unknown.items()), (None, ""))
             if node is not None and self.live.get(node) == label:
-                told = not why.startswith(NO_RULE) and any(s in out.reason for s in TRIVIAL)  # else nothing was seen at all
-                return Rejection(why if told else f"{out.reason} ({why})", node, "experts")
+                told = not why.startswith(NO_RULE) and out.code == NO_EXPERTS  # else nothing was seen at all
+                return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code=out.code)
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
             return Rejection("a tensor of the block is written through another view", n, "experts")
@@ -336,7 +336,6 @@ def _is_id_input(n: fx.Node) -> bool:
 
 
 FIND = "find"
-TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
 
 
 class DenseReader:
