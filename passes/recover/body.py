@@ -12,7 +12,7 @@ from ...ir import scalar as act
 from .. import terms as T
 from ..aten.element import op_name
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from . import scales as channels
 from .rounding import ROUNDED
 from .rows import No, clip, factors

@@ -192,17 +192,17 @@ class Finder:
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
         table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
-        T.allow(self.limit if table else 15 * self.limit)
+        steps = T.Budget(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         try:
-            out = self._match(n, p, label)
+            with steps.within():
+                out = self._match(n, p, label)
         except T.TooLarge as e:
             if table:
                 allowed = self.left[label]
                 return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
             return Rejection(str(e), n, "experts")
         finally:
-            T.allow(10_000_000)
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
             return Rejection(out.reason[:240], out.node, out.stage)

@@ -17,7 +17,7 @@ import torch.fx as fx
 from .. import terms as T
 from ..aten.element import op_name, shape_of
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from .match import Param
 from .rows import No, clip, factors
 
