@@ -31,20 +31,21 @@ class Budget:
     def within(self) -> Iterator[Budget]:
         """Work inside the `with` is paid from this budget, and from those around it."""
         global _current
-        outer, before = _current, self.left
-        self.left = min(self.left, outer.left)
+        outer, own, reason = _current, self.left, self.reason
+        if outer.left < own:
+            self.left, self.reason = outer.left, outer.reason
         given = self.left
         _current = self
         try:
             yield self
         finally:
             spent = given - self.left
-            self.left = before - spent
+            self.left, self.reason = own - spent, reason
             outer.left -= spent
             _current = outer
 
 
-_current = Budget()
+_root = _current = Budget()
 
 
 def step(n: int = 1) -> None:
@@ -53,6 +54,5 @@ def step(n: int = 1) -> None:
 
 
 def reset() -> None:
-    """A budget of the default size: a new compilation begins."""
-    global _current
-    _current = Budget()
+    """A new compilation begins: where nobody gave a budget, the default one is full again."""
+    _root.left = DEFAULT
