@@ -187,7 +187,7 @@ def _ite(world: World, bound: Bound, c: Term, a: Term, b: Term) -> Value:
 
 def _mul(world: World, bound: Bound, *ts: Term) -> Value:
     conditions = [_value(t, world, bound) for t in ts if t.op in TRUTHS] if world.strict else []
-    return 0 if 0 in conditions else _product(_value(t, world, bound) for t in ts)
+    return 0 if 0 in conditions else _product([_value(t, world, bound) for t in ts])
 
 
 def _product(xs: Iterable[Value]) -> Value:

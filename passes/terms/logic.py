@@ -6,7 +6,7 @@ from .arithmetic import TRUTHS, add, build, eq, mul
 from .facts import Facts
 from .numbers import differ, is_number, is_plain, positive, same_size
 from .rules import Rules, rule
-from .term import Term, addends, children, const, is_c, mk
+from .term import Term, addends, const, is_c, mk
 
 
 def is_truth(t: Term) -> bool:
@@ -101,7 +101,7 @@ def _whole(n: object) -> bool:
 
 def reads(t: Term) -> bool:
     """Whether an index is read from data: a choice, a place in a sorted order or a tensor's element."""
-    return t.op in ("topk", "a", "sv", "perm", "inv", "nz") or t.op in ("add", "mul", "mod", "fdiv", "ite") and any(map(reads, children(t)))
+    return t.op in ("topk", "a", "sv", "perm", "inv", "nz") or t.op in ("add", "mul", "mod", "fdiv", "ite") and any(map(reads, t.parts))
 
 
 @rule("[2 < 3] = 1", "lt")

@@ -36,17 +36,13 @@ class Op:
         self.leaf = not kinds.strip("dk")
         self.binds = kinds[0] == "b"
 
-    def children(self, args: Args) -> Iterable[Any]:
+    def children(self, args: Args) -> Args:
         """The direct subterms."""
         if self.terms:
             return args
-        found: list[Any] = []
-        for kind, a in zip(self.kinds, args):
-            if kind in "tk":
-                found.append(a)
-            elif kind == "s":
-                found.extend(a)
-        return found
+        if "s" in self.kinds:
+            return tuple([x for k, a in zip(self.kinds, args) if k in "tks" for x in (a if k == "s" else (a,))])
+        return tuple([a for k, a in zip(self.kinds, args) if k in "tk"])
 
     def map(self, args: Args, f: Callable[[Any], Any]) -> Args:
         """The arguments with f applied to each direct subterm, sort keys apart."""

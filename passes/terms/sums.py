@@ -10,7 +10,7 @@ from .numbers import exact_div, same_size
 from .orders import at_key, size_of
 from .reductions import is_slot, same_choice
 from .rules import Rules, rule
-from .term import Term, const, factors, let, mk, only_in, uses, var, walk
+from .term import Term, const, factors, let, mk, only_in, places, uses, var
 
 
 def _sides(f: Term) -> tuple[tuple[Term, Term], ...]:
@@ -77,7 +77,7 @@ def _distinct_slots(t: Term, facts: Facts) -> Term | None:
 )
 def _over_a_sorted_order(t: Term, facts: Facts) -> Term | None:
     v, body = t.args
-    found = [x for x in walk(body) if x.op in ("perm", "sv") and x.args[-1] is v]
+    found = [x for x in places(body, v, ("perm", "sv")) if x.args[-1] is v]
     sort = next((x for x in found if x.op == "perm"), None)
     if not found or sort is None and len(found) > 1:
         return None
@@ -92,7 +92,7 @@ def _over_a_sorted_order(t: Term, facts: Facts) -> Term | None:
 @rule("Σ_n f(nz[n]) = Σ_i mask(i) f(i)   nz[n] is the place of the n-th true element of the mask", "sum")
 def _over_masked_rows(t: Term, facts: Facts) -> Term | None:
     v, body = t.args
-    rows = {x for x in walk(body) if x.op == "nz" and x.args[1] is v}
+    rows = {x for x in places(body, v, ("nz",)) if x.args[1] is v}
     if len({x.args[0] for x in rows}) != 1 or not only_in(body, v, rows):
         return None
     mask = next(iter(rows)).args[0]

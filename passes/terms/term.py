@@ -14,15 +14,20 @@ from .ops import BINDERS, OPS
 table: dict[tuple[Any, ...], Term] = {}
 _serial = itertools.count()
 _fresh = itertools.count()
+_CLOSED: frozenset[Any] = frozenset()
 
 
 class Term:
-    """An interned expression node; build with the functions below, never directly. `atoms`: the variables that are free in it."""
+    """An interned expression node; build with the functions below, never directly.
 
-    __slots__ = ("args", "atoms", "op", "serial")
+    `parts`: its direct subterms (a binder's variable is not one). `atoms`: the variables that are free in it.
+    """
+
+    __slots__ = ("args", "atoms", "op", "parts", "serial")
     op: str
     args: tuple[Any, ...]
     serial: int
+    parts: tuple[Term, ...]
     atoms: frozenset[Term]
 
     def __repr__(self) -> str:
@@ -36,7 +41,7 @@ def mk(op: str, *args: Any) -> Term:
     if t is None:
         step()
         t = object.__new__(Term)
-        t.op, t.args, t.serial = op, args, next(_serial)
+        t.op, t.args, t.serial, t.parts = op, args, next(_serial), OPS[op].children(args)
         t.atoms = _free(t)
         table[key] = t
     return t
@@ -45,14 +50,18 @@ def mk(op: str, *args: Any) -> Term:
 def _free(t: Term) -> frozenset[Term]:
     if t.op == "v":
         return frozenset((t,))
-    parts = {c.atoms for c in children(t)}
-    free = parts.pop() if len(parts) == 1 else frozenset().union(*parts)
+    if not t.parts:
+        return _CLOSED
+    free = t.parts[0].atoms
+    for c in t.parts[1:]:
+        if c.atoms is not free:
+            free = free | c.atoms
     return free - {t.args[0]} if t.op in BINDERS else free
 
 
-def children(t: Term) -> Iterator[Term]:
+def children(t: Term) -> tuple[Term, ...]:
     """Direct subterms (a binder's variable is not one)."""
-    return OPS[t.op].children(t.args)  # type: ignore[return-value]
+    return t.parts
 
 
 def const(v: Any) -> Term:
@@ -109,20 +118,40 @@ def addends(t: Term) -> tuple[Term, ...]:
 
 def walk(t: Term) -> Iterator[Term]:
     """Every distinct subterm, parents after children."""
-    seen: set[Term] = set()
-    stack: list[tuple[Term, bool]] = [(t, False)]
+    done: set[Term] = set()
+    entered: set[Term] = set()
+    stack = [t]
     while stack:
-        x, done = stack.pop()
-        if done:
+        x = stack.pop()
+        if x in done:
+            continue
+        if x.parts and x not in entered:
+            entered.add(x)
+            stack.append(x)
+            stack.extend(x.parts)
+        else:
+            done.add(x)
             yield x
-        elif x not in seen:
+    step(len(done))
+
+
+def places(t: Term, v: Term, ops: tuple[str, ...]) -> list[Term]:
+    """The subterms of these ops that v is free in."""
+    found = []
+    seen: set[Term] = set()
+    stack = [t]
+    while stack:
+        x = stack.pop()
+        if v in x.atoms and x not in seen:
             seen.add(x)
-            step()
-            stack.append((x, True))
-            stack.extend((c, False) for c in children(x))
+            stack.extend(x.parts)
+            if x.op in ops:
+                found.append(x)
+    step(len(seen))
+    return found
 
 
-def only_in(t: Term, v: Term, places: set[Term]) -> bool:
+def only_in(t: Term, v: Term, within: set[Term]) -> bool:
     """Whether the variable v stands nowhere in t but inside these subterms."""
     seen: set[Term] = set()
     stack = [t]
@@ -130,10 +159,9 @@ def only_in(t: Term, v: Term, places: set[Term]) -> bool:
         x = stack.pop()
         if x is v:
             return False
-        if x not in seen and x not in places and v in x.atoms:
+        if v in x.atoms and x not in seen and x not in within:
             seen.add(x)
-            step()
-            stack.extend(children(x))
+            stack.extend(x.parts)
     return True
 
 
