@@ -16,7 +16,7 @@ _INTS_FIRST = (
     "tokens", "k", "experts", "identity", "hidden", "inter", "out_features", "halves", "weight_on_input", "threads", "n_act",
 )  # fmt: skip
 _POINTERS = (
-    "x", "grad", "ids", "weights", "up", "down", "up_bias", "down_bias", "add", "act_ops", "act_consts", "out", "pre",
+    "x", "grad", "ids", "weights", "up", "down", "packed_up", "packed_down", "up_bias", "down_bias", "add", "act_ops", "act_consts", "out", "pre",
     "grad_weights", "grad_up", "grad_down", "grad_up_bias", "grad_down_bias",
 )  # fmt: skip
 _INTS_LAST = (

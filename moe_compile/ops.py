@@ -2,7 +2,9 @@
 
 Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
 Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
-`experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
+`experts_bwd`; `route` runs as `route_fwd`, its gradient is `route_bwd`. Compilers therefore see ops in both directions. What backward
+needs of small tensors that a training step may write meanwhile (a selection bias, logits or weights that the caller was given) are copies
+that the forward ops return. Gradients of gradients are those of plain torch (`lowering/twice.py`).
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
 inference with few of them.
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, routing, scaled
+from .lowering import cpu, cpu_route, generic, routing, scaled, twice
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -45,9 +47,11 @@ SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
     f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
     "-> (Tensor weights, Tensor ids)",
+    f"route_fwd(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    "-> (Tensor weights, Tensor ids, Tensor kept_logits, Tensor kept_ids, Tensor kept_bias, Tensor kept_scale)",
     f"route_bwd(Tensor grad, Tensor ids, Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}, bool[] needs) -> Tensor[]",
     f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
-    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
+    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
     f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, int row_bits, float row_floor) -> Tensor",
@@ -77,9 +81,21 @@ def _route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: 
     return _ops.route(torch.nn.functional.linear(x, router, router_bias), *rest)  # type: ignore[no-any-return]
 
 
+def _route_fwd(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`route`, and copies of what its gradient is made from; a bias that only selects is not."""
+    weights, ids = _ops.route(logits, bias, expert_scale, *gating)
+    return weights, ids, logits.clone(), ids.clone(), *(_kept(t, logits) for t in (bias if gating[4] else None, expert_scale))
+
+
 def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
     *gating, needs = rest
     return routing.backward(grad, ids, logits, bias, expert_scale, _routing(*gating), needs)
+
+
+def _kept(t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if t is None else t.clone()
 
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
@@ -98,6 +114,15 @@ def _experts(*args: Any) -> Tensor:
 
 def _experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return generic.forward(*args[:8], _layout(args[8:]))
+
+
+def _with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(out, pre) and copies of ids and weights."""
+
+    def call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *forward(*args), args[1].clone(), args[2].clone()
+
+    return call
 
 
 def _experts_bwd(*args: Any) -> list[Tensor]:
@@ -174,7 +199,6 @@ for _name, _any_device, _on_cpu in (
     ("route_linear", _route_linear, None),
     ("route_bwd", _route_bwd, None),
     ("experts", _experts, _experts_cpu),
-    ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
     ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
     ("experts_shared", _experts_shared, None),
 ):
@@ -183,6 +207,10 @@ for _name, _any_device, _on_cpu in (
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 _lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
+_lib.impl("route_fwd", _route_fwd, "CompositeExplicitAutograd")
+_lib.impl("experts_fwd", _with_copies(_experts_fwd), "CompositeExplicitAutograd")
+_lib.impl("experts_fwd", _with_copies(_experts_fwd_cpu), "CPU")
+_lib.impl("experts_fwd", _with_copies(_cuda("experts_fwd", _experts_fwd)), "CUDA")
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -197,6 +225,15 @@ def _route_fake(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None
 @torch.library.register_fake("moe_compile::route_linear", lib=_lib)
 def _route_linear_fake(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return _route_fake(x, *rest)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("moe_compile::route_fwd", lib=_lib)
+def _route_fwd_fake(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, ids = _route_fake(logits, bias, expert_scale, *gating)
+    kept = (logits.new_empty(0) if t is None else torch.empty_like(t) for t in (bias if gating[4] else None, expert_scale))
+    return weights, ids, torch.empty_like(logits), torch.empty_like(ids), *kept
 
 
 @torch.library.register_fake("moe_compile::route_bwd", lib=_lib)
@@ -223,10 +260,11 @@ def _experts_shared_fake(*args: Any) -> Tensor:
 
 
 @torch.library.register_fake("moe_compile::experts_fwd", lib=_lib)
-def _experts_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, ids, layout = args[0], args[1], _layout(args[8:])
+def _experts_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, ids, weights, layout = *args[:3], _layout(args[8:])
     out = x.new_empty(x.shape[0], layout.out_features(args[4]))
-    return out, x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    return out, pre, torch.empty_like(ids), torch.empty_like(weights)
 
 
 @torch.library.register_fake("moe_compile::experts_bwd", lib=_lib)
@@ -251,20 +289,24 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         lists = _regroup(flat, sizes)
         with torch._C._AutoDispatchBelowAutograd():
-            out, pre = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
-        ctx.save_for_backward(pre, x, ids, weights, *flat)
-        ctx.sizes, ctx.layout = sizes, layout
+            out, pre, kept_ids, kept_weights = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
+        ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
+        ctx.sizes, ctx.layout, ctx.given = sizes, layout, _Given(weights)
         ctx.add_dtype = None if add is None else add.dtype
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, x, ids, weights, *flat = ctx.saved_tensors
         _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
         needs = [need_x, need_w, *need_flat]
         found: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
+        if torch.is_grad_enabled():
+            (w,) = ctx.given.tensors()
+            sizes, layout = ctx.sizes, _layout(ctx.layout)
+            again = lambda x, w, *flat: twice.experts(x, ids, w, *_regroup(flat, sizes), layout)  # noqa: E731
+            found = twice.gradients(again, [x, w, *flat], needs, grad)
+        elif any(needs):
             given = iter(_ops.experts_bwd(grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
@@ -276,22 +318,39 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            weights, ids = _ops.route(logits, bias, expert_scale, *gating)
+            weights, ids, *kept = _ops.route_fwd(logits, bias, expert_scale, *gating)
         ctx.mark_non_differentiable(ids)
-        ctx.save_for_backward(ids, logits, bias, expert_scale)
-        ctx.gating = gating
+        ctx.save_for_backward(*kept)
+        bias = bias if gating[4] else None  # one that only selects has no gradient
+        ctx.gating, ctx.given, ctx.has = gating, _Given(logits, bias, expert_scale), (bias is not None, expert_scale is not None)
         return weights, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
-        needs[1] = needs[1] and ctx.gating[4]  # a bias that only selects has no gradient
+        logits, ids, *tables = ctx.saved_tensors
+        bias, scale = (t if there else None for t, there in zip(tables, ctx.has, strict=True))
+        needs = [ctx.needs_input_grad[1], *(n and there for n, there in zip(ctx.needs_input_grad[2:], ctx.has, strict=True))]
         found: list[Tensor | None] = [None] * 3
-        if any(needs):
-            given = iter(_ops.route_bwd(grad, *ctx.saved_tensors, *ctx.gating, needs))
+        if torch.is_grad_enabled():
+            plain = _routing(*ctx.gating)
+            found = twice.gradients(lambda l, b, c: twice.route(l, ids, b, c, plain), ctx.given.tensors(), needs, grad)
+        elif any(needs):
+            given = iter(_ops.route_bwd(grad, ids, logits, bias, scale, *ctx.gating, needs))
             found = [next(given) if n else None for n in needs]
         return None, *found
+
+
+class _Given:
+    """Arguments as they were given, for a gradient that is to have one itself; a copy would not be tied to what they come from."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self._tensors = tensors
+        self._versions = [None if t is None or t.is_inference() else t._version for t in tensors]
+
+    def tensors(self) -> tuple[Any, ...]:
+        if self._versions != [None if t is None or t.is_inference() else t._version for t in self._tensors]:
+            raise RuntimeError("a tensor that a second gradient needs has been modified by an inplace operation since the forward pass")
+        return self._tensors
 
 
 def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:

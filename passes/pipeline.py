@@ -16,6 +16,7 @@ from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
 from . import terms as T
 from .aten.conditions import no_saving_hooks
+from .aten.effects import Memory
 from .aten.element import Puller, dtype_of
 from .aten.shadow import Shadow, example_value
 from .prove import emitted, gradients, overlap
@@ -125,7 +126,7 @@ def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[
         with _timed(out.seconds, "shadow"):
             shadow = Shadow(gm)
         with _timed(out.seconds, "recover"):
-            found = Finder(shadow.graph, shadow.walls, shadow.stale).run()
+            found = Finder(shadow.graph, shadow.walls, shadow.memory).run()
             blocks = []
             for m, p in found.matches:
                 try:
@@ -186,7 +187,7 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
             b, refusal = _checked(b, planner.shadow, bool(options.validate))
     if refusal is None:
         try:
-            plan = planner.plan(b)
+            b, plan = _planned(b, planner)
             if options.validate:
                 with _timed(out.seconds, "validate"):
                     refusal = emitted.check(b, plan, planner.shadow)
@@ -205,6 +206,17 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     return plan
 
 
+def _planned(b: Block, planner: Planner) -> tuple[Block, BlockPlan]:
+    """The plan of a block, with its routing as written where the op could not stand in for it; raises Rejection where there is no plan."""
+    try:
+        return b, planner.plan(b)
+    except Rejection as r:
+        if b.gating is None or b.ids is None or b.weights is None:
+            raise
+        kept = as_written(b, r.reason)
+        return kept, planner.plan(kept)
+
+
 def _checked(b: Block, shadow: Shadow, prove: bool) -> tuple[Block, Rejection | None]:
     """The block, with its routing as written where only that cannot be proved, and what is wrong with it."""
     refusal = written_elsewhere(b, shadow) or (validate(b) if prove else None) or gradients.check(b, shadow)
@@ -218,7 +230,7 @@ def written_elsewhere(b: Block, shadow: Shadow) -> Rejection | None:
     for part in parts(b):
         nodes = inside(part.outs, part.boundary)
         seen = part.boundary if isinstance(nodes, Rejection) else [*part.boundary, *nodes]
-        if not writes.harmless(shadow.stale.intersection(seen), b.match):
+        if not writes.harmless(shadow.memory, seen, b.match):
             return Rejection(f"{part.what} has a tensor that is written through another view", b.match.out, "validate")
     return None
 
@@ -246,13 +258,13 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
-    shared = None if writes.touched(shadow.stale, m) else match_shared(m, result, shadow.order, shadow.walls)
+    shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked)
+    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps)
 
 
 def as_written(b: Block, note: str) -> Block:
@@ -270,12 +282,10 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    from .aten.shadow import stale_views
-
     with deep_recursion():
         for _ in range(3):  # ids and weights may have to be put into tensors of their own
             _fresh_terms()
-            found = Finder(gm.graph, set(), stale_views(gm.graph), id_inputs="roles" in gm.meta).run()
+            found = Finder(gm.graph, set(), Memory(gm.graph), id_inputs="roles" in gm.meta).run()
             if not found.matches:
                 return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
             (m, p), *more = found.matches
@@ -287,6 +297,8 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         ids, weights = nodes.ids, nodes.weights
         if ids is None or weights is None:
             return Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
+        if nodes.wraps:
+            return Rejection("ids that index expert weights may be negative", m.out, "record")
         count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
         if possible is not None and possible >= count:
             return Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")

@@ -1,9 +1,9 @@
-// Activation programs (postfix, opcodes of moe_compile/activation.py) on short runs of floats, with derivatives if asked.
+// Activation programs (postfix, opcodes of moe_compile/ir/scalar.py) on short runs of floats, with derivatives if asked.
 #pragma once
 #include "common.h"
 
 enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_UNARY = 16 };
-enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS };
+enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS, LOG1P, EXPM1 };
 
 constexpr int RUN = 8 * VL;  // floats per step of the program
 constexpr int DEPTH = 8;     // stack entries; cpu.py refuses programs that need more
@@ -28,7 +28,9 @@ static inline float exp_(float x) {
   int32_t half = i >> 1;  // 2^n in two factors, so that the ends of the range are reached
   return p * bits_to_float(uint32_t(half + 127) << 23) * bits_to_float(uint32_t(i - half + 127) << 23);
 }
-static inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
+// exp(-x), short of infinity: for what is to be divided by.
+static inline float exp_minus(float x) { return exp_(-x > 88.f ? 88.f : -x); }
+static inline float sigmoid_(float x) { return 1.f / (1.f + exp_minus(x)); }
 static inline float tanh_(float x) {
   float q = x * x;  // Taylor near zero, where 1 - 2 / (1 + e^2x) cancels
   float small = x * (1.f + q * (-1.f / 3 + q * (2.f / 15 + q * (-17.f / 315 + q * (62.f / 2835 + q * (-1382.f / 155925))))));
@@ -54,17 +56,64 @@ static inline float erf_(float x) {
   float large = 1.f - p * exp_(-q);
   return a < 1.f ? 1.12837917f * x * s : (x < 0 ? -large : large);
 }
+// log(1 + x): 2 atanh(x / (2 + x)) near zero, where 1 + x loses the digits of x
+static inline float log1p_(float x) {
+  float z = x / (2.f + x), q = z * z;
+  float small = 2.f * z * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * (1.f / 9 + q * (1.f / 11 + q * (1.f / 13)))))));
+  return x > -0.5f && x < 0.5f ? small : logf(1.f + x);
+}
+// exp(x) - 1: Taylor near zero
+static inline float expm1_(float x) {
+  float p = 1.f / 362880;
+  p = p * x + 1.f / 40320;
+  p = p * x + 1.f / 5040;
+  p = p * x + 1.f / 720;
+  p = p * x + 1.f / 120;
+  p = p * x + 1.f / 24;
+  p = p * x + 1.f / 6;
+  p = p * x + 0.5f;
+  p = p * x + 1.f;
+  return x > -0.5f && x < 0.5f ? x * p : exp_(x) - 1.f;
+}
 static inline float gelu_tanh_inner(float x) { return 0.797884561f * (x + 0.044715f * x * x * x); }
 static inline float power(float v, float p) { return p == 2.f ? v * v : p == -1.f ? 1.f / v : p == 0.5f ? sqrtf(v) : p == 3.f ? v * v * v : powf(v, p); }
 
 #define EACH(stmt) do { for (int i = 0; i < RUN; i++) { stmt; } } while (0)
 
+// v[i] = e^v[i], as exp_.
+static void exponentials(float* v) {
+#if defined(WIDE_VECTORS)
+  for (int i = 0; i < RUN; i += VL) {  // min and max hand a NaN in the second operand on
+    __m512 x = _mm512_max_ps(_mm512_set1_ps(-104.f), _mm512_min_ps(_mm512_set1_ps(89.f), _mm512_loadu_ps(v + i)));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x));
+    __m512 p = _mm512_set1_ps(1.f / 5040);
+    for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    _mm512_storeu_ps(v + i, _mm512_scalef_ps(p, n));
+  }
+#else
+  EACH(v[i] = exp_(v[i]));
+#endif
+}
+
+// v[i] = 1 / v[i] for values in [1, e^88] and NaN: an estimate of 14 bits and a step of Newton's where a division would take three times as long.
+static void reciprocals(float* v) {
+#if defined(WIDE_VECTORS)
+  for (int i = 0; i < RUN; i += VL) {
+    __m512 d = _mm512_loadu_ps(v + i), e = _mm512_rcp14_ps(d);
+    _mm512_storeu_ps(v + i, _mm512_mul_ps(e, _mm512_fnmadd_ps(d, e, _mm512_set1_ps(2.f))));
+  }
+#else
+  EACH(v[i] = 1.f / v[i]);
+#endif
+}
+
 // value[i] = f(value[i]); slope[i] = f' unless null
 static void unary(i64 op, float* v, float* s) {
   switch (op) {
-    case SIGMOID: EACH(v[i] = sigmoid_(v[i])); if (s) EACH(s[i] = v[i] * (1.f - v[i])); break;
+    case SIGMOID: EACH(v[i] = -v[i] > 88.f ? 88.f : -v[i]); exponentials(v); EACH(v[i] += 1.f); reciprocals(v); if (s) EACH(s[i] = v[i] * (1.f - v[i])); break;
     case TANH: EACH(v[i] = tanh_(v[i])); if (s) EACH(s[i] = 1.f - v[i] * v[i]); break;
-    case EXP: EACH(v[i] = exp_(v[i])); if (s) EACH(s[i] = v[i]); break;
+    case EXP: exponentials(v); if (s) EACH(s[i] = v[i]); break;
     case LOG: if (s) EACH(s[i] = 1.f / v[i]); EACH(v[i] = logf(v[i])); break;
     case ERF: if (s) EACH(s[i] = 1.12837917f * exp_(-v[i] * v[i])); EACH(v[i] = erf_(v[i])); break;
     case RELU: if (s) EACH(s[i] = v[i] > 0 ? 1.f : 0.f); EACH(v[i] = v[i] < 0 ? 0.f : v[i]); break;
@@ -76,6 +125,8 @@ static void unary(i64 op, float* v, float* s) {
         v[i] = 0.5f * x * (1.f + t);
       }
       break;
+    case LOG1P: if (s) EACH(s[i] = 1.f / (1.f + v[i])); EACH(v[i] = log1p_(v[i])); break;
+    case EXPM1: EACH(v[i] = expm1_(v[i])); if (s) EACH(s[i] = v[i] + 1.f); break;
     case ABS: if (s) EACH(s[i] = v[i] > 0 ? 1.f : v[i] < 0 ? -1.f : 0.f); EACH(v[i] = fabsf(v[i])); break;
   }
 }

@@ -32,7 +32,7 @@ struct Backward {
   Forward f;
   element *act, *dpre;  // [pairs, inter] and halves x [pairs, inter], ordered by expert, rows padded to whole units
   float* dx;            // [tokens * k, hidden]
-  i64 width = f.a_row();
+  i64 width = units(a.inter) * PER;
 
   element* dpre_row(i64 half, i64 at) const { return dpre + (half * i64(f.plan.slots.size()) + at) * width; }
   const stored* grad_row(i64 slot) const { return static_cast<const stored*>(a.grad) + slot / a.k * a.out_features; }
@@ -40,7 +40,7 @@ struct Backward {
 
   // out[r][0..nb) = Σ_k rows[r][k] m(n + ., k), whichever way the matrix lies.
   static void product(const element** rows, i64 n_rows, const Matrix& m, i64 n, i64 nb, Scratch& s, float* out, i64 os) {
-    if (m.sk == 1 && m.sn != 1) Forward::row_dots(m, n, nb, rows, n_rows, s, out, os);
+    if (m.sk == 1 && m.sn != 1) row_dots(m, n, nb, rows, n_rows, nullptr, out, os);
     else columns_product(rows, n_rows, m, n, nb, s.w_panel, out, os);
   }
 

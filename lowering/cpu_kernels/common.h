@@ -1,7 +1,8 @@
-// Types, conversions and vector widths shared by the CPU kernels. No torch headers: a build takes about two seconds.
+// Types, conversions and vector widths shared by the CPU kernels. No torch headers: a build takes some seconds.
 //
-// A build is for one storage type: -DSTORAGE_F32, -DSTORAGE_BF16 or -DSTORAGE_F16. Products run in `unit`s: floats, or pairs of
-// bf16 where the machine multiplies them natively. Accumulation is always fp32; all addressing is 64 bit.
+// A build is for one storage type: -DSTORAGE_F32, -DSTORAGE_BF16 or -DSTORAGE_F16, and for one level of instructions, by compiler flags.
+// Products run in `unit`s: floats, or pairs of bf16 where the machine multiplies them natively. Accumulation is always fp32; all
+// addressing is 64 bit.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,8 +10,9 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -19,7 +21,8 @@
 
 typedef int64_t i64;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WIDE_VECTORS
 constexpr int VL = 16, ACC = 24;  // floats in a vector, accumulators a tile may hold
 #elif defined(__AVX__)
 constexpr int VL = 8, ACC = 12;
@@ -58,7 +61,7 @@ static inline float load(stored v) { return v; }
 static inline stored store(float f) { return f; }
 #endif
 
-#if defined(STORAGE_BF16) && defined(__AVX512BF16__)
+#if defined(STORAGE_BF16) && defined(__AVX512BF16__) && defined(WIDE_VECTORS)
 #define PAIRS
 typedef uint32_t unit;     // two bf16, the lower k in the lower half
 typedef stored element;    // what a row of units is made of
@@ -73,23 +76,14 @@ static inline element to_element(float f) { return f; }
 static inline float from_element(element e) { return e; }
 #endif
 constexpr bool DIRECT = sizeof(element) == sizeof(stored);  // stored rows can be multiplied where they lie
+constexpr i64 STEP = VL * PER;                              // elements of one vector of units
+constexpr i64 LINE = 64 / i64(sizeof(unit));                // units of a cache line
 
 typedef element element_any __attribute__((may_alias));
 typedef uint32_t pair_any __attribute__((may_alias, aligned(2)));
 
 static inline i64 up_to(i64 n, i64 m) { return (n + m - 1) / m * m; }
 static inline i64 units(i64 k) { return (k + PER - 1) / PER; }
-
-// Memory that is not cleared and is aligned to a cache line.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  explicit Buffer(i64 n) : data(static_cast<T*>(::operator new(size_t(std::max<i64>(n, 1)) * sizeof(T), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* operator+(i64 n) const { return data + n; }
-};
 
 // One call's arguments; lowering/cpu_call.py mirrors this struct field by field.
 struct Args {
@@ -101,6 +95,8 @@ struct Args {
   const float* weights;  // [tokens, k]
   const void* const* up;         // base pointers of gate (and up): one per half (stacked) or per expert and half
   const void* const* down;
+  const void* packed_up;         // or null: what moe_pack made of up and down (pack.h), read in their place
+  const void* packed_down;
   const void* const* up_bias;    // or null
   const void* const* down_bias;  // or null
   const void* add;       // or null: [tokens, out_features], contiguous

@@ -1,5 +1,7 @@
-// out = add + Σ_j w[t,j] · down act(up x[t]), in three phases: up and activation, down, combine.
+// out = add + Σ_j w[t,j] · down act(up x[t]), in two phases: up and activation, expert by expert; then down, each thread for columns of its
+// own, over all experts in their order, into fp32 sums [tokens, columns]. Sums and their order do not depend on the threads.
 #pragma once
+#include "pack.h"
 #include "plan.h"
 
 constexpr i64 UP_BLOCK = 24, DOWN_BLOCK = 48, ROW_BLOCK = 64;  // output columns worked on at a time
@@ -15,7 +17,7 @@ struct Scratch {
   Scratch(Carver& c, i64 depth) {
     i64 padded = up_to(depth, 2), block = up_to(MAX_BLOCK * up_to(ROWS, VL), RUN);
     x_panel = c.take<unit>(up_to(ROWS, VL) * padded);
-    x_rows = c.take<element>(ROWS * padded);
+    x_rows = c.take<element>(ROWS * row_stride(depth));
     w_rows = c.take<element>(MAX_BLOCK * padded);
     w_panel = c.take<unit>(WIDE * padded);
     g = c.take<float>(block), u = c.take<float>(block), a = c.take<float>(block);
@@ -27,7 +29,6 @@ struct Forward {
   Plan plan;
   Program program;
   element* act;  // activations of all tasks
-  float* y;      // [tokens * k, out_features] weighted expert outputs
 
   Matrix up(i64 half, i64 e) const {
     return {static_cast<const stored*>(at<const void>(a.up, a.experts, a.up_expert, half, e)), a.up_n, a.up_k, a.inter, a.hidden};
@@ -41,173 +42,218 @@ struct Forward {
   const stored* down_bias(i64 e) const { return static_cast<const stored*>(at<const void>(a.down_bias, a.experts, a.down_bias_expert, 0, e)); }
   const stored* token(i64 slot) const { return static_cast<const stored*>(a.x) + slot / a.k * a.x_stride; }
   i64 slot(const Task& t, i64 row) const { return plan.slots[size_t(t.first + row)]; }
-  i64 a_row() const { return units(a.inter) * PER; }
-  bool panel_in(const Task& t) const { return t.panel && a.up_k == 1; }
-  bool panel_out(const Task& t) const { return t.panel && a.down_k == 1; }
+
+  // Panels of tokens want weight rows in one piece in both products; packed weights take any number of rows.
+  static bool panels(const Args& a) { return a.up_k == 1 && a.down_k == 1 && !a.packed_up; }
+  static Plan plan_of(const Args& a) { return make_plan(a, panels(a), row_stride(a.inter)); }
+  i64 a_row() const { return row_stride(a.inter); }
 
   element input(i64 slot, const stored* x, i64 k) const {
     if (a.weight_on_input) return to_element(load(store(load(x[k]) * a.weights[slot])));
     return to_element(load(x[k]));
   }
 
-  // The task's tokens as pointers to rows of elements.
-  void input_rows(const Task& t, bool whole_units, const element** rows, Scratch& s) const {
-    bool direct = DIRECT && !a.weight_on_input && (!whole_units || a.hidden % PER == 0);
-    i64 depth = units(a.hidden) * PER;
-    for (i64 r = 0; r < t.rows; r++) {
-      i64 p = slot(t, r);
-      const stored* x = token(p);
-      if (direct) {
-        rows[r] = reinterpret_cast<const element*>(x);
-        continue;
-      }
-      element* to = s.x_rows + r * depth;
-      for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(p, x, k) : element(0);
-      rows[r] = to;
+  // A strip's tokens as pointers to rows of whole units. Rows that would meet in one or two sets of the cache are copied; others,
+  // and rows on the way to a panel, are used where they lie.
+  void input_rows(const Strip& p, const element** rows, element* copy) const {
+    bool apart = p.lanes || p.rows == 1 || a.x_stride * i64(sizeof(stored)) % 2048;
+    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && apart;
+    i64 stride = row_stride(a.hidden), depth = units(a.hidden) * PER;
+    for (i64 r = 0; r < p.rows; r++) {
+      const size_t at = size_t(p.first + r);
+      const stored* x = static_cast<const stored*>(a.x) + plan.tokens[at] * a.x_stride;
+      element* to = copy + r * stride;
+      rows[r] = direct ? reinterpret_cast<const element*>(x) : to;
+      if (direct) continue;
+      if (!a.weight_on_input) elements(x, a.hidden, depth, to);
+      else
+        for (i64 k = 0; k < depth; k++) to[k] = k < a.hidden ? input(plan.slots[at], x, k) : element(0);
+    }
+  }
+
+  // [nb][lanes] of a strip's panel, or [rows][os] of its rows: columns n .. n + nb of a matrix. `stream`: the weights come from memory,
+  // and `next` is what is read after them.
+  static void product(
+      const Strip& p, const Matrix& m, i64 n, i64 nb, const unit* panel, const element** rows, bool stream, const stored* next, Scratch& s,
+      float* out, i64 os) {
+    const element* w[MAX_BLOCK];
+    if (p.lanes) {
+      bool direct = weight_rows(m, n, nb, w, s.w_rows);
+      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
+    } else if (m.sk == 1) {
+      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, stream);
+    } else {
+      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
     }
   }
 
   // Pre-activations and activations of columns n0 .. n1.
   void up_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
-    bool panel = panel_in(t);
-    const element *rows[ROWS], *w[MAX_BLOCK];
-    input_rows(t, panel || a.up_k != 1, rows, s);
-    if (panel) pack_panel(s.x_panel, rows, t.rows, t.lanes, a.hidden);
-    i64 step = panel ? UP_BLOCK : ROW_BLOCK;
-    for (i64 n = n0; n < n1; n += step) {
-      i64 nb = std::min(step, n1 - n), os = panel ? t.lanes : up_to(nb, VL);
-      for (i64 half = 0; half < a.halves; half++) {
-        float* out = half ? s.u : s.g;
-        Matrix m = up(half, t.expert);
-        if (panel) {
-          weight_rows(m, n, nb, true, w, s.w_rows);
-          lanes_product(s.x_panel, t.lanes, w, nb, units(a.hidden), out, os);
-        } else if (a.up_k == 1) {
-          row_dots(m, n, nb, rows, t.rows, s, out, os);
-        } else {
-          columns_product(rows, t.rows, m, n, nb, s.w_panel, out, os);
-        }
-        add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, os, panel, t.rows);
-      }
-      if (a.pre) save_pre(t, n, nb, os, panel, s);
-      i64 used = (panel ? nb : t.rows) * os;
-      for (i64 i = 0; i < used; i += RUN) run_program<false>(program, s.g + i, s.u + i, s.a + i, nullptr, nullptr);
-      put_activations(t, n, nb, os, panel, s.a);
+    const element* rows[ROWS];
+    for (int i = 0; i < t.n_strips; i++) {
+      const Strip& p = t.strips[i];
+      i64 at = p.first - t.first;
+      input_rows(p, rows + at, s.x_rows + at * row_stride(a.hidden));
+      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden);
     }
+    i64 step = t.panel() ? UP_BLOCK : ROW_BLOCK;
+    for (i64 n = n0; n < n1; n += step)
+      for (int i = 0; i < t.n_strips; i++) up_block(t, t.strips[i], n, std::min(step, n1 - n), n + step < n1, rows, s);
   }
 
-  static void row_dots(const Matrix& m, i64 n, i64 nb, const element** rows, i64 n_rows, Scratch& s, float* out, i64 os) {
-    if (m.rows_direct()) {
-      dots(rows, n_rows, reinterpret_cast<const element*>(m(n, 0)), m.sn, nb, m.k, out, os);
-      return;
+  void up_block(const Task& t, const Strip& p, i64 n, i64 nb, bool more, const element** rows, Scratch& s) const {
+    i64 os = p.lanes ? p.lanes : up_to(nb, VL);
+    for (i64 half = 0; half < a.halves; half++) {
+      float* out = half ? s.u : s.g;
+      bool last = half + 1 == a.halves;
+      const stored* next = !last ? up(half + 1, t.expert)(n, 0) : more ? up(0, t.expert)(n + nb, 0) : nullptr;
+      product(p, up(half, t.expert), n, nb, s.x_panel, rows + (p.first - t.first), &p == t.strips, next, s, out, os);
+      add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, os, p);
     }
-    const element* w[MAX_BLOCK];
-    weight_rows(m, n, nb, false, w, s.w_rows);
-    dots(rows, n_rows, w[0], units(m.k) * PER, nb, m.k, out, os);
+    if (a.pre) save_pre(p, n, nb, os, s);
+    activate((p.lanes ? nb : p.rows) * os, s);
+    put_activations(p, n, nb, os, s.a);
   }
 
-  static void add_bias(const stored* bias, i64 stride, i64 n, i64 nb, float* out, i64 os, bool panel, i64 rows) {
+  void activate(i64 used, Scratch& s) const {
+    for (i64 i = 0; i < used; i += RUN) run_program<false>(program, s.g + i, s.u + i, s.a + i, nullptr, nullptr);
+  }
+
+  static void add_bias(const stored* bias, i64 stride, i64 n, i64 nb, float* out, i64 os, const Strip& p) {
     if (!bias) return;
-    for (i64 i = 0; i < (panel ? nb : rows); i++)
-      for (i64 j = 0; j < (panel ? os : nb); j++) out[i * os + j] += load(bias[(n + (panel ? i : j)) * stride]);
+    for (i64 i = 0; i < (p.lanes ? nb : p.rows); i++)
+      for (i64 j = 0; j < (p.lanes ? os : nb); j++) out[i * os + j] += load(bias[(n + (p.lanes ? i : j)) * stride]);
   }
 
-  void save_pre(const Task& t, i64 n, i64 nb, i64 os, bool panel, const Scratch& s) const {
+  void save_pre(const Strip& p, i64 n, i64 nb, i64 os, const Scratch& s) const {
     for (i64 half = 0; half < a.halves; half++) {
       const float* from = half ? s.u : s.g;
-      stored* to = static_cast<stored*>(a.pre) + t.first * a.halves * a.inter + half * a.inter + n;
-      auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
-        for (i64 j = 0; j < cols; j++) to[r * a.halves * a.inter + c + j] = store(v[j]);
-      };
-      if (panel) each_transposed(from, os, nb, t.rows, put);
-      else for (i64 r = 0; r < t.rows; r++) put(r, 0, nb, from + r * os);
+      stored* to = static_cast<stored*>(a.pre) + p.first * a.halves * a.inter + half * a.inter + n;
+      auto put = [&](i64 r, i64 c, i64 cols, const float* v) { store_row(v, cols, to + r * a.halves * a.inter + c); };
+      if (p.lanes) each_transposed(from, os, nb, p.rows, put);
+      else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, from + r * os);
     }
   }
 
-  // Activations into the task's operand for the down product: a panel over rows, or rows.
-  void put_activations(const Task& t, i64 n, i64 nb, i64 os, bool panel, const float* from) const {
-    element* base = act + t.a_at;
+  // Activations into the strip's operand for the down product: a panel over rows, or rows of whole units.
+  void put_activations(const Strip& p, i64 n, i64 nb, i64 os, const float* from) const {
     bool last = n + nb == a.inter && a.inter % PER;
-    if (panel_out(t)) {
-      unit* p = reinterpret_cast<unit*>(base);
-      i64 nu = units(a.inter);
-      for (i64 first = 0; first < t.lanes; first += WIDE) {
-        i64 w = block_lanes(t.lanes, first);
-#if defined(PAIRS)
-        if (panel && nb % 2 == 0) {
-          for (i64 j = 0; j < nb; j += 2) {
-            const float *even = from + j * os + first, *odd = even + os;
-            uint32_t* to = p + first * nu + (n + j) / 2 * w;
-            for (i64 l = 0; l < w; l++) to[l] = uint32_t(store(even[l])) | uint32_t(store(odd[l])) << 16;
-          }
-          continue;
-        }
-#endif
-        for (i64 j = 0; j < nb + last; j++) {
-          element_any* to = reinterpret_cast<element_any*>(p + first * nu + (n + j) / PER * w) + (n + j) % PER;
-          if (j == nb)
-            for (i64 l = 0; l < w; l++) to[l * PER] = element(0);
-          else if (panel)
-            for (i64 l = 0; l < w; l++) to[l * PER] = to_element(from[j * os + first + l]);
-          else
-            for (i64 l = 0; l < w; l++) to[l * PER] = first + l < t.rows ? to_element(from[(first + l) * os + j]) : element(0);
-        }
-      }
+    if (p.lanes) {
+      put_panel(p, n, nb, os, from, last);
       return;
     }
-    for (i64 r = 0; r < t.rows; r++) {
-      element* to = base + r * a_row() + n;
-      for (i64 j = 0; j < nb; j++) to[j] = to_element(panel ? from[j * os + r] : from[r * os + j]);
+    for (i64 r = 0; r < p.rows; r++) {
+      element* to = act + p.a_at + r * a_row() + n;
+      element_row(from + r * os, nb, to);
       if (last) to[nb] = element(0);
     }
   }
 
-  // Weighted outputs of columns n0 .. n1 into y.
-  void down_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
-    bool panel = panel_out(t);
-    const element *rows[ROWS], *w[MAX_BLOCK];
-    for (i64 r = 0; r < t.rows; r++) rows[r] = act + t.a_at + r * a_row();
-    Matrix m = down(t.expert);
-    i64 step = panel ? DOWN_BLOCK : ROW_BLOCK;
-    for (i64 n = n0; n < n1; n += step) {
-      i64 nb = std::min(step, n1 - n), os = panel ? t.lanes : up_to(nb, VL);
-      if (panel) {
-        weight_rows(m, n, nb, true, w, s.w_rows);
-        lanes_product(reinterpret_cast<const unit*>(act + t.a_at), t.lanes, w, nb, units(a.inter), s.g, os);
-      } else if (a.down_k == 1) {
-        row_dots(m, n, nb, rows, t.rows, s, s.g, os);
-      } else {
-        columns_product(rows, t.rows, m, n, nb, s.w_panel, s.g, os);
+  void put_panel(const Strip& p, i64 n, i64 nb, i64 os, const float* from, bool last) const {
+    unit* panel = reinterpret_cast<unit*>(act + p.a_at);
+    i64 nu = units(a.inter);
+    for (i64 first = 0; first < p.lanes; first += WIDE) {
+      i64 w = block_lanes(p.lanes, first);
+#if defined(PAIRS)
+      if (nb % 2 == 0) {
+        for (i64 j = 0; j < nb; j += 2) {
+          const float *even = from + j * os + first, *odd = even + os;
+          put_pairs(even, odd, w, panel + first * nu + (n + j) / 2 * w);
+        }
+        continue;
       }
-      add_bias(down_bias(t.expert), 1, n, nb, s.g, os, panel, t.rows);
-      auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
-        i64 p = slot(t, r);
-        float weight = a.weight_on_input ? 1.f : a.weights[p];
-        float* to = y + p * a.out_features + n + c;
-        for (i64 j = 0; j < cols; j++) to[j] = v[j] * weight;
-      };
-      if (panel) each_transposed(s.g, os, nb, t.rows, put);
-      else for (i64 r = 0; r < t.rows; r++) put(r, 0, nb, s.g + r * os);
+#endif
+      for (i64 j = 0; j < nb + last; j++) {
+        element_any* to = reinterpret_cast<element_any*>(panel + first * nu + (n + j) / PER * w) + (n + j) % PER;
+        for (i64 l = 0; l < w; l++) to[l * PER] = j == nb ? element(0) : to_element(from[j * os + first + l]);
+      }
     }
   }
 
-  // One token's result: what to add, then its experts in order of their slots.
-  void combine(i64 t, float* sum) const {
-    i64 width = a.out_features;
-    const stored* add = static_cast<const stored*>(a.add);
-    for (i64 o = 0; o < width; o++) sum[o] = add ? load(add[t * width + o]) : 0.f;
-    for (i64 j = 0; j < a.k; j++) {
-      i64 p = t * a.k + j, id = a.ids[p];
-      if (id >= 0 && id < a.experts) {
-        const float* from = y + p * width;
-        for (i64 o = 0; o < width; o++) sum[o] += from[o];
-      } else if (id >= a.experts && id < a.experts + a.identity) {
-        const stored* x = token(p);
-        for (i64 o = 0; o < width; o++) sum[o] += load(x[o]) * a.weights[p];
+  // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels].
+  void down_phase(const Task& t, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
+    Matrix m = down(t.expert);
+    i64 step = t.panel() ? DOWN_BLOCK : ROW_BLOCK;
+    for (i64 n = n0; n < n1; n += step)
+      for (int i = 0; i < t.n_strips; i++) {
+        const Strip& p = t.strips[i];
+        const element* rows[ROWS];
+        for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
+        i64 nb = std::min(step, n1 - n), os = p.lanes ? p.lanes : up_to(nb, VL);
+        const stored* next = n + step < n1 ? m(n + step, 0) : nullptr;
+        for (i64 r = 0; r < p.rows; r++)
+          for (i64 c = 0; c < nb; c += 16) __builtin_prefetch(sums + plan.tokens[size_t(p.first + r)] * width + n - n0 + c, 1, 2);
+        product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
+        add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
+        auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
+          const size_t at = size_t(p.first + r);
+          add_output(v, cols, plan.weights[at], sums + plan.tokens[at] * width + n - n0 + c);
+        };
+        if (p.lanes) each_transposed(s.g, os, nb, p.rows, put);
+        else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, s.g + r * os);
       }
+  }
+
+  static void add_output(const float* v, i64 n, float weight, float* to) {
+    i64 j = 0;
+    for (; j + VL <= n; j += VL) *(vf_any*)(to + j) += *(const vf_any*)(v + j) * weight;
+    for (; j < n; j++) to[j] += v[j] * weight;
+  }
+
+  // ---- packed weights: panels of COLS columns, tokens as rows ----
+
+  // Panels n0 .. n1 of up.
+  void packed_up(const Task& t, i64 n0, i64 n1, Scratch& s) const {
+    const element* rows[ROWS];
+    const Strip& p = t.strips[0];
+    input_rows(p, rows, s.x_rows);
+    const packed* from = Packed(a).up(t.expert);
+    i64 size = units(a.hidden) * COLS;
+    for (i64 j = n0; j < n1; j++) {
+      i64 n = j * COLS, nb = std::min(COLS, a.inter - n);
+      for (i64 half = 0; half < a.halves; half++) {
+        float* out = half ? s.u : s.g;
+        packed_product<false>(from + (j * a.halves + half) * size, rows, p.rows, units(a.hidden), j + 1 == n1 && half + 1 == a.halves, Out{out, COLS});
+        add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, COLS, p);
+      }
+      activate(p.rows * COLS, s);
+      put_activations(p, n, nb, COLS, s.a);
     }
-    stored* out = static_cast<stored*>(a.out) + t * width;
-    for (i64 o = 0; o < width; o++) out[o] = store(sum[o]);
+  }
+
+  // As down_phase, n0 a multiple of COLS.
+  void packed_down(const Task& t, i64 n0, i64 n1, float* sums, i64 width) const {
+    const element* rows[ROWS];
+    const Strip& p = t.strips[0];
+    const i64* tokens = plan.tokens.data() + p.first;
+    const float* weights = plan.weights.data() + p.first;
+    for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
+    const i64 size = units(a.inter) * COLS;
+    const packed* from = Packed(a).down(t.expert) + n0 / COLS * size;
+    for (i64 n = n0; n < n1; n += COLS, from += size)
+      packed_product<true>(from, rows, p.rows, units(a.inter), n + COLS >= n1, Out{sums + n - n0, width, tokens, weights});
+    const stored* bias = down_bias(t.expert);
+    for (i64 r = 0; bias && r < p.rows; r++)
+      for (i64 n = n0; n < n1; n++) sums[tokens[r] * width + n - n0] += load(bias[n]) * weights[r];
+  }
+
+  // ---- all phases ----
+
+  // What a token's sum of columns n0 .. n1 begins with: what is to be added, and experts that hand the token on.
+  void begin_sum(i64 t, i64 n0, i64 n1, float* sum) const {
+    const stored* add = a.add ? static_cast<const stored*>(a.add) + t * a.out_features : nullptr;
+    for (i64 n = n0; n < n1; n++) sum[n - n0] = add ? load(add[n]) : 0.f;
+    for (i64 p = t * a.k; a.identity && p < (t + 1) * a.k; p++)
+      if (a.ids[p] >= a.experts && a.ids[p] < a.experts + a.identity)
+        for (i64 n = n0; n < n1; n++) sum[n - n0] += load(token(p)[n]) * a.weights[p];
+  }
+
+  // Columns n0 .. n1 of the result.
+  void down_part(i64 n0, i64 n1, float* sums, Scratch& s) const {
+    const i64 width = up_to(n1 - n0, COLS);
+    for (i64 t = 0; t < a.tokens; t++) begin_sum(t, n0, n1, sums + t * width);
+    for (const Task& t : plan.tasks) a.packed_up ? packed_down(t, n0, n1, sums, width) : down_phase(t, n0, n1, sums, width, s);
+    for (i64 t = 0; t < a.tokens; t++) store_row(sums + t * width, n1 - n0, static_cast<stored*>(a.out) + t * a.out_features + n0);
   }
 
   // Rows of pre-activations that belong to no expert are zero.
@@ -219,34 +265,31 @@ struct Forward {
   void run() {
     clear_rest_of_pre();
     thread_local Workspace shared, own;
+    const i64 parts = parts_of(a), part = up_to((a.out_features + parts - 1) / parts, COLS);
+    float* sums = nullptr;
     for (int pass = 0; pass < 2; pass++) {
       Carver c{pass ? shared.data : nullptr};
       act = c.take<element>(plan.a_size);
-      y = c.take<float>(a.tokens * a.k * a.out_features);
+      sums = c.take<float>(a.tokens * part * parts);
       if (!pass) shared.get(c.used);
     }
-    i64 n_tasks = i64(plan.tasks.size());
-    i64 up_chunks = chunks_of(plan, a.threads, a.inter), down_chunks = chunks_of(plan, a.threads, a.out_features);
-    i64 up_step = up_to((a.inter + up_chunks - 1) / up_chunks, 8), down_step = up_to((a.out_features + down_chunks - 1) / down_chunks, 8);
+    const i64 n_tasks = i64(plan.tasks.size()), unit_of = a.packed_up ? COLS : 1, all = (a.inter + unit_of - 1) / unit_of;
+    const i64 chunks = chunks_of(plan, a.threads, a.inter), step = up_to((all + chunks - 1) / chunks, a.packed_up ? 1 : 8);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
       Carver size{nullptr};
       Scratch(size, std::max(a.hidden, a.inter));
-      Carver c{own.get(size.used + a.out_features * 4)};
+      Carver c{own.get(size.used)};
       Scratch s(c, std::max(a.hidden, a.inter));
-      float* sum = c.take<float>(a.out_features);
 #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < n_tasks * up_chunks; i++) {
-        i64 n = i % up_chunks * up_step;
-        up_phase(plan.tasks[size_t(i / up_chunks)], n, std::min(a.inter, n + up_step), s);
+      for (i64 i = 0; i < n_tasks * chunks; i++) {
+        i64 n = i % chunks * step, end = std::min(all, n + step);
+        const Task& t = plan.tasks[size_t(i / chunks)];
+        a.packed_up ? packed_up(t, n, end, s) : up_phase(t, n, end, s);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < n_tasks * down_chunks; i++) {
-        i64 n = i % down_chunks * down_step;
-        down_phase(plan.tasks[size_t(i / down_chunks)], n, std::min(a.out_features, n + down_step), s);
-      }
-#pragma omp for schedule(static)
-      for (i64 t = 0; t < a.tokens; t++) combine(t, sum);
+      for (i64 i = 0; i < parts; i++)
+        if (i * part < a.out_features) down_part(i * part, std::min(a.out_features, (i + 1) * part), sums + i * a.tokens * part, s);
       own.trim();
     }
     shared.trim();

@@ -6,7 +6,7 @@ constexpr i64 SIDE = 16;  // edge of a transposed square
 
 // to[j][i] = rows[i][j] for one SIDE x SIDE square of 32-bit values; null rows read as zero.
 static inline void transpose(const uint32_t* const* rows, i64 at, uint32_t* to, i64 to_stride) {
-#if defined(__AVX512F__)
+#if defined(WIDE_VECTORS)
   typedef uint32_t vi __attribute__((vector_size(64)));
   typedef uint32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
   vi a[SIDE], b[SIDE];
@@ -74,41 +74,60 @@ static void pack_panel(unit* panel, const element* const* from, i64 rows, i64 la
   }
 }
 
-// Rows n0 .. n0 + nb of a matrix as pointers to elements, copied into `scratch` where they cannot be used as they lie.
-static void weight_rows(const Matrix& m, i64 n0, i64 nb, bool whole_units, const element** rows, element* scratch) {
-  if (m.rows_direct() && (!whole_units || m.k % PER == 0)) {
+// n stored elements as elements, zeros up to `depth`.
+static inline void elements(const stored* from, i64 n, i64 depth, element* to) {
+  if constexpr (DIRECT) {
+    memcpy(to, from, size_t(n) * sizeof(element));
+  } else {
+    i64 j = 0;
+#if !defined(PAIRS)
+    for (; j + VL <= n; j += VL) *(vf_any*)(to + j) = load_stored(from + j);
+#endif
+    for (; j < n; j++) to[j] = to_element(load(from[j]));
+  }
+  for (i64 j = n; j < depth; j++) to[j] = element(0);
+}
+
+// Rows n0 .. n0 + nb of a matrix with whole units, copied into `scratch` where they cannot be used as they lie; tells whether they can.
+static bool weight_rows(const Matrix& m, i64 n0, i64 nb, const element** rows, element* scratch) {
+  if (m.rows_direct() && m.k % PER == 0) {
     for (i64 r = 0; r < nb; r++) rows[r] = reinterpret_cast<const element*>(m(n0 + r, 0));
-    return;
+    return true;
   }
   i64 depth = units(m.k) * PER;
   for (i64 r = 0; r < nb; r++) {
     element* to = scratch + r * depth;
-    for (i64 j = 0; j < m.k; j++) to[j] = to_element(load(*m(n0 + r, j)));
-    for (i64 j = m.k; j < depth; j++) to[j] = element(0);
     rows[r] = to;
+    if (m.sk == 1) {
+      elements(m(n0 + r, 0), m.k, depth, to);
+      continue;
+    }
+    for (i64 j = 0; j < depth; j++) to[j] = j < m.k ? to_element(load(*m(n0 + r, j))) : element(0);
   }
+  return false;
 }
 
 // Columns n0 .. n0 + w of a matrix (contiguous along n where it matters) as one panel block; returns the panel's stride.
 static i64 weight_panel(const Matrix& m, i64 n0, i64 w, [[maybe_unused]] bool reuse, const unit** panel, unit* scratch) {
   i64 lanes = up_to(w, VL);
+  const bool whole = m.sn == 1 && lanes == w;
+  *panel = scratch;
 #if defined(STORAGE_F32)
-  if (m.sn == 1 && lanes == w && !reuse) {
+  if (whole && !reuse) {
     *panel = m(n0, 0);
     return m.sk;
   }
 #endif
   for (i64 u = 0; u < units(m.k); u++) {
-#if defined(STORAGE_F32)
-    if (m.sn == 1 && lanes == w) {
-      memcpy(scratch + u * lanes, m(n0, u), size_t(w) * sizeof(unit));
-      continue;
-    }
-#endif
 #if defined(PAIRS)
-    if (m.sn == 1 && u * 2 + 1 < m.k && lanes == w) {
+    if (whole && u * 2 + 1 < m.k) {
       const stored *even = m(n0, u * 2), *odd = m(n0, u * 2 + 1);
       for (i64 l = 0; l < w; l++) scratch[u * lanes + l] = uint32_t(even[l]) | uint32_t(odd[l]) << 16;
+      continue;
+    }
+#else
+    if (whole) {
+      for (i64 l = 0; l < w; l += VL) *(vf_any*)(scratch + u * lanes + l) = load_stored(m(n0 + l, u));
       continue;
     }
 #endif
@@ -119,7 +138,6 @@ static i64 weight_panel(const Matrix& m, i64 n0, i64 w, [[maybe_unused]] bool re
       for (i64 l = w; l < lanes; l++) to[l * PER + h] = element(0);
     }
   }
-  *panel = scratch;
   return lanes;
 }
 
@@ -129,12 +147,11 @@ static void columns_product(const element* const* rows, i64 n_rows, const Matrix
     i64 w = std::min<i64>(WIDE, n - l);
     const unit* panel;
     i64 stride = weight_panel(m, n0 + l, w, n_rows > 32, &panel, scratch);
-    i64 nu = units(m.k);
-    switch (up_to(w, VL) / VL) {
-      case 4: tile_rows<4>(panel, stride, rows, n_rows, nu, out + l, os); break;
-      case 3: tile_rows<3>(panel, stride, rows, n_rows, nu, out + l, os); break;
-      case 2: tile_rows<2>(panel, stride, rows, n_rows, nu, out + l, os); break;
-      default: tile_rows<1>(panel, stride, rows, n_rows, nu, out + l, os);
-    }
+    tile_block<NOTHING>(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
   }
+}
+
+// out[r][0 .. nb) = Σ_k rows[r][k] * m(n + ., k) with vectors along k, where the matrix has its rows in one piece.
+static void row_dots(const Matrix& m, i64 n, i64 nb, const element* const* rows, i64 n_rows, const stored* next, float* out, i64 os) {
+  dots(rows, n_rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, true);
 }

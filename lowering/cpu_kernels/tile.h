@@ -1,187 +1,173 @@
-// Small matrix products. Two shapes: `lanes` (vectors run along a packed panel, scalars are broadcast from rows) and `dots`
-// (vectors run along k of both operands, for a handful of rows whose weights should be streamed once).
+// Products for many rows: vectors run along a panel [k][lane], the other operand's rows are broadcast, sums stay in registers.
+//
+// Either operand may be the panel. Weights as the model holds them are the rows, and tokens are packed into panels (move.h); weights
+// packed ahead (pack.h) are the panels, and tokens the rows, any number of them.
 #pragma once
-#include "common.h"
+#include "dots.h"
 
-typedef unit unit_any __attribute__((may_alias, aligned(sizeof(element))));
+enum Fetch { NOTHING, ROWS_AHEAD, PANEL_AHEAD, PACED };
 
-#ifdef PAIRS
-static inline vf madd(vf acc, __m512i a, __m512i b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
-typedef __m512i vu;
-static inline vu load_units(const void* p) { return _mm512_loadu_si512(p); }
-static inline vu spread(const unit_any* p) { return _mm512_set1_epi32(int(*p)); }
-#else
-typedef vf vu;
-static inline vf madd(vf acc, vf a, vf b) { return acc + a * b; }
-static inline vu load_units(const void* p) { return *(const vf_any*)p; }
-static inline vu spread(const unit_any* p) { return *p - vf{}; }
-#endif
+// Where rows of sums go: row r, `stride` apart, or (ADDED) times a weight on top of what is in the row of its token.
+struct Out {
+  float* base;
+  i64 stride;
+  const i64* tokens = nullptr;
+  const float* weights = nullptr;
+  template <bool ADDED>
+  float* row(i64 r) const { return base + (ADDED ? tokens[r] : r) * stride; }
+  Out from(i64 r) const { return tokens ? Out{base, stride, tokens + r, weights + r} : Out{base + r * stride, stride}; }
+};
 
-// Keeps the compiler from loading a value again at each of its uses.
-static inline vu in_register(vu v) {
-#if defined(__AVX512F__) && defined(__GNUC__)
-  asm("" : "+v"(v));
-#endif
-  return v;
-}
-
-// out[r][0 .. MV*VL) = Σ_k rows[r][k] * panel[k][0 .. MV*VL)
-template <int MV, int NR>
-static inline void tile(const unit* panel, i64 panel_stride, const element* const* rows, i64 n_units, float* out, i64 out_stride) {
-  vf acc[NR][MV];
-  for (int r = 0; r < NR; r++)
-    for (int v = 0; v < MV; v++) acc[r][v] = vf{};
+// out[r][0 .. MV*VL) = [out +] Σ_k rows[r][k] * panel[k][0 .. MV*VL). U sums along k.
+// What is asked for meanwhile: ROWS_AHEAD: a line of each of NR rows from `ahead` on, `as` apart, whenever one of `rows` is used up;
+// PANEL_AHEAD: what comes in the panel AHEAD bytes later; PACED: what is at `ahead`, `as` bytes on with every k.
+template <int MV, int NR, int U, Fetch FETCH, bool ADDED, class P>
+static inline void tile(
+    const P* panel, i64 stride, const element* const* rows, i64 n_units, const Out& out, bool more, const void* ahead, i64 as) {
+  vf acc[U * NR * MV];
   const unit_any* row[NR];
-  for (int r = 0; r < NR; r++) row[r] = (const unit_any*)rows[r];
-  for (i64 k = 0; k < n_units; k++) {
+  each<NR>(EACH_OF(r) {
+    row[r] = (const unit_any*)rows[r];
+    each<MV>(EACH_OF(v) {
+      each<U>(EACH_OF(u) { acc[(u * NR + r) * MV + v] = vf{}; });
+      if (!ADDED && more) acc[r * MV + v] = *(const vf_any*)(out.template row<ADDED>(r) + v * VL);
+      if (ADDED && v * VL % 16 == 0) __builtin_prefetch(out.template row<ADDED>(r) + v * VL, 1, 3);
+    });
+  });
+  auto step = [&](i64 k, auto u) __attribute__((always_inline)) {
     vu p[MV];
-#pragma GCC unroll 8
-    for (int v = 0; v < MV; v++) p[v] = in_register(load_units(panel + k * panel_stride + v * VL));
-#pragma GCC unroll 8
-    for (int r = 0; r < NR; r++) {
+    each<MV>(EACH_OF(v) { p[v] = in_register(load_panel(panel + k * stride + v * VL)); });
+    if (FETCH == PANEL_AHEAD)
+      each<MV * VL * sizeof(P) / 64>(EACH_OF(l) { __builtin_prefetch((const char*)(panel + k * stride) + AHEAD + l * 64, 0, 2); });
+    if (FETCH == PACED) __builtin_prefetch((const char*)ahead + k * as, 0, 2);
+    each<NR>(EACH_OF(r) {
       vu b = spread(row[r] + k);
-#pragma GCC unroll 8
-      for (int v = 0; v < MV; v++) acc[r][v] = madd(acc[r][v], p[v], b);
+      each<MV>(EACH_OF(v) { acc[(u * NR + r) * MV + v] = madd(acc[(u * NR + r) * MV + v], p[v], b); });
+    });
+  };
+  i64 k = 0;
+  if constexpr (FETCH == ROWS_AHEAD)
+    for (; k + LINE <= n_units; k += LINE) {
+      each<NR>(EACH_OF(r) { __builtin_prefetch((const stored*)ahead + r * as + k * PER, 0, 2); });
+      for (i64 i = 0; i < LINE; i += U) each<U>(EACH_OF(u) { step(k + i + u, u); });
     }
-  }
-  for (int r = 0; r < NR; r++)
-    for (int v = 0; v < MV; v++) *(vf_any*)(out + r * out_stride + v * VL) = acc[r][v];
+  for (; k + U <= n_units; k += U) each<U>(EACH_OF(u) { step(k + u, u); });
+  if constexpr (U > 1)
+    for (; k < n_units; k++) step(k, std::integral_constant<int, 0>{});
+  each<NR>(EACH_OF(r) {
+    float* to = out.template row<ADDED>(r);
+    const float weight = ADDED ? out.weights[r] : 1.f;
+    each<MV>(EACH_OF(v) {
+      vf s = acc[r * MV + v];
+      each<U - 1>(EACH_OF(u) { s += acc[((u + 1) * NR + r) * MV + v]; });
+      if (ADDED) s = *(const vf_any*)(to + v * VL) + s * (weight - vf{});
+      *(vf_any*)(to + v * VL) = s;
+    });
+  });
 }
 
-template <int MV>
-static inline i64 tile_rows(const unit* panel, i64 panel_stride, const element* const* rows, i64 n, i64 n_units, float* out, i64 os) {
-  constexpr int NR = ACC / MV < 8 ? ACC / MV : 8;
-  i64 r = 0;
-  for (; r + NR <= n; r += NR) tile<MV, NR>(panel, panel_stride, rows + r, n_units, out + r * os, os);
-  if constexpr (NR > 4)
-    for (; r + 4 <= n; r += 4) tile<MV, 4>(panel, panel_stride, rows + r, n_units, out + r * os, os);
-  if constexpr (NR > 2)
-    for (; r + 2 <= n; r += 2) tile<MV, 2>(panel, panel_stride, rows + r, n_units, out + r * os, os);
-  for (; r < n; r++) tile<MV, 1>(panel, panel_stride, rows + r, n_units, out + r * os, os);
-  return r;
-}
+// ---- the panel holds tokens ------------------------------------------------------------------------------------------
 
 constexpr i64 WIDE = 4 * VL;  // lanes of a full panel
 
 // A panel of any width is stored as blocks of WIDE lanes: [block][k][lanes of the block].
 static inline i64 block_lanes(i64 lanes, i64 first) { return std::min<i64>(WIDE, lanes - first); }
 
-// out[r][lane] for a panel of `lanes` (a multiple of VL) and n rows; rows stay in the innermost cache, the panel in the next.
-static void lanes_product(const unit* panel, i64 lanes, const element* const* rows, i64 n, i64 n_units, float* out, i64 os) {
-  constexpr i64 GROUP = 8;
-  for (i64 r = 0; r < n; r += GROUP * 3) {
-    i64 nr = std::min<i64>(GROUP * 3, n - r);
+template <int MV, Fetch FETCH>
+static inline void tile_rows(
+    const unit* panel, i64 stride, const element* const* rows, i64 n, i64 n_units, float* out, i64 os, const Stream& s, i64 first) {
+  constexpr int NR = ACC / MV < 8 ? ACC / MV : 8;
+  const i64 far = s.distance(NR);
+  i64 r = 0;
+  for (; r + NR <= n; r += NR)
+    tile<MV, NR, 1, FETCH, false>(panel, stride, rows + r, n_units, Out{out + r * os, os}, false, FETCH ? s.at(first + r, far) : nullptr, s.stride);
+  if constexpr (NR > 4)
+    for (; r + 4 <= n; r += 4) tile<MV, 4, 1, NOTHING, false>(panel, stride, rows + r, n_units, Out{out + r * os, os}, false, nullptr, 0);
+  if constexpr (NR > 2)
+    for (; r + 2 <= n; r += 2) tile<MV, 2, 1, NOTHING, false>(panel, stride, rows + r, n_units, Out{out + r * os, os}, false, nullptr, 0);
+  for (; r < n; r++) tile<MV, 1, 1, NOTHING, false>(panel, stride, rows + r, n_units, Out{out + r * os, os}, false, nullptr, 0);
+}
+
+template <Fetch FETCH>
+static inline void tile_block(
+    const unit* panel, i64 stride, i64 vectors, const element* const* rows, i64 n, i64 n_units, float* out, i64 os, const Stream& s, i64 first) {
+  switch (vectors) {
+    case 4: tile_rows<4, FETCH>(panel, stride, rows, n, n_units, out, os, s, first); break;
+    case 3: tile_rows<3, FETCH>(panel, stride, rows, n, n_units, out, os, s, first); break;
+    case 2: tile_rows<2, FETCH>(panel, stride, rows, n, n_units, out, os, s, first); break;
+    default: tile_rows<1, FETCH>(panel, stride, rows, n, n_units, out, os, s, first);
+  }
+}
+
+// out[r][lane] for a panel of `lanes` (a multiple of VL) and n rows; a group of rows stays cached while the panel's blocks pass.
+// `s`: the rows as they lie in memory, where they do.
+static void lanes_product(const unit* panel, i64 lanes, const element* const* rows, i64 n, i64 n_units, float* out, i64 os, const Stream& s = {}) {
+  constexpr i64 GROUP = 24;
+  for (i64 r = 0; r < n; r += GROUP) {
+    i64 nr = std::min(GROUP, n - r);
     for (i64 l = 0; l < lanes; l += WIDE) {
       const unit* p = panel + l * n_units;
       i64 w = block_lanes(lanes, l);
       float* o = out + r * os + l;
-      switch (w / VL) {
-        case 4: tile_rows<4>(p, w, rows + r, nr, n_units, o, os); break;
-        case 3: tile_rows<3>(p, w, rows + r, nr, n_units, o, os); break;
-        case 2: tile_rows<2>(p, w, rows + r, nr, n_units, o, os); break;
-        default: tile_rows<1>(p, w, rows + r, nr, n_units, o, os);
-      }
+      if (s.base && !l) tile_block<ROWS_AHEAD>(p, w, w / VL, rows + r, nr, n_units, o, os, s, r);
+      else tile_block<NOTHING>(p, w, w / VL, rows + r, nr, n_units, o, os, s, r);
     }
   }
 }
 
-// The sum of one vector.
-static inline float sum_lanes(vf v) {
-  float s = 0;
-  for (int i = 0; i < VL; i++) s += v[i];
-  return s;
-}
+// ---- the panel holds weights -----------------------------------------------------------------------------------------
 
-// Sums of four vectors into out[0..4).
-static inline void sum4(vf a, vf b, vf c, vf d, float* out) {
-#if defined(__AVX512F__)
-  typedef float v4 __attribute__((vector_size(16)));
-  typedef float v8 __attribute__((vector_size(32)));
-#define LO(x, y) __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define HI(x, y) __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-  vf ab = LO(a, b) + HI(a, b), cd = LO(c, d) + HI(c, d);  // a0+a2 b0+b2 a1+a3 b1+b3 in each 128-bit part
-  vf t = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  v8 h = __builtin_shufflevector(t, t, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(t, t, 8, 9, 10, 11, 12, 13, 14, 15);
-  v4 q = __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
-  memcpy(out, &q, 16);
-#undef LO
-#undef HI
+constexpr i64 COLS = 32;                     // weight rows (output columns) of a packed panel
+constexpr int PACKED_MV = COLS / VL, PACKED_ROWS = ACC / PACKED_MV < 10 ? ACC / PACKED_MV : 10;
+constexpr i64 ROWS = 128;                    // most rows of one task
+constexpr i64 FEW_ROWS = 6;                  // up to here the hardware keeps up with a linear stream by itself
+#if defined(PAIRS) || defined(STORAGE_F32)
+typedef unit packed;
 #else
-  out[0] = sum_lanes(a), out[1] = sum_lanes(b), out[2] = sum_lanes(c), out[3] = sum_lanes(d);
+typedef stored packed;                       // widened as it is read
 #endif
+
+// How a pass over a panel asks for what comes next: nothing, AHEAD bytes in the same panel, or `pace` bytes a step from `next` on.
+struct Next {
+  const packed* next;
+  i64 pace;
+  bool same;
+};
+
+template <int NR, bool ADDED>
+static void packed_rows(const packed* panel, const element* const* rows, i64 n_units, const Out& out, bool more, const Next& to) {
+  constexpr int U = NR * PACKED_MV >= 8 ? 1 : NR * PACKED_MV >= 4 ? 2 : 4;
+  if (NR > FEW_ROWS && to.same) tile<PACKED_MV, NR, U, PANEL_AHEAD, ADDED>(panel, COLS, rows, n_units, out, more, nullptr, 0);
+  else if (NR > FEW_ROWS / 2 && to.next) tile<PACKED_MV, NR, U, PACED, ADDED>(panel, COLS, rows, n_units, out, more, to.next, to.pace);
+  else tile<PACKED_MV, NR, U, NOTHING, ADDED>(panel, COLS, rows, n_units, out, more, nullptr, 0);
 }
 
-// out[m][n] = Σ_k x[m][k] * w[n][k] for MR rows and NR weight rows of `depth` elements. Meanwhile FETCH rows from `next` on
-// are brought into cache: weight rows are too short for the hardware to see a stream.
-template <int MR, int NR, int FETCH>
-static inline void dot_tile(const element* const* x, const element* w, i64 w_stride, const element* next, i64 depth, float* out, i64 os) {
-  constexpr i64 STEP = VL * PER;
-  vf acc[MR][NR];
-  for (int m = 0; m < MR; m++)
-    for (int n = 0; n < NR; n++) acc[m][n] = vf{};
-  i64 k = 0;
-  for (; k + STEP <= depth; k += STEP) {
-    vu a[MR];
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) a[m] = in_register(load_units(x[m] + k));
-#pragma GCC unroll 8
-    for (int f = 0; f < FETCH; f++) __builtin_prefetch(next + f * w_stride + k, 0, 2);
-#pragma GCC unroll 8
-    for (int n = 0; n < NR; n++) {
-      vu b = load_units(w + n * w_stride + k);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) acc[m][n] = madd(acc[m][n], a[m], b);
-    }
-  }
-  for (int m = 0; m < MR; m++) {
-    float* o = out + m * os;
-    if constexpr (NR % 4 == 0) {
-      for (int n = 0; n < NR; n += 4) sum4(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], o + n);
-    } else {
-      for (int n = 0; n < NR; n++) o[n] = sum_lanes(acc[m][n]);
-    }
-    for (i64 left = depth - k, j = 0; j < left; j++)
-      for (int n = 0; n < NR; n++) o[n] += from_element(x[m][k + j]) * from_element(w[n * w_stride + k + j]);
-  }
+template <bool ADDED, int... NR>
+static inline void packed_rows_of(
+    i64 n, const packed* panel, const element* const* rows, i64 n_units, const Out& out, bool more, const Next& to,
+    std::integer_sequence<int, NR...>) {
+  typedef void (*Kernel)(const packed*, const element* const*, i64, const Out&, bool, const Next&);
+  static constexpr Kernel kernels[] = {packed_rows<NR + 1, ADDED>...};
+  kernels[n - 1](panel, rows, n_units, out, more, to);
 }
 
-constexpr i64 DOT_ROWS = ACC / 4, DOT_BLOCK = 8;  // rows of x in one tile at most, weight rows in a block
-
-// One group of MR rows against a block of up to DOT_BLOCK weight rows; the group is number `group` of `groups`, which
-// share the fetching of the next block.
-template <int MR>
-static inline void dot_rows(const element* const* x, const element* w, i64 w_stride, i64 group, i64 groups, i64 n, i64 depth, float* out, i64 os) {
-  constexpr int NR = ACC / MR >= 8 ? 8 : 4;
-  i64 i = 0, tiles = DOT_BLOCK / NR;
-  for (; i + NR <= n; i += NR) {
-    i64 turn = group * tiles + i / NR;  // of groups * tiles
-    const element *wi = w + i * w_stride, *next = w + DOT_BLOCK * w_stride;
-    if (groups == 1) dot_tile<MR, NR, NR>(x, wi, w_stride, next + turn * NR * w_stride, depth, out + i, os);
-    else if (groups == 2 && NR == 4) dot_tile<MR, NR, 2>(x, wi, w_stride, next + turn * 2 * w_stride, depth, out + i, os);
-    else if (turn < DOT_BLOCK) dot_tile<MR, NR, 1>(x, wi, w_stride, next + turn * w_stride, depth, out + i, os);
-    else dot_tile<MR, NR, 0>(x, wi, w_stride, next, depth, out + i, os);
-  }
-  for (; i < n; i++) dot_tile<MR, 1, 0>(x, w + i * w_stride, w_stride, w, depth, out + i, os);
-}
-
-// out[m][n] for any m: rows of x in groups, weight rows in blocks that stay cached across the groups.
-static void dots(const element* const* x, i64 m, const element* w, i64 w_stride, i64 n, i64 depth, float* out, i64 os) {
-  i64 groups = (m + DOT_ROWS - 1) / DOT_ROWS;
-  for (i64 i = 0; i < n; i += DOT_BLOCK) {
-    i64 nb = std::min<i64>(DOT_BLOCK, n - i), done = 0;
-    for (i64 g = 0; g < groups; g++) {
-      i64 take = (m - done + groups - g - 1) / (groups - g);
-      const element *const *xg = x + done, *wi = w + i * w_stride;
-      float* o = out + done * os + i;
-      switch (take) {
-        case 1: dot_rows<1>(xg, wi, w_stride, g, groups, nb, depth, o, os); break;
-        case 2: dot_rows<2>(xg, wi, w_stride, g, groups, nb, depth, o, os); break;
-        case 3: dot_rows<3>(xg, wi, w_stride, g, groups, nb, depth, o, os); break;
-        case 4: dot_rows<4>(xg, wi, w_stride, g, groups, nb, depth, o, os); break;
-        case 5: dot_rows<5>(xg, wi, w_stride, g, groups, nb, depth, o, os); break;
-        default: dot_rows<6>(xg, wi, w_stride, g, groups, nb, depth, o, os);
-      }
+// out[r] [COLS] = Σ_k rows[r][k] panel[k][.] for up to ROWS rows, in groups of nearly equal size. Depth goes in blocks, so that the
+// rows' and the panel's part of one fit the second-level cache together. While several groups pass over a block, the one behind it (at the
+// end, what `last` says does) is brought in little by little.
+template <bool ADDED>
+static void packed_product(const packed* panel, const element* const* rows, i64 n, i64 n_units, bool last, const Out& out) {
+  constexpr i64 DEEP = 1024;
+  const i64 groups = (n + PACKED_ROWS - 1) / PACKED_ROWS;
+  const element* part[ROWS];
+  for (i64 k = 0; k < n_units; k += DEEP) {
+    const i64 nu = std::min(DEEP, n_units - k), pass = nu * COLS / groups;
+    const bool ends = k + DEEP >= n_units;
+    for (i64 r = 0; r < n; r++) part[r] = rows[r] + k * PER;
+    for (i64 g = 0, done = 0; g < groups; g++) {
+      const packed *at = panel + k * COLS, *next = at + nu * COLS + g * pass;
+      const Next to{groups > 1 && !(last && ends) ? next : nullptr, COLS * i64(sizeof(packed)) / groups + 1, groups == 1};
+      i64 take = (n - done + groups - g - 1) / (groups - g);
+      packed_rows_of<ADDED>(take, at, part + done, nu, out.from(done), k > 0, to, std::make_integer_sequence<int, PACKED_ROWS>());
       done += take;
     }
   }

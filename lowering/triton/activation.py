@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...ir import scalar as act
 
-# In the order of the opcodes (activation._UNARY): value from v, slope from v and the value s
+# In the order of the opcodes (scalar.FUNCTIONS): value from v, slope from v and the value s
 _UNARY: list[tuple[str, str]] = [
     ("tl.sigmoid({v})", "{s} * (1.0 - {s})"),
     ("2.0 * tl.sigmoid(2.0 * {v}) - 1.0", "1.0 - {s} * {s}"),
@@ -26,8 +27,10 @@ _UNARY: list[tuple[str, str]] = [
     ("tl.where({v} > 0.0, {v}, 0.0) + {log1p}", "tl.sigmoid({v})"),
     ("{v} * tl.sigmoid(1.5957691216057308 * ({v} + 0.044715 * {v} * {v} * {v}))", ""),
     ("tl.abs({v})", "tl.where({v} > 0.0, 1.0, tl.where({v} < 0.0, -1.0, 0.0))"),
+    ("{log1p}", "1.0 / (1.0 + {v})"),
+    ("{expm1}", "{s} + 1.0"),
 ]
-_SOFTPLUS, _GELU_TANH = 6, 7
+_SOFTPLUS, _GELU_TANH, _LOG1P, _EXPM1 = 6, 7, 9, 10
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,8 @@ def _clamp(w: _Writer, x: _Dual, lo: float, hi: float) -> _Dual:
 
 def _unary(w: _Writer, x: _Dual, which: int) -> _Dual:
     value, slope = _UNARY[which]
-    s = w.let(value.format(v=x.v, log1p=_log1p(w, f"tl.exp(-tl.abs({x.v}))") if which == _SOFTPLUS else ""))
+    log1p = _log1p(w, f"tl.exp(-tl.abs({x.v}))") if which == _SOFTPLUS else _log1p_of_any(w, x.v) if which == _LOG1P else ""
+    s = w.let(value.format(v=x.v, log1p=log1p, expm1=_expm1(w, x.v) if which == _EXPM1 else ""))
     if which == _GELU_TANH:
         if not w.slopes:
             return _Dual(s, None, None)
@@ -180,6 +184,26 @@ def _log1p(w: _Writer, t: str) -> str:
     t = w.let(t)
     q = w.let(f"1.0 + {t}")
     return w.let(f"tl.where({q} == 1.0, {t}, tl.log({q}) * ({t} / tl.where({q} == 1.0, 1.0, {q} - 1.0)))")
+
+
+def _log1p_of_any(w: _Writer, x: str) -> str:
+    """log(1 + x): 2 atanh(x / (2 + x)) near zero, where 1 + x loses the digits of x."""
+    z = w.let(f"{x} / (2.0 + {x})")
+    q = w.let(f"{z} * {z}")
+    small = w.let(f"2.0 * {z} * ({_horner(q, [1 / n for n in range(1, 15, 2)])})")
+    return w.let(f"tl.where(({x} > -0.5) & ({x} < 0.5), {small}, tl.log(1.0 + {x}))")
+
+
+def _expm1(w: _Writer, x: str) -> str:
+    """exp(x) - 1: Taylor near zero."""
+    small = w.let(f"{x} * ({_horner(x, [1 / math.factorial(n) for n in range(1, 10)])})")
+    return w.let(f"tl.where(({x} > -0.5) & ({x} < 0.5), {small}, tl.exp({x}) - 1.0)")
+
+
+def _horner(x: str, coefficients: list[float]) -> str:
+    """c0 + x (c1 + x (...)) as code."""
+    *first, last = map(repr, coefficients)
+    return "".join(f"{c} + {x} * (" for c in first) + last + ")" * len(first)
 
 
 def _number(c: float) -> str:

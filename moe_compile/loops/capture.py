@@ -377,9 +377,12 @@ def _guard_around(parent: Any, owner: Any, fn: types.FunctionType, reading: Read
 
 def _attribute(parent: Any, owner: Any, path: str) -> Any:
     """The variable of ``owner.path``, with Dynamo's guards and sources."""
+    from torch._dynamo.variables.builder import SourcelessBuilder
+
+    look_up = SourcelessBuilder.create(parent, getattr)  # a variable's own method for it has another name in torch 2.14
     variable = owner
     for part in path.split("."):
-        variable = variable.realize().var_getattr(parent, part)
+        variable = look_up.call_function(parent, [variable.realize(), SourcelessBuilder.create(parent, part)], {})
     return variable
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
-from ..passes.aten.shadow import aliased_arg, mutated_args
+from ..passes.aten.effects import aliased_arg, mutated_args
 from .bench import Call
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)

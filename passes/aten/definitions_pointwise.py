@@ -6,12 +6,15 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
+from ...ir.scalar import FUNCTIONS
 from .. import terms as T
 from ..terms import Term
-from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, op_name, replace, rule, shape_of, size_of, truth
+from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of, truth
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -52,17 +55,25 @@ def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     mode = "floor" if op_name(n) == "floor_divide" else getattr(a, "rounding_mode", None)
     if mode is None:
         return T.mul(x, T.power(y, -1))
-    if y.op == "c" and dtype_of(n.args[0]).is_floating_point is False:  # type: ignore[arg-type]
+    whole = _is_positive(y) and not dtype_of(n).is_floating_point
+    if whole and (mode == "floor" or T.never_negative(x)):
         return T.fdiv(x, y.args[0])
     raise Opaque("a rounding division")
 
 
+def _is_positive(t: Term) -> bool:
+    """Whether a term is a number (or a size) above 0."""
+    return t.op == "c" and not isinstance(t.args[0], str) and bool(sp.sympify(t.args[0]).is_positive)
+
+
 @rule("remainder", "fmod")
 def _remainder(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    y = p.broadcast(a.other, idx)
-    if y.op != "c":
-        raise Opaque("remainder by a tensor")
-    return T.mod(p.broadcast(n.args[0], idx), y.args[0])
+    x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
+    if not _is_positive(y) or dtype_of(n).is_floating_point:
+        raise Opaque("a remainder by a tensor, or of a float")
+    if op_name(n) == "fmod" and not T.never_negative(x):
+        raise Opaque("a remainder that may be negative")
+    return T.mod(x, y.args[0])
 
 
 @rule("pow", "float_power")
@@ -75,46 +86,27 @@ def _pow(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 def _unary(name: str) -> Any:
     def f(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-        return apply_fn(name, p.at(n.args[0], idx))
+        return T.fn(name, p.at(n.args[0], idx))
 
     return f
 
 
-for _n in ("sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "erf", "relu", "neg", "reciprocal", "square", "abs", "log1p", "expm1"):
-    rule(_n)(_unary(_n))
-rule("log_sigmoid", "logsigmoid")(_unary("log_sigmoid"))
-rule("special_expit", "expit")(_unary("sigmoid"))
-rule("special_log1p")(_unary("log1p"))
-rule("special_expm1")(_unary("expm1"))
-rule("negative")(_unary("neg"))
-rule("absolute")(_unary("abs"))
+for _f in FUNCTIONS:
+    rule(*_f.aten, *((_f.name,) if _f.plain else ()))(_unary(_f.name))
 
-_FOLD: dict[str, Any] = {
-    "sigmoid": lambda x: 0.0 if x == -math.inf else 1 / (1 + math.exp(-x)),
-    "exp": math.exp,
-    "relu": lambda x: max(x, 0.0),
-    "tanh": math.tanh,
+# spelled with the functions of the table
+_SPELLED: dict[tuple[str, ...], Any] = {
+    ("neg", "negative"): lambda x: T.mul(T.const(-1), x),
+    ("reciprocal",): lambda x: T.power(x, -1),
+    ("sqrt",): lambda x: T.power(x, 0.5),
+    ("rsqrt",): lambda x: T.power(x, -0.5),
+    ("square",): lambda x: T.power(x, 2),
+    ("silu",): lambda x: T.mul(x, T.fn("sigmoid", x)),
+    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), T.fn("softplus", T.mul(T.const(-1), x))),
+    ("mish",): lambda x: T.mul(x, T.fn("tanh", T.fn("softplus", x))),
 }
-
-
-def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
-    """A pointwise function; pushed into scattered values so that sigmoid(scatter(-inf, v)) is scatter(0, sigmoid(v))."""
-    if x.op == "c" and name in _FOLD and not isinstance(x.args[0], str):
-        return T.const(_FOLD[name](x.args[0]))
-    if x.op == "ite" and x.args[2].op == "c" and name in _FOLD:
-        inner = x.args[1]
-        if inner.op == "sum":
-            body = inner.args[1]
-            eqs = [f for f in (body.args if body.op == "mul" else (body,)) if f.op == "eq"]
-            rest = T.mul(*(f for f in (body.args if body.op == "mul" else (body,)) if f.op != "eq"))
-            inner = T.reduce_("sum", inner.args[0], T.mul(*eqs, apply_fn(name, rest, consts)))
-        else:
-            inner = apply_fn(name, inner, consts)
-        low = apply_fn(name, x.args[2], consts)
-        if T.is_c(low, 0) and inner.op == "sum":
-            return inner
-        return T.ite(x.args[0], inner, low)
-    return T.fn(name, x, consts=consts)
+for _names, _spelling in _SPELLED.items():
+    rule(*_names)(lambda p, n, a, idx, f=_spelling: f(p.at(n.args[0], idx)))
 
 
 @rule("round")
@@ -135,8 +127,8 @@ def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if a.beta != 1:
-        raise Opaque("softplus with beta")
+    if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
+        raise Opaque("softplus with beta or a threshold of its own")
     return T.fn("softplus", p.at(n.args[0], idx))
 
 
@@ -154,16 +146,22 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     lo, hi = (size_of(v) if isinstance(v, fx.Node) and fixed_number(v) else v for v in (lo, hi))
     if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
         raise Opaque("clamp by a tensor")
-    return clamp_term(p.at(n.args[0], idx), lo, hi)
+    lo, hi = (0, 6) if op_name(n) == "relu6" else (lo, hi)
+    return clamp_term(p.at(n.args[0], idx), lo, hi, "hardtanh" if op_name(n) in ("hardtanh", "relu6") else "clamp")
 
 
-def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
+def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
+    """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside.
+
+    As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0.
+    """
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
-    if lo == -math.inf and hi == math.inf:
+    top = T.upper(x)
+    if lo == -math.inf and hi == math.inf or top is not None and lo <= 0 and top <= hi:
         return x
-    if lo == 0 and hi == math.inf:
-        return T.fn("relu", x)
-    return T.fn("clamp", x, consts=(float(lo), float(hi)))
+    if torch.is_grad_enabled():
+        return T.fn(name, x, consts=(float(lo), float(hi)))
+    return T.fn("relu", x) if (lo, hi) == (0, math.inf) else T.fn("clamp", x, consts=(float(lo), float(hi)))
 
 
 @rule("maximum", "minimum")
@@ -173,7 +171,8 @@ def _maximum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         x, y = y, x
     if y.op != "c":
         raise Opaque("maximum of two tensors")
-    return clamp_term(x, y.args[0], None) if op_name(n) == "maximum" else clamp_term(x, None, y.args[0])
+    lo, hi = (None, y.args[0]) if op_name(n) in ("minimum", "min") else (y.args[0], None)
+    return clamp_term(x, lo, hi, "maximum")
 
 
 @rule("eq", "ne", "not_equal")
@@ -306,7 +305,7 @@ def _any(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("logsumexp")
 def _logsumexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: apply_fn("exp", t)))
+    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: T.fn("exp", t)))
 
 
 @rule("softmax", "_softmax")
@@ -325,9 +324,9 @@ def _exps(p: Puller, n: fx.Node, a: Args, idx: Idx) -> tuple[Term, Term]:
     src: Any = n.args[0]
     d = normal_dim(a.dim, len(idx))
     v = T.var(shape_of(src)[d], "e")
-    top = apply_fn("exp", p.at(src, idx))
+    top = T.fn("exp", p.at(src, idx))
     p.dtypes.setdefault(top, dtype_of(n))
-    return top, T.reduce_("sum", v, apply_fn("exp", p.at(src, replace(idx, d, v))))
+    return top, T.reduce_("sum", v, T.fn("exp", p.at(src, replace(idx, d, v))))
 
 
 @rule("linalg_vector_norm", "norm")

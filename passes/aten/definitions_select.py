@@ -9,8 +9,10 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
+from . import names
 from .definitions_views import TUPLES
-from .element import Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, size_of
+from .element import Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -157,14 +159,14 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
 def group_of(p: Puller, offs: fx.Node, row: Term) -> Term:
     """Which group of a grouped matmul a row is in: the sorted id of that row."""
     node: Any = offs
-    while op_name(node) in ("to", "_to_copy", "contiguous", "clone", "int", "long"):
+    while op_name(node) in names.CAST | names.SAME:
         node = node.args[0]
     if op_name(node) != "cumsum":
         raise Opaque("group offsets that are no running sum")
     return T.sv(counted_key(p, node.args[0]), row)
 
 
-@rule("_grouped_mm", "grouped_mm_fallback", "grouped_mm")
+@rule(*names.GROUPED)
 def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, w, offs = n.args[0], n.args[1], getattr(a, "offs", None)
     if offs is None or getattr(a, "bias", None) is not None or len(shape_of(w)) != 3 or len(shape_of(x)) != 2:  # type: ignore[arg-type]
@@ -247,9 +249,9 @@ def scalar_sources(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
     if cached is None:
         cached = owner._moe_scalars = {}
         for n in graph.nodes:
-            if op_name(n) in ("item", "_local_scalar_dense") and isinstance(n.args[0], fx.Node):
+            if op_name(n) in names.READ and isinstance(n.args[0], fx.Node):
                 x = n.args[0]
-                while op_name(x) in ("to", "_to_copy", "clone", "detach", "alias"):
+                while op_name(x) in names.CAST | names.SAME:
                     x = x.args[0]  # type: ignore[assignment]
                 if op_name(x) == "select" and isinstance(call_args(x).index, int):
                     cached[str(size_of(n))] = (x.args[0], call_args(x).index)  # type: ignore[assignment]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from .effects import Memory
+from .node import example_value as example_value
+
 
 class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
@@ -25,7 +27,7 @@ class Shadow:
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
     `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
-    never looked through. `stale`: see `stale_views`. `no_grad`: see `without_gradient`.
+    never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -37,8 +39,9 @@ class Shadow:
         self.module = self._trace(gm)
         self.graph = self.module.graph
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
-        self.stale = stale_views(self.graph)
+        self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
+        self.walls |= self.memory.frozen
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -110,60 +113,6 @@ def _current_tracer() -> Any:
 
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer
-
-
-def example_value(n: fx.Node) -> Any:
-    """The fake (or real) value that Dynamo or a tracer recorded for a node."""
-    return n.meta["example_value"] if "example_value" in n.meta else n.meta.get("val")
-
-
-def schema_of(n: fx.Node) -> Any:
-    return getattr(n.target, "_schema", None)
-
-
-def named_args(n: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """(schema argument, value) pairs of an ATen call; defaults are left out."""
-    for spec, value in zip(schema_of(n).arguments, n.args, strict=False):
-        yield spec, value
-    for spec in schema_of(n).arguments[len(n.args) :]:
-        if spec.name in n.kwargs:
-            yield spec, n.kwargs[spec.name]
-
-
-def mutated_args(n: fx.Node) -> list[fx.Node]:
-    """The nodes that an ATen call writes to."""
-    if schema_of(n) is None:
-        return []
-    return [v for s, v in named_args(n) if s.alias_info is not None and s.alias_info.is_write and isinstance(v, fx.Node)]
-
-
-def aliased_arg(n: fx.Node) -> fx.Node | None:
-    """The node whose storage a view op returns, or None."""
-    if n.target is operator.getitem:
-        src = n.args[0]
-        return aliased_arg(src) if isinstance(src, fx.Node) else None
-    if schema_of(n) is None or not any(r.alias_info for r in schema_of(n).returns):
-        return None
-    return next((v for s, v in named_args(n) if s.alias_info is not None and isinstance(v, fx.Node)), None)
-
-
-def stale_views(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are read after their storage was written through another alias: their SSA name no longer tells their value."""
-    root: dict[fx.Node, fx.Node] = {}
-    writes: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for n, i in order.items():
-        base = aliased_arg(n)
-        root[n] = n if base is None else root.get(base, base)
-        for m in mutated_args(n):
-            writes.setdefault(root.get(m, m), []).append((i, n))
-    stale: set[fx.Node] = set()
-    for n in order if writes else ():
-        for i, writer in writes.get(root[n], ()):
-            # a node's own chain of in-place results is renamed by the tracer; any other alias is not
-            if order[n] < i and n not in mutated_args(writer) and any(order[u] > i for u in n.users):
-                stale.add(n)
-    return stale
 
 
 def without_gradient(graph: fx.Graph) -> set[fx.Node]:

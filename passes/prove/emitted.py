@@ -40,7 +40,7 @@ def check(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
     roles = tuple((name, number.get(shadow.image.get(names[name]))) for name in plan.names())  # type: ignore[arg-type]
     r, e = plan.route, plan.experts
     plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead))
-    key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, plain, tuple(i for _, i in roles), signature(nodes, edge, outs))
+    key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, b.wraps, plain, tuple(i for _, i in roles), signature(nodes, edge, outs))
     if key not in _proved:
         if len(_proved) > 4096:
             _proved.clear()

@@ -13,16 +13,15 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Rejection
+from ..aten import names
 from ..aten.conditions import may_train
-from ..aten.element import op_name
+from ..aten.names import op_name
 from ..aten.shadow import Shadow, example_value
-from ..recover.find import CREATION
 from ..recover.region import Block, data_inputs, inside
 from .probe import TOLERANCE, TROUBLE, Sizes, one_thread, probe_values, run, size_choices
 from .validate import Part, parts
 
 _SMALL = 1 << 20  # elements of a parameter up to which its gradient is computed
-_STOPS = ("detach", "lift_fresh_copy")
 
 
 def check(block: Block, shadow: Shadow) -> Rejection | None:
@@ -52,7 +51,7 @@ def _problem(block: Block, part: Part, shadow: Shadow, wanted: set[fx.Node]) -> 
         return "an input of it is computed under no_grad"  # where the op would stand
     if all(n in shadow.no_grad for n in part.outs):
         return None if not part.routing else "it runs under no_grad"
-    stops = [n for n in nodes if op_name(n) in _STOPS or n in shadow.no_grad]
+    stops = [n for n in nodes if op_name(n) in names.STOP_GRADIENT or n in shadow.no_grad]
     stopped = {n for n in wanted if _meets(n, set(nodes), stops, part.outs)}
     if not stopped:
         return None
@@ -68,7 +67,7 @@ def _turned_constant(block: Block, part: Part, nodes: list[fx.Node], wanted: set
     norm = None if block.gating is None else block.gating.gating.norm
     if norm is None or norm.expr is None or norm.expr.free_symbols:
         return False
-    without = {n for n in nodes if op_name(n) in CREATION or op_name(n) in _STOPS or n in shadow.no_grad}
+    without = {n for n in nodes if op_name(n) in names.CREATION or op_name(n) in names.STOP_GRADIENT or n in shadow.no_grad}
     made_of = [n for n in block.routing_inputs() if n in wanted]
     return not _reached(made_of, set(nodes) - without, lambda n: n.users).isdisjoint(part.outs)
 

@@ -8,20 +8,21 @@ import torch
 import torch.fx as fx
 
 from ...ir import Overlap, Rejection
+from ..aten import names
 from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write
-from ..aten.element import CONTRACTIONS, call_args, dtype_of, op_name, shape_of
-from ..aten.shadow import example_value, mutated_args
+from ..aten.effects import is_write, mutated_args
+from ..aten.element import call_args, dtype_of, shape_of
+from ..aten.names import op_name
+from ..aten.node import example_value
 from ..recover.fused import is_fused
 from ..recover.match import Param
-from ..recover.region import SIZES, Block, inside
+from ..recover.region import Block, inside
 from ..recover.shared import Operands, SharedMatch
 from ..rewrite.plan import Operand, SharedPlan
 from ..rewrite.planner import Planner
 from .probe import TROUBLE, difference, one_thread, run, size_choices, windows
 from .validate import signature
 
-_SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
 _refutations: dict[Any, bool] = {}
 
 
@@ -60,14 +61,14 @@ def _private(region: list[fx.Node], out: fx.Node) -> bool:
     """Nobody else reads what is computed inside; the tokens in another shape may be read by all."""
     members, computed = set(region), set()
     for n in region:
-        if op_name(n) in CONTRACTIONS or any(x in computed for x in n.all_input_nodes):
+        if op_name(n) in names.CONTRACTION or any(x in computed for x in n.all_input_nodes):
             computed.add(n)
-    return all(u in members or op_name(u) in SIZES for n in computed if n is not out for u in n.users)
+    return all(u in members or op_name(u) in names.SIZE for n in computed if n is not out for u in n.users)
 
 
 def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
     """Products in the dtype of the routed experts', and so all that goes in and comes out."""
-    products = [n for n in region if op_name(n) in CONTRACTIONS]
+    products = [n for n in region if op_name(n) in names.CONTRACTION]
     nodes = [b.match.tokens, s.node, *o.params(), *products, *(x for n in products for x in n.all_input_nodes)]
     return {dtype_of(n) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)} == {b.match.experts.dtype}
 
@@ -113,7 +114,7 @@ def _chain(n: fx.Node) -> list[fx.Node]:
     out = [n]
     while len(n.users) == 1:
         (n,) = n.users
-        if op_name(n) not in _SAME_ROWS or mutated_args(n):
+        if op_name(n) not in names.RESHAPE | names.SAME | names.CAST or mutated_args(n):
             break
         out.append(n)
     return out
@@ -142,7 +143,7 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     moved: list[fx.Node] = []
     if o.gate is not None:
         gate = planner.locate(o.gate, o.gate)
-        before = None if o.gate in planner.overwritten else _before(gate, op, planner)
+        before = None if planner.overwritten(o.gate) else _before(gate, op, planner)
         if before is None:
             return None
         moved = before

@@ -16,9 +16,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ..aten.element import fixed_number, op_name, shape_of, size_of
-from ..aten.shadow import mutated_args
-from ..recover.region import SHAPE_ONLY, SIZES, Block
+from ..aten import names
+from ..aten.effects import mutated_args
+from ..aten.element import fixed_number, shape_of, size_of
+from ..aten.names import op_name
+from ..recover.region import Block
 
 TOLERANCE = 1e-7
 
@@ -82,7 +84,8 @@ def make_input(block: Block, n: fx.Node, sizes: Sizes, seed: int, gen: torch.Gen
     shape = sizes.shape(n)
     m = block.match
     if n is block.ids:
-        return _probe_ids(shape, m.experts.num_experts, m.experts.num_identity, seed, gen)
+        ids = _probe_ids(shape, m.experts.num_experts, m.experts.num_identity, seed, gen)
+        return ids - m.experts.num_experts * torch.randint(0, 2, shape, generator=gen) if block.wraps else ids
     if n is block.weights:
         return torch.rand(shape, generator=gen, dtype=torch.float64) + 0.1
     g = block.gating
@@ -204,12 +207,12 @@ def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
         return a
 
     for n in nodes:
-        if n.op == "placeholder" or op_name(n) in SIZES or fixed_number(n):
+        if n.op == "placeholder" or op_name(n) in names.SIZE or fixed_number(n):
             env[n] = sizes.of(n.meta["val"])
         elif n.op == "get_attr":
             v = constant(n)
             env[n] = v.to(torch.float64) if isinstance(v, Tensor) and v.is_floating_point() else v
-        elif op_name(n) in SHAPE_ONLY and n.args[0] not in env:
+        elif op_name(n) in names.LIKE and n.args[0] not in env:
             env[n] = _filled(n, sizes)
         elif op_name(n) == "type_as":
             env[n] = _cast(n, load(n.args[0]))
@@ -235,14 +238,14 @@ def _call(n: fx.Node, args: Any, kwargs: Any) -> Any:
     name = op_name(n)
     kwargs = {k: (torch.device("cpu") if k == "device" else v) for k, v in kwargs.items()}
     args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
-    if name in ("_grouped_mm", "grouped_mm"):
+    if name in names.GROUPED:
         return _grouped_mm(*args, **kwargs)
     if name == "histc" and not args[0].is_floating_point():  # counts of integers: accelerators only
         return n.target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)  # type: ignore[operator]
-    if name.startswith(("empty", "new_empty")):
+    if name in names.EMPTY:
         out = n.target(*args, **kwargs)  # type: ignore[operator]
         return out.fill_(7) if isinstance(out, Tensor) else out
-    if name in ("to", "_to_copy", "float", "double", "half") and isinstance(args[0], Tensor):
+    if name in names.CAST and isinstance(args[0], Tensor):
         return _cast(n, args[0])
     out = n.target(*args, **kwargs)  # type: ignore[operator]
     if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != torch.float64:

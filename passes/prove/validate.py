@@ -34,7 +34,7 @@ def validate(block: Block) -> Rejection | None:
         nodes = inside(outs, boundary)
         if isinstance(nodes, Rejection):
             return nodes
-        key = (probe.__name__, replace(block.ir, boundary={}), block.fold.factor, signature(nodes, boundary, outs))
+        key = (probe.__name__, replace(block.ir, boundary={}), block.fold.factor, block.wraps, signature(nodes, boundary, outs))
         if key not in _proved:
             if len(_proved) > 4096:
                 _proved.clear()
@@ -136,7 +136,8 @@ def _experts_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]
 def _experts_pair(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> tuple[Tensor, Tensor]:
     assert block.ids is not None and block.weights is not None
     k = block.match.k
-    return env[outs[0]], _experts_value(block, env, env[block.ids].reshape(-1, k), env[block.weights].reshape(-1, k))
+    ids = env[block.ids].remainder(block.match.experts.num_experts) if block.wraps else env[block.ids]
+    return env[outs[0]], _experts_value(block, env, ids.reshape(-1, k), env[block.weights].reshape(-1, k))
 
 
 def _routing_probe(block: Block, env: dict[fx.Node, Tensor], outs: list[fx.Node]) -> str | None:

@@ -9,7 +9,9 @@ import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
 from .. import terms as T
-from ..aten.element import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, dtype_of, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
@@ -99,8 +101,8 @@ def _assemble(
         down_bias=parsed.down.bias is not None,
         weight_on_input=parsed.on_input is not None,
         num_identity=len(identity),
-        ids_mapped=mapped(ids),
-        dtype=compute_dtype(p, tokens),
+        ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
+        dtype=compute_dtype(p, tokens, out),
         up_scale=ups[0].channel is not None,
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
@@ -153,11 +155,11 @@ def _integers(linears: list[Linear]) -> torch.dtype | None:
     return None if dtype.is_floating_point else dtype
 
 
-def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:
+def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:
     """The dtype the experts' matrix products are computed in: autocast may make it another one than the tokens'."""
-    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in CONTRACTIONS and not p.stop(n)}
+    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in names.CONTRACTION and not p.stop(n)}
     found = {d for d in found if d.is_floating_point}
-    return found.pop() if len(found) == 1 else dtype_of(tokens)
+    return found.pop() if len(found) == 1 else dtype_of(tokens if dtype_of(tokens).itemsize > 1 else out)
 
 
 def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:

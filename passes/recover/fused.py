@@ -10,7 +10,9 @@ import torch.fx as fx
 from ...ir import Experts, Form, Rejection
 from ...ir import scalar as act
 from .. import terms as T
-from ..aten.element import Puller, call_args, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, call_args, dtype_of, shape_of
+from ..aten.names import op_name
 from .addends import Part, split_parts
 from .identity import among
 from .match import ExpertsMatch, Param
@@ -98,7 +100,7 @@ def _goes_only_into(call: fx.Node, n: fx.Node) -> bool:
 
 def _unviewed(x: fx.Node) -> fx.Node:
     """The tokens before they were flattened: what a shared expert reads."""
-    while op_name(x) in ("view", "reshape", "flatten", "_unsafe_view") and isinstance(x.args[0], fx.Node):
+    while op_name(x) in names.RESHAPE and isinstance(x.args[0], fx.Node):
         if shape_of(x.args[0])[-1:] != shape_of(x)[-1:]:
             break
         x = x.args[0]

@@ -12,8 +12,8 @@ import torch
 import torch.fx as fx
 
 from .. import terms as T
+from ..aten.effects import aliased_arg, mutated_args
 from ..aten.element import Puller, shape_of
-from ..aten.shadow import aliased_arg, mutated_args
 from ..terms import Term
 from .match import ExpertsMatch
 from .region import RoutingNodes

@@ -147,16 +147,9 @@ FUNCTIONS: dict[str, Rule] = {
         "softplus": lambda x: math.log1p(math.exp(x)),
         "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         "round": round,
-        "clamp": lambda x, lo, hi: min(max(x, lo), hi),
-        "silu": lambda x: x * _sigmoid(x),
-        "neg": lambda x: -x,
-        "reciprocal": lambda x: 1 / Fraction(x) if isinstance(x, int) else 1 / x,
-        "sqrt": math.sqrt,
-        "rsqrt": lambda x: 1 / math.sqrt(x),
-        "square": lambda x: x * x,
-        "log1p": math.log1p,
+        **dict.fromkeys(("clamp", "hardtanh", "maximum"), lambda x, lo, hi: min(max(x, lo), hi)),
+        "log1p": lambda x: math.log1p(x) if x != -1 else -math.inf,
         "expm1": math.expm1,
-        "log_sigmoid": lambda x: -math.log1p(math.exp(-x)),
     }.items()
 }
 

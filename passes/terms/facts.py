@@ -2,7 +2,8 @@
 
 Facts of single tensors come from whoever reads the graph; those of terms follow from them. Two kinds:
 
-- `extents`: a selection (top-k, argmax) or a sort chooses positions 0 <= p < extent. The slots of one top-k choose different positions.
+- `extents`: what a selection (top-k, argmax), a sort or a tensor of whole numbers holds is at least 0, and below the extent where that is
+  not None. The slots of one top-k choose different positions.
 - `zero_beyond`: the axiom that an expert weight read beyond its experts is 0. No program reads there (it would fail), but a reading may:
   where Σ_e [ids = e] f(e) became f(ids), an id that is no expert contributes nothing, as in the sum. It holds for expert weights only.
 """
@@ -39,8 +40,8 @@ class Facts:
         return other
 
     def know(self, node: Any, extent: Any) -> None:
-        """The positions that a selection or a sort chooses are below `extent`."""
-        if self.extents.get(node) != extent:
+        """What a selection, a sort or a tensor holds is at least 0, and below `extent` unless that is None."""
+        if node not in self.extents or extent is not None and self.extents[node] != extent:
             self.extents[node] = extent
             self._ranges.clear()
 
@@ -157,11 +158,17 @@ def _of_sum(facts: Facts, v: Term, body: Term) -> Range:
 
 
 def _of_function(facts: Facts, name: str, args: tuple[Term, ...], consts: tuple[Any, ...]) -> Range:
-    if name == "clamp":
+    if name in ("clamp", "hardtanh", "maximum"):
         lo, hi = consts
         positive = lo >= 0 or facts.range(args[0])[0] and hi >= 0
         return positive, int(hi) + 1 if positive and float(hi).is_integer() else None
-    return name in ("exp", "sigmoid", "relu", "abs"), None
+    if name in ("relu", "round"):
+        return facts.range(args[0]) if facts.range(args[0])[0] else (name == "relu", None)
+    return name in ("exp", "sigmoid", "softplus", "abs"), None
+
+
+def _of_element(facts: Facts, node: Any, idx: tuple[Term, ...]) -> Range:
+    return (True, facts.extents[node]) if node in facts.extents else _ANY
 
 
 def _truth(facts: Facts, *args: Any) -> Range:
@@ -171,6 +178,7 @@ def _truth(facts: Facts, *args: Any) -> Range:
 _RANGES: dict[str, Callable[..., Range]] = {
     "c": _of_number,
     "v": lambda facts, name, size: (True, size),
+    "a": _of_element,
     "topk": lambda facts, node, idx: (True, facts.extents.get(node)),
     "perm": lambda facts, sort, key, p: (True, facts.extents.get(sort)),
     "inv": lambda facts, sort, key, p: (True, facts.extents.get(sort)),

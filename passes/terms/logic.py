@@ -161,6 +161,14 @@ def _no_choice(t: Term, facts: Facts) -> Term | None:
     return t.args[1] if t.args[1] is t.args[2] else None
 
 
+@rule("ite(c, c · a, b) = ite(c, a, b)", "ite")
+def _choice_that_is_known(t: Term, facts: Facts) -> Term | None:
+    c, a, b = t.args
+    if not is_truth(c) or a.op != "mul" or c not in a.args:
+        return None
+    return mk("ite", c, mul(*(f for f in a.args if f is not c)), b)
+
+
 @rule("ite(c, a, 0) = c · a", "ite")
 def _choice_or_zero(t: Term, facts: Facts) -> Term | None:
     c, a, b = t.args
@@ -198,6 +206,7 @@ LOGIC = Rules(
         _known_choice,
         _turned_choice,
         _no_choice,
+        _choice_that_is_known,
         _choice_or_zero,
         _choice_is_a_truth,
         _masked_addend,

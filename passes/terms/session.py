@@ -166,6 +166,11 @@ def upper(t: Term) -> int | None:
     return _facts.upper(t)
 
 
+def never_negative(t: Term) -> bool:
+    """Whether a term is at least 0 for certain."""
+    return _facts.range(t)[0]
+
+
 def same_choice(a: Term, b: Term, v: Term) -> bool:
     """a is the choice in slot v, b one of the same top-k's choices: they are equal in just one slot, b's own."""
     return reductions.same_choice(a, b, v, _facts)

@@ -8,14 +8,14 @@ from ascend_blocks import CLASSES, ENTRIES, Seen, block, compiled, first, relati
 from torch import nn
 
 import moe_compile
-from moe_compile.lowering.ascend import schemas
+from moe_compile.lowering.ascend import register
 
-schemas.ensure()
+register.ensure()
 DYNAMIC = {c: n for c, n in CLASSES.items() if n not in ("gemma4", "dbrx")}  # the two have no block of their own to call
 GATING = {
     "qwen3_moe": "npu_moe_gating_top_k_softmax_v2", "jamba": "npu_moe_gating_top_k_softmax", "gpt_oss": "npu_moe_gating_top_k_softmax_v2",
     "afmoe": "npu_moe_gating_top_k", "minimax_m2": "npu_moe_gating_top_k", "deepseek_v3": "npu_moe_gating_top_k",
-    "deepseek_v2": "npu_moe_gating_top_k", "ernie4_5_moe": "npu_moe_gating_top_k", "longcat_flash": "npu_moe_gating_top_k",
+    "llama4": "npu_moe_gating_top_k_softmax_v2", "deepseek_v2": "npu_moe_gating_top_k", "ernie4_5_moe": "npu_moe_gating_top_k", "longcat_flash": "npu_moe_gating_top_k",
 }  # fmt: skip
 
 

@@ -13,13 +13,14 @@ import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
 from hazards import hazards, stages
 
-from moe_compile.lowering.ascend import dry_run, metas, modes, schemas
+import moe_compile
+from moe_compile.lowering.ascend import dry_run, metas, modes, register, schemas
 from moe_compile.options import Options
 
 if not schemas.wheel():
     pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
 
-schemas.ensure()
+register.ensure()
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
 MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
@@ -67,8 +68,11 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
     ("npu_moe_token_unpermute_grad_v2", (_meta(5, 8), _meta(15, dtype=I32), 15, torch.float32, _meta(5, 3), False, None, _meta(15, 8)), {}),
     ("npu_dynamic_quant", (_meta(15, 8, dtype=F16),), {}),
-    ("npu_dequant_swiglu_quant", (_meta(15, 128, dtype=I32),), dict(
-        weight_scale=_meta(4, 128), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
+    ("npu_grouped_matmul_swiglu_quant_v2", (
+        _meta(15, 32, dtype=I8), [_meta(4, 32, 64, dtype=I8)], [_meta(4, 64)], _meta(15), _meta(4, dtype=I64)), dict(
+            dequant_mode=0, dequant_dtype=6, quant_mode=0, quant_dtype=1, group_list_type=1)),
+    ("npu_dequant_swiglu_quant", (_meta(15, 512, dtype=I32),), dict(
+        weight_scale=_meta(4, 512), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
 ]  # fmt: skip
 
 
@@ -206,6 +210,91 @@ def test_the_generated_code_runs_the_shared_expert_in_two_stages() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("afmoe", {}), ("gpt_oss", {}), ("deepseek_v3", {}), ("afmoe", {"quantize": "w8a8"}), ("qwen3_moe", {"weight_format": "nz"}),
+])  # fmt: skip
+@pytest.mark.parametrize("prepared", [False, True])
+def test_npugraph_ex_copies_the_tokens_and_nothing_else(
+    name: str, options: dict[str, Any], prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the mode's own entry point: every input that is not static is copied into the graph's memory on each replay."""
+    graphs = spied(monkeypatch)
+    dtype = torch.bfloat16 if options else torch.float32
+    module, x = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype)
+    if prepared:
+        moe_compile.prepare(module, target="ascend")
+    with torch.no_grad():
+        out = first(compiled(module, inner=ran_eagerly(), **options)(x))
+        assert relative(out, first(module(x))) <= (1e-5 if not options else 0.1)
+    graph = graphs[0]  # what was compiled; the second is the same, made of the generated code
+    assert all(g._parameter_user_inputs == graph._parameter_user_inputs for g in graphs)
+    placeholders = [n.meta["val"] for n in graph.fx_graph.graph.find_nodes(op="placeholder")]
+    copied = [placeholders[i] for i in graph._user_inputs_mapping.values()]
+    assert [tuple(t.shape) for t in copied] == [tuple(x.shape)]
+    assert len(graph._parameter_user_inputs) == len(placeholders) - 1
+
+
+def ran_eagerly() -> Any:
+    """npugraph_ex as this target sets it up, but for the capture itself: there is nothing to capture here."""
+    return modes.npugraph_ex_backend(Options(inner_options={"force_eager": True}))
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every captured graph that npugraph_ex makes from now on."""
+    modes.load("npugraph_ex", "npugraph_ex.ops._tagged_event")
+    from npugraph_ex._acl_concrete_graph import acl_graph
+
+    found: list[Any] = []
+    load = acl_graph.AclGraph.load
+
+    def spy(self: Any, info: Any) -> None:
+        load(self, info)
+        found.append(self)
+
+    monkeypatch.setattr(acl_graph.AclGraph, "load", spy)
+    return found
+
+
+def test_a_weight_with_other_memory_is_another_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """npugraph_ex looks captures up by the addresses of static inputs, packed weights and all others, because nothing is frozen."""
+    graphs = spied(monkeypatch)
+    from npugraph_ex._acl_concrete_graph.acl_graph import AclGraph, get_unupdated_input_fn
+
+    keys: list[str] = []
+    run = AclGraph.__call__
+
+    def looked_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys.append(get_unupdated_input_fn(self._unupdated_sym_input_index, self._parameter_user_inputs, self.config)(*args))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(AclGraph, "__call__", looked_up)
+    module, x = block("afmoe"), torch.randn(2, 5, zoo.HIDDEN)
+    moe_compile.prepare(module, target="ascend")
+    fn = compiled(module, inner=ran_eagerly())
+    with torch.no_grad(), Seen() as seen:
+        for change in (None, None, module.experts.down_proj, module.gate.weight if hasattr(module, "gate") else module.router.gate.weight):
+            if change is not None:
+                change.data = change.data * 2
+            assert relative(first(fn(x)), first(module(x))) <= 1e-5
+        module.experts.down_proj.mul_(0.5)
+        fn(x)
+    assert len(seen.lowered) == 1 and graphs
+    assert keys[0] == keys[1] and len(set(keys)) == 3 and keys[4] == keys[3]
+
+
+def test_workarounds_are_applied_where_they_are_needed() -> None:
+    """What is said to be broken is tried, not looked up by version; behind the workaround it works, and is left alone."""
+    from moe_compile.lowering.ascend import workarounds
+
+    modes.load("torchair", "torchair.scope._wait_tensor")
+    workarounds.install()
+    assert workarounds.apply(workarounds.KNOWN) == []
+    mended: list[str] = []
+    fine = workarounds.Workaround("fine", lambda: False, lambda: mended.append("fine"))
+    broken = workarounds.Workaround("broken", lambda: True, lambda: mended.append("broken"))
+    assert workarounds.apply((fine, broken)) == mended == ["broken"]
+
+
 # ---- int8 and training -----------------------------------------------------------------------------------------------------
 
 
@@ -278,3 +367,19 @@ def test_the_joint_graph_of_training() -> None:
         "npu_moe_token_unpermute_grad_v2", "npu_grouped_matmul:0", "npu_grouped_matmul:2", "npu_swiglu_backward", "npu_grouped_matmul:0",
         "npu_grouped_matmul:2", "npu_moe_token_permute_grad_v2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_training_on_the_cpu_keeps_its_gradients(inner: str) -> None:
+    """torch_npu's permute, unpermute and swiglu have gradients on an NPU only: through AOTAutograd they would be zeros and None."""
+    module, x = block("qwen3_moe"), torch.randn(2, 5, zoo.HIDDEN)
+    found = []
+    for fn in (module, compiled(module, inner=inner)):
+        module.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        first(fn(leaf)).sin().sum().backward()
+        found.append({"x": leaf.grad, **{n: p.grad for n, p in module.named_parameters()}})
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=1e-4, atol=1e-5, msg=name)
+    assert any("no gradients" in n for n in moe_compile.last_report().notes)
+    assert len(moe_compile.last_report().blocks) == 1

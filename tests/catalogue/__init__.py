@@ -22,6 +22,7 @@ from . import (
     quantised,
     router_near_misses,
     routers,
+    sentinels,
     serving,
     shared,
     sigmoids,
@@ -47,6 +48,7 @@ FILES: tuple[ModuleType, ...] = (
     combine,
     shared,
     serving,
+    sentinels,
     expert_near_misses,
     constant_near_misses,
 )

@@ -44,6 +44,7 @@ GATED = {
     "root of softplus": sp.sqrt(act.softplus(G)) * U,
     "inverse": U / (1 + G**2),
     "second only": act.silu(U),
+    "log1p of relu": act.log1p(act.relu(G)) * U,
 }
 ALONE = {
     "relu squared": act.relu(G) ** 2,
@@ -54,6 +55,7 @@ ALONE = {
     "log": sp.log(1 + act.relu(G)),
     "power 3/2": (1 + G**2) ** sp.Rational(3, 2),
     "identity": G,
+    "expm1": act.expm1(act.clamp(G, -8, 2)),
 }
 
 

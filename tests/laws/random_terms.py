@@ -15,10 +15,7 @@ from moe_compile.passes.terms.evaluate import World, evaluate, places_of, same_v
 from moe_compile.passes.terms.term import Term
 
 S0, S1 = sp.Symbol("s0", integer=True, positive=True), sp.Symbol("s1", integer=True, positive=True)
-FUNCTIONS = (
-    *("sigmoid", "exp", "silu", "neg", "relu", "abs", "square", "tanh", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "log", "round"),
-    "log_sigmoid",
-)
+FUNCTIONS = ("sigmoid", "exp", "relu", "abs", "tanh", "log1p", "expm1", "log", "round", "softplus", "erf", "gelu_tanh")
 
 
 @dataclass(eq=False)

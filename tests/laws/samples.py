@@ -8,7 +8,6 @@ from random_terms import S0, Source
 
 import moe_compile.passes.terms as T
 from moe_compile.passes.terms.arithmetic import build
-from moe_compile.passes.terms.functions import SPELLINGS
 from moe_compile.passes.terms.term import Term
 
 Sample = Callable[[Source], Term]
@@ -146,6 +145,12 @@ def _(s: Source) -> Term:
     return n("ite", condition(s, s.var(4)), a, s.r.choice((a, a, b)))
 
 
+@sample("choice that is known")
+def _(s: Source) -> Term:
+    a, b = condition(s, s.var(4)), condition(s, s.var(4))
+    return n("ite", a, build("mul", s.r.choice((a, a, b)), number(s)), number(s))
+
+
 @sample("choice or zero", "choice is a truth")
 def _(s: Source) -> Term:
     zero, one = c(0), c(1)
@@ -163,11 +168,30 @@ def _(s: Source) -> Term:
 # ---- functions ---------------------------------------------------------------------------------------------------------
 
 
-def spelling(name: str) -> Sample:
-    return lambda s: T.mk("fn", s.r.choice((name, name, "erf")), (number(s, s.var()),), ())
+NAMES = ("sigmoid", "exp", "relu", "tanh", "log1p", "softplus", "abs", "erf", "gelu_tanh", "expm1", "round")
 
 
-SAMPLES.update({r.name: spelling(r.name) for r in SPELLINGS})
+@sample("function of a number")
+def _(s: Source) -> Term:
+    return T.mk("fn", s.r.choice(NAMES), (s.r.choice((c(s.number()), c(-float("inf")), c(S0), number(s, s.var()))),), ())
+
+
+@sample("function of a choice")
+def _(s: Source) -> Term:
+    x = T.normal(T.mk("ite", condition(s, s.var(4)), number(s, s.var()), s.r.choice((c(s.number()), c(-float("inf")), number(s, s.var())))))
+    return T.mk("fn", s.r.choice(NAMES), (x,), ())
+
+
+@sample("function of the scattered")
+def _(s: Source) -> Term:
+    k = s.r.randint(2, 3)
+    v, u, j, i = s.var(5), s.var(3), s.var(k, "j"), s.var(s.r.choice((k, k, k, 4)), "i")
+    chosen = T.mk("topk", s.choice(3, k, extent=4), (u, j))
+    hit = T.normal(build("eq", s.r.choice((chosen, chosen, chosen, T.atom(s.tensor(3, k, whole=4), (u, j)))), v))
+    asked = s.r.choice((hit, hit, hit, T.normal(build("eq", chosen, s.var(4)))))
+    total = T.mk("sum", j, build("mul", hit, T.atom(s.tensor(3, k), (u, j)), s.r.choice((c(1), number(s, u)))))
+    low = s.r.choice((c(-float("inf")), c(-float("inf")), c(0.5), number(s, v)))
+    return T.mk("fn", s.r.choice(NAMES), (T.mk("ite", T.mk("any", i, T.subst(asked, {j: i})), total, low),), ())
 
 
 @sample("logistic")

@@ -44,7 +44,12 @@ def test_scaled_input(seed: int):
     gate = T.mk("sum", j, build("mul", build("eq", ids, e), T.atom(s.tensor(3, k), (t, j))))
     x = build("mul", gate, T.atom(s.tensor(3, 2), (t, m)))
     up = T.mk("sum", m, build("mul", x, T.atom(s.weight(experts, 2), (e, m))))
-    inner = s.one_of(lambda: T.mk("fn", "silu", (up,), ()), lambda: up, lambda: build("mul", up, up), lambda: T.mk("fn", "exp", (up,), ()))
+    inner = s.one_of(
+        lambda: build("mul", up, T.mk("fn", "sigmoid", (up,), ())),
+        lambda: up,
+        lambda: build("mul", up, up),
+        lambda: T.mk("fn", "exp", (up,), ()),
+    )
     before = T.normal(T.mk("sum", e, build("mul", inner, T.atom(s.weight(experts), (e,)))))
     made = scaled_input(before)
     if made is not None:
