@@ -10,7 +10,7 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick golden test-ascend run-ascend test-compat test-cuda lint format types bench clean
+.PHONY: trinity test suite quick golden test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -90,6 +90,9 @@ types:
 	rm -rf build/types && mkdir -p build/types/moe_compile
 	ln -s $(CURDIR)/moe_compile/* $(CURDIR)/passes $(CURDIR)/lowering build/types/moe_compile/
 	cd build/types && $(MYPY) --config-file $(CURDIR)/pyproject.toml
+
+fuzz: $(READY)  ## random terms against their normal forms (N=1000000 evaluations, SEED= for a certain start)
+	$(BIN)/python tests/laws/fuzz.py $(or $(N),1000000) $(SEED)
 
 bench: $(READY)  ## every benchmark; results and plots land in benchmarks/results
 	$(BIN)/python benchmarks/moe_block.py

@@ -44,7 +44,6 @@ OWED_CIRCLES = {
     "moe_compile.lowering.ascend.emulate",
     "moe_compile.lowering.ascend.law",
     "moe_compile.passes.recover.find",
-    "moe_compile.passes.terms.rebuild",
     "moe_compile.passes.aten.definitions_select",
     "moe_compile.inner",
     "moe_compile.options",
@@ -74,7 +73,6 @@ OWED_FUNCTIONS: set[str] = {
     "lowering/triton/experts.py:warp_specialised",
     "passes/recover/experts.py:_assemble",
     "passes/recover/scoring.py:_build",
-    "passes/terms/rebuild.py:rebuild",
 }
 PASSES = {"terms", "aten", "recover", "prove", "rewrite"}
 

@@ -20,6 +20,7 @@ from .places import REPEATED, apart, wrapped
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
 
+
 def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
     """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped."""
     source = mask

@@ -11,12 +11,11 @@ import sympy as sp
 import torch
 import torch.fx as fx
 
-from ...ir.scalar import BY_NAME, FUNCTIONS
+from ...ir.scalar import FUNCTIONS
 from .. import terms as T
 from ..terms import Term
 from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
-from .places import never_negative
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -58,7 +57,7 @@ def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if mode is None:
         return T.mul(x, T.power(y, -1))
     whole = _is_positive(y) and not dtype_of(n).is_floating_point
-    if whole and (mode == "floor" or never_negative(x)):
+    if whole and (mode == "floor" or T.never_negative(x)):
         return T.fdiv(x, y.args[0])
     raise Opaque("a rounding division")
 
@@ -73,7 +72,7 @@ def _remainder(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
     if not _is_positive(y) or dtype_of(n).is_floating_point:
         raise Opaque("a remainder by a tensor, or of a float")
-    if op_name(n) == "fmod" and not never_negative(x):
+    if op_name(n) == "fmod" and not T.never_negative(x):
         raise Opaque("a remainder that may be negative")
     return T.mod(x, y.args[0])
 
@@ -94,7 +93,7 @@ def _spelled(make: Callable[[Term], Term]) -> Any:
 
 
 def _unary(name: str) -> Any:
-    return _spelled(lambda x: apply_fn(name, x))
+    return _spelled(lambda x: T.fn(name, x))
 
 
 for _f in FUNCTIONS:
@@ -107,36 +106,12 @@ _SPELLED: dict[tuple[str, ...], Any] = {
     ("sqrt",): lambda x: T.power(x, 0.5),
     ("rsqrt",): lambda x: T.power(x, -0.5),
     ("square",): lambda x: T.power(x, 2),
-    ("silu",): lambda x: T.mul(x, apply_fn("sigmoid", x)),
-    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), apply_fn("softplus", T.mul(T.const(-1), x))),
-    ("mish",): lambda x: T.mul(x, apply_fn("tanh", apply_fn("softplus", x))),
+    ("silu",): lambda x: T.mul(x, T.fn("sigmoid", x)),
+    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), T.fn("softplus", T.mul(T.const(-1), x))),
+    ("mish",): lambda x: T.mul(x, T.fn("tanh", T.fn("softplus", x))),
 }
 for _names, _spelling in _SPELLED.items():
     rule(*_names)(_spelled(_spelling))
-
-
-def _is_number(x: Term) -> bool:
-    return x.op == "c" and isinstance(x.args[0], (int, float, sp.Number))
-
-
-def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
-    """A pointwise function; pushed into scattered values so that sigmoid(scatter(-inf, v)) is scatter(0, sigmoid(v))."""
-    if name in BY_NAME and _is_number(x):
-        return T.const(BY_NAME[name].number(float(x.args[0])))
-    if name in BY_NAME and x.op == "ite" and _is_number(x.args[2]):
-        inner = x.args[1]
-        if inner.op == "sum":
-            body = inner.args[1]
-            eqs = [f for f in (body.args if body.op == "mul" else (body,)) if f.op == "eq"]
-            rest = T.mul(*(f for f in (body.args if body.op == "mul" else (body,)) if f.op != "eq"))
-            inner = T.reduce_("sum", inner.args[0], T.mul(*eqs, apply_fn(name, rest, consts)))
-        else:
-            inner = apply_fn(name, inner, consts)
-        low = apply_fn(name, x.args[2], consts)
-        if T.is_c(low, 0) and inner.op == "sum":
-            return inner
-        return T.ite(x.args[0], inner, low)
-    return T.fn(name, x, consts=consts)
 
 
 @rule("round")
@@ -150,16 +125,16 @@ def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x = p.at(n.args[0], idx)
     if a.approximate == "tanh":
-        return apply_fn("gelu_tanh", x)
+        return T.fn("gelu_tanh", x)
     half = T.mul(T.const(0.5), x)
-    return T.mul(half, T.add(T.const(1), apply_fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
+    return T.mul(half, T.add(T.const(1), T.fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
 
 
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
         raise Opaque("softplus with beta or a threshold of its own")
-    return apply_fn("softplus", p.at(n.args[0], idx))
+    return T.fn("softplus", p.at(n.args[0], idx))
 
 
 @rule("glu")

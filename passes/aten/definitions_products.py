@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
-from .definitions_pointwise import apply_fn, clamp_between
+from .definitions_pointwise import clamp_between
 from .element import Opaque, Puller, dtype_of, normal_dim, replace, rule, shape_of, truth
 from .names import op_name
 
@@ -91,7 +91,7 @@ def _any(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("logsumexp")
 def _logsumexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: apply_fn("exp", t)))
+    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: T.fn("exp", t)))
 
 
 @rule("softmax", "_softmax")
@@ -110,9 +110,9 @@ def _exps(p: Puller, n: fx.Node, a: Args, idx: Idx) -> tuple[Term, Term]:
     src: Any = n.args[0]
     d = normal_dim(a.dim, len(idx))
     v = T.var(shape_of(src)[d], "e")
-    top = apply_fn("exp", p.at(src, idx))
+    top = T.fn("exp", p.at(src, idx))
     p.dtypes.setdefault(top, dtype_of(n))
-    return top, T.reduce_("sum", v, apply_fn("exp", p.at(src, replace(idx, d, v))))
+    return top, T.reduce_("sum", v, T.fn("exp", p.at(src, replace(idx, d, v))))
 
 
 @rule("linalg_vector_norm", "norm")

@@ -23,7 +23,7 @@ Args = SimpleNamespace
 
 def _selected(p: Puller, node: fx.Node, src: fx.Node, dim: int, i: int, idx: Idx) -> Term:
     """Values (i = 0) or indices (i = 1) of a selection of the best along the last dim."""
-    node.meta["moe_extent"] = shape_of(src)[dim]
+    T.facts().know(node, shape_of(src)[dim])
     chosen = T.mk("topk", node, idx)
     return chosen if i == 1 else p.at(src, replace(idx, dim, chosen))
 
@@ -42,7 +42,7 @@ def _max_dim(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
         v = T.var(shape_of(x)[d], "e")
         at = replace(idx, d, v) if a.keepdim else (*idx[:d], v, *idx[d:])
         return T.reduce_("max" if op_name(src) == "max" else "min", v, p.at(x, at))
-    src.meta["moe_extent"] = shape_of(x)[d]
+    T.facts().know(src, shape_of(x)[d])
     return T.mk("topk", src, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
 
 
@@ -56,7 +56,7 @@ def _argmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         raise Opaque("argmax over a flattened tensor")
     x: Any = n.args[0]
     d = normal_dim(a.dim, len(shape_of(x)))
-    n.meta["moe_extent"] = shape_of(x)[d]
+    T.facts().know(n, shape_of(x)[d])
     return T.mk("topk", n, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
 
 
@@ -69,7 +69,7 @@ def _sorted(p: Puller, node: fx.Node, i: int, idx: Idx) -> Term:
         return _selected(p, node, x, d, i, idx)
     if len(shape) != 1 or a.descending:
         raise Opaque("an integer sort that is not ascending over one dim")
-    node.meta["extent"] = shape[0]
+    T.facts().know(node, shape[0])
     q = T.named(T.Q, shape[0])
     key = p.at(x, (q,))
     if key.op in ("perm", "inv") and key.args[2] is q:  # the argsort of a permutation is its inverse

@@ -114,6 +114,16 @@ class Mask:
         return f"mask:{self.node}"
 
 
+_UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def opaque(node: fx.Node, idx: tuple[Term, ...]) -> Term:
+    """An element that is not looked into."""
+    if getattr(node.meta.get("val"), "dtype", None) in _UNSIGNED:
+        T.facts().know(node, None)
+    return T.atom(node, idx)
+
+
 def truth(t: Term) -> Term:
     """A term used as a condition."""
     return t if T.is_truth(t) else T.not_(T.eq(t, T.const(0)))
@@ -148,17 +158,17 @@ class Puller:
 
     def _look(self, node: fx.Node, idx: tuple[Term, ...]) -> Term:
         if node.op != "call_function" or node in self.walls or self.stop(node):
-            return self.literal(node) if node.op == "get_attr" and not idx else T.atom(node, idx)
+            return self.literal(node) if node.op == "get_attr" and not idx else opaque(node, idx)
         f = RULES.get(op_name(node))
         if f is None:
             self.unknown.setdefault(node, f"{NO_RULE} {node.target}")
-            return T.atom(node, idx)
+            return opaque(node, idx)
         try:
             args = SimpleNamespace() if node.target is operator.getitem else call_args(node)
             out = f(self, node, args, idx)
         except Opaque as e:
             self.unknown.setdefault(node, str(e))
-            return T.atom(node, idx)
+            return opaque(node, idx)
         if out.op in ("fn", "mul") and out not in self.dtypes:
             v = node.meta.get("val")
             if isinstance(v, Tensor):

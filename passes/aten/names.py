@@ -33,9 +33,7 @@ PART = SPLIT | _row("slice select narrow")
 # each element once or more often
 REPEAT = _row("expand expand_as broadcast_to repeat tile repeat_interleave")
 # the same element at the same index, in the same dtype
-SAME = _row(
-    "contiguous clone alias detach lift lift_fresh lift_fresh_copy positive data real _conj resolve_conj resolve_neg requires_grad"
-)
+SAME = _row("contiguous clone alias detach lift lift_fresh lift_fresh_copy positive data real _conj resolve_conj resolve_neg requires_grad")
 # the same element at the same index, perhaps in another dtype
 CAST = _row("to _to_copy type_as type float double half bfloat16 int long short bool")
 VIEW = RESHAPE | PERMUTE | PART | REPEAT | SAME

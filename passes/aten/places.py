@@ -110,7 +110,7 @@ def _one_place(mask: Mask, dims: set[int], given: Iterable[fx.Node]) -> bool:
 def never_negative(t: Term) -> bool:
     """Whether an index is at least 0 for certain."""
     lowest = least(t)
-    return lowest is not None and lowest >= 0
+    return T.never_negative(t) or lowest is not None and lowest >= 0
 
 
 def least(t: Term, given: int | None = None) -> int | None:
@@ -123,7 +123,7 @@ def least(t: Term, given: int | None = None) -> int | None:
         return 0
     if t.op == "a":
         value = t.args[0].meta.get("val") if isinstance(t.args[0], fx.Node) else None
-        return 0 if T.extent(t) is not None or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
+        return 0 if T.never_negative(t) or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
     if t.op == "fn":
         limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
         return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given) if t.args[0] == "round" else None

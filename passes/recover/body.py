@@ -13,7 +13,7 @@ from .. import terms as T
 from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from . import scales as channels
 from .bridge import Bridge
 from .rounding import ROUNDED

@@ -83,12 +83,27 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     (ids,) = found
     expert = T.named(EXPERT, sizes[0])
     mapping = {}
-    atoms = outer_atoms(part.body)
+    body = _without_range(part.body, core)
+    atoms = outer_atoms(body)
     whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_integer(a) for a in atoms)  # then one number an expert may be a scale
     for a in atoms:
         if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
-    return T.canonical(T.subst(part.body, mapping)), ids, {}
+    return T.canonical(T.subst(body, mapping)), ids, {}
+
+
+def _without_range(body: Term, core: Term) -> Term:
+    """body without [0 <= ids < E]: beyond the experts their weights are taken for 0. The axiom of `Facts.zero_beyond` is used here only.
+
+    The condition comes from Σ_e [ids = e] f(e) = [0 <= ids < E] f(ids). In the fused op ids that are no experts contribute nothing.
+    """
+    if not any(f.op in ("lt", "not") for f in factors(body)):
+        return body
+    for a in outer_atoms(core):
+        if not plain_row(a) and len(a.args[1]) > 1 and any(data_dependent(i) for i in a.args[1]):
+            nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+            T.facts().zero_beyond[a.args[0]] = (len(nodes), *shape_of(nodes[0])) if isinstance(a.args[0], tuple) else shape_of(nodes[0])
+    return T.rewrite(body, T.EXPERT_WEIGHTS, T.facts())
 
 
 def _dim(a: Term, d: int) -> Any:

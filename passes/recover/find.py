@@ -47,7 +47,7 @@ class Finder:
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
             if is_joined(n) and n not in self.memory.stale and (choices := _choices(n)) is not None:
-                n.meta["moe_extent"] = choices
+                T.facts().know(n, choices)
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
@@ -167,18 +167,18 @@ class Finder:
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
         table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
-        T.allow(self.limit if table else 15 * self.limit)
+        steps = T.Budget(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         p.given = self.given
         try:
-            out = self._match(n, p, label)
+            with steps.within():
+                out = self._match(n, p, label)
         except T.TooLarge as e:
             if table:
                 allowed = self.left[label]
                 return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
             return Rejection(str(e), n, "experts")
         finally:
-            T.allow(10_000_000)
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
             return Rejection(out.reason[:240], out.node, out.stage, code=out.code)

@@ -19,7 +19,7 @@ from ..aten import names
 from ..aten.element import shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from .match import Param
 from .rows import No, clip, factors
 
