@@ -103,9 +103,9 @@ def huge_empty(n):
     t=torch.empty(n+(2<<20),dtype=torch.uint8); libc=ctypes.CDLL(None); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
     a=(t.data_ptr()+(2<<20)-1)//(2<<20)*(2<<20); libc.madvise(a,n//(2<<20)*(2<<20),14); o=a-t.data_ptr(); return t[o:o+n]
 def packed_side(layers, shape):
-    from moe_compile.lowering import cpu
+    from moe_compile.lowering.cpu import experts as cpu
     e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU)
-    plain=moe_compile.ops.experts_args(e); lay=moe_compile.ops._layout(plain)
+    plain=moe_compile.ops.experts_args(e); lay=moe_compile.ops.layout_of(plain)
     calls=[]
     for up,down in layers:
         lib,call=cpu._kernel("forward", up.new_empty(1,shape.hidden), lay, [up],[down],[],[])

@@ -7,7 +7,7 @@ from pathlib import Path
 # passes/ and lowering/ stand beside this folder in a checkout and inside it once installed. Where Python finds the checkout first (it runs
 # in the repository's root), they are looked up beside it.
 _CHECKOUT = Path(__file__).parent.parent
-if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "generic.py").is_file():
+if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "target.py").is_file():
     __path__.append(str(_CHECKOUT))
 
 from . import ir  # noqa: E402

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from . import NotFused, Options, __version__, explain
-from .lowering.triton import tune_cli
-from .options import TARGETS
+from . import NotFused, Options, __version__, explain, tune_cli
+from .lowering import targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
     tell.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --full: a field of the configuration")
     tell.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
-    tell.add_argument("--target", choices=TARGETS, default="auto", help="whose lowering to ask (default: %(default)s)")
+    tell.add_argument("--target", choices=("auto", *targets()), default="auto", help="whose lowering to ask (default: %(default)s)")
     tell.add_argument("--graph", choices=("calls", "fx", "ge"), help="of --target ascend: the npu calls, the FX graph, or GE nodes")
     tell.add_argument("--strict", action="store_true", help="fail where a block is left as written")
     tell.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")

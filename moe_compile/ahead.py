@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .errors import OptionError
-from .options import TARGETS
+from .lowering import targets
 
 
 def prepare(model: nn.Module, target: str = "ascend", training: bool = False, weight_format: str = "nd") -> dict[str, int]:
@@ -19,14 +19,12 @@ def prepare(model: nn.Module, target: str = "ascend", training: bool = False, we
     the names in `named_parameters()` do not. weight_format="nz": besides, FSDP2 gathers them in Ascend's fractal format (not run on an
     NPU yet).
     """
-    if target not in TARGETS or target == "auto":
-        raise OptionError(f"target is {target!r}; allowed: {', '.join(repr(t) for t in TARGETS if t != 'auto')}")
+    known = targets()
+    if target not in known:
+        raise OptionError(f"target is {target!r}; allowed: {', '.join(map(repr, known))}")
     if weight_format not in ("nd", "nz"):
         raise OptionError(f"weight_format is {weight_format!r}; allowed: 'nd', 'nz'")
     if weight_format == "nz" and not training:
         raise OptionError("weight_format='nz' goes with training=True; for inference it is an option of torch.compile")
-    if target != "ascend":
-        return {}
-    from .lowering.ascend.rearrange import prepare as rearrange
-
-    return rearrange(model, training, weight_format)
+    rearrange = known[target].rearrange
+    return {} if rearrange is None else rearrange(model, training, weight_format)

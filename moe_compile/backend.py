@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
+from . import lowering
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
@@ -46,14 +47,14 @@ def moe_fused(
     flags.check(gm, rejected)
     report = reports.report_for(gm)
     try:
-        compiled = compile_with(chosen, mode, target, gm, example_inputs)
+        compiled = compile_with(chosen, mode, lowering.target(target), gm, example_inputs)
     except (RestartAnalysis, OptionError):
         raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
     except Exception as e:
         if not before.restore():
             raise  # the graph is as the user wrote it: not our doing
         rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
-        blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
+        blocks, compiled = [], compile_with(chosen, mode, lowering.target(target), gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
     _note(report, target, blocks, rejected, seconds)
     missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
@@ -80,7 +81,7 @@ def _run_passes(
     try:
         from .passes import pipeline
 
-        outcome = pipeline.run(gm, options, target)
+        outcome = pipeline.run(gm, options, lowering.target(target))
         return list(outcome.blocks), list(outcome.rejected), dict(outcome.seconds)
     except Rejection as r:
         before.restore()
@@ -119,16 +120,13 @@ def loops_left(fused: Sequence[str]) -> list[Rejection]:
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
     """The target for this graph: the option, or where the tensors are (an accelerator if there is one, else the CPU).
 
-    A device that no lowering knows (such as "mps") is its own target, so that `can_lower` says so.
+    A device that no target takes (such as "mps") is a name of its own, of a target that refuses everything.
     """
     if options.target != "auto":
         return options.target
     tensors = [t for t in [*example_inputs, *gm.parameters(), *gm.buffers()] if isinstance(t, Tensor)]
-    kinds = {t.device.type for t in tensors}
-    for device, target in (("npu", "ascend"), ("cuda", "cuda")):
-        if device in kinds:
-            return target
-    return "cpu" if "cpu" in kinds or not kinds else min(kinds)
+    return lowering.target_for({t.device.type for t in tensors})
 
 
+lowering.own()  # the ops get their kernels
 hooks.install()  # torch.compile() imports this module before anything is traced

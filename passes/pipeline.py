@@ -13,7 +13,6 @@ import torch
 import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
-from ..lowering import can_lower, lowering_name, prepare
 from . import terms as T
 from .aten.conditions import no_saving_hooks
 from .aten.effects import Memory
@@ -35,6 +34,7 @@ from .recover.shared import match_shared
 from .rewrite import overlap, recall, router
 from .rewrite.plan import BlockPlan, SharedPlan, execute
 from .rewrite.planner import Planner
+from .rewrite.target import Target
 from .terms import unify
 from .terms.deep import deep_recursion
 
@@ -72,10 +72,10 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
+def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     """Recover, prove and replace every MoE block of a Dynamo graph, in place. What is not proved stays as it is.
 
-    `options`: `moe_compile.options.Options`; `target`: "cpu", "cuda" or "ascend". Raises nothing that a user's model can cause.
+    `options`: `moe_compile.options.Options`; `target`: the `Target` that lowers it. Raises nothing that a user's model can cause.
     """
     out = Outcome()
     for body in bodies(gm):
@@ -83,7 +83,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     if not might_route(gm.graph):
         return out
     with _timed(out.seconds, "recall"):
-        key = recall.key_of(gm.graph, (target, bool(options.validate), overlap.mode(gm.graph, options, target)))
+        key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), overlap.mode(gm.graph, options, target)))
         kept = recall.load(key)
     if kept is not None:
         plans, blocks, rejected = kept
@@ -96,7 +96,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
         out.blocks.extend(here.blocks)
         out.rejected.extend(here.rejected)
     for b in out.blocks:
-        prepare(b.ir, target)
+        target.begin(b.ir)
     with _timed(out.seconds, "rewrite"):
         if plans:
             execute(gm, plans)
@@ -121,7 +121,7 @@ def _merge(out: Outcome, part: Outcome) -> None:
         out.seconds[name] = out.seconds.get(name, 0.0) + spent
 
 
-def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[BlockPlan]:
+def search(gm: fx.GraphModule, options: Any, target: Target, out: Outcome) -> list[BlockPlan]:
     """Find and prove the blocks; what is found goes into `out`."""
     plans: list[BlockPlan] = []
     with deep_recursion(), no_saving_hooks():
@@ -179,10 +179,10 @@ def _looks_up_ids(n: fx.Node) -> bool:
     return isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype in (torch.int64, torch.int32)
 
 
-def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -> BlockPlan | None:
+def _take(b: Block, planner: Planner, options: Any, target: Target, out: Outcome) -> BlockPlan | None:
     """Validate and plan one block, or say why not."""
     refusal, plan = None, None
-    reason = can_lower(b.ir, target)
+    reason = target.reason(b.ir)
     if reason is not None:
         refusal = Rejection(reason, b.match.out, "lower")
     else:
@@ -204,7 +204,7 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
     plan = replace(plan, shared=shared)
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
     note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, planner.shadow.dynamo.graph))))
-    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), note, shared is not None))
+    out.blocks.append(Recovered(b.ir, source, bool(options.validate), target.says(b.ir), note, shared is not None))
     return plan
 
 
@@ -219,7 +219,7 @@ def _planned(b: Block, planner: Planner) -> tuple[Block, BlockPlan]:
         return kept, planner.plan(kept)
 
 
-def _shared(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -> SharedPlan | None:
+def _shared(b: Block, planner: Planner, options: Any, target: Target, out: Outcome) -> SharedPlan | None:
     """How the shared expert goes into the op of the block, where that is wanted and proved."""
     how = overlap.mode(planner.shadow.dynamo.graph, options, target)
     plan = None if how is None else overlap.plan_shared(b, planner, how)

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...ir import BiasOn, Form, Norm, Score
 from ...ir import scalar as act
 from ...ir import score as apply_score
-from .. import generic, routing
-from ..routing import Routing
+from ..reference import generic, routing
+from ..reference.routing import Routing
 from . import device, law, schemas
 from .rules import check
 

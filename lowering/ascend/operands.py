@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import scalar as act
-from .. import generic
+from ..reference import generic
 from . import calls, int8
 from .formats import refuses_nz
 from .record import recording

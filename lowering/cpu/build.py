@@ -24,7 +24,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "cpu_kernels"
+SOURCES = Path(__file__).parent / "kernels"
 STORAGE = {torch.float32: "STORAGE_F32", torch.bfloat16: "STORAGE_BF16", torch.float16: "STORAGE_F16"}
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _TIMEOUT_S = 300

@@ -1,4 +1,4 @@
-"""From tensors to the kernels' argument struct (cpu_kernels/common.h)."""
+"""From tensors to the kernels' argument struct (kernels/common.h)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ir import Form
-from .generic import Layout
+from ...ir import Form
+from ..reference.generic import Layout
 
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
 _INTS_FIRST = (
     "tokens", "k", "experts", "identity", "hidden", "inter", "out_features", "halves", "weight_on_input", "threads", "n_act",
 )  # fmt: skip
 _POINTERS = (
-    "x", "grad", "ids", "weights", "up", "down", "packed_up", "packed_down", "up_bias", "down_bias", "add", "act_ops", "act_consts", "out", "pre",
-    "grad_weights", "grad_up", "grad_down", "grad_up_bias", "grad_down_bias",
+    "x", "grad", "ids", "weights", "up", "down", "packed_up", "packed_down", "up_bias", "down_bias", "add", "act_ops", "act_consts",
+    "out", "pre", "grad_weights", "grad_up", "grad_down", "grad_up_bias", "grad_down_bias",
 )  # fmt: skip
 _INTS_LAST = (
     "x_stride", "up_expert", "up_n", "up_k", "down_expert", "down_n", "down_k", "up_bias_expert", "up_bias_n", "down_bias_expert",

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir import MoeBlock
-from ..ir import scalar as act
-from . import cpu_build, cpu_route, generic
-from .cpu_call import Call
-from .generic import Layout
+from ...ir import MoeBlock
+from ...ir import scalar as act
+from ..reference import generic
+from ..reference.generic import Layout
+from . import build, route
+from .call import Call
 
-SCALED = True  # integer weights run in plain torch, made floats one touched expert at a time
 _MAX_DEPTH = 8  # stack entries of the kernels' activation programs (act.h)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def can_lower(ir: MoeBlock) -> str | None:
+def refuses(ir: MoeBlock) -> str | None:
     """None when the CPU ops can run this block, else the reason."""
     if ir.experts.row_bits:
         return f"rows rounded to {ir.experts.row_bits} bits: no CPU kernel, and another order of sums may round another way"
@@ -41,21 +41,21 @@ def can_lower(ir: MoeBlock) -> str | None:
     return None
 
 
-def lowering_name(ir: MoeBlock) -> str:
+def says(ir: MoeBlock) -> str:
     """What runs the block, a kernel or plain torch, and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     if ir.experts.weight_dtype is not None:
         return f"cpu torch ({dtype}, weights {str(ir.experts.weight_dtype).removeprefix('torch.')})"
     ops, _ = act.encode(ir.experts.activation)
-    kernel = ir.experts.dtype in cpu_build.STORAGE and _depth(ops) <= _MAX_DEPTH
+    kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
 
 
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
-    cpu_route.prepare()
+    route.prepare()
     if not ir.experts.scaled:
-        cpu_build.start("forward", ir.experts.dtype)
+        build.start("forward", ir.experts.dtype)
 
 
 def forward(
@@ -83,7 +83,7 @@ def forward(
     call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous())
     pre = x.new_empty(ids.numel() if save else 0, layout.pre_width(down))
     if save:
-        cpu_build.start("backward", x.dtype)  # somebody is going to want gradients
+        build.start("backward", x.dtype)  # somebody is going to want gradients
         call.tensors(pre=pre)
     call.run(library.moe_experts_forward)
     return out, pre
@@ -172,7 +172,7 @@ def _call(
 def _library(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]) -> ctypes.CDLL | None:
     """The kernels, when these operands are what they take: one dtype, one stride pattern per list, rows or columns contiguous."""
     dtype = x.dtype
-    if dtype not in cpu_build.STORAGE or _depth(layout.act_ops) > _MAX_DEPTH or x.shape[1] == 0:
+    if dtype not in build.STORAGE or _depth(layout.act_ops) > _MAX_DEPTH or x.shape[1] == 0:
         return None
     for tensors in lists:
         strides = tensors[0].stride() if tensors else ()
@@ -181,7 +181,7 @@ def _library(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]
     for t in (lists[0][0], lists[1][0]):
         if 1 not in t.stride()[-2:] or 0 in t.stride():
             return None
-    return cpu_build.library(direction, dtype)
+    return build.library(direction, dtype)
 
 
 def _depth(ops: Sequence[int]) -> int:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir import BiasOn, Norm, Score
-from ..ir import score as apply_score
-from . import cpu_build, routing
-from .routing import Routing
+from ...ir import BiasOn, Norm, Score
+from ...ir import score as apply_score
+from ..reference import routing
+from ..reference.routing import Routing
+from . import build
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _AFTER_SELECTION = {Score.IDENTITY: 0, Score.SOFTMAX: 1, Score.SIGMOID: 2}  # as in route.cpp
@@ -32,7 +33,7 @@ class _Gating(ctypes.Structure):
 
 def prepare() -> None:
     """Start building the kernel in the background; returns at once."""
-    cpu_build.start("route", torch.float32)
+    build.start("route", torch.float32)
 
 
 def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def _fits(r: Routing, experts: int) -> bool:
 
 
 def _kernel(r: Routing, experts: int) -> Callable[..., int] | None:
-    library = cpu_build.library("route", torch.float32) if _fits(r, experts) else None
+    library = build.library("route", torch.float32) if _fits(r, experts) else None
     if library is None:
         return None
     function: Any = library.moe_route

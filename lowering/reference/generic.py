@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ir import Form
-from ..ir import scalar as act
+from ...ir import Form
+from ...ir import scalar as act
 
 Dual = tuple[Tensor, Tensor | None, Tensor | None]  # value, d/dg, d/du; None is a derivative of zero
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ir import BiasOn, Norm, Score
-from ..ir import score as apply_score
+from ...ir import BiasOn, Norm, Score
+from ...ir import score as apply_score
 
 
 @dataclass(frozen=True)

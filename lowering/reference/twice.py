@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ir import Experts, Form
-from ..ir import scalar as act
+from ...ir import Experts, Form
+from ...ir import scalar as act
 from . import routing
 from .generic import Layout, accumulate_dtype
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import routing
-from ..generic import Layout
-from ..on_cuda import plain
+from ..reference import routing
+from ..reference.generic import Layout
 from . import backward as gradient
 from . import experts as routed
 from . import route as kernels
 from . import router, shared
 from .launch import plans, warm
+from .short import plain
 
 _LAYOUT = 9  # plain arguments of the routed experts; those of a shared one stand behind them
 

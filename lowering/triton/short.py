@@ -107,13 +107,6 @@ def _ordinary(a: Any) -> bool:
     return not isinstance(a, Tensor) or type(a) in (Tensor, torch.nn.Parameter)
 
 
-def below(name: str, *args: Any) -> Any:
-    """An op of `moe_compile.ops` below autograd, on CUDA in its short form."""
-    x: Tensor = args[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return call(name, *args) if x.is_cuda else getattr(torch.ops.moe_compile, name).default(*args)
-
-
 def _long(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: f(*lengthen(name, args))
 
@@ -123,7 +116,7 @@ def _fake(name: str, shape: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         if args[0].device.type == "cuda" and torch.cuda.is_available() and _found(name) is not None:
-            importlib.import_module(f"{__package__}.triton.calls").compile_ahead(_KERNELS.get(name, name), args)
+            importlib.import_module(f"{__package__}.calls").compile_ahead(_KERNELS.get(name, name), args)
         return shape(*lengthen(name, args))
 
     return run
@@ -144,7 +137,7 @@ def _found(name: str) -> Callable[..., Any] | None:
     """The op in lowering/triton; None where triton is missing."""
     if importlib.util.find_spec("triton") is None:
         return None
-    kernels: dict[str, Callable[..., Any]] = importlib.import_module(f"{__package__}.triton.calls").OPS
+    kernels: dict[str, Callable[..., Any]] = importlib.import_module(f"{__package__}.calls").OPS
     return kernels[_KERNELS.get(name, name)]
 
 

@@ -6,24 +6,15 @@ given) are copies that the forward ops return. A gradient that is to have one it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import generic, on_cuda, routing, twice
-
-# One object for equal arguments: what kernels derive from it is looked up, not made again
-routing_of = functools.lru_cache(maxsize=1024)(routing.Routing)
-_same_layout = functools.lru_cache(maxsize=1024)(generic.Layout)
-
-
-def layout_of(args: Sequence[Any]) -> generic.Layout:
-    """The plain arguments of `experts`, after the tensors."""
-    act_ops, act_consts, *rest = args
-    return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
+from ..lowering.reference import twice
+from .records import layout_of, routing_of
+from .schemas import below
 
 
 class Experts(torch.autograd.Function):
@@ -34,7 +25,7 @@ class Experts(torch.autograd.Function):
         ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
     ) -> Tensor:
         lists = _regroup(flat, sizes)
-        out, pre, kept_ids, kept_weights = on_cuda.below("experts_fwd", x, ids, weights, *lists, add, *layout)
+        out, pre, kept_ids, kept_weights = below("experts_fwd", x, ids, weights, *lists, add, *layout)
         ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
         ctx.sizes, ctx.layout, ctx.given = sizes, layout, _Given(weights)
         ctx.add_dtype = None if add is None else add.dtype
@@ -56,7 +47,7 @@ class Experts(torch.autograd.Function):
 
             found = twice.gradients(again, [x, w, *flat], needs, grad)
         elif any(needs):
-            given = iter(on_cuda.below("experts_bwd", grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
+            given = iter(below("experts_bwd", grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
 
@@ -66,7 +57,7 @@ class Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        weights, ids, *kept = on_cuda.below("route_fwd", logits, bias, expert_scale, *gating)
+        weights, ids, *kept = below("route_fwd", logits, bias, expert_scale, *gating)
         ctx.mark_non_differentiable(ids)
         ctx.save_for_backward(*kept)
         bias = bias if gating[4] else None  # one that only selects has no gradient
@@ -83,7 +74,7 @@ class Route(torch.autograd.Function):
             plain = routing_of(*ctx.gating)
             found = twice.gradients(lambda l, b, c: twice.route(l, ids, b, c, plain), ctx.given.tensors(), needs, grad)
         elif any(needs):
-            given = iter(on_cuda.below("route_bwd", grad, ids, logits, bias, scale, *ctx.gating, needs))
+            given = iter(below("route_bwd", grad, ids, logits, bias, scale, *ctx.gating, needs))
             found = [next(given) if n else None for n in needs]
         return None, *found
 

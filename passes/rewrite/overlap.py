@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ...calls import is_write
 from ...ir import Overlap, Rejection
 from ..aten import names
 from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write, mutated_args
+from ..aten.effects import mutated_args
 from ..aten.element import call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from ..aten.node import example_value
@@ -21,14 +22,15 @@ from ..recover.shared import Operands, SharedMatch
 from .layout import dims_by_stride
 from .plan import Operand, SharedPlan
 from .planner import Planner
+from .target import Target
 
 
-def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
-    """The op's `overlap` where the shared expert may go into it: on CUDA, when no gradient may be wanted.
+def mode(graph: fx.Graph, options: Any, target: Target) -> int | None:
+    """The op's `overlap` where the shared expert may go into it: where the target has an op for both, when no gradient may be wanted.
 
     "auto" leaves it to the op, which knows the number of tokens, when to use a side stream.
     """
-    if target != "cuda" or options.overlap_shared is False or may_train(graph):
+    if not target.shares or options.overlap_shared is False or may_train(graph):
         return None
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import tune
-from .tune import Choice, Problem, Tile
+from .lowering.triton import tune
+from .lowering.triton.tune import Choice, Problem, Tile
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -54,7 +54,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
     """Sizes of the model type, overridden by those given. Raises ValueError naming what is missing."""
     sizes: dict[str, int] = {}
     if args.model:
-        from ...tiny import moe_sizes
+        from .tiny import moe_sizes
 
         sizes |= moe_sizes(args.model)
     sizes |= {name: given for name in _SIZES if (given := getattr(args, name)) is not None}
@@ -69,7 +69,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 def measured(problem: Problem, tokens: Sequence[int]) -> Iterator[Row]:
     """The best choice at each number of tokens; one that does not fit the memory is skipped, and said so."""
-    from . import tuner
+    from .lowering.triton import tuner
 
     with _progress(len(tokens)) as step:
         weights = None
