@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .errors import OptionError, one_of
@@ -14,7 +14,7 @@ from .lowering import target, targets
 BACKEND_NAME = "moe_fused"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Options:
     """What a user may pass as `options=` of `torch.compile(model, backend="moe_fused")`.
 
@@ -34,7 +34,15 @@ class Options:
     validate: bool = True
     strict: bool = False
     overlap_shared: bool | str = "auto"
-    own: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    own: Mapping[str, Any] = field(init=False, hash=False)
+
+    def __init__(self, **given: Any) -> None:
+        """Any option by name, those of targets too. Raises `OptionError` on an unknown name."""
+        for key in given:
+            _check_known(key)
+        for f in _GENERAL:
+            object.__setattr__(self, f.name, given.get(f.name, {} if f.default is MISSING else f.default))
+        object.__setattr__(self, "own", _own(given))
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -49,23 +57,24 @@ class Options:
             if given is not None and not isinstance(given, Mapping):
                 raise OptionError(f"options must be a dict, got {type(given).__name__}; valid options: {', '.join(_names())}")
             for key in given or {}:
-                _check_known(key)
-            options = cls(**{k: v for k, v in (given or {}).items() if k in _GENERAL}, own=_own(given or {}))
+                _check_known(key)  # a key that is no text is no keyword either
+            options = cls(**(given or {}))
         _check_values(options)
         _check_inner(options, mode)
         return options
 
     def with_(self, **changes: Any) -> Options:
         """A copy with some values changed."""
-        return replace(self, **changes)
-
+        general = {f.name: getattr(self, f.name) for f in _GENERAL}
+        own = {f.name: getattr(o, f.name) for o in self.own.values() for f in fields(o)}
+        return Options(**{**general, **own, **changes})
 
     def of(self, name: str) -> Any:
         """The options that only target `name` has, an instance of its `Target.options`."""
         return self.own[name] if name in self.own else target(name).options()
 
 
-_GENERAL = tuple(f.name for f in fields(Options) if f.name != "own")
+_GENERAL = tuple(f for f in fields(Options) if f.init)
 
 
 def _own(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def _own(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names() -> list[str]:
     """Of all options, those of every target first."""
-    return [*_GENERAL, *dict.fromkeys(f.name for t in targets().values() for f in fields(t.options))]
+    return [*(f.name for f in _GENERAL), *dict.fromkeys(f.name for t in targets().values() for f in fields(t.options))]
 
 
 def _check_known(key: Any) -> None:
