@@ -65,9 +65,12 @@ class Options:
 
     def with_(self, **changes: Any) -> Options:
         """A copy with some values changed."""
-        general = {f.name: getattr(self, f.name) for f in _GENERAL}
+        return Options(**{**self.by_name(), **changes})
+
+    def by_name(self) -> dict[str, Any]:
+        """All options as a user gives them."""
         own = {f.name: getattr(o, f.name) for o in self.own.values() for f in fields(o)}
-        return Options(**{**general, **own, **changes})
+        return {f.name: getattr(self, f.name) for f in _GENERAL} | own
 
     def of(self, name: str) -> Any:
         """The options that only target `name` has, an instance of its `Target.options`."""
