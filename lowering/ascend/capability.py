@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...ir import MoeBlock, Norm
+from ...ir import MoeBlock
 from ...ir import scalar as act
 from ...ops import route_args
 from ..reference.routing import Routing
@@ -57,10 +57,7 @@ def says(ir: MoeBlock) -> str:
     routing = "routing as written"
     if ir.gating is not None:
         g = ir.gating
-        plain = route_args(g)
-        if g.norm is not None and g.norm.kind is Norm.EXPR:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
-        row, _ = law.choose_routing(law.Case(Routing(*plain), g.num_experts))
+        row, _ = law.choose_routing(law.Case(Routing(*route_args(g)), g.num_experts))
         routing = row.calls
     if ir.experts.row_bits:
         chain, _ = int8.choose(_problem(ir))

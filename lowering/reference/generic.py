@@ -16,45 +16,9 @@ from torch import Tensor
 
 from ...ir import Form
 from ...ir import scalar as act
+from ...ir.records import Layout as Layout
 
 Dual = tuple[Tensor, Tensor | None, Tensor | None]  # value, d/dg, d/du; None is a derivative of zero
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The plain numbers of the experts op: fields as in `ir.Experts`, the activation as a postfix program."""
-
-    act_ops: tuple[int, ...]
-    act_consts: tuple[float, ...]
-    form: int
-    num_experts: int
-    stacked: bool
-    up_transposed: bool
-    down_transposed: bool
-    weight_on_input: bool
-    num_identity: int
-
-    @property
-    def gated(self) -> bool:
-        return self.form != Form.SINGLE
-
-    def halves(self) -> int:
-        """How many tensors (or lists) hold the up projection."""
-        return 2 if self.form == Form.SEPARATE else 1
-
-    def at(self, tensors: Sequence[Tensor], part: int, e: int) -> Tensor:
-        """Expert e's matrix or bias of one part, as stored."""
-        return tensors[part][e] if self.stacked else tensors[part * self.num_experts + e]
-
-    def intermediate(self, down: Sequence[Tensor]) -> int:
-        return down[0].shape[-2 if self.down_transposed else -1]
-
-    def out_features(self, down: Sequence[Tensor]) -> int:
-        return down[0].shape[-1 if self.down_transposed else -2]
-
-    def pre_width(self, down: Sequence[Tensor]) -> int:
-        """Columns of the saved pre-activations: [g | u], or g alone."""
-        return self.intermediate(down) * (2 if self.gated else 1)
 
 
 def check_sizes(layout: Layout, *lists: Sequence[Tensor]) -> None:

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...ir import BiasOn, Norm, Score
 from ...ir import score as apply_score
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The plain numbers of the routing op; fields as in `ir.Gating`."""
-
-    k: int
-    score: int
-    score_over_selected: bool
-    bias_on: int
-    bias_in_weights: bool
-    n_groups: int
-    kept_groups: int
-    group_top: int
-    group_fill: float
-    norm: int
-    norm_eps: float
-    norm_clamp: float
-    norm_p: float
-    scale: float
-    score_dtype: torch.dtype
-    weight_dtype: torch.dtype
+from ...ir.records import Routing as Routing
 
 
 def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...ir import Experts, Form
-from ...ir import scalar as act
+from ...ir import Experts
+from ...ir.codec import decode
 from . import routing
 from .generic import Layout, accumulate_dtype
 
@@ -18,19 +18,8 @@ def experts(
     down_bias: Sequence[Tensor], layout: Layout,
 ) -> Tensor:  # fmt: skip
     """x [T, H], ids and weights [T, k] -> [T, out] in x.dtype, as the IR says it."""
-    meaning = Experts(
-        num_experts=layout.num_experts,
-        hidden=x.shape[1],
-        intermediate=layout.intermediate(down),
-        out_features=layout.out_features(down),
-        form=Form(layout.form),
-        activation=act.decode(layout.act_ops, layout.act_consts),
-        stacked=layout.stacked,
-        up_transposed=layout.up_transposed,
-        down_transposed=layout.down_transposed,
-        weight_on_input=layout.weight_on_input,
-        num_identity=layout.num_identity,
-    )
+    sizes = dict(hidden=x.shape[1], intermediate=layout.intermediate(down), out_features=layout.out_features(down))
+    meaning = decode(Experts, layout, **sizes)
     return meaning.evaluate(x, ids, weights, up, down, up_bias, down_bias, dtype=accumulate_dtype(x.dtype)).to(x.dtype)
 
 

@@ -12,10 +12,14 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...ir.records import Layout
+from ...ops.schemas import IN_WEIGHTS
 
 _EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias"
 _ROUTE = "Tensor? bias, Tensor? expert_scale"
@@ -31,9 +35,9 @@ SCHEMAS = {
     "experts_bwd": f"Tensor grad, Tensor pre, {_EXPERTS}, str how, bool[] needs) -> Tensor[]",
     "experts_shared": f"{_EXPERTS}, Tensor? add, {_SHARED}, str how) -> Tensor",
 }
-# How many arguments stand before the plain ones; for the shared expert also the second run of tensors, behind nine plain ones
+# How many arguments stand before the plain ones; for the shared expert also the second run of tensors, behind those of the routed ones
 _TENSORS = {"route": 3, "route_linear": 5, "route_fwd": 3, "route_bwd": 5, "experts": 8, "experts_fwd": 8, "experts_bwd": 9}
-_SHARED_AT = (8, 17, 22)
+_SHARED_AT = (8, 8 + len(fields(Layout)), 8 + len(fields(Layout)) + 5)
 
 
 def text(plain: Sequence[Any]) -> str:
@@ -127,7 +131,7 @@ def _copies(name: str, args: Sequence[Any], out: Sequence[Tensor]) -> list[Tenso
     if name == "experts_fwd":
         return [args[1].clone(), args[2].clone()]
     logits, bias, expert_scale, how = args
-    in_weights = plain(how)[4]
+    in_weights = plain(how)[IN_WEIGHTS]
     tables = (bias if in_weights else None, expert_scale)
     return [logits.clone(), out[1].clone(), *(logits.new_empty(0) if t is None else t.clone() for t in tables)]
 

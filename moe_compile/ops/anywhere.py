@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..lowering.reference import generic, routing, scaled
 from .records import layout_of, routing_of
-from .schemas import library
+from .schemas import IN_WEIGHTS, library
 
 _ops = torch.ops.moe_compile
 
@@ -29,7 +29,7 @@ def route_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`route`, and copies of what its gradient is made from; a bias that only selects is not."""
     weights, ids = _ops.route(logits, bias, expert_scale, *gating)
-    return weights, ids, logits.clone(), ids.clone(), *(_kept(t, logits) for t in (bias if gating[4] else None, expert_scale))
+    return weights, ids, logits.clone(), ids.clone(), *(_kept(t, logits) for t in (bias if gating[IN_WEIGHTS] else None, expert_scale))
 
 
 def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:

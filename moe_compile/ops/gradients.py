@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..lowering.reference import twice
 from .records import layout_of, routing_of
-from .schemas import below
+from .schemas import IN_WEIGHTS, below
 
 
 class Experts(torch.autograd.Function):
@@ -60,7 +60,7 @@ class Route(torch.autograd.Function):
         weights, ids, *kept = below("route_fwd", logits, bias, expert_scale, *gating)
         ctx.mark_non_differentiable(ids)
         ctx.save_for_backward(*kept)
-        bias = bias if gating[4] else None  # one that only selects has no gradient
+        bias = bias if gating[IN_WEIGHTS] else None  # one that only selects has no gradient
         ctx.gating, ctx.given, ctx.has = gating, _Given(logits, bias, expert_scale), (bias is not None, expert_scale is not None)
         return weights, ids
 

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GATING = (
-    "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
-    "float group_fill, int norm, float norm_eps, float norm_clamp, float norm_p, float scale, "
-    "ScalarType score_dtype, ScalarType weight_dtype"
-)
-_LAYOUT = (
-    "int[] act_ops, float[] act_consts, int form, int num_experts, bool stacked, bool up_transposed, bool down_transposed, "
-    "bool weight_on_input, int num_identity"
-)
+from ..ir.codec import place, schema
+from ..ir.records import Layout, Rounding, Routing, SharedLayout
+
+_GATING, _LAYOUT = schema(Routing), schema(Layout)
+IN_WEIGHTS = place(Routing, "bias_in_weights")  # among the plain arguments of `route`
 _EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
 _SCALES = "Tensor[] up_scale, Tensor[] down_scale, "
 _SHARED = (
     "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate, "
-    "int[] shared_act_ops, float[] shared_act_consts, int shared_form, bool shared_up_transposed, bool shared_down_transposed, int overlap"
+    f"{schema(SharedLayout, 'shared_')}, int overlap"
 )
 
 SCHEMAS = (
@@ -35,7 +31,7 @@ SCHEMAS = (
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
-    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, int row_bits, float row_floor) -> Tensor",
+    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, {schema(Rounding)}) -> Tensor",
 )
 
 library = torch.library.Library("moe_compile", "DEF")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .records import layout_of
-from .schemas import library
+from .schemas import IN_WEIGHTS, library
 
 
 def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -25,13 +25,11 @@ def route_fwd(
     logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights, ids = route(logits, bias, expert_scale, *gating)
-    kept = (logits.new_empty(0) if t is None else torch.empty_like(t) for t in (bias if gating[4] else None, expert_scale))
+    kept = (logits.new_empty(0) if t is None else torch.empty_like(t) for t in (bias if gating[IN_WEIGHTS] else None, expert_scale))
     return weights, ids, torch.empty_like(logits), torch.empty_like(ids), *kept
 
 
-def route_bwd(
-    grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any
-) -> list[Tensor]:
+def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
     wanted = zip((logits, bias, expert_scale), rest[-1], strict=True)
     return [_empty_contiguous(t) for t, needed in wanted if needed and t is not None]
 

@@ -68,8 +68,7 @@ class Planner:
         assert g is not None
         norm, plain = g.gating.norm, route_args(g.gating)
         expr = norm.expr if norm is not None and norm.kind is Norm.EXPR else None
-        if expr is not None:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # raw scores: the normaliser follows as plain tensor ops
+        if expr is not None:  # it follows as plain tensor ops
             refusal = can_emit(expr)
             if refusal is not None:
                 raise refusal
