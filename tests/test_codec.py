@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.codec import decode, encode, path, place, record_of, schema
+from moe_compile.ir.operands import Operands
 from moe_compile.ir.records import Layout, Rounding, Routing, SharedLayout
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -109,3 +110,11 @@ def test_the_arguments_as_they_are():
     assert ops.route_args(gating)[:9] == [2, int(ir.Score.SIGMOID), False, 0, False, 4, 2, 1, 0.0]
     assert ops.route_args(gating)[9:] == [int(ir.Norm.SUM), 1e-20, 0.0, 1.0, 2.5, torch.float32, torch.float32]
     assert place(Routing, "bias_in_weights") == 4
+
+
+def test_operands_keep_their_order():
+    """What is mapped comes back in the order of iteration, group by group, and groups that are not there stay away."""
+    names = Operands(up=("g", "u"), down=("d",), down_bias=("b",))
+    assert [*names] == ["g", "u", "d", "b"] and [*names.map(str.upper)] == ["G", "U", "D", "B"]
+    assert names.map(len).groups() == ((1, 1), (1,), (), (1,), (), ())
+    assert Operands.of(names) == Operands(**names.by_name()) == names

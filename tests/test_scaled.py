@@ -143,7 +143,7 @@ def test_scales_of_another_projection_in_the_emitted_op_are_found(monkeypatch: p
 
     def wrong(self: Any, b: Any) -> Any:
         plan = right(self, b)
-        return replace(plan, down_scale=plan.up_scale)  # both [E, 16] in the catalogue
+        return replace(plan, operands=replace(plan.operands, down_scale=plan.operands.up_scale))  # both [E, 16] in the catalogue
 
     monkeypatch.setattr(rewrite.Planner, "_experts", wrong)
     model = catalogue.build(catalogue.entries()["Int8Batched"]).eval()
