@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 import moe_compile
 from moe_compile import backend, ir, ops
+from moe_compile.lowering import target
 from moe_compile.passes.rewrite import router
 
 pytest.importorskip("triton")
