@@ -295,9 +295,7 @@ def start(
     return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
 
 
-def finish(
-    rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True
-) -> Tensor:
+def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True) -> Tensor:
     """The combine with at most two addends inside; more are added behind it. Not `fused`, which training cannot be: all of them are."""
     every = [*own, *addends]
     inside = every[:2] if fused else []

@@ -15,7 +15,6 @@ MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-
 def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts

@@ -205,4 +205,3 @@ class _Lowering:
         self.graph.lint()
         self.gm.recompile()
         return Lowered(self.gm, inputs, self.train, list(dict.fromkeys(self.notes)), self.operands.made)
-

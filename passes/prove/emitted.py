@@ -74,9 +74,7 @@ def _graph_result(b: Block, env: Env) -> Tensor:
     return weights * valid * b.fold.factor
 
 
-def _result(
-    b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env
-) -> Tensor:
+def _result(b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env) -> Tensor:
     """The result of the emitted nodes; weights in the order in which the graph has its experts."""
     graph, results = small_graph(in_small(b, plan, env.small), names)
     got = interpret(graph, lambda name: env[images[name]], results)

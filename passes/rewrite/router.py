@@ -1,6 +1,6 @@
 """The router's product goes into the routing op where few tokens are routed: a kernel of two microseconds there, not a library's product.
 
-    route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
+route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
 """
 
 from __future__ import annotations
