@@ -15,8 +15,7 @@ from .table import short
 if TYPE_CHECKING:
     from .passes.trace import Entry, Stage, Trace, Unit
 
-
-WHOLE = "the whole graph"  # title of an entry whose texts are graphs
+LINES = 40  # of a graph or term, where everything is printed
 
 
 @dataclass
@@ -26,21 +25,30 @@ class Traced:
     report: Report
     trace: Trace
 
-    def text(self, stage: str = "", limit: int = 40) -> str:
-        """All stages, or those of one name. Of a graph with more than `limit` lines the changed ones are shown, or the first `limit`."""
-        return "\n".join(_unit(self.trace, stage, limit)) + f"\n\n{self.report}"
+    def text(self, stage: str = "") -> str:
+        """All passes, with the first lines of long graphs and terms; or one pass (`stage`) in full. The report comes last.
+
+        Raises ValueError where no pass has that name.
+        """
+        check_stage(stage)
+        return "\n".join([*(line for u in self.trace.units for line in _unit(u, stage)), "", str(self.report)])
 
     def __str__(self) -> str:
         return self.text()
 
     def to_html(self) -> str:
+        """The whole trace and the report as one HTML document that loads nothing else."""
         from .trace_html import page
 
         return page(self)
 
 
 def trace(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Traced:
-    """As `explain`, with what each pass was given, what it made of it, which rules fired how often, and the first predicate that failed."""
+    """As `explain`, with what each pass was given and made of it, which rules fired how often, and the first predicate that failed.
+
+    Plans that are kept on disk are not replayed: every pass runs. A loop that this process read before is not read again.
+    Raises what `explain` raises.
+    """
     from .passes import trace as passes
 
     with passes.collecting() as found:
@@ -48,40 +56,22 @@ def trace(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | No
     return Traced(report, found)
 
 
-def _unit(found: Trace, stage: str, limit: int) -> Iterator[str]:
-    for u in found.units:
-        yield f"══ {u.title} " + "═" * max(0, 100 - len(u.title))
-        for s in u.stages:
-            if stage in ("", s.name):
-                yield from _stage(s, limit if not stage else 10**9)
-        if u.refusal:
-            yield f"\n✗ left as written: {u.refusal}"
+def stage_names() -> list[str]:
+    """Names of the passes in their order; "record" is what a loop did when it was read by example."""
+    from .passes.pipeline import PASSES
+
+    return ["record", *(p.name for p in PASSES)]
 
 
-def _stage(s: Stage, limit: int) -> Iterator[str]:
-    yield f"\n── {s.name}: {s.says} " + (f"({s.seconds:.3f} s)" if s.seconds else "")
-    for e in s.entries:
-        yield from _entry(e, limit)
-    if s.skipped:
-        yield "  elsewhere nothing looks like experts: " + ", ".join(f"{reason} ×{n}" for reason, n in s.skipped.most_common())
-    if s.rules:
-        yield "  rules fired: " + ", ".join(f"{name} ×{n}" for name, n in s.rules.most_common())
+def check_stage(name: str) -> None:
+    """Raises ValueError for a name that is no pass's and not ""."""
+    if name and name not in (names := stage_names()):
+        raise ValueError(f"stage: there is no pass {name!r}; the passes are {', '.join(names)}")
 
 
-def _entry(e: Entry, limit: int) -> Iterator[str]:
-    yield f"\n  • {e.title}" + (f"   {short(e.source)}" if e.source else "")
-    if e.before and e.before == e.after:
-        yield "    goes on as it is"
-    elif e.title == WHOLE:
-        yield _cut(difference(e.before, e.after), limit)
-    else:
-        for word, text in (("before:", e.before), ("after:", e.after)):
-            if text:
-                yield f"    {word}\n{_cut(text, limit)}"
-    for note in e.notes:
-        yield indent(note, "    ")
-    if e.refusal:
-        yield f"    ✗ first failing predicate: {e.refusal}"
+def refusals(u: Unit) -> list[tuple[str, str, str]]:
+    """(pass, first predicate that failed, line of the user's code) of everything in a graph that is left as written."""
+    return [(s.name, reason, source) for s in u.stages for reason, source in s.refusals]
 
 
 def difference(before: str, after: str) -> str:
@@ -90,8 +80,48 @@ def difference(before: str, after: str) -> str:
     return "\n".join("  ⋮" if line.startswith("@@") else line for line in lines)
 
 
+def _unit(u: Unit, stage: str) -> Iterator[str]:
+    title = f"{u.title}   {short(u.source)}" if u.source else u.title
+    yield f"\n══ {title} {'═' * max(3, 100 - len(title))}"
+    for name, reason, source in refusals(u):
+        yield f"✗ {name}: {reason}" + (f"   {short(source)}" if source else "")
+    for s in u.stages:
+        if stage in ("", s.name):
+            yield from _stage(s, 10**9 if stage else LINES)
+
+
+def _stage(s: Stage, limit: int) -> Iterator[str]:
+    yield f"\n── {s.name}: {s.says}"
+    for e in s.entries:
+        yield from _entry(e, limit)
+    if s.skipped:
+        yield f"  nothing like experts at {sum(s.skipped.values())} other places: {_counts(s.skipped)}"
+    if s.rules:
+        yield f"  rules fired: {_counts(s.rules)}"
+
+
+def _entry(e: Entry, limit: int) -> Iterator[str]:
+    yield f"\n  • {e.title}" + (f"   {short(e.source)}" if e.source else "")
+    if e.before and e.before == e.after:
+        yield "    goes on as it is"
+    elif e.changes:
+        yield _cut(difference(e.before, e.after), limit)
+    else:
+        for word, text in (("before", e.before), ("after", e.after)):
+            if text:
+                yield f"    {word}:\n{_cut(text, limit)}"
+    for note in e.notes:
+        yield indent(note, "    ")
+    if e.refusal:
+        yield f"    ✗ first failing predicate: {e.refusal}"
+
+
+def _counts(counted: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} ×{n}" for what, n in sorted(counted.items(), key=lambda x: (-x[1], x[0])))
+
+
 def _cut(text: str, limit: int) -> str:
     lines = text.splitlines()
     if len(lines) > limit:
-        lines = [*lines[:limit], f"… {len(lines) - limit} more lines (--stage shows all of a stage, --html everything)"]
+        lines = [*lines[:limit], f"… {len(lines) - limit} more lines (--stage shows all of a pass, --html everything)"]
     return indent("\n".join(lines), "      ")

@@ -10,10 +10,10 @@ from . import trace
 from .aten.effects import Memory
 from .aten.element import Puller
 from .prove.claims import Claims
-from .prove.engine import prove
 from .recover.match import PARAMETERS, ExpertsMatch
 from .recover.materialise import hold
 from .recover.region import Block, RoutingNodes, routing_nodes
+from .steps import proved
 from .terms import unify
 from .terms.deep import deep_recursion
 from .work import Recovered
@@ -26,14 +26,16 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    with deep_recursion(), trace.loop(gm) as seen:
+    with deep_recursion(), trace.loop(gm):
         try:
-            block = _block(*_read(gm))
-            refusal = prove(Claims(block, given=True).of_meaning(), block.match.out)
+            with trace.phase("find", "experts at every node that could be their combined result: what is one element of it?"):
+                block = _block(*_read(gm))
+            with trace.phase("prove", "the formulas hold on probes, run against the loop's own operations"):
+                if (refusal := proved(Claims(block, given=True).of_meaning(), block)) is not None:
+                    raise refusal
         except Rejection as r:
-            refusal = r
-        seen.ends(refusal)
-        return refusal if refusal is not None else Recovered(block.ir, "", True, "")
+            return r
+        return Recovered(block.ir, "", True, "")
 
 
 def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:

@@ -13,7 +13,7 @@ from ..ir.text import dtype_text, experts_text, formula, shared_text
 from . import terms as T
 from .aten.element import Puller, shape_of, size_of
 from .aten.node import example_value
-from .aten.sources import code_of, source_of
+from .aten.sources import code_of, input_name, source_of
 from .recover.match import ExpertsMatch
 from .recover.region import Block
 from .recover.rows import row_index, row_variable, rows
@@ -23,21 +23,27 @@ from .terms.text import pretty
 
 
 def graph(nodes: Iterable[fx.Node]) -> str:
-    """A line for each node: name, type, call, and the user's line and code that made it."""
+    """A line for each node: name, type, call, and the user's line and code that made it. Inputs go by the user's names for them."""
     return "\n".join(map(_line, nodes))
 
 
 def _line(n: fx.Node) -> str:
     if n.op == "output":
         return f"return {_value(n.args[0])}"
-    if n.op in ("placeholder", "get_attr"):
-        text = str(n.meta.get(SAID) or n.target)
+    if n.op == "placeholder":
+        return f"{_name(n)}: {_type(n)}"
+    if n.op == "get_attr":
+        text = str(n.target)
     else:
         given = [*map(_value, n.args), *(f"{k}={_value(v)}" for k, v in n.kwargs.items())]
         text = f"{_target(n)}({', '.join(given)})"
     where, code = source_of(n).rpartition("/")[2], code_of(n)
-    comment = f"  # {where}" + (f"  {code}" if code else "") if where and n.op != "placeholder" else ""
+    comment = f"  # {where}" + (f"  {code}" if code else "") if where else ""
     return f"{n.name}: {_type(n)} = {text}{comment}"
+
+
+def _name(n: fx.Node) -> str:
+    return str(n.meta.get(SAID) or (input_name(n) if n.op == "placeholder" else "") or n.name)
 
 
 def _target(n: fx.Node) -> str:
@@ -47,7 +53,7 @@ def _target(n: fx.Node) -> str:
 def _value(v: Any) -> str:
     if isinstance(v, (list, tuple)):
         return f"[{', '.join(map(_value, v))}]"
-    return v.name if isinstance(v, fx.Node) else str(v)
+    return _name(v) if isinstance(v, fx.Node) else str(v)
 
 
 def _type(n: fx.Node) -> str:
@@ -58,14 +64,11 @@ def _type(n: fx.Node) -> str:
 
 
 def element(n: fx.Node, p: Puller) -> tuple[str, str]:
-    """(what one element of a node is called, its term in normal form); the token is t, the feature h."""
+    """(what one element of a node is called, its term in normal form, "" if it was not asked for); the token is t, the feature h."""
     shape = shape_of(n)
-    t, h = row_variable(rows(n)), T.named("h", shape[-1])
-    at = (*row_index(t, shape[:-1]), h)
-    try:
-        return T.show(T.atom(n, at)), pretty(p.at(n, at))
-    except T.TooLarge as e:
-        return T.show(T.atom(n, at)), f"too large: {e}"
+    at = (*row_index(row_variable(rows(n)), shape[:-1]), T.named("h", shape[-1]))
+    term = p.memo.get((n, at))
+    return T.show(T.atom(n, at)), "" if term is None else pretty(term)
 
 
 def read(p: Puller, n: fx.Node) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""The passes themselves: each does one thing to the work on a graph, or to one block, and raises Rejection where a block goes no further."""
+"""The passes themselves: each does one thing to the work on a graph, or to one block; Rejection says that a block goes no further."""
 
 from __future__ import annotations
 

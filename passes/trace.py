@@ -6,8 +6,9 @@ Nothing is recorded, and nothing costs anything, outside of `collecting()`.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,10 @@ from .work import Candidate, Work
 
 @dataclass
 class Entry:
-    """One thing that a pass looked at: a node, a block or the whole graph. `refused`: the first predicate that failed, "" if none did."""
+    """One thing that a pass looked at: a node, a block or the whole graph. `refusal`: the first predicate that failed, "" if none did.
+
+    `before`, `after`: what the pass was given and what it made; `changes`: they are two states of one graph.
+    """
 
     title: str
     source: str = ""
@@ -36,7 +40,8 @@ class Entry:
     after: str = ""
     refusal: str = ""
     notes: list[str] = field(default_factory=list)
-    shows: Any = None
+    changes: bool = False
+    shows: Callable[[Candidate], str] = lambda c: ""
 
     def became(self, c: Candidate) -> None:
         self.after = self.shows(c)
@@ -47,34 +52,32 @@ class Entry:
 
 @dataclass
 class Stage:
-    """One pass over one graph. `rules`: how often each rule fired; `skipped`: reasons of places where nothing looked like experts."""
+    """One pass over one graph. `rules`: how often each rule fired; `skipped`: reasons of places where nothing looked like experts.
+
+    `refusals`: (first predicate that failed, line of the user's code) of each place that got no further.
+    """
 
     name: str
     says: str
     entries: list[Entry] = field(default_factory=list)
     rules: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
 
 
 @dataclass
 class Unit:
-    """One graph, or one loop that was read by example."""
+    """One graph, or one loop that was read by example. `source`: the loop's line in the user's code."""
 
     title: str
+    source: str = ""
     stages: list[Stage] = field(default_factory=list)
-    refusal: str = ""
-
-    def ends(self, refusal: Rejection | None) -> None:
-        self.refusal = "" if refusal is None else refusal.reason
 
 
 @dataclass
 class Trace:
     units: list[Unit] = field(default_factory=list)
-
-    def stage_names(self) -> list[str]:
-        return list(dict.fromkeys(s.name for u in self.units for s in u.stages))
 
 
 class _Now(threading.local):
@@ -86,7 +89,6 @@ class _Now(threading.local):
 
 _now = _Now()
 _NOBODY = Entry("")
-_NOBODY.shows = lambda c: ""
 
 
 def on() -> bool:
@@ -123,28 +125,41 @@ def unit(gm: fx.GraphModule) -> Any:
     return _within(Unit(f"graph {number}, {len(gm.graph.nodes)} nodes"))
 
 
-@contextmanager
-def loop(gm: fx.GraphModule) -> Iterator[Unit]:
-    """A recorded function."""
+def loop(gm: fx.GraphModule) -> Any:
+    """A loop that is read by example: the passes over what it did on probes."""
     if _now.trace is None:
-        yield Unit("")
-        return
+        return nullcontext()
     where = next((s for n in gm.graph.nodes if (s := source_of(n))), "")
-    with _within(Unit(f"a loop read by example {where}".rstrip())) as u, _staged(Stage("record", "what the loop does on probes")) as s:
-        s.entries.append(Entry("recorded operations", where, after=shown.graph(gm.graph.nodes)))
-        yield u
+    operations = Entry("operations of the loop", where, after=shown.graph(gm.graph.nodes))
+    return _within(Unit("a loop, read by example", where, [Stage("record", "what the loop does on probes", [operations])]))
 
 
 @contextmanager
-def _staged(stage: Stage) -> Iterator[Stage]:
+def phase(name: str, says: str) -> Iterator[None]:
+    """One pass over a loop's operations; a Rejection that leaves it is its refusal."""
+    if _now.unit is None:
+        yield
+        return
+    with _staged(Stage(name, says)) as s:
+        try:
+            yield
+        except Rejection as r:
+            s.refusals.append((r.reason, r.source))
+            raise
+
+
+@contextmanager
+def _staged(new: Stage) -> Iterator[Stage]:
     assert _now.unit is not None
-    _now.unit.stages.append(stage)
-    before, _now.stage = _now.stage, stage
+    _now.unit.stages.append(new)
+    before, _now.stage = _now.stage, new
+    start = time.perf_counter()
     try:
         with T.tracing() as t:
-            yield stage
-        stage.rules += t.fired
+            yield new
     finally:
+        new.rules += t.fired
+        new.seconds = time.perf_counter() - start
         _now.stage = before
 
 
@@ -154,13 +169,13 @@ def stage(name: str, says: str, work: Work) -> Iterator[Stage | None]:
     if _now.unit is None:
         yield None
         return
-    before = shown.graph(work.gm.graph.nodes) if name in _GRAPHS else ""
+    before, known = shown.graph(work.gm.graph.nodes) if name in _GRAPHS else "", len(work.out.rejected)
     with _staged(Stage(name, says)) as s:
         yield s
-    s.seconds = work.out.seconds.get(name, 0.0)
+    s.refusals += [(r.reason, r.source) for r in work.out.rejected[known:]]
     if name in _GRAPHS:
         after = work.shadow.graph if name == "shadow" else work.gm.graph
-        s.entries.append(Entry("the whole graph", "", before, shown.graph(after.nodes)))
+        s.entries.append(Entry("the whole graph", "", before, shown.graph(after.nodes), changes=name != "shadow"))
 
 
 _GRAPHS = ("shadow", "rewrite")
@@ -193,15 +208,21 @@ def entry(s: Stage | None, c: Candidate) -> Iterator[Entry]:
 
 def claims(found: Sequence[Claim], refusal: Rejection | None) -> None:
     """Note which claims were run on which probes."""
-    if _now.entry is None:
+    if _now.stage is None:
         return
+    notes = _now.entry.notes if _now.entry is not None else _noted(_now.stage)
     for c in found:
         kinds, parts = ", ".join(k.name for k in c.kinds), len(c.region.nodes)
         gradients = f", gradients of {len(c.leaves)} tensors" if c.leaves else ""
         holds = refusal is None or refusal.part != c.part
-        _now.entry.notes.append(f"claim: {c.part}, {parts} operations, probes {kinds}{gradients}: {'holds' if holds else 'does not hold'}")
+        notes.append(f"claim: {c.part}, {parts} operations, probes {kinds}{gradients}: {'holds' if holds else 'does not hold'}")
         if not holds:
             break
+
+
+def _noted(s: Stage) -> list[str]:
+    s.entries.append(Entry("the block"))
+    return s.entries[-1].notes
 
 
 def finder(*args: Any, **kwargs: Any) -> Finder:
@@ -210,22 +231,30 @@ def finder(*args: Any, **kwargs: Any) -> Finder:
 
 
 class _Watched(Finder):
-    """A finder that notes each node it tried: what it read, the element it came to, and the first predicate that failed."""
+    """A finder that notes each node it tried: what it read, the element it came to, and the first predicate that failed.
 
-    def __init__(self, stage: Stage, *args: Any, **kwargs: Any) -> None:
+    It is written down after the search has paid for its steps, from what the search remembers: being watched changes no verdict.
+    """
+
+    def __init__(self, seen: Stage, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stage = stage
+        self.stage, self.tried = seen, list[Puller]()
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
-        out = super()._match(n, p, label)
+        self.tried.append(p)
+        return super()._match(n, p, label)
+
+    def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
+        out = super()._attempt(n, label)
+        p = self.tried.pop()
         if isinstance(out, Rejection) and out.code == NO_EXPERTS:
             self.stage.skipped[out.reason] += 1
             return out
         name, term = shown.element(n, p)
-        e = Entry(f"{name} of {code_of(n) or n.name}", source_of(n), shown.graph(shown.read(p, n)), f"{name} =\n{term}")
+        e = Entry(f"{name} of {code_of(n) or n.name}", source_of(n), shown.graph(shown.read(p, n)), f"{name} =\n{term}" if term else "")
         if isinstance(out, Rejection):
             e.refused(out)
         else:
-            e.notes.append(shown.match(out))
+            e.notes.append(shown.match(out[0]))
         self.stage.entries.append(e)
         return out

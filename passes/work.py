@@ -85,7 +85,7 @@ class Candidate:
 
 @dataclass
 class Work:
-    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: "cpu", "cuda", "ascend"."""
+    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: cpu, cuda or ascend."""
 
     gm: fx.GraphModule
     options: Any

@@ -1,4 +1,4 @@
-"""Where a node comes from in the user's code, and what it is called there: what a person is told of a node, never its name in a graph."""
+"""Where a node comes from in the user's code, and what it is called there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 from typing import Any
 
 import torch.fx as fx
-
-from ..terms.ops import SAID
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -66,20 +64,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
-def called(n: Any) -> str:
-    """A node in the user's words: the name of an input or parameter, or the code that computed it."""
-    if not isinstance(n, fx.Node):
-        return str(n)
-    if SAID in n.meta:
-        return str(n.meta[SAID])
-    if n.op == "placeholder":
-        path = n.meta.get("param_path") or n.meta.get("arg")
-        return str(path) if path else "an input"
-    code = code_of(n)
-    return f"`{code}`" if code else (source_of(n) or "a value of the graph")
-
-
-def said(n: fx.Node) -> str:
+def input_name(n: fx.Node) -> str:
     """What the user calls an input of Dynamo's graph: `self.experts.up`, `x`; "" where that is not known."""
     source = getattr(n.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .ops import OPS
 from .term import Term, show
 
@@ -9,11 +11,25 @@ _SIZE = 40_000  # characters: a term is a tree in print, and may be a huge one
 
 
 def pretty(t: Term, width: int = 110) -> str:
-    """All of a term; what does not fit on a line has each of its parts on lines of its own."""
+    """All of a term; what does not fit on a line has each of its parts on lines of its own. Bound variables are numbered from the top."""
     out: list[str] = []
     _lay(t, width, out)
-    text = "\n".join(out)
+    text = _numbered("\n".join(out))
     return text if len(text) <= _SIZE else f"{text[:_SIZE]}\n… (cut)"
+
+
+_BINDER = re.compile(r"(?:[ΣΠ]|\b(?:max|min|any))\[([a-z]+)(\d+)<")
+
+
+def _numbered(text: str) -> str:
+    """The text with bound variables s13, m14, m18 called s, m, m2: their own numbers count all that were ever made."""
+    new: dict[str, str] = {}
+    taken = {"t": 1, "h": 1}  # the token and the feature that are asked for
+    for name, number in _BINDER.findall(text):
+        if name + number not in new:
+            taken[name] = taken.get(name, 0) + 1
+            new[name + number] = name if taken[name] == 1 else f"{name}{taken[name]}"
+    return re.sub(rf"(?<![\w.])({'|'.join(new)})(?!\w)", lambda m: new[m[1]], text) if new else text
 
 
 def _lay(t: Term, width: int, out: list[str], indent: int = 0) -> None:
