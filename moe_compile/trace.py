@@ -86,12 +86,14 @@ def _unit(u: Unit, stage: str) -> Iterator[str]:
     for name, reason, source in refusals(u):
         yield f"✗ {name}: {reason}" + (f"   {short(source)}" if source else "")
     for s in u.stages:
-        if stage in ("", s.name):
+        if s.name == stage or s.entries and not stage:
             yield from _stage(s, 10**9 if stage else LINES)
 
 
 def _stage(s: Stage, limit: int) -> Iterator[str]:
     yield f"\n── {s.name}: {s.says}"
+    if not s.entries:
+        yield "  no block came this far"
     for e in s.entries:
         yield from _entry(e, limit)
     if s.skipped:

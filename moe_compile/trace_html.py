@@ -65,6 +65,8 @@ def _stage(s: Stage) -> Iterator[str]:
     state = " open" if s.refusals or s.name == "find" else ""
     says = f'<span class="says">{escape(s.says)}{seconds}</span>'
     yield f'<section class="stage"><details{state}><summary>{escape(s.name)}{failed} {says}</summary>\n'
+    if not s.entries:
+        yield "<p>No block came this far.</p>"
     for e in s.entries:
         yield from _entry(e)
     if s.skipped:

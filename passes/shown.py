@@ -18,8 +18,7 @@ from .recover.match import ExpertsMatch
 from .recover.region import Block
 from .recover.rows import row_index, row_variable, rows
 from .rewrite.plan import BlockPlan
-from .terms.ops import SAID, said
-from .terms.text import pretty
+from .terms.text import SAID, line, pretty, said
 
 
 def graph(nodes: Iterable[fx.Node]) -> str:
@@ -68,7 +67,7 @@ def element(n: fx.Node, p: Puller) -> tuple[str, str]:
     shape = shape_of(n)
     at = (*row_index(row_variable(rows(n)), shape[:-1]), T.named("h", shape[-1]))
     term = p.memo.get((n, at))
-    return T.show(T.atom(n, at)), "" if term is None else pretty(term)
+    return line(T.atom(n, at)), "" if term is None else pretty(term)
 
 
 def read(p: Puller, n: fx.Node) -> list[fx.Node]:
@@ -79,7 +78,7 @@ def read(p: Puller, n: fx.Node) -> list[fx.Node]:
 
 def match(m: ExpertsMatch) -> str:
     """Experts as they were read off a term."""
-    given = {"tokens": said(m.tokens), "ids": T.show(m.ids), "weight": T.show(m.weight)}
+    given = {"tokens": said(m.tokens), "ids": line(m.ids), "weight": line(m.weight)}
     params = {name: ", ".join(said(q.node) for q in getattr(m, name)) for name in ("up", "down", "up_bias", "down_bias")}
     return _table({"experts": experts_text(m.experts), **given, **{k: v for k, v in params.items() if v}})
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from ..terms.ops import SAID
+from ..terms.text import SAID
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-SAID = "moe_said"  # in a node's meta: what the user calls it
-
 Args = tuple[Any, ...]
 Text = Callable[[str, Args], Iterable[Any]]
 
@@ -65,27 +63,12 @@ def joined(xs: Iterable[Any], by: str) -> list[Any]:
 
 
 def _read(name: str, a: Args) -> Iterable[Any]:
-    return (f"{said(a[0])}[", *joined(a[1], ", "), "]")
-
-
-def said(node: Any) -> str:
-    """What a tensor is called in print: as the user calls it, where that is known."""
-    if isinstance(node, tuple):
-        return f"({said(node[0])}, ...)"
-    return str(getattr(node, "meta", {}).get(SAID) or getattr(node, "name", None) or node)
-
-
-def _variable(name: str, a: Args) -> Iterable[Any]:
-    return (str(a[0]).replace("#", "v"),)
-
-
-_SIGNS = {"sum": "Σ", "prod": "Π"}
-_ENCLOSED = ("add", "mul", "fdiv", "mod", "eq", "lt")  # printed in brackets of their own
+    node = getattr(a[0], "name", None) or (f"({a[0][0]}, ...)" if isinstance(a[0], tuple) else str(a[0]))
+    return (f"{node}[", *joined(a[1], ", "), "]")
 
 
 def _reduction(name: str, a: Args) -> Iterable[Any]:
-    head = (f"{_SIGNS.get(name, name)}[", *_variable("v", a[0].args), f"<{a[0].args[1]}]")
-    return (*head, a[1]) if a[1].op in _ENCLOSED else (*head, "(", a[1], ")")
+    return (f"{name}_{a[0].args[0]}<{a[0].args[1]}>(", a[1], ")")
 
 
 def _sorted(name: str, a: Args) -> Iterable[Any]:
@@ -100,34 +83,34 @@ def _call(name: str, a: Args) -> Iterable[Any]:
     return (f"{name}(", *joined(a, ", "), ")")
 
 
-def _infix(sign: str, left: str = "(", right: str = ")") -> Text:
-    return lambda name, a: (left, *joined(a, sign), right)
+def _infix(sign: str) -> Text:
+    return lambda name, a: ("(", *joined(a, sign), ")")
 
 
 def _function(name: str, a: Args) -> Iterable[Any]:
-    return (f"{a[0]}(", *joined(a[1], ", "), f", {', '.join(map(str, a[2]))})" if a[2] else ")")
+    return (f"{a[0]}(", *joined(a[1], ", "), f", {a[2]})" if a[2] else ")")
 
 
 _ROWS = (
     Op("c", "d", _leaf, opaque=True),
-    Op("v", "dd", _variable, opaque=True, shape=lambda a: a[0]),
+    Op("v", "dd", _leaf, opaque=True, shape=lambda a: a[0]),
     Op("a", "ds", _read),
     Op("topk", "ds", _read, opaque=True, shape=lambda a: len(a[1])),
     Op("add", "*", _infix(" + "), commutative=True),
-    Op("mul", "*", _infix(" · "), commutative=True),
+    Op("mul", "*", _infix("*"), commutative=True),
     Op("pow", "td", lambda name, a: (a[0], f"^{a[1]}")),
     Op("fn", "dsd", _function, shape=lambda a: a[0]),
-    Op("eq", "tt", _infix(" = ", "[", "]"), commutative=True),
-    Op("lt", "tt", _infix(" < ", "[", "]")),
+    Op("eq", "tt", _call, commutative=True),
+    Op("lt", "tt", _call),
     Op("not", "t", _call),
-    Op("ite", "ttt", lambda name, a: ("if(", *joined(a, ", "), ")")),
+    Op("ite", "ttt", _call),
     Op("sum", "bt", _reduction),
     Op("max", "bt", _reduction),
     Op("min", "bt", _reduction),
     Op("any", "bt", _reduction),
     Op("prod", "bt", _reduction),
-    Op("fdiv", "tt", _infix(" // ")),
-    Op("mod", "tt", _infix(" % ")),
+    Op("fdiv", "tt", _call),
+    Op("mod", "tt", _call),
     Op("perm", "dkt", _sorted, opaque=True),
     Op("inv", "dkt", _sorted, opaque=True),
     Op("sv", "kt", _sorted, opaque=True),
