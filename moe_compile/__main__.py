@@ -92,7 +92,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _trace(args: argparse.Namespace) -> int:
     from .trace import check_stage
 
-    check_stage(args.stage)
+    check_stage(args.stage, "--stage")
     if args.html is not None and not args.html.parent.is_dir():
         raise ValueError(f"--html: there is no folder {args.html.parent}")
     with warnings.catch_warnings(), torch.no_grad():

@@ -63,10 +63,10 @@ def stage_names() -> list[str]:
     return ["record", *(p.name for p in PASSES)]
 
 
-def check_stage(name: str) -> None:
+def check_stage(name: str, given_as: str = "stage") -> None:
     """Raises ValueError for a name that is no pass's and not ""."""
     if name and name not in (names := stage_names()):
-        raise ValueError(f"stage: there is no pass {name!r}; the passes are {', '.join(names)}")
+        raise ValueError(f"{given_as}: there is no pass {name!r}; the passes are {', '.join(names)}")
 
 
 def refusals(u: Unit) -> list[tuple[str, str, str]]:

@@ -252,6 +252,7 @@ class _Watched(Finder):
             return out
         name, term = shown.element(n, p)
         e = Entry(f"{name} of {code_of(n) or n.name}", source_of(n), shown.graph(shown.read(p, n)), f"{name} =\n{term}" if term else "")
+        e.notes += [f"not looked into: {x.name}: {why}" for x, why in p.unknown.items()]
         if isinstance(out, Rejection):
             e.refused(out)
         else:
