@@ -69,6 +69,13 @@ def check_stage(name: str, given_as: str = "stage") -> None:
         raise ValueError(f"{given_as}: there is no pass {name!r}; the passes are {', '.join(names)}")
 
 
+def laws() -> dict[str, str]:
+    """The law of each rule, by its name."""
+    from .passes.terms import NORMAL
+
+    return {r.name: r.law for r in NORMAL}
+
+
 def refusals(u: Unit) -> list[tuple[str, str, str]]:
     """(pass, first predicate that failed, line of the user's code) of everything in a graph that is left as written."""
     return [(s.name, reason, source) for s in u.stages for reason, source in s.refusals]

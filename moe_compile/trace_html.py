@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ._version import __version__
 from .table import render, short
-from .trace import difference, refusals
+from .trace import difference, laws, refusals
 
 if TYPE_CHECKING:
     from .passes.trace import Entry, Stage, Unit
@@ -28,7 +29,7 @@ section.stage { margin: 1.2rem 0; } summary { cursor: pointer; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(32rem, 1fr)); gap: .8rem; } .two > * { min-width: 0; }
 .bad { color: var(--bad); font-weight: 600; } .good, ins { color: var(--good); } ins, del { text-decoration: none; }
 del { color: var(--bad); }
-table { border-collapse: collapse; margin: .4rem 0; } td { padding: .1rem .9rem .1rem 0; } td + td { text-align: right; }
+table { border-collapse: collapse; margin: .4rem 0; } td { padding: .1rem .9rem .1rem 0; } td:first-child { text-align: right; }
 """
 
 
@@ -72,7 +73,7 @@ def _stage(s: Stage) -> Iterator[str]:
     if s.skipped:
         yield f'<p class="rules">Nothing like experts at {sum(s.skipped.values())} other places:</p>{_counted(s.skipped.most_common())}'
     if s.rules:
-        yield f'<p class="rules">Rules fired:</p>{_counted(s.rules.most_common())}'
+        yield f'<p class="rules">Rules fired:</p>{_counted(s.rules.most_common(), laws())}'
     yield "</details></section>\n"
 
 
@@ -101,8 +102,9 @@ def _coloured(text: str) -> str:
     return "\n".join(f"<{tag}>{line}</{tag}>" if tag else line for tag, line in lines)
 
 
-def _counted(counts: list[tuple[str, int]]) -> str:
-    return "<table>" + "".join(f"<tr><td>{escape(what)}</td><td>{n}</td></tr>" for what, n in counts) + "</table>\n"
+def _counted(counts: list[tuple[str, int]], more: Mapping[str, str] = MappingProxyType({})) -> str:
+    rows = (f"<tr><td>{n}</td><td>{escape(what)}</td><td>{escape(more.get(what, ''))}</td></tr>" for what, n in counts)
+    return f"<table>{''.join(rows)}</table>\n"
 
 
 def _where(source: str) -> str:

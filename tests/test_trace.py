@@ -27,7 +27,7 @@ from moe_compile.passes.aten.effects import Memory
 from moe_compile.passes.pipeline import PASSES
 from moe_compile.passes.recover.find import Finder
 from moe_compile.passes.terms.text import line, pretty
-from moe_compile.trace import Traced, difference, refusals, stage_names
+from moe_compile.trace import Traced, difference, laws, refusals, stage_names
 
 
 class Crossed(Block):
@@ -89,7 +89,7 @@ def test_rules_are_counted():
     find = next(s for s in t.trace.units[0].stages if s.name == "find")
     assert t.report.blocks and find.rules["over a sorted order"] == 1, find.rules
     assert re.search(r"rules fired: .*over a sorted order ×1", str(t))
-    assert set(find.rules) <= {r.name for r in terms.NORMAL}
+    assert set(find.rules) <= set(laws())
 
 
 def test_one_pass_in_full():
@@ -268,7 +268,7 @@ def test_the_page_is_self_contained(module):
     text = "".join(reader.words)  # what it says is what the trace holds, whatever signs are in it
     for u in t.trace.units:
         for s in u.stages:
-            assert s.name in text and all(name in text for name in s.rules)
+            assert s.name in text and all(name in text and laws()[name] in text for name in s.rules)
             for e in s.entries:
                 assert all(part in text for part in (e.title, e.before if e.before != e.after else "", e.after, e.refusal, *e.notes))
         assert all(f"✗ {stage}: {reason}" in text for stage, reason, _ in refusals(u))
@@ -374,10 +374,12 @@ def test_the_document_prints_what_a_trace_prints(tmp_path, monkeypatch):
 
 def part(t: Traced, stage: str, what: str) -> str:
     """What a pass says of the block, or of the whole graph; `attempts`: of each place where experts were looked for."""
+    if stage == "passes":
+        return "\n".join(f"{p.name:<10}{p.says}" for p in PASSES)
     s = next(s for s in t.trace.units[0].stages if s.name == stage)
     e = s.entries[-1]
     if what == "attempts":
         return "\n".join(f"{e.title}: {e.refusal or 'experts'}" for e in s.entries)
     if what == "rules":
-        return "\n".join(f"{name} ×{n}" for name, n in sorted(s.rules.items(), key=lambda x: (-x[1], x[0])))
+        return "\n".join(f"{name} ×{n}:  {laws()[name]}" for name, n in sorted(s.rules.items(), key=lambda x: (-x[1], x[0])))
     return {"after": e.after, "notes": "\n".join(e.notes), "changes": difference(e.before, e.after)}[what]
