@@ -90,7 +90,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from .trace import check_stage
+    from .trace_text import check_stage
 
     check_stage(args.stage, "--stage")
     if args.html is not None and not args.html.parent.is_dir():

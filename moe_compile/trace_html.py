@@ -8,12 +8,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .report import Report
 from .table import render, short
-from .trace import difference, laws, refusals
+from .trace_text import difference, laws, refusals
 
 if TYPE_CHECKING:
-    from .passes.trace import Entry, Stage, Unit
-    from .trace import Traced
+    from .passes.trace import Entry, Stage, Trace, Unit
 
 _LONG = 60  # lines of a text that stands open
 
@@ -33,14 +33,14 @@ table { border-collapse: collapse; margin: .4rem 0; } td { padding: .1rem .9rem 
 """
 
 
-def page(traced: Traced) -> str:
+def page(report: Report, trace: Trace) -> str:
     """The document."""
-    units = traced.trace.units
+    units = trace.units
     links = "".join(f'<li><a href="#u{i}">{escape(u.title)}</a> {_verdict(u)}</li>' for i, u in enumerate(units))
     parts = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moe_compile trace</title><style>{_STYLE}</style></head>\n',
         f"<body><h1>moe_compile {escape(__version__)}: what each pass made of the model</h1>\n",
-        f"<pre>{escape(render(traced.report, 140))}</pre>\n<ul>{links or '<li>No graph reached the passes.</li>'}</ul>\n",
+        f"<pre>{escape(render(report, 140))}</pre>\n<ul>{links or '<li>No graph reached the passes.</li>'}</ul>\n",
         *(part for i, u in enumerate(units) for part in _unit(u, i)),
         "</body></html>\n",
     )

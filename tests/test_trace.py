@@ -27,7 +27,8 @@ from moe_compile.passes.aten.effects import Memory
 from moe_compile.passes.pipeline import PASSES
 from moe_compile.passes.recover.find import Finder
 from moe_compile.passes.terms.text import line, pretty
-from moe_compile.trace import Traced, difference, laws, refusals, stage_names
+from moe_compile.trace import Traced
+from moe_compile.trace_text import difference, laws, refusals, stage_names
 
 
 class Crossed(Block):
