@@ -47,7 +47,7 @@ def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
 
 def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
     """What is made of `node` by moving its elements and is x, in the graph's order."""
-    wanted, last = T.canonical(x), x.args[1][-1]
+    wanted, last = T.canonical(p.at(node, x.args[1])), x.args[1][-1]
     seen, order = [node], {n: i for i, n in enumerate(out.graph.nodes)}
     for n in seen:
         moved = (u for u in n.users if op_name(u) in _MOVES and order[u] < order[out] and u not in p.walls)

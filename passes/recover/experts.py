@@ -169,7 +169,7 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
             free = {v for i in x.args[1] for v in i.atoms}
             if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")
-            if t.op == "v" and any(i.op in ("fdiv", "mod") and i.args[1].args[0] == k for i in lead) and k > 1:
+            if t.op == "v" and len(lead) == 1 and lead[0].op in ("fdiv", "mod") and lead[0].args[1].args[0] == k > 1:
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")
             if k == 1 and T.uses(last, t):
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")

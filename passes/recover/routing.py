@@ -18,6 +18,7 @@ from ..aten.element import Puller, call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .algebra import Translator, Unknown
+from .carrier import row_of
 from .identity import among
 from .match import ExpertsMatch
 from .rows import factors, rows
@@ -46,6 +47,8 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
         return Rejection("the selection takes the smallest scores", choice, "gating")
     if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
         return Rejection("the router sees another number of tokens than the experts", choice, "gating")
+    if chosen.args[1][:-1] != row_of(choice.args[0], m.t):  # type: ignore[arg-type]
+        return Rejection("the router sees the tokens in another order than the experts", choice, "gating")
     last: Rejection | None = None
     for logits in _boundaries(choice, walls):
         out = _try(m, chosen, logits, walls)

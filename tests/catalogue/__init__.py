@@ -28,6 +28,7 @@ from . import (
     serving,
     shared,
     sigmoids,
+    tokens,
     weights,
     written_parts,
 )
@@ -45,6 +46,7 @@ FILES: tuple[ModuleType, ...] = (
     loops_remote,
     puts,
     dispatch,
+    tokens,
     weights,
     quantised,
     combine,
