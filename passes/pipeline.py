@@ -28,6 +28,7 @@ from .recover import writes
 from .recover.find import Finder
 from .recover.fused import zero_gradients
 from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.mixture import may_mix
 from .recover.output_scale import Fold, fold_of, scaled
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
@@ -80,7 +81,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     out = Outcome()
     for body in bodies(gm):
         _merge(out, run(body, options.with_(overlap_shared=False), target))
-    if not might_route(gm.graph):
+    if not might_route(gm.graph) and not may_mix(gm.graph):
         return out
     with _timed(out.seconds, "recall"):
         key = recall.key_of(gm.graph, (target, bool(options.validate), overlap.mode(gm.graph, options, target)))

@@ -17,9 +17,11 @@ from ..aten.effects import Memory
 from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from .counted import CAPACITY, EXPERT_CHOICE, chosen_by_experts, dropped, only_counted
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
+from .mixture import mixtures
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, data_dependent, is_row, outer_atoms
 from .scales import made_floats
@@ -95,8 +97,9 @@ class Finder:
         for s, i in number.items():
             if is_table(s) and i not in matched:
                 found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
-            elif i not in closed | matched:
+            elif i not in closed | matched and not only_counted(s, self.walls):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
+        found.rejected.extend(mixtures(self.graph, self.walls))
         return found
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
@@ -109,7 +112,11 @@ class Finder:
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
-        """The most telling of the reasons: one from a place where experts were seen."""
+        """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
+        if (queue := dropped(source)) is not None:
+            return Rejection(CAPACITY, queue, "experts", code="capacity")
+        if (rows := chosen_by_experts(source)) is not None:
+            return Rejection(EXPERT_CHOICE, rows, "experts", code="expert choice")
         for r in reversed(list(tried)):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)

@@ -19,6 +19,7 @@ from ..aten.names import op_name
 from ..terms import Term
 from .algebra import Translator, Unknown
 from .carrier import row_of
+from .counted import CAPACITY
 from .identity import among
 from .match import ExpertsMatch
 from .rows import factors, rows
@@ -120,7 +121,8 @@ def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) ->
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        return Rejection(str(e), chosen.args[0], "gating")
+        queued = any(x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
+        return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 
 def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch:
