@@ -46,6 +46,8 @@ def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
     if not isinstance(scores, fx.Node) or not seen or not shape_of(seen[0]):
         return False
     per_token = shape_of(scores)[-1] * shape_of(seen[0])[-1]
+    if not isinstance(per_token, int):  # chosen among tokens
+        return False
     for n in seen:
         for u in n.users:
             if u in seen or _is_count(u, n, choice, walls, per_token):

@@ -29,6 +29,7 @@ from . import (
     shared,
     sigmoids,
     tokens,
+    told,
     weights,
     written_parts,
 )
@@ -57,6 +58,7 @@ FILES: tuple[ModuleType, ...] = (
     constant_near_misses,
     exact,
     ids,
+    told,
 )
 
 
