@@ -276,7 +276,7 @@ class LowRankUp(LowRankDown):
 
 
 class LowRankMerged(LowRankDown):
-    """Verdict: fused. One step from LowRankDown: the pair is merged into the weight before the loop, which each expert reads as one matrix."""
+    """Verdict: fused. One step from LowRankDown: each expert merges its pair into the weight before the product."""
 
     expect = Fused(RENORM, LIST_EXPERTS)
 
