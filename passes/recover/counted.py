@@ -12,6 +12,7 @@ import sympy as sp
 import torch
 import torch.fx as fx
 
+from ...ir import Rejection
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Opaque, Puller, shape_of
@@ -38,6 +39,8 @@ _INDICATES |= {
 _ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
 _COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
 _MOST = 200
+CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
+EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
 
 
 def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
@@ -95,6 +98,15 @@ def _of_one_token(u: fx.Node, choice: fx.Node, walls: set[fx.Node]) -> bool:
     return not chosen or any(T.uses(i, v) for x in chosen for i in x.args[1][:-1] for v in at)
 
 
+def named(choice: fx.Node) -> Rejection | None:
+    """Why a selection is left as written, where that has a name."""
+    if (queue := dropped(choice)) is not None:
+        return Rejection(CAPACITY, queue, "experts", code="capacity")
+    if (rows_at := chosen_by_experts(choice)) is not None:
+        return Rejection(EXPERT_CHOICE, rows_at, "experts", code="expert choice")
+    return None
+
+
 def dropped(choice: fx.Node) -> fx.Node | None:
     """Where a token's place in the queue of its expert is counted and compared with how many the expert takes; None where it is not."""
     seen, queue = list(_indices(choice)), None
@@ -126,7 +138,3 @@ def chosen_by_experts(choice: fx.Node) -> fx.Node | None:
             if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME and u not in seen:
                 seen.append(u)
     return None
-
-
-CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
-EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"

@@ -17,7 +17,7 @@ from ..aten.effects import Memory
 from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from .counted import CAPACITY, EXPERT_CHOICE, chosen_by_experts, dropped, only_counted
+from .counted import named, only_counted
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
@@ -113,10 +113,8 @@ class Finder:
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
         """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
-        if (queue := dropped(source)) is not None:
-            return Rejection(CAPACITY, queue, "experts", code="capacity")
-        if (rows := chosen_by_experts(source)) is not None:
-            return Rejection(EXPERT_CHOICE, rows, "experts", code="expert choice")
+        if (by_name := named(source)) is not None:
+            return by_name
         for r in reversed(list(tried)):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
@@ -218,7 +216,7 @@ class Finder:
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in names.VIEW or name == "stack" or name == "index" and _by_position(n):
+        if name in names.VIEW or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
             return False
         if name in names.CAST:
             src = n.args[0]
@@ -271,7 +269,7 @@ def unviewed(n: fx.Node) -> fx.Node:
 
 def _by_position(n: fx.Node) -> bool:
     """Whether rows are gathered by computed positions (such as arange // k), not by data."""
-    seen: list[Any] = [i for i in call_args(n).indices if i is not None]
+    seen = [x for x in n.all_input_nodes if x is not n.args[0]]
     for x in seen:
         if x.op != "call_function" or len(seen) > 20:
             return False
