@@ -18,6 +18,7 @@ from . import terms as T
 from .aten.conditions import no_saving_hooks
 from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
+from .recover.mixture import may_mix
 from .rewrite import overlap, recall
 from .terms import unify
 from .terms.deep import deep_recursion
@@ -92,7 +93,7 @@ def run(gm: fx.GraphModule, options: Any, target: str) -> Outcome:
     out = Outcome()
     for body in bodies(gm):
         out.add(run(body, options.with_(overlap_shared=False), target))
-    if not might_route(gm.graph):
+    if not might_route(gm.graph) and not may_mix(gm.graph):
         return out
     with trace.unit(gm):
         work = Work(gm, options, target)
