@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from .options import Options
 from .snapshot import Snapshot
 
 log = logging.getLogger("moe_compile")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def moe_fused(
@@ -42,7 +44,8 @@ def moe_fused(
     target = target_of(gm, example_inputs, chosen)
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    rejected += loops_left([b.source for b in blocks])
+    told = {r.reason for r in rejected}  # reading by example may have met what the passes meet in the graph
+    rejected += [r for r in loops_left([*(b.source for b in blocks), *_fused_at(gm)]) if r.reason not in told]
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     report = reports.report_for(gm)
@@ -106,6 +109,12 @@ def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list
         log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
     for r in rejected:
         log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
+
+
+def _fused_at(gm: torch.fx.GraphModule) -> set[str]:
+    """file:line of every call that leads to experts that are fused: a function on that way needed no reading by example."""
+    fused = (n for n in gm.graph.nodes if str(n.target).startswith("moe_compile.experts"))
+    return {":".join(f) for n in fused for f in _FRAME.findall(n.meta.get("stack_trace") or "")}
 
 
 def loops_left(fused: Sequence[str]) -> list[Rejection]:
