@@ -17,6 +17,7 @@ from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
 from .options import Options  # noqa: E402
 from .report import BlockReport, GraphBreak, Report, last_report  # noqa: E402
+from .trace import Traced, trace  # noqa: E402
 
 __all__ = [
     "BlockReport",
@@ -25,9 +26,11 @@ __all__ = [
     "OptionError",
     "Options",
     "Report",
+    "Traced",
     "__version__",
     "explain",
     "ir",
     "last_report",
     "prepare",
+    "trace",
 ]
