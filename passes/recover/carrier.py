@@ -19,6 +19,7 @@ from ..terms import Term
 from .rows import row_index, rows
 
 _MANY = 400  # nodes that are looked at
+_BY_DATA = ("topk", "sv", "nz", "a")
 _MOVES = names.VIEW | names.LOOKUP | names.CAST | {"getitem"}
 
 
@@ -41,6 +42,8 @@ def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
         return None
     if holds_rows(node, idx, t, count):
         return node
+    if any(x.op in _BY_DATA for i in idx for x in T.walk(i)):  # the rows of one expert only
+        return None
     made = list(_made_of(p, node, x, t, out))
     return next((n for n in made if _cuts(n, node, out)), made[0] if made else None)
 
