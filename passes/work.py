@@ -86,7 +86,7 @@ class Candidate:
 
 @dataclass
 class Work:
-    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: whose kernels are asked."""
+    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: whose kernels do it."""
 
     gm: fx.GraphModule
     options: Any
