@@ -61,7 +61,7 @@ class Target:
     finish: compiles a graph with fused ops in it, in place of the inner compiler. prepare: begins to get ready for a block and returns.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
     scaled: whether experts with scales (integer weights) are known to `refuses` at all. router_tokens: for up to how many tokens the
-    routing op takes the router's product in. lacks: what keeps it from running on this machine, "" for nothing.
+    routing op takes the router's product in. missing: what keeps it from running on this machine, "" for nothing.
     homes: folders of its sources, set where a target is found.
     """
 
@@ -78,7 +78,7 @@ class Target:
     rearrange: Callable[[nn.Module, bool, str], dict[str, int]] | None = None
     scaled: bool = False
     router_tokens: int = 0
-    lacks: Callable[[], str] = lambda: ""
+    missing: Callable[[], str] = lambda: ""
     homes: tuple[str, ...] = ()
 
     @cached_property

@@ -30,7 +30,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "devices", ", ".join(_devices()) or "none but the CPU"
     yield "cache", _cache()
     for name, t in targets().items():
-        yield f"target {name}", t.lacks() or "ready"
+        yield f"target {name}", t.missing() or "ready"
     for name in sorted(n for n in os.environ if n.startswith("MOE_COMPILE_")):
         yield name, os.environ[name]
 

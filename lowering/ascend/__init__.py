@@ -37,6 +37,6 @@ TARGET = Target(
     options=AscendOptions,
     finish=_finish,
     rearrange=_rearrange,
-    lacks=capability.lacks,
+    missing=capability.missing,
     scaled=True,  # int8 weights with scales: npu_grouped_matmul takes both
 )

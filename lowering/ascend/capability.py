@@ -17,7 +17,7 @@ MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def lacks() -> str:
+def missing() -> str:
     """What keeps the target from running on this machine; "" for nothing. Without an NPU `explain` still shows its calls."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"

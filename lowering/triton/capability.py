@@ -13,7 +13,7 @@ ROUTER_TOKENS = 4  # as the few-token kernels of the experts
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def lacks() -> str:
+def missing() -> str:
     """What keeps the target from running on this machine; "" for nothing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
