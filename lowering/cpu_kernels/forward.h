@@ -11,14 +11,14 @@ constexpr i64 MAX_BLOCK = 64;
 struct Scratch {
   unit* x_panel;      // tokens as a panel
   element* x_rows;    // tokens copied row by row
-  element* w_rows;    // copied weight rows
+  element* w_rows;    // copied weight rows, or tokens once more (dots.h)
   unit* w_panel;      // copied weight columns
   float *g, *u, *a;   // a block of pre-activations and activations
   Scratch(Carver& c, i64 depth) {
     i64 padded = up_to(depth, 2), block = up_to(MAX_BLOCK * up_to(ROWS, VL), RUN);
     x_panel = c.take<unit>(up_to(ROWS, VL) * padded);
     x_rows = c.take<element>(ROWS * row_stride(depth));
-    w_rows = c.take<element>(MAX_BLOCK * padded);
+    w_rows = c.take<element>(ROWS * up_to(depth, 4 * STEP));
     w_panel = c.take<unit>(WIDE * padded);
     g = c.take<float>(block), u = c.take<float>(block), a = c.take<float>(block);
   }
@@ -81,7 +81,7 @@ struct Forward {
       bool direct = weight_rows(m, n, nb, w, s.w_rows);
       lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
     } else if (m.sk == 1) {
-      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, stream);
+      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, s.w_rows, out, os, stream);
     } else {
       columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
     }
@@ -96,7 +96,7 @@ struct Forward {
       input_rows(p, rows + at, s.x_rows + at * row_stride(a.hidden));
       if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden);
     }
-    i64 step = t.panel() ? UP_BLOCK : ROW_BLOCK;
+    i64 step = t.panel() ? UP_BLOCK : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)
       for (int i = 0; i < t.n_strips; i++) up_block(t, t.strips[i], n, std::min(step, n1 - n), n + step < n1, rows, s);
   }
@@ -170,17 +170,20 @@ struct Forward {
     }
   }
 
-  // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels].
-  void down_phase(const Task& t, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
+  // Output columns that few rows are multiplied by at a time: the longer a stream, the better, as far as scratch goes.
+  static i64 row_block(i64 rows) { return std::max(ROW_BLOCK, MAX_BLOCK * ROWS / std::max<i64>(rows, 1) / ROW_BLOCK * ROW_BLOCK); }
+
+  // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels]; `then`: the next task, if any.
+  void down_phase(const Task& t, const Task* then, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
     Matrix m = down(t.expert);
-    i64 step = t.panel() ? DOWN_BLOCK : ROW_BLOCK;
+    i64 step = t.panel() ? DOWN_BLOCK : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)
       for (int i = 0; i < t.n_strips; i++) {
         const Strip& p = t.strips[i];
         const element* rows[ROWS];
         for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
         i64 nb = std::min(step, n1 - n), os = p.lanes ? p.lanes : up_to(nb, VL);
-        const stored* next = n + step < n1 ? m(n + step, 0) : nullptr;
+        const stored* next = n + step < n1 ? m(n + step, 0) : then ? down(then->expert)(n0, 0) : nullptr;
         for (i64 r = 0; r < p.rows; r++)
           for (i64 c = 0; c < nb; c += 16) __builtin_prefetch(sums + plan.tokens[size_t(p.first + r)] * width + n - n0 + c, 1, 2);
         product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
@@ -252,7 +255,10 @@ struct Forward {
   void down_part(i64 n0, i64 n1, float* sums, Scratch& s) const {
     const i64 width = up_to(n1 - n0, COLS);
     for (i64 t = 0; t < a.tokens; t++) begin_sum(t, n0, n1, sums + t * width);
-    for (const Task& t : plan.tasks) a.packed_up ? packed_down(t, n0, n1, sums, width) : down_phase(t, n0, n1, sums, width, s);
+    for (size_t i = 0; i < plan.tasks.size(); i++) {
+      const Task &t = plan.tasks[i], *then = i + 1 < plan.tasks.size() ? &t + 1 : nullptr;
+      a.packed_up ? packed_down(t, n0, n1, sums, width) : down_phase(t, then, n0, n1, sums, width, s);
+    }
     for (i64 t = 0; t < a.tokens; t++) store_row(sums + t * width, n1 - n0, static_cast<stored*>(a.out) + t * a.out_features + n0);
   }
 

@@ -153,5 +153,5 @@ static void columns_product(const element* const* rows, i64 n_rows, const Matrix
 
 // out[r][0 .. nb) = Σ_k rows[r][k] * m(n + ., k) with vectors along k, where the matrix has its rows in one piece.
 static void row_dots(const Matrix& m, i64 n, i64 nb, const element* const* rows, i64 n_rows, const stored* next, float* out, i64 os) {
-  dots(rows, n_rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, true);
+  dots(rows, n_rows, Stream{m(n, 0), m.sn, nb, next}, m.k, nullptr, out, os, true);
 }

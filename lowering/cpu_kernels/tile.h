@@ -119,7 +119,6 @@ static void lanes_product(const unit* panel, i64 lanes, const element* const* ro
 
 constexpr i64 COLS = 32;                     // weight rows (output columns) of a packed panel
 constexpr int PACKED_MV = COLS / VL, PACKED_ROWS = ACC / PACKED_MV < 10 ? ACC / PACKED_MV : 10;
-constexpr i64 ROWS = 128;                    // most rows of one task
 constexpr i64 FEW_ROWS = 6;                  // up to here the hardware keeps up with a linear stream by itself
 #if defined(PAIRS) || defined(STORAGE_F32)
 typedef unit packed;
