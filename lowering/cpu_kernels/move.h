@@ -147,7 +147,7 @@ static void columns_product(const element* const* rows, i64 n_rows, const Matrix
     i64 w = std::min<i64>(WIDE, n - l);
     const unit* panel;
     i64 stride = weight_panel(m, n0 + l, w, n_rows > 32, &panel, scratch);
-    tile_block<NOTHING>(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
+    tile_block(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
   }
 }
 
