@@ -8,17 +8,40 @@ MYPY ?= $(abspath $(BIN))/mypy
 READY := $(VENV)/.ready
 ASCEND := $(abspath $(VENV)-ascend)
 
-.PHONY: trinity test test-ascend run-ascend test-cuda lint types bench clean
+COMPAT ?= 5.10 5.17 5.24
+
+.PHONY: trinity test suite quick golden test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
-test: lint  ## lint, type check and run all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+test: $(READY)  ## lint, type check and run all tests
+	$(MAKE) --no-print-directory -j2 lint suite
 	$(MAKE) --no-print-directory test-ascend
+	$(MAKE) --no-print-directory test-compat
+
+suite: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
+
+quick: lint  ## lint, type check and a fast cut of the tests, under a minute: before every commit
+	$(BIN)/python -m pytest -q -n $(JOBS) --quick $(QUICK) $(ARGS)
+
+golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalogue entry and zoo model; read its diff
+	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
+	git --no-pager diff --stat tests/golden.txt
+
+# An environment that borrows torch and the test tools from the main one: $(call borrowing,FOLDER)
+define borrowing
+	test -x $(1)/bin/python || $(BIN)/python -m venv $(1)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	  > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
+endef
 
 # The real torch_npu wheel, which exists for Linux only, on empty CANN libraries: no NPU and no CANN are needed. Its environment borrows
-# torch and the test tools from the other one.
+# torch and the test tools from the other one, and takes the newest wheel for that torch (TORCH_NPU=2.11.0.post3 for another). It needs
+# a torch without CUDA: torch_npu 2.14 and torch's CUDA build register the same allocator options, and one of them aborts.
 test-ascend:  ## the Ascend lowering against the real torch_npu wheel
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
 
@@ -26,11 +49,22 @@ run-ascend: $(ASCEND)/.ready
 	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/ascend
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
-	test -x $(ASCEND)/bin/python || $(BIN)/python -m venv $(ASCEND)
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
-	  > "$$($(ASCEND)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt
+	$(call borrowing,$(ASCEND))
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt \
+	  torch-npu==$(or $(TORCH_NPU),$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])').*)
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python tests/ascend/cann_stub.py $(ASCEND)/cann
+	touch $@
+
+# The oldest transformers that is supported, the GPU machine's and the newest, each in an environment that borrows everything else
+test-compat: $(COMPAT:%=compat-%)  ## a dozen architectures on other versions of transformers (all: COMPAT_ALL=1; one version: COMPAT=5.17)
+
+compat-%: $(abspath $(VENV))-transformers-%/.ready
+	COMPAT=$* $(dir $<)bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/compat
+
+.PRECIOUS: $(abspath $(VENV))-transformers-%/.ready
+$(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
+	$(call borrowing,$(@D))
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/compat/$*.txt
 	touch $@
 
 # On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
@@ -43,14 +77,22 @@ test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(MAKE) --no-print-directory types
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_contract.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # mypy knows no package-dir mapping: it is shown the package as it is once installed
 types:
 	rm -rf build/types && mkdir -p build/types/moe_compile
 	ln -s $(CURDIR)/moe_compile/* $(CURDIR)/passes $(CURDIR)/lowering build/types/moe_compile/
 	cd build/types && $(MYPY) --config-file $(CURDIR)/pyproject.toml
+
+fuzz: $(READY)  ## random terms against their normal forms (N=1000000 evaluations, SEED= for a certain start)
+	$(BIN)/python tests/laws/fuzz.py $(or $(N),1000000) $(SEED)
 
 bench: $(READY)  ## every benchmark; results and plots land in benchmarks/results
 	$(BIN)/python benchmarks/moe_block.py
@@ -64,5 +106,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ASCEND) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASCEND) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -92,16 +92,18 @@ def ours(layers: list[Layer], shape: Shape) -> Side:
 
 
 import ctypes
+
+
 def collapse(t):
     libc=ctypes.CDLL(None,use_errno=True); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
     a=t.data_ptr(); n=t.numel()*t.element_size(); H=2<<20; lo=(a+H-1)//H*H; hi=(a+n)//H*H
-    s=time.time(); r=libc.madvise(lo,hi-lo,25); 
+    s=time.time(); r=libc.madvise(lo,hi-lo,25)
     print("collapse",n>>20,"MB",r,ctypes.get_errno(),round(time.time()-s,3),"s")
 def huge_empty(n):
     t=torch.empty(n+(2<<20),dtype=torch.uint8); libc=ctypes.CDLL(None); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
     a=(t.data_ptr()+(2<<20)-1)//(2<<20)*(2<<20); libc.madvise(a,n//(2<<20)*(2<<20),14); o=a-t.data_ptr(); return t[o:o+n]
 def packed_side(layers, shape):
-    from moe_compile.lowering import cpu, cpu_build
+    from moe_compile.lowering import cpu
     e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU)
     plain=moe_compile.ops.experts_args(e); lay=moe_compile.ops._layout(plain)
     calls=[]

@@ -6,6 +6,7 @@ later query, is masked, and is overwritten as decoding goes on.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,18 @@ class Session:
         self.device = model.lm_head.weight.device
         self.cache = new_cache(model, length)
         self.first_calls_seconds = 0.0
-        step = Step(model, self.cache, length)
-        self.step: Callable[[Tensor, Tensor], Tensor] = (
-            step if backend == "eager" else torch.compile(step, backend=backend, dynamic=False, **compile_args)
-        )
+        self.plain = Step(model, self.cache, length)
+        self.step: Callable[[Tensor, Tensor], Tensor] = self.plain
+        if backend != "eager":
+            self.step = torch.compile(self.plain, backend=backend, dynamic=False, **compile_args)
+        self.decode_step = self.step
+
+    def in_graphs(self) -> Session:
+        """This session with its decoding step in torch's CUDA graphs (mode "reduce-overhead"); cache and prefill are the same ones."""
+        other = copy.copy(self)
+        other.first_calls_seconds = 0.0
+        other.decode_step = torch.compile(self.plain, backend=self.backend, dynamic=False, mode="reduce-overhead")
+        return other
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -87,7 +96,7 @@ class Session:
     @torch.no_grad()
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
         """token [1, 1] at position [1, 1] -> logits [V]."""
-        return self.step(token, position)[0, -1]
+        return self.decode_step(token, position)[0, -1]
 
     def generate(self, prompt: Sequence[int], new_tokens: int, sampling: Sampling | None = None) -> tuple[list[int], float, float]:
         """(new ids, seconds of prefill, seconds of decoding new_tokens - 1 tokens)."""

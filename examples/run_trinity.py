@@ -9,8 +9,9 @@
     python examples/run_trinity.py --target ascend --dry-run          # what an NPU would run, shown and emulated on the CPU
     python examples/run_trinity.py --size mini --device npu           # on an NPU, with and without the shared expert beside the others
 
-Prints a row per MoE layer, the generated text, the largest logit difference and the perplexity on held-out text against
-eager, and tokens a second for eager, Inductor and moe_fused. Exits with 1 when a MoE layer was not fused and validated.
+Prints a row per MoE layer, the generated text (of trained weights), the largest logit difference and the perplexity on held-out
+text against eager, and tokens a second for eager, Inductor and moe_fused; on a GPU decoding also in the mode "reduce-overhead".
+Exits with 1 when a MoE layer was not fused and validated.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ PROMPTS = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPEATS = 3
 DECODE_TOKENS = 64
+GRAPHS = "reduce-overhead"
 BLOCK = 64  # lengths are rounded up to a multiple of this
 
 
 @dataclass
 class Result:
-    """One backend's figures; differences are against eager on the same inputs."""
+    """One backend's figures; differences are against eager on the same inputs. `mode`: of torch.compile; without a prefill of its own
+    where that is the default mode's."""
 
     backend: str
+    mode: str = "default"
     first_calls_seconds: float = 0.0
     prefill_tokens_per_second: float = 0.0
     decode_tokens_per_second: float = 0.0
@@ -77,6 +81,7 @@ class Outcome:
     report: dict[str, Any] = field(default_factory=dict)
     texts: list[dict[str, str]] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
+    order_difference: float = 0.0
     throughput: list[Throughput] = field(default_factory=list)
 
     @property
@@ -98,8 +103,7 @@ class Subject:
         return list(self.tokenizer.encode(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Text, or the plain numbers where ids mean nothing (random weights)."""
-        return str(self.tokenizer.decode(ids)) if self.trained else " ".join(map(str, ids))
+        return str(self.tokenizer.decode(ids))
 
     @property
     def moe_layers(self) -> int:
@@ -124,6 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of sampling and of random weights")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     p.add_argument("--windows", type=int, default=16, help="windows of held-out text for perplexity and logit difference")
+    p.add_argument("--throughput", action="store_true", help="with --size mini on a GPU: also batches and a long prefill, in CUDA graphs")
     p.add_argument("--explain", action="store_true", help="stop after the report")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout instead of tables")
     args = p.parse_args(argv)
@@ -143,6 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--dry-run goes with --target ascend on the CPU, and --target ascend on the CPU is a dry run")
     if args.graph_mode != "auto" and args.device != "npu":
         p.error("--graph-mode goes with --device npu")
+    if args.throughput and (args.device != "cuda" or args.size != "mini"):
+        p.error("--throughput goes with --size mini --device cuda")
     if args.prompt and not all(args.prompt):
         p.error("--prompt must not be empty")
     return args
@@ -234,7 +241,25 @@ def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, args
         for kind in ("prefill", "decode"):
             with stage(f"{name}: {'compiling' if name != 'eager' else 'warming up'} {kind}"):
                 session.warm_up(kind)
-    return {**sessions, "moe_fused": fused}
+    sessions["moe_fused"] = fused
+    if subject.device.type == "cuda" and args.mode == "default":
+        for name in ("inductor", "moe_fused"):
+            sessions[f"{name}, {GRAPHS}"] = session = sessions[name].in_graphs()
+            with stage(f"{name}, {GRAPHS}: compiling decode"):
+                for _ in range(3):  # torch warms up, then captures, then replays
+                    session.warm_up("decode")
+    return sessions
+
+
+def in_another_order(subject: Subject, session: Session, row: Tensor) -> float:
+    """Largest difference of a logit between eager and eager that runs each expert by itself: the same maths, other orders of sums."""
+    reference = session.prefill(row).float()
+    before = subject.model.config._experts_implementation
+    try:
+        subject.model.config._experts_implementation = "eager"
+        return (session.prefill(row).float() - reference).abs().max().item()
+    finally:
+        subject.model.config._experts_implementation = before
 
 
 def held_out(subject: Subject, context: int, count: int) -> Tensor:
@@ -253,6 +278,8 @@ def compare(sessions: dict[str, Session], windows: Tensor, results: dict[str, Re
     for row in windows:
         reference = None
         for name, session in sessions.items():
+            if results[name].mode == GRAPHS:
+                continue  # the prefill is the default mode's
             logits = session.prefill(row[:-1]).float()
             nats[name] += torch.nn.functional.cross_entropy(logits, row[1:]).item() / len(windows)
             reference = logits if reference is None else reference
@@ -262,7 +289,8 @@ def compare(sessions: dict[str, Session], windows: Tensor, results: dict[str, Re
         logits = session.teacher_forced(windows[0], start=32, tokens=32).float()
         reference = logits if reference is None else reference
         results[name].decode_difference = (logits - reference).abs().max().item()
-        results[name].perplexity = float(torch.tensor(nats[name]).exp())
+        if results[name].mode != GRAPHS:
+            results[name].perplexity = float(torch.tensor(nats[name]).exp())
 
 
 def time_all(sessions: dict[str, Session], prompt: list[int], results: dict[str, Result]) -> None:
@@ -280,11 +308,14 @@ def time_all(sessions: dict[str, Session], prompt: list[int], results: dict[str,
         result.first_calls_seconds = sessions[name].first_calls_seconds
 
 
-def measure(subject: Subject, shape: tuple[int, int], fused: Session, args: argparse.Namespace) -> list[Result]:
-    """A result for eager, Inductor and moe_fused."""
+def measure(subject: Subject, shape: tuple[int, int], fused: Session, outcome: Outcome, args: argparse.Namespace) -> list[Result]:
+    """A result for eager, Inductor and moe_fused. Fills outcome.order_difference."""
     sessions = open_sessions(subject, shape, fused, args)
     windows = held_out(subject, shape[0], args.windows)
-    results = {name: Result(name) for name in sessions}
+    results = {name: Result(*name.split(", ") if GRAPHS in name else [name]) for name in sessions}
+    if not subject.trained:
+        with stage("comparing eager with eager in another order"):
+            outcome.order_difference = in_another_order(subject, sessions["eager"], windows[0, :-1])
     with stage("comparing logits and perplexity on held-out text"):
         compare(sessions, windows, results)
     if args.dry_run:  # emulated ops: their speed means nothing
@@ -307,9 +338,7 @@ def generate(subject: Subject, session: Session, prompts: list[str], args: argpa
     return texts
 
 
-def show_texts(out: Console, outcome: Outcome, trained: bool) -> None:
-    if not trained:
-        out.print("\nThe weights are random: what follows a prompt is token ids without meaning.")
+def show_texts(out: Console, outcome: Outcome) -> None:
     for item in outcome.texts:
         out.print()
         out.print(f"[bold]{escape(item['prompt'])}[/bold]{escape(item['text'])}", soft_wrap=True)
@@ -317,16 +346,17 @@ def show_texts(out: Console, outcome: Outcome, trained: bool) -> None:
 
 def show_results(out: Console, outcome: Outcome) -> None:
     table = Table(title=f"{outcome.model} on {outcome.device}, {outcome.dtype}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("", "max Δ prefill", "max Δ decode", "perplexity", "prefill tok/s", "decode tok/s"):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for column in ("", "mode", "max Δ prefill", "max Δ decode", "perplexity", "prefill tok/s", "decode tok/s"):
+        table.add_column(column, justify="left" if column in ("", "mode") else "right", overflow="fold")
     for r in outcome.results:
-        reference = r.backend == "eager"
+        reference, decoding_only = r.backend == "eager", r.mode == GRAPHS
         table.add_row(
             r.backend,
-            "-" if reference else f"{r.prefill_difference:.1e}",
+            "-" if reference else r.mode,
+            "-" if reference or decoding_only else f"{r.prefill_difference:.1e}",
             "-" if reference else f"{r.decode_difference:.1e}",
-            f"{r.perplexity:.4f}",
-            f"{r.prefill_tokens_per_second:,.0f}",
+            "-" if decoding_only else f"{r.perplexity:.4f}",
+            "-" if decoding_only else f"{r.prefill_tokens_per_second:,.0f}",
             f"{r.decode_tokens_per_second:,.0f}",
         )
     out.print()
@@ -334,6 +364,12 @@ def show_results(out: Console, outcome: Outcome) -> None:
     out.print(
         "Δ: largest difference of a logit from eager's, on held-out text. Tokens a second: one sequence, median of", REPEATS, "rounds."
     )
+    if outcome.order_difference:
+        out.print(
+            f"The weights are random, so rounding alone moves logits far: eager that runs each expert by itself, the same maths in another "
+            f"order, differs from eager by {outcome.order_difference:.1e}."
+        )
+        return
     other = [r.backend for r in outcome.results if not r.same_greedy_tokens]
     out.print("Greedy text:", f"differs from eager's under {', '.join(other)}" if other else "the same under all.")
 
@@ -411,14 +447,15 @@ def run(args: argparse.Namespace) -> Outcome:
         out.print(f"{kind} graph: {count} of {outcome.moe_layers} MoE layers fused and validated")
     if args.dry_run:
         show_ge(out, subject)
-        outcome.results = measure(subject, shape, fused, args)
+        outcome.results = measure(subject, shape, fused, outcome, args)
         show_emulated(out, outcome)
     elif not args.explain:
-        outcome.texts = generate(subject, fused, prompts, args)
-        show_texts(out, outcome, subject.trained)
-        outcome.results = measure(subject, shape, fused, args)
+        if subject.trained:
+            outcome.texts = generate(subject, fused, prompts, args)
+            show_texts(out, outcome)
+        outcome.results = measure(subject, shape, fused, outcome, args)
         show_results(out, outcome)
-        if subject.device.type == "cuda" and args.size == "mini":
+        if args.throughput:
             del fused  # its cache and graphs
             for point in POINTS:
                 with stage(f"timing {point.name}"):

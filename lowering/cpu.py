@@ -190,7 +190,7 @@ def _depth(ops: Sequence[int]) -> int:
     for op in ops:
         if op <= act.OP_CONST:
             depth += 1
-        elif op in (act.OP_ADD, act.OP_MUL):
+        elif op in act.OF_TWO:
             depth -= 1
         most = max(most, depth)
     return most

@@ -318,6 +318,10 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
         elif op == act.OP_MUL:
             (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
             stack.append((a * b, _sum(_times(ag, b), _times(bg, a)), _sum(_times(au, b), _times(bu, a))))
+        elif op == act.OP_DIV:
+            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
+            v = a / b
+            stack.append((v, *(_over(_sum(x, _times(y, -v)), b) for x, y in ((ag, bg), (au, bu)))))
         elif op == act.OP_POW:
             p = next(const)
             v, vg, vu = stack.pop()
@@ -329,16 +333,19 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
             slope = ((v >= lo) & (v <= hi)).to(v.dtype)
             stack.append((v.clamp(lo, hi), _times(vg, slope), _times(vu, slope)))
         else:
-            function, derivative = UNARY[op - act.OP_UNARY]
             v, vg, vu = stack.pop()
-            value = function(v)
-            slope = derivative(v, value)
+            value = act.FUNCTIONS[op - act.OP_UNARY].torch(v)
+            slope = SLOPES[op - act.OP_UNARY](v, value)
             stack.append((value, _times(vg, slope), _times(vu, slope)))
     return stack[-1]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _over(a: Tensor | None, b: Tensor) -> Tensor | None:
+    return None if a is None else a / b
 
 
 def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
@@ -351,15 +358,18 @@ def _gelu_tanh_slope(v: Tensor, _: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * c * (1 + 3 * q * v * v)
 
 
-# same order as activation._UNARY: function, slope from (argument, value)
-UNARY: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = [
-    (torch.sigmoid, lambda _, s: s * (1 - s)),
-    (torch.tanh, lambda _, s: 1 - s * s),
-    (torch.exp, lambda _, s: s),
-    (torch.log, lambda v, _: 1 / v),
-    (torch.erf, lambda v, _: 1.1283791670955126 * torch.exp(-v * v)),
-    (torch.relu, lambda v, _: (v > 0).to(v.dtype)),
-    (F.softplus, lambda v, _: torch.sigmoid(v)),
-    (lambda v: F.gelu(v, approximate="tanh"), _gelu_tanh_slope),
-    (torch.abs, lambda v, _: torch.sign(v)),
+# in the order of scalar.FUNCTIONS: the slope from (argument, value)
+SLOPES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda _, s: s * (1 - s),  # sigmoid
+    lambda _, s: 1 - s * s,  # tanh
+    lambda _, s: s,  # exp
+    lambda v, _: 1 / v,  # log
+    lambda v, _: 1.1283791670955126 * torch.exp(-v * v),  # erf
+    lambda v, _: (v > 0).to(v.dtype),  # relu
+    lambda v, _: torch.sigmoid(v),  # softplus
+    _gelu_tanh_slope,
+    lambda v, _: torch.sign(v),  # abs
+    lambda v, _: 1 / (1 + v),  # log1p
+    lambda _, s: s + 1,  # expm1
+    lambda _, s: 0.6931471805599453 * s,  # exp2
 ]

@@ -42,6 +42,15 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
     if r.bias_on != BiasOn.NONE and bias is not None:
         choice = choice + bias.to(r.score_dtype)
     ids = _keep_groups(choice, r).topk(r.k, dim=-1).indices
+    return _weights(raw, ids, bias, expert_scale, r), ids
+
+
+def weights_of(logits: Tensor, ids: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing) -> Tensor:
+    """Weights [T, k] of given ids, in the dtype of the logits until they are done; differentiable any number of times."""
+    return _weights(logits if r.score_over_selected else apply_score(Score(r.score), logits), ids, bias, expert_scale, r)
+
+
+def _weights(raw: Tensor, ids: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: Routing) -> Tensor:
     w = _chosen(raw, bias, ids, r)
     if r.norm != Norm.NONE:
         w = w / _guarded(_reduce(w, r), r)
@@ -49,7 +58,7 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
         w = w * r.scale
     if expert_scale is not None:
         w = w * expert_scale.to(w.dtype)[ids]
-    return w.to(r.weight_dtype), ids
+    return w.to(r.weight_dtype)
 
 
 def _keep_groups(choice: Tensor, r: Routing) -> Tensor:
@@ -129,7 +138,7 @@ def _normalise_backward(g: Tensor, w: Tensor, r: Routing) -> Tensor:
         return g
     d = _reduce(w, r)
     safe = _guarded(d, r)
-    grad_d = -(g * w).sum(-1, keepdim=True) / (safe * safe)
+    grad_d = -((g * w).sum(-1, keepdim=True) / safe) / safe  # safe * safe may be 0
     if r.norm_clamp:
         grad_d = grad_d * (d >= r.norm_clamp)
     return g / safe + grad_d * _reduce_slope(w, d, r)

@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("explain", help="compile a small random model of a type and tell what was fused")
     tell.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
+    tell.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
+    tell.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --full: a field of the configuration")
     tell.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
     tell.add_argument("--target", choices=TARGETS, default="auto", help="whose lowering to ask (default: %(default)s)")
     tell.add_argument("--graph", choices=("calls", "fx", "ge"), help="of --target ascend: the npu calls, the FX graph, or GE nodes")
@@ -53,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from .tiny import build
+    from .tiny import build, build_full
 
+    if args.set and not args.full:
+        raise ValueError("--set goes with --full: a small model has sizes of its own")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, inputs = build(args.model)
+        model, inputs = build_full(args.model, args.set) if args.full else build(args.model)
         if args.experts:
             model.set_experts_implementation(args.experts)
         options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}

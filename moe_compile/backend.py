@@ -16,7 +16,7 @@ from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
-from .loops import capture
+from .loops import capture, flags, hooks
 from .options import Options
 from .snapshot import Snapshot
 
@@ -38,11 +38,13 @@ def moe_fused(
     """
     started = time.perf_counter()
     chosen = Options.parse(options, mode)
-    target, report = target_of(gm, example_inputs, chosen), reports.report_for(gm)
+    target = target_of(gm, example_inputs, chosen)
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected += loops_left([b.source for b in blocks])
     seconds["passes"] = time.perf_counter() - started
+    flags.check(gm, rejected)
+    report = reports.report_for(gm)
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
@@ -129,4 +131,4 @@ def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: 
     return "cpu" if "cpu" in kinds or not kinds else min(kinds)
 
 
-capture.install()  # torch.compile() imports this module before anything is traced
+hooks.install()  # torch.compile() imports this module before anything is traced

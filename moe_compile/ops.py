@@ -2,7 +2,9 @@
 
 Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
 Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
-`experts_bwd`; `route`'s gradient is `route_bwd`. Compilers therefore see ops in both directions.
+`experts_bwd`; `route` runs as `route_fwd`, its gradient is `route_bwd`. Compilers therefore see ops in both directions. What backward
+needs of small tensors that a training step may write meanwhile (a selection bias, logits or weights that the caller was given) are copies
+that the forward ops return. Gradients of gradients are those of plain torch (`lowering/twice.py`).
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
 inference with few of them.
@@ -14,8 +16,6 @@ A device without kernels of its own runs `moe_compile.lowering.generic`.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, routing, scaled
+from .lowering import cpu, cpu_route, generic, gradients, on_cuda, routing, scaled
+from .lowering.gradients import layout_of as _layout
+from .lowering.gradients import routing_of as _routing
 
 _GATING = (
     "int k, int score, bool score_over_selected, int bias_on, bool bias_in_weights, int n_groups, int kept_groups, int group_top, "
@@ -45,9 +47,11 @@ SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
     f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
     "-> (Tensor weights, Tensor ids)",
+    f"route_fwd(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    "-> (Tensor weights, Tensor ids, Tensor kept_logits, Tensor kept_ids, Tensor kept_bias, Tensor kept_scale)",
     f"route_bwd(Tensor grad, Tensor ids, Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}, bool[] needs) -> Tensor[]",
     f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
-    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre)",
+    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
     f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, int row_bits, float row_floor) -> Tensor",
@@ -77,19 +81,21 @@ def _route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: 
     return _ops.route(torch.nn.functional.linear(x, router, router_bias), *rest)  # type: ignore[no-any-return]
 
 
+def _route_fwd(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`route`, and copies of what its gradient is made from; a bias that only selects is not."""
+    weights, ids = _ops.route(logits, bias, expert_scale, *gating)
+    return weights, ids, logits.clone(), ids.clone(), *(_kept(t, logits) for t in (bias if gating[4] else None, expert_scale))
+
+
 def _route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
     *gating, needs = rest
     return routing.backward(grad, ids, logits, bias, expert_scale, _routing(*gating), needs)
 
 
-# One object for equal arguments: what kernels derive from it is looked up, not made again
-_routing = functools.lru_cache(maxsize=1024)(routing.Routing)
-_same_layout = functools.lru_cache(maxsize=1024)(generic.Layout)
-
-
-def _layout(args: Sequence[Any]) -> generic.Layout:
-    act_ops, act_consts, *rest = args
-    return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
+def _kept(t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if t is None else t.clone()
 
 
 def _experts(*args: Any) -> Tensor:
@@ -98,6 +104,15 @@ def _experts(*args: Any) -> Tensor:
 
 def _experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return generic.forward(*args[:8], _layout(args[8:]))
+
+
+def _with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(out, pre) and copies of ids and weights."""
+
+    def call(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *forward(*args), args[1].clone(), args[2].clone()
+
+    return call
 
 
 def _experts_bwd(*args: Any) -> list[Tensor]:
@@ -144,45 +159,24 @@ def _experts_bwd_cpu(*args: Any) -> list[Tensor]:
     return cpu.backward(*args[:9], _layout(args[9:-1]), args[-1])
 
 
-def _cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernels of lowering/triton, looked up at the first call; plain torch where triton is missing."""
-
-    @functools.cache
-    def found() -> Callable[..., Any]:
-        if importlib.util.find_spec("triton") is None:
-            return otherwise
-        kernels: Callable[..., Any] = getattr(importlib.import_module("moe_compile.lowering.triton.calls"), name)
-        return kernels
-
-    def call(*args: Any) -> Any:
-        with torch.cuda.device(args[0].device):
-            return found()(*args)
-
-    return call
-
-
-_shared_kernels = _cuda("experts_shared", lambda *_: None)
-
-
-def _experts_shared_cuda(*args: Any) -> Tensor:
-    out = _shared_kernels(*args)
-    return _experts_shared(*args) if out is None else out
-
-
 for _name, _any_device, _on_cpu in (
     ("route", _route, _route_cpu),
     ("route_linear", _route_linear, None),
     ("route_bwd", _route_bwd, None),
     ("experts", _experts, _experts_cpu),
-    ("experts_fwd", _experts_fwd, _experts_fwd_cpu),
     ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
     ("experts_shared", _experts_shared, None),
 ):
     _lib.impl(_name, _any_device, "CompositeExplicitAutograd")
-    _lib.impl(_name, _experts_shared_cuda if _name == "experts_shared" else _cuda(_name, _any_device), "CUDA")
+    _lib.impl(_name, functools.partial(on_cuda.call, _name), "CUDA")
     if _on_cpu is not None:
         _lib.impl(_name, _on_cpu, "CPU")
 _lib.impl("experts_scaled", _experts_scaled, "CompositeExplicitAutograd")
+_lib.impl("route_fwd", _route_fwd, "CompositeExplicitAutograd")
+_lib.impl("experts_fwd", _with_copies(_experts_fwd), "CompositeExplicitAutograd")
+_lib.impl("experts_fwd", _with_copies(_experts_fwd_cpu), "CPU")
+for _name in ("route_fwd", "experts_fwd"):
+    _lib.impl(_name, functools.partial(on_cuda.call, _name), "CUDA")
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -197,6 +191,15 @@ def _route_fake(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None
 @torch.library.register_fake("moe_compile::route_linear", lib=_lib)
 def _route_linear_fake(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return _route_fake(x, *rest)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("moe_compile::route_fwd", lib=_lib)
+def _route_fwd_fake(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, ids = _route_fake(logits, bias, expert_scale, *gating)
+    kept = (logits.new_empty(0) if t is None else torch.empty_like(t) for t in (bias if gating[4] else None, expert_scale))
+    return weights, ids, torch.empty_like(logits), torch.empty_like(ids), *kept
 
 
 @torch.library.register_fake("moe_compile::route_bwd", lib=_lib)
@@ -223,10 +226,11 @@ def _experts_shared_fake(*args: Any) -> Tensor:
 
 
 @torch.library.register_fake("moe_compile::experts_fwd", lib=_lib)
-def _experts_fwd_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, ids, layout = args[0], args[1], _layout(args[8:])
+def _experts_fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, ids, weights, layout = *args[:3], _layout(args[8:])
     out = x.new_empty(x.shape[0], layout.out_features(args[4]))
-    return out, x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    return out, pre, torch.empty_like(ids), torch.empty_like(weights)
 
 
 @torch.library.register_fake("moe_compile::experts_bwd", lib=_lib)
@@ -239,65 +243,32 @@ def _empty_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+on_cuda.define(
+    _lib,
+    {
+        "route": _route,
+        "route_linear": _route_linear,
+        "route_fwd": _route_fwd,
+        "route_bwd": _route_bwd,
+        "experts": _experts,
+        "experts_fwd": _with_copies(_experts_fwd),
+        "experts_bwd": _experts_bwd,
+        "experts_shared": _experts_shared,
+    },
+    {
+        "route": _route_fake,
+        "route_linear": _route_linear_fake,
+        "route_fwd": _route_fwd_fake,
+        "route_bwd": _route_bwd_fake,
+        "experts": _experts_fake,
+        "experts_fwd": _experts_fwd_fake,
+        "experts_bwd": _experts_bwd_fake,
+        "experts_shared": _experts_shared_fake,
+    },
+)
+
+
 # ---- gradients ---------------------------------------------------------------------------------------------------
-
-
-class _Experts(torch.autograd.Function):
-    """`experts` with a gradient. Tensors of lists come one by one, because autograd only sees direct arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
-    ) -> Tensor:
-        lists = _regroup(flat, sizes)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, pre = _ops.experts_fwd(x, ids, weights, *lists, add, *layout)
-        ctx.save_for_backward(pre, x, ids, weights, *flat)
-        ctx.sizes, ctx.layout = sizes, layout
-        ctx.add_dtype = None if add is None else add.dtype
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pre, x, ids, weights, *flat = ctx.saved_tensors
-        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
-        needs = [need_x, need_w, *need_flat]
-        found: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            given = iter(_ops.experts_bwd(grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
-            found = [next(given) if n else None for n in needs]
-        return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
-
-
-class _Route(torch.autograd.Function):
-    """`route` with a gradient to logits, to a bias that enters the weights, and to the per-expert scale."""
-
-    @staticmethod
-    def forward(ctx: Any, gating: list[Any], logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            weights, ids = _ops.route(logits, bias, expert_scale, *gating)
-        ctx.mark_non_differentiable(ids)
-        ctx.save_for_backward(ids, logits, bias, expert_scale)
-        ctx.gating = gating
-        return weights, ids
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
-        needs[1] = needs[1] and ctx.gating[4]  # a bias that only selects has no gradient
-        found: list[Tensor | None] = [None] * 3
-        if any(needs):
-            given = iter(_ops.route_bwd(grad, *ctx.saved_tensors, *ctx.gating, needs))
-            found = [next(given) if n else None for n in needs]
-        return None, *found
-
-
-def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The four lists back from one."""
-    it = iter(flat)
-    return [[next(it) for _ in range(size)] for size in sizes]
 
 
 def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -309,16 +280,14 @@ def _experts_autograd(*args: Any) -> Tensor:
     if torch.is_grad_enabled():
         flat = [t for ts in lists for t in ts]
         if _needs_grad([x, weights, add, *flat]):
-            return _Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.experts.default(*args)  # type: ignore[no-any-return]
+            return gradients.Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    return on_cuda.below("experts", *args)  # type: ignore[no-any-return]
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
     if _needs_grad([logits, bias, expert_scale]):
-        return _Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.route.default(logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+        return gradients.Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
+    return on_cuda.below("route", logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
 
 
 def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,8 +297,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         if _needs_grad(tensors):
             return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(_ops, name)(*args)
+        return on_cuda.below(name, *args)
 
     return call
 

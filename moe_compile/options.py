@@ -27,7 +27,9 @@ class Options:
     mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
     quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom
         op for it is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).
-    weight_format: on Ascend, "nz": packed expert weights in the fractal format; "nd": as they are.
+    weight_format: on Ascend, "nz": packed expert weights in the fractal format, in training cast where they are used; "nd": as they are.
+    combine: on Ascend, the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert
+        inside) or "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
     core_limit: on Ascend, (cube cores, vector cores) that the side stream of the shared expert may use.
     """
 
@@ -40,6 +42,7 @@ class Options:
     mode: str = "auto"
     quantize: str | tuple[str, float] | None = None
     weight_format: str = "nd"
+    combine: str = "finalize"
     core_limit: tuple[int, int] | None = None
 
     @classmethod
@@ -102,6 +105,7 @@ def _check_values(options: Options) -> None:
     _one_of("mode", options.mode, ASCEND_MODES)
     _check_quantize(options.quantize)
     _one_of("weight_format", options.weight_format, ("nd", "nz"))
+    _one_of("combine", options.combine, ("finalize", "unpermute"))
     _check_core_limit(options.core_limit)
     if not isinstance(options.inner_options, Mapping):
         raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")

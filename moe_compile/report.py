@@ -318,6 +318,11 @@ def collecting() -> Iterator[Report]:
         _store.last = report
 
 
+def explaining() -> bool:
+    """Whether what this thread compiles is compiled to be told about (`collecting`), not to be run."""
+    return _store.mine.collecting is not None
+
+
 def current() -> Report | None:
     """The report of what this thread is compiling."""
     return _store.mine.report

@@ -6,11 +6,13 @@ scales, score functions) keeps its default.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +95,37 @@ def build(model_type: str, seed: int = 0) -> tuple[torch.nn.Module, dict[str, An
         f"no small {model_type!r} can be made from its default configuration ({type(first).__name__}: {first}); "
         "build a model yourself and call moe_compile.explain(model, input_ids)"
     ) from first
+
+
+def build_full(model_type: str, fields: Sequence[str] = ()) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A model of a transformers model type at its default size in bf16, and keyword arguments for one forward, all on the meta device.
+
+    fields: "name=value", fields of the configuration to be set. Raises ImportError when transformers is not installed, `NoSuchModel` for
+    an unknown type, a field that it does not have, or values that make no model.
+    """
+    config_class = _text_part(_config_class(model_type))
+    given = dict(map(_field, fields))
+    known = {f.name for f in dataclasses.fields(config_class)}
+    if unknown := sorted(given.keys() - known):
+        close = difflib.get_close_matches(unknown[0], known, 5)
+        raise NoSuchModel(f"{model_type!r} has no configuration field {unknown[0]!r}; close ones: {', '.join(close) or 'none'}")
+    try:
+        with torch.device("meta"):
+            model = _model_class(config_class)(config_class(**given)).to(torch.bfloat16)
+    except Exception as e:
+        raise NoSuchModel(f"no {model_type!r} can be made of {given}: {type(e).__name__}: {e}") from e
+    return model.eval(), {"input_ids": torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), "use_cache": False}
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """ "num_experts=128" -> a number, a truth value, a list or None where it is one, else a text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise NoSuchModel(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 # What the sizes of an MoE layer are called in configurations, the most specific name first.

@@ -16,20 +16,24 @@ from ..ir import MoeBlock, Rejection
 from ..lowering import can_lower, lowering_name, prepare
 from . import terms as T
 from .aten.conditions import no_saving_hooks
+from .aten.effects import Memory
 from .aten.element import Puller, dtype_of
 from .aten.shadow import Shadow, example_value
-from .prove import emitted, gradients, overlap
-from .prove.validate import parts, validate
+from .prove.claims import Claims, shared_claim
+from .prove.emitted import emitted_claim
+from .prove.engine import Claim, prove
+from .prove.gradients import with_gradients
 from .recover import materialise as held
 from .recover import writes
 from .recover.find import Finder
+from .recover.fused import zero_gradients
 from .recover.match import PARAMETERS, ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
-from .recover.region import Block, inside, routing_nodes
+from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
 from .recover.shared import match_shared
-from .rewrite import recall, router
-from .rewrite.plan import BlockPlan, execute
+from .rewrite import overlap, recall, router
+from .rewrite.plan import BlockPlan, SharedPlan, execute
 from .rewrite.planner import Planner
 from .terms import unify
 from .terms.deep import deep_recursion
@@ -125,7 +129,7 @@ def search(gm: fx.GraphModule, options: Any, target: str, out: Outcome) -> list[
         with _timed(out.seconds, "shadow"):
             shadow = Shadow(gm)
         with _timed(out.seconds, "recover"):
-            found = Finder(shadow.graph, shadow.walls, shadow.stale).run()
+            found = Finder(shadow.graph, shadow.walls, shadow.memory).run()
             blocks = []
             for m, p in found.matches:
                 try:
@@ -152,7 +156,7 @@ def _portable(blocks: list[Recovered]) -> list[Recovered]:
 
 
 def _bare(r: Rejection) -> Rejection:
-    return Rejection(r.reason, None, r.stage, r.source)
+    return Rejection(r.reason, None, r.stage, r.source, code=r.code, part=r.part)
 
 
 def _fresh_terms() -> None:
@@ -186,41 +190,81 @@ def _take(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -
             b, refusal = _checked(b, planner.shadow, bool(options.validate))
     if refusal is None:
         try:
-            plan = planner.plan(b)
+            b, plan = _planned(b, planner)
             if options.validate:
                 with _timed(out.seconds, "validate"):
-                    refusal = emitted.check(b, plan, planner.shadow)
+                    refusal = _emits_the_same(b, plan, planner.shadow)
         except Rejection as r:
             refusal = r
     if refusal is not None:
         out.rejected.append(_located(refusal, planner.shadow))
         return None
     assert plan is not None
-    how = overlap.mode(planner.shadow.dynamo.graph, options, target)
-    with _timed(out.seconds, "validate"):
-        shared = None if how is None else overlap.plan_shared(b, planner, how, options.validate)
+    shared = _shared(b, planner, options, target, out)
     plan = replace(plan, shared=shared)
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), b.ir.routing_note, shared is not None))
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, planner.shadow.dynamo.graph))))
+    out.blocks.append(Recovered(b.ir, source, bool(options.validate), lowering_name(b.ir, target), note, shared is not None))
     return plan
 
 
-def _checked(b: Block, shadow: Shadow, prove: bool) -> tuple[Block, Rejection | None]:
+def _planned(b: Block, planner: Planner) -> tuple[Block, BlockPlan]:
+    """The plan of a block, with its routing as written where the op could not stand in for it; raises Rejection where there is no plan."""
+    try:
+        return b, planner.plan(b)
+    except Rejection as r:
+        if b.gating is None or b.ids is None or b.weights is None:
+            raise
+        kept = as_written(b, r.reason)
+        return kept, planner.plan(kept)
+
+
+def _shared(b: Block, planner: Planner, options: Any, target: str, out: Outcome) -> SharedPlan | None:
+    """How the shared expert goes into the op of the block, where that is wanted and proved."""
+    how = overlap.mode(planner.shadow.dynamo.graph, options, target)
+    plan = None if how is None else overlap.plan_shared(b, planner, how)
+    if plan is None or not options.validate:
+        return plan
+    assert b.shared is not None and b.shared.operands is not None
+    with _timed(out.seconds, "validate"):
+        claim = shared_claim(b.match.tokens, b.shared, b.shared.operands)
+        return plan if isinstance(claim, Claim) and prove([claim], b.match.out) is None else None
+
+
+def _checked(b: Block, shadow: Shadow, validate: bool) -> tuple[Block, Rejection | None]:
     """The block, with its routing as written where only that cannot be proved, and what is wrong with it."""
-    refusal = written_elsewhere(b, shadow) or (validate(b) if prove else None) or gradients.check(b, shadow)
-    if refusal is not None and b.gating is not None and refusal.reason.startswith("the routing"):
-        return _checked(as_written(b, refusal.reason), shadow, prove)
+    try:
+        refusal = _disproved(b, shadow, validate)
+    except Rejection as r:
+        refusal = r
+    if refusal is not None and b.gating is not None and refusal.part == "routing":
+        return _checked(as_written(b, refusal.reason), shadow, validate)
     return b, refusal
 
 
-def written_elsewhere(b: Block, shadow: Shadow) -> Rejection | None:
+def _disproved(b: Block, shadow: Shadow, validate: bool) -> Rejection | None:
+    """The first claim about the block that does not hold."""
+    claims = Claims(b).of_meaning()
+    elsewhere = next((r for c in claims if (r := written_elsewhere(c, b, shadow)) is not None), None)
+    if elsewhere is not None:
+        return elsewhere
+    whole = [with_gradients(c, b, shadow, all_of_them=validate) for c in claims]
+    refusal = prove([c for c in whole if isinstance(c, Claim) and (validate or c.leaves)], b.match.out)
+    return refusal or next((r for r in whole if isinstance(r, Rejection)), None)
+
+
+def _emits_the_same(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
+    claim = emitted_claim(b, plan, shadow)
+    return prove([claim], b.match.out) if isinstance(claim, Claim) else claim
+
+
+def written_elsewhere(claim: Claim, b: Block, shadow: Shadow) -> Rejection | None:
     """Whether a tensor of the block is written through another view: its name in the shadow does not tell its value."""
-    for part in parts(b):
-        nodes = inside(part.outs, part.boundary)
-        seen = part.boundary if isinstance(nodes, Rejection) else [*part.boundary, *nodes]
-        if not writes.harmless(shadow.stale.intersection(seen), b.match):
-            return Rejection(f"{part.what} has a tensor that is written through another view", b.match.out, "validate")
-    return None
+    seen = {*claim.region.edge, *claim.region.nodes}
+    if writes.harmless(shadow.memory, seen, b.match):
+        return None
+    what = {"routing": "the routing", "experts": "the experts"}.get(claim.part, "the block")
+    return Rejection(f"{what} has a tensor that is written through another view", b.match.out, "validate", code="aliased", part=claim.part)
 
 
 def assemble(m: ExpertsMatch, shadow: Shadow, p: Puller) -> Block:
@@ -246,13 +290,13 @@ def _assemble(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Bl
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
-    shared = None if writes.touched(shadow.stale, m) else match_shared(m, result, shadow.order, shadow.walls)
+    shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked)
+    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps)
 
 
 def as_written(b: Block, note: str) -> Block:
@@ -270,12 +314,10 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    from .aten.shadow import stale_views
-
     with deep_recursion():
         for _ in range(3):  # ids and weights may have to be put into tensors of their own
             _fresh_terms()
-            found = Finder(gm.graph, set(), stale_views(gm.graph), id_inputs="roles" in gm.meta).run()
+            found = Finder(gm.graph, set(), Memory(gm.graph), id_inputs="roles" in gm.meta).run()
             if not found.matches:
                 return found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
             (m, p), *more = found.matches
@@ -287,6 +329,8 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         ids, weights = nodes.ids, nodes.weights
         if ids is None or weights is None:
             return Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
+        if nodes.wraps:
+            return Rejection("ids that index expert weights may be negative", m.out, "record")
         count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
         if possible is not None and possible >= count:
             return Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")
@@ -295,7 +339,11 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         for name in PARAMETERS:
             ir.boundary[name] = [q.node for q in getattr(m, name)]
         ir.boundary["views"] = {q.node: q.view for group in m.groups() for q in group if q.view is not None}
-        refusal = validate(Block(m, None, ir, ids, weights, ids, None, nodes.twins))
+        block = Block(m, None, ir, ids, weights, ids, None, nodes.twins)
+        try:
+            refusal = prove(Claims(block, given=True).of_meaning(), m.out)
+        except Rejection as r:
+            refusal = r
         return refusal if refusal is not None else Recovered(ir, "", True, "")
 
 
@@ -327,6 +375,8 @@ def block_source(out: fx.Node, choice: fx.Node | None) -> str:
 
 def _located(r: Rejection, shadow: Shadow) -> Rejection:
     n = r.node
+    if n in shadow.transformed:
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
     if not r.source and isinstance(n, fx.Node):
         r.source = source_of(n) or next((source_of(d) for d in shadow.origin.get(n, ()) if source_of(d)), "")
     return r

@@ -57,3 +57,12 @@ class Counter:
 
 def compiled(m: Any, counter: Counter, **kw: Any) -> Any:
     return torch.compile(m, backend="moe_fused", options={"inner": counter}, **kw)
+
+
+def agree(m: nn.Module, twin: nn.Module, counter: Counter, x: Tensor, times: int = 2, **kw: Any) -> None:
+    """The compiled module computes what its twin does, call by call, and leaves its buffers as that leaves its own."""
+    c = compiled(m, counter, **kw)
+    for _ in range(times):
+        torch.testing.assert_close(c(x), twin(x), rtol=1e-4, atol=1e-5)
+    for a, b in zip(m.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -9,6 +9,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import sys
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,52 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one catalogue entry share one compilation: they go to one worker (`--dist loadgroup`)."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one catalogue entry in eight and three zoo models of what is asked for")
+
+
+QUICK_MODELS = ("mixtral-default-", "gpt_oss-eager-", "deepseek_v3-batched_mm-")
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether `make quick` runs a test of the catalogue (one entry in eight, always the same) or of the zoo."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if isinstance(params.get("name"), str) and item.path.name == "test_catalogue.py":
+        return zlib.crc32(params["name"].encode()) % 8 == 3
+    return item.path.name != "test_zoo.py" or item.name.split("[")[-1].startswith(QUICK_MODELS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[i for i in items if not is_quick(i)])
+        items[:] = [i for i in items if is_quick(i)]
     for item in items:
         if item.path.parent.name == "gpu":  # the interpreter is numpy, which warns of infinities that a kernel masks
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
-        call = getattr(item, "callspec", None)
-        if call is not None and isinstance(call.params.get("name"), str):
-            item.add_marker(pytest.mark.xdist_group(call.params["name"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one catalogue entry share one compilation: one worker runs them. (`--dist loadgroup` does nothing with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEntry(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test[test.index("[") :] if file.endswith("test_catalogue.py") and "[" in test else nodeid
+
+    return ByEntry(config, log)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans of earlier runs are not replayed: the passes run. Kernels and Inductor's caches stay the user's, they are keyed by sources."""
+    from moe_compile.passes.rewrite import recall
+
+    folder, own = recall.folder, tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "folder", lambda: own if folder() is not None else None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +128,7 @@ def have_compiler() -> bool:
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store of packed Ascend weights for this test alone: what other tests leave is collected at any time, and the shared count falls."""
     from moe_compile.lowering.ascend import modes
-    from moe_compile.lowering.ascend.weights import Store
+    from moe_compile.lowering.ascend.store import Store
 
     own = Store()
     monkeypatch.setattr(modes, "STORE", own)

@@ -23,7 +23,7 @@ import moe_compile
 from moe_compile.backend import moe_fused, target_of
 from moe_compile.ir import Rejection
 from moe_compile.options import Options
-from moe_compile.passes.prove import emitted, validate
+from moe_compile.passes.prove import engine
 from moe_compile.snapshot import Snapshot, unchanged
 
 ROOT = Path(__file__).parent.parent
@@ -331,16 +331,15 @@ def test_nothing_of_a_model_outlives_it():
     """What was proved is remembered, without the graphs and parameters it was proved on."""
     model = catalogue.build(routers.SoftmaxTopk)
     parameter = weakref.ref(model.up)
-    validate._proved.clear()
-    emitted._proved.clear()
+    engine.forget()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):  # a kept plan needs no proof
         torch.compile(model, backend="moe_fused", options={"inner": "eager"})(*model.example_inputs())
-    assert len(moe_compile.last_report().blocks) == 1 and validate._proved and emitted._proved
+    assert len(moe_compile.last_report().blocks) == 1 and engine._proved
     del model
     torch._dynamo.reset()
     gc.collect()
     assert parameter() is None
-    assert not any(isinstance(n, torch.fx.Node) for key in (*validate._proved, *emitted._proved) for n in _held(key))
+    assert not any(isinstance(n, torch.fx.Node) for key in engine._proved for n in _held(key))
 
 
 def _held(key):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from moe_compile.ir import Experts, Form, MoeBlock, Rejection
 from moe_compile.ir import scalar as act
-from moe_compile.loops import capture
-from moe_compile.loops.bench import Roles, Spec, primes, roles_of
+from moe_compile.loops import capture, looks
+from moe_compile.loops.bench import primes
+from moe_compile.loops.call import Roles, Spec, roles_of
 from moe_compile.report import collecting
 
 
@@ -241,8 +242,8 @@ def test_code_with_side_effects_is_no_candidate() -> None:
         for r in x:
             yield r + 1
 
-    assert capture.is_candidate(Loop.dispatch.__code__)
-    assert not any(capture.is_candidate(f.__code__) for f in (prints, writes, generates, Loop.forward))
+    assert looks.is_candidate(Loop.dispatch.__code__)
+    assert not any(looks.is_candidate(f.__code__) for f in (prints, writes, generates, Loop.forward))
 
 
 CLAMPED = act.silu(act.clamp(act.G, -sympy.oo, 7)) * act.U
@@ -311,7 +312,7 @@ f32, i64, s = torch.float32, torch.int64, sympy.Symbol("s", positive=True, integ
     ],
 )
 def test_roles_of_arguments(tensors: dict[str, Spec], roles: Roles | None) -> None:
-    assert roles_of(tensors) == roles
+    assert roles_of(tensors)[:1] == (() if roles is None else (roles,))
 
 
 def test_token_counts_are_told_from_all_other_sizes() -> None:

@@ -14,7 +14,7 @@ from captured import Counter, E, H, Loop, compiled
 from torch import Tensor, nn
 
 from moe_compile import backend
-from moe_compile.loops import capture
+from moe_compile.loops import capture, hooks
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +110,8 @@ def test_threads() -> None:
 
 def test_scope_follows_wrapped_compilers() -> None:
     wrapper = types.SimpleNamespace(_torchdynamo_orig_backend=types.SimpleNamespace(compiler_fn=backend.moe_fused))
-    assert capture.for_us(wrapper) and capture.for_us(backend.moe_fused)
-    assert not capture.for_us(None) and not capture.for_us(Counter()) and not capture.for_us(types.SimpleNamespace(compiler_fn=None))
+    assert hooks.for_us(wrapper) and hooks.for_us(backend.moe_fused)
+    assert not hooks.for_us(None) and not hooks.for_us(Counter()) and not hooks.for_us(types.SimpleNamespace(compiler_fn=None))
 
 
 def test_user_state_is_untouched() -> None:

@@ -144,6 +144,8 @@ ACTIVATIONS = {
     "power": (act.G**2 + 1) ** sp.Rational(1, 2) * act.U + act.U**3,
     "clamped": act.clamp(act.silu(act.G), -sp.oo, 2) * act.clamp(act.U, -1, 1),
     "constant slope": act.G + 2 * act.U,
+    "quotient": act.G / (1 + sp.Abs(act.U)) - 1 / (2 + act.softplus(act.G)),
+    "small": act.log1p(act.relu(act.G)) * act.U + act.expm1(act.U),
 }
 
 
@@ -161,6 +163,19 @@ def test_activation_programs(name: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("expr", [act.log1p(act.G), act.expm1(act.G), act.softplus(act.G), sp.tanh(act.G)], ids=str)
+def test_activations_of_small_values(expr: sp.Expr) -> None:
+    """Relative to the value itself: what these functions are there for."""
+    values = torch.cat([torch.linspace(-0.99, 3, 400), 10.0 ** torch.linspace(-30, -1, 60)])
+    e = block(ir.Form.SINGLE, expr, sizes=(1, 1, 1, 1))
+    ones = torch.ones(len(values), 1)
+    up, down = [torch.ones(1, 1, 1)], [torch.ones(1, 1, 1)]
+    out, _ = cpu.forward(values[:, None], ones.long() - 1, ones, up, down, [], [], None, layout(e), save=False)
+    want = act.evaluate(expr, values.double())
+    assert float(((out[:, 0] - want) / want.abs().clamp(min=1e-37)).abs().max()) < 1e-6
+
+
+@needs_kernels
 def test_activations_far_out() -> None:
     """Saturation, overflow and NaN as torch has them."""
     values = torch.tensor(
@@ -174,6 +189,9 @@ def test_activations_far_out() -> None:
         act.relu(act.G),
         act.softplus(act.G),
         act.gelu_tanh(act.G),
+        act.log1p(act.G),
+        act.expm1(act.G),
+        act.exp2(act.G),
     ):
         e = block(ir.Form.SINGLE, expr, sizes=(1, 1, 1, 1))
         for value in values:

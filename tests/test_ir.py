@@ -29,8 +29,11 @@ from moe_compile.ir import (
     SharedExpert,
     SumK,
     W,
+    text,
 )
 from moe_compile.ir import scalar as act
+from moe_compile.lowering import generic
+from moe_compile.lowering.triton import activation as triton_code
 
 torch.set_num_threads(1)
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -45,6 +48,8 @@ ACTIVATIONS: dict[str, Any] = {
     "softplus log": sp.log(1 + act.softplus(act.G)) * act.U,
     "odd": sp.tanh(act.G) * sp.Abs(act.U) + sp.exp(-(act.G**2)) - 3,
     "root": sp.sqrt(act.softplus(act.G)) / (1 + act.U**2),
+    "quotient": act.G / (1 + sp.Abs(act.U)) - 1 / (2 + act.softplus(act.G)),
+    "small": act.log1p(act.relu(act.G)) + act.expm1(act.U / 4),
 }
 SINGLE: dict[str, Any] = {
     "silu": act.silu(act.G),
@@ -68,6 +73,22 @@ def test_activation_program(name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("row", act.FUNCTIONS, ids=lambda f: f.name)
+def test_rows_of_the_table(row: act.Scalar) -> None:
+    """What a row claims of its function: the head computes it, it rises, it is positive, its slope is the kernels'; numbers are IEEE's."""
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    x = x[x > 0] if row.name in ("log", "log1p") else x
+    got = row.torch(x)
+    torch.testing.assert_close(got, torch.from_numpy(naive.activation(row.head(act.G), x.numpy(), None).copy()), rtol=1e-12, atol=1e-12)
+    assert not row.increasing or bool((got.diff() > 0).all())
+    assert not row.positive or bool((got > 0).all())
+    y = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(row.torch(y).sum(), y)
+    torch.testing.assert_close(generic.SLOPES[act.FUNCTIONS.index(row)](x, got), slope, rtol=1e-9, atol=1e-9)
+    assert row.number(1e9) in (1.0, 1e9, math.inf, math.log(1e9), math.log1p(1e9))  # what overflows is infinite, never an error
+    assert act.decode(*act.encode(row.head(act.G))) == row.head(act.G)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activation_keeps_dtype_and_gradient(dtype: torch.dtype) -> None:
     g, u = (torch.randn(5, 3, dtype=dtype).requires_grad_() for _ in range(2))
@@ -85,9 +106,9 @@ def test_unknown_activation_is_named() -> None:
 
 
 def test_describe() -> None:
-    assert act.describe(act.SWIGLU) == "SwiGLU"
-    assert act.describe(act.relu(act.G) ** 2) == "ReLU²"
-    assert "^" in act.describe(act.G**3)
+    assert text.describe(act.SWIGLU) == "SwiGLU"
+    assert text.describe(act.relu(act.G) ** 2) == "ReLU²"
+    assert "^" in text.describe(act.G**3)
 
 
 def test_op_numbers_are_a_contract() -> None:
@@ -97,7 +118,9 @@ def test_op_numbers_are_a_contract() -> None:
     assert [n.name for n in Norm] == ["NONE", "SUM", "MAX", "PNORM", "EXPR"]
     assert [f.name for f in Form] == ["SINGLE", "CONCAT", "INTERLEAVED", "SEPARATE"]
     assert act.encode(act.SWIGLU)[0].count(act.OP_MUL) == 2
-    assert [head.__name__ for head, _ in act._UNARY] == ["sigmoid", "tanh", "exp", "log", "erf", "relu", "softplus", "gelu_tanh", "Abs"]
+    functions = ["sigmoid", "tanh", "exp", "log", "erf", "relu", "softplus", "gelu_tanh", "abs", "log1p", "expm1", "exp2"]
+    assert [f.name for f in act.FUNCTIONS] == functions
+    assert len(generic.SLOPES) == len(triton_code._UNARY) == len(functions)
 
 
 # Gating ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ WRONG = [
     ({"quantize": ("w8a8c8", 1.5)}, None, ["'quantize'", "0 < alpha <= 1"]),
     ({"quantize": ("w8a8", 0.5)}, None, ["'quantize'", "'w8a8c8', alpha"]),
     ({"weight_format": "nchw"}, None, ["'weight_format'", "'nz'"]),
+    ({"combine": "sum"}, None, ["'combine'", "finalize", "unpermute"]),
     ({"core_limit": (8, 0)}, None, ["'core_limit'", "positive"]),
     ({"inner": "no_such_backend"}, None, ["'inner'", "aot_eager", "inductor"]),
     ({"inner": 7}, None, ["'inner'", "callable"]),

@@ -9,25 +9,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import golden
 import pytest
 import torch
 import zoo
 import zoo_report
-from torch import Tensor
+import zoo_run
+from zoo_run import OPTIONS, relative_difference
 
 import moe_compile
 
 pytest.importorskip("transformers")
 
 OWN_DEFAULT = ("openai_privacy_filter",)  # any other decorated model runs grouped_mm when it is left alone: one case tests both
+IMPLEMENTATIONS = [
+    (e, i) for e in zoo.ENTRIES for i in e.implementations if i != "grouped_mm" or e.name in OWN_DEFAULT or "COVERAGE_DOC" in os.environ
+]
+# (batch, tokens): each architecture runs as one sequence and as two, its implementations in turn; no size is a power of two, none a width
+SHAPES = {"default": (2, 11), "eager": (1, 7), "batched_mm": (2, 11), "grouped_mm": (1, 7)}
+ONE_IMAGE = ("dots3_note+vision",)  # of two, transformers' own loop over images breaks the graph
+ONE_SEQUENCE_TOO = ("jetmoe", "dbrx", "longcat_flash", "llama4", "step3p7")  # of one implementation only
+WAITS = {("jetmoe", 2): "needs the law (k a + s) // (k m) = a // m for 0 <= s < k, and the same for mod"}
+
+
+def waiting(name: str, batch: int) -> list[pytest.MarkDecorator]:
+    """Marks what is known to be left as written today, so that it is noticed when it heals."""
+    why = WAITS.get((name, batch))
+    return [] if why is None else [pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)]
+
+
 CASES = [
-    pytest.param(e, i, id=f"{e.name}-{i}")
-    for e in zoo.ENTRIES
-    for i in e.implementations
-    if i != "grouped_mm" or e.name in OWN_DEFAULT or "COVERAGE_DOC" in os.environ
+    pytest.param(e, i, shape, id=f"{e.name}-{i}-{shape[0]}x{shape[1]}", marks=waiting(e.name, shape[0]))
+    for e, i in IMPLEMENTATIONS
+    for shape in ([SHAPES[i], (1, 7)] if e.name in ONE_SEQUENCE_TOO else [(1, 7)] if e.name in ONE_IMAGE else [SHAPES[i]])
 ]
 DECODED = ("qwen3_moe", "mixtral", "gpt_oss", "afmoe", "deepseek_v3", "dbrx")
-OPTIONS = {"inner": "aot_eager"}
+
+
+def test_the_golden_file_has_no_stale_lines() -> None:
+    assert not (problem := golden.stale("zoo", [f"{e.name}/{i}" for e, i in IMPLEMENTATIONS])), problem
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +57,6 @@ def verdicts() -> Iterator[list[zoo_report.Verdict]]:
     yield collected
     if path := os.environ.get("COVERAGE_DOC"):
         Path(path).write_text(zoo_report.render(collected), encoding="utf-8")
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """max|a - b| over max|b|; NaN counts as infinite."""
-    difference = float((a - b).abs().max() / b.abs().max())
-    return difference if difference == difference else float("inf")
 
 
 def told(report: Any) -> str:
@@ -59,15 +73,14 @@ def check_blocks(entry: zoo.Entry, report: Any) -> None:
         assert all(b.ir.gating is not None for b in report.blocks), [b.formula for b in report.blocks]
 
 
-@pytest.mark.parametrize(("entry", "implementation"), CASES)
+@pytest.mark.parametrize(("entry", "implementation", "shape"), CASES)
 @torch.no_grad()
-def test_inference(entry: zoo.Entry, implementation: str, verdicts: list[zoo_report.Verdict]) -> None:
-    model, inputs = entry.build(implementation), entry.make_inputs()
-    expected = zoo.output_of(model(**inputs))
-    actual = zoo.output_of(torch.compile(model, backend="moe_fused", options=OPTIONS)(**inputs))
-    report = moe_compile.last_report()
-    assert relative_difference(actual, expected) <= 1e-5, told(report)
+def test_inference(entry: zoo.Entry, implementation: str, shape: tuple[int, int], verdicts: list[zoo_report.Verdict]) -> None:
+    report, difference = zoo_run.run_both(entry, implementation, shape)
+    assert difference <= 1e-5, told(report)
     check_blocks(entry, report)
+    problem = golden.problem(f"zoo/{entry.name}/{implementation}", golden.verdict(report))
+    assert not problem, problem
     verdict = zoo_report.verdict_of(entry, implementation, report)
     verdicts.append(verdict)
     if "COVERAGE_DOC" not in os.environ:

@@ -194,6 +194,7 @@ def _entry(name: str, router: str, experts: str, config: str, model: str, **kwar
     return Entry(name, router, experts, config, model, kwargs=kwargs, **options)
 
 
+# fmt: off
 ENTRIES: list[Entry] = [
     # R1: softmax, then top-k, with or without renormalisation
     _entry("qwen2_moe", "R1", "X1", "Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
@@ -311,6 +312,7 @@ ENTRIES: list[Entry] = [
     _entry("zaya", "R12", "X1", "ZayaConfig", "ZayaForCausalLM", gating=False, num_experts_per_tok=1, router_hidden_size=16,
            note="an MLP router with state across layers and a skip expert"),
 ]
+# fmt: on
 
 # Left out, with the reason. Each is a kind of routing that is not "k experts of E for every token".
 EXCLUDED: dict[str, str] = {

@@ -6,7 +6,7 @@ torch_npu wheel (tests/ascend/test_wheel.py).
 
 from __future__ import annotations
 
-from .law import can_lower, lowering_name
+from .capability import can_lower, lowering_name
 
 SCALED = True  # int8 weights with scales: npu_grouped_matmul takes both
 

@@ -17,7 +17,7 @@ from ...ir import scalar as act
 from ...ir import score as apply_score
 from .. import generic, routing
 from ..routing import Routing
-from . import law, schemas
+from . import device, law, schemas
 from .rules import check
 
 
@@ -42,9 +42,15 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing,
 
     Training takes ATen: the gating ops' backward cannot be traced, or is silently missing.
     """
-    row = law.ROUTING[-1] if training else law.choose_routing(r, logits.shape[-1])[0]
+    row = law.ROUTING[-1] if training else law.choose_routing(case(logits, r))[0]
     weights, ids, done = _ROWS[row.name](logits, bias, r)
     return _finish(weights, ids, bias, table, r, done), ids
+
+
+def case(logits: Tensor, r: Routing) -> law.Case:
+    """What the laws ask about a routing of these logits [T, E]."""
+    tokens, experts = logits.shape
+    return law.Case(r, experts, tokens if type(tokens) is int else None, device.family())
 
 
 Routed = tuple[Tensor, Tensor, frozenset[str]]  # weights, ids, what has been done to the weights
@@ -84,10 +90,26 @@ def _softmax_general(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
     return w, ids, frozenset(() if waits else ("scale",))
 
 
-def _softmax_selected(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
-    """w = softmax(l[ids])."""
-    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", cast(logits, torch.float32), k=r.k, renorm=1, output_softmax=False)
+def _softmax_second(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l)[ids]."""
+    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", cast(logits, torch.float32), k=r.k, renorm=0, output_softmax=False)
     return w, ids, frozenset()
+
+
+def _softmax_selected(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = softmax(l[ids]). A cast to the dtype that the model selects in comes first: two logits may be one there."""
+    wide = cast(cast(logits, r.score_dtype), torch.float32)
+    w, ids, _none = call("npu_moe_gating_top_k_softmax_v2", wide, k=r.k, renorm=1, output_softmax=False)
+    return w, ids, frozenset()
+
+
+def _by_logits(logits: Tensor, _: Tensor | None, r: Routing) -> Routed:
+    """w = score(l)[ids], or score(l[ids]): the op's own weights are not used."""
+    _weights, ids, _done = _softmax_selected(logits, None, r)
+    raw, score = cast(logits, r.score_dtype), Score(r.score)
+    if not r.score_over_selected:
+        return apply_score(score, raw).gather(-1, ids.to(torch.int64)), ids, frozenset()
+    return apply_score(score, raw.gather(-1, ids.to(torch.int64))), ids, frozenset()
 
 
 def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
@@ -102,7 +124,8 @@ def _aten(logits: Tensor, bias: Tensor | None, r: Routing) -> Routed:
     return apply_score(Score(r.score), picked) if r.score_over_selected else picked, ids, frozenset()
 
 
-_ROWS = dict(zip((row.name for row in law.ROUTING), (_sigmoid, _sigmoid_raw, _softmax, _softmax_general, _softmax_selected, _aten)))
+_FORMS = (_sigmoid, _sigmoid_raw, _softmax, _softmax_second, _softmax_general, _softmax_selected, _by_logits, _aten)
+_ROWS = {row.name: form for row, form in zip(law.ROUTING, _FORMS, strict=True)}
 
 
 def _finish(w: Tensor, ids: Tensor, bias: Tensor | None, table: Tensor | None, r: Routing, done: frozenset[str]) -> Tensor:
@@ -126,6 +149,7 @@ class Packed:
     """Expert weights as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
 
     `up` holds one tensor, or gate and up apart. Weights in int8 have a scale and an offset [E, out] each, in the dtype of the rows.
+    nz: of training, weights are to be used in the fractal format; elsewhere they come in their format.
     """
 
     up: Sequence[Tensor]
@@ -136,15 +160,7 @@ class Packed:
     up_offset: Sequence[Tensor] = ()
     down_scale: Tensor | None = None
     down_offset: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Rows ordered by expert [T k, H], where each slot went [T k], rows per expert [E]."""
-
-    rows: Tensor
-    index: Tensor
-    counts: Tensor
+    nz: bool = False
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -166,13 +182,25 @@ def identity_addend(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, n
     return cast(cast(x, wide) * cast(w, wide), x.dtype)
 
 
-def dispatch(x: Tensor, ids: Tensor, num_experts: int) -> Dispatched:
-    """x [T, H], ids [T, k] int32 -> rows by expert."""
-    rows, index, counts, _ = call(
+def init_routing(x: Tensor, ids: Tensor, num_experts: int, quant_mode: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, H], ids [T, k] int32 -> rows by expert [T k, H], where each slot went [T k], rows per expert [E], scales of the rows [T k].
+
+    quant_mode 1: rows in int8, each with its own scale; -1: as they are, without scales.
+    """
+    return call(  # type: ignore[no-any-return]
         "npu_moe_init_routing_v2", x, ids, active_num=-1, expert_num=num_experts, drop_pad_mode=0, expert_tokens_num_type=1,
-        expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, num_experts], row_idx_type=0,
+        expert_tokens_num_flag=True, quant_mode=quant_mode, active_expert_range=[0, num_experts], row_idx_type=0,
     )  # fmt: skip
-    return Dispatched(rows, index, counts)
+
+
+def list_type(counts: Tensor) -> int:
+    """1: `group_list` holds counts. A list of one may not be of that type: its count is its running sum too, which is type 0."""
+    return 0 if counts.shape[0] == 1 else 1
+
+
+def groups(counts: Tensor, group_type: int = 0) -> dict[str, Any]:
+    """How npu_grouped_matmul is told the rows of each expert; group_type 0: rows are grouped, 2: the inner dim is."""
+    return dict(group_list=counts, split_item=3, group_type=group_type, group_list_type=list_type(counts))
 
 
 def grouped(
@@ -182,7 +210,7 @@ def grouped(
     extra = {} if bias is None else {"bias": [bias]}
     if scale is not None and offset is not None:
         extra |= {"antiquant_scale": [scale], "antiquant_offset": [offset]}
-    (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, group_list=counts, split_item=3, group_type=0, group_list_type=1)
+    (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, **groups(counts))
     return out  # type: ignore[no-any-return]
 
 
@@ -214,15 +242,25 @@ def up_rows(rows: Tensor, p: Packed, counts: Tensor) -> list[Tensor]:
 
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids [T, k] int32 within the experts -> output rows by expert, their index, and the weights that are still to be applied."""
-    d = dispatch(x, ids, layout.num_experts)
-    rows = d.rows
+    rows, index, counts, _ = init_routing(x, ids, layout.num_experts)
     if layout.weight_on_input:
         wide = generic.accumulate_dtype(x.dtype)
-        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, d.index.to(torch.int64), weights.reshape(-1))
+        by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    y = grouped(activate(up_rows(rows, p, d.counts), layout), p.down, p.down_bias, d.counts, p.down_scale, p.down_offset)
-    return y, d.index, weights
+    y = grouped(activate(up_rows(rows, p, counts), layout), p.down, p.down_bias, counts, p.down_scale, p.down_offset)
+    return y, index, weights
+
+
+def tuning(rows: Tensor, counts: Tensor) -> dict[str, list[int]]:
+    """How many rows an expert has on average, which int8 products choose their tiles by: told where the number of rows is fixed."""
+    total = rows.shape[0]
+    return {"tuning_config": [-(-total // counts.shape[0])]} if type(total) is int and total > 0 else {}
+
+
+def unpermute(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j w · row -> [T, H], weights in the dtype of the rows: fp32 ones of bf16 rows give NaN gradients."""
+    return call("npu_moe_token_unpermute", rows, index, cast(weights, rows.dtype))  # type: ignore[no-any-return]
 
 
 def combine(rows: Tensor, index: Tensor, weights: Tensor, addends: Sequence[Tensor]) -> Tensor:
@@ -257,10 +295,13 @@ def start(
     return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
 
 
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    """The combine with at most two addends inside; more are added behind it."""
-    inside = [*own, *addends]
-    out = combine(rows, index, weights, inside[:2])
-    for a in inside[2:]:
+def finish(
+    rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True
+) -> Tensor:
+    """The combine with at most two addends inside; more are added behind it. Not `fused`, which training cannot be: all of them are."""
+    every = [*own, *addends]
+    inside = every[:2] if fused else []
+    out = combine(rows, index, weights, inside) if fused else unpermute(rows, index, weights)
+    for a in every[len(inside) :]:
         out = out + cast(a, out.dtype)
     return out

@@ -13,19 +13,28 @@ from dataclasses import dataclass
 import sympy as sp
 import torch
 
-from ...ir import BiasOn, Form, MoeBlock, Norm, Score
+from ...ir import BiasOn, Form, Norm, Score
 from ...ir import scalar as act
-from ...ops import route_args
-from .. import generic
 from ..routing import Routing
 
 MAX_GATED = 2048  # experts of npu_moe_gating_top_k
 MAX_SOFTMAX_K = 1024
-MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
-MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MAX_310P_TOKENS = 1024
 
-Check = Callable[[Routing, int], str | None]
+
+@dataclass(frozen=True)
+class Case:
+    """A routing and where it is to run. tokens: None where the number is not fixed; device: a family of `device.family`."""
+
+    r: Routing
+    experts: int
+    tokens: int | None = None
+    device: str = ""
+
+
+# every score function but ReLU, which is 0 for half of its arguments
+INCREASING = frozenset(Score) - {Score.RELU}
+Check = Callable[[Case], str | None]
 
 
 @dataclass(frozen=True)
@@ -37,51 +46,66 @@ class Row:
     holds: str
     checks: tuple[Check, ...]
 
-    def refuses(self, r: Routing, num_experts: int) -> str | None:
+    def refuses(self, c: Case) -> str | None:
         """The first objection, or None."""
-        return next((why for c in self.checks if (why := c(r, num_experts)) is not None), None)
+        return next((why for check in self.checks if (why := check(c)) is not None), None)
+
+    def is_of(self, c: Case) -> bool:
+        """Whether the row is of the routing's kind: what it objects to is then worth telling."""
+        return all(check(c) is None for check in self.checks if check in _KINDS)
 
 
 # ---- what can stand in the way -----------------------------------------------------------------------------------------
 
 
-def _scored_in_fp32(r: Routing, _: int) -> str | None:
-    return None if r.score_dtype == torch.float32 else f"scores are computed in {r.score_dtype}, the op's in fp32: near ties would differ"
+def _scored_in_fp32(c: Case) -> str | None:
+    if c.r.score_dtype == torch.float32:
+        return None
+    return f"scores are computed in {c.r.score_dtype}, the op's in fp32: near ties would differ"
 
 
-def _sigmoid(r: Routing, _: int) -> str | None:
-    return None if r.score == Score.SIGMOID else "the score is not a sigmoid"
+def _sigmoid(c: Case) -> str | None:
+    return None if c.r.score == Score.SIGMOID else "the score is not a sigmoid"
 
 
-def _softmax(r: Routing, _: int) -> str | None:
-    return None if r.score == Score.SOFTMAX else "the score is not a softmax"
+def _softmax(c: Case) -> str | None:
+    return None if c.r.score == Score.SOFTMAX else "the score is not a softmax"
 
 
-def _before_selection(r: Routing, _: int) -> str | None:
-    return "the score is taken of the selected experts only" if r.score_over_selected else None
+def _before_selection(c: Case) -> str | None:
+    return "the score is taken of the selected experts only" if c.r.score_over_selected else None
 
 
-def _after_selection(r: Routing, _: int) -> str | None:
-    return None if r.score_over_selected else "the score is taken of all experts"
+def _after_selection(c: Case) -> str | None:
+    return None if c.r.score_over_selected else "the score is taken of all experts"
 
 
-def _bias_selects(r: Routing, _: int) -> str | None:
+def _by_logits(c: Case) -> str | None:
+    """f increasing: the k largest f(l) are those of the k largest l; where f rounds to ties the larger logit is as good as any."""
+    return None if c.r.score_over_selected or c.r.score in INCREASING else "the score does not increase with the logit"
+
+
+def _bias_selects(c: Case) -> str | None:
     """The op adds b to s for the selection and gathers s without it."""
-    if r.bias_on == BiasOn.LOGIT:
-        return "the bias is added to the logits, the op adds it to the scores"
-    return "the bias is part of the weights, the op's only selects" if r.bias_in_weights else None
+    return _bias_on_scores(c) or ("the bias is part of the weights, the op's only selects" if c.r.bias_in_weights else None)
 
 
-def _no_bias(r: Routing, _: int) -> str | None:
-    return None if r.bias_on == BiasOn.NONE else "the op takes no selection bias"
+def _bias_on_scores(c: Case) -> str | None:
+    """A bias inside the weights is added after the gather; one on the logits changes what is selected."""
+    return "the bias is added to the logits, the op adds it to the scores" if c.r.bias_on == BiasOn.LOGIT else None
 
 
-def _no_groups(r: Routing, _: int) -> str | None:
-    return "the op knows no groups" if r.n_groups else None
+def _no_bias(c: Case) -> str | None:
+    return None if c.r.bias_on == BiasOn.NONE else "the op takes no selection bias"
 
 
-def _groups(r: Routing, n: int) -> str | None:
+def _no_groups(c: Case) -> str | None:
+    return "the op knows no groups" if c.r.n_groups else None
+
+
+def _groups(c: Case) -> str | None:
     """Losing groups become -inf in the op. A fill of 0 is the same where no score is negative, that is without a bias."""
+    r, n = c.r, c.experts
     if not r.n_groups:
         return None
     if n % r.n_groups:
@@ -98,90 +122,111 @@ def _groups(r: Routing, n: int) -> str | None:
     return f"groups aligned to 32 cover {aligned} experts, the op takes {MAX_GATED}" if aligned > MAX_GATED else None
 
 
-def _gating_limits(r: Routing, n: int) -> str | None:
-    if n > MAX_GATED:
-        return f"{n} experts, the op takes {MAX_GATED}"
-    return None if 1 <= r.k <= n else f"{r.k} of {n} experts"
+def _gating_limits(c: Case) -> str | None:
+    if c.experts > MAX_GATED:
+        return f"{c.experts} experts, the op takes {MAX_GATED}"
+    return None if 1 <= c.r.k <= c.experts else f"{c.r.k} of {c.experts} experts"
 
 
-def _softmax_limits(r: Routing, n: int) -> str | None:
-    return None if 1 <= r.k <= min(n, MAX_SOFTMAX_K) else f"{r.k} of {n} experts, the op takes {MAX_SOFTMAX_K}"
+def _softmax_limits(c: Case) -> str | None:
+    return None if 1 <= c.r.k <= min(c.experts, MAX_SOFTMAX_K) else f"{c.r.k} of {c.experts} experts, the op takes {MAX_SOFTMAX_K}"
 
 
-def _renormalised(r: Routing, _: int) -> str | None:
+def _softmax_devices(c: Case) -> str | None:
+    """The first softmax op: gone from the 950, and INF for many tokens on the 310P (vllm-ascend 11391)."""
+    if c.device == "950":
+        return "npu_moe_gating_top_k_softmax is not supported on Ascend 950"
+    if c.device == "310P" and (c.tokens is None or c.tokens > MAX_310P_TOKENS):
+        return f"more than {MAX_310P_TOKENS} tokens give INF on Ascend 310P"
+    return None
+
+
+def _second_softmax_devices(c: Case) -> str | None:
+    return "npu_moe_gating_top_k_softmax_v2 is not known to run on Ascend 310P" if c.device == "310P" else None
+
+
+def _gating_devices(c: Case) -> str | None:
+    return "npu_moe_gating_top_k is not known to run on Ascend 310P" if c.device == "310P" else None
+
+
+def _renormalised(c: Case) -> str | None:
     """The sigmoid op always divides by Σ + eps."""
-    if r.norm != Norm.SUM:
+    if c.r.norm != Norm.SUM:
         return "weights are not divided by their sum, the op always does"
-    return "the sum is clamped, the op adds an eps" if r.norm_clamp else None
+    return "the sum is clamped, the op adds an eps" if c.r.norm_clamp else None
 
 
-def _not_normalised(r: Routing, _: int) -> str | None:
-    """With softmax the op never divides; its scale would come before a division that follows."""
-    return None if r.norm == Norm.NONE else "weights are normalised, the op never does that after a softmax"
+def _not_scaled(c: Case) -> str | None:
+    return "weights are scaled, the op has no scale" if c.r.scale != 1.0 and c.r.norm == Norm.NONE else None
 
 
-def _not_scaled(r: Routing, _: int) -> str | None:
-    return "weights are scaled, the op has no scale" if r.scale != 1.0 and r.norm == Norm.NONE else None
-
-
+_KINDS = (_sigmoid, _softmax, _before_selection, _after_selection)
+_SOFTMAX = (_scored_in_fp32, _softmax, _before_selection, _no_bias, _no_groups, _softmax_limits)
 ROUTING: tuple[Row, ...] = (
     Row(
         "sigmoid, renormalised",
         "npu_moe_gating_top_k(norm_type=1)",
         "s = σ(l); top-k of s + b; w = s / (Σ + eps) · scale: all inside the op, in fp32, eps and scale as recovered",
-        (_scored_in_fp32, _sigmoid, _before_selection, _bias_selects, _groups, _gating_limits, _renormalised),
+        (_scored_in_fp32, _sigmoid, _before_selection, _bias_selects, _groups, _gating_limits, _gating_devices, _renormalised),
     ),
     Row(
         "sigmoid, raw scores",
         "npu_moe_gating_top_k(norm_type=1, out_flag=True) + gather",
         "the op's weights are always renormalised: its ids are used and w is gathered from its scores; what follows is ATen",
-        (_scored_in_fp32, _sigmoid, _before_selection, _groups, _gating_limits, lambda r, n: _bias_on_scores(r)),
+        (_scored_in_fp32, _sigmoid, _before_selection, _groups, _gating_limits, _gating_devices, _bias_on_scores),
     ),
     Row(
         "softmax",
         "npu_moe_gating_top_k_softmax",
         "w = softmax(l)[top-k], never renormalised by the op: a normaliser and a scale follow as ATen, in this order",
-        (_scored_in_fp32, _softmax, _before_selection, _no_bias, _no_groups, _softmax_limits, _not_scaled),
+        (*_SOFTMAX, _not_scaled, _softmax_devices),
+    ),
+    Row(
+        "softmax, second op",
+        "npu_moe_gating_top_k_softmax_v2(renorm=0)",
+        "the same from the op's successor, for devices that have no other",
+        (*_SOFTMAX, _not_scaled, _second_softmax_devices),
     ),
     Row(
         "softmax with bias, groups or scale",
         "npu_moe_gating_top_k(norm_type=0)",
         "top-k of s + b in the kept groups, w = s · scale; with a normaliser the op's scale is 1 and both follow as ATen",
-        (_scored_in_fp32, _softmax, _before_selection, _groups, _gating_limits, lambda r, n: _bias_on_scores(r)),
+        (_scored_in_fp32, _softmax, _before_selection, _groups, _gating_limits, _gating_devices, _bias_on_scores),
     ),
     Row(
         "softmax over the selected",
         "npu_moe_gating_top_k_softmax_v2(renorm=1)",
-        "top-k of the raw logits, then softmax over the k",
-        (_scored_in_fp32, _softmax, _after_selection, _no_bias, _no_groups, _softmax_limits),
+        "top-k of the raw logits, then softmax over the k: fp32 inside the op rounds later than the model and reorders nothing",
+        (_softmax, _after_selection, _no_bias, _no_groups, _softmax_limits, _second_softmax_devices),
+    ),
+    Row(
+        "any score, by the logits",
+        "npu_moe_gating_top_k_softmax_v2(renorm=1) + gather",
+        "top-k of the raw logits: only the op's ids are used; scores are ATen in the recovered dtype, gathered at the ids",
+        (_by_logits, _no_bias, _no_groups, _softmax_limits, _second_softmax_devices),
     ),
     Row("anything else", "aten", "as recovered: top-k, gather and pointwise ops in the recovered dtype", ()),
 )
 
 
-def _bias_on_scores(r: Routing) -> str | None:
-    """A bias inside the weights is added after the gather; one on the logits changes what is selected."""
-    return "the bias is added to the logits, the op adds it to the scores" if r.bias_on == BiasOn.LOGIT else None
-
-
-def choose_routing(r: Routing, num_experts: int) -> tuple[Row, list[tuple[Row, str]]]:
+def choose_routing(c: Case) -> tuple[Row, list[tuple[Row, str]]]:
     """The row that is taken, and what every row above it objected to."""
     refused: list[tuple[Row, str]] = []
     for row in ROUTING:
-        why = row.refuses(r, num_experts)
+        why = row.refuses(c)
         if why is None:
             return row, refused
         refused.append((row, why))
     raise AssertionError("the last row takes everything")
 
 
-def why_aten(r: Routing, num_experts: int) -> str | None:
-    """Why a routing stays in ATen: what the last row that knows its score objected to; None where an op takes it."""
-    row, refused = choose_routing(r, num_experts)
+def why_aten(c: Case) -> str | None:
+    """Why a routing stays in ATen: what the last row made for its score objected to, else the last row; None where an op takes it."""
+    row, refused = choose_routing(c)
     if row is not ROUTING[-1]:
         return None
-    reasons = [why for _, why in refused]
-    return next((why for why in reversed(reasons) if "the score is not" not in why), "no op knows the score function")
+    *own, last = [why for row, why in refused if row.is_of(c)]
+    return own[-1] if own else last
 
 
 # ---- activations -------------------------------------------------------------------------------------------------------
@@ -227,58 +272,3 @@ def activation_call(expr: sp.Expr, form: int) -> str:
     if swiglu(expr, form):
         return "npu_swiglu"
     return "npu_clipped_swiglu" if clipped(expr, form) else "pointwise"
-
-
-# ---- a whole block -----------------------------------------------------------------------------------------------------
-
-
-def can_lower(ir: MoeBlock) -> str | None:
-    """None when the npu ops can run this block's experts, else the reason."""
-    e = ir.experts
-    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
-        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
-        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
-    if e.dtype not in FLOATS:
-        return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
-    if e.num_experts > MAX_GROUPED:
-        return f"{e.num_experts} experts: npu_grouped_matmul takes {MAX_GROUPED}"
-    try:
-        act.encode(e.activation)
-    except act.UnknownActivation as error:
-        return f"activation: {error}"
-    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
-        return f"rows rounded to {e.row_bits} bits: {why}"
-    if e.num_identity and e.hidden != e.out_features:
-        return "identity experts need as many outputs as inputs"
-    return None
-
-
-def _refuses_rounded(ir: MoeBlock) -> str | None:
-    """Why the int8 chain cannot run experts that round their rows themselves; there is no other way to run them."""
-    from . import quant
-
-    e = ir.experts
-    ops, consts = act.encode(e.activation)
-    stored = (e.stacked, e.up_transposed, e.down_transposed, e.weight_on_input, e.num_identity)
-    layout = generic.Layout(tuple(ops), tuple(consts), int(e.form), e.num_experts, *stored)
-    if e.num_identity:
-        return "identity experts take rows that are not rounded"
-    if e.row_floor > MAX_FLOOR:
-        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
-    return quant.refuses(layout, e.intermediate, e.up_bias or e.down_bias, e.dtype)
-
-
-def lowering_name(ir: MoeBlock) -> str:
-    """The calls a block becomes, for the report."""
-    routing = "routing as written"
-    if ir.gating is not None:
-        g = ir.gating
-        plain = route_args(g)
-        if g.norm is not None and g.norm.kind is Norm.EXPR:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
-        row, _ = choose_routing(Routing(*plain), g.num_experts)
-        routing = row.calls
-    if ir.experts.row_bits:
-        return f"{routing}; int8 grouped_matmul, npu_dequant_swiglu_quant"
-    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
-    return f"{routing}; {product}, {activation_call(ir.experts.activation, ir.experts.form)}"

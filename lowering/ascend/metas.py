@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .emulate import _DTYPES
-from .schemas import CUSTOM
+from .schemas import CUSTOM, DTYPES
 
 
 def gating_top_k(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +59,7 @@ def grouped_matmul(
     **_: Any,
 ) -> list[Tensor]:
     (a,), (w,) = x, weight
-    dtype = _DTYPES[output_dtype] if output_dtype is not None and output_dtype >= 0 else a.dtype
+    dtype = DTYPES[output_dtype] if output_dtype is not None and output_dtype >= 0 else a.dtype
     if group_type == 2:
         assert group_list is not None
         return [a.new_empty(group_list.shape[0], a.shape[0], w.shape[1], dtype=dtype)]
@@ -98,6 +97,10 @@ def dynamic_quant(input: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 def dequant_swiglu_quant(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def grouped_matmul_swiglu_quant_v2(x: Tensor, weight: Sequence[Tensor], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight[0].shape[2] // 2, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 def swiglu_clip_quant(x: Tensor, group_index: Tensor, group_alpha: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -151,6 +154,7 @@ METAS: dict[str, Callable[..., Any]] = {
     "npu_moe_token_unpermute_grad_v2": token_unpermute_grad_v2,
     "npu_dynamic_quant": dynamic_quant,
     "npu_dequant_swiglu_quant": dequant_swiglu_quant,
+    "npu_grouped_matmul_swiglu_quant_v2": grouped_matmul_swiglu_quant_v2,
     "npu_swiglu_clip_quant": swiglu_clip_quant,
 }
 

@@ -7,15 +7,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import Tensor
 
 from ... import report as reports
 from ...errors import OptionError
 from ...options import ASCEND_MODES, Options
-from . import schemas, streams, weights, workarounds
-from .rewrite import EXPERTS, Lowered, lower, needs_gradients, ops
-from .weights import STORE, Recipe
+from . import register, schemas, sharding, streams, workarounds
+from .operands import EXPERTS, Choices, ops
+from .rewrite import Lowered, lower, needs_gradients
+from .store import STORE
+from .weights import Recipe
 
 log = logging.getLogger("moe_compile")
 
@@ -27,23 +30,65 @@ def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example
     """
     if not any(n.target in (ops.route.default, *EXPERTS) for n in gm.graph.nodes):
         return _inner(options, mode, gm, example_inputs, False)
-    schemas.ensure()
+    register.ensure()
     train = needs_gradients(gm)
     if train and options.quantize is not None:
         raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
+    if train and schemas.wheel() and not _on_npu(example_inputs):
+        _tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
+        return _inner(options, mode, gm, example_inputs, train)
     try:
-        lowered = lower(gm, train, options.quantize)
+        lowered = lower(gm, Choices(train, options.quantize, options.weight_format == "nz", options.combine == "finalize"))
     except Exception as e:
         if options.strict:
             raise
         log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
         _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
         return _inner(options, mode, gm, example_inputs, train)
-    _tell(lowered.notes)
+    inputs = inputs_of(lowered, example_inputs)
+    chosen = graph_mode(options, mode, inputs, train)
+    if chosen == "ge" and options.combine == "unpermute":
+        raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
+    _tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, options, chosen)])
     for sink in SINKS:
         sink(lowered)
-    inner = _inner(options, mode, lowered.module, _inputs(lowered, example_inputs), train)
-    return _with_packed(inner, lowered, weights.to_nz if options.weight_format == "nz" else weights.as_is)
+    return _with_packed(_inner(options, mode, lowered.module, inputs, train), lowered)
+
+
+def _remarks(lowered: Lowered, inputs: Sequence[Any], options: Options, chosen: str) -> list[str]:
+    """What the way to the device means for this graph."""
+    if lowered.training:
+        traced = options.weight_format == "nz" and options.inner not in ("auto", "eager")
+        why = "the inner compiler traces the backward pass, and the cast cannot be traced"
+        return [f"weight_format='nz': {why}: weights stay as they are"] if traced else []
+    if chosen != "npugraph_ex" and not reports.explaining():
+        return []
+    copied = sum(_bytes(t) for i, t in zip(lowered.inputs, inputs) if isinstance(i, int) and isinstance(t, Tensor) and not is_static(t))
+    return [f"npugraph_ex: a replayed step copies {_size(copied)} of inputs and {_size(lowered.made)} of expert weights"]
+
+
+def is_static(t: Tensor) -> bool:
+    """Whether npugraph_ex captures an input by its address; it copies any other on every replay."""
+    return isinstance(t, torch.nn.Parameter) or hasattr(t, "_dynamo_static_input_type")
+
+
+def _bytes(t: Tensor) -> int:
+    n: Any = t.numel() * t.element_size()
+    return n if isinstance(n, int) else int(n.node.hint or 0)  # a symbolic size, as it is now
+
+
+def _size(n: int) -> str:
+    return f"{n} bytes" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 2**20 else f"{n / 2**20:.1f} MiB"
+
+
+def _sharding(lowered: Lowered, example_inputs: Sequence[Any]) -> list[str]:
+    """What there is to say of weights in training that are spread over ranks."""
+    recipes = [i for i in lowered.inputs if isinstance(i, Recipe)] if lowered.training else []
+    return [n for r in recipes for n in sharding.notes(r, [example_inputs[s.position] for s in r.sources])]
+
+
+def _on_npu(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(t, Tensor) and t.device.type == "npu" for t in example_inputs)
 
 
 SINKS: list[Callable[[Lowered], None]] = []  # who wants to see lowered graphs (`dry_run`)
@@ -55,12 +100,20 @@ def _tell(notes: Sequence[str]) -> None:
         report.add_notes(notes)
 
 
-def _inputs(lowered: Lowered, old: Sequence[Any]) -> list[Any]:
+def inputs_of(lowered: Lowered, old: Sequence[Any]) -> list[Any]:
+    """Example values of the lowered graph's inputs.
+
+    Packed weights are told to be static, as Dynamo tells it of parameters: npugraph_ex copies any other input on every replay.
+    """
     placeholders = lowered.module.graph.find_nodes(op="placeholder")
-    return [old[i] if isinstance(i, int) else n.meta["example_value"] for i, n in zip(lowered.inputs, placeholders)]
+    values = [old[i] if isinstance(i, int) else n.meta["example_value"] for i, n in zip(lowered.inputs, placeholders)]
+    for i, v in zip(lowered.inputs, values):
+        if isinstance(i, Recipe) and not lowered.training:
+            v._dynamo_static_input_type = "unguarded"
+    return values
 
 
-def _with_packed(inner: Callable[..., Any], lowered: Lowered, finish: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def _with_packed(inner: Callable[..., Any], lowered: Lowered) -> Callable[..., Any]:
     """The compiled function on the inputs that Dynamo gives: weights go in as packed operands."""
     inputs, training = lowered.inputs, lowered.training
 
@@ -68,7 +121,7 @@ def _with_packed(inner: Callable[..., Any], lowered: Lowered, finish: Callable[[
         if isinstance(i, int):
             return args[i]
         tensors = [args[s.position] for s in i.sources]
-        return i.view(tensors, differentiable=True) if training else STORE.get(i, tensors, finish)
+        return i.view(tensors, differentiable=True) if training else STORE.get(i, tensors)
 
     def run(*args: Any) -> Any:
         return inner(*[operand(i, args) for i in inputs])
@@ -82,9 +135,7 @@ def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_input
         from ...inner import compile_with as generic
 
         return generic(options, None if mode in ASCEND_MODES else mode, "any", gm, example_inputs)
-    chosen = graph_mode(options, mode, training)
-    if not any(isinstance(t, Tensor) and t.device.type == "npu" for t in example_inputs):
-        chosen = "eager"
+    chosen = graph_mode(options, mode, example_inputs, training)
     if chosen == "ge":
         return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
     if chosen == "npugraph_ex":
@@ -95,10 +146,10 @@ def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_input
     return gm
 
 
-def graph_mode(options: Options, mode: str | None, training: bool) -> str:
-    """Which mode compiles: training has none, because neither takes a backward pass with these ops."""
+def graph_mode(options: Options, mode: str | None, example_inputs: Sequence[Any], training: bool) -> str:
+    """Which mode compiles: training has none, because neither takes a backward pass with these ops; nor has a machine without an NPU."""
     asked = mode if mode in ASCEND_MODES else options.mode
-    if training:
+    if training or not _on_npu(example_inputs):
         return "eager"
     return "npugraph_ex" if asked in ("auto", None) else asked
 
@@ -132,7 +183,6 @@ def ge_config(options: Options) -> Any:
     workarounds.install()
     config = torchair.CompilerConfig()
     config.mode = "max-autotune"
-    config.experimental_config.frozen_parameter = True
     config.post_grad_custom_pre_pass = stream_pass(options, streams.Ge)
     return _with_inner_options(config, options)
 
@@ -150,10 +200,13 @@ def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
 
 
 def npugraph_ex_config(options: Options) -> Any:
-    """The compiler config of npugraph_ex, with the stream pass in it."""
+    """The compiler config of npugraph_ex, with the stream pass in it.
+
+    `frozen_parameter` stays off, here and in GE: with it a weight that gets other memory (`p.data = ...`, `load_state_dict(assign=True)`,
+    `prepare` after the first call) is read where it was. Without it addresses are part of what a captured graph is looked up by.
+    """
     npugraph_ex = load("npugraph_ex", "npugraph_ex.ops._tagged_event")
     config = npugraph_ex.CompilerConfig()
-    config.frozen_parameter = True
     config.post_grad_custom_pre_pass = stream_pass(options, streams.NpugraphEx)
     return _with_inner_options(config, options)
 

@@ -1,132 +1,94 @@
-"""W8A8: experts in int8, weights by output channel, rows by token, both symmetric.
+"""Experts in int8, as calls: weights by output channel, rows by token, both symmetric (`int8` says which chain a block takes).
 
-dispatch with dynamic quantisation -> int8 product, raw sums -> dequantise, SwiGLU, quantise again in one op -> int8 product, scaled back.
-Only what these ops take is quantised; a block that does not fit stays in its own precision, and the report says why.
+Dispatch with dynamic quantisation -> first product and activation, quantised again -> int8 product, scaled back.
 Weights that a model stores in int8 are used as they are, with its own scales.
-
-W8A8C8: the first product comes out scaled, then one op does SwiGLU, clips each row to alpha times its largest value and quantises it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ir import scalar as act
 from .. import generic
-from . import calls, law, schemas
-from .calls import call
+from . import calls, int8
+from .calls import call, groups, list_type, tuning
 
-Quantize = str | tuple[str, float] | None  # the option: a chain, or a chain with its alpha
-CLIP = "npu_swiglu_clip_quant"
-MAX_INNER = 10496  # of npu_dequant_swiglu_quant with groups
-_ENUM = {torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}  # torch's own numbers of dtypes
+_ENUM = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # torch's own numbers of dtypes
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Weights [E, in, out] in int8 and scales [E, out]: fp32 for the first product, what the output asks for in the second."""
+    """Weights [E, in, out] in int8 and scales [E, out], in the dtypes that the chain `row` asks for; `up` holds one, or gate and up apart.
 
-    up: Tensor
-    up_scale: Tensor
+    alpha: rows are clipped to alpha times their largest value, where the chain clips.
+    """
+
+    up: Sequence[Tensor]
+    up_scale: Sequence[Tensor]
     down: Tensor
     down_scale: Tensor
+    row: int8.Row
+    alpha: float = 1.0
 
 
-@dataclass(frozen=True)
-class Clipped(Quantised):
-    """W8A8C8: scales of both products in the dtype that the outputs ask for; rows are clipped to `alpha` · max."""
-
-    alpha: float
+Rows = tuple[Tensor, Tensor]  # rows in int8 and their scales
 
 
-def chain_of(quantize: Quantize) -> tuple[str | None, float]:
-    """(chain, alpha) of the option; alpha 1 clips nothing."""
-    return quantize if isinstance(quantize, (tuple, list)) else (quantize, 1.0)
+def _product(rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ rows · weight · scale · row_scale in `dtype`."""
+    (out,) = call(
+        "npu_grouped_matmul", [rows], [weight], scale=[scale], per_token_scale=[row_scale], **groups(counts), **tuning(rows, counts),
+        output_dtype=_ENUM[dtype],
+    )  # fmt: skip
+    return out  # type: ignore[no-any-return]
 
 
-def refuses_chain(chain: str, inner: int, dtype: torch.dtype) -> str | None:
-    """What a chain demands beyond `refuses`, or None."""
-    if chain != "w8a8c8":
-        return None
-    if not schemas.custom(CLIP):
-        return f"torch.ops.custom.{CLIP} is not registered: it comes with the custom ops of cann-recipes-infer"
-    if dtype != torch.bfloat16:
-        return f"{CLIP} takes bf16, not {dtype}"
-    return f"an intermediate size of {inner}: {CLIP} takes {MAX_INNER // 2} at most" if 2 * inner > MAX_INNER else None
-
-
-def refuses(layout: generic.Layout, inner: int, biases: bool, dtype: torch.dtype) -> str | None:
-    """Why a block cannot be quantised, or None."""
-    if not law.swiglu(act.decode(layout.act_ops, layout.act_consts), layout.form):
-        return "npu_dequant_swiglu_quant is SwiGLU of [gate | up]"
-    if biases:
-        return "biases would have to be quantised with the weights"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the quantised product gives fp16 or bf16, not {dtype}"
-    if inner % 64 or inner > MAX_INNER:
-        return f"an intermediate size of {inner}: it must be a multiple of 64, {MAX_INNER} at most"
-    return "the routing weight is applied to the input" if layout.weight_on_input else None
-
-
-def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """npu_grouped_matmul wants bf16 scales for bf16 outputs, fp32 ones for fp16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def channel_scale(weight: Tensor) -> Tensor:
-    """[E, in, out] -> [E, out]: max |w| / 127 over the inner dim, in fp32."""
-    return weight.float().abs().amax(1) / 127.0
-
-
-def to_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """[E, in, out] -> int8; `scale` [E, out] is the one that is multiplied back, in the precision it is kept in."""
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    return (weight.float() / safe[:, None]).round().clamp(-128, 127).to(torch.int8)
-
-
-def _dequantised(
-    rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, grouped: dict[str, Any], _: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rows of the first product, activated and quantised again, with their scales: raw sums between the two."""
-    (sums,) = call("npu_grouped_matmul", [rows], [q.up], **grouped, output_dtype=_ENUM[torch.int32])
-    out: tuple[Tensor, Tensor] = call(
-        "npu_dequant_swiglu_quant", sums, weight_scale=q.up_scale, activation_scale=row_scale, group_index=counts, activate_left=True,
+def _sums(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: torch.dtype, __: generic.Layout) -> Rows:
+    """Raw sums, then everything else in one op."""
+    (sums,) = call("npu_grouped_matmul", [rows], [q.up[0]], **groups(counts), **tuning(rows, counts), output_dtype=_ENUM[torch.int32])
+    out: Rows = call(
+        "npu_dequant_swiglu_quant", sums, weight_scale=q.up_scale[0], activation_scale=row_scale, group_index=counts, activate_left=True,
         quant_mode=1,
     )  # fmt: skip
     return out
 
 
-def _clipped(
-    rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, grouped: dict[str, Any], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """As `_dequantised`, the sums scaled by the product itself, rows clipped before they are quantised."""
-    assert isinstance(q, Clipped)
-    (h,) = call(
-        "npu_grouped_matmul", [rows], [q.up], scale=[q.up_scale], per_token_scale=[row_scale], **grouped, output_dtype=_ENUM[dtype]
-    )
-    alpha = torch.full((q.up.shape[0],), q.alpha, dtype=torch.float32, device=rows.device)
-    out: tuple[Tensor, Tensor] = call(CLIP, h, counts, alpha, activate_left=True, quant_mode=1, clamp_mode=1)
+def _fused(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: torch.dtype, __: generic.Layout) -> Rows:
+    """Product, SwiGLU and quantisation in one launch. The dtypes are told: the schema's defaults are not those of the documents."""
+    out: Rows = call(
+        "npu_grouped_matmul_swiglu_quant_v2", rows, [q.up[0]], [q.up_scale[0]], row_scale, counts, dequant_mode=0,
+        dequant_dtype=_ENUM[torch.float32], quant_mode=0, quant_dtype=_ENUM[torch.int8], group_list_type=list_type(counts),
+        **tuning(rows, counts),
+    )  # fmt: skip
     return out
+
+
+def _steps(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, dtype: torch.dtype, layout: generic.Layout) -> Rows:
+    """Scaled products, the activation as it is without quantisation, rows quantised again."""
+    products = [_product(rows, row_scale, w, s, counts, dtype) for w, s in zip(q.up, q.up_scale)]
+    out: Rows = call("npu_dynamic_quant", calls.activate(products, layout))
+    return out
+
+
+def _clipped(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, dtype: torch.dtype, _: generic.Layout) -> Rows:
+    """A scaled product; rows are clipped before they are quantised."""
+    h = _product(rows, row_scale, q.up[0], q.up_scale[0], counts, dtype)
+    alpha = torch.full((q.up[0].shape[0],), q.alpha, dtype=torch.float32, device=rows.device)
+    out: Rows = call(int8.CLIP, h, counts, alpha, activate_left=True, quant_mode=1, clamp_mode=1)
+    return out
+
+
+_FIRST = {int8.CLIPPED: _clipped, int8.FUSED: _fused, int8.SUMS: _sums, int8.STEPS: _steps}
 
 
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, q: Quantised, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
     """As `calls.experts_rows`, in int8."""
-    rows, index, counts, row_scale = call(
-        "npu_moe_init_routing_v2", x, ids, active_num=-1, expert_num=layout.num_experts, drop_pad_mode=0, expert_tokens_num_type=1,
-        expert_tokens_num_flag=True, quant_mode=1, active_expert_range=[0, layout.num_experts], row_idx_type=0,
-    )  # fmt: skip
-    grouped = dict(group_list=counts, split_item=3, group_type=0, group_list_type=1)
-    first = _clipped if isinstance(q, Clipped) else _dequantised
-    inner, inner_scale = first(rows, row_scale, q, counts, grouped, x.dtype)
-    (y,) = call(
-        "npu_grouped_matmul", [inner], [q.down], scale=[q.down_scale], per_token_scale=[inner_scale], **grouped, output_dtype=_ENUM[x.dtype]
-    )
-    return y, index, weights
+    rows, index, counts, row_scale = calls.init_routing(x, ids, layout.num_experts, quant_mode=1)
+    inner, inner_scale = _FIRST[q.row](rows, row_scale, q, counts, x.dtype, layout)
+    return _product(inner, inner_scale, q.down, q.down_scale, counts, x.dtype), index, weights
 
 
 def start(
@@ -134,7 +96,3 @@ def start(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As `calls.start`, in int8."""
     return calls.start(x, ids, weights, q, layout, all_known, experts_rows)
-
-
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    return calls.finish(rows, index, weights, own, addends)

@@ -76,6 +76,10 @@ def _shape(t: Tensor | None, *sizes: Any) -> bool:
     return t.ndim == len(sizes) and all(s is None or same(n, s) for n, s in zip(t.shape, sizes))
 
 
+def _expected_rows(config: Sequence[int] | None, rows: Tensor) -> bool:
+    return not config or (len(config) == 1 and config[0] >= 0 and not statically_known_true(config[0] > rows.shape[0]))
+
+
 def _is_index(t: Tensor) -> bool:
     return t.dtype == torch.int32 and t.ndim == 1
 
@@ -150,6 +154,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("x", "and weight must hold one tensor each", lambda a: len(a.x) == len(a.weight) == 1),
         Rule("group_list", "must be an int64 tensor", lambda a: a.group_list is not None and a.group_list.dtype == torch.int64),
         Rule("group_list_type", "must be 0 (cumulative) or 1 (counts)", lambda a: a.group_list_type in (0, 1)),
+        Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
         Rule("split_item", "must be 2 or 3: one output", lambda a: a.split_item in (2, 3)),
         Rule("weight", "must be [E, K, N] (rows) or [M, N] (inner dim)", lambda a: a.weight[0].ndim == (3 if a.group_type == 0 else 2)),
         Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale", lambda a: a.weight[0].dtype == (
@@ -180,6 +185,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
             15: torch.bfloat16, 5: torch.float32}.get(a.output_dtype, a.scale[0].dtype)),
         Rule("output_dtype", "must be given for int8", lambda a: a.x[0].dtype != torch.int8 or a.output_dtype in (3, 5, 15)),
         Rule("act_type", "must be 0", lambda a: not a.act_type),
+        Rule("tuning_config", "must be the rows that an expert is expected to have: one number, not above all rows", lambda a: (
+            _expected_rows(a.tuning_config, a.x[0]))),
     ),
     "npu_swiglu": (
         Rule("input", "must be fp16, bf16 or fp32", lambda a: a.input.dtype in FLOATS),
@@ -230,6 +237,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("x", "must be int32, fp16 or bf16", lambda a: a.x.dtype in (torch.int32, *HALVES)),
         Rule("x", "must have a width of a multiple of 64 and at most 2 x 10496 when grouped",
              lambda a: a.group_index is None or (a.x.shape[1] // 2 <= 10496 and a.x.shape[1] // 2 % 64 == 0)),
+        Rule("x", "must have halves of 256 channels at least: few rows of narrower ones came out wrong", lambda a: a.x.shape[1] >= 512),
         Rule("weight_scale", "must be fp32 [E, 2I], and only for int32", lambda a: a.weight_scale is None or (
             a.x.dtype == torch.int32 and a.weight_scale.dtype == torch.float32 and same(a.weight_scale.shape[-1], a.x.shape[1]))),
         Rule("weight_scale", "and activation_scale must be given for int32",
@@ -239,6 +247,28 @@ RULES: dict[str, tuple[Rule, ...]] = {
              lambda a: a.activate_left or a.swiglu_mode),
         Rule("quant_mode", "must be 1 (dynamic)", lambda a: a.quant_mode == 1),
         Rule("group_index", "must be int64 counts", lambda a: a.group_index is None or a.group_index.dtype == torch.int64),
+    ),
+    "npu_grouped_matmul_swiglu_quant_v2": (
+        Rule("x", "must be [M, K] in int8, K below 65536", lambda a: a.x.ndim == 2 and a.x.dtype == torch.int8 and a.x.shape[1] < 65536),
+        Rule("weight", "and weight_scale must hold one tensor each", lambda a: len(a.weight) == len(a.weight_scale) == 1),
+        Rule("weight", "must be [E, K, N] in int8 with the K of x", lambda a: (
+            a.weight[0].ndim == 3 and a.weight[0].dtype == torch.int8 and same(a.weight[0].shape[1], a.x.shape[1]))),
+        Rule("weight", "must fall into blocks of 16 x 32: it is read in the fractal format",
+             lambda a: a.weight[0].shape[1] % 16 == 0 and a.weight[0].shape[2] % 32 == 0),
+        Rule("weight", "may have 1024 experts and 10240 channels at most", lambda a: (
+            a.weight[0].shape[0] <= 1024 and a.weight[0].shape[2] <= 10240)),
+        Rule("weight_scale", "must be [E, N] in fp32, fp16 or bf16", lambda a: (
+            a.weight_scale[0].dtype in FLOATS and _shape(a.weight_scale[0], a.weight[0].shape[0], a.weight[0].shape[2]))),
+        Rule("x_scale", "must be [M] in fp32", lambda a: a.x_scale.dtype == torch.float32 and _shape(a.x_scale, a.x.shape[0])),
+        Rule("group_list", "must be int64 with an entry for each expert", lambda a: (
+            a.group_list.dtype == torch.int64 and _shape(a.group_list, a.weight[0].shape[0]))),
+        Rule("group_list_type", "must be 0 (cumulative) or 1 (counts)", lambda a: a.group_list_type in (0, 1)),
+        Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
+        Rule("dequant_mode", "and quant_mode must be 0: scales of channels and rows", lambda a: a.dequant_mode == a.quant_mode == 0),
+        Rule("dequant_dtype", "must be fp32 and quant_dtype int8", lambda a: (a.dequant_dtype, a.quant_dtype) == (6, 1)),
+        Rule("tuning_config", "must be the rows that an expert is expected to have: one number, not above all rows", lambda a: (
+            _expected_rows(a.tuning_config, a.x))),
+        Rule("smooth_scale", "is for weights of 4 bits, bias for none", lambda a: a.smooth_scale is None and a.bias is None),
     ),
     "npu_swiglu_clip_quant": (
         Rule("x", "must be contiguous [M, 2I] in bf16", lambda a: (

@@ -1,7 +1,7 @@
-"""Schemas of the npu ops that this target emits, as torch_npu 2.13 declares them.
+"""Schemas of the npu ops that this target emits, as torch_npu 2.13 and 2.14 declare them.
 
 Where torch_npu can be imported its own definitions are used. Elsewhere the same schemas are defined here, so that graphs can be built,
-checked and (through `emulate`) run on any machine.
+checked and (through `emulate`) run on any machine (`register`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import warnings
 
 import torch
 
-WHEEL_VERSION = "2.13"  # what the strings below were compared with (tests/ascend/test_wheel.py)
+# torch's own numbers of dtypes, which is what `output_dtype` and its kin take
+DTYPES = {
+    0: torch.uint8, 1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16,
+}  # fmt: skip
 
 _GMM = (
     "Tensor[] x, Tensor[] weight, *, Tensor[]? bias=None, Tensor[]? scale=None, Tensor[]? offset=None, Tensor[]? antiquant_scale=None, "
@@ -50,6 +53,10 @@ NPU = (
     "Tensor? permuted_tokens=None) -> (Tensor, Tensor)",
     "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
     'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    "npu_grouped_matmul_swiglu_quant_v2(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor x_scale, Tensor group_list, *, "
+    "Tensor? smooth_scale=None, Tensor[]? weight_assist_matrix=None, Tensor? bias=None, int? dequant_mode=0, int? dequant_dtype=6, "
+    "int? quant_mode=0, int? quant_dtype=1, int? group_list_type=0, int[]? tuning_config=None, int? x_dtype=None, "
+    "int? weight_dtype=None, int? weight_scale_dtype=None, int? x_scale_dtype=None) -> (Tensor, Tensor)",
     "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, "
     "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=False, int quant_mode=0, "
     "int? dst_type=None, int? round_mode=None, int? activate_dim=None, int swiglu_mode=0, float clamp_limit=7., float glu_alpha=1.702, "
@@ -62,7 +69,7 @@ CUSTOM = {
     "int quant_mode=1, int clamp_mode=1) -> (Tensor, Tensor)",
 }
 
-_STREAM = (
+STREAM = (
     "scope_enter(str[] keys, str[] values, bool need_execute=False) -> None",
     "scope_exit(bool need_execute=False) -> None",
     "record(*, Device? device=None) -> Tensor",
@@ -71,9 +78,6 @@ _STREAM = (
     "tagged_event_wait(str tag, bool created_inside=False) -> ()",
     "wait_tensor(Tensor self, Tensor dependency) -> Tensor",
 )
-
-_libraries: list[torch.library.Library] = []
-
 
 @functools.cache
 def wheel() -> bool:
@@ -95,25 +99,3 @@ def custom(name: str) -> bool:
     if op is None:
         return False
     return [a.name for a in op.default._schema.arguments] == [a.name for a in torch._C.parse_schema(CUSTOM[name]).arguments]
-
-
-@functools.cache
-def ensure() -> bool:
-    """Make `torch.ops.npu.*` exist, with CPU kernels. Returns whether they are torch_npu's own definitions."""
-    from . import emulate
-
-    own = not wheel()
-    if own:
-        _define("npu", NPU)
-        for space in ("air", "npugraph_ex"):
-            _define(space, _STREAM)
-            emulate.register_streams(space)
-    emulate.register(own)
-    return not own
-
-
-def _define(space: str, schemas: tuple[str, ...]) -> None:
-    lib = torch.library.Library(space, "FRAGMENT")
-    for schema in schemas:
-        lib.define(schema)
-    _libraries.append(lib)

@@ -15,30 +15,48 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import generic
 from . import calls
 from .calls import Packed, call, cast
+from .casts import CASTS
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """y = x_e W_e by rows. dX_e = dY_e W_eᵀ with the weight transposed as a view; dW_e = X_eᵀ dY_e, the K-split form."""
+    """y = x_e W_e by rows. dX_e = dY_e W_eᵀ with the weight transposed as a view; dW_e = X_eᵀ dY_e, the K-split form.
+
+    nz: the weight of the first two is in the fractal format. The third has no weight among its operands, which that form demands.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nz: bool) -> Tensor:
+        ctx.owner = (weight if weight._base is None else weight._base) if nz and _is_eager(weight) else None
         ctx.save_for_backward(x, weight, counts)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return calls.grouped(x, weight, bias, counts)
+        return calls.grouped(x, _formatted(weight, ctx.owner), bias, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()
-        dx = calls.grouped(grad, weight.transpose(1, 2), None, counts) if ctx.needs_input_grad[0] else None
-        dw = k_split(x, grad, counts) if ctx.needs_input_grad[1] else None
-        db = sum_by_expert(grad, counts).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = calls.grouped(grad, _formatted(weight, ctx.owner).transpose(1, 2), None, counts)
+        if ctx.needs_input_grad[1]:
+            dw = k_split(x, grad, counts)
+        if ctx.needs_input_grad[2]:
+            db = sum_by_expert(grad, counts).to(ctx.bias_dtype)
+        return dx, dw, db, None, None
+
+
+def _is_eager(weight: Tensor) -> bool:
+    """The cast has no shape function: no tracer may meet it."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _formatted(weight: Tensor, owner: Tensor | None) -> Tensor:
+    return weight if owner is None else CASTS.get(weight, owner)
 
 
 def k_split(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
     """X_eᵀ dY_e -> [E, K, N]; the operands are row blocks, never a weight, so the ban on NZ is not met."""
-    (dw,) = call("npu_grouped_matmul", [x.t()], [grad], group_list=counts, split_item=3, group_type=2, group_list_type=1)
+    (dw,) = call("npu_grouped_matmul", [x.t()], [grad], **calls.groups(counts, 2))
     return dw  # type: ignore[no-any-return]
 
 
@@ -47,12 +65,12 @@ def sum_by_expert(rows: Tensor, counts: Tensor) -> Tensor:
     return k_split(torch.ones_like(rows[:, :1]), rows, counts)[:, 0]
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """x [M, K] rows by expert, weight [E, K, N], bias [E, N], counts [E] -> [M, N], with gradients."""
+def grouped_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, nz: bool = False) -> Tensor:
+    """x [M, K] rows by expert, weight [E, K, N], bias [E, N], counts [E] -> [M, N], with gradients; nz as in the class above."""
     tensors = tuple(t for t in (x, weight, bias, counts) if t is not None)
     if has_torch_function(tensors):
-        return handle_torch_function(grouped_matmul, tensors, x, weight, bias, counts)  # type: ignore[no-any-return]
-    return _GroupedMatmul.apply(x, weight, bias, counts)  # type: ignore[no-any-return, no-untyped-call]
+        return handle_torch_function(grouped_matmul, tensors, x, weight, bias, counts, nz)  # type: ignore[no-any-return]
+    return _GroupedMatmul.apply(x, weight, bias, counts, nz)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def count_rows(ids: Tensor, num_experts: int) -> Tensor:
@@ -78,19 +96,11 @@ def start(
         by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    products = [grouped_matmul(rows, w, p.up_bias[i] if p.up_bias else None, counts) for i, w in enumerate(p.up)]
-    y = grouped_matmul(activate(products, layout), p.down, p.down_bias, counts)
+    products = [grouped_matmul(rows, w, p.up_bias[i] if p.up_bias else None, counts, p.nz) for i, w in enumerate(p.up)]
+    y = grouped_matmul(activate(products, layout), p.down, p.down_bias, counts, p.nz)
     return y, index, weights, own
 
 
 def activate(products: Sequence[Tensor], layout: generic.Layout) -> Tensor:
     """npu_swiglu has a gradient, npu_clipped_swiglu has none: anything but SwiGLU is pointwise."""
     return calls.activate(products, layout, differentiable=True)
-
-
-def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor]) -> Tensor:
-    """Σ_j w · row, then the addends; weights take the dtype of the rows, because fp32 ones of bf16 rows give NaN gradients."""
-    out = call("npu_moe_token_unpermute", rows, index, cast(weights, rows.dtype))
-    for a in [*own, *addends]:
-        out = out + cast(a, out.dtype)
-    return out  # type: ignore[no-any-return]

@@ -1,7 +1,9 @@
-"""Bugs of the torch_npu wheel that lowered graphs would meet, each worked around in one place, with the versions it is known in.
+"""Bugs of the torch_npu wheel that lowered graphs would meet, each worked around in one place, where this wheel shows it.
 
-Elsewhere, because they are matters of how a call is made: npugraph_ex.record/wait emit no event (streams.NpugraphEx uses tagged events);
-init_routing_v2 keeps the first default of active_expert_range (rules.py demands it); active_num is a plain int (rules.py demands -1).
+Whether it does is tried, never read off a version: the same text stands in every wheel from 2.9 to 2.14, and nobody knows about the next.
+Elsewhere, because they are matters of how a call is made, right in any wheel: npugraph_ex.record/wait emit no event (streams.NpugraphEx
+uses tagged events); init_routing_v2 keeps the first default of active_expert_range (rules.py demands it); active_num is a plain int
+(rules.py demands -1).
 """
 
 from __future__ import annotations
@@ -9,30 +11,59 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
+import torch.fx as fx
 
-# what is worked around -> versions of torch_npu in which it was seen
-KNOWN = {"GE converter of npu_moe_gating_top_k_softmax_v2": ("2.13",)}
+
+@dataclass(frozen=True)
+class Workaround:
+    """`fails()` tries what is said to be broken; `mend()` replaces it."""
+
+    what: str
+    fails: Callable[[], bool]
+    mend: Callable[[], None]
 
 
 @functools.cache
 def install() -> list[str]:
     """Apply what this wheel needs; returns what was applied. Needs torchair."""
-    import torch_npu
+    return apply(KNOWN)
 
-    version = ".".join(torch_npu.__version__.split("+")[0].split(".")[:2])
+
+def apply(known: tuple[Workaround, ...]) -> list[str]:
     applied = []
-    for what, apply in _FIXES.items():
-        if version in KNOWN[what]:
-            apply()
-            applied.append(what)
+    for w in known:
+        if w.fails():
+            w.mend()
+            applied.append(w.what)
     return applied
 
 
-def _softmax_v2() -> None:
-    """The wheel's converter hands `renorm` to an op that has no such attribute: TypeError. The op it means is MoeGatingTopKSoftmaxV2."""
+# ---- the GE converter of npu_moe_gating_top_k_softmax_v2 -------------------------------------------------------------------
+
+
+def _softmax_v2_fails() -> bool:
+    """Whether a graph of this one op does not become the node that it means."""
+    import torchair
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, 8, device="meta")
+    top = graph.call_function(torch.ops.npu.npu_moe_gating_top_k_softmax_v2.default, (x,), {"k": 2, "renorm": 1})
+    graph.output((graph.call_function(getitem, (top, 0)),))
+    try:
+        compiled = torchair.get_compiler(torchair.CompilerConfig())(fx.GraphModule({}, graph), [x.meta["val"]])
+        return all(op.type != "MoeGatingTopKSoftmaxV2" for op in compiled.runner.graph.op)
+    except Exception:  # the wheel hands `renorm` to an op that has no such attribute: TypeError
+        return True
+
+
+def _mend_softmax_v2() -> None:
+    """A converter to the op that is meant."""
     import torchair
 
     # loaded now, or the wheel's converter is registered behind this one when the first graph is converted
@@ -52,4 +83,4 @@ def _softmax_v2() -> None:
         )
 
 
-_FIXES: dict[str, Callable[[], None]] = {"GE converter of npu_moe_gating_top_k_softmax_v2": _softmax_v2}
+KNOWN = (Workaround("GE converter of npu_moe_gating_top_k_softmax_v2", _softmax_v2_fails, _mend_softmax_v2),)

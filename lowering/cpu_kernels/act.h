@@ -1,9 +1,9 @@
-// Activation programs (postfix, opcodes of moe_compile/activation.py) on short runs of floats, with derivatives if asked.
+// Activation programs (postfix, opcodes of moe_compile/ir/scalar.py) on short runs of floats, with derivatives if asked.
 #pragma once
 #include "common.h"
 
-enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_UNARY = 16 };
-enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS };
+enum { OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV, OP_UNARY = 16 };
+enum { SIGMOID = OP_UNARY, TANH, EXP, LOG, ERF, RELU, SOFTPLUS, GELU_TANH, ABS, LOG1P, EXPM1, EXP2 };
 
 constexpr int RUN = 8 * VL;  // floats per step of the program
 constexpr int DEPTH = 8;     // stack entries; cpu.py refuses programs that need more
@@ -56,6 +56,25 @@ static inline float erf_(float x) {
   float large = 1.f - p * exp_(-q);
   return a < 1.f ? 1.12837917f * x * s : (x < 0 ? -large : large);
 }
+// log(1 + x): 2 atanh(x / (2 + x)) near zero, where 1 + x loses the digits of x
+static inline float log1p_(float x) {
+  float z = x / (2.f + x), q = z * z;
+  float small = 2.f * z * (1.f + q * (1.f / 3 + q * (1.f / 5 + q * (1.f / 7 + q * (1.f / 9 + q * (1.f / 11 + q * (1.f / 13)))))));
+  return x > -0.5f && x < 0.5f ? small : logf(1.f + x);
+}
+// exp(x) - 1: Taylor near zero
+static inline float expm1_(float x) {
+  float p = 1.f / 362880;
+  p = p * x + 1.f / 40320;
+  p = p * x + 1.f / 5040;
+  p = p * x + 1.f / 720;
+  p = p * x + 1.f / 120;
+  p = p * x + 1.f / 24;
+  p = p * x + 1.f / 6;
+  p = p * x + 0.5f;
+  p = p * x + 1.f;
+  return x > -0.5f && x < 0.5f ? x * p : exp_(x) - 1.f;
+}
 static inline float gelu_tanh_inner(float x) { return 0.797884561f * (x + 0.044715f * x * x * x); }
 static inline float power(float v, float p) { return p == 2.f ? v * v : p == -1.f ? 1.f / v : p == 0.5f ? sqrtf(v) : p == 3.f ? v * v * v : powf(v, p); }
 
@@ -106,6 +125,9 @@ static void unary(i64 op, float* v, float* s) {
         v[i] = 0.5f * x * (1.f + t);
       }
       break;
+    case LOG1P: if (s) EACH(s[i] = 1.f / (1.f + v[i])); EACH(v[i] = log1p_(v[i])); break;
+    case EXPM1: EACH(v[i] = expm1_(v[i])); if (s) EACH(s[i] = v[i] + 1.f); break;
+    case EXP2: EACH(v[i] = exp2f(v[i])); if (s) EACH(s[i] = 0.693147181f * v[i]); break;
     case ABS: if (s) EACH(s[i] = v[i] > 0 ? 1.f : v[i] < 0 ? -1.f : 0.f); EACH(v[i] = fabsf(v[i])); break;
   }
 }
@@ -134,13 +156,16 @@ static void run_program(const Program& p, const float* g, const float* u, float*
       continue;
     }
     float *a = v[top], *ag = vg[DUAL ? top : 0], *au = vu[DUAL ? top : 0];
-    if (op == OP_ADD || op == OP_MUL) {
+    if (op == OP_ADD || op == OP_MUL || op == OP_DIV) {
       const float *b = v[top], *bg = ag, *bu = au;
       top--;
       a = v[top], ag = vg[DUAL ? top : 0], au = vu[DUAL ? top : 0];
       if (op == OP_ADD) {
         EACH(a[i] += b[i]);
         if (DUAL) EACH(ag[i] += bg[i]; au[i] += bu[i]);
+      } else if (op == OP_DIV) {
+        EACH(a[i] /= b[i]);
+        if (DUAL) EACH(ag[i] = (ag[i] - a[i] * bg[i]) / b[i]; au[i] = (au[i] - a[i] * bu[i]) / b[i]);
       } else {
         if (DUAL) EACH(ag[i] = ag[i] * b[i] + a[i] * bg[i]; au[i] = au[i] * b[i] + a[i] * bu[i]);
         EACH(a[i] *= b[i]);

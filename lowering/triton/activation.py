@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...ir import scalar as act
 
-# In the order of the opcodes (activation._UNARY): value from v, slope from v and the value s
+# In the order of the opcodes (scalar.FUNCTIONS): value from v, slope from v and the value s
 _UNARY: list[tuple[str, str]] = [
     ("tl.sigmoid({v})", "{s} * (1.0 - {s})"),
     ("2.0 * tl.sigmoid(2.0 * {v}) - 1.0", "1.0 - {s} * {s}"),
@@ -26,8 +27,11 @@ _UNARY: list[tuple[str, str]] = [
     ("tl.where({v} > 0.0, {v}, 0.0) + {log1p}", "tl.sigmoid({v})"),
     ("{v} * tl.sigmoid(1.5957691216057308 * ({v} + 0.044715 * {v} * {v} * {v}))", ""),
     ("tl.abs({v})", "tl.where({v} > 0.0, 1.0, tl.where({v} < 0.0, -1.0, 0.0))"),
+    ("{log1p}", "1.0 / (1.0 + {v})"),
+    ("{expm1}", "{s} + 1.0"),
+    ("tl.exp2({v})", "0.6931471805599453 * {s}"),
 ]
-_SOFTPLUS, _GELU_TANH = 6, 7
+_SOFTPLUS, _GELU_TANH, _LOG1P, _EXPM1 = 6, 7, 9, 10
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ def _emit(ops: Sequence[int], consts: Sequence[float], w: _Writer) -> _Dual:
             stack.append(_Dual("u", None, "1.0"))
         elif op == act.OP_CONST:
             stack.append(_Dual(_number(next(const)), None, None))
-        elif op in (act.OP_ADD, act.OP_MUL):
+        elif op in act.OF_TWO:
             b, a = stack.pop(), stack.pop()
-            stack.append(_sum(w, a, b) if op == act.OP_ADD else _product(w, a, b))
+            stack.append((_sum, _product, _quotient)[act.OF_TWO.index(op)](w, a, b))
         elif op == act.OP_POW:
             stack.append(_power(w, stack.pop(), next(const)))
         elif op == act.OP_CLAMP:
@@ -131,6 +135,19 @@ def _product(w: _Writer, a: _Dual, b: _Dual) -> _Dual:
     if not w.slopes:
         return _Dual(v, None, None)
     return _Dual(v, w.plus(w.times(a.dg, b.v), w.times(b.dg, a.v)), w.plus(w.times(a.du, b.v), w.times(b.du, a.v)))
+
+
+def _quotient(w: _Writer, a: _Dual, b: _Dual) -> _Dual:
+    """v = a / b with slope (a' - v b') / b: no square of b, which may be 0."""
+    v = w.let(f"{a.v} / {b.v}")
+    if not w.slopes:
+        return _Dual(v, None, None)
+
+    def slope(x: str | None, y: str | None) -> str | None:
+        top = w.plus(x, None if y is None else w.let(f"-{v} * {y}"))
+        return None if top is None else w.let(f"{top} / {b.v}")
+
+    return _Dual(v, slope(a.dg, b.dg), slope(a.du, b.du))
 
 
 def _power(w: _Writer, x: _Dual, p: float) -> _Dual:
@@ -164,7 +181,8 @@ def _clamp(w: _Writer, x: _Dual, lo: float, hi: float) -> _Dual:
 
 def _unary(w: _Writer, x: _Dual, which: int) -> _Dual:
     value, slope = _UNARY[which]
-    s = w.let(value.format(v=x.v, log1p=_log1p(w, f"tl.exp(-tl.abs({x.v}))") if which == _SOFTPLUS else ""))
+    log1p = _log1p(w, f"tl.exp(-tl.abs({x.v}))") if which == _SOFTPLUS else _log1p_of_any(w, x.v) if which == _LOG1P else ""
+    s = w.let(value.format(v=x.v, log1p=log1p, expm1=_expm1(w, x.v) if which == _EXPM1 else ""))
     if which == _GELU_TANH:
         if not w.slopes:
             return _Dual(s, None, None)
@@ -180,6 +198,26 @@ def _log1p(w: _Writer, t: str) -> str:
     t = w.let(t)
     q = w.let(f"1.0 + {t}")
     return w.let(f"tl.where({q} == 1.0, {t}, tl.log({q}) * ({t} / tl.where({q} == 1.0, 1.0, {q} - 1.0)))")
+
+
+def _log1p_of_any(w: _Writer, x: str) -> str:
+    """log(1 + x): 2 atanh(x / (2 + x)) near zero, where 1 + x loses the digits of x."""
+    z = w.let(f"{x} / (2.0 + {x})")
+    q = w.let(f"{z} * {z}")
+    small = w.let(f"2.0 * {z} * ({_horner(q, [1 / n for n in range(1, 15, 2)])})")
+    return w.let(f"tl.where(({x} > -0.5) & ({x} < 0.5), {small}, tl.log(1.0 + {x}))")
+
+
+def _expm1(w: _Writer, x: str) -> str:
+    """exp(x) - 1: Taylor near zero."""
+    small = w.let(f"{x} * ({_horner(x, [1 / math.factorial(n) for n in range(1, 10)])})")
+    return w.let(f"tl.where(({x} > -0.5) & ({x} < 0.5), {small}, tl.exp({x}) - 1.0)")
+
+
+def _horner(x: str, coefficients: list[float]) -> str:
+    """c0 + x (c1 + x (...)) as code."""
+    *first, last = map(repr, coefficients)
+    return "".join(f"{c} + {x} * (" for c in first) + last + ")" * len(first)
 
 
 def _number(c: float) -> str:

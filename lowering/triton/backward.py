@@ -19,10 +19,12 @@ from .. import generic
 from ..generic import Layout
 from . import activation, hopper_calls
 from . import backward_kernels as kernels
+from .call import Call, read
 from .combine import combine
 from .dispatch import Dispatch, dispatch
-from .experts import Call, precision, read
+from .experts import precision
 from .host import cdiv, power_of_2, processors
+from .launch.tape import empty, fill, launch
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
@@ -96,9 +98,9 @@ class _Gradients:
 
     def empty(self, which: int, part: int) -> list[Tensor]:
         """Contiguous targets of one part: one tensor [E, ., .], or one per expert. What no kernel writes is zero."""
-        out = [torch.empty_like(self.tensors[i], memory_format=torch.contiguous_format) for i in self._range(which, part)]
+        out = [empty(self.tensors[i], *self.tensors[i].shape) for i in self._range(which, part)]
         if self.layout.stacked and out[0].shape[0] > self.layout.num_experts:
-            out[0][self.layout.num_experts :].zero_()
+            fill(out[0][self.layout.num_experts :], 0)
         self.found.update(zip(self._range(which, part), out))
         return out
 
@@ -242,11 +244,12 @@ def _operand_rows(p: _Pass) -> tuple[Tensor, Tensor | None]:
 def _sorted(p: _Pass, *sources: Tensor) -> list[Tensor]:
     """Rows of one source or two, [T, n] by token, in the dispatch's order, padded with zeros."""
     tiles = p.rows.tiles[_PAD]
-    outs = [source.new_empty(tiles.shape[1] * _PAD, source.shape[1]) for source in sources]
+    outs = [empty(source, tiles.shape[1] * _PAD, source.shape[1]) for source in sources]
     block = min(128, *(power_of_2(source.shape[1]) for source in sources))
     blocks = [cdiv(source.shape[1], block) for source in sources]
     second: tuple[Tensor | None, Tensor | None] = (sources[1], outs[1]) if len(sources) > 1 else (None, None)
-    kernels.sort_rows[(tiles.shape[1], sum(blocks))](
+    launch(
+        kernels.sort_rows, (tiles.shape[1], sum(blocks)),
         sources[0], second[0], outs[0], second[1], p.rows.order, p.rows.offsets, tiles, tiles.shape[1], blocks[0],
         sources[0].shape[1], sources[-1].shape[1], sources[0].stride(0), sources[-1].stride(0),
         SLOTS=p.k, PAD=_PAD, BN=block, num_warps=4,
@@ -269,17 +272,18 @@ def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: 
     blocks = cdiv(n, hopper_calls.HIDDEN.bn if warped else tile.bn)
     length = p.length
     out = _Hidden(
-        p.pre.new_empty(length, p.pre.shape[1]) if d_pre else None,
-        p.pre.new_empty(length, p.pre.shape[1]) if scaled_pre else None,
-        p.pre.new_empty(length, n) if hidden else None,
-        p.pre.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None,
+        empty(p.pre, length, p.pre.shape[1]) if d_pre else None,
+        empty(p.pre, length, p.pre.shape[1]) if scaled_pre else None,
+        empty(p.pre, length, n) if hidden else None,
+        empty(p.pre, c.slots, blocks, dtype=torch.float32) if sums else None,
     )
     if warped:
         hopper_calls.grad_hidden(c, grad, p.pre, given[0], p.rows, out.d_pre, out.hidden, out.sums)
         return out
     kind, (operand,) = _operands(given, w.parts, w.out_in, w.table, tile)
     tiles = p.rows.tiles[tile.bm]
-    kernels.grad_hidden[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
+    launch(
+        kernels.grad_hidden, _grid(tile, tiles.shape[1] * blocks, c.x.device),
         _rows(grad, (tile.bm, tile.bk)) if p.tiles.padded else grad, p.pre, c.weights, operand,
         out.d_pre, out.scaled_pre, out.hidden, out.sums, p.rows.order, p.rows.offsets, p.starts, tiles, p.rows.num_tiles[tile.bm],
         tiles.shape[1], blocks, n, w.n, grad.stride(0), p.pre.stride(0), w.stride_e, w.stride_n, w.stride_k,
@@ -320,7 +324,7 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
     """The tokens' gradient into p.out; with `sums` the partial sums of the routing weights' [N, blocks]."""
     assert d_pre is not None
     c = p.call
-    out = c.x.new_empty(c.slots, c.up.k) if need_x else None
+    out = empty(c.x, c.slots, c.up.k) if need_x else None
     w = hopper_calls.input_operand(c, list(p.out.given(UP))) if p.hopper and not sums else None
     partial, rank = None, None
     if w is not None and out is not None:
@@ -329,7 +333,7 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
     else:
         partial = _plain_grad_input(p, d_pre, out, sums)
     if out is not None:
-        grad_x = torch.empty_like(c.x, memory_format=torch.contiguous_format)
+        grad_x = empty(c.x, *c.x.shape)
         identity = (p.layout.num_experts, p.layout.num_identity)
         p.out.found[0] = combine(out, c.ids, c.weights, p.grad, None, grad_x, *identity, weighted=False, rank=rank)
     return partial
@@ -342,9 +346,10 @@ def _plain_grad_input(p: _Pass, d_pre: Tensor, by_slot: Tensor | None, sums: boo
     k = w.n if separate or not layout.gated else 2 * w.n
     stride_k = w.stride_n // 2 if layout.form == Form.INTERLEAVED else w.stride_n  # the parts are every other row
     kind, operands = _operands(p.out.given(UP), w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
-    partial = c.x.new_empty(c.slots, blocks, dtype=torch.float32) if sums else None
+    partial = empty(c.x, c.slots, blocks, dtype=torch.float32) if sums else None
     tiles = p.rows.tiles[tile.bm]
-    kernels.grad_input[_grid(tile, tiles.shape[1] * blocks, c.x.device)](
+    launch(
+        kernels.grad_input, _grid(tile, tiles.shape[1] * blocks, c.x.device),
         _rows(d_pre, (tile.bm, tile.bk)) if p.tiles.padded else d_pre, c.x, c.weights, operands[0], operands[-1], by_slot, partial,
         p.rows.order, p.rows.offsets, p.starts, tiles, p.rows.num_tiles[tile.bm],
         tiles.shape[1], blocks, n, k, d_pre.stride(0), c.x.stride(0), w.stride_e, stride_k, w.stride_k,
@@ -399,14 +404,16 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
     target = targets[0] if p.layout.stacked else _table(targets)
     even = m % tile.bm == 0 and n % tile.bn == 0
     if p.tiles.padded:
-        kernels.weight_grad_padded[grid](
+        launch(
+            kernels.weight_grad_padded, grid,
             _rows(left.rows, (_PAD, tile.bm)), _rows(right.rows, (_PAD, tile.bn)), target, p.starts,
             m, n, left.first, right.first, blocks_m, blocks_n, m * n, n,
             TABLED=not p.layout.stacked, EVEN=even, PRECISION=p.precision, DTYPE=_TYPES[left.rows.dtype],
             BM=tile.bm, BN=tile.bn, PAD=_PAD, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return
-    kernels.weight_grad[grid](
+    launch(
+        kernels.weight_grad, grid,
         left.columns, right.columns, target, p.rows.order, p.rows.offsets,
         m, n, blocks_m, blocks_n, left.rows.stride(0), right.rows.stride(0), m * n, n,
         GATHER_LEFT=left.gather, GATHER_RIGHT=right.gather, SLOTS=p.k, TABLED=not p.layout.stacked,
@@ -427,9 +434,10 @@ def _bias_grads(p: _Pass, d_pre: Tensor | None) -> None:
 def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> None:
     targets = p.out.empty(which, part)
     n = source.shape[1]
-    whole = targets[0] if p.layout.stacked else source.new_empty(p.layout.num_experts, n)
+    whole = targets[0] if p.layout.stacked else empty(source, p.layout.num_experts, n)
     block = min(128, power_of_2(n))
-    kernels.row_sum[(p.layout.num_experts, cdiv(n, block))](
+    launch(
+        kernels.row_sum, (p.layout.num_experts, cdiv(n, block)),
         source, p.call.weights, whole, p.rows.order, p.rows.offsets, p.starts, n, source.stride(0),
         GATHER=gather, PAD=0 if gather else p.pad, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k,
         BK=32, BN=block, num_warps=4,
@@ -440,10 +448,11 @@ def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> N
 
 def _grad_weights(p: _Pass, sums: Tensor | None) -> None:
     c, layout = p.call, p.layout
-    out = torch.empty_like(c.weights)
+    out = empty(c.weights, *c.weights.shape)
     bias = c.down_bias if not layout.weight_on_input else None
     blocks = sums.shape[1] if sums is not None else 0
-    kernels.slot_weight[(cdiv(c.slots, 8),)](
+    launch(
+        kernels.slot_weight, (cdiv(c.slots, 8),),
         sums, c.ids, p.grad, c.x, bias.parts[0] if bias is not None else None, out,
         c.slots, blocks, p.grad.shape[1], layout.num_experts, layout.num_identity, p.grad.stride(0), c.x.stride(0),
         *((bias.stride_e, bias.stride_n) if bias is not None else (0, 0)),

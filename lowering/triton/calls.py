@@ -1,54 +1,180 @@
-"""The ops of `moe_compile.ops` on CUDA: their plain arguments read, the kernels called."""
+"""The ops of `moe_compile.ops` on CUDA: their operands in one row, their plain arguments read once, the kernels called by plans."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import routing
 from ..generic import Layout
+from ..on_cuda import plain
+from . import backward as gradient
+from . import experts as routed
 from . import route as kernels
 from . import router, shared
-from .backward import backward
-from .experts import forward
+from .launch import plans, warm
+
+_LAYOUT = 9  # plain arguments of the routed experts; those of a shared one stand behind them
 
 
-def _layout(args: tuple[Any, ...]) -> Layout:
-    act_ops, act_consts, *rest = args
+# ---- what a text says ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def routing_of(how: str) -> routing.Routing:
+    return routing.Routing(*plain(how))
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_of(how: str) -> Layout:
+    act_ops, act_consts, *rest = plain(how)[:_LAYOUT]
     return Layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
-def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any, behind: bool = False) -> tuple[Tensor, Tensor]:
-    r = routing.Routing(*gating)
+class How(NamedTuple):
+    """What a plan of an op is for, besides its operands: the op's text, how many tensors each list has, and what else decides."""
+
+    text: str
+    sizes: tuple[int, ...] = ()
+    needs: tuple[bool, ...] = ()
+    precision: str = ""
+
+
+def _lists(how: How, flat: Sequence[Any]) -> list[list[Any]]:
+    it = iter(flat)
+    return [[next(it) for _ in range(size)] for size in how.sizes]
+
+
+Described = tuple[plans.Build, Any, tuple[Tensor | None, ...]]
+
+
+def _op(describe: Callable[..., Described]) -> Callable[..., Any]:
+    """The op that runs what `describe` makes of its arguments: how it is built, what besides operands decides, operands in one row."""
+
+    def run(*args: Any) -> Any:
+        return plans.call(*describe(*args))
+
+    run.describe = describe  # type: ignore[attr-defined]
+    return run
+
+
+def compile_ahead(name: str, args: Sequence[Any]) -> None:
+    """Begin to compile the kernels of an op whose (fake) operands are known."""
+    warm.start(*OPS[name].describe(*args))  # type: ignore[attr-defined]
+
+
+# ---- routing -------------------------------------------------------------------------------------------------------
+
+
+@_op
+def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, how: str) -> Described:
+    return _route, how, (logits, bias, expert_scale)
+
+
+def _route(how: str, tensors: list[Any], behind: bool = False) -> tuple[Tensor, Tensor]:
+    logits, bias, expert_scale = tensors
+    r = routing_of(how)
     if kernels.can_route(r, logits.shape[1]) is not None:
         return routing.forward(logits, bias, expert_scale, r)
     return kernels.forward(logits, bias, expert_scale, r, behind)
 
 
-def route_linear(x: Tensor, weight: Tensor, weight_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return route(router.product(x, weight, weight_bias), *rest, behind=router.fits(x, weight, weight_bias))
+@_op
+def route_linear(
+    x: Tensor, weight: Tensor, weight_bias: Tensor | None, bias: Tensor | None, expert_scale: Tensor | None, how: str
+) -> Described:
+    return _route_linear, how, (x, weight, weight_bias, bias, expert_scale)
 
 
-def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
-    *gating, needs = rest
-    r = routing.Routing(*gating)
-    backward = kernels.backward if kernels.can_route(r, logits.shape[1]) is None else routing.backward
-    return backward(grad, ids, logits, bias, expert_scale, r, needs)
+def _route_linear(how: str, tensors: list[Any]) -> tuple[Tensor, Tensor]:
+    x, weight, weight_bias, *rest = tensors
+    return _route(how, [router.product(x, weight, weight_bias), *rest], behind=router.fits(x, weight, weight_bias))
 
 
-def experts(*args: Any) -> Tensor:
-    return forward(*args[:8], _layout(args[8:]), save=False)[0]
+@_op
+def route_bwd(
+    grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, how: str, needs: Sequence[bool]
+) -> Described:
+    return _route_bwd, How(how, needs=tuple(needs)), (grad, ids, logits, bias, expert_scale)
 
 
-def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return forward(*args[:8], _layout(args[8:]), save=True)
+def _route_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
+    r, logits = routing_of(how.text), tensors[2]
+    run = kernels.backward if kernels.can_route(r, logits.shape[1]) is None else routing.backward
+    return run(*tensors, r, list(how.needs))
 
 
-def experts_bwd(*args: Any) -> list[Tensor]:
-    return backward(*args[:9], _layout(args[9:-1]), args[-1])
+# ---- experts -------------------------------------------------------------------------------------------------------
 
 
-def experts_shared(*args: Any) -> Tensor | None:
-    """None where the operands are beyond the kernels."""
-    return shared.experts_shared(args[:8], _layout(args[8:17]), args[17:])
+def _how(text: str, x: Tensor, lists: Sequence[Sequence[Tensor]], needs: Sequence[bool] = ()) -> How:
+    precision = routed.precision(x.dtype) if x.dtype == torch.float32 else ""
+    return How(text, tuple([len(ts) for ts in lists]), tuple(needs), precision)
+
+
+def _flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [t for ts in lists for t in ts]
+
+
+@_op
+def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    *lists, add, text = rest
+    return _experts, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
+
+
+def _experts(how: How, tensors: list[Any]) -> Tensor:
+    x, ids, weights, add, *flat = tensors
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=False)[0]
+
+
+@_op
+def experts_fwd(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    *lists, add, text = rest
+    return _experts_fwd, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
+
+
+def _experts_fwd(how: How, tensors: list[Any]) -> tuple[Tensor, Tensor]:
+    x, ids, weights, add, *flat = tensors
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=True)
+
+
+@_op
+def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    *lists, text, needs = rest
+    return _experts_bwd, _how(text, x, lists, needs), (grad, pre, x, ids, weights, *_flat(lists))
+
+
+def _experts_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
+    grad, pre, x, ids, weights, *flat = tensors
+    up, down, up_bias, down_bias = _lists(how, flat)
+    return gradient.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout_of(how.text), how.needs)
+
+
+@_op
+def experts_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    """The op gives None where the operands are beyond the kernels."""
+    *lists, text = rest[:4] + rest[5:9] + rest[10:]
+    return _experts_shared, _how(text, x, lists), (x, ids, weights, rest[4], rest[9], *_flat(lists))
+
+
+def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:
+    x, ids, weights, add, gate, *flat = tensors
+    lists = _lists(how, flat)
+    return shared.experts_shared((x, ids, weights, *lists[:4], add), layout_of(how.text), (*lists[4:], gate, *plain(how.text)[_LAYOUT:]))
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "route": route,
+    "route_linear": route_linear,
+    "route_bwd": route_bwd,
+    "experts": experts,
+    "experts_fwd": experts_fwd,
+    "experts_bwd": experts_bwd,
+    "experts_shared": experts_shared,
+}

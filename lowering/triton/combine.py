@@ -1,4 +1,7 @@
-"""The combine: out[t] = add[t] + Σ_j w[t, j] Σ_p Y[p][t·k + j], one pass, summed in fp32 in slot order (so it is deterministic)."""
+"""The combine: out[t] = add[t] + Σ_j w[t, j] Σ_p Y[p][t·k + j], one pass, summed in fp32 in slot order (so it is deterministic).
+
+The loop over slots is unrolled: with few tokens all that counts is that the rows of all slots are on their way together.
+"""
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
@@ -8,12 +11,41 @@ import triton.language as tl
 from torch import Tensor
 
 from .host import capability, cdiv, power_of_2
+from .launch.tape import launch
+
+UNROLLED = tl.constexpr(16)  # slots of a token
+
+
+@triton.jit
+def _slot(
+    total, j, t, columns, inside, y, rank, ids, weights, x, tokens, width: tl.constexpr, k: tl.constexpr,
+    num_experts, num_identity, stride_x,
+    SORTED: tl.constexpr, WEIGHTED: tl.constexpr, IDENTITY: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """total + what slot j of tokens t adds."""
+    mask = inside[:, None] & (columns < width)[None, :]
+    slot = t * k + j
+    e = tl.load(ids + slot, mask=inside, other=-1)
+    w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
+    known = (e >= 0) & (e < num_experts)
+    at = slot
+    if SORTED:
+        at = tl.load(rank + slot, mask=inside & known, other=0).to(tl.int64)
+    row = tl.load(y + at[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+    for p in tl.static_range(1, SPLIT):
+        part = y + (at + p * tokens.to(tl.int64) * k)[:, None] * width
+        row += tl.load(part + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
+    total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
+    if IDENTITY:
+        same = (e >= num_experts) & (e < num_experts + num_identity)
+        total += tl.load(x + t[:, None] * stride_x + columns[None, :], mask=mask & same[:, None], other=0.0).to(tl.float32) * w[:, None]
+    return total
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _combine(
     y, rank, ids, weights, x, add, out,
-    tokens, width, k, num_experts, num_identity,
+    tokens, width: tl.constexpr, k: tl.constexpr, num_experts, num_identity,
     stride_x, stride_add,
     SORTED: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     SPLIT: tl.constexpr, PDL: tl.constexpr,
@@ -26,22 +58,14 @@ def _combine(
     inside = t < tokens
     mask = inside[:, None] & (columns < width)[None, :]
     total = tl.zeros((BT, BN), tl.float32)
-    for j in range(k):
-        slot = t * k + j
-        e = tl.load(ids + slot, mask=inside, other=-1)
-        w = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
-        known = (e >= 0) & (e < num_experts)
-        at = slot
-        if SORTED:
-            at = tl.load(rank + slot, mask=inside & known, other=0).to(tl.int64)
-        row = tl.load(y + at[:, None] * width + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
-        for p in tl.static_range(1, SPLIT):
-            part = y + (at + p * tokens.to(tl.int64) * k)[:, None] * width
-            row += tl.load(part + columns[None, :], mask=mask & known[:, None], other=0.0).to(tl.float32)
-        total += tl.where(known[:, None], row * w[:, None], 0.0) if WEIGHTED else row  # a slot of no expert may hold any weight
-        if IDENTITY:
-            same = (e >= num_experts) & (e < num_experts + num_identity)
-            total += tl.load(x + t[:, None] * stride_x + columns[None, :], mask=mask & same[:, None], other=0.0).to(tl.float32) * w[:, None]
+    if k <= UNROLLED:
+        for j in tl.static_range(k):
+            total = _slot(total, j, t, columns, inside, y, rank, ids, weights, x, tokens, width, k, num_experts, num_identity, stride_x,
+                          SORTED, WEIGHTED, IDENTITY, SPLIT)  # fmt: skip
+    else:
+        for j in range(k):
+            total = _slot(total, j, t, columns, inside, y, rank, ids, weights, x, tokens, width, k, num_experts, num_identity, stride_x,
+                          SORTED, WEIGHTED, IDENTITY, SPLIT)  # fmt: skip
     if ADD:
         total += tl.load(add + t[:, None] * stride_add + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(out + t[:, None] * width + columns[None, :], total.to(out.dtype.element_ty), mask=mask)
@@ -77,11 +101,12 @@ def combine(
     split = max(1, y.shape[0] // max(1, tokens * k))
     grid = (tokens, cdiv(width, columns))
     warps = max(1, columns // 256)
-    launch = {"launch_pdl": True} if early and early_launch(x) else {}
-    _combine[grid](
+    pdl = {"launch_pdl": True} if early and early_launch(x) else {}
+    launch(
+        _combine, grid,
         y, rank, ids, weights, x, add, out, tokens, width, k, num_experts, num_identity,
         x.stride(0), add.stride(0) if add is not None else 0,
         SORTED=rank is not None, WEIGHTED=weighted, ADD=add is not None, IDENTITY=num_identity > 0,
-        BT=1, BN=columns, SPLIT=split, PDL=bool(launch), num_warps=warps, **launch,
+        BT=1, BN=columns, SPLIT=split, PDL=bool(pdl), num_warps=warps, **pdl,
     )  # fmt: skip
     return out

@@ -5,6 +5,7 @@
 
 At this size all that counts is how many bytes of weights are under way: programs are small and many, each load is a wide one, products
 are plain fp32 multiply-adds (tensor cores would wait for the weights just the same). Tokens that share an expert read it from L2.
+Sizes and strides are compiled in: only so does the compiler see that rows of 8 but not 16 elements, masked or not, load in whole 16 bytes.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -157,7 +158,8 @@ def _by_slot(
 @triton.jit
 def up_decode(
     x, ids, weights, w0, w1, bias0, bias1, out,
-    n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, stride_be, stride_bn,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, stride_x: tl.constexpr,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +196,8 @@ def up_decode(
 @triton.jit
 def down_decode(
     a, ids, weights, w, bias, x, add, out,
-    n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip

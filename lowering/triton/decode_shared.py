@@ -19,18 +19,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activation
+from .call import Call
 from .combine import early_launch
 from .decode import _base, _by_slot, _mixture, _product, _tile
-from .experts import Call, _bias_args, _bias_strides, _extents, _kind, _mode, at_once
+from .experts import _bias_args, _bias_strides, _extents, _kind, _mode, at_once
 from .gemm import DUAL
 from .host import cdiv, power_of_2
+from .launch.tape import empty, launch
 from .tune import Vector
 
 
 @triton.jit
 def up_together(
     x, ids, weights, w0, w1, out, shared0, shared1, shared_out,
-    tokens, n, k, slots_per_token, num_experts, stride_x, stride_e, stride_n, stride_k, shared_n, shared_stride_n, shared_stride_k,
+    tokens, n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, stride_x: tl.constexpr,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
+    shared_n: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +84,9 @@ def up_together(
 @triton.jit
 def down_together(
     a, ids, weights, w, bias, x, add, out, shared_a, shared, shared_bias, gate,
-    n, k, slots_per_token, num_experts, num_identity, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_x, stride_add,
-    shared_k, shared_stride_n, shared_stride_k, shared_stride_bn,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
+    shared_k: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr, shared_stride_bn,
     WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
@@ -132,36 +137,38 @@ def _act(c: Call) -> Any:
 def few_together(c: Call, s: Shared, up: Vector, down: Vector) -> Tensor:
     """Routed experts, shared expert and c.add -> [T, H], two launches. Raises nothing for operands that `read` and `fits` accept."""
     tokens = c.x.shape[0]
-    a, b = c.x.new_empty(c.slots, c.up.n), c.x.new_empty(tokens, s.call.up.n)
-    out = c.x.new_empty(tokens, c.down.n)
+    a, b = empty(c.x, c.slots, c.up.n), empty(c.x, tokens, s.call.up.n)
+    out = empty(c.x, tokens, c.down.n)
     _up(c, s.call, a, b, up)
     _down(c, s, a, b, out, down)
     return out
 
 
-def _launch(c: Call) -> dict[str, bool]:
+def _early(c: Call) -> dict[str, bool]:
     return {"launch_pdl": True} if early_launch(c.x) else {}
 
 
 def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
-    launch, tokens = _launch(c), c.x.shape[0]
+    pdl, tokens = _early(c), c.x.shape[0]
     bn, bk = _extents(tile, c.up)
     programs = tokens * cdiv(s.up.n, bn) + c.slots * cdiv(c.up.n, bn)
-    up_together[(programs,)](
+    launch(
+        up_together, (programs,),
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], a, s.up.parts[0], s.up.parts[-1], b,
         tokens, c.up.n, c.up.k, c.ids.shape[1], c.layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         s.up.n, s.up.stride_n, s.up.stride_k,
         MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, WEIGHTED=c.layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and s.up.n % bn == 0 and c.up.k % bk == 0,
-        PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(pdl), ALIGNED=c.up.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
 def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -> None:
-    launch, bias, shared = _launch(c), c.down_bias, s.call.down
+    pdl, bias, shared = _early(c), c.down_bias, s.call.down
     bn, bk = _extents(tile, c.down)
     shared_bk = min(bk, power_of_2(shared.k))
-    down_together[(c.x.shape[0], cdiv(c.down.n, bn))](
+    launch(
+        down_together, (c.x.shape[0], cdiv(c.down.n, bn)),
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, c.add, out,
         b, shared.parts[0], _bias_args(s.call.down_bias, c.x)[0], s.gate,
         c.down.n, c.down.k, c.ids.shape[1], c.layout.num_experts, c.layout.num_identity,
@@ -172,5 +179,5 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
         SHARED_OUT_IN=shared.out_in, SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,
-        PDL=bool(launch), ALIGNED=c.down.aligned, num_warps=tile.warps, **launch,
+        PDL=bool(pdl), ALIGNED=c.down.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .combine import early_launch
 from .host import cdiv, power_of_2
+from .launch.tape import empty, launch
 
 _ONE_LAUNCH = 2048  # pairs that one program reads at once
 _BUCKETS = (128, 1024, _ONE_LAUNCH)
@@ -221,10 +222,10 @@ def dispatch(ids: Tensor, num_experts: int, blocks: tuple[int, ...]) -> Dispatch
     if n >= 2**31 - _CHUNK:
         raise ValueError(f"{n} pairs of tokens and experts do not fit the int32 metadata")
     lengths = [num_experts + n // block for block in blocks]
-    order, rank, offsets, starts = (ids.new_empty(size, dtype=torch.int32) for size in (n, n, num_experts + 3, 2 * (num_experts + 1)))
-    tiles = [ids.new_empty(2, length, dtype=torch.int32) for length in lengths]
-    launch = _launch_few if n <= _ONE_LAUNCH else _launch_many
-    launch(ids.contiguous(), num_experts, blocks, lengths, [order, rank, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
+    order, rank, offsets, starts = (empty(ids, size, dtype=torch.int32) for size in (n, n, num_experts + 3, 2 * (num_experts + 1)))
+    tiles = [empty(ids, 2, length, dtype=torch.int32) for length in lengths]
+    sort = _launch_few if n <= _ONE_LAUNCH else _launch_many
+    sort(ids.contiguous(), num_experts, blocks, lengths, [order, rank, offsets, *tiles, *[None] * (2 - len(tiles)), starts])
     by_block = dict(zip(blocks, starts.view(2, -1).unbind(0)))
     num_tiles = {b: t[num_experts:] for b, t in by_block.items()}
     return Dispatch(order, offsets[: num_experts + 1], dict(zip(blocks, tiles)), num_tiles, by_block, rank, offsets[num_experts + 1 :])
@@ -252,11 +253,12 @@ def _launch_few(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths:
     bucket = next(b for b in (*_BUCKETS, power_of_2(max(1, ids.numel()))) if b >= ids.numel())
     programs = num_experts
     slots = _slots([num_experts + bucket // block for block in blocks], programs)  # of the bucket: fewer kernels
-    bms, launch = _pair(list(blocks)), _early(ids)
-    _sort_few[(programs,)](
+    bms, pdl = _pair(list(blocks)), _early(ids)
+    launch(
+        _sort_few, (programs,),
         ids, *out, ids.numel(), *_pair(lengths),
         E=num_experts, EP=_bins(num_experts), BN=bucket, BM0=bms[0], BM1=bms[1], SLOTS0=slots[0], SLOTS1=slots[1],
-        PDL=bool(launch), num_warps=8 if bucket > 1024 else 4, **launch,
+        PDL=bool(pdl), num_warps=8 if bucket > 1024 else 4, **pdl,
     )  # fmt: skip
 
 
@@ -274,16 +276,17 @@ def _segments(pairs: int, bins: int) -> tuple[int, bool, bool, int]:
 def _launch_many(ids: Tensor, num_experts: int, blocks: tuple[int, ...], lengths: list[int], out: list[Tensor | None]) -> None:
     n, bins = ids.numel(), _bins(num_experts)
     programs, count_early, place_early, warps = _segments(n, bins)
-    launch_count, launch = (_early(ids) if early else {} for early in (count_early, place_early))
+    pdl_count, pdl = (_early(ids) if early else {} for early in (count_early, place_early))
     chunk = min(_CHUNK, max(_SMALL_CHUNK, power_of_2(cdiv(n, programs))))
     segment = cdiv(cdiv(n, chunk), programs) * chunk
     segments = cdiv(n, segment)
-    counts = ids.new_empty(segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
-    _count[(segments,)](ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(launch_count), num_warps=4, **launch_count)
+    counts = empty(ids, segments, bins, dtype=torch.int16 if segment < 2**15 else torch.int32)
+    launch(_count, (segments,), ids, counts, n, segment, E=num_experts, EP=bins, CHUNK=chunk, PDL=bool(pdl_count), num_warps=4, **pdl_count)
     writers = min(_WRITERS, max([1, *(cdiv(length, _SLOTS) for length in lengths)]))
     bms = _pair(list(blocks))
-    _place[(segments + writers,)](
+    launch(
+        _place, (segments + writers,),
         ids, counts, *out, n, segment, segments, *_pair(lengths),
         E=num_experts, EP=bins, BITS=chunk.bit_length() - 1, CHUNK=chunk, BP=max(1, _TABLE // bins), MOST=programs,
-        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(launch), num_warps=warps, **launch,
+        BM0=bms[0], BM1=bms[1], SLOTS=_SLOTS, ONE=segment == chunk, PDL=bool(pdl), num_warps=warps, **pdl,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,58 +12,25 @@ from torch import Tensor
 from ...ir import Form
 from .. import generic
 from ..generic import Layout
-from . import activation, decode, gemm, tune
+from . import activation, decode, gemm, library, tune
+from .call import Call, Late, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
 from .host import capability, cdiv, power_of_2, processors
+from .launch.tape import empty, launch
 from .tune import Choice, Tile, Vector
 from .weights import (
     Biases,
     Matrices,
     descriptor,
-    down_biases,
-    down_matrices,
     flat_descriptor,
     flat_fits,
     rows_descriptor,
     tma_fits,
-    up_biases,
-    up_matrices,
 )
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WARPED_ROWS = (64, 128)  # of the warp-specialised kernel's tiles
 _MODES = {Form.SINGLE: gemm.SINGLE, Form.CONCAT: gemm.DUAL, Form.SEPARATE: gemm.DUAL, Form.INTERLEAVED: gemm.DUAL}
-
-
-class Late(Protocol):
-    """A value to add that is computed beside the experts."""
-
-    def issue(self) -> None:
-        """Start computing it; called when the up projection is under way."""
-
-    def join(self) -> Tensor:
-        """[T, H], ready on the current stream."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """The operands of one call, as the kernels take them."""
-
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
-    up: Matrices
-    down: Matrices
-    up_bias: Biases | None
-    down_bias: Biases | None
-    add: Tensor | None
-    layout: Layout
-    late: Late | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.ids.numel()
 
 
 def forward(
@@ -90,46 +57,25 @@ def forward(
         add = late.join()
     if call is None:
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
-    out = x.new_empty(x.shape[0], call.down.n)
-    pre = x.new_empty(call.slots if save else 0, layout.pre_width(down))
+    out = empty(x, x.shape[0], call.down.n)
+    pre = empty(x, call.slots if save else 0, layout.pre_width(down))
     if call.slots == 0:
         return (out.zero_() if add is None else out.copy_(add)), pre
+    chosen = choice
     if choice is None:
         problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, ids.shape[1], x.dtype, layout.gated)
         choice = tune.choose(problem, x.shape[0], x.device)
     call = replace(call, late=late)
     if choice.decode is not None and not save:
         return _few_tokens(call, out, *choice.decode), pre
+    if chosen is None and library.better(call):
+        out, kept = library.run(call, up[0], down[0], out)
+        return out, kept if save else pre
     return _grouped(call, out, pre if save else None, choice), pre
 
 
-def read(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
-    add: Tensor | None,
-    layout: Layout,
-) -> Call | None:
-    """The operands for the kernels, or None when they are beyond them (other or mixed dtypes, no contiguous dimension)."""
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in (*up, *down, *up_bias, *down_bias)) or x.shape[1] == 0:
-        return None
-    generic.check_sizes(layout, up, down, up_bias, down_bias)
-    u, d = up_matrices(layout, up), down_matrices(layout, down)
-    if u is None or d is None:
-        return None
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if add is not None and add.stride(1) != 1:
-        add = add.contiguous()
-    biases = up_biases(layout, up_bias), down_biases(layout, down_bias)
-    return Call(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)
-
-
 def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
-    a = c.x.new_empty(c.slots, c.up.n)
+    a = empty(c.x, c.slots, c.up.n)
     few_up(c, a, up)
     if c.late is None:
         few_down(c, a, c.add, out, down, early=True)
@@ -143,30 +89,32 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     """a [T·k, I] = act(up x), a program per pair and block of columns."""
     layout, bias = c.layout, c.up_bias
     fns = activation.functions(layout.act_ops, layout.act_consts)
-    launch = {"launch_pdl": True} if early_launch(c.x) else {}
+    pdl = {"launch_pdl": True} if early_launch(c.x) else {}
     bn, bk = _extents(tile, c.up)
-    decode.up_decode[(c.slots, cdiv(c.up.n, bn))](
+    launch(
+        decode.up_decode, (c.slots, cdiv(c.up.n, bn)),
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
         c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         *_bias_strides(bias),
         MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
-        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(launch), ALIGNED=c.up.aligned, num_warps=tile.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(pdl), ALIGNED=c.up.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
 def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, early: bool) -> None:
     """out [T, H] = add + Σ_j w down a, in the dtype of `out`. `early`: may start while the kernel before it still runs."""
     layout, bias = c.layout, c.down_bias
-    launch = {"launch_pdl": True} if early and early_launch(c.x) else {}
+    pdl = {"launch_pdl": True} if early and early_launch(c.x) else {}
     bn, bk = _extents(tile, c.down)
-    decode.down_decode[(c.ids.shape[0], cdiv(c.down.n, bn))](
+    launch(
+        decode.down_decode, (c.ids.shape[0], cdiv(c.down.n, bn)),
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, add, out,
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
         ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
-        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(launch), ALIGNED=c.down.aligned,
-        num_warps=tile.warps, **launch,
+        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(pdl), ALIGNED=c.down.aligned,
+        num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
@@ -180,10 +128,10 @@ def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:
     layout = c.layout
-    a = c.x.new_empty(c.slots, c.up.n)
+    a = empty(c.x, c.slots, c.up.n)
     up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
-    y = c.x.new_empty(depth_parts(a, c.down, down) * c.slots, c.down.n)
+    y = empty(c.x, depth_parts(a, c.down, down) * c.slots, c.down.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, gather=c.ids.shape[1], pre=pre,
                  row_weights=c.weights if layout.weight_on_input else None)  # fmt: skip
     if c.late is not None:
@@ -234,16 +182,17 @@ def grouped_gemm(
     fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
     most = tiles.shape[1] * cdiv(w.n, bn)
     grid = (min(most, tile.per_sm * processors(a.device)) if tile.per_sm else most,)
-    launch = {"launch_pdl": True} if early_launch(a) else {}
-    gemm.grouped_gemm[grid](
+    pdl = {"launch_pdl": True} if early_launch(a) else {}
+    launch(
+        gemm.grouped_gemm, grid,
         a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
         tiles.shape[1], w.n, w.k, max(gather, 1),
         a.stride(0), w.stride_e, stride_n, w.stride_k, *_bias_strides(bias), out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
         GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
-        BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(launch), GROUP=tile.group, ALIGNED=w.aligned,
-        num_warps=tile.warps, num_stages=tile.stages, **launch,
+        BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(pdl), GROUP=tile.group, ALIGNED=w.aligned,
+        num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
 
 
@@ -265,7 +214,7 @@ def depth_parts(a: Tensor, w: Matrices, tile: Tile) -> int:
     The buffer of results has so many times N rows, and tells the kernel and the combine. In fp16 a part could overflow where all of them
     do not.
     """
-    possible = a.dtype != torch.float16 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
+    possible = a.dtype != torch.float16 and w.k % tile.bk == 0 and tile.split <= w.k // tile.bk and tile.split * a.shape[0] < 2**31
     fits = possible and uses_hopper(a, w, tile)
     return tile.split if fits else 1
 
@@ -274,7 +223,9 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     """What the warp-specialised kernel asks of its operands."""
     card = capability(a.device) == (9, 0)
     rows = a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 and w.n * a.element_size() % 16 == 0
-    shape = tile.bm in _WARPED_ROWS and w.k % tile.bk == 0 and (w.out_in or tile.bn >= 64)  # rows of 128 bytes in shared memory
+    # [k, n]: rows of 128 bytes in shared memory, and no step may reach into the next expert's matrix; [n, k]: a row's rest comes as zeros
+    depth = w.k * a.element_size() % 16 == 0 if w.out_in else w.k % tile.bk == 0 and tile.bn >= 64
+    shape = tile.bm in _WARPED_ROWS and depth
     return card and rows and shape and a.dtype != torch.float32 and not w.table and all(flat_fits(p) for p in _whole(w))
 
 
@@ -308,8 +259,9 @@ def warp_specialised(
     fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
-    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k // tile.bk % (2 * split) == 0 else 1
-    hopper.grouped_gemm[(min(tiles.shape[1] * blocks, processors(a.device)),)](
+    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k % (2 * split * tile.bk) == 0 else 1
+    launch(
+        hopper.grouped_gemm, (min(tiles.shape[1] * blocks, processors(a.device)),),
         a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
         *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
         rows.order, rows.offsets, rows.tile_starts.get(pad), tiles, rows.tile_starts[tile.bm], count, rows.counters,
@@ -317,7 +269,7 @@ def warp_specialised(
         out.stride(0), pre.stride(0) if pre is not None else 0,
         MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
         WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, SPLIT=split,
-        TOGETHER=together, num_warps=4,
+        TOGETHER=together, EVEN_K=w.k % tile.bk == 0, num_warps=4,
     )  # fmt: skip
 
 

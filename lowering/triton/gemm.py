@@ -5,7 +5,7 @@
 
 One kernel is both. A program walks (row tile, column block) pairs from the dispatch's tile list, in an order in which programs running at
 the same time share an expert's matrix and a tile's rows in L2. Weights stay where the model has them:
-[E, out, in] or [E, in, out], or one matrix per expert through a table of pointers.
+[E, out, in] or [E, in, out], or one matrix per expert through a table of pointers. Sizes and strides are compiled in, as in `decode`.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -38,14 +38,17 @@ def _weight(
         else:
             base = w + e.to(tl.int64) * stride_e
         at_n = n0 + tl.arange(0, BN)
-        if not EVEN_N:
+        if not EVEN_N and OUT_IN:
             at_n = tl.where(at_n < n, at_n, 0)
         at_k = k0 + tl.arange(0, BK)
         pointers = base + at_k[:, None] * stride_k + at_n[None, :] * stride_n
-        if EVEN_K:
-            b = tl.load(pointers)
-        else:
-            b = tl.load(pointers, mask=(at_k < k)[:, None], other=0.0)
+        if OUT_IN or EVEN_N:
+            if EVEN_K:
+                b = tl.load(pointers)
+            else:
+                b = tl.load(pointers, mask=(at_k < k)[:, None], other=0.0)
+        else:  # neighbours in memory are columns: they stay neighbours under a mask
+            b = tl.load(pointers, mask=(at_k < k)[:, None] & (at_n < n)[None, :], other=0.0)
     return b
 
 
@@ -73,8 +76,9 @@ def grouped_gemm(
     row_weights,  # [N] by slot, multiplies the input rows; None
     out, pre,
     order, offsets, tiles, num_tiles,
-    max_tiles, n, k, slots_per_token,
-    stride_a, stride_e, stride_n, stride_k, stride_be, stride_bn, stride_out, stride_pre,
+    max_tiles, n: tl.constexpr, k: tl.constexpr, slots_per_token,
+    stride_a: tl.constexpr, stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn,
+    stride_out: tl.constexpr, stride_pre: tl.constexpr,
     MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,

@@ -40,6 +40,12 @@ EARLY = gl.constexpr(8)  # steps before a tile's end at which the next one is cl
 # and all parts of a tile are of even length where steps go by twos
 
 
+@gluon.jit
+def _eights(number):
+    """The same number, seen by the compiler to be a multiple of 8: so masked and strided rows move 16 bytes at a time."""
+    return number // 8 * 8
+
+
 # ---- tiles -------------------------------------------------------------------------------------------------------
 
 
@@ -131,11 +137,11 @@ def _news(CONSUMERS: gl.constexpr = 2):
 
 @gluon.jit
 def _feed(
-    begin, end, step, pointers, mask, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
-    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, TOGETHER: gl.constexpr,
+    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
+    EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """A stage for each step of depth in [begin, end), TOGETHER of them at a time: what lies side by side in memory is asked for
-    together. A stage's weights lie by (part of the columns, depth, block)."""
+    together. A stage's weights lie by (part of the columns, depth, block). Beyond the end of the depth, zeros arrive."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
@@ -162,7 +168,10 @@ def _feed(
             s = (step + i) % STAGES
             if GATHER:  # rows beyond the expert's end are not read
                 for at in gl.static_range(0, BK, PIECE):
-                    async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=mask)
+                    inside = mask
+                    if not EVEN_K:
+                        inside = mask & gl.expand_dims(at_k + ((k + i) * BK + at) < k_end, 0)
+                    async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=inside)
                 async_copy.mbarrier_arrive(full.index(s), increment_count=False)
                 pointers += BK
             else:
@@ -182,9 +191,10 @@ def _ask(w, row, column, depth, full, place, OUT_IN: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, slots_per_token, stride_a,
-    rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-    WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, GROUP: gl.constexpr,
+    a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
+    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+    EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr,
+    GROUP: gl.constexpr,
     SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
@@ -219,23 +229,23 @@ def _produce(
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-        step, pointers = _feed(from_step, claim_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(from_step, claim_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         tile = _claim(counter)
-        step, pointers = _feed(claim_at, expert_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(claim_at, expert_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         e = _expert(tile, tiles, row_tiles, blocks)
-        step, pointers = _feed(expert_at, place_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(expert_at, place_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
-        step, pointers = _feed(place_at, rows_at, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(place_at, rows_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
-        step, pointers = _feed(rows_at, to_step, step, pointers, mask, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(rows_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         number += 1
     _tell(news, told, heard, number, 0, -1, 0, 0, 0)
     _release(counter)
@@ -394,7 +404,7 @@ def grouped_gemm(
     num_tiles, counter, num_slots, n, k, slots_per_token, rows_per_expert, stride_a, stride_be, stride_bn, stride_out, stride_pre,
     MODE: gl.constexpr, ACT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr, SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, TOGETHER: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BM = 128 rows and two blocks of BN columns, or of 64 rows and four.
 
@@ -402,13 +412,16 @@ def grouped_gemm(
     out and the halves of pre, boxes [64, BN]. `counter`: two zeros, which this call leaves behind as zeros.
 
     `PAD`: rows of `a` are in the dispatch's order with every expert's filled up to whole groups of PAD, `starts` [E + 1] the first group
-    of each. k is a multiple of BK. Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
+    of each. n, k and the strides of rows are multiples of 8; k is one of BK (EVEN_K), but where matrices are [n, k].
+    Interleaved projections: w0 and w1 are the one matrix, n its pairs of rows.
 
     `SPLIT` > 1, for a plain product of rows that are not gathered, not weighted and not kept: row r of part p of the depth, the steps
     [p · steps / SPLIT, (p + 1) · steps / SPLIT), goes to out[p · num_slots + r]; part 0 has the bias. k / BK is at least SPLIT.
     """
     gl.static_assert((TOGETHER == 1) | ((TOGETHER == 2) & (STAGES > 2)))  # a consumer may hold one stage until it has the next
     gl.static_assert((SPLIT == 1) | ((MODE == PLAIN) & (not GATHER) & (not SAVE) & (not WEIGHTED)))
+    n, k = _eights(n), _eights(k)
+    stride_a, stride_out, stride_pre = _eights(stride_a), _eights(stride_out), _eights(stride_pre)
     DTYPE: gl.constexpr = out.dtype.element_ty
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], DTYPE)
     ring_a = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], layout_a)
@@ -433,7 +446,7 @@ def grouped_gemm(
         (_consume, (bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN, SPLIT)),
-        (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps,
+        (_produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
                     slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
-                    WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT, TOGETHER)),
+                    EVEN_K, WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT, TOGETHER)),
     ], [4, 4], [184, 136] if (PARTS == 2) & (BN <= 64) else [216, 72])  # fmt: skip

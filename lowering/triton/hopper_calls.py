@@ -11,9 +11,11 @@ from torch import Tensor
 from ...ir import Form
 from ..generic import Layout
 from . import activation, gemm
+from .call import Call
 from .dispatch import Dispatch
-from .experts import Call, hopper_fits, warp_specialised
+from .experts import hopper_fits, warp_specialised
 from .host import capability, cdiv, processors
+from .launch.tape import launch
 from .tune import Tile
 from .weights import Matrices, flat_descriptor, flat_fits, rows_descriptor
 
@@ -81,7 +83,8 @@ def grad_hidden(
     def box(t: Tensor | None, height: int) -> Any:
         return None if t is None else rows_descriptor(t, (height, PAD))
 
-    hopper_backward.grad_hidden[(min(tiles.shape[1] * (w.k // tile.bn), processors(grad.device)),)](
+    launch(
+        hopper_backward.grad_hidden, (min(tiles.shape[1] * (w.k // tile.bn), processors(grad.device)),),
         box(grad, ROWS), flat_descriptor(down, (PAD, tile.bn) if w.out_in else (tile.bn, PAD)), box(pre, ROWS), c.weights,
         box(d_pre, PAD), box(hidden, PAD), sums,
         rows.order, rows.offsets, rows.tile_starts[PAD], tiles, rows.tile_starts[ROWS], rows.num_tiles[ROWS], rows.counters,
@@ -104,7 +107,8 @@ def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tenso
     experts, (_, m, n) = rows.offsets.shape[0] - 1, out.shape
     tiles = experts * cdiv(m, SUM_TILE[0]) * cdiv(n, SUM_TILE[1])
     box = (PAD, SUM_TILE[1] // 2)
-    hopper_weights.weight_grad[(min(tiles, processors(out.device)),)](
+    launch(
+        hopper_weights.weight_grad, (min(tiles, processors(out.device)),),
         rows_descriptor(left, (PAD, PAD)), rows_descriptor(right, box), rows_descriptor(out.view(-1, n), box),
         rows.tile_starts[PAD], rows.counters, experts, m, n, left0, right0, STAGES=SUM_STAGES, num_warps=4,
     )  # fmt: skip

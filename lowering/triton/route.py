@@ -11,6 +11,7 @@ from .. import routing
 from ..routing import Routing
 from .combine import early_launch
 from .host import cdiv, power_of_2
+from .launch.tape import empty, launch
 from .route_kernels import route_backward_kernel, route_kernel
 
 _SCORE_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -69,8 +70,8 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
     tokens, num_experts = logits.shape
     if can_route(r, num_experts) is not None:
         return routing.forward(logits, bias, expert_scale, r)
-    weights = logits.new_empty(tokens, r.k, dtype=r.weight_dtype)
-    ids = logits.new_empty(tokens, r.k, dtype=torch.int64)
+    weights = empty(logits, tokens, r.k, dtype=r.weight_dtype)
+    ids = empty(logits, tokens, r.k, dtype=torch.int64)
     if not tokens:
         return weights, ids
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -80,16 +81,17 @@ def forward(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r:
     rows = width <= _WARP_WIDTH
     block, chunks, warps = _tile_of_rows(tokens) if rows else _tile(tokens, width)
     slots = power_of_2(r.k) if not rows else 32 if block == 1 else max(8, power_of_2(r.k))
-    launch = {"launch_pdl": True} if early_launch(logits) else {}
-    route_kernel[(cdiv(tokens, block),)](
+    pdl = {"launch_pdl": True} if early_launch(logits) else {}
+    launch(
+        route_kernel, (cdiv(tokens, block),),
         logits, bias, None if expert_scale is None else expert_scale.contiguous(), weights, ids, tokens, logits.stride(0),
         r.group_fill, r.norm_eps, r.norm_clamp, r.scale,
         E=num_experts, EP=width, K=r.k, KP=slots, SCORE=int(r.score), OVER_SELECTED=r.score_over_selected,
         BIAS=int(r.bias_on) if biased else 0, BIAS_IN_WEIGHTS=r.bias_in_weights and bias is not None,
         G=r.n_groups, S=size, SP=padded, KEPT=r.kept_groups, TOP=r.group_top, NORM=int(r.norm), NORM_P=float(r.norm_p),
         SCALED=r.scale != 1.0, EXPERT_SCALE=expert_scale is not None, BY_LOGIT=_by_logit(r, biased),
-        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, ROWS=rows, PDL=bool(launch), BEHIND=behind,
-        num_warps=warps, **launch,
+        DTYPE=_SCORE_TYPES[r.score_dtype], BT=block, CHUNKS=chunks, WIDE=warps == 1, ROWS=rows, PDL=bool(pdl), BEHIND=behind,
+        num_warps=warps, **pdl,
     )  # fmt: skip
     return weights, ids
 
@@ -124,12 +126,13 @@ def backward(
     tokens, num_experts = logits.shape
     if not needs[0] or not tokens or can_route(r, num_experts) is not None:
         return routing.backward(grad, ids, logits, bias, expert_scale, r, needs)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = empty(logits, *logits.shape)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     grad_rows = grad if grad.stride(1) == 1 else grad.contiguous()
     width = max(2, power_of_2(num_experts))
     block = max(1, min(64, 2048 // width))
-    route_backward_kernel[(cdiv(tokens, block),)](
+    launch(
+        route_backward_kernel, (cdiv(tokens, block),),
         grad_rows, ids.contiguous(), rows, None if bias is None else bias.contiguous(),
         None if expert_scale is None else expert_scale.contiguous(), out, tokens, rows.stride(0), grad_rows.stride(0),
         r.norm_eps, r.norm_clamp, r.scale,

@@ -427,7 +427,7 @@ def _normaliser_backward(g, w, used, eps, clamp, NORM: tl.constexpr, P: tl.const
     """Gradient of w / guard(reduction(w)): g / guard + slope · d guard, where d guard = -Σ g w / guard²."""
     d = _reduction(w, used, NORM, P, tl.float32)
     guard = _guarded(d, eps, clamp, tl.float32)
-    grad_d = -tl.sum(tl.where(used, g * w, 0.0), 1) / (guard * guard)
+    grad_d = -(tl.sum(tl.where(used, g * w, 0.0), 1) / guard) / guard  # guard * guard may be 0
     grad_d = tl.where((clamp != 0.0) & (d < clamp), 0.0, grad_d)
     return g / guard[:, None] + grad_d[:, None] * _reduction_slope(w, used, d, NORM, P)
 

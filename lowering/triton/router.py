@@ -16,6 +16,7 @@ from . import ROUTER_TOKENS
 from .combine import early_launch
 from .decode import _product, _tile
 from .host import cdiv, power_of_2
+from .launch.tape import empty, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEPTH = 4096  # elements of a row in one go
@@ -23,8 +24,9 @@ _DEPTH = 4096  # elements of a row in one go
 
 @triton.jit
 def logits_kernel(
-    x, w, bias, out, n, k, stride_x, stride_w, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr
-):
+    x, w, bias, out, n: tl.constexpr, k: tl.constexpr, stride_x: tl.constexpr, stride_w: tl.constexpr,
+    BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     n0 = tl.program_id(1) * BN
     if PDL:
@@ -43,15 +45,16 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     if not fits(x, w, bias):
         return torch.nn.functional.linear(x, w, bias)
     (tokens, k), n = x.shape, w.shape[0]
-    out = x.new_empty(tokens, n)
+    out = empty(x, tokens, n)
     if not out.numel():
         return out
-    launch = {"launch_pdl": True} if early_launch(x) else {}
+    pdl = {"launch_pdl": True} if early_launch(x) else {}
     rows = 1 if n <= 256 else 2
     depth = min(_DEPTH, power_of_2(k))
-    logits_kernel[(tokens, cdiv(n, rows))](
+    launch(
+        logits_kernel, (tokens, cdiv(n, rows)),
         x, w, bias, out, n, k, x.stride(0), w.stride(0),
-        BIAS=bias is not None, BN=rows, BK=depth, EVEN=n % rows == 0 and k % depth == 0, PDL=bool(launch), num_warps=4, **launch,
+        BIAS=bias is not None, BN=rows, BK=depth, EVEN=n % rows == 0 and k % depth == 0, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
     return out
 

@@ -22,17 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ir import Form, Overlap
+from ...ir import Overlap
 from ..generic import Layout
-from . import activation, tune
+from . import tune
+from .call import Call, read
 from .decode_shared import Shared, few_together, fits
-from .experts import Call, few_down, few_up, forward, read
+from .experts import few_down, few_up, forward
 from .host import cdiv, power_of_2
+from .launch.tape import Beside, empty, fill, launch, product
+from .pointwise import activate
 from .tune import Vector
 
 _MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
-
-_streams: dict[int, torch.cuda.Stream] = {}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Few:
     gated: bool
 
     def run(self) -> Tensor:
-        self.call.ids.zero_()
+        fill(self.call.ids, 0)
         if not self.gated:
-            self.call.weights.fill_(1.0)
+            fill(self.call.weights, 1)
         few_up(self.call, self.a, self.tiles[0])
         few_down(self.call, self.a, self.add, self.out, self.tiles[1], early=True)
         return self.out
@@ -72,15 +73,16 @@ class Many:
     def run(self) -> Tensor:
         c = self.call
         for w, pre in zip(self.up, self.pre, strict=True):
-            torch.mm(c.x, w, out=pre)
-        activate(c, self.pre, self.a)
-        torch.mm(self.a, self.down, out=self.y)
+            product(c.x, w, pre)
+        activate(c.layout, self.pre, c.up_bias, self.a)
+        product(self.a, self.down, self.y)
         if self.out is None:
             return self.y
         bias = None if c.down_bias is None else c.down_bias.parts[0]
         tokens, width = self.y.shape
         columns = min(1024, power_of_2(width))
-        _finish[(tokens, cdiv(width, columns))](
+        launch(
+            _finish, (tokens, cdiv(width, columns)),
             self.y, self.gate, bias, self.add, self.out, width, 0 if self.add is None else self.add.stride(0),
             0 if c.down_bias is None else c.down_bias.stride_n,
             GATED=self.gate is not None, BIAS=bias is not None, ADD=self.add is not None, BN=columns, num_warps=4,
@@ -89,16 +91,14 @@ class Many:
 
 
 class Side:
-    """A branch on the side stream, from the event `fork` of the main stream on."""
+    """A branch on the side stream, from what the main stream has at this point on."""
 
-    def __init__(self, branch: Few | Many, stream: torch.cuda.Stream) -> None:
-        self.branch, self.stream = branch, stream
-        self.fork = torch.cuda.current_stream(stream.device).record_event()
+    def __init__(self, branch: Few | Many, device: torch.device) -> None:
+        self.branch, self.beside = branch, Beside(device)
         self.result: Tensor | None = None
 
     def issue(self) -> None:
-        self.stream.wait_event(self.fork)
-        with torch.cuda.stream(self.stream):
+        with self.beside.issue():
             self.result = self.branch.run()
 
     def join(self) -> Tensor:
@@ -108,7 +108,7 @@ class Side:
         return self.result
 
     def settle(self) -> None:
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.beside.join()
 
 
 def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any]) -> Tensor | None:
@@ -124,7 +124,7 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any])
     operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
         return forward(*operands, branch.run(), layout, save=False)[0]
-    side = Side(branch, side_stream(x.device))
+    side = Side(branch, x.device)
     try:
         return forward(*operands, None, layout, save=False, late=side)[0]
     except BaseException:
@@ -141,14 +141,6 @@ def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | No
     problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, call.ids.shape[1], call.x.dtype, layout.gated)
     tiles = tune.choose(problem, call.x.shape[0], call.x.device).decode
     return few_together(call, shared, *tiles) if tiles is not None and fits(call, shared) else None
-
-
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one side stream of a device."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _streams:
-        _streams[index] = torch.cuda.Stream(device)
-    return _streams[index]
 
 
 def _branch(
@@ -170,58 +162,23 @@ def _branch(
     if tokens == 0:
         return None
     layout = Layout(tuple(act_ops), tuple(act_consts), form, 1, True, up_transposed, down_transposed, False, 0)
-    ids = torch.empty(tokens, 1, dtype=torch.int64, device=x.device)
-    weights = torch.empty(tokens, 1, dtype=torch.float32, device=x.device) if gate is None else gate.contiguous()
+    ids = empty(x, tokens, 1, dtype=torch.int64)
+    weights = empty(x, tokens, 1, dtype=torch.float32) if gate is None else gate.contiguous()
     stacked = ([t[None] for t in ts] for ts in (up, down, up_bias, down_bias))
     one_up, one_down, one_up_bias, one_down_bias = stacked
     call = read(x, ids, weights, one_up, one_down, one_up_bias, one_down_bias, add, layout)
     if call is None:
         return None
-    add, out = call.add, torch.empty(tokens, call.down.n, dtype=torch.float32, device=x.device)
+    add, out = call.add, empty(x, tokens, call.down.n, dtype=torch.float32)
     choice = tune.choose(tune.Problem(1, call.up.k, call.up.n, 1, x.dtype, layout.gated), tokens, x.device)
     if choice.decode is not None:
-        return Few(call, x.new_empty(tokens, call.up.n), out, add, choice.decode, gate is not None)
+        return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
     up_in = [t if up_transposed else t.t() for t in up]
-    pre = [x.new_empty(tokens, w.shape[1]) for w in up_in]
+    pre = [empty(x, tokens, w.shape[1]) for w in up_in]
     plain = gate is None and add is None and not down_bias
     down_in = down[0] if down_transposed else down[0].t()
-    a, y = x.new_empty(tokens, call.up.n), x.new_empty(tokens, call.down.n)
+    a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
     return Many(call, up_in, down_in, pre, a, y, None if plain else out, None if gate is None else weights, add)
-
-
-def activate(c: Call, pre: Sequence[Tensor], out: Tensor) -> None:
-    """out [T, I] = act(g + b_g, u + b_u), from products as they are stored."""
-    form, (tokens, width) = Form(c.layout.form), out.shape
-    g = u = pre[0]
-    if form is Form.SEPARATE:
-        u = pre[1]
-    elif form is Form.CONCAT:
-        u = pre[0][:, width:]
-    elif form is Form.INTERLEAVED:
-        u = pre[0][:, 1:]
-    bias = c.up_bias
-    columns = min(1024, power_of_2(width))
-    _activate[(tokens, cdiv(width, columns))](
-        g, u, *((None, None) if bias is None else (bias.parts[0], bias.parts[-1])), out, width, g.stride(0),
-        0 if bias is None else bias.stride_n,
-        STEP=2 if form is Form.INTERLEAVED else 1, ACT=activation.functions(c.layout.act_ops, c.layout.act_consts).act,
-        BIAS=bias is not None, BN=columns, num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _activate(
-    g, u, bias_g, bias_u, out, width, stride, stride_bias, STEP: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr
-):
-    t = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = columns < width
-    a = tl.load(g + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(u + t * stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        a += tl.load(bias_g + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
-        b += tl.load(bias_u + columns * stride_bias, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + t * width + columns, ACT(a, b).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

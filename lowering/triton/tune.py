@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .launch import plans
+
 SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -100,7 +102,7 @@ def rule(p: Problem, tokens: int) -> Choice:
     rows = tokens * p.k / p.experts
     if p.dtype == torch.float32:
         tile = Tile(16 if rows <= 16 else 64, 64, 32, 4, 3)
-        return Choice(tile, tile, _decode(tokens, 4))
+        return Choice(tile, tile, _decode(p, tokens))
     if rows <= 10:
         up, down = Tile(16, 32, 256, 4, 3), Tile(16, 64, 128, 4, 4)
     elif rows <= 20:
@@ -111,14 +113,23 @@ def rule(p: Problem, tokens: int) -> Choice:
         up = down = Tile(128, 64, 64, 8, 6, tma=True, hopper=True, group=8, together=2)
     else:
         up = down = Tile(128, 128, 64, 8, 4, tma=True, hopper=True, group=8)
-    return Choice(up, down, _decode(tokens, 2))
+    return Choice(up, down, _decode(p, tokens))
 
 
-def _decode(tokens: int, size: int) -> tuple[Vector, Vector] | None:
-    """A program's weights: 4 to 8 KB a projection, in one go."""
+def _decode(p: Problem, tokens: int) -> tuple[Vector, Vector] | None:
+    """A program's weights: 4 to 8 KB a projection, in one go: a row cut in two is two waits, one after the other. But a row that leaves
+    a third of the load's width empty is better cut."""
     if tokens > 4:
         return None
-    return Vector(2, 2048 * 2 // size, 2), Vector(2, 1024 * 2 // size, 4)
+    scale = p.dtype.itemsize // 2
+
+    def whole(row: int, width: int) -> bool:
+        return 0.65 * width < row * scale <= width
+
+    up = Vector(1, 4096 // scale, 4) if whole(p.hidden, 4096) else Vector(2, 2048 // scale, 2)
+    if whole(p.intermediate, 2048):
+        return up, Vector(2, 2048 // scale, 8)
+    return up, Vector(1, 4096 // scale, 8) if whole(p.intermediate, 4096) else Vector(2, 1024 // scale, 4)
 
 
 # ---- what was measured -------------------------------------------------------------------------------------------
@@ -148,6 +159,7 @@ def remember(card_name: str, problem: Problem, found: dict[int, Choice]) -> Path
     temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     _table.cache_clear()
+    plans.forget()
     return path
 
 

@@ -16,6 +16,7 @@ from ...ir import Form
 from ...ir import scalar as act
 from ..generic import Layout
 from . import experts, tune
+from .call import read
 from .combine import combine
 from .dispatch import dispatch
 from .tune import Choice, Problem, Tile, Vector
@@ -133,7 +134,7 @@ def gemm_calls(inputs: Inputs, tile: Tile, down: bool, summed: bool = False) -> 
 
 def _gemm_call(inputs: Inputs, tile: Tile, down: bool, summed: bool, x: Tensor, ids: Tensor, w: Tensor) -> Callable[[], object]:
     p = inputs.problem
-    c = experts.read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
+    c = read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
     assert c is not None
     rows = dispatch(c.ids, p.experts, (tile.bm,))
     a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()

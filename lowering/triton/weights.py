@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...ir import Form
 from ..generic import Layout
+from .launch.later import Later, NotRecorded
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ _MOST_TABLES = 1024
 
 def _table(tensors: list[Tensor]) -> Tensor:
     """int64 [E] of data pointers on the device, kept by value; the host copy is pinned and kept, so that a graph capture may copy it."""
+    if isinstance(tensors[0], Later):
+        raise NotRecorded("a table of pointers")
     device = tensors[0].device
     pointers = tuple(t.data_ptr() for t in tensors)
     key = (device, *pointers)

@@ -20,19 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scalar as act
-
-
-class Score(enum.IntEnum):
-    """Score function from router logits to expert scores. The number is part of the op's contract."""
-
-    IDENTITY = 0
-    SOFTMAX = 1
-    SIGMOID = 2
-    SQRT_SOFTPLUS = 3
-    SOFTPLUS = 4
-    EXP = 5
-    TANH = 6
-    RELU = 7
+from .score import Score as Score
+from .score import score as score
 
 
 class BiasOn(enum.IntEnum):
@@ -180,25 +169,6 @@ class Gating:
         return w
 
 
-def score(kind: Score, x: Tensor) -> Tensor:
-    """The score function over the last dim; shape kept."""
-    if kind is Score.SOFTMAX:
-        return x.softmax(-1)
-    if kind is Score.SIGMOID:
-        return x.sigmoid()
-    if kind is Score.SQRT_SOFTPLUS:
-        return F.softplus(x).sqrt()
-    if kind is Score.SOFTPLUS:
-        return F.softplus(x)
-    if kind is Score.EXP:
-        return x.exp()
-    if kind is Score.TANH:
-        return x.tanh()
-    if kind is Score.RELU:
-        return x.relu()
-    return x
-
-
 def normalise(norm: Normaliser, w: Tensor) -> Tensor:
     """w [T, k] -> [T, k]."""
     if norm.kind is Norm.NONE:
@@ -219,21 +189,16 @@ def normalise(norm: Normaliser, w: Tensor) -> Tensor:
 def _evaluate_norm(expr: Any, w: Tensor) -> Tensor:
     """Evaluate a recovered normaliser expression on w [T, k]."""
     reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
-    if expr == W:
-        return w
-    if expr.is_number:
-        return torch.full_like(w, float(expr))
-    if type(expr) in reductions:
-        return reductions[type(expr)](_evaluate_norm(expr.args[0], w), -1, keepdim=True).expand_as(w)
-    parts = [_evaluate_norm(a, w) for a in expr.args]
-    if isinstance(expr, sp.Add):
-        return torch.stack(parts).sum(0)
-    if isinstance(expr, sp.Mul):
-        return torch.stack(parts).prod(0)
-    if isinstance(expr, sp.Pow) and expr.exp.is_number:
-        return parts[0] ** float(expr.exp)
-    symbol = sp.Symbol("g", real=True)
-    return act.evaluate(expr.func(symbol, *expr.args[1:]), parts[0])
+
+    def full(v: Any) -> Tensor:
+        return v if isinstance(v, Tensor) else torch.full_like(w, v)
+
+    def known(e: Any, go: Any) -> Any:
+        if e.func in reductions:
+            return reductions[e.func](full(go(e.args[0])).expand_as(w), -1, keepdim=True)
+        return w if e == W else None
+
+    return full(act.fold(expr, act.Tensors(), known)).expand_as(w)
 
 
 @dataclass(frozen=True)
@@ -425,12 +390,16 @@ class Rejection(Exception):
     """Why something was left exactly as the user wrote it.
 
     An exception only so that `strict=True` and deep helpers can raise it; passes return it as a value.
-    reason: one sentence naming the first failing predicate. source: file:line of the user's code, or "". stage: the pass.
+    reason: one sentence naming the first failing predicate: for people, never for control flow. code: what the passes decide by, and part:
+    which part of a block is concerned ("routing", "experts", "block", "shared", ...); "" where nothing depends on them.
+    source: file:line of the user's code, or "". stage: the pass.
     """
 
-    def __init__(self, reason: str, node: Any = None, stage: str = "recover", source: str = "") -> None:
+    def __init__(
+        self, reason: str, node: Any = None, stage: str = "recover", source: str = "", *, code: str = "", part: str = ""
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.node, self.stage, self.source = reason, node, stage, source
+        self.reason, self.node, self.stage, self.source, self.code, self.part = reason, node, stage, source, code, part
 
     def __repr__(self) -> str:
         return f"Rejection({self.stage}: {self.reason} at {self.source or '?'})"

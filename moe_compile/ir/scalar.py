@@ -1,14 +1,15 @@
-"""Activations as expressions: sympy on the IR side, a postfix program of plain numbers on the op side.
+"""Scalar functions in one table, expressions of them, and the programs that ops carry.
 
-An activation is any pointwise function of the two up-projections of one expert, ``g`` (first) and ``u`` (second).
-It is data, not a class: a new activation needs no new code, only functions that `FUNCTIONS` knows.
+An activation is any pointwise function of the two up-projections of one expert, ``g`` (first) and ``u`` (second): data, not a class. A
+routing score or a normaliser is an expression too. Everything that the compiler knows of a function stands in its row of `FUNCTIONS`.
 """
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import sympy as sp
 import torch
@@ -42,8 +43,27 @@ class gelu_tanh(sp.Function):  # type: ignore[misc]
     nargs = 1
 
 
+class log1p(sp.Function):  # type: ignore[misc]
+    """log(1 + x), exact to rounding for small x."""
+
+    nargs = 1
+
+
+class expm1(sp.Function):  # type: ignore[misc]
+    """exp(x) - 1, exact to rounding for small x."""
+
+    nargs = 1
+
+
+class exp2(sp.Function):  # type: ignore[misc]
+    nargs = 1
+
+    def _eval_is_positive(self) -> bool:
+        return True
+
+
 class clamp(sp.Function):  # type: ignore[misc]
-    """clamp(x, lo, hi); an absent limit is -oo or oo."""
+    """clamp(x, lo, hi); an absent limit is -oo or oo. Its slope at a limit is 1, relu's at 0 is 0."""
 
     nargs = 3
 
@@ -60,25 +80,201 @@ def gelu(x: Any) -> Any:
 
 SWIGLU = silu(G) * U
 
-# opcode -> (sympy head or None, torch function); the position in this list is the opcode and part of the op's contract
-_UNARY: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
-    (sigmoid, torch.sigmoid),
-    (sp.tanh, torch.tanh),
-    (sp.exp, torch.exp),
-    (sp.log, torch.log),
-    (sp.erf, torch.erf),
-    (relu, torch.relu),
-    (softplus, F.softplus),
-    (gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
-    (sp.Abs, torch.abs),
-]
-OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP = range(7)
-OP_UNARY = 16  # opcodes 16.. are _UNARY
-FUNCTIONS = tuple(head for head, _ in _UNARY) + (clamp,)
+
+# ---- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One function of a real number.
+
+    name: in terms, and of its ATen op. head: its sympy class. torch: on tensors. aten: further names of ATen ops that are this function of
+    their one argument (`name` among them unless `plain` is False: the op has arguments that change it). increasing, positive: everywhere.
+    text: as the report writes it.
+    """
+
+    name: str
+    head: Any
+    torch: Callable[[Tensor], Tensor]
+    aten: tuple[str, ...] = ()
+    plain: bool = True
+    increasing: bool = False
+    positive: bool = False
+    text: str = ""
+
+    def number(self, x: float) -> float:
+        """The function of one number, as IEEE arithmetic has it: what overflows is infinite."""
+        return float(self.torch(torch.tensor(x, dtype=torch.float64, device="cpu")))
+
+
+# The position of a row is the function's opcode and part of the op's contract: rows are added at the end. Kernels have theirs in the same
+# order (lowering/generic.py, cpu_kernels/act.h, triton/activation.py).
+FUNCTIONS: tuple[Scalar, ...] = (
+    Scalar("sigmoid", sigmoid, torch.sigmoid, ("special_expit", "expit"), increasing=True, positive=True, text="σ"),
+    Scalar("tanh", sp.tanh, torch.tanh, increasing=True),
+    Scalar("exp", sp.exp, torch.exp, increasing=True, positive=True),
+    Scalar("log", sp.log, torch.log, increasing=True),
+    Scalar("erf", sp.erf, torch.erf, ("special_erf",), increasing=True),
+    Scalar("relu", relu, torch.relu),
+    Scalar("softplus", softplus, F.softplus, plain=False, increasing=True, positive=True),
+    Scalar("gelu_tanh", gelu_tanh, _gelu_tanh, plain=False),
+    Scalar("abs", sp.Abs, torch.abs, ("absolute",)),
+    Scalar("log1p", log1p, torch.log1p, ("special_log1p",), increasing=True),
+    Scalar("expm1", expm1, torch.expm1, ("special_expm1",), increasing=True),
+    Scalar("exp2", exp2, torch.exp2, ("special_exp2",), increasing=True, positive=True),
+)
+BY_NAME = {f.name: f for f in FUNCTIONS}
+BY_HEAD = {f.head: f for f in FUNCTIONS}
+HEADS = (*BY_HEAD, clamp)
+INCREASING = tuple(f.head for f in FUNCTIONS if f.increasing)
+
+
+def number(v: Any) -> sp.Expr:
+    """A Python number as an exact one."""
+    return sp.sympify(v) if isinstance(v, int) or abs(v) == float("inf") else sp.nsimplify(v, rational=True)
+
+
+def call(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> sp.Expr:
+    """A function by the name that terms have for it, of an expression. Raises KeyError for a name that has no row."""
+    if name == "clamp":
+        return clamp(x, *(number(c) for c in consts))
+    if name == "erf" and abs(float(x.as_coeff_Mul()[0]) - 0.5**0.5) < 1e-9:  # as gelu has it
+        return sp.erf(x.as_coeff_Mul()[1] / sp.sqrt(2))
+    return BY_NAME[name].head(x)
+
+
+# ---- one walk over expressions, one over programs --------------------------------------------------------------------------
 
 
 class UnknownActivation(ValueError):
     """The expression holds something that no opcode stands for."""
+
+
+class Algebra(Protocol):
+    """What an expression is made into: tensors, graph nodes, programs, expressions again."""
+
+    def number(self, c: float) -> Any: ...
+    def add(self, a: Any, b: Any) -> Any: ...
+    def mul(self, a: Any, b: Any) -> Any: ...
+    def div(self, a: Any, b: Any) -> Any: ...
+    def power(self, a: Any, p: float) -> Any: ...
+    def clamp(self, a: Any, lo: float, hi: float) -> Any: ...
+    def apply(self, f: Scalar, a: Any) -> Any: ...
+
+
+def fold(expr: Any, to: Algebra, known: Callable[[Any, Callable[[Any], Any]], Any]) -> Any:
+    """An expression in another algebra. `known(e, go)`: what a symbol (or a function that has no row, by `go` of its arguments) is made
+    into, None for all else. w · d ** -n is a division: its gradient stays finite where d * d is 0.
+
+    Raises `UnknownActivation` naming the sub-expression that has no row.
+    """
+
+    def go(e: Any) -> Any:
+        found = known(e, go)
+        if found is not None:
+            return found
+        if e.is_number:
+            return to.number(float(e))
+        if isinstance(e, sp.Add):
+            return functools.reduce(to.add, map(go, e.args))
+        if isinstance(e, sp.Mul):
+            below = [a for a in e.args if a.is_Pow and a.exp.is_number and a.exp.is_negative]
+            top = functools.reduce(to.mul, map(go, [a for a in e.args if a not in below] or [sp.S.One]))
+            return top if not below else to.div(top, functools.reduce(to.mul, [go(1 / a) for a in below]))
+        if isinstance(e, sp.Pow) and e.exp.is_number:
+            return to.div(to.number(1.0), go(1 / e)) if e.exp.is_negative else to.power(go(e.base), float(e.exp))
+        if isinstance(e, clamp) and all(a.is_number for a in e.args[1:]):
+            return to.clamp(go(e.args[0]), *(float(a) for a in e.args[1:]))
+        row = BY_HEAD.get(e.func)
+        if row is None:
+            raise UnknownActivation(f"no opcode for {e}")
+        return to.apply(row, go(e.args[0]))
+
+    return go(sp.sympify(expr))
+
+
+class Tensors:
+    """Expressions as tensors, in their own dtype; differentiable."""
+
+    number = float
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def div(self, a: Any, b: Any) -> Any:
+        return a / b
+
+    def power(self, a: Any, p: float) -> Any:
+        return a**p
+
+    def clamp(self, a: Any, lo: float, hi: float) -> Any:
+        return torch.clamp(a, lo, hi)
+
+    def apply(self, f: Scalar, a: Any) -> Any:
+        return f.torch(a)
+
+
+class _Expressions:
+    """Programs as expressions again."""
+
+    number = staticmethod(number)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return a + b
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return a * b
+
+    def div(self, a: Any, b: Any) -> Any:
+        return a / b
+
+    def power(self, a: Any, p: float) -> Any:
+        return a ** number(p)
+
+    def clamp(self, a: Any, lo: float, hi: float) -> Any:
+        return clamp(a, number(lo), number(hi))
+
+    def apply(self, f: Scalar, a: Any) -> Any:
+        return f.head(a)
+
+
+OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV = range(8)
+OF_TWO = (OP_ADD, OP_MUL, OP_DIV)
+OP_UNARY = 16  # opcodes 16.. are FUNCTIONS
+_OPCODE = {f.name: OP_UNARY + i for i, f in enumerate(FUNCTIONS)}
+_Code = tuple[list[int], list[float]]
+
+
+class _Programs:
+    """Expressions as postfix programs: (opcodes, constants)."""
+
+    def number(self, c: float) -> _Code:
+        return [OP_CONST], [c]
+
+    def add(self, a: _Code, b: _Code) -> _Code:
+        return [*a[0], *b[0], OP_ADD], [*a[1], *b[1]]
+
+    def mul(self, a: _Code, b: _Code) -> _Code:
+        return [*a[0], *b[0], OP_MUL], [*a[1], *b[1]]
+
+    def div(self, a: _Code, b: _Code) -> _Code:
+        return [*a[0], *b[0], OP_DIV], [*a[1], *b[1]]
+
+    def power(self, a: _Code, p: float) -> _Code:
+        return [*a[0], OP_POW], [*a[1], p]
+
+    def clamp(self, a: _Code, lo: float, hi: float) -> _Code:
+        return [*a[0], OP_CLAMP], [*a[1], lo, hi]
+
+    def apply(self, f: Scalar, a: _Code) -> _Code:
+        return [*a[0], _OPCODE[f.name]], a[1]
 
 
 def encode(expr: sp.Expr) -> tuple[list[int], list[float]]:
@@ -86,67 +282,36 @@ def encode(expr: sp.Expr) -> tuple[list[int], list[float]]:
 
     Raises `UnknownActivation` naming the sub-expression that has no opcode.
     """
-    ops: list[int] = []
-    consts: list[float] = []
-
-    def emit(e: Any) -> None:
-        if e == G:
-            ops.append(OP_G)
-        elif e == U:
-            ops.append(OP_U)
-        elif e.is_number:
-            ops.append(OP_CONST)
-            consts.append(float(e))
-        elif isinstance(e, (sp.Add, sp.Mul)):
-            emit(e.args[0])
-            for a in e.args[1:]:
-                emit(a)
-                ops.append(OP_ADD if isinstance(e, sp.Add) else OP_MUL)
-        elif isinstance(e, sp.Pow) and e.exp.is_number:
-            emit(e.base)
-            ops.append(OP_POW)
-            consts.append(float(e.exp))
-        elif isinstance(e, clamp) and all(a.is_number for a in e.args[1:]):
-            emit(e.args[0])
-            ops.append(OP_CLAMP)
-            consts.extend((float(e.args[1]), float(e.args[2])))
-        else:
-            for i, (head, _) in enumerate(_UNARY):
-                if isinstance(e, head):
-                    emit(e.args[0])
-                    ops.append(OP_UNARY + i)
-                    return
-            raise UnknownActivation(f"no opcode for {e}")
-
-    emit(sp.sympify(expr))
+    symbols: dict[Any, _Code] = {G: ([OP_G], []), U: ([OP_U], [])}
+    ops, consts = fold(expr, _Programs(), lambda e, _: symbols.get(e))
     return ops, consts
+
+
+def interpret(ops: Sequence[int], consts: Sequence[float], g: Any, u: Any, to: Algebra) -> Any:
+    """A postfix program on two values of an algebra."""
+    stack: list[Any] = []
+    const = iter(consts)
+    for op in ops:
+        if op in (OP_G, OP_U):
+            stack.append(g if op == OP_G else u)
+        elif op == OP_CONST:
+            stack.append(to.number(next(const)))
+        elif op in OF_TWO:
+            b, a = stack.pop(), stack.pop()
+            stack.append((to.add, to.mul, to.div)[OF_TWO.index(op)](a, b))
+        elif op == OP_POW:
+            stack.append(to.power(stack.pop(), next(const)))
+        elif op == OP_CLAMP:
+            stack.append(to.clamp(stack.pop(), next(const), next(const)))
+        else:
+            stack.append(to.apply(FUNCTIONS[op - OP_UNARY], stack.pop()))
+    return stack[-1]
 
 
 def run(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None = None) -> Tensor:
     """Evaluate a postfix program on tensors of one shape; differentiable, in the dtype of `g`."""
-    stack: list[Any] = []
-    const = iter(consts)
-    for op in ops:
-        if op == OP_G:
-            stack.append(g)
-        elif op == OP_U:
-            stack.append(u)
-        elif op == OP_CONST:
-            stack.append(next(const))
-        elif op == OP_ADD:
-            b = stack.pop()
-            stack[-1] = stack[-1] + b
-        elif op == OP_MUL:
-            b = stack.pop()
-            stack[-1] = stack[-1] * b
-        elif op == OP_POW:
-            stack[-1] = stack[-1] ** next(const)
-        elif op == OP_CLAMP:
-            lo, hi = next(const), next(const)
-            stack[-1] = torch.clamp(stack[-1], lo, hi)
-        else:
-            stack[-1] = _UNARY[op - OP_UNARY][1](stack[-1])
-    return torch.full_like(g, stack[-1]) if isinstance(stack[-1], float) else stack[-1]
+    out = interpret(ops, consts, g, u, Tensors())
+    return torch.full_like(g, out) if isinstance(out, float) else out
 
 
 def evaluate(expr: sp.Expr, g: Tensor, u: Tensor | None = None) -> Tensor:
@@ -154,46 +319,6 @@ def evaluate(expr: sp.Expr, g: Tensor, u: Tensor | None = None) -> Tensor:
     return run(*encode(expr), g, u)
 
 
-def describe(expr: sp.Expr) -> str:
-    """A reader's name for an activation: SwiGLU, GeGLU, ReLU², or the expression itself."""
-    named: dict[Any, str] = {
-        SWIGLU: "SwiGLU",
-        silu(U) * G: "SwiGLU (up first)",
-        gelu(G) * U: "GeGLU",
-        gelu_tanh(G) * U: "GeGLU (tanh)",
-        relu(G) * U: "ReGLU",
-        sigmoid(G) * U: "GLU",
-        silu(G): "SiLU",
-        gelu(G): "GELU",
-        gelu_tanh(G): "GELU (tanh)",
-        relu(G): "ReLU",
-        relu(G) ** 2: "ReLU²",
-    }
-    decimals = expr.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(str(float(e))))
-    return named.get(expr) or re.sub(r"(\.\d*?[1-9])0+\b", r"\1", str(decimals).replace("**", "^"))
-
-
 def decode(ops: Sequence[int], consts: Sequence[float]) -> sp.Expr:
     """The expression that a program computes: the inverse of `encode` up to sympy's own rearrangement."""
-    stack: list[Any] = []
-    const = iter(consts)
-
-    def number() -> Any:
-        return sp.nsimplify(next(const), rational=True)
-
-    for op in ops:
-        if op in (OP_G, OP_U):
-            stack.append(G if op == OP_G else U)
-        elif op == OP_CONST:
-            stack.append(number())
-        elif op in (OP_ADD, OP_MUL):
-            b = stack.pop()
-            stack[-1] = stack[-1] + b if op == OP_ADD else stack[-1] * b
-        elif op == OP_POW:
-            stack[-1] = stack[-1] ** number()
-        elif op == OP_CLAMP:
-            lo, hi = next(const), next(const)
-            stack[-1] = clamp(stack[-1], *(sp.sympify(v) if abs(v) == float("inf") else sp.nsimplify(v, rational=True) for v in (lo, hi)))
-        else:
-            stack[-1] = _UNARY[op - OP_UNARY][0](stack[-1])
-    return stack[-1]
+    return interpret(ops, consts, G, U, _Expressions())

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import sympy as sp
 import torch
 
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
-from . import scalar as act
+from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
+from .score import score_text
 
-_SCORE = {
-    Score.IDENTITY: "",
-    Score.SOFTMAX: "softmax",
-    Score.SIGMOID: "σ",
-    Score.SQRT_SOFTPLUS: "√softplus",
-    Score.SOFTPLUS: "softplus",
-    Score.EXP: "exp",
-    Score.TANH: "tanh",
-    Score.RELU: "relu",
-}
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -44,7 +36,7 @@ def formula(gating: Gating) -> str:
 
 
 def _score(kind: Score, argument: str) -> str:
-    name = _SCORE[kind]
+    name = score_text(kind)
     return f"{name}({argument})" if name else argument
 
 
@@ -83,7 +75,7 @@ def _normalised(norm: Normaliser, w: str) -> str:
 
 
 def _expression(expr: Any) -> str:
-    text = str(expr.subs(W, sp.Symbol("w'")))
+    text = str(_decimals(expr.subs(W, sp.Symbol("w'"))))
     for a, b in (("SumK(", "Σ("), ("MaxK(", "max("), ("MinK(", "min("), ("**", "^"), ("*", "·")):
         text = text.replace(a, b)
     return text
@@ -110,12 +102,35 @@ def number(x: float) -> str:
     return f"{x:.6g}"
 
 
+def describe(expr: sp.Expr) -> str:
+    """A reader's name for an activation: SwiGLU, GeGLU, ReLU², or the expression itself."""
+    named: dict[Any, str] = {
+        SWIGLU: "SwiGLU",
+        silu(U) * G: "SwiGLU (up first)",
+        gelu(G) * U: "GeGLU",
+        gelu_tanh(G) * U: "GeGLU (tanh)",
+        relu(G) * U: "ReGLU",
+        sigmoid(G) * U: "GLU",
+        silu(G): "SiLU",
+        gelu(G): "GELU",
+        gelu_tanh(G): "GELU (tanh)",
+        relu(G): "ReLU",
+        relu(G) ** 2: "ReLU²",
+    }
+    return named.get(expr) or re.sub(r"(\.\d*?[1-9])0+\b", r"\1", str(_decimals(expr)).replace("**", "^"))
+
+
+def _decimals(expr: Any) -> Any:
+    return expr.replace(lambda e: e.is_Rational and not e.is_Integer, lambda e: sp.Float(str(float(e))))
+
+
 def activation_text(expr: object) -> str:
     """SwiGLU, ReLU², or the expression with σ and ∞ for sigmoid and oo."""
-    text = act.describe(expr)
+    text = describe(expr)
     if "(" not in text or text.endswith(("(tanh)", "(up first)")):
         return text
-    for a, b in (("sigmoid(", "σ("), ("-oo", "−∞"), ("oo", "∞"), ("*", "·")):
+    written = [(f"{f.head.__name__}(", f"{f.text}(") for f in FUNCTIONS if f.text]
+    for a, b in (*written, ("-oo", "−∞"), ("oo", "∞"), ("*", "·")):
         text = text.replace(a, b)
     return text
 

@@ -1,115 +1,90 @@
-"""A bench to try a user's function on: the call as seen, what its arguments are, and probes for routings of every kind."""
+"""A bench to try a user's function on: probes for its module and its tensors, for routings of every kind."""
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ir import Rejection
+from .call import Call, Roles, Spec
+from .fewer import Fewer
+from .neutral import neutral
+from .places import Place
 from .probe import Probe, Windows, candidates
-from .record import neutral
+from .rows import UNEVEN, Listener
+from .sealed import containers
 
 
 class NoExperts(Rejection):
     """The function's ids choose nothing: no expert loop at all, so nobody wants to hear of it."""
 
 
-class Spec(NamedTuple):
-    """A tensor argument: sizes are ints, or expressions where they are dynamic."""
-
-    dtype: torch.dtype
-    shape: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call seen while tracing: `fn(module, ...)` (or `fn(...)`), its tensors and its other arguments by name."""
-
-    fn: types.FunctionType
-    module: nn.Module | None
-    tensors: Mapping[str, Spec]
-    constants: Mapping[str, Any]
-    device: torch.device
-    autocast: torch.dtype | None = None
-    grad: bool = True
-
-    @property
-    def source(self) -> str:
-        return f"{self.fn.__code__.co_filename}:{self.fn.__code__.co_firstlineno}"
-
-
-class Roles(NamedTuple):
-    """Which argument is what: tokens [.., H], ids [T, k] or [T*k], weights of as many elements, and the weights handed in."""
-
-    tokens: str
-    ids: str
-    weights: str
-    params: tuple[str, ...]
-    k: int
-
-
-def roles_of(tensors: Mapping[str, Spec]) -> Roles | None:
-    """The only way to see these arguments as a dispatch, or None."""
-    found = []
-    floats = {n: s for n, s in tensors.items() if s.dtype.is_floating_point and s.shape}
-    for ids, spec in tensors.items():
-        if spec.dtype not in (torch.int64, torch.int32) or not 1 <= len(spec.shape) <= 2:
-            continue
-        for tokens, x in floats.items():
-            k = _per_token(x, spec)
-            if k is None:
-                continue
-            for w, s in floats.items():
-                if w != tokens and s.shape in (spec.shape, (*spec.shape, 1)):
-                    rest = tuple(n for n in tensors if n not in (tokens, ids, w))
-                    found.append(Roles(tokens, ids, w, rest, k))
-    if len(found) != 1 or any(n not in floats or len(floats[n].shape) < 2 for n in found[0].params):
-        return None
-    return found[0]
-
-
-def _per_token(x: Spec, ids: Spec) -> int | None:
-    """k, if `x` [.., H] holds the tokens that `ids` is for."""
-    if not 2 <= len(x.shape) <= 3 or not isinstance(x.shape[-1], int):
-        return None
-    rows = sympy.Mul(*x.shape[:-1])
-    if len(ids.shape) == 2:
-        return ids.shape[1] if isinstance(ids.shape[1], int) and sympy.expand(rows - ids.shape[0]) == 0 else None
-    k = sympy.cancel(sympy.sympify(ids.shape[0]) / rows)
-    return int(k) if k.is_Integer and k >= 1 else None
-
-
 class Bench:
     """A call's function on a probe module: made for one element type and device, run on arguments of any token count."""
 
-    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+    biases = 1.0  # size of lists of parameters beside that of matrices
+
+    def __init__(
+        self,
+        call: Call,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        listening: bool = False,
+        seed: int = 0,
+        fewer: Fewer | None = None,
+    ) -> None:
         self.call, self.dtype = call, dtype
         self.device = device or torch.device("cpu")
-        self.generator = torch.Generator().manual_seed(20)
-        self.probe = None if call.module is None else Probe(call.module, self.device, dtype=dtype)
+        self.generator = torch.Generator().manual_seed(20 + seed)
+        self.probe = Probe(call.module, self.device, seed, dtype, listening=listening, biases=self.biases, fewer=fewer)
+        self.fn = self.probe.function(call.fn)
 
     def again(self, **kw: Any) -> Self:
         """The same bench for another element type or device."""
-        return type(self)(self.call, **kw)
+        return type(self)(self.call, **kw)  # type: ignore[call-arg]
 
-    def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None) -> Any:
+    def share(self, reads: set[Place]) -> None:
+        """Note reads in a set that benches share."""
+        reads |= self.probe.reads
+        self.probe.reads = reads
+
+    def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None, listener: Listener | None = None) -> Any:
         """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects."""
-        with neutral(), torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-            out = self.call.fn(*(() if self.probe is None else (self.probe.module,)), **arguments)
-        if self.probe is not None:
-            self.probe.check_unchanged()
+        cast = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
+        with neutral(self.call.grad), cast, listener or contextlib.nullcontext():
+            return self.call_user(arguments)
+
+    def follow(self, some: Mapping[str, Any], others: Mapping[str, Any], tokens: Sequence[tuple[int, int]]) -> None:
+        """Raise `Rejection` if what the function does may hang on how many rows there are: on `some` arguments and on `others` of as many
+        tokens as `tokens` says, pair by pair."""
+        first = Listener()
+        try:
+            self.run(others, listener=first)
+            second = Listener(first.said, tuple(tokens))
+            self.run(some, listener=second)
+        except Rejection:
+            raise
+        except Exception as e:
+            raise Rejection(f"it does with a number of rows what cannot be followed: {type(e).__name__}: {e}"[:300], stage="rows") from e
+        if len(second.said) != len(first.said):
+            raise Rejection(UNEVEN, stage="draw")
+
+    def call_user(self, arguments: Mapping[str, Any]) -> Any:
+        """The sealed function on tensors by name, with all other arguments as they were at the call."""
+        args, kwargs = self.call.filled(arguments.__getitem__, self.probe.seal, self.probe.module)
+        handed_in = [c for v in (*args, *kwargs.values()) for c in containers(v, Place("an argument"))]
+        out = self.fn(*args, **kwargs)
+        self.probe.check(handed_in)
         return out
 
     def weights(self) -> Iterator[Tensor]:
         """Every tensor that may hold parameters."""
-        yield from self.probe.tensors.values() if self.probe is not None else ()
+        yield from self.probe.tensors.values()
 
     def sizes(self) -> set[int]:
         """Every size and number around, but for the token counts."""
@@ -117,21 +92,28 @@ class Bench:
         found |= {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int)}
         return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
 
+    def shape(self, name: str) -> tuple[Any, ...]:
+        """The shape of a tensor that is handed in, on this bench."""
+        shape, fewer = self.call.tensors[name].shape, self.probe.fewer
+        return shape if fewer is None else fewer.shape(shape)
+
     def rows(self, lead: Sequence[int], spec: Spec) -> Tensor:
         """Tokens [*lead, H] of several magnitudes."""
         x = torch.randn(*lead, spec.shape[-1], generator=self.generator)
         x = x * torch.tensor([0.25, 1.0, 4.0, 32.0])[torch.arange(x[..., 0].numel()) % 4].view(*lead, 1)
         return x.to(self.device, self.dtype or spec.dtype)
 
-    def complete(self, made: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments in the call's order."""
-        return {n: made[n] if n in made else self.call.constants[n] for n in (*self.call.tensors, *self.call.constants)}
+    def complete(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors in the call's order."""
+        return {n: made[n] for n in self.call.tensors}
 
 
 class BlockBench(Bench):
     """For functions of tokens alone, with the router inside."""
 
-    def arguments(self, lead: Sequence[int], alike: bool = False) -> dict[str, Any]:
+    biases = 0.125  # a bias of the choice must not shut experts out
+
+    def arguments(self, lead: Sequence[int], alike: bool = False) -> dict[str, Tensor]:
         """Arguments for tokens [*lead, H]; `alike`: all tokens nearly the same, so that few experts are chosen."""
         ((name, spec),) = self.call.tensors.items()
         x = self.rows(lead, spec)
@@ -143,20 +125,21 @@ class BlockBench(Bench):
 class DispatchBench(Bench):
     """For functions of tokens, ids and routing weights."""
 
-    def __init__(self, call: Call, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        super().__init__(call, dtype, device)
-        roles = roles_of(call.tensors)
-        assert roles is not None
+    def __init__(self, call: Call, roles: Roles, dtype: torch.dtype | None = None, **kw: Any) -> None:
+        super().__init__(call, dtype, **kw)
         self.roles = roles
         windows = Windows(self.device, self.generator, 0.2)
-        self.given = {n: windows.take(call.tensors[n].shape, dtype or call.tensors[n].dtype) for n in roles.params}
+        self.given = {n: windows.take(self.shape(n), dtype or call.tensors[n].dtype) for n in roles.params}
+
+    def again(self, **kw: Any) -> Self:
+        return type(self)(self.call, self.roles, **kw)
 
     def weights(self) -> Iterator[Tensor]:
         yield from self.given.values()
         yield from super().weights()
 
-    def arguments(self, ids: Tensor, lead: Sequence[int] | None = None) -> dict[str, Any]:
-        """Arguments for a routing ids [T, k] of tokens [*lead, H]: routing weights of both signs."""
+    def arguments(self, ids: Tensor, lead: Sequence[int] | None = None, masked: bool = False) -> dict[str, Tensor]:
+        """Arguments for a routing ids [T, k] of tokens [*lead, H]: routing weights of both signs; `masked`: masks are not all true."""
         r, t = self.roles, self.call.tensors
         if lead is None:
             lead = [1] * (len(t[r.tokens].shape) - 2) + [ids.shape[0]]
@@ -165,10 +148,25 @@ class DispatchBench(Bench):
             r.tokens: self.rows(lead, t[r.tokens]),
             r.ids: (ids.reshape(-1) if len(t[r.ids].shape) == 1 else ids).to(self.device, t[r.ids].dtype),
             **self.given,
+            **{n: self._extra(n, ids.shape[0], masked) for n in r.extras},
         }
         w = w.view(*made[r.ids].shape, *[1] * (len(t[r.weights].shape) - made[r.ids].ndim))
         made[r.weights] = w.to(self.device, self.dtype or t[r.weights].dtype)
         return self.complete(made)
+
+    def _extra(self, name: str, tokens: int, masked: bool) -> Tensor:
+        spec, shape = self.call.tensors[name], (tokens, *self.shape(name)[1:])
+        if spec.dtype is torch.bool:
+            true = torch.ones(shape, dtype=torch.bool)
+            return (true if not masked else torch.rand(shape, generator=self.generator) < 0.7).to(self.device)
+        made = torch.randn(shape, generator=self.generator)
+        return made.to(self.device, (self.dtype or spec.dtype) if spec.dtype.is_floating_point else spec.dtype)
+
+    def uneven(self, tokens: int, experts: int) -> Tensor:
+        """ids [tokens, k]: each expert is hit twice, and some much more often than others."""
+        even = self.routing(-(-2 * experts // self.roles.k), range(experts))
+        odds = (torch.rand(experts, generator=self.generator) ** 2 + 0.02).expand(tokens - len(even), experts)
+        return torch.cat([even, odds.multinomial(self.roles.k, generator=self.generator)])
 
     def routing(self, tokens: int, experts: Sequence[int] | range) -> Tensor:
         """ids [tokens, k], distinct in each row, that hit each of `experts` if tokens * k >= len(experts)."""
@@ -220,14 +218,3 @@ def number_of_experts(bench: DispatchBench) -> int:
         if len(outs) == 2 and not torch.equal(*outs):
             return n
     raise NoExperts("no argument or parameter tells how many experts there are", stage="read")
-
-
-def bind(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments by name, or None where the call does not fit or the function takes any number of them."""
-    try:
-        signature = inspect.signature(fn)
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in signature.parameters.values()):
-            return None
-        return dict(signature.bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return None

@@ -1,26 +1,26 @@
-"""Guards on what a captured function reads beside its arguments, its module's attributes and parameters.
+"""Guards on what a captured function reads beside its arguments and its module's parameters.
 
-Its code is inlined no more, so Dynamo does not see those reads: globals, and what hangs on them or on the module's attributes (lists,
-dictionaries, configurations), are found by the names in the code and guarded by value. What cannot be guarded is told by `Unguarded`.
+Its code is inlined no more, so Dynamo does not see those reads: every place that the reading noted is guarded by value here, and a name
+that a class answers is guarded to stay the class's affair. What cannot be guarded, and what the graph itself has set before the call,
+is told by `Unguarded`: the loop stays as written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dis
-import inspect
+import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .fingerprint import PLAIN, values_in
+from .libraries import home, is_library
+from .places import MISSING, MODULE, PLAIN, Place, Space, find, own_attribute
 
-_KEPT = (*PLAIN, list, tuple, dict, set, frozenset, torch.Tensor)
-_LIBRARIES = ("torch", "numpy", "moe_compile")
 _DEPTH, _MOST = 4, 256
 
 
@@ -34,96 +34,170 @@ def or_unguarded() -> Iterator[None]:
     try:
         yield
     except (AttributeError, ImportError, TypeError, NotImplementedError) as e:
-        raise Unguarded(f"values beside its arguments ({type(e).__name__}: {e})") from e
+        raise Unguarded(f"values beside its arguments ({type(e).__name__}: {e}), which nothing watches") from e
 
 
-def names_of(fn: types.FunctionType, module: nn.Module | None) -> set[str]:
-    """Names in the code of a function, and of the user's functions and methods of `module` and its parts that it may call."""
-    return {n for f in _functions(fn, module) for n in _names(f)}
+@dataclass
+class Guards:
+    """Guards for one call that Dynamo (`tx`) is about to inline. roots: the values at the roots of places; sources: Dynamo's for them."""
+
+    tx: Any
+    roots: Mapping[str, Any]
+    sources: Mapping[str, Any]
+    _sources: dict[Place, Any] = field(default_factory=dict)
+
+    def install(self, reads: Iterable[Place]) -> None:
+        """Guard every place, and where it is found in an object of a class, that the object has no such name of its own."""
+        reads = list(reads)
+        pending = _Pending(self.tx)
+        for place in reads:
+            pending.check(place, self.roots)
+        done = set()
+        for place in reads:
+            value, holder = find(place, self.roots), find(place.holder, self.roots) if place.steps else MISSING
+            kind, name = place.steps[-1] if place.steps else ("", "")
+            if kind == "attr" and not isinstance(holder, type) and own_attribute(holder, name) is MISSING and hasattr(holder, "__dict__"):
+                self._absent(place.holder, name)
+                if value is MISSING or (type(holder), name) in done or is_library(home(type(holder))):
+                    continue
+                done.add((type(holder), name))
+                place = place.holder.type().attr(name)
+            self._value(place, value)
+
+    def _absent(self, place: Place, name: str) -> None:
+        from torch._dynamo.guards import GuardBuilder
+
+        self._guard(place, functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name))
+
+    def _guard(self, place: Place, kind: Any) -> None:
+        from torch._dynamo.guards import install_guard
+
+        install_guard(self.source(place).make_guard(kind))
+
+    def _value(self, place: Place, v: Any, depth: int = _DEPTH) -> None:
+        from torch._dynamo.guards import GuardBuilder
+
+        if v is MISSING or isinstance(v, types.ModuleType):
+            return
+        if isinstance(v, torch.Tensor):
+            if place.root == MODULE and all(kind == "attr" for kind, _ in place.steps):
+                return  # parameters and buffers are inputs of the graph
+            raise Unguarded(f"the tensor {place}, which nothing watches")
+        if isinstance(v, PLAIN):
+            self._guard(place, GuardBuilder.CONSTANT_MATCH)
+        elif isinstance(v, types.FunctionType):
+            self._guard(place, GuardBuilder.CLOSURE_MATCH)
+        elif isinstance(v, (type, types.BuiltinFunctionType)):
+            self._guard(place, GuardBuilder.ID_MATCH)
+        elif isinstance(v, property):
+            self._value(place.attr("fget"), v.fget)
+        elif isinstance(v, (list, tuple, dict, set, frozenset)):
+            self._container(place, v, depth)
+        elif hasattr(v, "__dict__") or isinstance(v, nn.Module):
+            self._guard(place, GuardBuilder.TYPE_MATCH)  # what was read of it has a place of its own
+        else:
+            self._guard(place, GuardBuilder.ID_MATCH)
+
+    def _container(self, place: Place, v: Any, depth: int) -> None:
+        from torch._dynamo.guards import GuardBuilder
+
+        if depth == 0 or len(v) > _MOST:
+            raise Unguarded(f"{place}, which is too large to be watched")
+        if isinstance(v, (set, frozenset)):
+            return self._guard(place, GuardBuilder.EQUALS_MATCH)
+        if isinstance(v, dict) and not all(isinstance(k, (str, int)) for k in v):
+            raise Unguarded(f"{place}, a dictionary whose keys cannot be watched")
+        self._guard(place, GuardBuilder.TYPE_MATCH)
+        self._guard(place, GuardBuilder.SEQUENCE_LENGTH)
+        for k, x in v.items() if isinstance(v, dict) else enumerate(v):
+            self._value(place.item(k), x, depth - 1)
+
+    # ---- sources -------------------------------------------------------------------------------------------------------------
+
+    def source(self, place: Place) -> Any:
+        """Dynamo's source for a place. Raises `Unguarded` where there is none."""
+        if place not in self._sources:
+            self._sources[place] = self._made(place)
+        return self._sources[place]
+
+    def _made(self, place: Place) -> Any:
+        from torch._dynamo import source as s
+
+        if not place.steps:
+            found = None if isinstance(place.root, Space) else self.sources.get(place.root)
+            if found is None:
+                raise Unguarded(f"{place or 'its surroundings'}, which was made in the same graph")
+            return found
+        kind, key = place.steps[-1]
+        if isinstance(place.root, Space) and len(place.steps) == 1:
+            return self._global(place.root.names, key)
+        base, holder = self.source(place.holder), find(place.holder, self.roots)
+        if kind == "type":
+            return s.TypeSource(base)
+        if kind == "cell":
+            return s.AttrSource(s.GetItemSource(s.AttrSource(base, "__closure__"), key), "cell_contents")
+        if kind == "default":
+            return s.GetItemSource(s.AttrSource(base, "__defaults__"), key)
+        if kind == "item":
+            return s.DictGetItemSource(base, key) if isinstance(holder, dict) else s.GetItemSource(base, key)
+        unbound = isinstance(holder, type) and isinstance(_static(holder, key), classmethod)
+        return s.AttrSource(s.AttrSource(base, key), "__func__") if unbound else s.AttrSource(base, key)
+
+    def _global(self, names: dict[str, Any], name: str) -> Any:
+        from torch._dynamo import source as s
+
+        root = self.tx.output.root_tx
+        if root is not None and root.f_globals is names:
+            return s.GlobalSource(name)
+        module = sys.modules.get(str(names.get("__name__")))
+        if module is not None and vars(module) is names:
+            return s.AttrSource(self.tx.import_source(module.__name__), name)
+        return s.DictGetItemSource(s.GlobalSource(self.tx.output.install_global_by_id("___moe_compile_globals", names)), name)
 
 
-def guard_globals(tx: Any, fn: types.FunctionType, module: nn.Module | None) -> None:
-    """Guard the global values that a function, and those of the user's that it may call, read. Raises Unguarded."""
-    from torch._dynamo.source import AttrSource
-
-    names = names_of(fn, module)
-    for f in _functions(fn, module):
-        for name in _globals_of(f):
-            value = f.__globals__[name]
-            if not _skipped(value):
-                module = sys.modules.get(f.__globals__.get("__name__", ""))
-                if module is None or module.__dict__ is not f.__globals__:
-                    raise Unguarded(f"the global {name}")
-                guard_value(AttrSource(tx.import_source(module.__name__), name), value, names, name)
+def _static(cls: type, name: str) -> Any:
+    return next((c.__dict__[name] for c in type.mro(cls) if name in c.__dict__), None)
 
 
-def values_of_globals(fn: types.FunctionType, module: nn.Module | None) -> list[Any]:
-    """What the globals that `guard_globals` guards hold now; equal for two moments iff nothing was set anew."""
-    found = [(n, f.__globals__[n]) for f in _functions(fn, module) for n in _globals_of(f)]
-    return [(n, values_in(v)) for n, v in found if not _skipped(v)]
+class _Pending:
+    """What the graph has written so far, which becomes true for Python after it has run: nothing of it may be read before."""
+
+    def __init__(self, tx: Any) -> None:
+        effects = tx.output.side_effects
+        self.objects: dict[int, set[Any] | None] = {}  # id -> names that were set; None: any
+        self.globals: set[Any] = set()
+        for i, variable in effects.id_to_variable.items():
+            names = effects.store_attr_mutations.get(variable)
+            if names and type(variable).__name__ in ("NewGlobalVariable", "PythonModuleVariable"):
+                self.globals |= set(names)
+            elif variable.source is not None and effects.is_modified(variable):
+                self.objects[i] = set(names) if names else None
+
+    def check(self, place: Place, roots: Mapping[str, Any]) -> None:
+        if not self.objects and not self.globals:
+            return
+        if isinstance(place.root, Space) and place.steps[:1] and place.steps[0][1] in self.globals:
+            raise Unguarded(f"{place}, which is set before it in the same graph")
+        for n in range(len(place.steps)):
+            holder = find(Place(place.root, place.steps[:n]), roots)
+            kind, key = place.steps[n]
+            if kind == "cell":
+                holder, key = _cell_of(holder, key), "cell_contents"
+            names = self.objects.get(id(holder), set())
+            if names is None or key in names:
+                raise Unguarded(f"{place}, which is set before it in the same graph")
+        for inner in _inside(find(place, roots)):
+            if id(inner) in self.objects and isinstance(inner, (list, dict, set, tuple)):
+                raise Unguarded(f"{place}, which is changed before it in the same graph")
 
 
-def guard_value(source: Any, value: Any, names: set[str], label: str, depth: int = _DEPTH) -> None:
-    """Guard a value that is reached by Dynamo's `source`, and of an object what `names` name. Raises Unguarded."""
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource
-
-    if _skipped(value):
-        return
-    inner: list[tuple[Any, Any, str]] = []
-    if isinstance(value, torch.Tensor) or depth == 0:
-        raise Unguarded(label)
-    if isinstance(value, PLAIN):
-        install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
-    elif isinstance(value, (list, tuple)) and len(value) <= _MOST:
-        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
-        inner = [(GetItemSource(source, i), v, f"{label}[{i}]") for i, v in enumerate(value)]
-    elif isinstance(value, dict) and len(value) <= _MOST and all(isinstance(k, (str, int)) for k in value):
-        install_guard(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
-        inner = [(DictGetItemSource(source, k), v, f"{label}[{k!r}]") for k, v in value.items()]
-    elif hasattr(value, "__dict__"):
-        read = sorted(n for n in names & vars(value).keys())
-        inner = [(AttrSource(source, n), vars(value)[n], f"{label}.{n}") for n in read]
-    else:
-        raise Unguarded(label)
-    for s, v, name in inner:
-        guard_value(s, v, names, name, depth - 1)
+def _cell_of(fn: Any, index: int) -> Any:
+    closure = getattr(fn, "__closure__", None)
+    return closure[index] if closure else None
 
 
-def _skipped(v: Any) -> bool:
-    """Code, which is not set anew, and modules, whose attributes and parameters are guarded elsewhere."""
-    code = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type, nn.Module)
-    library = type(v).__module__.partition(".")[0] in ("torch", "logging", "typing", "functools", "builtins")
-    return isinstance(v, code) or library and not isinstance(v, _KEPT)
-
-
-def _functions(fn: types.FunctionType, module: nn.Module | None) -> list[types.FunctionType]:
-    """`fn`, and what it may call by a global name, by a method's name, or by calling a part of the module."""
-    classes = dict.fromkeys(type(m) for m in module.modules()) if module is not None else {}
-    found = [fn]
-    for f in found:
-        called = [f.__globals__[n] for n in _globals_of(f)]
-        called += [inspect.getattr_static(c, n, None) for c in classes for n in (*sorted(_names(f)), "forward")]
-        found += [g for g in dict.fromkeys(c for c in called if isinstance(c, types.FunctionType)) if g not in found and not _of_library(g)]
-    return found
-
-
-def _of_library(f: types.FunctionType) -> bool:
-    return (f.__module__ or "").partition(".")[0] in _LIBRARIES
-
-
-def _names(f: types.FunctionType) -> set[str]:
-    return {n for c in codes(f.__code__) for n in c.co_names}
-
-
-def _globals_of(fn: types.FunctionType) -> list[str]:
-    found = {i.argval for c in codes(fn.__code__) for i in dis.get_instructions(c) if i.opname == "LOAD_GLOBAL"}
-    return sorted(n for n in found if n in fn.__globals__)
-
-
-def codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Code, and that of the functions made inside it."""
-    yield code
-    for c in code.co_consts:
-        if isinstance(c, types.CodeType):
-            yield from codes(c)
+def _inside(v: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    yield v
+    if depth and isinstance(v, (list, tuple, dict)) and len(v) <= _MOST:
+        for x in v.values() if isinstance(v, dict) else v:
+            yield from _inside(x, depth - 1)

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_compile.ir import Rejection
+from ..ir import Rejection
+from .fewer import Fewer
+from .libraries import Forbidden, home, is_library, why_not
+from .places import HOOKS, MODULE, Place
+from .sealed import Sealed
+from .sealed_code import MODULE_STATE
 
 _WHOLE = (1 << 20, 1 << 26)  # elements up to which a parameter (3-D and more, 2-D) does not overlap itself
 _PERIOD = (1 << 20) - 3  # a prime: rows of any usual length start at different places of the repeated block
 _TABLE = 1 << 22  # elements: integer buffers are copied up to this size
 _ALIGN = 16  # bytes
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_OWN = frozenset(nn.Module().__dict__) - {"training"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CONTAINERS = (list, dict, set)
-
-Read = tuple[str, str]  # (path of a submodule, name of an attribute that the code asked it for)
 
 
 class Windows:
@@ -60,88 +59,114 @@ class Windows:
         return self.buffers[dtype]
 
 
-class Probe:
-    """`module`: a copy of the user's module, all the way down, with probes for parameters. The user's is only read.
+class Probe(Sealed):
+    """`module`: a sealed copy of the user's module, all the way down, with probes for parameters. The user's is only read.
 
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
-    `reads`: what the code asked the copy's modules for so far; `reading()` starts anew.
-    Floats become `dtype` if one is given. Integer tables keep their values, but for matrices of bytes, which are weights.
+    `reads`: every place that the code read so far beside its arguments.
+    Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values,
+    but for matrices of bytes, which are weights.
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, seed: int = 0, dtype: torch.dtype | None = None, scale: float | None = None
+        self,
+        module: nn.Module | None,
+        device: torch.device,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        scale: float | None = None,
+        listening: bool = False,
+        biases: float = 1.0,
+        fewer: Fewer | None = None,
     ) -> None:
-        self.device, self.dtype = device, dtype
+        super().__init__(listening, fewer)
+        self.device, self.dtype, self.biases = device, dtype, biases
         self.tensors: dict[str, Tensor] = {}
-        self.reads: set[Read] = set()
         generator = torch.Generator().manual_seed(seed)
-        self._windows = Windows(device, generator, scale if scale is not None else _scale(module))
+        self._windows = Windows(device, generator, scale if scale is not None else 0.2 if module is None else _scale(module))
         self._path_of: dict[int, str] = {}
-        self._busy: set[int] = set()
-        self._kept: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-        self._sources: list[Any] = []
-        self.module = self._copy(module, "")
+        self._single: set[str] = set()  # paths of modules that are one expert's
+        self.module = None
+        if module is not None:
+            if nn.modules.module._has_any_global_hook():
+                raise Rejection("there are hooks for all modules", stage="hooks")
+            parts = list(self._shells(module, ""))
+            for original, new, path in parts:
+                self._fill_module(original, new, path)
+            self.module = self.seal(module, Place(MODULE))
 
-    def _copy(self, module: nn.Module, path: str) -> nn.Module:
-        if id(module) in self._busy:
-            raise Rejection(f"module {path} contains itself", stage="record")
-        self._busy.add(id(module))
-        if path and any(getattr(module, h, None) for h in _HOOKS):
-            raise Rejection(f"module {path} has hooks", stage="record")
-        new: nn.Module = object.__new__(_watched(type(module), self, path))
-        state = {k: type(v)(v) if type(v) in _CONTAINERS else v for k, v in module.__dict__.items()}
+    def _shells(self, module: nn.Module, path: str) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+        """An empty copy of each part first: what the parts hold may refer to any of them."""
+        if id(module) in self.memo:
+            known = self.places[id(self.memo[id(module)][1])][1]
+            if next(module.parameters(), next(module.buffers(), None)) is not None or module._modules:
+                raise Rejection(f"{path} and {known} are one module", stage="shared")
+            return
+        if path and any(getattr(module, h, None) for h in HOOKS):
+            raise Rejection(f"module {path} has hooks", stage="hooks")
+        cls, place = type(module), _place(path)
+        new_cls = self.code.watched(cls) if is_library(home(cls)) and not why_not(cls, "") else self.copy(cls, place.type())
+        if type(new_cls) is Forbidden:
+            raise Rejection(f"module {path} is a {cls.__name__}, which cannot be copied", stage="effects")
+        new = object.__new__(new_cls)
+        self.memo[id(module)], self.places[id(new)] = (module, new), (new, place)
+        yield module, new, path
+        for k, child in self.some(module._modules.items()):
+            if path in self._single or len(module._modules) == (self.fewer.all if self.fewer else 0):
+                self._single.add(_join(path, k))
+            if child is not None:
+                yield from self._shells(child, _join(path, k))
+
+    def _fill_module(self, module: nn.Module, new: nn.Module, path: str) -> None:
+        place, state = _place(path), dict(module.__dict__)
         for kind in ("_parameters", "_buffers"):
-            state[kind] = {k: None if v is None else self._tensor(v, _join(path, k)) for k, v in module.__dict__[kind].items()}
-        state["_modules"] = {k: None if v is None else self._copy(v, _join(path, k)) for k, v in module.__dict__["_modules"].items()}
-        for h in _HOOKS:
-            state[h] = type(state[h])()
+            state[kind] = {k: None if v is None else self._probe(v, _join(path, k)) for k, v in self.some(state[kind].items())}
+        state["_modules"] = {k: None if v is None else self.memo[id(v)][1] for k, v in self.some(state["_modules"].items())}
+        state |= {h: type(state[h])() for h in HOOKS}
         for k, v in state.items():
             if isinstance(v, Tensor):
-                state[k] = self._tensor(v, _join(path, k))
-        new.__dict__.update(state)
-        self._busy.discard(id(module))
-        self._kept.append((path, new.__dict__, _shallow(state)))
-        return new
+                state[k] = self._probe(v, _join(path, k))
+            elif k not in MODULE_STATE:
+                state[k] = self.seal(v, place.attr(k))
+        new.__dict__.update(state, _compiled_call_impl=None)
+        for held in (new, new._parameters, new._buffers, new._modules):
+            self.keep(place, held)
 
-    def _tensor(self, t: Tensor, path: str) -> Tensor:
+    def _probe(self, t: Tensor, path: str) -> Tensor:
         if id(t) in self._path_of:  # the experts of another module need not share theirs
-            raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="record")
+            raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="shared")
         if not isinstance(t, nn.Buffer) and type(t) not in (Tensor, nn.Parameter):
-            raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="record")
+            raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:
-            raise Rejection(f"{path} is not strided", stage="record")
+            raise Rejection(f"{path} is not strided", stage="tensors")
+        single = self.fewer is None or path.rpartition(".")[0] in self._single
+        shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
         weight = t.dtype is torch.int8 and t.ndim > 1
-        new = self._float(t) if t.is_floating_point() else self._bytes(t) if weight else self._table(t, path)
+        if t.is_floating_point():
+            new = self._float(t, shape)
+        else:
+            new = self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
         self._path_of[id(t)], self.tensors[path] = path, new
-        self._sources.append(t)  # an id stays one object's as long as that lives
+        self.memo[id(t)] = t, new
         return new
 
-    def _float(self, t: Tensor) -> Tensor:
+    def _float(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         if t.dtype not in _FLOATS:
-            raise Rejection(f"parameters of type {t.dtype}", stage="record")
-        return self._windows.take(tuple(t.shape), self.dtype or t.dtype)
+            raise Rejection(f"parameters of type {t.dtype}", stage="tensors")
+        new = self._windows.take(shape, self.dtype or t.dtype)
+        return new if t.ndim > 1 else new * self.biases
 
-    def _bytes(self, t: Tensor) -> Tensor:
-        return self._windows.take(tuple(t.shape), t.dtype)
-
-    def _table(self, t: Tensor, path: str) -> Tensor:
+    def _table(self, t: Tensor, path: str, shape: tuple[int, ...]) -> Tensor:
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
-            raise Rejection(f"the values of {path} cannot be copied", stage="record")
-        return t.detach().to(self.device, copy=True)
+            raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
+        return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
 
-    def check_unchanged(self) -> None:
-        """Raise `Rejection` if the code wrote to an attribute, a list, a dict or a set of the copy."""
-        for path, now, before in self._kept:
-            if _changed(now, before):
-                raise Rejection(f"it writes to the state of its module{' ' + path if path else ''}", stage="record")
 
-    def reading(self) -> set[Read]:
-        """Start a new log of attribute reads and return it; it fills as the code runs."""
-        self.reads = set()
-        return self.reads
+def _place(path: str) -> Place:
+    return Place(MODULE, tuple(("attr", name) for name in path.split(".")) if path else ())
 
 
 def _scale(module: nn.Module) -> float:
@@ -155,47 +180,14 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _shallow(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: type(v)(v) if type(v) in _CONTAINERS else v for k, v in state.items()}
-
-
-def _changed(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return True
-    return any(not _same(now[k], before[k]) for k in now)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-    return a == b if isinstance(a, set) else a is b
-
-
-def _watched(cls: type, probe: Probe, path: str) -> type:
-    """A subclass of a module class that notes which attributes the code asks for."""
-    if "__init_subclass__" in {k for c in cls.__mro__ for k in c.__dict__ if c not in (object, nn.Module)}:
-        raise Rejection(f"{cls.__name__} reacts to being subclassed", stage="record")
-
-    def __getattribute__(self: Any, name: str) -> Any:
-        if name not in _OWN and not (name.startswith("__") and name.endswith("__")):
-            probe.reads.add((path, name))
-        return cls.__getattribute__(self, name)  # type: ignore[call-arg]
-
-    return type(cls)(
-        cls.__name__, (cls,), {"__getattribute__": __getattribute__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    )
-
-
 def candidates(module: nn.Module | None, weights: Callable[[], Iterator[Tensor]], limit: int = 12) -> list[int]:
     """Numbers that may be the number of experts, largest first: leading dims of weights, lengths of containers, attributes."""
     found = {w.shape[0] for w in weights() if w.ndim >= 2}
     for m in module.modules() if module is not None else ():
         if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)):
             found.add(len(m))
+            stacks = next((list(child.parameters(recurse=False)) for child in m.children()), [])
+            found.update(len(m) * p.shape[0] for p in stacks if p.ndim > 2)
     if module is not None:
         found.update(v for v in vars(module).values() if type(v) is int)
     return sorted((n for n in found if 1 <= n <= 4096), reverse=True)[:limit]

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ..ir import Experts, Rejection
 from ..ops import experts_args, scaled_args
-from ..passes.aten.shadow import aliased_arg, mutated_args
-from .bench import Call
+from ..passes.aten.effects import aliased_arg, mutated_args
+from ..passes.aten.names import LIKE, op_name
+from .call import Call
+from .fewer import Fewer
 
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
 
@@ -40,28 +42,48 @@ class Regenerated:
         boundary: Mapping[str, Any],
         primes: Mapping[int, str],
         reshaped: Mapping[str, str] | None = None,
+        fewer: Fewer | None = None,
     ) -> None:
-        self.call, self.gm, self.experts, self.boundary, self.primes = call, gm, experts, boundary, primes
+        self.call, self.gm, self.boundary, self.fewer = call, gm, boundary, fewer
+        self.experts = experts if fewer is None else fewer.experts(experts)
+        self.primes = primes if fewer is None else {**primes, fewer.few: str(fewer.all)}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         scales = ("up_scale", "down_scale") if experts.scaled else ()
         self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias", *scales)]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
+        self.like = laid_out_like(self.out)
         self.live = self._live()
         if self.out not in self.live:
             raise Rejection("its result is a view made before the experts wrote to it", stage="read")
         self._check_types()
         self._check_writes()
         placeholders = [n for n in gm.graph.nodes if n in self.live and n.op == "placeholder"]
-        self.params = [n.meta["param_path"] for n in placeholders if "param_path" in n.meta]
-        self.names = {n: n.meta["arg"] if "arg" in n.meta else f"_p{self.params.index(n.meta['param_path'])}" for n in placeholders}
+        self.params = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "param_path" in n.meta))
+        self.stacks = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "index" in n.meta))  # taken apart
+        self.names = {n: n.meta["arg"] if "arg" in n.meta else self._parameter(n) for n in placeholders}
         self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
+        self.others = [self._others(ns) for ns in self.lists]
         self.device = f"{next(iter(call.tensors))}.device"
+
+    def _parameter(self, n: fx.Node) -> str:
+        name = f"_p{self.params.index(n.meta['param_path'])}"
+        return f"{name}s[{n.meta['index']}]" if "index" in n.meta else name
+
+    def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
+        """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
+        if self.fewer is None or len(nodes) != self.fewer.few:
+            return []
+        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes):
+            raise Rejection("the weights of its experts are made of others", stage="read")
+        paths = self.fewer.paths(self.call.module, [n.meta["param_path"] for n in nodes])[self.fewer.few :]
+        self.params += [p for p in paths if p not in self.params]
+        return [f"_p{self.params.index(p)}" for p in paths]
 
     def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
         if n is not self.out:
             return n.all_input_nodes
-        given = [self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")]
+        given = [*(self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")), self.like]
         return [x for x in (*given, *(w for ws in self.lists for w in ws)) if x is not None]
 
     def _live(self) -> set[fx.Node]:
@@ -96,9 +118,10 @@ class Regenerated:
 
     def code(self, experts: str) -> str:
         """Source of a function of the call's arguments and the parameters; `experts` is what to call for the experts."""
-        heads = [*self.call.tensors, *self.call.constants, *(f"_p{i}" for i in range(len(self.params)))]
+        heads = [*self.call.tensors, *(f"_p{i}" for i in range(len(self.params)))]
         lines = [f"def {self.function_name}({', '.join(heads)}):"]
         lines += [f"    {name} = {name}.{how}" for name, how in self.reshaped.items()]
+        lines += [f"    _p{i}s = _p{i}.unbind(0)" for i, path in enumerate(self.params) if path in self.stacks]
         env = dict(self.names)
         indent, result = "    ", "None"
         for n in self.gm.graph.nodes:
@@ -108,9 +131,9 @@ class Regenerated:
                 result = self._value(n.args[0], env)
                 continue
             grad = n.meta.get("grad", True)
-            if (indent == "    ") != grad:
-                indent = "    " if grad else "        "
-                lines += [] if grad else ["    with torch.no_grad():"]
+            if (indent == "    ") != (grad == self.call.grad):
+                indent = "    " if grad == self.call.grad else "        "
+                lines += [] if grad == self.call.grad else [f"    with torch.{'enable' if grad else 'no'}_grad():"]
             env[n] = f"_v{len(env)}"
             lines += [f"{indent}{line}" for line in self._statement(n, env, experts)]
         return "\n".join([*lines, f"    return {result}"])
@@ -134,20 +157,29 @@ class Regenerated:
         b, out = self.boundary, self.out.meta["val"]
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
-        lists = ", ".join(f"[{', '.join(self._weight(n, env) for n in ns)}]" for ns in self.lists)
+        named = [[*(self._weight(n, env) for n in ns), *others] for ns, others in zip(self.lists, self.others, strict=True)]
+        lists = ", ".join(f"[{', '.join(names)}]" for names in named)
         plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
         if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:
             tail += f".to({out.dtype})"  # autocast would decide the op's type; the user's function decides for itself
-        return [*lines, f"{env[self.out]} = {env[self.out]}{tail}"] if tail else lines
+        lines += [f"{env[self.out]} = {env[self.out]}{tail}"] if tail else []
+        if self.like is not None:  # zeros_like of a transposed tensor is transposed: so is what was added into it
+            v, like = env[self.out], env[self.like]
+            lines.append(f"{v} = {v} if {like}.is_contiguous() else torch.empty_like({like}, dtype={v}.dtype).copy_({v})")
+        return lines
 
     def _rows(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
         v = n.meta["val"]
         return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
 
     def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
-        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(str(int(s)) for s in self.views[n])})"
+        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(self._extent(int(s)) for s in self.views[n])})"
+
+    def _extent(self, size: int) -> str:
+        """A size of a weight: that of all experts for that of the few."""
+        return str(self.fewer.all if self.fewer is not None and size == self.fewer.few else size)
 
     def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
         """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""
@@ -198,6 +230,14 @@ class Regenerated:
         space: dict[str, Any] = {}
         exec(compile(tree, code.co_filename, "exec"), names, space)
         return space[self.function_name]
+
+
+def laid_out_like(out: fx.Node) -> fx.Node | None:
+    """The tensor whose layout a result has: it was made by `zeros_like`, `clone` or the like, and added into."""
+    while (source := aliased_arg(out)) is not None and out.meta["val"].shape == source.meta["val"].shape:
+        out = source
+    kept = op_name(out) in LIKE | {"clone"} and out.kwargs.get("memory_format") in (None, torch.preserve_format)
+    return out.args[0] if kept and isinstance(out.args[0], fx.Node) else None
 
 
 def _literal(v: Any) -> str:

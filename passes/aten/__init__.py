@@ -1,3 +1,9 @@
 """ATen: what one element of each op is, who writes which memory, and the shadow graph that is read."""
 
-from . import definitions_gather, definitions_pointwise, definitions_select, definitions_views  # noqa: F401  (they fill element.RULES)
+from . import (  # noqa: F401  (they fill element.RULES)
+    definitions_gather,
+    definitions_pointwise,
+    definitions_products,
+    definitions_select,
+    definitions_views,
+)

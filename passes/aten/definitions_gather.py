@@ -11,19 +11,20 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
+from . import names
 from .definitions_views import TUPLES
-from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, truth
+from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, truth
+from .names import op_name
+from .places import REPEATED, apart, wrapped
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
-
-RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 
 def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
     """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped."""
     source = mask
-    while op_name(source) in RESHAPES and source not in p.walls and not p.stop(source):
+    while op_name(source) in names.RESHAPE and source not in p.walls and not p.stop(source):
         source = source.args[0]  # type: ignore[assignment]
     m = p.mask(source)
     return reindex(tuple(T.mk("nz", m, row, d) for d in range(len(m.shape))), m.shape, shape_of(mask))
@@ -37,7 +38,7 @@ class Index:
 
     def __init__(self, p: Puller, src: fx.Node, indices: Any) -> None:
         self.puller = p
-        rank = len(shape_of(src))
+        self.sizes = shape_of(src)
         self.at_dim: dict[int, Any] = {}  # source dim -> function of the broadcast index
         shapes: list[tuple[Any, ...]] = []
         d = 0
@@ -60,28 +61,19 @@ class Index:
         dims = sorted(self.at_dim)
         adjacent = bool(dims) and dims == list(range(dims[0], dims[0] + len(dims)))
         self.front = dims[0] if adjacent else 0
-        self.kept = [d for d in range(rank) if d not in self.at_dim]
+        self.kept = [d for d in range(len(self.sizes)) if d not in self.at_dim]
 
     def source(self, idx: Idx) -> Idx:
         """Index into the source of the gathered element `idx`."""
         n = len(self.shape)
         inner, outer = idx[self.front : self.front + n], iter(idx[: self.front] + idx[self.front + n :])
-        rank = len(self.at_dim) + len(self.kept)
-        return tuple(self.at_dim[d](inner) if d in self.at_dim else next(outer) for d in range(rank))
+        return tuple(wrapped(self.at_dim[d](inner), s) if d in self.at_dim else next(outer) for d, s in enumerate(self.sizes))
 
 
 @rule("index", "_unsafe_index")
 def _index(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
-    where = Index(p, src, a.indices).source(idx)
-    sizes = shape_of(src)
-    return p.at(src, tuple(_wrap(t, s) for t, s in zip(where, sizes, strict=True)))
-
-
-def _wrap(t: Term, size: Any) -> Term:
-    if t.op == "c" and isinstance(t.args[0], int) and t.args[0] < 0 and isinstance(size, int):
-        return T.const(t.args[0] + size)
-    return t
+    return p.at(src, Index(p, src, a.indices).source(idx))
 
 
 @rule("gather", "take_along_dim")
@@ -155,6 +147,8 @@ def _scatter(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src = p.at(a.src, here)
     if src.op == "c":
         return T.ite(T.reduce_("any", j, hit), src, base)
+    if not apart([p.at(a.index, here)], [j], p.given):
+        raise Opaque(REPEATED)
     total = T.reduce_("sum", j, T.mul(hit, src))
     return total if T.is_c(base, 0) else T.ite(T.reduce_("any", j, hit), total, base)
 
@@ -181,7 +175,7 @@ def _added(p: Puller, n: fx.Node, idx: Idx) -> Term | None:
         row = T.var(shape_of(a.index)[0], "n")
         hit = T.eq(p.at(a.index, (row,)), idx[d])
         return T.mul(T.const(a.alpha), T.reduce_("sum", row, T.mul(hit, p.at(a.source, replace(idx, d, row)))))
-    if name in ("index_put", "_index_put_impl"):
+    if name in names.PUT:
         a = call_args(n)
         values = a.values if a.accumulate else accumulated_value(n)
         return None if values is None else _put_sum(p, n, a, values, idx)
@@ -211,13 +205,15 @@ def _put_sum(p: Puller, n: fx.Node, a: Args, values: Any, idx: Idx) -> Term:
     for d in range(len(idx) - len(where.at_dim) + n_in):
         full.append(rows[d - where.front] if where.front <= d < where.front + n_in else next(kept))
     src = where.source(tuple(full))
+    if not a.accumulate and not apart([src[d] for d in where.at_dim], rows, p.given):
+        raise Opaque(REPEATED)
     t = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim), p.broadcast(values, tuple(full)))
     for r in reversed(rows):
         t = T.reduce_("sum", r, t)
     return t
 
 
-@rule("index_put", "_index_put_impl")
+@rule(*names.PUT)
 def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if a.accumulate or accumulated_value(n) is not None:
         return _index_add(p, n, a, idx)
@@ -262,7 +258,7 @@ def _place_in_mask(coords: list[Term], row: Term, at: list[Term], sizes: list[An
 
 
 def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term:
-    """Plain writes at index tuples, e.g. dense[arange, ids] = w; distinct targets, as top-k ids are."""
+    """Plain writes at index tuples, e.g. dense[arange, ids] = w."""
     base = p.at(n.args[0], idx)
     rows = tuple(T.var(s, "n") for s in where.shape)
     kept = iter(tuple(idx[d] for d in where.kept))
@@ -271,11 +267,15 @@ def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term
     src = where.source(full)
     if any(s == "rows" for s in where.shape):
         raise Opaque("a write through a partial mask")
-    hit = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim))
     value = p.broadcast(a.values, full)
+    if value.op != "c" and not apart([src[d] for d in where.at_dim], rows, p.given):
+        raise Opaque(REPEATED)
+    hit = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim))
     total, any_hit = T.mul(hit, value), hit
     for r in reversed(rows):
         total, any_hit = T.reduce_("sum", r, total), _any_over(r, any_hit)
+    if value.op == "c":
+        return T.ite(any_hit, value, base)
     return total if T.is_c(base, 0) else T.ite(any_hit, total, base)
 
 

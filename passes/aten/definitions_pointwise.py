@@ -1,17 +1,21 @@
-"""What an element of each pointwise op, reduction and matrix product is. Each rule is its op's definition."""
+"""What an element of each pointwise op is. Each rule is its op's definition."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 
+from ...ir.scalar import FUNCTIONS
 from .. import terms as T
 from ..terms import Term
-from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, op_name, replace, rule, shape_of, size_of, truth
+from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -52,17 +56,25 @@ def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     mode = "floor" if op_name(n) == "floor_divide" else getattr(a, "rounding_mode", None)
     if mode is None:
         return T.mul(x, T.power(y, -1))
-    if y.op == "c" and dtype_of(n.args[0]).is_floating_point is False:  # type: ignore[arg-type]
+    whole = _is_positive(y) and not dtype_of(n).is_floating_point
+    if whole and (mode == "floor" or T.never_negative(x)):
         return T.fdiv(x, y.args[0])
     raise Opaque("a rounding division")
 
 
+def _is_positive(t: Term) -> bool:
+    """Whether a term is a number (or a size) above 0."""
+    return t.op == "c" and not isinstance(t.args[0], str) and bool(sp.sympify(t.args[0]).is_positive)
+
+
 @rule("remainder", "fmod")
 def _remainder(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    y = p.broadcast(a.other, idx)
-    if y.op != "c":
-        raise Opaque("remainder by a tensor")
-    return T.mod(p.broadcast(n.args[0], idx), y.args[0])
+    x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
+    if not _is_positive(y) or dtype_of(n).is_floating_point:
+        raise Opaque("a remainder by a tensor, or of a float")
+    if op_name(n) == "fmod" and not T.never_negative(x):
+        raise Opaque("a remainder that may be negative")
+    return T.mod(x, y.args[0])
 
 
 @rule("pow", "float_power")
@@ -73,48 +85,33 @@ def _pow(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.power(p.broadcast(n.args[0], idx), e.args[0])
 
 
-def _unary(name: str) -> Any:
+def _spelled(make: Callable[[Term], Term]) -> Any:
     def f(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-        return apply_fn(name, p.at(n.args[0], idx))
+        return make(p.at(n.args[0], idx))
 
     return f
 
 
-for _n in ("sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "erf", "relu", "neg", "reciprocal", "square", "abs", "log1p", "expm1"):
-    rule(_n)(_unary(_n))
-rule("log_sigmoid", "logsigmoid")(_unary("log_sigmoid"))
-rule("special_expit", "expit")(_unary("sigmoid"))
-rule("special_log1p")(_unary("log1p"))
-rule("special_expm1")(_unary("expm1"))
-rule("negative")(_unary("neg"))
-rule("absolute")(_unary("abs"))
+def _unary(name: str) -> Any:
+    return _spelled(lambda x: T.fn(name, x))
 
-_FOLD: dict[str, Any] = {
-    "sigmoid": lambda x: 0.0 if x == -math.inf else 1 / (1 + math.exp(-x)),
-    "exp": math.exp,
-    "relu": lambda x: max(x, 0.0),
-    "tanh": math.tanh,
+
+for _f in FUNCTIONS:
+    rule(*_f.aten, *((_f.name,) if _f.plain else ()))(_unary(_f.name))
+
+# spelled with the functions of the table
+_SPELLED: dict[tuple[str, ...], Any] = {
+    ("neg", "negative"): lambda x: T.mul(T.const(-1), x),
+    ("reciprocal",): lambda x: T.power(x, -1),
+    ("sqrt",): lambda x: T.power(x, 0.5),
+    ("rsqrt",): lambda x: T.power(x, -0.5),
+    ("square",): lambda x: T.power(x, 2),
+    ("silu",): lambda x: T.mul(x, T.fn("sigmoid", x)),
+    ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), T.fn("softplus", T.mul(T.const(-1), x))),
+    ("mish",): lambda x: T.mul(x, T.fn("tanh", T.fn("softplus", x))),
 }
-
-
-def apply_fn(name: str, x: Term, consts: tuple[Any, ...] = ()) -> Term:
-    """A pointwise function; pushed into scattered values so that sigmoid(scatter(-inf, v)) is scatter(0, sigmoid(v))."""
-    if x.op == "c" and name in _FOLD and not isinstance(x.args[0], str):
-        return T.const(_FOLD[name](x.args[0]))
-    if x.op == "ite" and x.args[2].op == "c" and name in _FOLD:
-        inner = x.args[1]
-        if inner.op == "sum":
-            body = inner.args[1]
-            eqs = [f for f in (body.args if body.op == "mul" else (body,)) if f.op == "eq"]
-            rest = T.mul(*(f for f in (body.args if body.op == "mul" else (body,)) if f.op != "eq"))
-            inner = T.reduce_("sum", inner.args[0], T.mul(*eqs, apply_fn(name, rest, consts)))
-        else:
-            inner = apply_fn(name, inner, consts)
-        low = apply_fn(name, x.args[2], consts)
-        if T.is_c(low, 0) and inner.op == "sum":
-            return inner
-        return T.ite(x.args[0], inner, low)
-    return T.fn(name, x, consts=consts)
+for _names, _spelling in _SPELLED.items():
+    rule(*_names)(_spelled(_spelling))
 
 
 @rule("round")
@@ -135,8 +132,8 @@ def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if a.beta != 1:
-        raise Opaque("softplus with beta")
+    if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
+        raise Opaque("softplus with beta or a threshold of its own")
     return T.fn("softplus", p.at(n.args[0], idx))
 
 
@@ -154,26 +151,33 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     lo, hi = (size_of(v) if isinstance(v, fx.Node) and fixed_number(v) else v for v in (lo, hi))
     if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
         raise Opaque("clamp by a tensor")
-    return clamp_term(p.at(n.args[0], idx), lo, hi)
+    lo, hi = (0, 6) if op_name(n) == "relu6" else (lo, hi)
+    return clamp_term(p.at(n.args[0], idx), lo, hi, "hardtanh" if op_name(n) in ("hardtanh", "relu6") else "clamp")
 
 
-def clamp_term(x: Term, lo: Any, hi: Any) -> Term:
+def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
+    """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside.
+
+    As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0.
+    """
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
-    if lo == -math.inf and hi == math.inf:
+    top = T.upper(x)
+    if lo == -math.inf and hi == math.inf or top is not None and lo <= 0 and top <= hi:
         return x
-    if lo == 0 and hi == math.inf:
-        return T.fn("relu", x)
-    return T.fn("clamp", x, consts=(float(lo), float(hi)))
+    if torch.is_grad_enabled():
+        return T.fn(name, x, consts=(float(lo), float(hi)))
+    return T.fn("relu", x) if (lo, hi) == (0, math.inf) else T.fn("clamp", x, consts=(float(lo), float(hi)))
 
 
 @rule("maximum", "minimum")
-def _maximum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+def clamp_between(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
     if x.op == "c":
         x, y = y, x
     if y.op != "c":
         raise Opaque("maximum of two tensors")
-    return clamp_term(x, y.args[0], None) if op_name(n) == "maximum" else clamp_term(x, None, y.args[0])
+    lo, hi = (None, y.args[0]) if op_name(n) in ("minimum", "min") else (y.args[0], None)
+    return clamp_term(x, lo, hi, "maximum")
 
 
 @rule("eq", "ne", "not_equal")
@@ -230,173 +234,3 @@ def _or(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _masked_fill(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     v = p.broadcast(a.value, idx) if isinstance(a.value, fx.Node) else T.const(a.value)
     return T.ite(p.broadcast(a.mask, idx), v, p.broadcast(n.args[0], idx))
-
-
-# ---- reductions --------------------------------------------------------------------------------------------------------
-
-
-def reduced(n: fx.Node, dims: Any, keepdim: bool, idx: Idx, name: str) -> tuple[Idx, list[Term]]:
-    """(index into the source, reduction variables) of a reduction over `dims` of args[0]."""
-    src: Any = n.args[0]
-    shape = shape_of(src)
-    rank = len(shape)
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
-        dims = range(rank)
-    which = {normal_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
-    variables, full = [], []
-    rest = iter(idx)
-    for d, s in enumerate(shape):
-        if d in which:
-            if keepdim:
-                next(rest)
-            variables.append(T.var(s, name))
-            full.append(variables[-1])
-        else:
-            full.append(next(rest))
-    return tuple(full), variables
-
-
-def _reduce(p: Puller, n: fx.Node, a: Args, idx: Idx, op: str, f: Any = lambda t: t) -> Term:
-    full, variables = reduced(n, getattr(a, "dim", None), getattr(a, "keepdim", False), idx, op[0])
-    t = f(p.at(n.args[0], full))
-    for v in reversed(variables):
-        t = T.reduce_(op, v, t)
-    return t
-
-
-@rule("sum")
-def _sum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "sum")
-
-
-@rule("mean")
-def _mean(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    _, variables = reduced(n, a.dim, getattr(a, "keepdim", False), idx, "s")
-    t = _reduce(p, n, a, idx, "sum")
-    for v in variables:
-        t = T.mul(t, T.power(T.const(v.args[1]), -1)) if isinstance(v.args[1], int) else _opaque("mean over a dynamic dim")
-    return t
-
-
-def _opaque(reason: str) -> Any:
-    raise Opaque(reason)
-
-
-@rule("amax")
-def _amax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "max")
-
-
-@rule("amin")
-def _amin(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "min")
-
-
-@rule("max", "min")
-def _max(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if hasattr(a, "other"):
-        return _maximum(p, n, a, idx)
-    return _reduce(p, n, a, idx, op_name(n))
-
-
-@rule("any")
-def _any(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "any", truth)
-
-
-@rule("logsumexp")
-def _logsumexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: apply_fn("exp", t)))
-
-
-@rule("softmax", "_softmax")
-def _softmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    top, bottom = _exps(p, n, a, idx)
-    return T.mul(top, T.power(bottom, -1))
-
-
-@rule("log_softmax", "_log_softmax")
-def _log_softmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    _, bottom = _exps(p, n, a, idx)
-    return T.add(p.at(n.args[0], idx), T.mul(T.const(-1), T.fn("log", bottom)))
-
-
-def _exps(p: Puller, n: fx.Node, a: Args, idx: Idx) -> tuple[Term, Term]:
-    src: Any = n.args[0]
-    d = normal_dim(a.dim, len(idx))
-    v = T.var(shape_of(src)[d], "e")
-    top = apply_fn("exp", p.at(src, idx))
-    p.dtypes.setdefault(top, dtype_of(n))
-    return top, T.reduce_("sum", v, apply_fn("exp", p.at(src, replace(idx, d, v))))
-
-
-@rule("linalg_vector_norm", "norm")
-def _norm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    order = getattr(a, "ord", getattr(a, "p", 2))
-    order = 2 if order is None else order
-    if order == math.inf:
-        return _reduce(p, n, a, idx, "max", lambda t: T.fn("abs", t))
-    if not isinstance(order, (int, float)) or order <= 0:
-        raise Opaque("an unusual norm")
-    body = (lambda t: T.power(t, 2)) if order == 2 else (lambda t: T.power(T.fn("abs", t), order))
-    return T.power(_reduce(p, n, a, idx, "sum", body), 1 / order)
-
-
-# ---- matmuls -----------------------------------------------------------------------------------------------------------
-
-
-@rule("linear")
-def _linear(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    m = T.var(shape_of(a.weight)[1], "m")
-    t = T.reduce_("sum", m, T.mul(p.at(a.input, (*idx[:-1], m)), p.at(a.weight, (idx[-1], m))))
-    return t if a.bias is None else T.add(t, p.at(a.bias, (idx[-1],)))
-
-
-@rule("matmul", "mm", "bmm", "mv", "dot")
-def _matmul(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _mm(p, n.args[0], n.args[1], idx)
-
-
-def _mm(p: Puller, x: Any, y: Any, idx: Idx) -> Term:
-    sx, sy = shape_of(x), shape_of(y)
-    m = T.var(sx[-1], "m")
-    cols = (idx[-1],) if len(sy) > 1 else ()
-    lead = idx[: len(idx) - len(cols)]
-    rows = (lead[-1],) if len(sx) > 1 else ()
-    batch = lead[: len(lead) - len(rows)]
-
-    def sub(shape: tuple[Any, ...]) -> Idx:
-        own = batch[len(batch) - (len(shape) - 2) :] if len(shape) > 2 else ()
-        return tuple(T.const(0) if s == 1 else b for s, b in zip(shape, own, strict=False))
-
-    return T.reduce_("sum", m, T.mul(p.at(x, (*sub(sx), *rows, m)), p.at(y, (*sub(sy), m, *cols))))
-
-
-@rule("addmm", "baddbmm", "addbmm")
-def _addmm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    x, y = (a.mat1, a.mat2) if hasattr(a, "mat1") else (a.batch1, a.batch2)
-    if op_name(n) == "addbmm":
-        raise Opaque("addbmm")
-    return T.add(T.mul(T.const(a.beta), p.broadcast(n.args[0], idx)), T.mul(T.const(a.alpha), _mm(p, x, y, idx)))
-
-
-@rule("einsum")
-def _einsum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    eqn = a.equation.replace(" ", "")
-    if "." in eqn:
-        raise Opaque("an einsum with an ellipsis")
-    lhs, _, rhs = eqn.partition("->")
-    inputs = lhs.split(",")
-    if "->" not in eqn:
-        rhs = "".join(sorted(c for c in set(lhs) - {","} if lhs.count(c) == 1))
-    where = dict(zip(rhs, idx, strict=True))
-    variables = []
-    for labels, x in zip(inputs, a.tensors, strict=True):
-        for c, s in zip(labels, shape_of(x), strict=True):
-            if c not in where:
-                where[c] = T.var(s, c)
-                variables.append(where[c])
-    t = T.mul(*(p.at(x, tuple(where[c] for c in labels)) for labels, x in zip(inputs, a.tensors, strict=True)))
-    for v in reversed(variables):
-        t = T.reduce_("sum", v, t)
-    return t

@@ -9,8 +9,11 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
+from . import names
 from .definitions_views import TUPLES
-from .element import Opaque, Puller, call_args, dtype_of, normal_dim, op_name, replace, rule, shape_of, size_of
+from .element import Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
+from .names import op_name
+from .places import least
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -20,7 +23,7 @@ Args = SimpleNamespace
 
 def _selected(p: Puller, node: fx.Node, src: fx.Node, dim: int, i: int, idx: Idx) -> Term:
     """Values (i = 0) or indices (i = 1) of a selection of the best along the last dim."""
-    node.meta["moe_extent"] = shape_of(src)[dim]
+    T.facts().know(node, shape_of(src)[dim])
     chosen = T.mk("topk", node, idx)
     return chosen if i == 1 else p.at(src, replace(idx, dim, chosen))
 
@@ -39,7 +42,7 @@ def _max_dim(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
         v = T.var(shape_of(x)[d], "e")
         at = replace(idx, d, v) if a.keepdim else (*idx[:d], v, *idx[d:])
         return T.reduce_("max" if op_name(src) == "max" else "min", v, p.at(x, at))
-    src.meta["moe_extent"] = shape_of(x)[d]
+    T.facts().know(src, shape_of(x)[d])
     return T.mk("topk", src, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
 
 
@@ -53,7 +56,7 @@ def _argmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         raise Opaque("argmax over a flattened tensor")
     x: Any = n.args[0]
     d = normal_dim(a.dim, len(shape_of(x)))
-    n.meta["moe_extent"] = shape_of(x)[d]
+    T.facts().know(n, shape_of(x)[d])
     return T.mk("topk", n, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
 
 
@@ -66,7 +69,7 @@ def _sorted(p: Puller, node: fx.Node, i: int, idx: Idx) -> Term:
         return _selected(p, node, x, d, i, idx)
     if len(shape) != 1 or a.descending:
         raise Opaque("an integer sort that is not ascending over one dim")
-    node.meta["extent"] = shape[0]
+    T.facts().know(node, shape[0])
     q = T.named(T.Q, shape[0])
     key = p.at(x, (q,))
     if key.op in ("perm", "inv") and key.args[2] is q:  # the argsort of a permutation is its inverse
@@ -143,6 +146,9 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
     if t.op != "eq" or e not in t.args or not binders:
         raise Opaque("group sizes that are not the counts of the ids")
     ids = t.args[0] if t.args[1] is e else t.args[1]
+    lowest = least(ids, given=0)
+    if lowest is None or lowest < 0:
+        raise Opaque("ids below zero are sorted before the rows of the first group")
     total: Any = 1
     for v in binders:
         total = total * v.args[1]
@@ -157,14 +163,14 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
 def group_of(p: Puller, offs: fx.Node, row: Term) -> Term:
     """Which group of a grouped matmul a row is in: the sorted id of that row."""
     node: Any = offs
-    while op_name(node) in ("to", "_to_copy", "contiguous", "clone", "int", "long"):
+    while op_name(node) in names.CAST | names.SAME:
         node = node.args[0]
     if op_name(node) != "cumsum":
         raise Opaque("group offsets that are no running sum")
     return T.sv(counted_key(p, node.args[0]), row)
 
 
-@rule("_grouped_mm", "grouped_mm_fallback", "grouped_mm")
+@rule(*names.GROUPED)
 def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, w, offs = n.args[0], n.args[1], getattr(a, "offs", None)
     if offs is None or getattr(a, "bias", None) is not None or len(shape_of(w)) != 3 or len(shape_of(x)) != 2:  # type: ignore[arg-type]
@@ -247,9 +253,9 @@ def scalar_sources(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
     if cached is None:
         cached = owner._moe_scalars = {}
         for n in graph.nodes:
-            if op_name(n) in ("item", "_local_scalar_dense") and isinstance(n.args[0], fx.Node):
+            if op_name(n) in names.READ and isinstance(n.args[0], fx.Node):
                 x = n.args[0]
-                while op_name(x) in ("to", "_to_copy", "clone", "detach", "alias"):
+                while op_name(x) in names.CAST | names.SAME:
                     x = x.args[0]  # type: ignore[assignment]
                 if op_name(x) == "select" and isinstance(call_args(x).index, int):
                     cached[str(size_of(n))] = (x.args[0], call_args(x).index)  # type: ignore[assignment]

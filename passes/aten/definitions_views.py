@@ -13,7 +13,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import terms as T
 from ..terms import Term
-from .element import Opaque, Puller, call_args, dtype_of, normal_dim, op_name, reindex, replace, rule, shape_of, size_of, truth
+from . import names
+from .element import Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, size_of, truth
+from .names import op_name
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -21,7 +23,7 @@ Args = SimpleNamespace
 # ---- views and casts ---------------------------------------------------------------------------------------------------
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+@rule(*names.RESHAPE)
 def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
     if dtype_of(src) != dtype_of(n):
@@ -29,10 +31,7 @@ def _view(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
 
 
-@rule(
-    "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "lift", "positive", "view_dtype", "_to_copy", "to",
-    "type_as", "float", "_conj", "resolve_conj", "resolve_neg", "data", "real", "requires_grad", "bool", "double", "half", "int", "long",
-)  # fmt: skip
+@rule(*names.SAME, *names.CAST)
 def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
     if src.meta["val"].device != n.meta["val"].device:
@@ -43,7 +42,28 @@ def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         return truth(t)
     if before.is_floating_point and not after.is_floating_point and not _integral(t):
         raise Opaque("a cast that rounds")
+    if before != after and not _holds(t, before, after):
+        raise Opaque(f"a cast to {str(after).removeprefix('torch.')} that may change values")
     return t
+
+
+def _holds(t: Term, before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a cast keeps an element. Floats of 16 bits and more are one real number to the passes, and indices fit into 32 bits."""
+    top = T.upper(t) if t.op not in ("fn", "a") else None
+    if after.is_floating_point:
+        exact = 2 / torch.finfo(after).eps if after.itemsize > 1 else 0
+        return after.itemsize > 1 and (top is None or top <= exact)
+    if after.itemsize >= 4 or any(x.op == "fn" and x.args[0] == "round" for x in T.walk(t)):
+        return True
+    most = torch.iinfo(after).max
+    if not before.is_floating_point and before is not torch.bool and _fits(before, after) or T.is_truth(t):
+        return True
+    return top is not None and top <= most
+
+
+def _fits(before: torch.dtype, after: torch.dtype) -> bool:
+    a, b = torch.iinfo(before), torch.iinfo(after)
+    return b.min <= a.min and a.max <= b.max
 
 
 def _integral(t: Term) -> bool:
@@ -81,7 +101,7 @@ def _transpose(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(n.args[0], out)
 
 
-@rule("t", "numpy_T", "mT", "matrix_H", "adjoint")
+@rule("t", "numpy_T", "T", "mT", "mH", "H", "matrix_H", "adjoint")
 def _t(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if len(idx) < 2:
         return p.at(n.args[0], idx)
@@ -231,23 +251,23 @@ def _repeat_interleave(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 # ---- creation ----------------------------------------------------------------------------------------------------------
 
 
-@rule("zeros", "zeros_like", "new_zeros", "zero")
+@rule(*names.ZEROS)
 def _zeros(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.const(0)
 
 
-@rule("ones", "ones_like", "new_ones")
+@rule(*names.ONES)
 def _ones(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.const(1)
 
 
-@rule("full", "full_like", "new_full", "scalar_tensor", "fill")
+@rule(*names.FULL)
 def _full(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     v = getattr(a, "fill_value", None) if hasattr(a, "fill_value") else getattr(a, "value", getattr(a, "s", None))
     return p.at(v, ()) if isinstance(v, fx.Node) else T.const(v)
 
 
-@rule("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
+@rule(*names.EMPTY)
 def _empty(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.atom(n, idx)
 

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from .. import terms as T
 from ..terms import Term
+from .names import op_name
+from .node import schema_of
 
 Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
-CONTRACTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "mv", "embedding", "_grouped_mm", "grouped_mm_fallback")
+
+
+NO_RULE = "no rule for"
 
 
 class Opaque(Exception):
@@ -37,24 +41,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def op_name(n: fx.Node) -> str:
-    """ATen name without namespace, overload and in-place underscore; "getitem" for tuple access."""
-    if n.target is operator.getitem:
-        return "getitem"
-    schema = getattr(n.target, "_schema", None)
-    if schema is None:
-        return ""
-    name = str(schema.name).split("::")[-1]
-    return name if name.startswith("__") else name.rstrip("_")
-
-
 def call_args(n: fx.Node) -> SimpleNamespace:
     """The call's arguments by schema name, defaults filled in."""
     cached = n.meta.get("moe_args")
     if cached is not None:
         return cached
+    if schema_of(n) is None:
+        raise Opaque(f"{n.target} has no schema")
     out: dict[str, Any] = {}
-    for i, spec in enumerate(n.target._schema.arguments):  # type: ignore[union-attr]
+    for i, spec in enumerate(schema_of(n).arguments):
         if i < len(n.args):
             out[spec.name] = n.args[i]
         elif spec.name in n.kwargs:
@@ -119,6 +114,16 @@ class Mask:
         return f"mask:{self.node}"
 
 
+_UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+def opaque(node: fx.Node, idx: tuple[Term, ...]) -> Term:
+    """An element that is not looked into."""
+    if getattr(node.meta.get("val"), "dtype", None) in _UNSIGNED:
+        T.facts().know(node, None)
+    return T.atom(node, idx)
+
+
 def truth(t: Term) -> Term:
     """A term used as a condition."""
     return t if T.is_truth(t) else T.not_(T.eq(t, T.const(0)))
@@ -133,6 +138,7 @@ class Puller:
         self.masks: dict[fx.Node, Mask] = {}
         self.mask_of: dict[Any, Mask] = {}
         self.dtypes: dict[Term, torch.dtype] = {}
+        self.given: frozenset[fx.Node] = frozenset()  # inputs that are ids, whose rows are taken to repeat none
         self.unknown: dict[fx.Node, str] = {}
 
     def at(self, node: Any, idx: Sequence[Term]) -> Term:
@@ -152,17 +158,17 @@ class Puller:
 
     def _look(self, node: fx.Node, idx: tuple[Term, ...]) -> Term:
         if node.op != "call_function" or node in self.walls or self.stop(node):
-            return self.literal(node) if node.op == "get_attr" and not idx else T.atom(node, idx)
+            return self.literal(node) if node.op == "get_attr" and not idx else opaque(node, idx)
         f = RULES.get(op_name(node))
         if f is None:
-            self.unknown.setdefault(node, f"no rule for {node.target}")
-            return T.atom(node, idx)
+            self.unknown.setdefault(node, f"{NO_RULE} {node.target}")
+            return opaque(node, idx)
         try:
             args = SimpleNamespace() if node.target is operator.getitem else call_args(node)
             out = f(self, node, args, idx)
         except Opaque as e:
             self.unknown.setdefault(node, str(e))
-            return T.atom(node, idx)
+            return opaque(node, idx)
         if out.op in ("fn", "mul") and out not in self.dtypes:
             v = node.meta.get("val")
             if isinstance(v, Tensor):

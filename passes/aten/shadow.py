@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,14 +17,20 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from .effects import Memory
+from .effects import aliased_arg as aliased_arg
+from .effects import mutated_args as mutated_args
+from .node import example_value as example_value
+
 
 class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
 
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
+    `transformed`: shadow nodes made under a transform of torch.func (vmap, grad, jvp, ...): walls too, for the ops have no rule for it.
     `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
-    never looked through. `stale`: see `stale_views`. `no_grad`: see `without_gradient`.
+    never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -34,21 +39,23 @@ class Shadow:
         self.image: dict[fx.Node, fx.Node] = {}
         self.statement: dict[fx.Node, fx.Node] = {}
         self.walls: set[fx.Node] = set()
+        self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
-        self.stale = stale_views(self.graph)
+        self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
+        self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
         mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
         records: list[tuple[fx.Node, fx.Node]] = []
-        spans: list[tuple[int, int]] = []
+        tracer = _Tracer(gm, records)
 
         def run(*args: Any) -> Any:
             with preserve_node_meta():
-                return _Tracer(gm, records, spans).run(*args)
+                return tracer.run(*args)
 
         with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
@@ -65,37 +72,46 @@ class Shadow:
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
-        for names in spans:
-            self.walls.update(by_name[x] for x in names if x in by_name)  # type: ignore[union-attr]
+        self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)
+        self.transformed.update(by_name[x] for x in tracer.transformed if x in by_name)
         return traced
 
 
 class _Tracer(fx.Interpreter):
-    """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has."""
+    """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
-    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], spans: list[Any]) -> None:
+    `opaque`, `transformed`: names of what was made in a higher-order op, under a transform of torch.func.
+    """
+
+    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]]) -> None:
         super().__init__(gm)
-        self.records, self.spans = records, spans
+        self.records = records
+        self.opaque: set[str] = set()
+        self.transformed: set[str] = set()
+        self.level = 0
         self.garbage_collect_values = False
 
     def run_node(self, n: fx.Node) -> Any:
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
-        before = {x.name for x in tracer.graph.nodes} if is_hop and tracer is not None else set()
+        self.level += _change_of_level(n)
+        watched = tracer is not None and (is_hop or self.level > 0)
+        before = {x.name for x in tracer.graph.nodes} if watched else set()
         target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
         old = None if tracer is None or target is None else get_proxy_slot(target, tracer, None, lambda p: p.proxy)
         out = super().run_node(n)
         if tracer is None:
             return out
-        if is_hop:
-            self.spans.append([x.name for x in tracer.graph.nodes if x.name not in before])
+        if watched:
+            made = {x.name for x in tracer.graph.nodes} - before
+            (self.opaque if is_hop else self.transformed).update(made)
         value = out if target is None else target
         if isinstance(value, Tensor) and n.op not in ("placeholder", "output"):
             proxy = get_proxy_slot(value, tracer, None, lambda p: p.proxy)
             if proxy is not None and proxy is not old:  # a write through a view gives the tensor no new name
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
-                    self.spans.append([proxy.node.name])
+                    self.opaque.add(proxy.node.name)
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,65 +121,17 @@ class _Tracer(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def _change_of_level(n: fx.Node) -> int:
+    """1 where a node of Dynamo's graph enters a transform of torch.func, -1 where it leaves one."""
+    name = str(getattr(n.target, "__name__", ""))
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
 def _current_tracer() -> Any:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer
-
-
-def example_value(n: fx.Node) -> Any:
-    """The fake (or real) value that Dynamo or a tracer recorded for a node."""
-    return n.meta["example_value"] if "example_value" in n.meta else n.meta.get("val")
-
-
-def schema_of(n: fx.Node) -> Any:
-    return getattr(n.target, "_schema", None)
-
-
-def named_args(n: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """(schema argument, value) pairs of an ATen call; defaults are left out."""
-    for spec, value in zip(schema_of(n).arguments, n.args, strict=False):
-        yield spec, value
-    for spec in schema_of(n).arguments[len(n.args) :]:
-        if spec.name in n.kwargs:
-            yield spec, n.kwargs[spec.name]
-
-
-def mutated_args(n: fx.Node) -> list[fx.Node]:
-    """The nodes that an ATen call writes to."""
-    if schema_of(n) is None:
-        return []
-    return [v for s, v in named_args(n) if s.alias_info is not None and s.alias_info.is_write and isinstance(v, fx.Node)]
-
-
-def aliased_arg(n: fx.Node) -> fx.Node | None:
-    """The node whose storage a view op returns, or None."""
-    if n.target is operator.getitem:
-        src = n.args[0]
-        return aliased_arg(src) if isinstance(src, fx.Node) else None
-    if schema_of(n) is None or not any(r.alias_info for r in schema_of(n).returns):
-        return None
-    return next((v for s, v in named_args(n) if s.alias_info is not None and isinstance(v, fx.Node)), None)
-
-
-def stale_views(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are read after their storage was written through another alias: their SSA name no longer tells their value."""
-    root: dict[fx.Node, fx.Node] = {}
-    writes: dict[fx.Node, list[tuple[int, fx.Node]]] = {}
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    for n, i in order.items():
-        base = aliased_arg(n)
-        root[n] = n if base is None else root.get(base, base)
-        for m in mutated_args(n):
-            writes.setdefault(root.get(m, m), []).append((i, n))
-    stale: set[fx.Node] = set()
-    for n in order if writes else ():
-        for i, writer in writes.get(root[n], ()):
-            # a node's own chain of in-place results is renamed by the tracer; any other alias is not
-            if order[n] < i and n not in mutated_args(writer) and any(order[u] > i for u in n.users):
-                stale.add(n)
-    return stale
 
 
 def without_gradient(graph: fx.Graph) -> set[fx.Node]:

@@ -1,53 +1,54 @@
-"""What the rewrite emits, run against the subgraph that it replaces, on one probe.
+"""What the rewrite emits, run against the subgraph that it replaces.
 
 The plan is carried out on a small graph of its own: what it reads are placeholders, what it replaces are stubs. So the very code
-that will rewrite the user's graph runs, on the values that the block's own subgraph has on the probe.
+that will rewrite the user's graph runs, and the registered ops, on the values that the block's own subgraph has on a probe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ... import ops  # noqa: F401 (defines them)
 from ...ir import Rejection
-from ...lowering import generic, routing, scaled
-from ..aten.shadow import Shadow, example_value
+from ..aten.element import shape_of
+from ..aten.node import example_value
+from ..aten.shadow import Shadow
 from ..recover.fused import is_fused
-from ..recover.region import Block, inside
-from ..rewrite.plan import BlockPlan, Executor
-from .probe import TROUBLE, Sizes, difference, evaluate, one_thread, probe_values, size_choices
-from .validate import signature, valid_slots
+from ..recover.match import PARAMETERS
+from ..recover.region import Block
+from ..rewrite.plan import BlockPlan, Executor, Operand
+from . import probe
+from .claims import graph_choice
+from .edge import Small, edge_of, resized
+from .engine import Claim, Differs, Env
+from .region import Region
+from .sizes import regroup
 
-ops = torch.ops.moe_compile
-_proved: dict[Any, str | None] = {}
 
-
-def check(b: Block, plan: BlockPlan, shadow: Shadow) -> Rejection | None:
-    """None when the emitted nodes compute what the block's subgraph does; equal blocks are run once."""
+def emitted_claim(b: Block, plan: BlockPlan, shadow: Shadow) -> Claim | Rejection | None:
+    """The emitted nodes compute what the block's subgraph does; None where the plan emits nothing."""
     if plan.route is None and plan.experts is None:
         return None
-    edge, outs = _boundary(b), _replaced(b)
-    nodes = inside(outs, edge)
-    if isinstance(nodes, Rejection):
-        return nodes
+    region = Region.between(_boundary(b), _replaced(b))
+    if isinstance(region, Rejection):
+        return region
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
-    number = {n: i for i, n in enumerate([*edge, *nodes])}
-    roles = tuple((name, number.get(shadow.image.get(names[name]))) for name in plan.names())  # type: ignore[arg-type]
+    images = {name: shadow.image[names[name]] for name in plan.names() if names[name] in shadow.image}
     r, e = plan.route, plan.experts
     plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead))
-    key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, plain, tuple(i for _, i in roles), signature(nodes, edge, outs))
-    if key not in _proved:
-        if len(_proved) > 4096:
-            _proved.clear()
-        with one_thread():
-            _proved[key] = _problem(b, plan, shadow, names, nodes, edge)
-    problem = _proved[key]
-    return None if problem is None else Rejection(f"the emitted operations and the block disagree: {problem}", b.match.out, "validate")
+    roles = tuple(region.number.get(images[name]) if name in images else None for name in plan.names())
+    key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, b.wraps, plain, roles)
+    edge = edge_of(b, mapped=False)
+    meant = partial(_result, b, plan, names, images)
+    says = "the emitted operations and the block disagree"
+    return Claim("emitted", says, edge, region, partial(_graph_result, b), meant, key, probe.USUAL[:1])
 
 
 def _replaced(b: Block) -> list[fx.Node]:
@@ -67,40 +68,46 @@ def _boundary(b: Block) -> list[fx.Node]:
     return list(dict.fromkeys(n for n in (b.match.tokens, b.match.base, *b.params(), *routed) if n is not None))
 
 
-def _problem(b: Block, plan: BlockPlan, shadow: Shadow, names: dict[str, fx.Node], nodes: list[fx.Node], edge: list[fx.Node]) -> str | None:
-    problem = None
-    for sizes in size_choices(b):
-        try:
-            return _compare(b, plan, shadow, names, nodes, edge, sizes)
-        except (*TROUBLE, KeyError, AttributeError) as e:
-            problem = f"they could not be run on probing inputs ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
-    return problem
-
-
-def _compare(
-    b: Block, plan: BlockPlan, shadow: Shadow, names: dict[str, fx.Node], nodes: list[fx.Node], edge: list[fx.Node], sizes: Sizes
-) -> str | None:
-    outs = _replaced(b)
-    values = probe_values(b, edge, sizes, 0)
-    if b.gating is not None and b.gating.bias is not None and b.gating.gating.groups is not None:
-        values[b.gating.bias] = values[b.gating.bias].abs()  # or the experts of losing groups may tie: any choice is right then
-    env = evaluate(b, nodes, values, sizes, outs)
-    graph, results = small_graph(plan, names)
-    with torch.no_grad():
-        got = interpret(graph, lambda name: env[shadow.image[names[name]]], results)
+def _graph_result(b: Block, env: Env) -> Tensor:
     if not is_fused(b.match.out):
-        return difference(got[0], env[outs[0]])
-    g = b.gating
-    assert g is not None and b.raw_ids is not None and b.weights is not None
-    weights, ids = (t.reshape(-1, g.gating.k) for t in got)
-    want_weights, want_ids = (env[n].reshape(-1, g.gating.k) for n in (b.weights, b.raw_ids))
-    here, there = ids.sort(-1), want_ids.sort(-1)  # a selection may come in any order
+        return env[_replaced(b)[0]]
+    _, weights, valid = graph_choice(b, env)
+    return weights * valid * b.fold.factor
+
+
+def _result(
+    b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env
+) -> Tensor:
+    """The result of the emitted nodes; weights in the order in which the graph has its experts."""
+    graph, results = small_graph(in_small(b, plan, env.small), names)
+    got = interpret(graph, lambda name: env[images[name]], results)
+    if not is_fused(b.match.out):
+        return got[0]
+    ids, _, valid = graph_choice(b, env)
+    weights, chosen = (t.reshape(ids.shape) for t in got)
+    here, there = chosen.sort(-1), ids.sort(-1)  # a selection may come in any order
     if not torch.equal(here.values, there.values):
-        return "other experts are selected"
-    valid = valid_slots(b, env[b.ids].reshape(want_ids.shape)) if b.masked and b.ids is not None else torch.ones_like(want_ids)
-    valid = valid.gather(-1, there.indices)
-    want = want_weights.gather(-1, there.indices) * b.fold.factor
-    return difference(weights.gather(-1, here.indices) * valid, want * valid)
+        raise Differs("other experts are selected")
+    back = there.indices.argsort(-1)
+    return weights.gather(-1, here.indices).gather(-1, back) * valid
+
+
+def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
+    """The plan in the sizes of a probe: all numbers in it that are sizes."""
+    e, m = plan.experts, b.match
+    if e is None:
+        return plan
+
+    def seen(operands: tuple[Operand, ...], group: list[Any]) -> tuple[Operand, ...]:
+        return tuple((name, small.views[q]) for (name, _), q in zip(operands, group, strict=True))
+
+    groups: dict[str, Any] = {name: seen(getattr(e, name), getattr(m, name)) for name in PARAMETERS}
+    lead: tuple[Any, ...] | None = e.lead
+    if lead is not None:
+        rows, new = shape_of(m.tokens)[:-1], small.shapes[m.tokens][:-1]
+        sizes = [s for options in regroup(small.sizes, rows, new, shape_of(m.out)[:-1]) for s in options[0]]
+        lead = tuple(size if isinstance(s, int) else s for s, size in zip(lead, sizes, strict=True))
+    return replace(plan, experts=replace(e, experts=resized(e.experts, small.sizes), lead=lead, **groups))
 
 
 # ---- a graph with only what a plan needs -------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
 
 
 def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Node]) -> list[Tensor]:
-    """Run a small graph in float64: the ops' own reference; every float type stands for float64."""
+    """Run a small graph in float64, its ops as they are registered; every float type stands for float64."""
     env: dict[fx.Node, Any] = {}
 
     def load(a: Any) -> Any:
@@ -164,16 +171,6 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
             env[n] = value(n.name)
         elif n.target is view_stub:
             env[n] = load(n.args[0]).reshape(value(n.name).shape)
-        elif n.target is ops.route.default:
-            logits, bias, table, *plain = load(n.args)
-            env[n] = routing.forward(logits, bias, table, routing.Routing(*plain))
-        elif n.target is ops.experts.default:
-            act_ops, act_consts, *rest = n.args[8:]
-            env[n] = generic.forward(*load(n.args[:8]), generic.Layout(tuple(act_ops), tuple(act_consts), *rest))[0]  # type: ignore
-        elif n.target is ops.experts_scaled.default:
-            act_ops, act_consts, *rest, bits, floor = n.args[10:]
-            layout = generic.Layout(tuple(act_ops), tuple(act_consts), *rest)  # type: ignore
-            env[n] = scaled.forward(*load(n.args[:10]), layout, bits, floor)  # type: ignore
         elif n.op == "call_method":
             x, *rest = load(n.args)
             env[n] = getattr(x, str(n.target))(*rest)

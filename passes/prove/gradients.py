@@ -7,34 +7,40 @@ gradient and the result, both gradients are computed on a probe: a stop may be w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-import torch
 import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Rejection
+from ..aten import names
 from ..aten.conditions import may_train
-from ..aten.element import op_name
-from ..aten.shadow import Shadow, example_value
-from ..recover.find import CREATION
-from ..recover.region import Block, data_inputs, inside
-from .probe import TOLERANCE, TROUBLE, Sizes, one_thread, probe_values, run, size_choices
-from .validate import Part, parts
-
-_SMALL = 1 << 20  # elements of a parameter up to which its gradient is computed
-_STOPS = ("detach", "lift_fresh_copy")
+from ..aten.names import op_name
+from ..aten.node import example_value
+from ..aten.shadow import Shadow
+from ..recover.region import Block, data_inputs
+from .engine import Claim
 
 
-def check(block: Block, shadow: Shadow) -> Rejection | None:
-    """None when the block's IR has the gradients of its subgraph, or nobody wants any."""
+def with_gradients(claim: Claim, block: Block, shadow: Shadow, all_of_them: bool) -> Claim | Rejection:
+    """The claim with the gradients that are wanted, to be compared where one may be stopped or `all_of_them`.
+
+    A rejection where it is plain that they are others.
+    """
     if not may_train(shadow.dynamo.graph):
-        return None
-    for part in parts(block):
-        wanted = {n for n in part.boundary if _wants(n, shadow)}
-        problem = _problem(block, part, shadow, wanted) if wanted else None
-        if problem is not None:
-            return Rejection(f"{part.what} and the recovered formula have other gradients: {problem}", block.match.out, "validate")
-    return None
+        return claim
+    wanted = {n for n in claim.region.edge if _wants(n, shadow)}
+    if not wanted:
+        return claim
+    nodes, outs = set(claim.region.nodes), claim.region.outs
+    problem = _problem(claim, block, wanted, shadow)
+    if problem is not None:
+        return Rejection(f"{claim.says}, it has other gradients: {problem}", block.match.out, "validate", code="gradients", part=claim.part)
+    stops = [n for n in claim.region.nodes if op_name(n) in names.STOP_GRADIENT or n in shadow.no_grad]
+    if all(n in shadow.no_grad for n in outs) or not (all_of_them or any(_meets(n, nodes, stops, list(outs)) for n in wanted)):
+        return claim
+    leaves = tuple(sorted(wanted, key=claim.region.number.__getitem__))
+    return replace(claim, leaves=leaves, no_grad=frozenset(shadow.no_grad.intersection(nodes)))
 
 
 def _wants(n: fx.Node, shadow: Shadow) -> bool:
@@ -42,35 +48,26 @@ def _wants(n: fx.Node, shadow: Shadow) -> bool:
     return n.meta["val"].dtype.is_floating_point and any(v.requires_grad for v in values)
 
 
-def _problem(block: Block, part: Part, shadow: Shadow, wanted: set[fx.Node]) -> str | None:
-    nodes = inside(part.outs, part.boundary)
-    if isinstance(nodes, Rejection):
-        return nodes.reason
-    if _turned_constant(block, part, nodes, wanted, shadow):
+def _problem(claim: Claim, block: Block, wanted: set[fx.Node], shadow: Shadow) -> str | None:
+    routing = claim.part == "routing"
+    if _turned_constant(claim, block, wanted, shadow):
         return "those of weights that come out constant are zeros, and would be none"
-    if part.routing and any(n in shadow.no_grad for n in block.routing_inputs()):
+    if routing and any(n in shadow.no_grad for n in block.routing_inputs()):
         return "an input of it is computed under no_grad"  # where the op would stand
-    if all(n in shadow.no_grad for n in part.outs):
-        return None if not part.routing else "it runs under no_grad"
-    stops = [n for n in nodes if op_name(n) in _STOPS or n in shadow.no_grad]
-    stopped = {n for n in wanted if _meets(n, set(nodes), stops, part.outs)}
-    if not stopped:
-        return None
-    large = [n for n in stopped if n in block.params() and n.meta["val"].numel() > _SMALL]
-    if large:
-        return f"{stops[0].name} stops that of {large[0].name}"
-    small = sorted(n for n in wanted if n not in block.params() or n.meta["val"].numel() <= _SMALL)
-    return _compare_at_any_size(block, part, nodes, small, shadow)
+    if routing and all(n in shadow.no_grad for n in claim.region.outs):
+        return "it runs under no_grad"
+    return None
 
 
-def _turned_constant(block: Block, part: Part, nodes: list[fx.Node], wanted: set[fx.Node], shadow: Shadow) -> bool:
+def _turned_constant(claim: Claim, block: Block, wanted: set[fx.Node], shadow: Shadow) -> bool:
     """Whether weights such as w / Σw of one expert are made of what wants a gradient: its gradient is there, and all zeros."""
     norm = None if block.gating is None else block.gating.gating.norm
     if norm is None or norm.expr is None or norm.expr.free_symbols:
         return False
-    without = {n for n in nodes if op_name(n) in CREATION or op_name(n) in _STOPS or n in shadow.no_grad}
+    nodes = claim.region.nodes
+    without = {n for n in nodes if op_name(n) in names.CREATION or op_name(n) in names.STOP_GRADIENT or n in shadow.no_grad}
     made_of = [n for n in block.routing_inputs() if n in wanted]
-    return not _reached(made_of, set(nodes) - without, lambda n: n.users).isdisjoint(part.outs)
+    return not _reached(made_of, set(nodes) - without, lambda n: n.users).isdisjoint(claim.region.outs)
 
 
 def _meets(leaf: fx.Node, nodes: set[fx.Node], stops: list[fx.Node], outs: list[fx.Node]) -> bool:
@@ -97,39 +94,3 @@ def _float(n: fx.Node) -> bool:
     values = n.meta.get("val")
     tensors = [v for v in (values if isinstance(values, (list, tuple)) else [values]) if isinstance(v, Tensor)]
     return any(v.dtype.is_floating_point for v in tensors)
-
-
-def _compare_at_any_size(block: Block, part: Part, nodes: list[fx.Node], leaves: list[fx.Node], shadow: Shadow) -> str | None:
-    problem = None
-    for sizes in size_choices(block):
-        try:
-            with one_thread():
-                return _compare(block, part, nodes, leaves, shadow, sizes)
-        except TROUBLE as e:
-            problem = f"they could not be computed on probing inputs ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
-    return problem
-
-
-def _compare(block: Block, part: Part, nodes: list[fx.Node], leaves: list[fx.Node], shadow: Shadow, sizes: Sizes) -> str | None:
-    env = probe_values(block, part.boundary, sizes, 0)
-    inputs = {n: env[n].clone().requires_grad_() for n in leaves if n not in block.twins}
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        env.update({n: v.clone() for n, v in inputs.items()})
-        env.update({n: env[o].reshape(sizes.shape(n)) for n, o in block.twins.items() if n in part.boundary})
-        computed = dict(env)
-        for n in nodes:
-            with torch.set_grad_enabled(n not in shadow.no_grad):
-                run([n], computed, sizes)
-        got, want = part.values({**computed, **{n: v for n, v in env.items() if n not in part.outs}}, part.outs)
-        along = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype)
-        both = [_gradients((r.reshape(want.shape) * along).sum(), list(inputs.values())) for r in (got, want)]
-    for n, mine, theirs in zip(inputs, *both, strict=True):
-        size = max(float(g.abs().max()) for g in (mine, theirs)) if theirs.numel() else 0.0
-        if not torch.allclose(mine, theirs, rtol=0.0, atol=10 * TOLERANCE * size, equal_nan=True):
-            return f"that of {n.name}"
-    return None
-
-
-def _gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(y, leaves, allow_unused=True) if y.requires_grad else [None] * len(leaves)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]

@@ -1,120 +1,186 @@
-"""Probes: small inputs of every kind for a region of the shadow, and its run on them in float64.
+"""Probes: values for the tensors at a region's edge, of every kind that has ever told two functions apart.
 
-All floating-point work is lifted to float64. Expert weights are overlapping windows over one small random buffer: E distinct experts,
-not E experts' memory.
+Expert weights are overlapping windows over one small random buffer where they are large: E distinct experts, not E experts' memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy as sp
 import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ..aten.element import fixed_number, op_name, shape_of, size_of
-from ..aten.shadow import mutated_args
-from ..recover.region import SHAPE_ONLY, SIZES, Block
+from ...ir import Gating
+from .edge import Edge, Small
 
-TOLERANCE = 1e-7
-
-
-FEW = 7  # probing tokens, a prime that rarely equals another size
+_TRIES = 8  # draws of a row of logits until no two candidates tie
+_LARGE = 1 << 22  # elements of a window that is left as it is
+_GAP = 1e-6  # relative to the largest score: far above rounding in float64
 
 
-@dataclass
-class Sizes:
-    """Concrete sizes for a probe: values of symbols, and replacements of the integers that follow from the token count."""
+@dataclass(frozen=True)
+class Kind:
+    """What a probe is for. `scale`: of tokens, `faint`: of logits and biases. `may_fail`: the graph's own code may refuse such values."""
 
-    symbols: dict[Any, int]
-    literal: dict[int, int]
-
-    def of(self, s: Any) -> Any:
-        s = size_of(s)
-        if isinstance(s, float):
-            return s
-        if isinstance(s, sp.Expr):
-            return int(s.subs({x: self.symbols.get(x, 3) for x in s.free_symbols}))
-        return self.literal.get(s, s)
-
-    def shape(self, n: fx.Node) -> tuple[int, ...]:
-        return tuple(self.of(s) for s in shape_of(n))
+    name: str
+    scale: float = 1.0
+    peaks: float = 1.0
+    zeros: bool = False  # rows of zeros, biases of zero: the kinks of relu and its kin
+    ids: str = "in turn"
+    may_fail: bool = False
 
 
-def size_choices(block: Block) -> list[Sizes]:
-    """Few tokens where the graph allows it, else the token count it was traced with."""
-    m = block.match
-    lead = shape_of(m.tokens)[:-1]
-    symbols = sorted({x for s in lead if isinstance(s, sp.Expr) for x in s.free_symbols}, key=str)
-    if symbols:
-        return [Sizes({x: FEW if i == len(symbols) - 1 else 2 for i, x in enumerate(symbols)}, {})]
-    total = 1
-    for s in lead:
-        total *= s
-    traced = Sizes({}, {})
-    if total <= 16:
-        return [traced]
-    literal: dict[int, int] = {}
-    big = max(range(len(lead)), key=lambda d: lead[d])
-    rest = total // lead[big]
-    if rest > 16:
-        return [traced]
-    for old, new in ((lead[big], FEW), (total, rest * FEW), (total * m.k, rest * FEW * m.k)):
-        literal[old] = new
-    taken = {s for n in (*block.params(), m.tokens) for s in shape_of(n)[(0 if n is not m.tokens else -1) :]} | {m.k, m.experts.num_experts}
-    return [traced] if taken & set(literal) or len(lead) > 1 and rest in literal else [Sizes({}, literal), traced]
+USUAL = (
+    Kind("usual"),
+    Kind("rows of zeros", 8.0, 4.0, zeros=True),
+    Kind("the same experts for every token", 0.2, 0.3, ids="alike"),
+)
+MAPPED = (  # ids that are no selection's own
+    Kind("an expert twice", ids="twice"),
+    Kind("ids below zero", ids="below", may_fail=True),
+    Kind("ids beyond the last expert", ids="beyond", may_fail=True),
+)
 
 
-def difference(got: Tensor, want: Tensor) -> str | None:
-    """None when equal up to rounding in float64."""
-    if not want.numel():
-        return None
-    scale = max(float(want.abs().max()), 1e-30)
-    diff = float((got.reshape(want.shape) - want).abs().max())
-    return None if diff <= TOLERANCE * scale else f"relative difference {diff / scale:.1e}"
+def kinds(edge: Edge) -> tuple[Kind, ...]:
+    return (*USUAL, *(MAPPED if edge.mapped else ()))
 
 
-def make_input(block: Block, n: fx.Node, sizes: Sizes, seed: int, gen: torch.Generator) -> Tensor:
-    shape = sizes.shape(n)
-    m = block.match
-    if n is block.ids:
-        return _probe_ids(shape, m.experts.num_experts, m.experts.num_identity, seed, gen)
-    if n is block.weights:
-        return torch.rand(shape, generator=gen, dtype=torch.float64) + 0.1
-    g = block.gating
-    if g is not None and n is g.logits:
-        return torch.randn(shape, generator=gen, dtype=torch.float64) * (1, 4, 0.3)[seed % 3]
-    if g is not None and n in (g.bias, g.expert_scale):
-        b = torch.randn(shape, generator=gen, dtype=torch.float64) * (0.3, 2, 1)[seed % 3]
-        return b.abs() + 0.5 if n is g.expert_scale else b
-    if n is m.tokens or n is m.base:
-        return torch.randn(shape, generator=gen, dtype=torch.float64) * (1, 8, 0.2)[seed % 3]
-    if n in block.params() and not n.meta["val"].dtype.is_floating_point:
-        return whole_windows(shape, n.meta["val"].dtype, gen)
-    if not n.meta["val"].dtype.is_floating_point:
-        return torch.randint(0, 2, shape, generator=gen).to(n.meta["val"].dtype)
-    if any(q.node is n for q in (*m.up_scale, *m.down_scale)):  # so that products of bytes come out of order one
-        return torch.randn(shape, generator=gen, dtype=torch.float64) / (32 * m.experts.hidden**0.5)
-    return windows(shape, gen)
+def values(edge: Edge, small: Small, wanted: Sequence[fx.Node], kind: Kind, turn: int) -> dict[fx.Node, Any]:
+    """A value for each of the nodes; nodes that hold the same get the same. `turn`: the number of the probe."""
+    draw = _Draw(edge, small, kind, turn)
+    env: dict[fx.Node, Any] = {n: draw.value(n) for n in wanted if n not in edge.twins}
+    env.update({n: env[o].reshape(small.shapes[n]) for n, o in edge.twins.items() if n in wanted})
+    return env
 
 
-def _probe_ids(shape: tuple[int, ...], num_experts: int, identity: int, seed: int, gen: torch.Generator) -> Tensor:
-    """Distinct ids a token: random; every expert in turn (0 first); the same few for every token."""
-    total, k = num_experts + identity, shape[-1]
-    n = 1
-    for s in shape[:-1]:
-        n *= s
-    if seed == 0:
-        ids = torch.stack([torch.randperm(total, generator=gen)[:k] for _ in range(n)]) if n else torch.zeros(0, k, dtype=torch.long)
-    elif seed == 1:
-        ids = (torch.arange(n)[:, None] * k + torch.arange(k)) % total
-    else:
-        ids = torch.arange(k).flip(0).expand(n, k).clone()
-    return ids.reshape(shape)
+class _Draw:
+    def __init__(self, edge: Edge, small: Small, kind: Kind, turn: int) -> None:
+        self.edge, self.small, self.kind, self.turn = edge, small, kind, turn
+        self.generator = torch.Generator().manual_seed(turn)
+        self.drawn: dict[fx.Node, Tensor] = {}
+        self.biases = 0
+
+    def value(self, n: fx.Node) -> Tensor:
+        if n not in self.drawn:
+            self.drawn[n] = laid_out(self._value(n, self.small.shapes[n]), n, self.small)
+        return self.drawn[n]
+
+    def _value(self, n: fx.Node, shape: tuple[int, ...]) -> Tensor:
+        role, dtype = self.edge.roles.get(n, "other"), n.meta["val"].dtype
+        if role == "ids":
+            ids = self.ids(math.prod(shape) // self.edge.k)
+            if self.edge.wraps:
+                ids = ids.remainder(self.edge.total) - self.edge.total * self._integers(tuple(ids.shape))
+            return ids.reshape(shape).to(dtype)
+        if role == "weights":
+            return torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.1
+        if role in ("tokens", "base"):
+            return self._rows(shape, self.kind.scale, role == "tokens")
+        if role == "logits":
+            return self._logits(shape)
+        if role in ("selection bias", "expert scale"):
+            return self._table(shape, role)
+        if not dtype.is_floating_point:
+            return whole_windows(shape, dtype, self.generator) if role == "weight" else self._integers(shape).to(dtype)
+        if role == "scale":  # so that products of bytes come out of order one
+            return self._normal(shape) / (32 * self.small.experts.hidden**0.5)
+        return self._bias(windows(shape, self.generator)) if role == "bias" else windows(shape, self.generator)
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def _integers(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(0, 2, shape, generator=self.generator)
+
+    def _rows(self, shape: tuple[int, ...], scale: float, tokens: bool) -> Tensor:
+        x = self._normal(shape) * scale
+        if self.kind.zeros and tokens:
+            x.view(-1, shape[-1])[1::3] = 0
+        return x
+
+    def _bias(self, b: Tensor) -> Tensor:
+        """Every second expert's is zero where zeros are wanted."""
+        self.biases += 1
+        if not self.kind.zeros or b.ndim == 1 and self.biases % 2:
+            return b
+        out = b.clone()
+        out[::2] = 0
+        return torch.zeros_like(b) if b.ndim == 1 else out
+
+    def ids(self, tokens: int) -> Tensor:
+        """ids [tokens, k]: distinct in a row, each expert in its turn over all probes; the same few; some twice; some of no expert."""
+        total, k = self.edge.total, self.edge.k
+        if self.kind.ids == "alike":
+            return torch.arange(k).flip(0).expand(tokens, k).clone() % total
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(5))
+        ids = order[(torch.arange(tokens * k) + self.turn * tokens * k) % total].reshape(tokens, k)
+        if self.kind.ids == "twice" and k > 1:
+            ids[::2, -1] = ids[::2, 0]
+        if self.kind.ids in ("below", "beyond"):
+            ids[::2, 0] = -1 if self.kind.ids == "below" else total
+        return ids
+
+    def _logits(self, shape: tuple[int, ...]) -> Tensor:
+        """Scores by which each expert is chosen in its turn, and no two candidates tie."""
+        g, experts = self.edge.gating, shape[-1]
+        assert g is not None
+        x = (self._normal(shape) * self.kind.peaks).reshape(-1, experts)
+        if self.kind.ids == "in turn":
+            x = x.scatter_add(-1, self.ids(x.shape[0]) % experts, self._normal((x.shape[0], self.edge.k)).abs() + 1)
+        bias = next((self.value(n) for n, role in self.edge.roles.items() if role == "selection bias"), None)
+        for _ in range(_TRIES):
+            close = ties(g, x, bias)
+            if not bool(close.any()):
+                break
+            x = torch.where(close[:, None], self._normal((x.shape[0], experts)) * self.kind.peaks, x)
+        return x.reshape(shape)
+
+    def _table(self, shape: tuple[int, ...], role: str) -> Tensor:
+        b = self._normal(shape) * (0.3, 1.0, 0.5)[self.turn % 3]
+        grouped = self.edge.gating is not None and self.edge.gating.groups is not None
+        if role == "expert scale":
+            return b.abs() + 0.5
+        return b.abs() if grouped else b  # or the experts of losing groups may tie: any choice is right then
+
+
+def ties(g: Gating, logits: Tensor, bias: Tensor | None) -> Tensor:
+    """[T]: whether the last that is chosen and the first that is not are as good as equal, experts or groups of them."""
+    bias = None if bias is None else bias.reshape(-1)
+    close = _narrow(g.selection(logits, bias, torch.float64)[0], g.k)
+    if g.groups is not None:
+        free, _ = replace(g, groups=None).selection(logits, bias, torch.float64)
+        best = free.unflatten(-1, (g.groups.count, -1)).topk(g.groups.top, dim=-1).values.sum(-1)
+        close = close | _narrow(best, g.groups.kept)
+    return close
+
+
+def _narrow(scores: Tensor, k: int) -> Tensor:
+    if scores.shape[-1] <= k:
+        return torch.zeros(scores.shape[0], dtype=torch.bool)
+    best = scores.topk(k + 1, dim=-1).values
+    size = scores.abs().nan_to_num(posinf=0.0, neginf=0.0).amax(-1).clamp(min=1e-30)
+    return (best[:, k - 1] - best[:, k]).nan_to_num(nan=0.0) <= _GAP * size
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+
+def laid_out(x: Tensor, n: fx.Node, small: Small) -> Tensor:
+    """The same values with the dims in memory in the order that the graph's own tensor has them, broadcast where it is."""
+    v = n.meta["val"]
+    if v.layout is not torch.strided or x.ndim != v.ndim or x.ndim < 2 or x.numel() > _LARGE:
+        return x
+    strides = [small.sizes.of(s) for s in v.stride()]
+    order = sorted(range(x.ndim), key=lambda d: -strides[d])
+    large = [d for d in order if x.shape[d] > 1]
+    if large != sorted(large):
+        x = x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    return x
 
 
 def windows(shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
@@ -130,9 +196,7 @@ def whole_windows(shape: tuple[int, ...], dtype: torch.dtype, gen: torch.Generat
 
 
 def _windows(shape: tuple[int, ...], gen: torch.Generator, made: Callable[[Tensor], Tensor]) -> Tensor:
-    numel = 1
-    for s in shape:
-        numel *= s
+    numel = math.prod(shape)
     if numel < 2**16 or len(shape) < 2:
         return made(torch.randn(shape, generator=gen, dtype=torch.float64))
     last = shape[-1]
@@ -151,115 +215,3 @@ def _noise(size: int, gen: torch.Generator) -> Tensor:
     if not _kept or _kept[0].numel() < size + _SPARE:
         _kept[:] = [torch.randn(size + _SPARE, generator=torch.Generator().manual_seed(7), dtype=torch.float64)]
     return _kept[0][start : start + size]
-
-
-TROUBLE = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError)  # what running a region may raise
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Probes are tiny: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def probe_values(block: Block, boundary: list[fx.Node], sizes: Sizes, seed: int) -> dict[fx.Node, Any]:
-    """A value for each node of a boundary; nodes that hold the same get the same."""
-    gen = torch.Generator().manual_seed(seed)
-    env: dict[fx.Node, Any] = {n: make_input(block, n, sizes, seed, gen) for n in boundary if n not in block.twins}
-    env.update({n: env[o].reshape(sizes.shape(n)) for n, o in block.twins.items() if n in boundary})
-    return env
-
-
-def evaluate(block: Block, nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes, outs: list[fx.Node]) -> dict[fx.Node, Any]:
-    """All values of a region on a probe; what the region writes in place does not change the probe's own."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        computed = dict(env)
-        if any(mutated_args(n) for n in nodes):
-            heavy = set(block.params())
-            computed.update({n: v.clone() for n, v in env.items() if n not in heavy})
-        run(nodes, computed, sizes)
-        computed.update({n: v for n, v in env.items() if n not in outs})
-    return computed
-
-
-def run(nodes: list[fx.Node], env: dict[fx.Node, Any], sizes: Sizes) -> None:
-    """Interpret shadow nodes; results go into `env`."""
-
-    def load(a: Any) -> Any:
-        if isinstance(a, fx.Node):
-            return env[a]
-        if isinstance(a, (list, tuple)):
-            return type(a)(load(x) for x in a)
-        if isinstance(a, torch.dtype):
-            return torch.float64 if a.is_floating_point else a
-        if isinstance(a, bool):
-            return a
-        if isinstance(a, int):
-            return sizes.literal.get(a, a)
-        return a
-
-    for n in nodes:
-        if n.op == "placeholder" or op_name(n) in SIZES or fixed_number(n):
-            env[n] = sizes.of(n.meta["val"])
-        elif n.op == "get_attr":
-            v = constant(n)
-            env[n] = v.to(torch.float64) if isinstance(v, Tensor) and v.is_floating_point() else v
-        elif op_name(n) in SHAPE_ONLY and n.args[0] not in env:
-            env[n] = _filled(n, sizes)
-        elif op_name(n) == "type_as":
-            env[n] = _cast(n, load(n.args[0]))
-        else:
-            env[n] = _call(n, load(n.args), {k: load(v) for k, v in n.kwargs.items()})
-
-
-def _filled(n: fx.Node, sizes: Sizes) -> Tensor:
-    """zeros_like and its kin where only the shape is known."""
-    value = {"zeros_like": 0, "ones_like": 1, "empty_like": 7, "full_like": n.args[1] if len(n.args) > 1 else n.kwargs.get("fill_value")}
-    dtype = n.meta["val"].dtype
-    return torch.full(sizes.shape(n), value[op_name(n)], dtype=torch.float64 if dtype.is_floating_point else dtype)
-
-
-def constant(n: fx.Node) -> Any:
-    value: Any = n.graph.owning_module
-    for part in str(n.target).split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _call(n: fx.Node, args: Any, kwargs: Any) -> Any:
-    name = op_name(n)
-    kwargs = {k: (torch.device("cpu") if k == "device" else v) for k, v in kwargs.items()}
-    args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
-    if name in ("_grouped_mm", "grouped_mm"):
-        return _grouped_mm(*args, **kwargs)
-    if name == "histc" and not args[0].is_floating_point():  # counts of integers: accelerators only
-        return n.target(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)  # type: ignore[operator]
-    if name.startswith(("empty", "new_empty")):
-        out = n.target(*args, **kwargs)  # type: ignore[operator]
-        return out.fill_(7) if isinstance(out, Tensor) else out
-    if name in ("to", "_to_copy", "float", "double", "half") and isinstance(args[0], Tensor):
-        return _cast(n, args[0])
-    out = n.target(*args, **kwargs)  # type: ignore[operator]
-    if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != torch.float64:
-        out = out.to(torch.float64)
-    return out
-
-
-def _cast(n: fx.Node, x: Tensor) -> Tensor:
-    dtype = n.meta["val"].dtype
-    return x.to(torch.float64 if dtype.is_floating_point else dtype)
-
-
-def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    assert offs is not None and bias is None
-    out = x.new_zeros(x.shape[0], w.shape[-1])
-    start = 0
-    for e, end in enumerate(offs.tolist()):
-        out[start:end] = x[start:end] @ w[e]
-        start = end
-    return out

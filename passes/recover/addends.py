@@ -53,7 +53,10 @@ def _parts_of(a: Term, dense: Any) -> list[Part]:
 
 
 def scaled_input(a: Term) -> Term | None:
-    """Σ_e F(Σ_j [ids_j = e] g_j, e) = Σ_j F(g_j, ids_j) when F(0, e) = 0: every expert sees every token, scaled by its weight or 0."""
+    """Σ_e F(Σ_j [ids_j = e] g_j, e) = Σ_j [0 <= ids_j < |e|] F(g_j, ids_j) when F(0, e) = 0 and no j has another's ids.
+
+    Every expert sees every token, scaled by its weight or 0.
+    """
     for s in factors(a):
         if s.op != "sum":
             continue
@@ -63,19 +66,19 @@ def scaled_input(a: Term) -> Term | None:
             if found is None or not T.is_c(T.subst(body, {x: T.const(0)}), 0):
                 continue
             j, ids, g = found
-            inner = T.subst(T.subst(body, {x: g}), {v: ids})
+            inner = T.mul(*T.facts().inside(ids, v.args[1]), T.subst(T.subst(body, {x: g}), {v: ids}))
             inner = inner if j is None else T.reduce_("sum", j, inner)
             return T.mul(inner, *(f for f in factors(a) if f is not s))
     return None
 
 
 def _gate_of(x: Term, v: Term) -> tuple[Term | None, Term, Term] | None:
-    """(slot variable or None, ids, g) when x is Σ_j [ids_j = v] g_j, or [ids = v] itself."""
+    """(slot variable or None, ids, g) when x is Σ_j [ids_j = v] g_j with ids of one top-k, or [ids = v] itself."""
     j, inner = x.args if x.op == "sum" else (None, x)
     for f in factors(inner) if x.op == "sum" else (x,):
         if f.op == "eq":
             for ids, other in (f.args, f.args[::-1]):
-                if other is v and data_dependent(ids):
+                if other is v and data_dependent(ids) and (j is None or T.is_slot(ids, j)):
                     g = T.mul(*(y for y in factors(inner) if y is not f)) if x.op == "sum" else T.const(1)
                     return None if T.uses(g, v) else (j, ids, g)
     return None
@@ -87,7 +90,7 @@ def has_feature(t: Term) -> bool:
 
 def _chosen_once(f: Term) -> bool:
     """any_j [ids_j = e], which is Σ_j [ids_j = e]: a top-k chooses nothing twice."""
-    return f.op == "any" and f.args[1].op == "eq" and any(x.op == "topk" and x.args[1][-1] is f.args[0] for x in f.args[1].args)
+    return f.op == "any" and f.args[1].op == "eq" and any(T.is_slot(x, f.args[0]) for x in f.args[1].args)
 
 
 def _routes(s: Term) -> bool:

@@ -17,6 +17,7 @@ from ...ir import scalar as act
 from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
+from .bridge import Bridge
 
 L, B, C = sp.symbols("l b c", real=True)
 S = sp.Symbol("s", positive=True)
@@ -73,7 +74,7 @@ class Reductions:
         return out
 
 
-class Translator:
+class Translator(Bridge):
     """Terms of one router to sympy. `logits` is the node whose elements are l; `chosen(v)` the expert in slot v."""
 
     def __init__(self, logits: fx.Node, t: Term, chosen: Any, k: int, num_experts: int) -> None:
@@ -91,26 +92,27 @@ class Translator:
         return out
 
     def _translate(self, x: Term, at: Term) -> sp.Expr:
-        op, a = x.op, x.args
-        if op == "c":
-            if isinstance(a[0], str):
-                raise Unknown("NaN")
-            return sp.nsimplify(a[0], rational=True) if isinstance(a[0], float) and abs(a[0]) != float("inf") else sp.sympify(a[0])
-        if op == "a":
+        if x.op == "a":
             return self._atom(x, at)
-        if op == "add":
-            return sp.Add(*(self(y, at) for y in a))
-        if op == "mul":
-            return sp.Mul(*(self(y, at) for y in a))
-        if op == "pow":
-            return self(a[0], at) ** sp.nsimplify(a[1], rational=True)
-        if op == "fn":
-            return _function(a[0], self(a[1][0], at), a[2])
-        if op in ("sum", "max", "min"):
-            v, body = a
+        if x.op in ("sum", "max", "min"):
+            v, body = x.args
             over, inner = self._domain(v, body)
-            return self.reductions.make(op, over, self(body, inner))
-        raise Unknown(f"{op} in the router: {T.show(x, 90)}")
+            return self.reductions.make(x.op, over, self(body, inner))
+        return self.arithmetic(x, lambda y: self(y, at))
+
+    def number(self, v: Any) -> sp.Expr:
+        if isinstance(v, str):
+            raise Unknown("NaN")
+        return super().number(v)
+
+    def function(self, name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:
+        return canonical_function(name, x, consts)
+
+    def leaf(self, x: Term) -> sp.Expr:
+        raise Unknown(f"{x.op} in the router: {T.show(x, 90)}")
+
+    def failure(self, name: str) -> Exception:
+        return Unknown(f"{name} in the router")
 
     def _domain(self, v: Term, body: Term) -> tuple[str, Term]:
         slot = self.chosen(v)
@@ -135,28 +137,62 @@ class Translator:
         raise Unknown(f"the router reads {T.show(x, 90)}")
 
 
-def _function(name: str, x: sp.Expr, consts: tuple[Any, ...]) -> sp.Expr:
+def canonical_function(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> sp.Expr:
+    """A function of an expression in the one spelling that the router's algebra compares by.
+
+    exp(-softplus(-x)) = σ(x), σ(-x) = 1 - σ(x), tanh(x) = 2 σ(2x) - 1, log(1 + exp(x)) = log1p(exp(x)) = softplus(x). `stable` undoes
+    what would cost digits when it is computed.
+    """
     if name == "exp":
-        return sp.exp(sp.expand(x))
+        return _exponential(sp.expand(x))
     if name == "sigmoid":
         return 1 - act.sigmoid(-x) if x.could_extract_minus_sign() else act.sigmoid(x)
-    if name == "tanh":  # one spelling for both: tanh(x) = 2 sigmoid(2x) - 1
-        return sp.expand(2 * _function("sigmoid", 2 * x, ()) - 1)
-    if name == "log":
+    if name == "tanh":
+        return sp.expand(2 * canonical_function("sigmoid", 2 * x) - 1)
+    if name in ("log", "log1p"):
         for e in x.atoms(sp.exp):
-            if x == 1 + e:
+            if x == (1 + e if name == "log" else e):
                 return act.softplus(e.args[0])
-    if name == "clamp":
-        lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c, rational=True) for c in consts)
-        return act.clamp(x, lo, hi)
-    heads = {
-        "softplus": act.softplus, "relu": act.relu, "log": sp.log, "abs": sp.Abs,
-    }  # fmt: skip
-    if name not in heads:
-        raise Unknown(f"{name} in the router")
     if name == "relu" and x.is_positive:
         return x
-    return heads[name](x)
+    if name == "maximum" and 0 not in consts:  # a sum of scores is never just its least divisor
+        name = "clamp"
+    return act.call(name, x, consts)
+
+
+def _exponential(x: sp.Expr) -> sp.Expr:
+    """exp(x), where exp(softplus(y)) = 1 + exp(y), and its inverse is σ(-y)."""
+    factors = []
+    for part in sp.Add.make_args(x):
+        k, f = part.as_coeff_Mul()
+        if isinstance(f, act.softplus) and k.is_Integer:
+            once = canonical_function("sigmoid", -f.args[0]) if k < 0 else 1 + sp.exp(f.args[0])
+            factors.append(once ** abs(k))
+        else:
+            factors.append(sp.exp(part))
+    return sp.Mul(*factors)
+
+
+def stable(e: sp.Expr) -> sp.Expr:
+    """e for evaluation: 1 - σ(x) = σ(-x) and 2 σ(x) - 1 = tanh(x / 2), which lose no digits where σ(x) is near 1 or 1/2."""
+    if not e.args:
+        return e
+    e = e.func(*(stable(a) for a in e.args))
+    if not e.is_Add:
+        return e
+    c, rest = e.as_coeff_Add()
+    for part in sp.Add.make_args(rest) if c != 0 else ():
+        k, f = part.as_coeff_Mul()
+        if isinstance(f, act.sigmoid) and c in (-k, -k / 2):
+            (x,) = f.args
+            return rest - part + (c * act.sigmoid(-x) if c == -k else k / 2 * sp.tanh(x / 2))
+    return e
+
+
+def loses_digits(e: sp.Expr, s: sp.Symbol) -> bool:
+    """Whether 1 - s is in an expression of a score that is at most 1: digits that s, rounded to 1, does not have any more."""
+    sums = [a.as_coeff_Add() for a in e.atoms(sp.Add)]
+    return any(c != 0 and any(p.as_coeff_Mul() == (-c, s) for p in sp.Add.make_args(r)) for c, r in sums)
 
 
 def show_expr(e: sp.Expr, reductions: Reductions) -> str:

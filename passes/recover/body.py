@@ -10,10 +10,12 @@ import sympy as sp
 from ...ir import Form
 from ...ir import scalar as act
 from .. import terms as T
-from ..aten.element import op_name
+from ..aten import names
+from ..aten.names import op_name
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from . import scales as channels
+from .bridge import Bridge
 from .rounding import ROUNDED
 from .rows import No, clip, factors
 from .scales import Channel
@@ -138,7 +140,7 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
 
 def _rounded(n: Any) -> bool:
     """Whether a tensor was rounded, seen through casts and clamps."""
-    while op_name(n) in ("to", "_to_copy", "clamp", "type_as", "float", "view", "reshape"):
+    while op_name(n) in names.CAST | names.RESHAPE | names.CLAMP:
         n = n.args[0]
     return op_name(n) == "round"
 
@@ -198,7 +200,7 @@ def _symbol_of(x: Term, known: dict[sp.Symbol, Term], prefix: str, **assumptions
     return symbol
 
 
-class Reader:
+class Reader(Bridge):
     """Turns the inside of one expert, a term in i, into an activation expression over its up projections."""
 
     def __init__(self, t: Term, i: Term, expert: Term, integers: bool = False) -> None:
@@ -217,23 +219,22 @@ class Reader:
         return out
 
     def _read(self, x: Term) -> sp.Expr:
-        if x.op == "c":
-            return sp.sympify(x.args[0])
-        if not T.uses(x, self.i):
+        if x.op != "c" and not T.uses(x, self.i):
             return self.scalar(x)
+        return self.add(x) if x.op == "add" else self.arithmetic(x, self.read)
+
+    def number(self, v: Any) -> sp.Expr:
+        return sp.sympify(v)  # made exact at the end, where it was written so
+
+    def leaf(self, x: Term) -> sp.Expr:
         if x.op == "sum":
             return self.linear(x)
-        if x.op == "add":
-            return self.add(x)
-        if x.op == "mul":
-            return sp.Mul(*(self.read(f) for f in x.args))
-        if x.op == "pow":
-            return self.read(x.args[0]) ** sp.nsimplify(x.args[1])
-        if x.op == "fn":
-            return function(x.args[0], [self.read(a) for a in x.args[1]], x.args[2])
         if self._is_channel(x):
             return self.channel(x)
         raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+
+    def failure(self, name: str) -> Exception:
+        return No(f"no activation is known that uses {name}")
 
     def _is_channel(self, x: Term) -> bool:
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
@@ -247,10 +248,8 @@ class Reader:
 
     def scalar(self, x: Term) -> sp.Expr:
         """A value that is the same for all features: factor by factor a symbol."""
-        if x.op == "mul":
-            return sp.Mul(*(self.read(f) for f in x.args))
-        if x.op == "pow":
-            return self.read(x.args[0]) ** sp.nsimplify(x.args[1], rational=True)
+        if x.op in ("mul", "pow"):
+            return self.arithmetic(x, self.read)
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
@@ -262,6 +261,9 @@ class Reader:
 
     def add(self, x: Term) -> sp.Expr:
         """A sum of pointwise terms, where `c Σ_m ... + b[e, i]` is one projection with its bias."""
+        common, *others = {T.coefficient(a)[0] for a in x.args}
+        if not others and common != 1:  # -(Σ + b) comes as -Σ - b
+            return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))
@@ -311,33 +313,6 @@ class Reader:
             self.by_key[key] = symbol
             self.linears[symbol] = lin
         return self.by_key[key]
-
-
-HEADS: dict[str, Any] = {
-    "sigmoid": act.sigmoid,
-    "relu": act.relu,
-    "softplus": act.softplus,
-    "gelu_tanh": act.gelu_tanh,
-    "tanh": sp.tanh,
-    "exp": sp.exp,
-    "log": sp.log,
-    "erf": sp.erf,
-    "abs": sp.Abs,
-}
-
-
-def function(name: str, args: list[sp.Expr], consts: tuple[Any, ...]) -> sp.Expr:
-    if name == "clamp":
-        lo, hi = (sp.oo if c == float("inf") else -sp.oo if c == -float("inf") else sp.nsimplify(c) for c in consts)
-        return act.clamp(args[0], lo, hi)
-    if name == "erf":
-        (x,) = args
-        k, rest = x.as_coeff_Mul()
-        return sp.erf(rest / sp.sqrt(2)) if abs(float(k) - 0.5**0.5) < 1e-9 else sp.erf(x)
-    head = HEADS.get(name)
-    if head is None:
-        raise No(f"no activation is known that uses {name}")
-    return head(*args)
 
 
 def layout(c: Core) -> tuple[Form, list[sp.Symbol], sp.Expr]:

@@ -9,7 +9,7 @@ from ..aten.element import shape_of
 from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
-from .rows import No, data_dependent, factors, outer_atoms, plain_row
+from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_row
 from .scales import is_integer
 
 EXPERT = "expert"
@@ -22,7 +22,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
         raise No("some experts are named by number and some are looked up")
     if not named:
         if len(parts) > 1:
-            raise No("more than one term looks experts up")
+            raise No("more than one term looks experts up", NO_EXPERTS)
         return _looked_up(parts[0])
     ids = {q.ids for q in named}
     if len(ids) > 1:
@@ -35,7 +35,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     identity = {e: c for e, c in copies.items() if _is_identity(c)}
     real = {e: c for e, c in copies.items() if e not in identity}
     if not real:
-        raise No("no expert is applied")
+        raise No("no expert is applied", NO_EXPERTS)
     if sorted(real) != list(range(len(real))):
         raise No(f"the experts are not 0..{len(real) - 1}, each once: {_brief(sorted(real))}")
     expert = T.named(EXPERT, len(real))
@@ -75,18 +75,35 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
                     n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
                     sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
-        raise No("expert weights are indexed by different ids" if found else "no expert weight is indexed by the ids")
+        if found:
+            raise No("expert weights are indexed by different ids")
+        raise No("no expert weight is indexed by the ids", NO_EXPERTS)
     if len(set(sizes)) != 1 or not isinstance(sizes[0], int):
         raise No("expert weights disagree on the number of experts")
     (ids,) = found
     expert = T.named(EXPERT, sizes[0])
     mapping = {}
-    atoms = outer_atoms(part.body)
+    body = _without_range(part.body, core)
+    atoms = outer_atoms(body)
     whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_integer(a) for a in atoms)  # then one number an expert may be a scale
     for a in atoms:
         if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
-    return T.canonical(T.subst(part.body, mapping)), ids, {}
+    return T.canonical(T.subst(body, mapping)), ids, {}
+
+
+def _without_range(body: Term, core: Term) -> Term:
+    """body without [0 <= ids < E]: beyond the experts their weights are taken for 0. The axiom of `Facts.zero_beyond` is used here only.
+
+    The condition comes from Σ_e [ids = e] f(e) = [0 <= ids < E] f(ids). In the fused op ids that are no experts contribute nothing.
+    """
+    if not any(f.op in ("lt", "not") for f in factors(body)):
+        return body
+    for a in outer_atoms(core):
+        if not plain_row(a) and len(a.args[1]) > 1 and any(data_dependent(i) for i in a.args[1]):
+            nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+            T.facts().zero_beyond[a.args[0]] = (len(nodes), *shape_of(nodes[0])) if isinstance(a.args[0], tuple) else shape_of(nodes[0])
+    return T.rewrite(body, T.EXPERT_WEIGHTS, T.facts())
 
 
 def _dim(a: Term, d: int) -> Any:

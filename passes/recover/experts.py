@@ -9,7 +9,9 @@ import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
 from .. import terms as T
-from ..aten.element import CONTRACTIONS, Puller, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, dtype_of, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
@@ -17,7 +19,7 @@ from .body import Core, Linear, layout, parse_core
 from .copies import EXPERT, one_body
 from .match import ExpertsMatch, Param
 from .rounding import unrounded
-from .rows import No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
+from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
 from .scales import Channel
 
 
@@ -26,7 +28,7 @@ def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejecti
     try:
         return _match(p, out, dense)
     except No as e:
-        return Rejection(str(e), out, "experts")
+        return Rejection(str(e), out, "experts", code=e.code)
 
 
 def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
@@ -34,10 +36,10 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
     t, h = row_variable(rows(out)), T.named("h", shape[-1])
     term = p.at(out, (*row_index(t, shape[:-1]), h))
     if not any(x.op in ("topk", "sv", "nz", "a") and x.op != "a" or (x.op == "a" and ids_atom(x)) for x in T.walk(term)):
-        raise No("the result does not depend on expert ids")
+        raise No("the result does not depend on expert ids", NO_EXPERTS)
     parts, base = split_parts(term, dense)
     if not parts:
-        raise No("no expert is applied")
+        raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
     body, ids, foreign = one_body(parts, j)
@@ -49,7 +51,7 @@ def _assemble(
 ) -> ExpertsMatch:
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
-        raise No("no expert weight is read")
+        raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
     body, rounding = unrounded(body)
     is_core = [T.uses(f, h) for f in factors(body)]
@@ -99,8 +101,8 @@ def _assemble(
         down_bias=parsed.down.bias is not None,
         weight_on_input=parsed.on_input is not None,
         num_identity=len(identity),
-        ids_mapped=mapped(ids),
-        dtype=compute_dtype(p, tokens),
+        ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
+        dtype=compute_dtype(p, tokens, out),
         up_scale=ups[0].channel is not None,
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
@@ -153,11 +155,11 @@ def _integers(linears: list[Linear]) -> torch.dtype | None:
     return None if dtype.is_floating_point else dtype
 
 
-def compute_dtype(p: Puller, tokens: fx.Node) -> torch.dtype:
+def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:
     """The dtype the experts' matrix products are computed in: autocast may make it another one than the tokens'."""
-    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in CONTRACTIONS and not p.stop(n)}
+    found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in names.CONTRACTION and not p.stop(n)}
     found = {d for d in found if d.is_floating_point}
-    return found.pop() if len(found) == 1 else dtype_of(tokens)
+    return found.pop() if len(found) == 1 else dtype_of(tokens if dtype_of(tokens).itemsize > 1 else out)
 
 
 def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:

@@ -11,48 +11,19 @@ import torch.fx as fx
 
 from ...ir import Rejection
 from .. import terms as T
+from ..aten import names
 from ..aten.definitions_views import TUPLES
-from ..aten.element import RULES, Puller, call_args, op_name, shape_of
+from ..aten.effects import Memory
+from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .rounding import rounded_nodes
-from .rows import data_dependent, is_row, outer_atoms
+from .rows import NO_EXPERTS, data_dependent, is_row, outer_atoms
 from .scales import made_floats
 from .writes import harmless
-
-COMBINES = (
-    "sum",
-    "mean",
-    "index_add",
-    "index_put",
-    "scatter_add",
-    "add",
-    "mm",
-    "bmm",
-    "matmul",
-    "einsum",
-    "addmm",
-    "baddbmm",
-    "scatter_reduce",
-    "_index_put_impl",
-)
-WRITES = ("index_add", "index_put", "scatter_add", "scatter_reduce", "_index_put_impl")
-VIEWS = frozenset(
-    (
-        "view reshape _unsafe_view flatten unflatten view_as squeeze unsqueeze expand expand_as broadcast_to permute transpose swapaxes "
-        "swapdims t mT mH numpy_T adjoint movedim moveaxis slice select narrow contiguous clone alias detach lift_fresh_copy "
-        "repeat repeat_interleave chunk split split_with_sizes unbind stack"
-    ).split()
-)
-JOINS = ("cat", "concat", "concatenate", "stack")
-CREATION = frozenset(
-    (
-        "zero fill zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full empty empty_like new_empty arange "
-        "scalar_tensor eye"
-    ).split()
-)
 
 
 @dataclass
@@ -68,15 +39,19 @@ class Finder:
     later layers do not see this one's: every node is visited once.
     """
 
-    def __init__(self, graph: fx.Graph, walls: set[fx.Node], stale: set[fx.Node], id_inputs: bool = False) -> None:
-        self.graph, self.walls, self.stale = graph, walls, stale
-        self.order = {n: i for i, n in enumerate(graph.nodes)}
+    def __init__(self, graph: fx.Graph, walls: set[fx.Node], memory: Memory, id_inputs: bool = False) -> None:
+        self.graph, self.walls, self.memory = graph, walls, memory
+        self.order = memory.order
         self.limit = 20_000 + 40 * len(self.order)
         self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
+        self.given = frozenset(self.sources if id_inputs else ())
+        for n in self.sources:
+            if is_joined(n) and n not in self.memory.stale and (choices := _choices(n)) is not None:
+                T.facts().know(n, choices)
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
-        self.integers = made_floats(graph, VIEWS)
+        self.integers = made_floats(graph)
         if self.integers:
             self.integers |= rounded_nodes(graph)
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
@@ -130,14 +105,14 @@ class Finder:
             return self._weighed(n, label)
         if op_name(n) != "add":
             return []
-        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in COMBINES]
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in names.COMBINE]
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
         """The most telling of the reasons: one from a place where experts were seen."""
         for r in reversed(list(tried)):
-            if not any(s in r.reason for s in TRIVIAL):
-                return Rejection(r.reason, r.node, r.stage)
+            if r.code != NO_EXPERTS:
+                return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label for n in output.all_input_nodes):
             return Rejection(
@@ -146,7 +121,7 @@ class Finder:
         return Rejection("the selected indices choose no experts", source, "find")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
-        if op_name(n) not in COMBINES and not self._weighed(n, label) or n in self.walls:
+        if op_name(n) not in names.COMBINE and not self._weighed(n, label) or n in self.walls:
             return False
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:
@@ -157,16 +132,16 @@ class Finder:
 
     def _weighed(self, n: fx.Node, label: int) -> list[fx.Node]:
         """What one weight a row, from the same selection, multiplies when all experts are done: out * p[:, None]."""
-        if op_name(n) != "mul" or any(op_name(u) in COMBINES and op_name(u) != "add" for u in n.users):
+        if op_name(n) != "mul" or any(op_name(u) in names.COMBINE and op_name(u) != "add" for u in n.users):
             return []
         pairs = [(x, y) for x, y in (n.args[:2], n.args[1::-1]) if _is_tensor(x) and _is_tensor(y)]
         rows = [x for x, y in pairs if self.static[y] == label and shape_of(y)[1:][-1:] == (1,)]
-        return [x for x in map(unviewed, rows) if op_name(x) in WRITES and self.live.get(x) == label]
+        return [x for x in map(unviewed, rows) if op_name(x) in names.ACCUMULATE and self.live.get(x) == label]
 
     def _continues(self, n: fx.Node, u: fx.Node, label: int) -> bool:
         """Whether u goes on accumulating onto n."""
         name = op_name(u)
-        if name in WRITES:
+        if name in names.ACCUMULATE:
             return u.args[0] is n
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
@@ -182,7 +157,7 @@ class Finder:
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
         out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and not any(s in out.reason for s in TRIVIAL):
+        if isinstance(out, Rejection) and self.integers and out.code != NO_EXPERTS:
             kept, self.integers = self.integers, set()
             again = self._attempt(n, label)
             self.integers = kept
@@ -192,31 +167,33 @@ class Finder:
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
         table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
-        T.allow(self.limit if table else 15 * self.limit)
+        steps = T.Budget(self.limit if table else 15 * self.limit)
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
+        p.given = self.given
         try:
-            out = self._match(n, p, label)
+            with steps.within():
+                out = self._match(n, p, label)
         except T.TooLarge as e:
             if table:
                 allowed = self.left[label]
                 return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
             return Rejection(str(e), n, "experts")
         finally:
-            T.allow(10_000_000)
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):
-            return Rejection(out.reason[:240], out.node, out.stage)
+            return Rejection(out.reason[:240], out.node, out.stage, code=out.code)
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
         dense = DenseReader(p, self, label)
         out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
-            blind = next(iter(p.unknown.items()), None)
-            if blind is not None and self.live.get(blind[0]) == label:
-                return Rejection(f"{out.reason} ({blind[1]})", blind[0], "experts")
+            node, why = next(iter(p.unknown.items()), (None, ""))
+            if node is not None and self.live.get(node) == label:
+                told = not why.startswith(NO_RULE) and out.code == NO_EXPERTS  # else nothing was seen at all
+                return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code=out.code)
             return out
-        if not harmless(self.stale & {x for x, _ in p.memo}, out):
+        if not harmless(self.memory, (x for x, _ in p.memo), out):
             return Rejection("a tensor of the block is written through another view", n, "experts")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
@@ -224,19 +201,19 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
-        if is_joined(n) or is_table(n) or n in self.stale and op_name(n) == "clone":  # no copy any more of what it was made of
+        if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.integers:
             return False
         name = op_name(n)
-        if name in CREATION or name == "getitem" and op_name(n.args[0]) in VIEWS:  # type: ignore[arg-type]
+        if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]
             return False
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in VIEWS or name == "index" and _by_position(n):
+        if name in names.VIEW or name == "stack" or name == "index" and _by_position(n):
             return False
-        if name in ("to", "_to_copy", "type_as", "float"):
+        if name in names.CAST:
             src = n.args[0]
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
@@ -275,12 +252,12 @@ def _is_tensor(n: Any) -> bool:
 
 def is_zero(n: fx.Node) -> bool:
     """Whether a tensor was made of zeros."""
-    return op_name(unviewed(n)) in ("zeros", "zeros_like", "new_zeros")
+    return op_name(unviewed(n)) in names.ZEROS
 
 
 def unviewed(n: fx.Node) -> fx.Node:
     """The tensor that n is a view of."""
-    while op_name(n) in VIEWS and isinstance(n.args[0], fx.Node):
+    while op_name(n) in names.VIEW and isinstance(n.args[0], fx.Node):
         n = n.args[0]
     return n
 
@@ -291,7 +268,7 @@ def _by_position(n: fx.Node) -> bool:
     for x in seen:
         if x.op != "call_function" or len(seen) > 20:
             return False
-        if op_name(x) not in CREATION:
+        if op_name(x) not in names.CREATION:
             seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
     return True
 
@@ -299,7 +276,7 @@ def _by_position(n: fx.Node) -> bool:
 def is_table(n: fx.Node) -> bool:
     """Ids read from a table of integers, as hash routing does."""
     v = n.meta.get("val")
-    if op_name(n) not in ("index", "embedding", "gather") or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
+    if op_name(n) not in names.LOOKUP or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
         return False
     src = n.args[0]
     return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
@@ -308,7 +285,7 @@ def is_table(n: fx.Node) -> bool:
 def is_joined(n: fx.Node) -> bool:
     """Ids [T, k] put together from several selections of one expert each."""
     v = n.meta.get("val")
-    if op_name(n) not in JOINS or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
+    if op_name(n) not in names.JOIN or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
         return False
     parts = n.args[0]
     return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)
@@ -316,8 +293,23 @@ def is_joined(n: fx.Node) -> bool:
 
 def _selected(n: fx.Node) -> bool:
     """Whether a tensor is the indices of a selection, in another shape perhaps."""
+    return is_selection(_selection(n))
+
+
+def _selection(n: fx.Node) -> fx.Node:
     n = unviewed(n)
-    return is_selection(n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n)
+    return n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n
+
+
+def _choices(n: fx.Node) -> int | None:
+    """How many indices the selection had to choose from whose indices these are: each of them is less. None where that is not known."""
+    chosen = _selection(n)
+    if is_joined(chosen):
+        parts = [_choices(x) for x in chosen.args[0]]  # type: ignore[union-attr]
+        return None if None in parts else max(p for p in parts if p is not None)
+    dim = None if is_table(chosen) else call_args(chosen).dim
+    size = None if dim is None else shape_of(chosen.args[0])[dim]  # type: ignore[arg-type]
+    return size if isinstance(size, int) else None
 
 
 def is_selection(n: fx.Node) -> bool:
@@ -327,7 +319,7 @@ def is_selection(n: fx.Node) -> bool:
     name = op_name(n)
     if is_table(n) or is_joined(n):
         return True
-    if name not in ("topk", "sort", "argsort", "argmax", "max"):
+    if name not in names.SELECTION:
         return False
     if name == "max" and not hasattr(call_args(n), "dim"):
         return False
@@ -344,7 +336,6 @@ def _is_id_input(n: fx.Node) -> bool:
 
 
 FIND = "find"
-TRIVIAL = ("does not depend on expert ids", "no expert is applied", "no expert weight", "looks experts up")
 
 
 class DenseReader:
@@ -364,6 +355,7 @@ class DenseReader:
         if self._inner is None:
             edge = self.router_inputs()
             self._inner = Puller(lambda n: n in edge, self.finder.walls, self.finder.limit)
+            self._inner.given = self.finder.given
         return self._inner
 
     def router_inputs(self) -> set[fx.Node]:
@@ -390,7 +382,7 @@ class DenseReader:
     def hides_experts(self, a: Term) -> bool:
         nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
         n = nodes[0]
-        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in CREATION:
+        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION:
             return False
         row = (
             any(is_row(a, d) for d in range(len(a.args[1])))
@@ -420,7 +412,7 @@ class DenseReader:
 def users_through_views(n: fx.Node) -> Iterator[fx.Node]:
     """Users of n, seen through views and casts."""
     for u in n.users:
-        if op_name(u) in VIEWS or op_name(u) in ("to", "_to_copy", "type_as"):
+        if op_name(u) in names.VIEW | names.CAST:
             yield from users_through_views(u)
         else:
             yield u

@@ -10,7 +10,10 @@ import torch.fx as fx
 from ...ir import Experts, Form, Rejection
 from ...ir import scalar as act
 from .. import terms as T
-from ..aten.element import Puller, call_args, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.conditions import may_train
+from ..aten.element import Puller, call_args, dtype_of, shape_of
+from ..aten.names import op_name
 from .addends import Part, split_parts
 from .identity import among
 from .match import ExpertsMatch, Param
@@ -20,6 +23,12 @@ from .rows import No, mapped, row_index, row_variable, rows
 def is_fused(n: fx.Node) -> bool:
     names = ("moe_compile::experts", "moe_compile::experts_scaled")
     return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
+
+
+def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
+    """What the report says of a captured loop over a list of experts in training, whose experts without tokens it leaves out."""
+    told = is_fused(m.out) and not m.experts.stacked and may_train(graph)
+    return "experts that get no token have gradients of zeros, where the loop gives none" if told else ""
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
@@ -98,7 +107,7 @@ def _goes_only_into(call: fx.Node, n: fx.Node) -> bool:
 
 def _unviewed(x: fx.Node) -> fx.Node:
     """The tokens before they were flattened: what a shared expert reads."""
-    while op_name(x) in ("view", "reshape", "flatten", "_unsafe_view") and isinstance(x.args[0], fx.Node):
+    while op_name(x) in names.RESHAPE and isinstance(x.args[0], fx.Node):
         if shape_of(x.args[0])[-1:] != shape_of(x)[-1:]:
             break
         x = x.args[0]

@@ -12,8 +12,8 @@ import torch
 import torch.fx as fx
 
 from .. import terms as T
+from ..aten.effects import Memory, mutated_args
 from ..aten.element import Puller, shape_of
-from ..aten.shadow import aliased_arg, mutated_args
 from ..terms import Term
 from .match import ExpertsMatch
 from .region import RoutingNodes
@@ -80,7 +80,8 @@ def _read_at_ids(dense: fx.Node, ids: fx.Node, out: fx.Node) -> bool:
     last = max(dense, ids, key=order.__getitem__)
     if any(u not in region and u is not out for x in region - {dense} for u in x.users) or any(order[u] < order[last] for u in readers):
         return False
-    if any(_root(x) is _root(dense) for u in out.graph.nodes for x in mutated_args(u)):
+    memory = Memory(out.graph)
+    if memory.writers.get(memory.root[dense]):
         return False
     chosen = _after(last, _aten.gather.default, dense, -1, ids)
     zeros = _after(chosen, _aten.zeros_like.default, dense)
@@ -88,12 +89,6 @@ def _read_at_ids(dense: fx.Node, ids: fx.Node, out: fx.Node) -> bool:
     for u in readers:
         u.replace_input_with(dense, again)
     return True
-
-
-def _root(n: fx.Node) -> fx.Node:
-    while (source := aliased_arg(n)) is not None:
-        n = source
-    return n
 
 
 def _between(start: fx.Node, out: fx.Node) -> set[fx.Node]:

@@ -9,11 +9,11 @@ import torch
 import torch.fx as fx
 
 from ...ir import Gating, Norm
-from ..aten.element import call_args, dtype_of, op_name, size_of
+from ..aten import names
+from ..aten.element import call_args, dtype_of, size_of
+from ..aten.names import op_name
 from ..aten.shadow import Shadow, example_value
 from .match import ExpertsMatch
-
-VIEWS = ("view", "reshape", "_unsafe_view", "unflatten", "flatten")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def fold_of(m: ExpertsMatch, shadow: Shadow) -> Fold:
             if pair is None:
                 break
             found = Fold(found.factor * c, [*found.products, pair], u)
-        elif op_name(u) not in VIEWS and not (op_name(u) == "to" and dtype_of(u) == dtype_of(n)):
+        elif op_name(u) not in names.RESHAPE and not (op_name(u) == "to" and dtype_of(u) == dtype_of(n)):
             break
         passed.add(u)
         n = u

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.fx as fx
 
 from ...ir import MoeBlock, Rejection
 from .. import terms as T
-from ..aten.element import Puller, call_args, fixed_number, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, call_args, fixed_number, shape_of
+from ..aten.names import op_name
 from .fused import is_fused
 from .match import ExpertsMatch
 from .output_scale import Fold
@@ -25,7 +27,7 @@ class Block:
 
     `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
     when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
-    `masked`: the weights are those of the gating only where the ids are experts.
+    `masked`: the weights are those of the gating only where the ids are experts. `wraps`: ids below zero count from the last expert.
     """
 
     match: ExpertsMatch
@@ -38,6 +40,7 @@ class Block:
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # other nodes that hold ids or weights -> the one above
     fold: Fold = field(default_factory=Fold)
     masked: bool = False
+    wraps: bool = False
 
     def params(self) -> list[fx.Node]:
         return [q.node for group in self.match.groups() for q in group]
@@ -62,12 +65,13 @@ class Block:
 
 @dataclass
 class RoutingNodes:
-    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`: see Block."""
+    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`, `wraps`: see Block."""
 
     ids: fx.Node | None
     weights: fx.Node | None
     raw: fx.Node | None
     twins: dict[fx.Node, fx.Node]
+    wraps: bool = False
 
 
 def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
@@ -99,6 +103,8 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
             if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
+    if "ids" not in found and m.ids.op == "mod" and T.is_c(m.ids.args[1], m.experts.num_experts):
+        return replace(routing_nodes(replace(m, ids=m.ids.args[0]), p), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
 
@@ -130,12 +136,8 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
     return sorted(seen, key=order.__getitem__)
 
 
-SHAPE_ONLY = ("zeros_like", "ones_like", "empty_like", "full_like")
-SIZES = ("sym_size", "sym_numel", "sym_stride")
-
-
 def data_inputs(n: fx.Node) -> list[fx.Node]:
     """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape."""
-    if op_name(n) in SHAPE_ONLY or op_name(n) in SIZES or fixed_number(n):
+    if op_name(n) in names.LIKE | names.SIZE or fixed_number(n):
         return []
     return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes

@@ -13,7 +13,8 @@ import torch
 import torch.fx as fx
 
 from .. import terms as T
-from ..aten.element import op_name
+from ..aten import names
+from ..aten.names import op_name
 from ..terms import Term
 from .rows import No, factors
 
@@ -103,8 +104,8 @@ def _largest(most: Term, y: Term) -> float | None:
 
 # ---- rows that are rounded before they are sent to experts ---------------------------------------------------------------
 
-_CASTS = ("to", "_to_copy", "type_as", "float", "view", "reshape", "unsqueeze", "contiguous", "detach")
-_SCALES = (*_CASTS, "clamp", "clamp_min", "maximum", "div", "mul", "reciprocal", "amax", "max", "getitem")
+_SHOWN = names.CAST | names.RESHAPE | names.SAME
+_SCALES = _SHOWN | names.CLAMP | {"maximum", "div", "mul", "reciprocal", "amax", "max", "getitem"}
 
 
 def rounded_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -113,7 +114,7 @@ def rounded_nodes(graph: fx.Graph) -> set[fx.Node]:
     for n in graph.nodes:
         if op_name(n) == "round" and isinstance(n.args[0], fx.Node):
             found |= {n, *_between(n.args[0])}
-        elif op_name(n) in (*_CASTS, "clamp") and n.args and n.args[0] in found:
+        elif op_name(n) in _SHOWN | names.CLAMP and n.args and n.args[0] in found:
             found.add(n)
     return found
 
@@ -138,6 +139,6 @@ def _between(quotient: fx.Node) -> set[fx.Node]:
 
 
 def _uncast(n: Any) -> Any:
-    while isinstance(n, fx.Node) and op_name(n) in ("to", "_to_copy", "float"):
+    while isinstance(n, fx.Node) and op_name(n) in names.CAST:
         n = n.args[0]
     return n

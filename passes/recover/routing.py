@@ -11,8 +11,11 @@ import torch
 import torch.fx as fx
 
 from ...ir import Gating, Groups, Rejection
+from ...ir.scalar import BY_NAME
 from .. import terms as T
-from ..aten.element import CONTRACTIONS, Puller, call_args, dtype_of, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, call_args, dtype_of, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from .algebra import Translator, Unknown
 from .identity import among
@@ -100,14 +103,14 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
             continue
         seen.add(n)
         v = n.meta.get("val")
-        if isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and shape_of(n)[-1] == num_experts:
-            if T.same_size(rows(n), rows(source)):
-                path.append(n)
-        if n.op == "call_function" and op_name(n) not in CONTRACTIONS and n not in walls:
+        floats = isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype.is_floating_point and v.dtype.itemsize > 1
+        if floats and shape_of(n)[-1] == num_experts and T.same_size(rows(n), rows(source)):
+            path.append(n)
+        if n.op == "call_function" and op_name(n) not in names.CONTRACTION and n not in walls:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
     path.sort(key=lambda n: order.get(n, 0))
-    return [n for n in path if op_name(n) not in ("zeros_like", "zeros", "full_like", "scatter", "expand", "bitwise_not")]
+    return [n for n in path if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
 
 
 def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch | Rejection:
@@ -123,7 +126,7 @@ def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -
     num_experts = shape_of(source)[-1]
     if not isinstance(num_experts, int):
         raise Unknown("the number of experts is dynamic")
-    p = Puller(lambda n: n is logits or op_name(n) in CONTRACTIONS, walls)
+    p = Puller(lambda n: n is logits or op_name(n) in names.CONTRACTION, walls)
     e = T.named("e", num_experts)
     row = chosen.args[1][:-1]
     tr = Translator(logits, m.t, lambda v: T.mk("topk", choice, (*row, v)), m.k, num_experts)
@@ -187,10 +190,10 @@ def at_best(weight: Term, criterion: Term, e: Term, chosen: Term) -> Term:
 
 
 def risen(t: Term, v: Term) -> Term:
-    """x of t = f(x), f increasing: an exponential, a sigmoid, a positive factor that is the same for every v."""
+    """x of t = f(x), f increasing: an increasing function, a positive factor that is the same for every v."""
     while True:
         own = [f for f in factors(t) if T.uses(f, v)]
-        if t.op == "fn" and t.args[0] in ("exp", "sigmoid"):
+        if t.op == "fn" and t.args[0] in BY_NAME and BY_NAME[t.args[0]].increasing:
             t = t.args[1][0]
         elif t.op == "mul" and len(own) == 1 and all(_positive(f) for f in t.args if f is not own[0]):
             t = own[0]
@@ -203,7 +206,7 @@ def _positive(t: Term) -> bool:
     if t.op == "c":
         return isinstance(t.args[0], (int, float)) and t.args[0] > 0
     if t.op == "fn":
-        return t.args[0] in ("exp", "sigmoid")
+        return t.args[0] in BY_NAME and BY_NAME[t.args[0]].positive
     return t.op in ("pow", "sum") and _positive(t.args[0 if t.op == "pow" else 1])
 
 

@@ -12,9 +12,15 @@ from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
 
+NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
+
 
 class No(Exception):
-    """The first predicate that failed."""
+    """The first predicate that failed. `code`: as a rejection's."""
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def row_variable(tokens: Any) -> Term:

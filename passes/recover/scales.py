@@ -15,9 +15,11 @@ import torch
 import torch.fx as fx
 
 from .. import terms as T
-from ..aten.element import op_name, shape_of
+from ..aten import names
+from ..aten.element import shape_of
+from ..aten.names import op_name
 from ..terms import Term
-from ..terms.unify import constant_part
+from ..terms.arithmetic import constant_part
 from .match import Param
 from .rows import No, clip, factors
 
@@ -103,12 +105,15 @@ def params(c: Channel, experts: int, width: int) -> list[Param]:
     return [Param(c.node, (experts, rows))]
 
 
+_OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
+
+
 def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
     if dim is not None and shape_of(n)[dim] != rows:
         raise No(f"expert parameter {n} has shape {shape_of(n)}, used as the scale of {rows} channels")
 
 
-def made_floats(graph: fx.Graph, views: frozenset[str]) -> set[fx.Node]:
+def made_floats(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that hold weights stored as integers, or what casts, views and products with scales make of them."""
     found: set[fx.Node] = set()
     for n in graph.nodes:
@@ -118,8 +123,8 @@ def made_floats(graph: fx.Graph, views: frozenset[str]) -> set[fx.Node]:
         if n.op in ("placeholder", "get_attr"):
             if v.ndim > 1 and is_whole(v.dtype) and v.dtype.itemsize == 1:
                 found.add(n)
-        elif op_name(n) in views or op_name(n) in ("to", "_to_copy", "type_as", "float", "mul"):
-            if any(x in found for x in n.all_input_nodes[: None if op_name(n) in ("mul", "stack") else 1]):
+        elif op_name(n) in names.VIEW | names.CAST | _OF_MORE:
+            if any(x in found for x in n.all_input_nodes[: None if op_name(n) in _OF_MORE else 1]):
                 found.add(n)
     return found
 

@@ -10,23 +10,15 @@ import torch.fx as fx
 
 from ...ir import BiasOn, Groups, MaxK, MinK, Norm, Normaliser, Score, SumK, W
 from ...ir import scalar as act
-from .algebra import PER_EXPERT, L, Reductions, S, Translator, Unknown, show_expr
-
-# a score s, some function of the logit, and that function in terms of s
-SCORES: dict[Score, tuple[Any, Any]] = {
-    Score.SIGMOID: (act.sigmoid(L), S),
-    Score.SQRT_SOFTPLUS: (act.softplus(L), S**2),
-    Score.SOFTPLUS: (act.softplus(L), S),
-    Score.TANH: (2 * act.sigmoid(2 * L) - 1, S),
-    Score.RELU: (act.relu(L), S),
-    Score.EXP: (sp.exp(L), S),
-}
+from ...ir.score import SCORES
+from .algebra import PER_EXPERT, L, Reductions, S, Translator, Unknown, canonical_function, loses_digits, show_expr, stable
 
 
 def in_scores(kind: Score, expr: sp.Expr, red: Reductions) -> sp.Expr:
     """An expression in the logit as one in the score."""
-    f, s = SCORES[kind]
-    return red.replace(expr, lambda x: x.subs(f, s))
+    f, power = SCORES[kind]
+    of_logit = canonical_function(f.name, L)
+    return red.replace(expr, lambda x: x.subs(of_logit, S**power))
 
 
 def build(
@@ -65,8 +57,6 @@ def _build(
                 select = _with_softmax(select, red, softmax_all)
         elif kind not in (Score.IDENTITY, Score.SOFTMAX):
             select = in_scores(kind, select, red)
-        elif kind is Score.IDENTITY:
-            pass
     bias_on, in_weights = BiasOn.NONE, False
     if b is not None:
         bias_on = _bias_on(select, b, kind, over_selected)
@@ -123,6 +113,7 @@ def _score(value: sp.Expr, red: Reductions, softmax_all: sp.Symbol | None) -> tu
             return Score.SOFTMAX, False, out
         raise Unknown(f"softmax scores enter the weights in an unknown way: {show_expr(value, red)[:120]}")
     found = [(kind, out) for kind in SCORES if (out := in_scores(kind, value, red)) != value and not _mentions(out, red, L)]
+    found = [(kind, out) for kind, out in found if kind not in (Score.SIGMOID, Score.TANH) or not _loses_digits(out, red)]
     if found:
         kind, out = found[0] if len(found) == 1 else min(found, key=lambda x: _complexity(x[1], red))
         if kind is Score.EXP and _scale_free(out, red):
@@ -139,6 +130,11 @@ def _complexity(out: sp.Expr, red: Reductions) -> tuple[bool, int]:
     except Unknown:
         return True, 1 << 20
     return norm is not None and norm.kind is Norm.EXPR, out.count_ops()
+
+
+def _loses_digits(out: sp.Expr, red: Reductions) -> bool:
+    bodies = [red.by_symbol[z].body for z in _all_symbols(out, red) & set(red.by_symbol)]
+    return any(loses_digits(e, S) for e in (out, *bodies))
 
 
 def _scale_free(out: sp.Expr, red: Reductions) -> bool:
@@ -184,7 +180,7 @@ def strip_monotone(e: sp.Expr) -> sp.Expr:
             if outside != 0:
                 e = inside
                 continue
-        if isinstance(e, (sp.exp, act.sigmoid, act.softplus, sp.tanh, sp.log)):
+        if isinstance(e, act.INCREASING):
             e = e.args[0]
             continue
         if e.is_Pow and e.exp.is_positive and e.base.is_positive:
@@ -261,7 +257,7 @@ def _as_ir(value: sp.Expr, red: Reductions) -> sp.Expr:
             out = out.subs(z, heads[r.kind](go(r.body)))
         return out
 
-    out = go(value).subs(S, W)
+    out = stable(go(value).subs(S, W))
     if out.free_symbols - {W}:
         raise Unknown(f"the weights are no function of the selected scores: {value}")
     return out

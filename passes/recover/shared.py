@@ -11,7 +11,9 @@ import torch.fx as fx
 
 from ...ir import Experts, Form, SharedExpert
 from .. import terms as T
-from ..aten.element import CONTRACTIONS, Puller, op_name, shape_of
+from ..aten import names
+from ..aten.element import Puller, shape_of
+from ..aten.names import op_name
 from ..terms import Term
 from .body import Core, layout, parse_core
 from .experts import params
@@ -66,7 +68,7 @@ def _addends(n: fx.Node) -> list[fx.Node]:
     """What is added, and what that is a sum of."""
     out = [n]
     for n in out:
-        while op_name(n) in ("clone", "view", "reshape", "contiguous"):
+        while op_name(n) in names.RESHAPE | names.SAME:
             n = n.args[0]  # type: ignore[assignment]
         if op_name(n) == "add" and len(out) < FAR:
             out.extend(x for x in n.args[:2] if isinstance(x, fx.Node))
@@ -85,7 +87,7 @@ def _joined(out: fx.Node) -> Iterator[fx.Node]:
 
 
 def _comes_from(n: fx.Node, out: fx.Node) -> bool:
-    while n is not out and n.op == "call_function" and n.all_input_nodes and op_name(n) not in ("add", *CONTRACTIONS):
+    while n is not out and n.op == "call_function" and n.all_input_nodes and op_name(n) not in names.CONTRACTION | {"add"}:
         n = n.all_input_nodes[0]
     return n is out
 

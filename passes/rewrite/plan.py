@@ -19,7 +19,8 @@ from ...ir import Experts, MaxK, MinK, Rejection, SumK, W
 from ...ir import scalar as act
 from ...ops import experts_args, scaled_args, shared_args
 from ..aten.effects import live_nodes, remove_dead
-from ..aten.shadow import example_value
+from ..aten.node import example_value
+from .layout import dims_by_stride, restrided
 
 ops = torch.ops.moe_compile
 Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
@@ -44,6 +45,7 @@ class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
+    `wraps`: ids below zero count from the last expert.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
     """
 
@@ -62,6 +64,7 @@ class ExpertsPlan:
     lead: tuple[Any, ...] | None
     up_scale: tuple[Operand, ...] = ()
     down_scale: tuple[Operand, ...] = ()
+    wraps: bool = False
 
     def operands(self) -> tuple[tuple[Operand, ...], ...]:
         """Every list of parameters that the op takes."""
@@ -209,6 +212,7 @@ class Executor:
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
             lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands()[:4]]
             lists += [[self.operand(q) for q in group] for group in p.operands()[4:]]
+            ids = _call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             routed = (
                 self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
                 _rows(g, ids, p.k),
@@ -225,6 +229,7 @@ class Executor:
                     s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
                 ]
                 new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
+            new = restrided(g, new, dims_by_stride(value))
         new.meta["example_value"] = value
         for u in readers:
             for d in aliases:
@@ -268,7 +273,8 @@ class Executor:
     @contextlib.contextmanager
     def no_autocast(self, device: str, like: fx.Node) -> Iterator[None]:
         """Under autocast the op still computes in the dtype that was recovered: casts are explicit."""
-        inside = torch.is_autocast_enabled(device) or any("_enter_autocast" in str(n.target) for n in self.names.values())
+        known = torch.amp.is_autocast_available(device)  # of no "meta", where a model is only told about
+        inside = (known and torch.is_autocast_enabled(device)) or any("_enter_autocast" in str(n.target) for n in self.names.values())
         if not inside:
             yield
             return
@@ -296,37 +302,51 @@ def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
 def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
     """A recovered normaliser expression as plain tensor ops on w [T, k]. Raises Rejection when no op is known for a part."""
     reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
-    functions = {"sigmoid": torch.sigmoid, "relu": torch.relu, "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "Abs": torch.abs}
-    pairs = {sp.Add: operator.add, sp.Mul: operator.mul, sp.Pow: operator.pow}
 
-    def fold(f: Any, parts: list[Any]) -> Any:
-        out = parts[0]
-        for p in parts[1:]:
-            out = _call(g, f, (out, p), w) if isinstance(out, fx.Node) or isinstance(p, fx.Node) else f(out, p)
-        return out
+    def known(e: Any, go: Any) -> Any:
+        if e.func in reductions:
+            inner = go(e.args[0])
+            inner = inner if isinstance(inner, fx.Node) else _call(g, torch.full_like, (w, inner), w)
+            return _call(g, reductions[e.func], (inner, -1, True), w)
+        return w if e == W else None
 
-    def emit(e: Any) -> Any:
-        if e == W:
-            return w
-        if e.is_number:
-            return float(e)
-        if type(e) in reductions:
-            return _call(g, reductions[type(e)], (emit(e.args[0]), -1, True), w)
-        parts = [emit(a) for a in e.args]
-        if isinstance(e, (sp.Add, sp.Mul, sp.Pow)):
-            return fold(next(f for head, f in pairs.items() if isinstance(e, head)), parts)
-        if isinstance(e, act.clamp):
-            return _call(g, torch.clamp, (parts[0], *(None if abs(p) == float("inf") else p for p in parts[1:])), w)
-        return _call(g, functions[type(e).__name__], (parts[0],), w)
-
-    out = emit(expr)
+    out = act.fold(expr, _Nodes(g, w), known)
     return out if isinstance(out, fx.Node) else _call(g, torch.full_like, (w, out), w)
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Expressions as calls of a graph; what holds no node is a number."""
+
+    graph: fx.Graph
+    like: fx.Node
+    number = float
+
+    def call(self, f: Any, *args: Any) -> Any:
+        return _call(self.graph, f, args, self.like) if any(isinstance(a, fx.Node) for a in args) else f(*args)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.call(operator.add, a, b)
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.call(operator.mul, a, b)
+
+    def div(self, a: Any, b: Any) -> Any:
+        return self.call(operator.truediv, a, b)
+
+    def power(self, a: Any, p: float) -> Any:
+        return self.call(operator.pow, a, p)
+
+    def clamp(self, a: Any, lo: float, hi: float) -> Any:
+        return _call(self.graph, torch.clamp, (a, *(None if abs(p) == float("inf") else p for p in (lo, hi))), self.like)
+
+    def apply(self, f: act.Scalar, a: Any) -> Any:
+        return _call(self.graph, f.torch, (a,), self.like)
 
 
 def can_emit(expr: sp.Expr) -> Rejection | None:
     """Whether `normalised` knows every function of an expression."""
-    known = (SumK, MaxK, MinK, act.clamp, act.sigmoid, act.relu, sp.exp, sp.log, sp.tanh, sp.Abs)
-    other = next((f for f in expr.atoms(sp.Function) if not isinstance(f, known)), None)
+    other = next((f for f in expr.atoms(sp.Function) if f.func not in (SumK, MaxK, MinK, *act.HEADS)), None)
     return None if other is None else Rejection(f"no tensor op is known for {other}", None, "rewrite")
 
 

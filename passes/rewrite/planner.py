@@ -9,13 +9,17 @@ import torch.fx as fx
 
 from ...ir import Norm, Rejection
 from ...ops import route_args
+from ..aten.effects import mutated_args
 from ..aten.element import shape_of
-from ..aten.shadow import Shadow, example_value, mutated_args
+from ..aten.node import example_value
+from ..aten.shadow import Shadow
 from ..recover.fused import is_fused
 from ..recover.match import ExpertsMatch
 from ..recover.region import Block
 from ..recover.rows import rows
+from ..recover.writes import reads
 from ..terms import same_size
+from .layout import dims_by_stride
 from .plan import BlockPlan, ExpertsPlan, RoutePlan, can_emit
 
 
@@ -25,19 +29,26 @@ class Planner:
     def __init__(self, shadow: Shadow) -> None:
         self.shadow = shadow
         self.position = {n: i for i, n in enumerate(shadow.dynamo.graph.nodes)}
-        self.overwritten: dict[fx.Node, int] = {}  # shadow node -> when its tensor gets a newer value
-        for n, i in shadow.order.items():
-            for m in mutated_args(n):
-                self.overwritten.setdefault(m, i)
 
     def locate(self, s: fx.Node, until: fx.Node) -> fx.Node:
         """The Dynamo node that holds shadow node `s` and still does where shadow node `until` is computed."""
         found = self.shadow.origin.get(s)
         if not found:
             raise Rejection(f"{s.name} has no counterpart in the captured graph", s, "rewrite")
-        if self.overwritten.get(s, 1 << 60) < self.shadow.order[until]:
-            raise Rejection(f"{s.name} is overwritten before the block's result", s, "rewrite")
+        self._unwritten(s, [until], self.shadow.order[until])
         return found[0]
+
+    def _unwritten(self, s: fx.Node, results: list[fx.Node], at: int) -> None:
+        """What an op that stands at `at` is to read is not written between there and where it is read on the way to the results."""
+        order, memory = self.shadow.order, self.shadow.memory
+        when = [at, *reads(memory, s, results)]
+        writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
+        if writer is not None:
+            raise Rejection(f"{s.name} is overwritten before the block's result", writer, "rewrite")
+
+    def overwritten(self, s: fx.Node) -> bool:
+        """Whether the memory of a shadow node is written after it was made."""
+        return self.shadow.memory.written(s, self.shadow.order[s], 1 << 60) is not None
 
     def plan(self, b: Block) -> BlockPlan:
         route = None if b.gating is None else self._route(b)
@@ -62,6 +73,9 @@ class Planner:
             refusal = can_emit(expr)
             if refusal is not None:
                 raise refusal
+        at = max(self.shadow.order[n] for n in b.routing_inputs())  # the op stands right after its inputs
+        for n in b.routing_inputs():
+            self._unwritten(n, [x for x in (g.choice, b.weights, b.match.out) if x is not None], at)
         tables = [
             None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
         ]
@@ -71,12 +85,12 @@ class Planner:
 
     def _readable(self, s: fx.Node | None, dtype: torch.dtype) -> tuple[str, ...]:
         """Dynamo nodes of the graph's own ids or weights that the fused op's can stand in for."""
-        if s is None or s in self.overwritten:
+        if s is None or self.overwritten(s):
             return ()
         out = []
         for d in self.shadow.origin.get(s, ()):
             v = example_value(d)
-            if isinstance(v, torch.Tensor) and v.ndim == 2 and v.dtype == dtype and d.op != "placeholder":
+            if isinstance(v, torch.Tensor) and v.ndim == 2 and v.dtype == dtype and d.op != "placeholder" and v.is_contiguous():
                 out.append(d.name)
         return tuple(out)
 
@@ -90,6 +104,8 @@ class Planner:
         inputs = [tokens, *params.values(), *(n for n in (base, ids, weights) if n is not None)]
         inputs += [self.locate(n, n) for n in b.routing_inputs()]
         self._check(m, inputs, out)
+        for d in self._aliases(m.out):
+            dims_by_stride(example_value(d), m.out)
 
         def group(qs: list[Any]) -> tuple[Any, ...]:
             return tuple((params[q.node].name, q.view) for q in qs)
@@ -109,6 +125,7 @@ class Planner:
             up_scale=group(m.up_scale),
             down_scale=group(m.down_scale),
             experts=m.experts,
+            wraps=b.wraps,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
 

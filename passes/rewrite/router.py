@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import ops  # noqa: F401 (defines them)
 from ...lowering import router_tokens
+from ..aten import names
 from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write
+from ..aten.effects import written_between
 from ..aten.shadow import example_value
 
-_SAME_VALUES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "to", "float", "type")
+_SAME_VALUES = names.RESHAPE | names.SAME | names.CAST
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 _route = torch.ops.moe_compile.route.default
 _route_linear = torch.ops.moe_compile.route_linear.default
@@ -48,9 +48,8 @@ def _chain(route: fx.Node, most: int) -> list[fx.Node] | None:
     while isinstance(n, fx.Node) and len(n.users) == 1:
         chain.insert(0, n)
         if n.target in _LINEAR:
-            return chain if _few(n, most) and _keeps(chain) and not _written_between(n, route) else None
-        name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
-        n = n.args[0] if n.args and name in _SAME_VALUES else None
+            return chain if _few(n, most) and _keeps(chain) and not written_between(n, route) else None
+        n = n.args[0] if n.args and names.op_name(n) in _SAME_VALUES else None
     return None
 
 
@@ -82,16 +81,6 @@ def _keeps(chain: list[fx.Node]) -> bool:
     first, *values = (v for n in chain if (v := example_value(n)) is not None)
     kept = all(v.shape[-1:] == first.shape[-1:] and v.numel() == first.numel() and v.device == first.device for v in values)
     return kept and all(torch.promote_types(first.dtype, v.dtype) == v.dtype for v in values)
-
-
-def _written_between(product: fx.Node, route: fx.Node) -> bool:
-    """Whether anything may be overwritten between the two: it might be what the product reads."""
-    n = product.next
-    while n is not route:
-        if is_write(n) or isinstance(n.target, HigherOrderOperator) or any(a is True for a in n.args):  # F.relu(x, True)
-            return True
-        n = n.next
-    return False
 
 
 def _rewrite(graph: fx.Graph, route: fx.Node, chain: list[fx.Node]) -> None:

@@ -22,14 +22,106 @@ Terms are interned: equal terms are one object, so equality is identity and shar
 
 from __future__ import annotations
 
-from .arithmetic import add, coefficient, eq, exact_sum, fn, is_truth, ite, lt, mul, not_, power, same_size, scaled
-from .index import below, exact_div, extent, fdiv, mod, split_by, upper
-from .rebuild import Q, at_key, canonical, inv, perm, rebuild, reduce_, same_choice, subst, sv
-from .term import BINDERS, Term, TooLarge, allow, atom, children, const, is_c, mk, named, reset, show, uses, var, walk
+from .arithmetic import coefficient
+from .axioms import EXPERT_WEIGHTS
+from .budget import Budget, TooLarge
+from .facts import Facts
+from .logic import is_truth
+from .numbers import exact_div, exact_sum, same_size
+from .ops import BINDERS
+from .orders import Q
+from .reductions import is_slot
+from .rewrite import Rewriter, rewrite
+from .rules import Rule, Rules, Trace, rule
+from .session import (
+    NORMAL,
+    add,
+    at_key,
+    below,
+    canonical,
+    eq,
+    extent,
+    facts,
+    fdiv,
+    fn,
+    inv,
+    ite,
+    lt,
+    mod,
+    mul,
+    never_negative,
+    normal,
+    not_,
+    perm,
+    power,
+    rebuild,
+    reduce_,
+    reset,
+    same_choice,
+    subst,
+    sv,
+    tracing,
+    upper,
+)
+from .term import Term, atom, children, const, is_c, let, mk, named, show, uses, var, walk
 
 __all__ = [
-    "BINDERS", "Q", "Term", "TooLarge", "add", "allow", "at_key", "atom", "below", "canonical", "children", "coefficient", "const", "eq",
-    "exact_div", "exact_sum", "extent", "fdiv", "fn", "inv", "is_c", "is_truth", "ite", "lt", "mk", "mod", "mul", "named", "not_", "perm",
-    "power", "rebuild", "reduce_", "reset", "same_choice", "same_size", "scaled", "show", "split_by", "subst", "sv", "upper", "uses", "var",
+    "BINDERS",
+    "EXPERT_WEIGHTS",
+    "NORMAL",
+    "Budget",
+    "Facts",
+    "Q",
+    "Rewriter",
+    "Rule",
+    "Rules",
+    "Term",
+    "TooLarge",
+    "Trace",
+    "add",
+    "at_key",
+    "atom",
+    "below",
+    "canonical",
+    "children",
+    "coefficient",
+    "const",
+    "eq",
+    "exact_div",
+    "exact_sum",
+    "extent",
+    "facts",
+    "fdiv",
+    "fn",
+    "inv",
+    "is_c",
+    "is_slot",
+    "is_truth",
+    "ite",
+    "let",
+    "lt",
+    "mk",
+    "mod",
+    "mul",
+    "named",
+    "never_negative",
+    "normal",
+    "not_",
+    "perm",
+    "power",
+    "rebuild",
+    "reduce_",
+    "reset",
+    "rewrite",
+    "rule",
+    "same_choice",
+    "same_size",
+    "show",
+    "subst",
+    "sv",
+    "tracing",
+    "upper",
+    "uses",
+    "var",
     "walk",
 ]  # fmt: skip

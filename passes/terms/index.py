@@ -1,126 +1,161 @@
-"""Flattened indices: what is certainly below a bound, integer division and remainder."""
+"""Flattened indices: integer division and remainder (both round down, the divisor is positive)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import sympy as sp
-
-from .arithmetic import add, coefficient, same_size, scaled
-from .term import Term, const, is_c, mk
-
-
-def below(t: Term, n: Any) -> bool:
-    """Whether 0 <= t < n is certain."""
-    if t.op == "c":
-        return isinstance(t.args[0], int) and isinstance(n, int) and 0 <= t.args[0] < n
-    if isinstance(n, int):
-        top = upper(t)
-        return top is not None and top < n
-    if t.op == "v":
-        return same_size(t.args[1], n)
-    if t.op == "nz":
-        return same_size(t.args[0].shape[t.args[2]], n)
-    # symbolic bound: leading part r*m with m | n, rest below m
-    for part in t.args if t.op == "add" else (t,):
-        k, body = coefficient(part)
-        if body.op in ("v", "perm", "inv", "nz") and part is t and same_size(k, 1):
-            return same_size(extent(body), n)
-        if body.op in ("v", "nz") and same_size(sp.sympify(extent(body)) * k, n):
-            return below(add(t, scaled(-1, part)), k) if t.op == "add" else True
-    return False
-
-
-def extent(t: Term) -> Any:
-    """Exclusive upper bound of an index term, or None."""
-    if t.op == "v":
-        return t.args[1]
-    if t.op == "nz":
-        return t.args[0].shape[t.args[2]]
-    if t.op in ("perm", "inv"):
-        return t.args[0].meta.get("extent")
-    if t.op == "topk":
-        return t.args[0].meta.get("moe_extent")
-    return None
-
-
-def upper(t: Term) -> int | None:
-    """Largest value of a non-negative integer index term, when it is a plain number."""
-    if t.op == "c":
-        return t.args[0] if isinstance(t.args[0], int) and t.args[0] >= 0 else None
-    if t.op in ("v", "nz", "topk", "perm", "inv"):
-        n = extent(t)
-        return int(n) - 1 if isinstance(n, (int, sp.Integer)) else None
-    if t.op == "sv":
-        return upper(t.args[0])
-    if t.op == "mod" and is_c(t.args[1]) and isinstance(t.args[1].args[0], int):
-        return t.args[1].args[0] - 1
-    if t.op == "fdiv" and isinstance(t.args[1].args[0], int):
-        u = upper(t.args[0])
-        return None if u is None else u // t.args[1].args[0]
-    if t.op in ("add", "mul"):
-        out = 0 if t.op == "add" else 1
-        for a in t.args:
-            u = upper(a)
-            if u is None:
-                return None
-            out = out + u if t.op == "add" else out * u
-        return out
-    return _upper_of_either(*t.args) if t.op == "ite" else None
-
-
-def _upper_of_either(condition: Term, a: Term, b: Term) -> int | None:
-    """Largest value of `a if condition else b`; x is below its largest value where it is said not to equal it."""
-    first, second = upper(a), upper(b)
-    if first is None or second is None:
-        return None
-    if condition.op == "eq" and any(x is b and is_c(c, second) for x, c in (condition.args, condition.args[::-1])):
-        second -= 1
-    return max(first, second)
+from .arithmetic import add, coefficient, constant_part, mul, scaled
+from .facts import Facts
+from .numbers import common_factor, exact_div, is_number, same_size
+from .rules import Rules, rule
+from .term import Term, addends, const, mk
 
 
 def split_by(t: Term, n: Any) -> tuple[Term, Term]:
     """t = n * q + r, taking into q every addend whose coefficient n divides."""
     q: list[Term] = []
     r: list[Term] = []
-    for part in t.args if t.op == "add" else (t,):
-        k, body = (part.args[0], None) if part.op == "c" else coefficient(part)
+    for part in addends(t):
+        k, body = (part.args[0], const(1)) if part.op == "c" else coefficient(part)
         quotient = exact_div(k, n)
-        if quotient is None:
-            if body is None and isinstance(k, int) and isinstance(n, int) and k >= n > 0:
-                q.append(const(k // n))
-                r.append(const(k % n))
-            else:
-                r.append(part)
+        if quotient is not None:
+            q.append(scaled(quotient, body))
+        elif part.op == "c" and isinstance(k, int) and isinstance(n, int) and not 0 <= k < n:
+            q.append(const(k // n))
+            r.append(const(k % n))
         else:
-            q.append(const(quotient) if body is None else scaled(quotient, body))
-    return add(*q) if q else const(0), add(*r) if r else const(0)
+            r.append(part)
+    return add(*q), add(*r)
 
 
-def exact_div(k: Any, n: Any) -> Any:
-    if isinstance(k, int) and isinstance(n, int):
-        return k // n if n and k % n == 0 else None
-    if k == 0:
-        return 0
-    ratio = sp.cancel(sp.sympify(k) / sp.sympify(n))
-    if ratio.is_integer and ratio.as_numer_denom()[1] == 1:
-        return int(ratio) if ratio.is_Integer else ratio
+def _divisor(t: Term) -> Any:
+    n = t.args[1].args[0]
+    return None if isinstance(n, (int, float)) and n <= 0 or isinstance(n, str) else n
+
+
+@rule("x // 1 = x,  x mod 1 = 0", "fdiv", "mod")
+def _by_one(t: Term, facts: Facts) -> Term | None:
+    if not same_size(t.args[1].args[0], 1):
+        return None
+    return t.args[0] if t.op == "fdiv" else const(0)
+
+
+@rule("(n q + r) // n = q + r // n,  (n q + r) mod n = r mod n", "fdiv", "mod")
+def _whole_multiples(t: Term, facts: Facts) -> Term | None:
+    n = _divisor(t)
+    if n is None:
+        return None
+    q, r = split_by(t.args[0], n)
+    if r is t.args[0]:
+        return None
+    rest = mk(t.op, r, t.args[1])
+    return add(q, rest) if t.op == "fdiv" else rest
+
+
+@rule("x // n = 0,  x mod n = x   where 0 <= x < n for certain", "fdiv", "mod")
+def _below_divisor(t: Term, facts: Facts) -> Term | None:
+    n = _divisor(t)
+    if n is None or not facts.below(t.args[0], n):
+        return None
+    return const(0) if t.op == "fdiv" else t.args[0]
+
+
+@rule("(x // m) // n = x // (m n)", "fdiv")
+def _quotient_of_quotient(t: Term, facts: Facts) -> Term | None:
+    x, n = t.args[0], _divisor(t)
+    if x.op != "fdiv" or n is None or _divisor(x) is None:
+        return None
+    return mk("fdiv", x.args[0], const(_divisor(x) * n))
+
+
+@rule("(x mod (k n)) // n = (x // n) mod k", "fdiv")
+def _quotient_of_remainder(t: Term, facts: Facts) -> Term | None:
+    x, n = t.args[0], _divisor(t)
+    k = exact_div(_divisor(x), n) if x.op == "mod" and n is not None and _divisor(x) is not None else None
+    return None if k is None else mk("mod", mk("fdiv", x.args[0], t.args[1]), const(k))
+
+
+@rule("(x mod (k n) + y) mod n = (x + y) mod n", "mod")
+def _remainder_of_remainder(t: Term, facts: Facts) -> Term | None:
+    n = _divisor(t)
+    parts = [coefficient(x) for x in addends(t.args[0])]
+    inner = [b for _, b in parts if b.op == "mod" and n is not None and _divisor(b) is not None and exact_div(_divisor(b), n) is not None]
+    if not inner:
+        return None
+    return mk("mod", add(*(mul(const(k), b.args[0] if b in inner else b) for k, b in parts)), t.args[1])
+
+
+@rule("(k a + s) // (k m) = a // m,  (k a + s) mod (k m) = k (a mod m) + s   where 0 <= s < k", "fdiv", "mod")
+def _common_factor(t: Term, facts: Facts) -> Term | None:
+    n = _divisor(t)
+    for k in () if n is None else _common_factors(t.args[0], n):
+        a, s = split_by(t.args[0], k)
+        if facts.below(s, k):
+            rest = mk(t.op, a, const(exact_div(n, k)))
+            return rest if t.op == "fdiv" else add(mul(const(k), rest), s)
     return None
 
 
-def fdiv(t: Term, n: Any) -> Term:
-    if same_size(n, 1):
-        return t
-    q, r = split_by(t, n)
-    if below(r, n):
-        return q
-    if t.op == "fdiv":
-        return fdiv(t.args[0], t.args[1].args[0] * n)
-    return mk("fdiv", t, const(n)) if is_c(q, 0) else add(q, mk("fdiv", r, const(n)))
+def _common_factors(t: Term, n: Any) -> Iterator[Any]:
+    """What n has in common with the coefficients of t."""
+    coefficients = {coefficient(part)[0] for part in addends(t) if part.op != "c"} - {1}
+    seen: list[Any] = [1]
+    for c in coefficients:
+        k = common_factor(c, n)
+        if k not in seen:
+            seen.append(k)
+            yield k
 
 
-def mod(t: Term, n: Any) -> Term:
-    if same_size(n, 1):
-        return const(0)
-    _, r = split_by(t, n)
-    return r if below(r, n) else mk("mod", r, const(n))
+@rule("k n (x // n) + k (x mod n) = k x,  k n ((x // n) mod m) + k (x mod n) = k (x mod (n m))", "add")
+def _quotient_and_remainder(t: Term, facts: Facts) -> Term | None:
+    parts = [coefficient(x) for x in t.args]
+    remainders = [(k, b) for k, b in parts if b.op == "mod" and _divisor(b) is not None]
+    others = [(k, b) for k, b in parts if b.op in ("fdiv", "mod")]
+    for k, r in remainders if len(others) > 1 else ():
+        x, n = r.args
+        q = facts.normal(mk("fdiv", x, n))
+        for c, b in others:
+            m = b.args[1] if b.op == "mod" and b.args[0] is q else None
+            if b is r or b is not q and m is None or not same_size(c, k * n.args[0]):
+                continue
+            whole = x if m is None else mk("mod", x, const(n.args[0] * m.args[0]))
+            return add(mul(const(k), whole), *(scaled(*p) for p in parts if p[1] is not r and p[1] is not b))
+    return None
+
+
+@rule("[k a + s < k m] = [a < m]   where 0 <= s < k", "lt")
+def _ordered_multiples(t: Term, facts: Facts) -> Term | None:
+    x, limit = t.args
+    n = limit.args[0] if limit.op == "c" else None
+    for k in () if n is None else _common_factors(x, n):
+        a, s = split_by(x, k)
+        if facts.below(s, k):
+            return mk("lt", a, const(exact_div(n, k)))
+    return None
+
+
+@rule("[x + k < n] = [x < n - k]   where k is a number", "lt")
+def _ordered_shifts(t: Term, facts: Facts) -> Term | None:
+    k, x = constant_part(t.args[0])
+    n = t.args[1].args[0] if t.args[1].op == "c" else None
+    if not is_number(n) or not is_number(k) or k == 0 or x is t.args[0] or isinstance(k, float) or isinstance(n, float):
+        return None
+    return mk("lt", x, const(n - k))
+
+
+INDEX = Rules(
+    (
+        _by_one,
+        _whole_multiples,
+        _below_divisor,
+        _quotient_of_quotient,
+        _quotient_of_remainder,
+        _remainder_of_remainder,
+        _common_factor,
+        _quotient_and_remainder,
+        _ordered_multiples,
+        _ordered_shifts,
+    )
+)

@@ -1,190 +1,246 @@
-"""Sums over index variables, simplified until no dispatch is left.
-
-Σ_p f(perm p)            = Σ_q f(q)                    sorted order is a permutation
-Σ_n f(nz_n)              = Σ_i M(i) f(i)               rows where a mask is true
-Σ_p [p // K = t] f(p)    = Σ_j f(t K + j)              flattened pairs
-Σ_v [v = a] f(v)         = f(a)                        one-hot
-Σ_q [k_q = k_p] [q is as far down its group as p] f(q) = f(p)    rows in a padded batch
-Σ_v (Σ_j [b = v] g) f(v) = Σ_j g f(b)                  scattered weights
-"""
+"""Sums over index variables, simplified until no dispatch is left."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy as sp
-
-from .. import terms as T
-from . import Term, add, const, mk, mul, subst, uses
-
-
-def sum_over(v: Term, body: Term) -> Term:
-    """Σ_v body, simplified."""
-    if T.is_c(body, 0):
-        return body
-    if not uses(body, v):
-        return mul(const(v.args[1]), body)
-    if v.args[1] == 1:
-        return subst(body, {v: const(0)})
-    if body.op in ("ite", "mul") and (cases := _cases(v, body)) is not None:
-        return add(*cases)
-    if body.op == "eq" and any(_is_slot(a, v) and not uses(b, v) for a, b in (body.args, body.args[::-1])):
-        return mk("any", v, body)  # choices are distinct: at most one slot matches
-    for rule in (_permuted, _masked_rows, _factor_out, _same_place, _one_hot, _scattered):
-        out = rule(v, body)
-        if out is not None:
-            return out
-    if body.op == "add" and any(_distributes(a, v) for a in body.args):
-        return add(*(sum_over(v, a) for a in body.args))
-    return mk("sum", v, body)
+from .arithmetic import add, eq, mul
+from .facts import Facts
+from .numbers import exact_div, same_size
+from .orders import at_key, size_of
+from .reductions import is_slot, same_choice
+from .rules import Rules, rule
+from .term import Term, const, factors, let, mk, only_in, places, uses, var
 
 
-def _distributes(t: Term, v: Term) -> bool:
-    return not uses(t, v) or any(f.op in ("eq", "sum") for f in (t.args if t.op == "mul" else (t,)))
+def _sides(f: Term) -> tuple[tuple[Term, Term], ...]:
+    """A comparison's sides, either one first; none for another term."""
+    return ((f.args[0], f.args[1]), (f.args[1], f.args[0])) if f.op == "eq" else ()
 
 
-def _permuted(v: Term, body: Term) -> Term | None:
-    """v occurs only as perm(S, v) and sorted(key, v): sum over unsorted positions instead."""
-    found = [t for t in T.walk(body) if t.op in ("perm", "sv") and t.args[-1] is v]
-    sort = next((t for t in found if t.op == "perm"), None)
-    if sort is None and len(found) == 1:
-        q = T.var(v.args[1], "q")
-        out = subst(body, {found[0]: T.at_key(found[0].args[0], q)})
-        return None if uses(out, v) else sum_over(q, out)
-    if sort is None:
+def _without(body: Term, f: Term) -> Term:
+    """body / f for a factor f."""
+    return mul(*(g for g in factors(body) if g is not f))
+
+
+@rule("Σ_v 0 = 0,  Σ_v a = |v| a   where v is not in a", "sum")
+def _of_a_constant(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    return None if uses(body, v) else mul(const(v.args[1]), body)
+
+
+@rule("Σ_{v<1} f(v) = f(0)", "sum")
+def _of_one_index(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    return let(body, {v: const(0)}) if v.args[1] == 1 else None
+
+
+@rule("Σ_v ite([v = 0], a_0, ite([v = 1], a_1, ...)) f(v) = a_0 f(0) + a_1 f(1) + ...   at most one value of v unnamed", "sum")
+def _case_by_case(t: Term, facts: Facts) -> Term | None:
+    """One tensor for each value of v, stacked."""
+    v, body = t.args
+    size = v.args[1]
+    if not isinstance(size, int) or body.op not in ("ite", "mul"):
         return None
-    q = T.var(v.args[1], "q")
-    out = subst(body, {v: T.inv(sort.args[0], sort.args[1], q)})
-    if any(t.op == "inv" and t.args[2] is q for t in T.walk(out)):
+    written = [f for f in factors(body) if f.op == "ite" and f.args[0].op == "eq" and v in f.args[0].args]
+    cases = _cases(v, written[0]) if len(written) == 1 else None
+    if cases is None:
         return None
-    return sum_over(q, out)
+    rest = _without(body, written[0])
+    return add(*(mul(let(rest, {v: const(c)}), case) for c, case in cases.items()))
 
 
-def _masked_rows(v: Term, body: Term) -> Term | None:
-    """v counts the true elements of a mask M and occurs only in its coordinates."""
-    rows = [t for t in T.walk(body) if t.op == "nz" and t.args[1] is v]
-    masks = {t.args[0] for t in rows}
-    if len(masks) != 1:
+def _cases(v: Term, t: Term) -> dict[int, Term] | None:
+    """The value of t for each value of v; None where more than one is not named and depends on v."""
+    out: dict[int, Term] = {}
+    while t.op == "ite" and t.args[0].op == "eq" and v in t.args[0].args:
+        (c,) = (x for x in t.args[0].args if x is not v)
+        if c.op != "c" or not isinstance(c.args[0], int):
+            return None
+        out.setdefault(c.args[0], let(t.args[1], {v: c}))
+        t = t.args[2]
+    left = [c for c in range(v.args[1]) if c not in out]
+    if not out or len(left) > 1 and uses(t, v):
         return None
-    (mask,) = masks
-    coords = tuple(T.var(n, "c") for n in mask.shape)
-    out = subst(body, {t: coords[t.args[2]] for t in rows})
-    if uses(out, v):
+    out.update((c, let(t, {v: const(c)})) for c in left)
+    return {c: out[c] for c in range(v.args[1])}  # a number beyond the sum's is never met
+
+
+@rule("Σ_v [choice(v) = a] = any_v [choice(v) = a]   the choices of one top-k are distinct", "sum")
+def _distinct_slots(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    return mk("any", v, body) if any(is_slot(a, v) and not uses(b, v) for a, b in _sides(body)) else None
+
+
+@rule(
+    "Σ_p f(perm[p]) = Σ_q f(q),  with sorted(key)[p] = key[q]   where the sum is over all positions: sorted order is a permutation", "sum"
+)
+def _over_a_sorted_order(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    found = [x for x in places(body, v, ("perm", "sv")) if x.args[-1] is v]
+    sort = next((x for x in found if x.op == "perm"), None)
+    if not found or sort is None and len(found) > 1:
         return None
-    out = mul(mask.at(coords), out)
+    key = found[0].args[0] if sort is None else sort.args[1]
+    if not same_size(size_of(key), v.args[1]):
+        return None
+    q = var(v.args[1], "q")
+    mapping = {x: at_key(key, q) if x.op == "sv" else q for x in found if (x is sort or x.op == "sv" and x.args[0] is key)}
+    return mk("sum", q, let(body, mapping)) if only_in(body, v, set(mapping)) else None
+
+
+@rule("Σ_n f(nz[n]) = Σ_i mask(i) f(i)   nz[n] is the place of the n-th true element of the mask", "sum")
+def _over_masked_rows(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    rows = {x for x in places(body, v, ("nz",)) if x.args[1] is v}
+    if len({x.args[0] for x in rows}) != 1 or not only_in(body, v, rows):
+        return None
+    mask = next(iter(rows)).args[0]
+    coords = tuple(var(n, "c") for n in mask.shape)
+    out = mul(mask.at(coords), let(body, {x: coords[x.args[2]] for x in rows}))
     for c in reversed(coords):
-        out = sum_over(c, out)
+        out = mk("sum", c, out)
     return out
 
 
-def _factor_out(v: Term, body: Term) -> Term | None:
-    if body.op != "mul":
-        return None
-    outside = [f for f in body.args if not uses(f, v) and f.op != "c"]  # a number stays where it was written
+@rule("Σ_v a f(v) = a Σ_v f(v)   where v is not in a", "sum")
+def _factor_out(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    outside = [f for f in factors(body) if not uses(f, v) and f.op != "c"]  # a number stays where it was written
     if not outside:
         return None
-    return mul(*outside, sum_over(v, mul(*(f for f in body.args if f not in outside))))
+    return mul(*outside, mk("sum", v, mul(*(f for f in factors(body) if f not in outside))))
 
 
-def _one_hot(v: Term, body: Term) -> Term | None:
-    """A factor [v = a], or [v // K = t], or one inside any_j, fixes v."""
-    for f in body.args if body.op == "mul" else (body,):
-        if f.op != "eq":
-            continue
-        rest = mul(*(g for g in body.args if g is not f)) if body.op == "mul" else const(1)
-        for a, b in (f.args, f.args[::-1]):
-            if uses(b, v):
+@rule("Σ_q [key(q) = key(p)] [rank(q) = rank(p)] f(q) = f(p)   where 0 <= p < |q|: a place in a group is one position", "sum")
+def _same_place(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    for f in factors(body) if body.op == "mul" else ():
+        for a, b in _sides(f):
+            if a.op != "rank" or b.op != "rank":
                 continue
-            if a is v:
-                if b.op == "v" and not T.same_size(b.args[1], v.args[1]) and not T.below(b, v.args[1]):
-                    continue  # b goes further than the sum does
-                return subst(rest, {v: b})
-            if T.same_choice(a, b, v):
-                return subst(rest, {v: b.args[1][-1]})
-            if a.op == "fdiv" and a.args[0] is v:
-                k = a.args[1].args[0]
-                if not T.below(b, _ratio(v.args[1], k)) and not uses_any_bound(b):
+            (key, q, e), (other, p, g) = a.args, b.args
+            if q is not v or key is not other or uses(p, v) or not facts.below(p, v.args[1]):
+                continue
+            if e is facts.normal(at_key(key, q)) and g is facts.normal(at_key(key, p)) and facts.normal(eq(e, g)) in body.args:
+                return let(_without(body, f), {v: p})
+    return None
+
+
+@rule("Σ_v [v = a] f(v) = [0 <= a < |v|] f(a)", "sum")
+def _one_hot(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    for f in factors(body):
+        for a, b in _sides(f):
+            if a is v and not uses(b, v):
+                return mul(*facts.inside(b, v.args[1]), let(_without(body, f), {v: b}))
+    return None
+
+
+@rule("Σ_v [choice(v) = choice(s)] f(v) = f(s)   in one top-k, 0 <= s < |v| for certain", "sum")
+def _own_slot(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    for f in factors(body):
+        for a, b in _sides(f):
+            if not uses(b, v) and same_choice(a, b, v, facts):
+                return let(_without(body, f), {v: b.args[1][-1]})
+    return None
+
+
+@rule("Σ_v [v // k = a] f(v) = Σ_{j<k} [0 <= k a + j < |v|] f(k a + j)", "sum")
+def _block(t: Term, facts: Facts) -> Term | None:
+    """Flattened pairs: one of them given."""
+    v, body = t.args
+    for f in factors(body):
+        for a, b in _sides(f):
+            if a.op == "fdiv" and a.args[0] is v and not uses(b, v) and _positive(k := a.args[1].args[0]):
+                j = var(k, "j")
+                at = facts.normal(add(mul(a.args[1], b), j))
+                return mk("sum", j, mul(*facts.inside(at, v.args[1]), let(_without(body, f), {v: at})))
+    return None
+
+
+@rule("Σ_v [v mod n = a] f(v) = Σ_j [0 <= a < n] [n j + a < |v|] f(n j + a)", "sum")
+def _stride(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    for f in factors(body):
+        for a, b in _sides(f):
+            if a.op == "mod" and a.args[0] is v and not uses(b, v) and _positive(n := a.args[1].args[0]):
+                count = _rounded_up(v.args[1], n)
+                if count is None:
                     continue
-                j = T.var(k, "j")
-                return sum_over(j, subst(rest, {v: add(mul(const(k), b), j)}))
-            if a.op == "mod" and a.args[0] is v:
-                n = a.args[1].args[0]
-                j = T.var(_ratio(v.args[1], n), "j")
-                return sum_over(j, subst(rest, {v: add(mul(const(n), j), b)}))
+                j = var(count, "j")
+                at = facts.normal(add(mul(a.args[1], j), b))
+                within = (*facts.inside(b, n), *facts.inside(at, v.args[1]))
+                return mk("sum", j, mul(*within, let(_without(body, f), {v: at})))
     return None
 
 
-def _same_place(v: Term, body: Term) -> Term | None:
-    """Two positions with one key and one rank among those of that key are one position."""
-    fs = body.args if body.op == "mul" else ()
-    for f in fs:
-        if f.op != "eq" or any(x.op != "rank" for x in f.args):
-            continue
-        for (key, q, e), (other, p, g) in ((f.args[0].args, f.args[1].args), (f.args[1].args, f.args[0].args)):
-            own = q is v and key is other and not uses(p, v) and T.below(p, v.args[1])
-            if own and e is T.at_key(key, q) and g is T.at_key(key, p) and T.eq(e, g) in fs:
-                return subst(mul(*(x for x in fs if x is not f)), {v: p})
-    return None
+def _positive(n: Any) -> bool:
+    return not isinstance(n, (int, float)) or n > 0
 
 
-def uses_any_bound(b: Term) -> bool:
-    """Output indices are in range by construction."""
-    return b.op == "v"
+def _rounded_up(n: Any, k: Any) -> Any:
+    """n / k rounded up, where that can be written down."""
+    if isinstance(n, int) and isinstance(k, int):
+        return -(-n // k)
+    return exact_div(n, k)
 
 
-def _ratio(n: Any, k: Any) -> Any:
-    r = sp.cancel(sp.sympify(n) / sp.sympify(k))
-    return int(r) if r.is_Integer else r
-
-
-def _cases(v: Term, body: Term) -> list[Term] | None:
-    """Σ_v of a body, or of a factor of it, that is written case by case: one tensor for each value of v, stacked."""
-    size = v.args[1]
-    if not isinstance(size, int):
-        return None
-    if body.op == "mul":
-        written = [f for f in body.args if f.op == "ite" and f.args[0].op == "eq" and v in f.args[0].args]
-        cases = _cases(v, written[0]) if len(written) == 1 else None
-        if cases is None or len(cases) != size:
-            return None
-        rest = mul(*(f for f in body.args if f is not written[0]))
-        return [mul(subst(rest, {v: const(c)}), case) for c, case in enumerate(cases)]
-    out: dict[int, Term] = {}
-    while body.op == "ite" and body.args[0].op == "eq" and v in body.args[0].args:
-        (c,) = (x for x in body.args[0].args if x is not v)
-        if c.op != "c" or not isinstance(c.args[0], int):
-            return None
-        out.setdefault(c.args[0], subst(body.args[1], {v: c}))
-        body = body.args[2]
-    left = [c for c in range(size) if c not in out]
-    if not out or len(left) > 1 and uses(body, v):
-        return None
-    out.update((c, subst(body, {v: const(c)})) for c in left)
-    return [out[c] for c in sorted(out)]
-
-
-def _is_slot(t: Term, v: Term) -> bool:
-    return t.op == "topk" and bool(t.args[1]) and t.args[1][-1] is v
-
-
-def _one_of_distinct(inner: Term, j: Term, v: Term) -> bool:
-    """[v is among the choices of one top-k]: at most one slot matches, so any is a sum."""
-    if inner.op != "eq" or v not in inner.args:
-        return False
-    other = inner.args[0] if inner.args[1] is v else inner.args[1]
-    return _is_slot(other, j)
-
-
-def _scattered(v: Term, body: Term) -> Term | None:
-    """A factor Σ_j [b_j = v] g_j: exchange the sums, then `_one_hot`."""
-    for f in body.args if body.op == "mul" else (body,):
+@rule("Σ_v (Σ_j [b_j = v] g_j) f(v) = Σ_j Σ_v [b_j = v] g_j f(v),  any_j alike where at most one j hits", "sum")
+def _scattered(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    for f in factors(body):
         if f.op not in ("sum", "any"):
             continue
         j, inner = f.args
-        if f.op == "any" and not _one_of_distinct(inner, j, v):
+        if f.op == "any" and not any(b is v and is_slot(a, j) for a, b in _sides(inner)):
             continue
-        if not any(g.op == "eq" and v in g.args for g in (inner.args if inner.op == "mul" else (inner,))):
-            continue
-        rest = mul(*(g for g in body.args if g is not f)) if body.op == "mul" else const(1)
-        return sum_over(j, sum_over(v, mul(inner, rest)))
+        if any(v in g.args for g in factors(inner) if g.op == "eq"):
+            return mk("sum", j, mk("sum", v, mul(inner, _without(body, f))))
     return None
+
+
+@rule("Σ_v (a + b) = Σ_v a + Σ_v b   where that lets one of them be simplified", "sum")
+def _distribute(t: Term, facts: Facts) -> Term | None:
+    v, body = t.args
+    if body.op == "add" and any(not uses(a, v) or any(f.op in ("eq", "sum") for f in factors(a)) for a in body.args):
+        return add(*(mk("sum", v, a) for a in body.args))
+    return None
+
+
+@rule("(any_j c_j) · Σ_j c_j g_j = Σ_j c_j g_j", "mul")
+def _any_of_the_summed(t: Term, facts: Facts) -> Term | None:
+    for a in t.args:
+        if a.op == "any" and any(b.op == "sum" and _counts(b, a, facts) for b in t.args):
+            return _without(t, a)
+    return None
+
+
+def _counts(total: Term, a: Term, facts: Facts) -> bool:
+    (v, body), (u, condition) = total.args, a.args
+    if v.args[1] != u.args[1]:
+        return False
+    here = facts.normal(let(condition, {u: v}))
+    return all(c in factors(body) for c in factors(here))
+
+
+SUMS = Rules(
+    (
+        _of_a_constant,
+        _of_one_index,
+        _case_by_case,
+        _distinct_slots,
+        _over_a_sorted_order,
+        _over_masked_rows,
+        _factor_out,
+        _same_place,
+        _one_hot,
+        _own_slot,
+        _block,
+        _stride,
+        _scattered,
+        _distribute,
+        _any_of_the_summed,
+    )
+)

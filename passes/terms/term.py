@@ -1,4 +1,4 @@
-"""The interned term itself: construction, traversal, budget. The meaning of each op stands in `terms`."""
+"""The interned term itself: construction and traversal. The meaning of each op stands in `terms`, its layout in `ops`."""
 
 from __future__ import annotations
 
@@ -8,84 +8,60 @@ from typing import Any
 
 import sympy as sp
 
+from .budget import step
+from .ops import BINDERS, OPS
+
 table: dict[tuple[Any, ...], Term] = {}
-
-
 _serial = itertools.count()
-
-
 _fresh = itertools.count()
+_CLOSED: frozenset[Any] = frozenset()
 
 
 class Term:
-    """An interned expression node; build with the functions below, never directly."""
+    """An interned expression node; build with the functions below, never directly.
 
-    __slots__ = ("args", "atoms", "op", "serial")
+    `parts`: its direct subterms (a binder's variable is not one). `atoms`: the variables that are free in it.
+    """
+
+    __slots__ = ("args", "atoms", "op", "parts", "serial")
     op: str
     args: tuple[Any, ...]
     serial: int
+    parts: tuple[Term, ...]
     atoms: frozenset[Term]
 
     def __repr__(self) -> str:
         return show(self)
 
 
-def reset() -> None:
-    """Forget all terms (once a compilation; terms of different compilations must not meet)."""
-    table.clear()
-    allow(10_000_000)
-
-
-class TooLarge(Exception):
-    """More distinct terms than any block of experts needs: values depend on each other in too many ways."""
-
-
-_work = [10_000_000]  # steps left
-
-
-def allow(steps: int) -> None:
-    """Start a piece of work that may take so many steps of rebuilding and walking before it is given up (`TooLarge`)."""
-    _work[0] = steps
-
-
-def step(n: int = 1) -> None:
-    _work[0] -= n
-    if _work[0] < 0:
-        raise TooLarge("the values around the selection depend on each other in too many ways")
-
-
 def mk(op: str, *args: Any) -> Term:
+    """The term with exactly these arguments: nothing is simplified."""
     key = (op, *args)
     t = table.get(key)
     if t is None:
         step()
         t = object.__new__(Term)
-        t.op, t.args, t.serial = op, args, next(_serial)
-        free: set[Term] = {t} if op == "v" else set()
-        for a in children(t):
-            free |= a.atoms
-        if op in BINDERS:
-            free.discard(args[0])
-        t.atoms = frozenset(free)
+        t.op, t.args, t.serial, t.parts = op, args, next(_serial), OPS[op].children(args)
+        t.atoms = _free(t)
         table[key] = t
     return t
 
 
-BINDERS = ("sum", "max", "min", "any", "prod")
+def _free(t: Term) -> frozenset[Term]:
+    if t.op == "v":
+        return frozenset((t,))
+    if not t.parts:
+        return _CLOSED
+    free = t.parts[0].atoms
+    for c in t.parts[1:]:
+        if c.atoms is not free:
+            free = free | c.atoms
+    return free - {t.args[0]} if t.op in BINDERS else free
 
 
-def children(t: Term) -> Iterator[Term]:
+def children(t: Term) -> tuple[Term, ...]:
     """Direct subterms (a binder's variable is not one)."""
-    if t.op in BINDERS:
-        yield t.args[1]
-        return
-    for a in t.args:
-        if isinstance(a, Term):
-            yield a
-        elif isinstance(a, tuple):
-            for b in a:
-                if isinstance(b, Term):
-                    yield b
+    return t.parts
 
 
 def const(v: Any) -> Term:
@@ -108,6 +84,7 @@ def is_c(t: Term, v: Any = None) -> bool:
 
 
 def var(size: Any, name: str = "i") -> Term:
+    """A variable of its own, 0 <= it < size."""
     return mk("v", f"{name}{next(_fresh)}", size)
 
 
@@ -120,73 +97,86 @@ def atom(node: Any, idx: tuple[Term, ...]) -> Term:
     return mk("a", node, idx)
 
 
+def let(body: Term, mapping: dict[Term, Term]) -> Term:
+    """body with terms (usually variables) replaced, written down and not carried out."""
+    return mk("let", body, tuple(mapping), tuple(mapping.values()))
+
+
 def uses(t: Term, v: Term) -> bool:
     return v in t.atoms
 
 
+def factors(t: Term) -> tuple[Term, ...]:
+    """What t is a product of."""
+    return t.args if t.op == "mul" else (t,)
+
+
+def addends(t: Term) -> tuple[Term, ...]:
+    """What t is a sum of."""
+    return t.args if t.op == "add" else (t,)
+
+
 def walk(t: Term) -> Iterator[Term]:
     """Every distinct subterm, parents after children."""
-    seen: set[Term] = set()
-    stack: list[tuple[Term, bool]] = [(t, False)]
+    done: set[Term] = set()
+    entered: set[Term] = set()
+    stack = [t]
     while stack:
-        x, done = stack.pop()
-        if done:
+        x = stack.pop()
+        if x in done:
+            continue
+        if x.parts and x not in entered:
+            entered.add(x)
+            stack.append(x)
+            stack.extend(x.parts)
+        else:
+            done.add(x)
             yield x
-        elif x not in seen:
+    step(len(done))
+
+
+def places(t: Term, v: Term, ops: tuple[str, ...]) -> list[Term]:
+    """The subterms of these ops that v is free in."""
+    found = []
+    seen: set[Term] = set()
+    stack = [t]
+    while stack:
+        x = stack.pop()
+        if v in x.atoms and x not in seen:
             seen.add(x)
-            step()
-            stack.append((x, True))
-            stack.extend((c, False) for c in children(x))
+            stack.extend(x.parts)
+            if x.op in ops:
+                found.append(x)
+    step(len(seen))
+    return found
+
+
+def only_in(t: Term, v: Term, within: set[Term]) -> bool:
+    """Whether the variable v stands nowhere in t but inside these subterms."""
+    seen: set[Term] = set()
+    stack = [t]
+    while stack:
+        x = stack.pop()
+        if x is v:
+            return False
+        if v in x.atoms and x not in seen and x not in within:
+            seen.add(x)
+            stack.extend(x.parts)
+    return True
 
 
 def show(t: Term, limit: int = 160) -> str:
     """For debugging and rejections: the head of the term as text, cut at about `limit` characters (a term may be a huge tree)."""
     out: list[str] = []
     length = 0
-    for piece in _pieces(t):
-        out.append(piece)
-        length += len(piece)
+    stack: list[Any] = [t]
+    while stack:
+        piece = stack.pop()
+        if isinstance(piece, Term):
+            stack.extend(reversed(list(OPS[piece.op].text(piece.op, piece.args))))
+            continue
+        out.append(str(piece))
+        length += len(out[-1])
         if length > limit:
             return "".join(out)[: limit - 3] + "..."
     return "".join(out)
-
-
-def _pieces(t: Term) -> Iterator[str]:
-    """The text of a term, bit by bit."""
-    op, a = t.op, t.args
-    if op in ("c", "v"):
-        yield str(a[0])
-    elif op in ("a", "topk"):
-        name = getattr(a[0], "name", None)
-        yield (name or (f"({a[0][0]}, ...)" if isinstance(a[0], tuple) else str(a[0]))) + "["
-        yield from _joined(a[1], ", ")
-        yield "]"
-    elif op in ("add", "mul"):
-        yield "("
-        yield from _joined(a, " + " if op == "add" else "*")
-        yield ")"
-    elif op == "pow":
-        yield from _pieces(a[0])
-        yield f"^{a[1]}"
-    elif op == "fn":
-        yield f"{a[0]}("
-        yield from _joined(a[1], ", ")
-        yield f", {a[2]})" if a[2] else ")"
-    elif op in BINDERS:
-        yield f"{op}_{a[0].args[0]}<{a[0].args[1]}>("
-        yield from _pieces(a[1])
-        yield ")"
-    elif op in ("perm", "inv", "sv"):
-        yield "sorted(" if op == "sv" else f"{op}("
-        yield from _pieces(a[-1])
-        yield ")"
-    else:
-        yield f"{op}("
-        yield from _joined(a, ", ")
-        yield ")"
-
-
-def _joined(ts: tuple[Any, ...], by: str) -> Iterator[str]:
-    for i, t in enumerate(ts):
-        yield by if i else ""
-        yield from _pieces(t) if isinstance(t, Term) else (str(t),)

@@ -10,8 +10,10 @@ from typing import Any
 
 import sympy as sp
 
-from .. import terms as T
-from . import Term
+from .arithmetic import constant_part
+from .ops import OPS
+from .session import add, mul, subst
+from .term import Term, atom, children, const, show, walk
 
 _skeleton: dict[Term, int] = {}
 
@@ -22,28 +24,22 @@ def reset() -> None:
 
 def skeleton(t: Term) -> int:
     """A hash of a term's form that ignores which tensors and which numbers it holds."""
-    for x in T.walk(t):
+    for x in walk(t):
         if x in _skeleton:
             continue
-        if x.op == "c":
-            key: Any = ("c",)
-        elif x.op == "v":
-            key = ("v", x.args[0])
+        if x.op == "a":
+            parts: list[Any] = [show(constant_part(i)[1]) for i in x.args[1]]
         else:
-            if x.op == "a":
-                _skeleton[x] = hash(("a", *(T.show(constant_part(i)[1]) for i in x.args[1])))
-                continue
-            extra = x.args[0] if x.op == "fn" else len(x.args[1]) if x.op == "topk" else ()
-            parts = [_skeleton[c] for c in T.children(x)]
-            key = (x.op, extra, *(sorted(parts) if x.op in ("add", "mul", "eq") else parts))
-        _skeleton[x] = hash(key)
+            parts = [_skeleton[c] for c in children(x)]
+        op = OPS[x.op]
+        _skeleton[x] = hash((x.op, op.shape(x.args), *(sorted(parts) if op.commutative else parts)))
     return _skeleton[t]
 
 
 def ordered(t: Term) -> list[Term]:
     """Children; those of commutative ops in an order that does not depend on names."""
-    parts = list(T.children(t))
-    if t.op in ("add", "mul", "eq"):
+    parts = list(children(t))
+    if OPS[t.op].commutative:
         parts.sort(key=lambda c: (skeleton(c), c.serial))
     return parts
 
@@ -66,16 +62,11 @@ def align(a: Term, b: Term, found: Pair) -> bool:
             if not _align_atom(x, y, found):
                 return False
             continue
+        op = OPS[x.op]
         if x is y:
-            if not any(c.op == "a" for c in T.walk(x)):
+            if not any(c.op == "a" for c in walk(x)):
                 continue
-        elif x.op in ("c", "v", "topk", "nz", "perm", "inv", "sv"):
-            return False
-        if x.op == "fn" and (x.args[0], x.args[2]) != (y.args[0], y.args[2]):
-            return False
-        if x.op == "pow" and x.args[1] != y.args[1]:
-            return False
-        if x.op in T.BINDERS and x.args[0] is not y.args[0]:
+        elif op.opaque or op.data(x.args) != op.data(y.args):
             return False
         xs, ys = ordered(x), ordered(y)
         if len(xs) != len(ys):
@@ -96,17 +87,6 @@ def _align_atom(x: Term, y: Term, found: Pair) -> bool:
         offsets.append(ck - ci)
     here = (y.args[0], tuple(offsets))
     return found.setdefault(x, here) == here
-
-
-def constant_part(t: Term) -> tuple[Any, Term]:
-    """t = number + rest."""
-    if t.op == "c":
-        return t.args[0], T.const(0)
-    if t.op == "add":
-        numbers = [a for a in t.args if a.op == "c"]
-        if numbers:
-            return numbers[0].args[0], T.add(*(a for a in t.args if a.op != "c"))
-    return 0, t
 
 
 def unify(copies: dict[int, Term], expert: Term) -> Term | str:
@@ -135,12 +115,12 @@ def unify(copies: dict[int, Term], expert: Term) -> Term | str:
                 return "expert indices are not numbers"
             if any(s[d] != int(slope) * (e - ids[0]) for s, e in zip(steps, ids, strict=True)):
                 return "an expert reads the weights of another expert"
-            offset = T.mul(T.const(int(slope)), T.add(expert, T.const(-ids[0])))
-            idx.append(T.add(i, offset))
+            offset = mul(const(int(slope)), add(expert, const(-ids[0])))
+            idx.append(add(i, offset))
         if all(n is nodes[0] for n in nodes):
-            mapping[x] = T.atom(x.args[0], tuple(idx))
+            mapping[x] = atom(x.args[0], tuple(idx))
         elif any(s != steps[0] for s in steps):
             return "experts read different parameters at different places"
         else:
-            mapping[x] = T.atom(nodes, (expert, *x.args[1]))
-    return T.subst(first, mapping)
+            mapping[x] = atom(nodes, (expert, *x.args[1]))
+    return subst(first, mapping)

@@ -54,3 +54,29 @@ def test_the_example_runs_dry() -> None:
 def test_what_does_not_go_together_is_said(args: tuple[str, ...]) -> None:
     done = example(*args)
     assert done.returncode == 2 and "goes with" in done.stderr
+
+
+MINI = (
+    "num_experts=128", "num_experts_per_tok=8", "moe_intermediate_size=1024", "num_dense_layers=2", "num_attention_heads=32",
+    "num_key_value_heads=4", "route_scale=2.826", "sliding_window=2048",
+)  # fmt: skip
+
+
+def test_trinity_mini_at_its_true_size_copies_no_weight_on_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three of its 32 layers, one of them with experts: nothing is computed, so there is no limit to the size."""
+    fields = [a for f in (*MINI, "num_hidden_layers=3") for a in ("--set", f)]
+    assert cli.main(["explain", "--model", "afmoe", "--target", "ascend", "--strict", "--full", *fields]) == 0
+    out = capsys.readouterr().out
+    assert "128 × SwiGLU 2048→1024→2048" in out and "1 MoE block fused" in out
+    assert "of inputs and 0 bytes of expert weights" in out and "1536.0 MiB more memory" in out
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--set", "num_experts=8"], "goes with --full"),
+    (["--full", "--set", "num_expert=8"], "num_experts"),
+    (["--full", "--set", "num_experts"], "NAME=VALUE"),
+    (["--full", "--set", "hidden_size=wide"], "no 'afmoe' can be made"),
+])  # fmt: skip
+def test_what_cannot_be_set_is_told(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--model", "afmoe", "--target", "ascend", *args]) == 2
+    assert message in capsys.readouterr().err

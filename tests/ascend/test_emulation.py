@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.lowering.ascend import schemas
+from moe_compile.lowering.ascend import register, schemas
 
-schemas.ensure()
+register.ensure()
 npu = torch.ops.npu
 T, E, K, H = 7, 4, 2, 6
 

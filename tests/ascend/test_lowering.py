@@ -8,9 +8,9 @@ from ascend_blocks import CLASSES, ENTRIES, Seen, block, compiled, first, relati
 from torch import nn
 
 import moe_compile
-from moe_compile.lowering.ascend import schemas
+from moe_compile.lowering.ascend import register
 
-schemas.ensure()
+register.ensure()
 DYNAMIC = {c: n for c, n in CLASSES.items() if n not in ("gemma4", "dbrx")}  # the two have no block of their own to call
 GATING = {
     "qwen3_moe": "npu_moe_gating_top_k_softmax_v2", "jamba": "npu_moe_gating_top_k_softmax", "gpt_oss": "npu_moe_gating_top_k_softmax_v2",
@@ -118,3 +118,16 @@ def test_half_precision_errs_no_more_than_eager(dtype: torch.dtype) -> None:
     exact = first(wide(x.double()))
     eager, fused = first(module(x)).double(), first(compiled(module)(x)).double()
     assert float((fused - exact).norm()) <= 1.25 * float((eager - exact).norm())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("afmoe", torch.float32), ("deepseek_v3", torch.bfloat16), ("longcat_flash", torch.float32), ("llama4", torch.float32),
+])  # fmt: skip
+@torch.no_grad()
+def test_the_other_combine(name: str, dtype: torch.dtype) -> None:
+    """npu_moe_token_unpermute in its place, addends behind it: the same sums, so that a user can tell one op from the other."""
+    module, x = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype)
+    with Seen() as seen:
+        out = first(compiled(module, combine="unpermute", strict=True)(x))
+    assert relative(out, first(module(x))) <= (1e-5 if dtype == torch.float32 else 0.03)
+    assert seen.calls()[-1] == "npu_moe_token_unpermute" and "npu_moe_finalize_routing" not in seen.calls()

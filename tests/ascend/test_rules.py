@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compile.lowering.ascend import calls, emulate, rules, schemas
+from moe_compile.lowering.ascend import calls, register, rules, schemas
 
-schemas.ensure()
-emulate.register_custom()
+register.ensure()
+register.custom()
 BF, F16, F32, I8, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int32, torch.int64
 
 
@@ -37,8 +37,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "npu_moe_token_permute": dict(tokens=t(5, 8), indices=t(5, 3, dtype=I32)),
     "npu_moe_token_unpermute": dict(permuted_tokens=t(15, 8), sorted_indices=t(15, dtype=I32), probs=t(5, 3)),
     "npu_dynamic_quant": dict(input=t(15, 8, dtype=BF)),
+    "npu_grouped_matmul_swiglu_quant_v2": dict(
+        x=t(15, 32, dtype=I8), weight=[t(4, 32, 64, dtype=I8)], weight_scale=[t(4, 64)], x_scale=t(15), group_list=t(4, dtype=I64),
+        group_list_type=1),
     "npu_dequant_swiglu_quant": dict(
-        x=t(15, 128, dtype=I32), weight_scale=t(4, 128), activation_scale=t(15), group_index=t(4, dtype=I64), activate_left=True,
+        x=t(15, 512, dtype=I32), weight_scale=t(4, 512), activation_scale=t(15), group_index=t(4, dtype=I64), activate_left=True,
         quant_mode=1),
     "npu_swiglu_clip_quant": dict(x=t(15, 128, dtype=BF), group_index=t(4, dtype=I64), group_alpha=t(4), activate_left=True),
 }  # fmt: skip
@@ -104,6 +107,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("npu_grouped_matmul", {**W8A16, "antiquant_offset": [t(4, 1, dtype=BF)]}, "[E, N]"),
     ("npu_grouped_matmul", {**W8A16, "x": [t(15, 8)], "bias": None}, "fp16 and bf16 rows"),
     ("npu_grouped_matmul", {**W8A16, "per_token_scale": [t(15)]}, "without scale and per_token_scale"),
+    ("npu_grouped_matmul", {**INT8, "tuning_config": [16]}, "not above all rows"),
+    ("npu_grouped_matmul", {**INT8, "tuning_config": [1, 2]}, "one number"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(tuning_config=[-1]), "expected to have"),
     ("npu_swiglu", dict(input=t(15, 7)), "even size"),
     ("npu_swiglu", dict(input=t(8, 16).t()), "contiguous"),
     ("npu_clipped_swiglu", dict(limit=0.0), "positive"),
@@ -123,7 +129,23 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("npu_dequant_swiglu_quant", dict(activate_left=False), "right half"),
     ("npu_dequant_swiglu_quant", dict(quant_mode=0), "dynamic"),
     ("npu_dequant_swiglu_quant", dict(weight_scale=None), "must be given for int32"),
-    ("npu_dequant_swiglu_quant", dict(x=t(15, 96, dtype=I32), weight_scale=t(4, 96)), "multiple of 64"),
+    ("npu_dequant_swiglu_quant", dict(x=t(15, 576, dtype=I32), weight_scale=t(4, 576)), "multiple of 64"),
+    ("npu_dequant_swiglu_quant", dict(x=t(15, 384, dtype=I32), weight_scale=t(4, 384)), "came out wrong"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(x=t(15, 32)), "in int8"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(weight=[t(4, 32, 64, dtype=I8)] * 2), "one tensor each"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(weight=[t(4, 16, 64, dtype=I8)]), "the K of x"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(weight=[t(4, 32, 48, dtype=I8)], weight_scale=[t(4, 48)]), "16 x 32"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(weight=[t(4, 32, 10272, dtype=I8)], weight_scale=[t(4, 10272)]), "10240"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(weight_scale=[t(4, 32)]), "[E, N]"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(x_scale=t(15, dtype=BF)), "[M] in fp32"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(group_list=t(4, dtype=I32)), "int64"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(group_list_type=2), "counts"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(dequant_mode=1), "channels and rows"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(quant_dtype=0), "quant_dtype int8"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(smooth_scale=t(4, 32)), "4 bits"),
+    ("npu_grouped_matmul_swiglu_quant_v2", dict(
+        weight=[t(1, 32, 64, dtype=I8)], weight_scale=[t(1, 64)], group_list=t(1, dtype=I64)), "0 for a list of one"),
+    ("npu_grouped_matmul", dict(weight=[t(1, 8, 6, dtype=BF)], bias=None, group_list=t(1, dtype=I64)), "0 for a list of one"),
     ("npu_swiglu_clip_quant", dict(x=t(15, 128, dtype=F16)), "in bf16"),
     ("npu_swiglu_clip_quant", dict(x=t(15, 96, dtype=BF)), "multiple of 64"),
     ("npu_swiglu_clip_quant", dict(x=t(1, 10624, dtype=BF)), "10496 at most"),

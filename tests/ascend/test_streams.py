@@ -13,9 +13,9 @@ from hazards import hazards, simulate, stages
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from moe_compile.lowering.ascend import modes, schemas, streams
+from moe_compile.lowering.ascend import modes, register, schemas, streams
 
-schemas.ensure()
+register.ensure()
 DIALECTS = {"npugraph_ex": streams.NpugraphEx, "eager": streams.Eager}
 
 

@@ -7,10 +7,10 @@ import torch
 from ascend_blocks import Seen, block, compiled, first, zoo
 
 import moe_compile
-from moe_compile.lowering.ascend import schemas
-from moe_compile.lowering.ascend.weights import Store
+from moe_compile.lowering.ascend import register, schemas
+from moe_compile.lowering.ascend.store import Store
 
-schemas.ensure()
+register.ensure()
 if schemas.wheel():
     pytest.skip("torch_npu has gradients on its own device only", allow_module_level=True)
 

@@ -10,7 +10,8 @@ from ascend_blocks import Seen, block, compiled, first, relative, zoo
 from torch import nn
 
 import moe_compile
-from moe_compile.lowering.ascend.weights import Recipe, Store
+from moe_compile.lowering.ascend.store import Store
+from moe_compile.lowering.ascend.weights import Recipe
 
 
 class Lists(nn.Module):
@@ -137,36 +138,3 @@ def test_other_targets_need_no_preparation() -> None:
     assert moe_compile.prepare(nn.Linear(2, 2), target="cpu") == {}
     with pytest.raises(moe_compile.OptionError, match="'ascend'"):
         moe_compile.prepare(nn.Linear(2, 2), target="tpu")
-
-
-@torch.no_grad()
-def test_the_fractal_format_is_for_weights_only_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cast itself exists on an NPU only: here it is a copy that is counted."""
-    from moe_compile.lowering.ascend import weights
-
-    cast: list[tuple[int, ...]] = []
-
-    def format_cast(t: torch.Tensor) -> torch.Tensor:
-        cast.append(tuple(t.shape))
-        return t.clone()
-
-    assert weights.to_nz(torch.zeros(2, 3, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16 and not cast  # no NPU
-    monkeypatch.setattr(weights, "_format_cast", format_cast)
-    monkeypatch.setattr(weights, "to_nz", lambda t: format_cast(t) if t.ndim == 3 else t)
-    module, x = block("gpt_oss").to(torch.bfloat16), torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
-    fn = compiled(module, weight_format="nz")
-    for _ in range(2):
-        assert relative(first(fn(x)), first(module(x))) <= 0.05
-    assert sorted(cast) == sorted((tuple(module.experts.gate_up_proj.shape), tuple(module.experts.down_proj.shape)))
-
-
-def test_sharded_training_is_told_about_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_compile.lowering.ascend import rewrite
-
-    module, x = block("afmoe"), torch.randn(2, 5, zoo.HIDDEN)
-    first(compiled(module)(x)).sum()
-    assert not any("512" in n for n in moe_compile.last_report().notes)
-    torch._dynamo.reset()
-    monkeypatch.setattr(rewrite, "_sharded", lambda: True)
-    first(compiled(module)(x)).sum()
-    assert any("multiples of 512" in n for n in moe_compile.last_report().notes)

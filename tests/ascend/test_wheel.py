@@ -13,13 +13,14 @@ import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
 from hazards import hazards, stages
 
-from moe_compile.lowering.ascend import dry_run, metas, modes, schemas
+import moe_compile
+from moe_compile.lowering.ascend import dry_run, metas, modes, register, schemas
 from moe_compile.options import Options
 
 if not schemas.wheel():
     pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
 
-schemas.ensure()
+register.ensure()
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
 MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
@@ -67,8 +68,11 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
     ("npu_moe_token_unpermute_grad_v2", (_meta(5, 8), _meta(15, dtype=I32), 15, torch.float32, _meta(5, 3), False, None, _meta(15, 8)), {}),
     ("npu_dynamic_quant", (_meta(15, 8, dtype=F16),), {}),
-    ("npu_dequant_swiglu_quant", (_meta(15, 128, dtype=I32),), dict(
-        weight_scale=_meta(4, 128), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
+    ("npu_grouped_matmul_swiglu_quant_v2", (
+        _meta(15, 32, dtype=I8), [_meta(4, 32, 64, dtype=I8)], [_meta(4, 64)], _meta(15), _meta(4, dtype=I64)), dict(
+            dequant_mode=0, dequant_dtype=6, quant_mode=0, quant_dtype=1, group_list_type=1)),
+    ("npu_dequant_swiglu_quant", (_meta(15, 512, dtype=I32),), dict(
+        weight_scale=_meta(4, 512), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
 ]  # fmt: skip
 
 
@@ -206,21 +210,115 @@ def test_the_generated_code_runs_the_shared_expert_in_two_stages() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("afmoe", {}), ("gpt_oss", {}), ("deepseek_v3", {}), ("afmoe", {"quantize": "w8a8"}), ("qwen3_moe", {"weight_format": "nz"}),
+])  # fmt: skip
+@pytest.mark.parametrize("prepared", [False, True])
+def test_npugraph_ex_copies_the_tokens_and_nothing_else(
+    name: str, options: dict[str, Any], prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the mode's own entry point: every input that is not static is copied into the graph's memory on each replay."""
+    graphs = spied(monkeypatch)
+    dtype = torch.bfloat16 if options else torch.float32
+    module, x = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype)
+    if prepared:
+        moe_compile.prepare(module, target="ascend")
+    with torch.no_grad():
+        out = first(compiled(module, inner=ran_eagerly(), **options)(x))
+        assert relative(out, first(module(x))) <= (1e-5 if not options else 0.1)
+    graph = graphs[0]  # what was compiled; the second is the same, made of the generated code
+    assert all(g._parameter_user_inputs == graph._parameter_user_inputs for g in graphs)
+    placeholders = [n.meta["val"] for n in graph.fx_graph.graph.find_nodes(op="placeholder")]
+    copied = [placeholders[i] for i in graph._user_inputs_mapping.values()]
+    assert [tuple(t.shape) for t in copied] == [tuple(x.shape)]
+    assert len(graph._parameter_user_inputs) == len(placeholders) - 1
+
+
+def ran_eagerly() -> Any:
+    """npugraph_ex as this target sets it up, but for the capture itself: there is nothing to capture here."""
+    return modes.npugraph_ex_backend(Options(inner_options={"force_eager": True}))
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every captured graph that npugraph_ex makes from now on."""
+    modes.load("npugraph_ex", "npugraph_ex.ops._tagged_event")
+    from npugraph_ex._acl_concrete_graph import acl_graph
+
+    found: list[Any] = []
+    load = acl_graph.AclGraph.load
+
+    def spy(self: Any, info: Any) -> None:
+        load(self, info)
+        found.append(self)
+
+    monkeypatch.setattr(acl_graph.AclGraph, "load", spy)
+    return found
+
+
+def test_a_weight_with_other_memory_is_another_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """npugraph_ex looks captures up by the addresses of static inputs, packed weights and all others, because nothing is frozen."""
+    graphs = spied(monkeypatch)
+    from npugraph_ex._acl_concrete_graph.acl_graph import AclGraph, get_unupdated_input_fn
+
+    keys: list[str] = []
+    run = AclGraph.__call__
+
+    def looked_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys.append(get_unupdated_input_fn(self._unupdated_sym_input_index, self._parameter_user_inputs, self.config)(*args))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(AclGraph, "__call__", looked_up)
+    module, x = block("afmoe"), torch.randn(2, 5, zoo.HIDDEN)
+    moe_compile.prepare(module, target="ascend")
+    fn = compiled(module, inner=ran_eagerly())
+    with torch.no_grad(), Seen() as seen:
+        for change in (None, None, module.experts.down_proj, module.gate.weight if hasattr(module, "gate") else module.router.gate.weight):
+            if change is not None:
+                change.data = change.data * 2
+            assert relative(first(fn(x)), first(module(x))) <= 1e-5
+        module.experts.down_proj.mul_(0.5)
+        fn(x)
+    assert len(seen.lowered) == 1 and graphs
+    assert keys[0] == keys[1] and len(set(keys)) == 3 and keys[4] == keys[3]
+
+
+def test_workarounds_are_applied_where_they_are_needed() -> None:
+    """What is said to be broken is tried, not looked up by version; behind the workaround it works, and is left alone."""
+    from moe_compile.lowering.ascend import workarounds
+
+    modes.load("torchair", "torchair.scope._wait_tensor")
+    workarounds.install()
+    assert workarounds.apply(workarounds.KNOWN) == []
+    mended: list[str] = []
+    fine = workarounds.Workaround("fine", lambda: False, lambda: mended.append("fine"))
+    broken = workarounds.Workaround("broken", lambda: True, lambda: mended.append("broken"))
+    assert workarounds.apply((fine, broken)) == mended == ["broken"]
+
+
 # ---- int8 and training -----------------------------------------------------------------------------------------------------
 
 
-def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def every_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some converters ask CANN which attributes its ops have; the stub knows none."""
+    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
+    monkeypatch.setattr(sys.modules["torchair._ge_concrete_graph.compat_ir"], "is_cann_compat", lambda *args, **kwargs: "")
+
+
+def int8_chain(weight_format: str, inner: int) -> list[dry_run.GeNode]:
+    """The MoE nodes of a block in W8A8."""
     import test_quant
 
-    # the converter asks CANN which attributes its ops have; the stub knows none
-    modes.load("torchair", "torchair._ge_concrete_graph.compat_ir")
-    compat = sys.modules["torchair._ge_concrete_graph.compat_ir"]
-    monkeypatch.setattr(compat, "is_cann_compat", lambda *args, **kwargs: "")
-    module, found = test_quant.block("afmoe").to(torch.bfloat16), []
+    module, found = test_quant.block("afmoe", moe_intermediate_size=inner).to(torch.bfloat16), []
     x = torch.randn(2, 5, zoo.HIDDEN, dtype=torch.bfloat16)
+    backend = dry_run.ge_backend(Options(), found.append)
     with torch.no_grad():
-        compiled(module, inner=dry_run.ge_backend(Options(), found.append), quantize="w8a8", strict=True)(x)
-    chain = [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant")]
+        compiled(module, inner=backend, quantize="w8a8", weight_format=weight_format, strict=True)(x)
+    return [n for n in found[0] if n.type in (*MOE, "DequantSwigluQuant", "GroupedMatmulSwigluQuantV2", "DynamicQuant")]
+
+
+def test_the_int8_chain_in_ge(every_attribute: None) -> None:
+    chain = int8_chain("nd", 256)
     assert [n.type for n in chain] == [
         "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "DequantSwigluQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
     ]  # fmt: skip
@@ -229,6 +327,22 @@ def test_the_int8_chain_in_ge(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (quantised.attrs["activate_left"], quantised.attrs["quant_mode"]) == (True, "dynamic")
     assert quantised.inputs[0] == "GroupedMatmul:0" and first_product.inputs[0] == "MoeInitRoutingV3:0"
     assert second.inputs[0] == "DequantSwigluQuant:0"
+
+
+def test_the_fused_int8_chain_in_ge(every_attribute: None) -> None:
+    chain = int8_chain("nz", 256)
+    assert [n.type for n in chain] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmulSwigluQuantV2", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
+    _, _, fused, second, _ = chain
+    assert (fused.attrs["group_list_type"], fused.attrs["quant_dtype"]) == (1, 2), "GE's number of int8"
+    assert second.inputs[0] == "GroupedMatmulSwigluQuantV2:0"
+
+
+def test_small_intermediate_sizes_go_step_by_step_in_ge(every_attribute: None) -> None:
+    assert [n.type for n in int8_chain("nd", 64)] == [
+        "MoeGatingTopK", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "DynamicQuant", "GroupedMatmul", "MoeFinalizeRoutingV2",
+    ]  # fmt: skip
 
 
 def test_int8_weights_under_rows_of_floats_in_ge() -> None:
@@ -255,7 +369,7 @@ def test_the_joint_graph_of_training() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from moe_compile.ir import scalar as act
-    from moe_compile.lowering.ascend import training
+    from moe_compile.lowering.ascend import calls, training
     from moe_compile.lowering.ascend.calls import Packed, generic
 
     ops, consts = act.encode(act.SWIGLU)
@@ -264,17 +378,102 @@ def test_the_joint_graph_of_training() -> None:
     def step(x: Any, ids: Any, w: Any, up: Any, down: Any) -> Any:
         leaves = [t.detach().requires_grad_() for t in (x, w, up, down)]
         *rows, own = training.start(leaves[0], ids, leaves[1], Packed([leaves[2]], leaves[3]), layout, True)
-        return torch.autograd.grad(training.finish(*rows, own, []).sum(), leaves)
+        return torch.autograd.grad(calls.finish(*rows, own, [], fused=False).sum(), leaves)
 
     with FakeTensorMode():
         x, ids, w = (torch.empty(*s, device="npu") for s in ((5, 8), (5, 2), (5, 2)))
         up, down = torch.empty(4, 8, 12, device="npu"), torch.empty(4, 6, 8, device="npu")
         graph = make_fx(step)(x, ids.int(), w, up, down).graph
-    calls = [n for n in graph.nodes if str(n.target).startswith("npu.")]
-    names = [str(n.target).removeprefix("npu.").removesuffix(".default") for n in calls]
-    kinds = [f"{name}:{n.kwargs['group_type']}" if name == "npu_grouped_matmul" else name for name, n in zip(names, calls)]
+    nodes = [n for n in graph.nodes if str(n.target).startswith("npu.")]
+    names = [str(n.target).removeprefix("npu.").removesuffix(".default") for n in nodes]
+    kinds = [f"{name}:{n.kwargs['group_type']}" if name == "npu_grouped_matmul" else name for name, n in zip(names, nodes)]
     assert kinds == [
         "npu_moe_token_permute", "npu_grouped_matmul:0", "npu_swiglu", "npu_grouped_matmul:0", "_npu_moe_token_unpermute",
         "npu_moe_token_unpermute_grad_v2", "npu_grouped_matmul:0", "npu_grouped_matmul:2", "npu_swiglu_backward", "npu_grouped_matmul:0",
         "npu_grouped_matmul:2", "npu_moe_token_permute_grad_v2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_training_on_the_cpu_keeps_its_gradients(inner: str) -> None:
+    """torch_npu's permute, unpermute and swiglu have gradients on an NPU only: through AOTAutograd they would be zeros and None."""
+    module, x = block("qwen3_moe"), torch.randn(2, 5, zoo.HIDDEN)
+    found = []
+    for fn in (module, compiled(module, inner=inner)):
+        module.zero_grad(set_to_none=True)
+        leaf = x.clone().requires_grad_()
+        first(fn(leaf)).sin().sum().backward()
+        found.append({"x": leaf.grad, **{n: p.grad for n, p in module.named_parameters()}})
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=1e-4, atol=1e-5, msg=name)
+    assert any("no gradients" in n for n in moe_compile.last_report().notes)
+    assert len(moe_compile.last_report().blocks) == 1
+
+
+# ---- formats: memory is real on the stub, kernels are not ----------------------------------------------------------------
+
+
+def _bytes(t: torch.Tensor, size: int) -> bytes:
+    """What lies at a tensor's address: the stub's device memory is the host's."""
+    import ctypes
+
+    return bytes((ctypes.c_char * size).from_address(t.data_ptr()))
+
+
+def test_a_gathered_weight_is_laid_over_in_the_fractal_format() -> None:
+    """No copy, no memory of its own, the format kept by what FSDP2 does to it, and refilled memory found again."""
+    from moe_compile.lowering.ascend import formats
+
+    shape = (8, 32, 48)
+    weight = (torch.arange(8 * 32 * 48) % 199).to(torch.bfloat16).view(shape)
+    gathered = torch.cat([formats.in_blocks(piece).view(-1) for piece in weight.chunk(4)])  # what four ranks bring
+    assert torch.equal(gathered.view(shape), formats.in_blocks(weight))
+    wanted, size = bytes(gathered.view(torch.uint8).tolist()), gathered.numel() * 2
+    flat = gathered.npu()
+    before = torch.npu.memory_allocated()
+    nz = formats.over(flat, shape)
+    assert formats.is_nz(nz) and not formats.is_nz(flat) and torch.npu.memory_allocated() == before
+    p = torch.nn.Parameter(torch.as_strided(nz, shape, (32 * 48, 48, 1), storage_offset=0))
+    assert formats.is_nz(p) and formats.is_nz(p.detach()) and formats.is_nz(p.transpose(1, 2).transpose(1, 2))
+    assert p.data_ptr() == flat.data_ptr() and _bytes(p, size) == wanted
+    version = p._version
+    flat.untyped_storage().resize_(0)  # reshard
+    held = torch.empty(shape, dtype=torch.bfloat16, device="npu")  # the memory goes elsewhere meanwhile
+    flat.untyped_storage().resize_(size)
+    flat.copy_(gathered)
+    formats.point(p, flat)
+    assert p.data_ptr() == nz.data_ptr() == flat.data_ptr() and _bytes(p, size) == wanted
+    assert p._version == version and formats.is_nz(p)
+    del held
+    with pytest.raises(RuntimeError, match="base format"):
+        nz.untyped_storage().resize_(0)  # why the gathered memory stays FSDP2's, and the tensor over it is none of its own
+
+
+def test_the_extension_is_called_as_fsdp2_calls_it() -> None:
+    """Shards of npu tensors: in blocks before the gather, one tensor of the format behind it, the same one at the next gather."""
+    from types import SimpleNamespace
+
+    from moe_compile.lowering.ascend import formats, shards
+
+    shape = torch.Size((4, 16, 32))
+    flat = torch.zeros(shape.numel(), dtype=torch.bfloat16).npu()
+    shard = shards.FractalShard(torch.zeros(2, 16, 32, dtype=torch.bfloat16))
+    full, inner = shard.fsdp_post_all_gather((flat,), (shape, True), torch.bfloat16)
+    assert formats.is_nz(full) and full.shape == shape and inner == ()
+    other = torch.zeros(shape.numel(), dtype=torch.bfloat16).npu()
+    assert shard.fsdp_post_all_gather((other,), (shape, True), torch.bfloat16, out=full) is None
+    assert full.data_ptr() == other.data_ptr()
+    plain, _ = shard.fsdp_post_all_gather((flat,), (shape, False), torch.bfloat16)
+    assert not formats.is_nz(plain) and plain.data_ptr() == flat.data_ptr()
+    policy = SimpleNamespace(param_dtype=torch.bfloat16)
+    (piece,), (_, nz) = shard.fsdp_pre_all_gather(SimpleNamespace(size=lambda: 2), shape, None, None, policy)
+    assert not nz and piece.shape == (2, 16, 32), "a shard on the CPU has no formats"
+
+
+def test_a_cast_in_training_is_of_the_format() -> None:
+    from moe_compile.lowering.ascend import casts, formats
+
+    store = casts.Casts()
+    owner = torch.nn.Parameter(torch.zeros(2, 16, 32, dtype=torch.bfloat16).npu())
+    nz = store.get(owner, owner)
+    assert formats.is_nz(nz) and store.get(owner, owner) is nz and store.get(nz, nz) is nz

@@ -12,8 +12,10 @@ from . import (
     combine,
     constant_near_misses,
     dispatch,
+    exact,
     expert_near_misses,
     groups,
+    ids,
     loops,
     loops_remote,
     near_norms,
@@ -22,6 +24,7 @@ from . import (
     quantised,
     router_near_misses,
     routers,
+    sentinels,
     serving,
     shared,
     sigmoids,
@@ -47,8 +50,11 @@ FILES: tuple[ModuleType, ...] = (
     combine,
     shared,
     serving,
+    sentinels,
     expert_near_misses,
     constant_near_misses,
+    exact,
+    ids,
 )
 
 

@@ -17,6 +17,7 @@ from moe_compile.report import Report, collecting
 from . import naive
 from .base import AsWritten, Case, Fused, Rejected, Sound, Untouched
 from .compare import experts_differences, gating_differences, shared_differences
+from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
 
@@ -32,57 +33,61 @@ class Run:
 
 
 class Host(torch.nn.Module):
-    """The model around the block: users compile a model, and Dynamo inlines the block's forward."""
+    """The model around the block: users compile a model, and Dynamo inlines the block's forward. A batch of sequences becomes rows."""
 
-    def __init__(self, block: Case) -> None:
+    def __init__(self, block: Case, batch: bool = False) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.batch = block, batch
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.block(*inputs)
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        return self.block(x.reshape(-1, x.shape[-1]) if self.batch else x, *rest)
 
 
-def routings(case: Case) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def routings(case: Case, times: int = 1) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Inputs after the first: peaked scores, every token alike (most experts empty), many tokens with faint scores, huge logits.
 
-    Logits past 88 overflow an exponential that is not shifted, as softmax is.
+    Logits past 88 overflow an exponential that is not shifted, as softmax is. The numbers of tokens are multiples of `times`.
     """
     torch.manual_seed(3)
-    x, *rest = case.example_inputs(5)
+    x, *rest = case.example_inputs(5 * times)
     yield "peaked", (x * 6, *rest)
-    x, *rest = case.example_inputs(6)
+    x, *rest = case.example_inputs(6 * times)
     alike = x.reshape(-1, x.shape[-1])[:1].expand(x.numel() // x.shape[-1], -1).reshape(x.shape).contiguous()
     yield "all tokens alike", (alike, *rest)
     if case.dtype is torch.float32:  # in bf16 faint scores tie
-        x, *rest = case.example_inputs(33)
+        x, *rest = case.example_inputs(33 * times)
         yield "many tokens, faint", (x * 0.01, *rest)
     expect = case.expect
     if case.huge_logits and isinstance(expect, Fused) and expect.gating.score is Score.SOFTMAX and expect.gating.bias is BiasOn.NONE:
-        x, *rest = case.example_inputs(9)
+        x, *rest = case.example_inputs(9 * times)
         yield "huge logits", (x * 50, *rest)
 
 
 @functools.cache
 def compiled(cls: Any) -> Run:
-    """Compile with symbolic sizes, run on every routing, then on one token."""
+    """Compile with symbolic sizes, run on every routing, then on one token; the tokens lie as `layouts` has it."""
     from . import build
 
     torch._dynamo.reset()
     case = build(cls).eval()
-    eager = copy.deepcopy(case)
-    fused = torch.compile(Host(case), backend="moe_fused", dynamic=True, options=OPTIONS)
+    layout = layout_of(case)
+    host = Host(case, batch=layout.times > 1)
+    eager = copy.deepcopy(host)
+    fused = torch.compile(host, backend="moe_fused", dynamic=True, options=OPTIONS)
+    run = Run(case, Report())
+
+    def both(name: str, inputs: tuple[Any, ...]) -> None:
+        laid = layout.inputs(inputs)
+        run.outputs.append((name, fused(*copy.deepcopy(laid)), eager(*copy.deepcopy(laid)), inputs))
+
     torch.manual_seed(1)
-    first = case.example_inputs()
     with torch.no_grad():
-        with collecting() as report:
-            got = fused(*copy.deepcopy(first))
-        run = Run(case, report, outputs=[("first", got, eager(*copy.deepcopy(first)), first)])
-        for name, inputs in routings(case):
-            run.outputs.append((name, fused(*copy.deepcopy(inputs)), eager(*copy.deepcopy(inputs)), inputs))
-        one = case.example_inputs(1)
+        with collecting() as run.report:
+            both("first", case.example_inputs(7 * layout.times))
+        for name, inputs in routings(case, layout.times):
+            both(name, inputs)
         with collecting() as run.one_token:
-            got = fused(*copy.deepcopy(one))
-        run.outputs.append(("one token", got, eager(*copy.deepcopy(one)), one))
+            both("one token", case.example_inputs(1))
     return run
 
 

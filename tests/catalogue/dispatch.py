@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, experts
+from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected, experts
 
 BF16 = torch.bfloat16
 
@@ -225,3 +225,49 @@ class SortedSegments(_Stacked):
         g, u = torch.einsum("nh,noh->no", rows, self.up[expert]).chunk(2, -1)
         y = torch.einsum("ni,nhi->nh", F.silu(g) * u, self.down[expert])
         return torch.zeros_like(x).index_add_(0, order // K, y * w.flatten()[order, None])
+
+
+# Tokens [B, T, H], flattened inside -----------------------------------------------------------------------------------------
+
+
+class SortedBatched(SortedSegments):
+    """Verdict: fused as GatherEinsum. SortedSegments on two sequences: the token of a row is order // k, its sequence order // (k T)."""
+
+    def example_inputs(self, tokens: int = 7) -> tuple[Tensor, ...]:
+        return (torch.randn(2, tokens, H, dtype=self.dtype),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, H)
+        w, ids = self.route(self.logits(rows))
+        return self.run_experts(rows, ids, w).view(x.shape)
+
+
+class SortedBatchedRepeated(SortedBatched):
+    """Verdict: fused as GatherEinsum. Rows repeated k times before they are sorted, put back in their order, summed over the slots."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        order = ids.view(-1).argsort(stable=True)
+        expert = ids.view(-1)[order]
+        g, u = torch.einsum("nh,noh->no", x.repeat_interleave(K, 0)[order], self.up[expert]).chunk(2, -1)
+        y = torch.einsum("ni,nhi->nh", F.silu(g) * u, self.down[expert]) * w.view(-1)[order, None]
+        back = torch.zeros(ids.numel(), H)
+        back[order] = y
+        return back.view(-1, K, H).sum(1)
+
+
+class SortedBatchedTurned(SortedBatched):
+    """Verdict: rejected, the rows are not the tokens in order: the router reads [B, T], the experts' rows come from [T, B]."""
+
+    expect = Rejected("tokens in order")
+    near, group = "SortedBatched", ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x.view(-1, H)))
+        return self.run_experts(x.transpose(0, 1).reshape(-1, H), ids, w).view(x.shape)
+
+
+class GroupedBatched(GroupedTitan):
+    """Verdict: fused as GroupedSorted. GroupedTitan on two sequences."""
+
+    example_inputs = SortedBatched.example_inputs
+    forward = SortedBatched.forward

@@ -127,6 +127,9 @@ def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray
         "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
         "clamp": lambda v, lo, hi: np.minimum(np.maximum(v, float(lo)), float(hi)),
         "erf": np.vectorize(math.erf, otypes=[float]),
+        "log1p": np.log1p,
+        "expm1": np.expm1,
+        "exp2": np.exp2,
     }
     f = sp.lambdify(sp.symbols("g u", real=True), expr, [functions, "numpy"])
     return np.broadcast_to(f(g, g if u is None else u), g.shape)

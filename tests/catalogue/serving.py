@@ -109,6 +109,35 @@ class ForeignExpertsSentinel(ForeignExpertsOffset):
         return loop(x, ids, w.masked_fill(foreign, 0.0), self.up, self.down)
 
 
+class ForeignExpertsQuotient(Case):
+    """Verdict: fused, ids mapped. transformers' expert parallelism: id // 4 is the rank, id % 4 the local expert, 4 marks the others."""
+
+    expect: ClassVar[Any] = Fused(RENORM, experts(num_experts=4, ids_mapped=True))
+    local_experts: ClassVar[int] = 4
+    rank: ClassVar[int] = 1
+
+    def local(self, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        foreign = ids // 4 != self.rank
+        return (ids % 4).masked_fill(foreign, 4), w.masked_fill(foreign, 0.0)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return loop(x, *self.local(ids, w), self.up, self.down)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        table = torch.arange(E) - 4 * self.rank
+        return {"table": torch.where((table >= 0) & (table < 4), table, 4)}
+
+
+class ForeignExpertsClamped(ForeignExpertsQuotient):
+    """Verdict: experts fused, routing as written. Gathered weights: the mark is clamped to an expert, which weighs 0."""
+
+    expect = AsWritten(experts(num_experts=4, ids_mapped=True))
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        ids, w = self.local(ids, w)
+        return super(ForeignExpertsQuotient, self).run_experts(x, ids.clamp(0, 3), w.masked_fill(ids >= 4, 0.0))
+
+
 class ForeignExpertsLoopOffset(Case):
     """Verdict: fused, or rejected: the offset sits in the loop (`ids == e + 3`), not in the ids."""
 

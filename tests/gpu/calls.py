@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.lowering.triton import call
 from moe_compile.lowering.triton import experts as kernels
 from moe_compile.lowering.triton.tune import Choice, Tile, Vector
 
@@ -99,7 +100,7 @@ def layout_of(case: Case) -> Any:
 
 def kernel(case: Case, t: Mapping[str, Any], choice: Choice, save: bool = False) -> tuple[Tensor, Tensor]:
     """(out, pre) by the kernels; fails where the call is beyond them."""
-    assert kernels.read(*t.values(), layout_of(case)) is not None, "the kernels do not take this call"
+    assert call.read(*t.values(), layout_of(case)) is not None, "the kernels do not take this call"
     return kernels.forward(*t.values(), layout_of(case), save, choice)
 
 

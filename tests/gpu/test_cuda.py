@@ -20,7 +20,8 @@ from test_experts import ALONE, GATED
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering.triton import combine, decode, dispatch, experts, gemm, route_kernels, tune, tuner
+from moe_compile.lowering.triton import call as call_of
+from moe_compile.lowering.triton import combine, decode, dispatch, experts, gemm, library, route_kernels, tune, tuner
 from moe_compile.lowering.triton.tune import Choice, Problem, Tile
 
 ON_GPU = torch.cuda.is_available()
@@ -57,6 +58,9 @@ LAYOUTS: dict[str, Case] = {
     "identity and foreign ids": Case("", swiglu(6, 192, 256, num_identity=2), 300, 3, add=True, foreign=True),
     "columns beyond the last block": Case("", swiglu(5, 64, 320, out_features=200), 300, 3),
     "fewer columns than a block": Case("", swiglu(5, 64, 64, out_features=40), 300, 3),
+    "depths that end within a step": Case("", swiglu(6, 200, 264), 300, 3),
+    "interleaved, depth that ends within a step": Case("", swiglu(6, 136, 264, form=ir.Form.INTERLEAVED, up_bias=True), 300, 3),
+    "a depth shorter than a step": Case("", swiglu(5, 40, 72), 300, 3),
     "one step": Case("", swiglu(4, 64, 64), 200, 2),
     "few rows an expert": Case("", swiglu(40, 192, 256), 64, 3),
     "one expert": Case("", swiglu(1, 256, 128), 130, 1),
@@ -127,13 +131,49 @@ def test_warp_specialised_rings(tile: Tile, name: str, monkeypatch: pytest.Monke
 
 
 @on_hopper
+def test_what_lies_behind_a_row_is_not_read() -> None:
+    """Tokens, activations and matrices whose rows are parts of longer ones, with NaN behind them, at a depth that ends within a step."""
+    case = Case("", swiglu(6, 200, 264), 300, 3, dtype=torch.bfloat16)
+    t = operands(case)
+    for name in ("x", "up", "down"):
+        given = t[name] if name == "x" else t[name][0]
+        wide = given.new_full((*given.shape[:-1], given.shape[-1] + 64), float("nan"))
+        wide[..., : given.shape[-1]] = given
+        t[name] = wide[..., : given.shape[-1]] if name == "x" else [wide[..., : given.shape[-1]]]
+    for tile in (WARP, SPLIT):
+        close(kernel(case, t, Choice(tile, tile, None))[0], case.experts.evaluate(**t), TOLERANCE[case.dtype])
+
+
+@on_hopper
+@pytest.mark.parametrize("form", [ir.Form.CONCAT, ir.Form.SINGLE])
+@pytest.mark.parametrize("foreign", [False, True])
+def test_by_torchs_grouped_product(form: ir.Form, foreign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices [E, in, out] of a depth that is no whole number of steps; from a few rows an expert on; the same gradients."""
+    seen = []
+    run = library.run
+    monkeypatch.setattr(library, "run", lambda *a: (seen.append(1), run(*a))[1])
+    plain = act.silu(act.G) if form is ir.Form.SINGLE else act.SWIGLU
+    meaning = swiglu(6, 200, 264, form=form, act=plain, up_transposed=True, down_transposed=True, num_identity=2 * foreign)
+    for tokens, used in ((9, False), (300, True)):
+        case = Case("", meaning, tokens, 3, add=True, dtype=torch.bfloat16, foreign=foreign)
+        t = operands(case)
+        for _ in range(2):
+            close(op(case, t), case.experts.evaluate(**t), TOLERANCE[case.dtype])
+        out, pre = experts.forward(*t.values(), layout_of(case), True)
+        want, want_pre = experts.forward(*t.values(), layout_of(case), True, Choice(GROUPED.up, GROUPED.down, None))
+        rows = int(((t["ids"] >= 0) & (t["ids"] < 6)).sum())
+        assert norm_error(out, want) < 1e-2 and norm_error(pre[:rows], want_pre[:rows]) < 1e-2
+        assert bool(seen) == used
+
+
+@on_hopper
 def test_tiles_are_claimed_again_and_again() -> None:
     """A dispatch may serve any number of products: each leaves the counters at zero. A graph's replays give the first call's bits."""
     case = replace(LAYOUTS["many tiles"], dtype=torch.bfloat16)
     t = operands(case)
     first = kernel(case, t, Choice(WARP, WARP, None))[0]
     rows = dispatch.dispatch(t["ids"], case.experts.num_experts, (128,))
-    call = experts.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops._layout(ops.experts_args(case.experts)))
+    call = call_of.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops._layout(ops.experts_args(case.experts)))
     assert call is not None
     outs = [torch.empty(call.slots, call.up.n, device="cuda", dtype=case.dtype) for _ in range(3)]
     for out in outs:

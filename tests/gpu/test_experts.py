@@ -22,6 +22,7 @@ from moe_compile import ir
 from moe_compile.ir import scalar as act
 from moe_compile.lowering import generic
 from moe_compile.lowering.triton import activation, combine, experts
+from moe_compile.lowering.triton import call as call_of
 
 G, U = act.G, act.U
 SIZES = (6, 96, 80) if ON_GPU else (4, 20, 18)
@@ -44,6 +45,7 @@ GATED = {
     "root of softplus": sp.sqrt(act.softplus(G)) * U,
     "inverse": U / (1 + G**2),
     "second only": act.silu(U),
+    "log1p of relu": act.log1p(act.relu(G)) * U,
 }
 ALONE = {
     "relu squared": act.relu(G) ** 2,
@@ -53,7 +55,9 @@ ALONE = {
     "softplus": act.softplus(G),
     "log": sp.log(1 + act.relu(G)),
     "power 3/2": (1 + G**2) ** sp.Rational(3, 2),
+    "exp2": act.exp2(act.clamp(G, -8, 8)),
     "identity": G,
+    "expm1": act.expm1(act.clamp(G, -8, 2)),
 }
 
 
@@ -234,7 +238,7 @@ def test_beyond_the_kernels() -> None:
         (base, {**t, "up": [u.half() for u in t["up"]]}),
         (base, {**t, "up": strided}),
     ):
-        assert experts.read(*changed.values(), layout_of(case)) is None
+        assert call_of.read(*changed.values(), layout_of(case)) is None
         out, _ = experts.forward(*changed.values(), layout_of(case), False)
         close(out, case.experts.evaluate(**changed), TOLERANCE[case.dtype])
 

@@ -17,6 +17,7 @@ from calls import DEVICE, DTYPES, FACTORS, ON_GPU, TOLERANCE, cover, norm_error,
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.lowering import on_cuda
 from moe_compile.lowering.triton import calls as kernels
 from moe_compile.lowering.triton import shared as beside
 
@@ -43,8 +44,14 @@ def shared_call(
     return args, case.experts.evaluate(*t.values()) + one.evaluate(t["x"], every, weights, *mlp)
 
 
+def beyond(args: list[Any], overlap: int) -> Tensor | None:
+    """By the kernels; None where they do not take the call."""
+    out: Tensor | None = kernels.experts_shared(*on_cuda.shorten("experts_shared", [*args, overlap]))
+    return out
+
+
 def fused(args: list[Any], overlap: int) -> Tensor:
-    out = kernels.experts_shared(*args, overlap)
+    out = beyond(args, overlap)
     assert out is not None, "the kernels do not take this call"
     return out
 
@@ -82,14 +89,14 @@ def test_other_kinds_go_to_the_side(shared: dict[str, Any], monkeypatch: pytest.
 
 def test_no_tokens_is_left_to_the_other_path() -> None:
     args, _ = shared_call(0, torch.float32)
-    assert kernels.experts_shared(*args, ir.Overlap.SERIAL) is None
+    assert beyond(args, ir.Overlap.SERIAL) is None
     assert torch.ops.moe_compile.experts_shared(*args, ir.Overlap.SERIAL).shape == (0, HIDDEN)
 
 
 def test_mixed_dtypes_are_left_to_the_other_path() -> None:
     args, _ = shared_call(3, torch.float32)
     args[17] = [t.double() for t in args[17]]
-    assert kernels.experts_shared(*args, ir.Overlap.SERIAL) is None
+    assert beyond(args, ir.Overlap.SERIAL) is None
 
 
 # ---- two streams ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from test_cuda import LAYOUTS, WARP, on_hopper, swiglu
 from test_cuda import SPLIT as COLUMNS
 from test_experts import simple
 
+from moe_compile.lowering.triton import call as call_of
 from moe_compile.lowering.triton import experts
 from moe_compile.lowering.triton.tune import Choice, Tile
 
@@ -59,7 +60,7 @@ def test_only_the_warp_specialised_kernel_splits(monkeypatch: pytest.MonkeyPatch
     case = Case("plain", simple(), tokens=5)
     t = operands(case)
     assert torch.equal(kernel(case, t, PARTS)[0], kernel(case, t, replace(PARTS, down=replace(PARTS.down, split=1)))[0])
-    call = experts.read(*t.values(), layout_of(case))
+    call = call_of.read(*t.values(), layout_of(case))
     assert call is not None and experts.depth_parts(call.x, call.down, PARTS.down) == 1
     monkeypatch.setattr(experts, "hopper_fits", lambda *_: True)
     deep, many = replace(call.down, k=48), call.x.new_empty(1, 1).expand(2**30, 1)
@@ -71,7 +72,7 @@ def test_only_the_warp_specialised_kernel_splits(monkeypatch: pytest.MonkeyPatch
 def test_a_tile_suits_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the warp-specialised kernel does not take the operands, its tile of 64 rows gives way, and no other."""
     case = Case("plain", simple(), tokens=5)
-    call = experts.read(*operands(case).values(), layout_of(case))
+    call = call_of.read(*operands(case).values(), layout_of(case))
     assert call is not None
     plain = replace(COLUMNS, hopper=False)
     for tile, runs in ((plain, plain), (COLUMNS, Tile(64, 128, 64, 8, 4, tma=True, group=8)), (WARP, replace(WARP, hopper=False))):
@@ -130,7 +131,7 @@ def test_depth_in_parts(name: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) 
 
 
 def down_of(case: Case) -> Any:
-    call = experts.read(*operands(case).values(), layout_of(case))
+    call = call_of.read(*operands(case).values(), layout_of(case))
     assert call is not None
     return call.down
 

@@ -1,4 +1,4 @@
-"""Whether the shared expert goes into the experts' op, which runs it beside the routed experts: conditions, proof, plan."""
+"""Whether the shared expert goes into the experts' op, which runs it beside the routed experts: conditions and plan."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import torch
 import torch.fx as fx
 
 from ...ir import Overlap, Rejection
+from ..aten import names
 from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write
-from ..aten.element import CONTRACTIONS, call_args, dtype_of, op_name, shape_of
-from ..aten.shadow import example_value, mutated_args
+from ..aten.effects import is_write, mutated_args
+from ..aten.element import call_args, dtype_of, shape_of
+from ..aten.names import op_name
+from ..aten.node import example_value
 from ..recover.fused import is_fused
 from ..recover.match import Param
-from ..recover.region import SIZES, Block, inside
+from ..recover.region import Block, inside
 from ..recover.shared import Operands, SharedMatch
-from ..rewrite.plan import Operand, SharedPlan
-from ..rewrite.planner import Planner
-from .probe import TROUBLE, difference, one_thread, run, size_choices, windows
-from .validate import signature
-
-_SAME_ROWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "alias", "clone", "to", "_to_copy")
-_refutations: dict[Any, bool] = {}
+from .layout import dims_by_stride
+from .plan import Operand, SharedPlan
+from .planner import Planner
 
 
 def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
@@ -35,7 +33,7 @@ def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
 
 
-def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> SharedPlan | None:
+def plan_shared(b: Block, planner: Planner, overlap: int) -> SharedPlan | None:
     """How the shared expert goes into the op of a block; None where the graph goes on computing it."""
     s = b.shared
     if s is None or s.operands is None or under_autocast(planner.shadow.dynamo.graph, b.match.out.meta["val"].device.type):
@@ -45,9 +43,7 @@ def plan_shared(b: Block, planner: Planner, overlap: int, prove: bool) -> Shared
         return None
     try:
         join = _as_base(b, s) or _as_sum(b, s, planner)
-        if join is None or (prove and _refuted(b, s, s.operands, region)):
-            return None
-        return _plan(b, s.operands, planner, overlap, *join)
+        return None if join is None else _plan(b, s.operands, planner, overlap, *join)
     except Rejection:  # a value that the Dynamo graph does not hold
         return None
 
@@ -60,14 +56,14 @@ def _private(region: list[fx.Node], out: fx.Node) -> bool:
     """Nobody else reads what is computed inside; the tokens in another shape may be read by all."""
     members, computed = set(region), set()
     for n in region:
-        if op_name(n) in CONTRACTIONS or any(x in computed for x in n.all_input_nodes):
+        if op_name(n) in names.CONTRACTION or any(x in computed for x in n.all_input_nodes):
             computed.add(n)
-    return all(u in members or op_name(u) in SIZES for n in computed if n is not out for u in n.users)
+    return all(u in members or op_name(u) in names.SIZE for n in computed if n is not out for u in n.users)
 
 
 def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
     """Products in the dtype of the routed experts', and so all that goes in and comes out."""
-    products = [n for n in region if op_name(n) in CONTRACTIONS]
+    products = [n for n in region if op_name(n) in names.CONTRACTION]
     nodes = [b.match.tokens, s.node, *o.params(), *products, *(x for n in products for x in n.all_input_nodes)]
     return {dtype_of(n) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)} == {b.match.experts.dtype}
 
@@ -103,7 +99,7 @@ def _as_sum(b: Block, s: SharedMatch, planner: Planner) -> tuple[str, str] | Non
     if len(rest) != 1 or len(other) != 1:
         return None
     now, then = example_value(rest[0]), example_value(total)
-    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device:
+    if now.shape != then.shape or now.dtype != then.dtype or now.device != then.device or dims_by_stride(now) != dims_by_stride(then):
         return None
     return total.name, rest[0].name
 
@@ -113,7 +109,7 @@ def _chain(n: fx.Node) -> list[fx.Node]:
     out = [n]
     while len(n.users) == 1:
         (n,) = n.users
-        if op_name(n) not in _SAME_ROWS or mutated_args(n):
+        if op_name(n) not in names.RESHAPE | names.SAME | names.CAST or mutated_args(n):
             break
         out.append(n)
     return out
@@ -142,7 +138,7 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     moved: list[fx.Node] = []
     if o.gate is not None:
         gate = planner.locate(o.gate, o.gate)
-        before = None if o.gate in planner.overwritten else _before(gate, op, planner)
+        before = None if planner.overwritten(o.gate) else _before(gate, op, planner)
         if before is None:
             return None
         moved = before
@@ -181,44 +177,3 @@ def _before(gate: fx.Node, op: fx.Node, planner: Planner) -> list[fx.Node] | Non
         if n in needed:
             needed.update(x for x in n.all_input_nodes if at[x] >= at[op])
     return None if op in needed else [n for n in between if n in needed]
-
-
-# ---- the proof -----------------------------------------------------------------------------------------------------
-
-
-def _refuted(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
-    """Whether the formula and the graph's own MLP differ on a probe, both in float64; equal layers are probed once."""
-    key = (o.experts, o.gate is None, signature(region, _boundary(b, o), [s.node]))
-    if key not in _refutations:
-        if len(_refutations) > 4096:
-            _refutations.clear()
-        _refutations[key] = _probe(b, s, o, region)
-    return _refutations[key]
-
-
-def _probe(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
-    for sizes in size_choices(b):
-        try:
-            with one_thread():
-                return not all(_agrees(b, s, o, region, sizes, seed) for seed in range(2))
-        except TROUBLE:
-            continue
-    return True
-
-
-def _agrees(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node], sizes: Any, seed: int) -> bool:
-    gen = torch.Generator().manual_seed(seed)
-    tokens = b.match.tokens
-    env: dict[fx.Node, Any] = {n: windows(sizes.shape(n), gen) for n in o.params()}
-    env[tokens] = torch.randn(sizes.shape(tokens), generator=gen, dtype=torch.float64) * (1, 4)[seed]
-    if o.gate is not None:
-        env[o.gate] = torch.rand(sizes.shape(o.gate), generator=gen, dtype=torch.float64) + 0.1
-    given = dict(env)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        run(region, env, sizes)
-        x = given[tokens].reshape(-1, o.experts.hidden)
-        ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
-        weights = torch.ones(x.shape[0], 1, dtype=torch.float64) if o.gate is None else given[o.gate].reshape(-1, 1)
-        lists = [[given[q.node] for q in group] for group in (o.up, o.down, o.up_bias, o.down_bias)]
-        want = o.experts.evaluate(x, ids, weights, *lists)
-    return difference(env[s.node], want) is None

@@ -1,0 +1,70 @@
+"""What this target can run, from the IR alone, and what it says it makes of it."""
+
+from __future__ import annotations
+
+import torch
+
+from ...ir import MoeBlock, Norm
+from ...ir import scalar as act
+from ...ops import route_args
+from ..routing import Routing
+from . import int8, law
+
+MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
+MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+
+def can_lower(ir: MoeBlock) -> str | None:
+    """None when the npu ops can run this block's experts, else the reason."""
+    e = ir.experts
+    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
+        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
+        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
+    if e.dtype not in FLOATS:
+        return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
+    if e.num_experts > MAX_GROUPED:
+        return f"{e.num_experts} experts: npu_grouped_matmul takes {MAX_GROUPED}"
+    try:
+        act.encode(e.activation)
+    except act.UnknownActivation as error:
+        return f"activation: {error}"
+    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
+        return f"rows rounded to {e.row_bits} bits: {why}"
+    if e.num_identity and e.hidden != e.out_features:
+        return "identity experts need as many outputs as inputs"
+    return None
+
+
+def _refuses_rounded(ir: MoeBlock) -> str | None:
+    """Why the int8 chain cannot run experts that round their rows themselves; there is no other way to run them."""
+    e = ir.experts
+    if e.num_identity:
+        return "identity experts take rows that are not rounded"
+    if e.row_floor > MAX_FLOOR:
+        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
+    return int8.why_not(_problem(ir))
+
+
+def _problem(ir: MoeBlock) -> int8.Problem:
+    e = ir.experts
+    return int8.Problem("w8a8", e.activation, int(e.form), e.hidden, e.intermediate, e.up_bias or e.down_bias, e.weight_on_input, e.dtype)
+
+
+def lowering_name(ir: MoeBlock) -> str:
+    """The calls a block becomes, for the report."""
+    routing = "routing as written"
+    if ir.gating is not None:
+        g = ir.gating
+        plain = route_args(g)
+        if g.norm is not None and g.norm.kind is Norm.EXPR:
+            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
+        row, _ = law.choose_routing(law.Case(Routing(*plain), g.num_experts))
+        routing = row.calls
+    if ir.experts.row_bits:
+        chain, _ = int8.choose(_problem(ir))
+        assert chain is not None
+        return f"{routing}; {chain.calls}"
+    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
+    return f"{routing}; {product}, {law.activation_call(ir.experts.activation, ir.experts.form)}"

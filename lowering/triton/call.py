@@ -1,0 +1,71 @@
+"""The operands of one call of the routed experts, as the kernels take them, or that they are beyond the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import generic
+from ..generic import Layout
+from .weights import Biases, Matrices, down_biases, down_matrices, up_biases, up_matrices
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Late(Protocol):
+    """A value to add that is computed beside the experts."""
+
+    def issue(self) -> None:
+        """Start computing it; called when the up projection is under way."""
+
+    def join(self) -> Tensor:
+        """[T, H], ready on the current stream."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The operands of one call, as the kernels take them."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    up: Matrices
+    down: Matrices
+    up_bias: Biases | None
+    down_bias: Biases | None
+    add: Tensor | None
+    layout: Layout
+    late: Late | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.ids.numel()
+
+
+def read(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    add: Tensor | None,
+    layout: Layout,
+) -> Call | None:
+    """The operands for the kernels, or None when they are beyond them (other or mixed dtypes, no contiguous dimension)."""
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in (*up, *down, *up_bias, *down_bias)) or x.shape[1] == 0:
+        return None
+    generic.check_sizes(layout, up, down, up_bias, down_bias)
+    u, d = up_matrices(layout, up), down_matrices(layout, down)
+    if u is None or d is None:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if add is not None and add.stride(1) != 1:
+        add = add.contiguous()
+    biases = up_biases(layout, up_bias), down_biases(layout, down_bias)
+    return Call(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)

@@ -1,0 +1,136 @@
+"""What was read against the user's function itself, on inputs that the recording never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..ir import Rejection
+from .bench import Bench
+from .neutral import neutral
+from .regenerate import Regenerated
+
+_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
+
+
+def confirm(written: Regenerated, reader: Any) -> None:
+    """The user's function against ours on inputs that the recording never saw. Raises `Rejection` where they differ."""
+    sharp, own, call = reader.sharp, reader.own, reader.call
+    for name, arguments in reader.trials(sharp):
+        _compare(written, sharp, arguments, name)
+    for name, arguments in reader.optional(sharp):
+        _compare(written, sharp, arguments, name, may_raise=True)
+    if call.grad:
+        _compare_gradients(written, sharp, reader.usual(sharp))
+    bench = own if call.device.type in ("cpu", "meta") else own.again(device=call.device)
+    _compare(written, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)
+
+
+def holds_for_repeats(written: Regenerated, reader: Any) -> bool:
+    """Whether an expert that a token has twice counts twice in the user's function, as it does in ours."""
+    arguments = reader.twice(reader.sharp)
+    if arguments is None:
+        return True
+    try:
+        _compare(written, reader.sharp, arguments, "an expert twice")
+    except Rejection:
+        return False
+    return True
+
+
+def _given(written: Regenerated, bench: Bench, arguments: Mapping[str, Any]) -> list[Any]:
+    params = [bench.probe.tensors[p] for p in written.params]
+    return [*arguments.values(), *params]
+
+
+def _compare(
+    written: Regenerated,
+    bench: Bench,
+    arguments: Mapping[str, Any],
+    what: str,
+    autocast: torch.dtype | None = None,
+    may_raise: bool = False,
+) -> None:
+    """Raise `Rejection` unless all results agree row by row; `may_raise`: the function may refuse these arguments."""
+    try:
+        expected = bench.run(arguments, autocast)
+    except Rejection:
+        raise
+    except Exception as e:
+        if may_raise:
+            return
+        raise Rejection(f"it fails on {what}: {type(e).__name__}: {str(e)[:200]}", stage="confirm") from e
+    with neutral(bench.call.grad), torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None):
+        got = written.by_oracle(*_given(written, bench, arguments))
+    if not _same_results(got, expected, autocast, f32=bench.dtype is torch.float32):
+        raise Rejection(f"what was read does not hold for {what}", stage="confirm")
+    _check_shapes(written, bench, arguments, expected)
+
+
+def _same_results(got: Any, expected: Any, autocast: torch.dtype | None, f32: bool) -> bool:
+    a, how_a = pytree.tree_flatten(got)
+    b, how_b = pytree.tree_flatten(expected)
+    if how_a != how_b:
+        return False
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(y, Tensor):
+            if x != y:
+                return False
+        elif not isinstance(x, Tensor) or x.dtype != y.dtype or x.shape != y.shape:
+            return False
+        elif not y.is_floating_point():
+            if not torch.equal(x, y):
+                return False
+        elif not _agree(x, y, _TOLERANCE[torch.float32 if f32 else autocast or y.dtype]):
+            return False
+    return True
+
+
+def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[str, Any]) -> None:
+    """Raise `Rejection` unless the gradients to all float arguments agree (to small parameters too)."""
+    params = [bench.probe.tensors[p] for p in written.params]
+    leaves = [t for t in (*arguments.values(), *(params if sum(p.numel() for p in params) <= _SMALL else ())) if _is_float(t)]
+    for t in leaves:
+        t.requires_grad_(True)
+    try:
+        results = bench.run(arguments), written.by_oracle(*_given(written, bench, arguments))
+        both = [[t for t in pytree.tree_leaves(r) if _is_float(t) and t.requires_grad] for r in results]
+        cotangents = [torch.randn(t.shape, generator=bench.generator).to(t.device, t.dtype) for t in both[1]]
+        if [t.shape for t in both[0]] != [t.shape for t in both[1]]:
+            raise Rejection("its results have other gradients than what was read", stage="confirm")
+        found = [torch.autograd.grad(ts, leaves, cotangents, allow_unused=True) if ts else [None] * len(leaves) for ts in both]
+    finally:
+        for t in leaves:
+            t.requires_grad_(False)
+    for t, x, y in zip(leaves, *found, strict=True):
+        zero = torch.zeros_like(t)
+        if not _agree(zero if x is None else x, zero if y is None else y, 1e-4):
+            raise Rejection("its gradients are not those of what was read", stage="confirm")
+
+
+def _is_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _check_shapes(written: Regenerated, bench: Bench, arguments: Mapping[str, Any], expected: Any) -> None:
+    """Raise `Rejection` unless the function with the op itself gives results of the same shapes and types, on the meta device."""
+    meta = [t.to("meta") if isinstance(t, Tensor) else t for t in _given(written, bench, arguments)]
+    got = pytree.tree_leaves(written.by_op(*meta))
+    for x, y in zip(got, pytree.tree_leaves(expected), strict=True):
+        if isinstance(y, Tensor) and (x.shape != y.shape or (x.dtype != y.dtype and written.call.autocast is None)):
+            raise Rejection(f"its result is {list(y.shape)} {y.dtype}, ours would be {list(x.shape)} {x.dtype}", stage="confirm")
+
+
+def _agree(a: Tensor, b: Tensor, tol: float) -> bool:
+    """Rows of a and b within `tol` of the row's largest entry (rows of nothing: of the whole)."""
+    a, b = (t.detach().to("cpu", torch.float64).reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
+    if a.shape != b.shape or not bool(torch.isfinite(a).all()):
+        return False
+    size = b.abs().amax(-1)
+    floor = tol * 1e-3 * size.max() if size.numel() else 0.0
+    return bool(((a - b).abs().amax(-1) <= tol * size + floor).all())

@@ -1,0 +1,152 @@
+"""Static expert loops: ops whose output size depends on data stay in the graphs of frames that hold one, and of no others.
+
+Two of Dynamo's own flags do that. They let sizes into a graph that no one knows at compile time; where Dynamo then has to assume something
+of them that Python does not (that two of them are equal, for one of them might have been 1 and broadcast), the frame is compiled without.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ir import Rejection
+from .libraries import home, is_library
+from .looks import asks, compares, has_loop
+from .places import MISSING, of_class
+from .sealed_code import codes
+
+_SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
+_TOLD = {"find", "lower", "internal"}  # what reading by example would not change
+_now = threading.local()
+
+
+class Again(Exception):
+    """The frame is to be compiled again: without the flags, or with whole blocks read by example."""
+
+
+@contextmanager
+def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[None]:
+    """The flags, for a frame that is compiled inside. `outer`: whole blocks that may be read, though their loops are in other functions;
+    last: they are what this time is for."""
+    was, _now.state = getattr(_now, "state", None), (outer, last)
+    try:
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+            yield
+    finally:
+        _now.state = was
+
+
+def blocks() -> frozenset[types.CodeType]:
+    """The functions of whole blocks that are to be read this time."""
+    outer, last = getattr(_now, "state", None) or (frozenset, False)
+    return outer() if last else frozenset()
+
+
+def check(gm: fx.GraphModule, missed: Sequence[Rejection]) -> None:
+    """Raise `Again` if a graph that has such sizes through our flags asserts what the user's code does not, or if whole blocks of its frame
+    may be read in place of what was `missed`."""
+    outer, last = getattr(_now, "state", None) or (None, False)
+    if outer is None:
+        return
+    if not last and any(r.stage not in _TOLD for r in missed) and outer():
+        raise Again("whole blocks are read by example")
+    for n in gm.graph.nodes:
+        if n.target is torch.ops.aten._assert_scalar.default and _equates(n.args[0]):
+            raise Again(str(n.args[1]))
+
+
+def _equates(n: Any) -> bool:
+    """Whether a condition sets one size equal to another, or to a number. Sums of sizes are those of a split, which Python asserts too."""
+    if not isinstance(n, fx.Node) or n.target not in (operator.eq, operator.ne):
+        return False
+    return all(_sizes(side) <= 1 for side in n.args) and any(_sizes(side) for side in n.args)
+
+
+def _sizes(n: Any) -> int:
+    """How many sizes that depend on data a number is made of."""
+    value = n.meta.get("example_value", n.meta.get("val")) if isinstance(n, fx.Node) else None
+    symbols = value.node.expr.free_symbols if isinstance(value, torch.SymInt) else ()
+    return sum(str(s).startswith("u") for s in symbols)
+
+
+def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
+    """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop."""
+    return has_loop(code) and asks(code) or _loops(_reached(code, names, values))
+
+
+def _loops(reached: Iterable[types.CodeType]) -> bool:
+    found = list(reached)
+    loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
+    return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
+    """The `forward`s of modules that reach both the choice of experts and a loop over them, and of whose parts none does so."""
+    known: dict[Any, bool] = {}
+
+    def holds(m: nn.Module) -> bool:
+        forward = of_class(type(m), "forward")
+        key = frozenset(type(x) for x in m.modules()), type(m)
+        if key not in known:
+            user = isinstance(forward, types.FunctionType) and not is_library(home(forward))
+            known[key] = user and _loops(_reached(forward.__code__, forward.__globals__, [m]))
+        return known[key]
+
+    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    inner = [m for m in modules if holds(m) and not any(holds(x) for x in m.modules() if x is not m)]
+    return frozenset(of_class(type(m), "forward").__code__ for m in inner)
+
+
+def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
+    """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
+    values = list(values)
+    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not is_library(home(c)))
+    own = [f for m in modules for f in vars(m).values() if callable(f)]  # a forward set on the instance
+    todo: list[tuple[types.CodeType, Mapping[str, Any]]] = [(code, names)]
+    found = [v for v in (*values, *own) for v in _functions(v)]
+    seen = set()
+    while todo or found:
+        todo += [(f.__code__, f.__globals__) for f in found if not is_library(home(f))]
+        found.clear()
+        if not todo:
+            return
+        c, g = todo.pop()
+        if c in seen:
+            continue
+        seen.add(c)
+        yield c
+        called = {n for i in codes(c) for n in i.co_names}
+        found += [f for n in called if n in g for f in _functions(g[n])]
+        found += [f for cls in classes for n in (*called, "forward") for f in _functions(of_class(cls, n))]
+
+
+def _functions(v: Any) -> list[types.FunctionType]:
+    """The functions behind a value: methods, wrappers and what they wrap."""
+    found = []
+    for _ in range(8):
+        v = getattr(v, "__func__", None) or (v.fget if isinstance(v, property) else v)
+        if v is MISSING or not isinstance(v, types.FunctionType):
+            break
+        found.append(v)
+        v = getattr(v, "__wrapped__", None)
+    return found
+
+
+def from_data_dependence(e: BaseException | None) -> bool:
+    """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
+    seen = 0
+    while e is not None and seen < 8:
+        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
+            return True
+        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
+            return True
+        e, seen = e.__cause__ or e.__context__, seen + 1
+    return False

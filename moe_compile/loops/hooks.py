@@ -1,0 +1,163 @@
+"""Hooks that act before Dynamo captures, so that data-dependent expert loops reach the backend whole.
+
+Installed once, when the backend is looked up; they act only while a graph is traced for this backend, so other backends,
+export, and the same model under another backend see no change. ``MOE_COMPILE_CAPTURE=0`` turns them all off, at any time.
+
+- *Whole loops* (`capture`): one call is inlined in place of a loop. A loop that is compiled on its own gets a frame around it, because
+  Dynamo never inlines the frame it starts with.
+- *Static loops* (`flags`): ops whose output size depends on data stay in the graphs of frames with an expert loop; a frame that cannot be
+  compiled so is compiled again without.
+
+Both rest on private names of torch; where one is missing, its hook logs that and stays out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import capture, flags
+from .looks import asks, is_candidate
+from .sealed_code import is_set
+
+log = logging.getLogger("moe_compile")
+
+_STEPS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__", "backend_compile_fn")
+
+
+def enabled() -> bool:
+    """Whether the hooks may act: the environment variable MOE_COMPILE_CAPTURE is not 0."""
+    return os.environ.get("MOE_COMPILE_CAPTURE", "1") != "0"
+
+
+def install() -> None:
+    """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
+    for hook in (_hook_inlining, _hook_root, _hook_flags):
+        try:
+            hook()
+        except (ImportError, AttributeError, TypeError) as e:
+            log.info("capture: %s is not available with torch %s: %s", hook.__name__.removeprefix("_hook_"), torch.__version__, e)
+
+
+def for_us(compiler_fn: Any) -> bool:
+    """Whether what Dynamo calls with its graphs ends at this backend, through whatever wraps it: DDP's optimizer is a bound method."""
+    for _ in range(16):
+        if compiler_fn is None or getattr(compiler_fn, "is_moe_fused", False):
+            break
+        steps = (getattr(c, a, None) for c in (compiler_fn, getattr(compiler_fn, "__self__", None)) for a in _STEPS)
+        compiler_fn = next((s for s in steps if s is not None), None)
+    return compiler_fn is not None and bool(getattr(compiler_fn, "is_moe_fused", False))
+
+
+@functools.cache
+def _hook_inlining() -> None:
+    """Let Dynamo inline a reading in place of an expert loop."""
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator as Inliner
+
+    own = Inliner.__dict__["inline_call"]
+    original = own.__func__
+    takes_class = isinstance(own, classmethod)
+
+    @functools.wraps(original)
+    def inline_call(*all_args: Any, **kw: Any) -> Any:
+        head, (parent, func, args, kwargs, *rest) = all_args[:takes_class], all_args[takes_class:]
+        try:
+            found = capture.instead(parent, func, args, kwargs) if enabled() and for_us(parent.output.compiler_fn) else None
+        except Exception as e:  # whatever a look at the call meets, the call itself must go on as it would without us
+            log.debug("capture: the call is left alone: %s: %s", type(e).__name__, e)
+            found = None
+        if found is not None:
+            func, args, kwargs = *found, {}
+        return original(*head, parent, func, args, kwargs, *rest, **kw)
+
+    Inliner.inline_call = type(own)(inline_call)
+
+
+@functools.cache
+def _hook_root() -> None:
+    """Put a frame around an expert loop that is compiled on its own: Dynamo inlines only what is called in a frame that it traces."""
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+
+    original = _TorchDynamoContext.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, fn: Any) -> Any:
+        forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
+        if not isinstance(forward, types.FunctionType) or not enabled() or not for_us(getattr(self, "callback", None)):
+            return original(self, fn)
+        if not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([fn])):
+            return original(self, fn)
+        if not isinstance(fn, nn.Module):
+            return original(self, functools.wraps(fn)(_frame_around(fn, fn)))
+        compiled = original(self, fn)
+        if isinstance(compiled, OptimizedModule):
+            compiled.forward = original(self, _frame_around(fn, forward))
+        return compiled
+
+    _TorchDynamoContext.__call__ = call
+
+
+def _frame_around(fn: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
+    """A frame that calls `fn`. It stands where its `code` does, and has its globals: Dynamo looks those of all other frames up by the name
+    of their module, which a class shipped by value need not have here."""
+
+    def frame(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    # Dynamo keeps compiled code by code object: one of its own for each function
+    at = code.__code__
+    own = frame.__code__.replace(co_filename=at.co_filename, co_firstlineno=at.co_firstlineno, co_name=at.co_name)
+    return types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
+
+
+@functools.cache
+def _hook_flags() -> None:
+    """Keep ops whose output size depends on data in the graphs of frames with an expert loop."""
+    from torch._dynamo import convert_frame
+
+    original: Callable[..., Any] = convert_frame._compile
+    signature = inspect.signature(original)
+    if "compiler_fn" not in signature.parameters:
+        raise AttributeError("_compile has no compiler_fn")
+
+    @functools.wraps(original)
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        if not enabled() or not for_us(given.get("compiler_fn")) or _on_already(given) or not _wants(given):
+            return original(*args, **kwargs)
+        outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
+        for last in (False, True):
+            try:
+                with flags.on(outer, last):
+                    return original(*args, **kwargs)
+            except Exception as e:
+                if not flags.from_data_dependence(e):
+                    raise
+                log.info("capture: a frame is compiled again: %s", e)
+            if not outer():
+                break
+        return original(*args, **kwargs)
+
+    convert_frame._compile = compile_frame
+
+
+def _on_already(given: Mapping[str, Any]) -> bool:
+    config = torch._dynamo.config
+    return bool(given.get("one_graph") or (config.capture_dynamic_output_shape_ops and config.capture_scalar_outputs))
+
+
+def _wants(given: Mapping[str, Any]) -> bool:
+    return flags.wanted(given["code"], given.get("globals") or {}, _values(given))
+
+
+def _values(given: Mapping[str, Any]) -> list[Any]:
+    """What a frame has in its locals and its closure."""
+    return [*(given.get("locals") or {}).values(), *(c.cell_contents for c in given.get("closure") or () if is_set(c))]

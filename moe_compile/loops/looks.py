@@ -1,0 +1,105 @@
+"""Looks at code that cost nothing: may this be an expert loop, does it ask its tensors for what depends on data?"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import textwrap
+import types
+
+import torch
+from torch import fx
+
+from .sealed_code import codes
+
+# names in code that does more than compute
+ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "numel"}  # what an expert loop asks its ids
+_EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
+_COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
+_WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous", "to", "long", "detach"}  # of ids that repeat none
+_INTO = {"setitem", "iadd", "isub", "imul", "ifloordiv", "imod", "iand", "ior", "ixor"}
+_UNUSUAL = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+@functools.cache
+def is_candidate(code: types.CodeType) -> bool:
+    """Whether code may be an expert loop: it has a loop, and does nothing that anyone outside could notice."""
+    return has_loop(code) and not effect(code)
+
+
+@functools.cache
+def has_loop(code: types.CodeType) -> bool:
+    return not code.co_flags & _UNUSUAL and any(i.opname == "FOR_ITER" for c in codes(code) for i in dis.get_instructions(c))
+
+
+@functools.cache
+def effect(code: types.CodeType) -> str:
+    """What code itself does that someone outside could notice, or ""."""
+    found = sorted({n for c in codes(code) for n in c.co_names} & _EFFECTS)
+    if found:
+        return f"it calls {found[0]}"
+    instructions = [i for c in codes(code) for i in dis.get_instructions(c)]
+    writes = [str(i.argval) for i in instructions if i.opname in _WRITES]
+    outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
+    return next((f"it sets {n}" for n in [*writes, *sorted(outer)]), "")
+
+
+@functools.cache
+def asks(code: types.CodeType) -> bool:
+    """Whether code asks its tensors for something that depends on data; `where(mask, a, b)` does not, `where(mask)` does."""
+    found = {n for c in codes(code) for n in c.co_names} & ASKS
+    if found != {"where"}:
+        return bool(found)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return True
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
+
+
+def selects(code: types.CodeType) -> bool:
+    """Whether code chooses experts itself."""
+    return any({"topk", "argmax", "argsort"} & set(c.co_names) for c in codes(code))
+
+
+@functools.cache
+def compares(code: types.CodeType) -> bool:
+    """Whether code compares and subscripts, as in ``x[ids == e]``."""
+    return {"COMPARE_OP", "BINARY_SUBSCR"} <= {i.opname.replace("BINARY_OP", "BINARY_SUBSCR") for i in dis.get_instructions(code)}
+
+
+def is_collective(code: types.CodeType) -> bool:
+    """Whether code may exchange something between the processes that there are."""
+    d = torch.distributed
+    many = d.is_available() and d.is_initialized() and d.get_world_size() > 1
+    return many and bool(set(code.co_names) & _COLLECTIVES)
+
+
+def distinct(ids: fx.Node) -> bool:
+    """Whether a row of ids repeats none: they come out of a top-k or a sort, and nothing is written into them on the way."""
+    first = ids
+    while (name := _called(first)) in _VIEWS or name == "getitem" and first.args[1] != 1:
+        first = first.args[0]  # type: ignore[assignment]
+    sources = {"argsort"}
+    if _called(first) == "getitem":
+        first, sources = first.args[0], {"topk", "sort"}  # type: ignore[assignment]
+    if _called(first) not in sources:
+        return False
+    same = {first}
+    for n in ids.graph.nodes:
+        if n.args and isinstance(n.args[0], fx.Node) and n.args[0] in same:
+            if _called(n).endswith("_") or _called(n) in _INTO or "out" in n.kwargs:
+                return False
+            same.add(n)
+    return True
+
+
+def _called(n: object) -> str:
+    """The name of what a node of Dynamo's graph calls."""
+    if not isinstance(n, fx.Node) or n.op not in ("call_function", "call_method"):
+        return ""
+    return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")

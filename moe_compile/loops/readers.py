@@ -1,0 +1,229 @@
+"""How a function is recorded and tried: with its ids and routing weights as arguments, or with the router inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from ..ir import Rejection
+from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
+from .call import Call, Roles
+from .fewer import MANY, Fewer, pattern
+from .looks import has_loop, selects
+from .places import Place
+from .probe import candidates
+from .record import record_symbolically
+from .rewrites import fold_masks, split_stacks
+
+_COUNTS = {"numel", "nelement", "len"}
+_MANY, _WORK = 2048, 1 << 30
+DRAWS = 4  # tries to choose every expert
+
+
+class _Reader:
+    """`all`: the number of experts (0: not known), `experts`: how many of them are recorded, on the bench `table`.
+
+    lead: the token counts of the recording, as primes that divide no other size; known: every other size and number around.
+    """
+
+    all: int
+    experts: int
+    fewer: Fewer | None = None
+    lead: list[int]
+    known: set[int]
+    _least: int
+
+    def lay(self, fewer: Fewer | None) -> None:
+        """The bench for the recording and how many tokens it takes."""
+        raise NotImplementedError
+
+    def few(self) -> bool:
+        """Record few experts in place of many, if there are many."""
+        if self.all > MANY:
+            self.lay(Fewer(primes(self._least, self.known - {1})[0], self.all))
+        return self.fewer is not None
+
+    def counts_rows(self, size: int) -> bool:
+        """Whether a dim of this size, in the recording, counts rows: those of all tokens, or of some."""
+        return size not in self.known or any(size % p == 0 for p in self.lead if size)
+
+
+class Dispatch(_Reader):
+    """Recording and trials of a function of tokens, ids and routing weights."""
+
+    def __init__(self, call: Call, roles: Roles, reads: set[Place]) -> None:
+        self.call, self.reads, self.ids, self._least = call, reads, roles.ids, max(11, roles.k + 3)
+        self.sharp = DispatchBench(call, roles, torch.float32)
+        self.sharp.share(reads)
+        self.all = number_of_experts(self.sharp)
+        self.own = self.sharp.again()
+        self.own.share(reads)
+        self.lay(None)
+
+    def lay(self, fewer: Fewer | None) -> None:
+        r = self.sharp.roles
+        self.fewer, self.experts = fewer, self.all if fewer is None else fewer.few
+        self.table = self.own if fewer is None else self.sharp.again(fewer=fewer)
+        self.table.share(self.reads)
+        self.known = self.own.sizes() | {self.experts, self.experts + 1, self.all, self.all + 1, r.k, 1}
+        # more tokens than experts: then no expert's number is a token count
+        least = max(17, self.experts + 1, -(-2 * self.experts // r.k))
+        self.lead = primes(least, self.known - {1}, len(self.call.tensors[r.tokens].shape) - 1)
+        self.primes = {p: f"{r.tokens}.shape[{d}]" for d, p in enumerate(self.lead)}
+        # ids and weights may come flattened; the recording has them as [T, k], from where the function's own shape is a view
+        flat = [n for n in (r.ids, r.weights) if self.call.tensors[n].shape[1:] != (r.k,)]
+        self.reshaped = {n: f"reshape(-1, {r.k})" for n in flat}
+
+    def record(self) -> fx.GraphModule:
+        b, tokens, k = self.table, math.prod(self.lead), self.sharp.roles.k
+        routings = [b.arguments(b.routing(tokens, range(self.experts)), self.lead) for _ in range(2)]
+        given = [{n: v.reshape(-1, k) if n in self.reshaped else v for n, v in a.items()} for a in routings]
+        shapes = {n: routings[0][n].shape for n in self.reshaped}
+
+        def fn(*module: Any, **tensors: Tensor) -> Any:
+            return b.call_user({n: v.reshape(shapes[n]) if n in shapes else v for n, v in tensors.items()})
+
+        gm = record_symbolically(fn, given, b.probe, self.call.grad, self.counts_rows)
+        fold_masks(gm, self.experts)
+        split_stacks(gm)
+        gm.meta["roles"] = b.roles._asdict()
+        return gm
+
+    def follow(self) -> None:
+        """Raise `Rejection` if what the function does may hang on how many rows there are."""
+        b = self.sharp.again(dtype=self.table.dtype, listening=True, fewer=self.fewer)
+        few = primes(4 * max(17, 2 * self.experts), self.known - {1}, len(self.lead))
+        leads = [few, primes(2 * few[-1], self.known - {1} | set(few), len(few))]
+        some, others = (b.arguments(b.uneven(math.prod(lead), self.experts), lead) for lead in leads)
+        b.follow(some, others, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
+
+    def trials(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Routings that the recording never saw, with as few tokens as they need."""
+        n, k = self.all, b.roles.k
+        yield "other tokens", self.usual(b)
+        yield "few experts", b.arguments(b.routing(11, range(min(n, max(k, 3)))), masked=True)
+        yield "only the first experts", b.arguments(b.routing(5, range(k)))
+        yield "only the last experts", b.arguments(b.routing(6, range(n - k, n)))
+        yield "one token", b.arguments(b.routing(1, range(n)))
+        many = _affordable(b, k)
+        if many > self.lead[-1]:  # an expert may have room for so many tokens and no more
+            yield "many tokens", b.arguments(b.routing(many, range(k)))
+
+    def optional(self, b: DispatchBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Routings that the function may refuse."""
+        ids = b.routing(7, range(self.all))
+        ids[::2, 0] = self.all
+        yield "an id beyond the last expert", b.arguments(ids)
+
+    def twice(self, b: DispatchBench) -> dict[str, Any] | None:
+        """Some tokens have an expert twice: both their weights may count, or one of them."""
+        ids = b.routing(7, range(self.all))
+        ids[::2, -1] = ids[::2, 0]
+        return b.arguments(ids) if b.roles.k > 1 else None
+
+    def usual(self, b: DispatchBench) -> dict[str, Any]:
+        """Every expert is hit."""
+        return b.arguments(b.routing(-(-self.all // b.roles.k) + 2, range(self.all)))
+
+
+class Block(_Reader):
+    """Recording and trials of a function of tokens alone, which holds the router too."""
+
+    reshaped: Mapping[str, str] = {}
+    ids = ""
+
+    def __init__(self, call: Call, reads: set[Place], draw: int = 0) -> None:
+        self.call, self.reads, self.draw, self._least = call, reads, draw, 17
+        self.sharp = BlockBench(call, torch.float32, seed=draw)
+        self.sharp.share(reads)
+        self.own = self.sharp.again(seed=draw)
+        self.own.share(reads)
+        most = max(candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2)), default=0)
+        if most < 2:
+            raise NoExperts("nothing tells how many experts there are", stage="read")
+        self.all = most
+        self.lay(None)
+
+    def lay(self, fewer: Fewer | None) -> None:
+        ((name, spec),) = self.call.tensors.items()
+        rank, self.fewer, self.experts = len(spec.shape) - 1, fewer, 0 if fewer is None else fewer.few
+        self.table = self.own if fewer is None else self.sharp.again(fewer=fewer, seed=self.draw)
+        self.table.share(self.reads)
+        # each of few experts is to get two tokens and more, also where a token has one expert only
+        most = min(self.experts or self.all, 512)
+        self.known = self.own.sizes() | {most, most + 1, self.all + 1, 1}
+        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.known - {1}, rank)
+        self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
+
+    def record(self) -> fx.GraphModule:
+        try:
+            given = [self.table.arguments(self.lead) for _ in range(2)]
+            gm = record_symbolically(self._run, given, self.table.probe, self.call.grad, self.counts_rows)
+        except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
+            raise r if selects(self.call.fn.__code__) else NoExperts(r.reason, stage="read") from r
+        if self.draw < DRAWS - 1 and _leaves_out(gm, self.table.probe.tensors):
+            raise Rejection("its probes choose some experts only", stage="draw")
+        if not gm.meta["host_reads"] and not self._counts_rows(gm):
+            raise NoExperts("nothing in its control flow depends on data", stage="read")
+        split_stacks(gm)
+        return gm
+
+    def _run(self, *module: Any, **tensors: Tensor) -> Any:
+        return self.table.call_user(tensors)
+
+    def _counts_rows(self, gm: fx.GraphModule) -> bool:
+        """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
+        picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
+        return picks and (not has_loop(self.call.fn.__code__) or bool(_COUNTS & set(self.call.fn.__code__.co_names)))
+
+    def follow(self) -> None:
+        b = self.sharp.again(dtype=self.table.dtype, listening=True, seed=self.draw, fewer=self.fewer)
+        leads = [self.lead, primes(2 * self.lead[-1], self.known - {1} | set(self.lead), len(self.lead))]
+        for draw in range(DRAWS):
+            try:
+                some, others = (b.arguments(lead) for lead in leads)
+                return b.follow(some, others, [(math.prod(leads[0]), math.prod(leads[1])), *zip(*leads, strict=True)])
+            except Rejection as r:
+                if r.stage != "draw" or draw == DRAWS - 1:
+                    raise
+
+    def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        *first, last = self.lead
+        yield "other tokens", b.arguments([*(p + 1 for p in first), last + 4])
+        yield "few experts", b.arguments(self.lead, alike=True)
+        yield "one token", b.arguments([1] * len(self.lead))
+        many = _affordable(b, 8)
+        if many > self.lead[-1]:
+            yield "many tokens", b.arguments([*(1 for _ in first), many], alike=True)
+
+    def optional(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from ()
+
+    def twice(self, b: BlockBench) -> dict[str, Any] | None:
+        return None
+
+    def usual(self, b: BlockBench) -> dict[str, Any]:
+        return b.arguments(self.lead)
+
+
+def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether some experts were chosen and others not: of parameters alike but for a number in their path, or of those in a stack."""
+    read = {n.meta["param_path"]: n for n in gm.graph.nodes if "param_path" in n.meta}
+    alike: dict[str, set[bool]] = {}
+    for path in tensors:
+        alike.setdefault(pattern(path), set()).add(path in read)
+    chosen = [{u.args[2] for u in n.users if u.target is torch.ops.aten.select.int and u.args[1] == 0} for n in read.values()]
+    return any(len(a) > 1 for a in alike.values()) or any(
+        0 < len(c) < tensors[p].shape[0] for p, c in zip(read, chosen, strict=True) if tensors[p].ndim > 2
+    )
+
+
+def _affordable(bench: Bench, k: int) -> int:
+    """Tokens that k experts each can work on in a moment, at most 2048: multiplications count."""
+    work = sum(w.numel() // (w.shape[0] if w.ndim > 2 else 1) for w in bench.weights() if w.ndim > 1)
+    return min(_MANY, _WORK // max(1, k * work))

@@ -1,0 +1,181 @@
+"""The edge of a block's regions: what each tensor there is, and the small sizes that it gets on probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy as sp
+import torch.fx as fx
+
+from ...ir import Experts, Gating
+from ..aten.element import shape_of
+from ..recover.match import Param
+from ..recover.region import Block
+from ..recover.shared import Operands
+from .sizes import SMALL, Dim, Sizes, regroup
+
+FEW = 7  # tokens, a prime that rarely equals another size
+PROBES = 3  # of the usual kinds: together they are to hit every expert
+_FEW_ENOUGH = 16  # tokens that stay as many as they are
+_MOST = 64  # tokens
+_WIDTHS = (24, 20, 28, 36, 44)
+_NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
+
+
+@dataclass(frozen=True)
+class Small:
+    """One choice of sizes: the shape of every tensor of the edge, the views of parameters, the experts as they are on the probe."""
+
+    sizes: Sizes
+    shapes: Mapping[fx.Node, tuple[int, ...]]
+    views: Mapping[Param, tuple[int, ...] | None]
+    experts: Experts
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Roles of the tensors that regions of a block start at.
+
+    `rows`: node -> its width, for tensors with a row for each token (tokens, ids, weights, logits, base, a gate). `groups`: the
+    experts' parameters with the widths that their last dims have. `roles`: node -> what it is. `mapped`: ids may be any numbers.
+    `wraps`: those below zero count from the last expert.
+    """
+
+    tokens: fx.Node
+    experts: Experts
+    k: int
+    roles: Mapping[fx.Node, str]
+    rows: Mapping[fx.Node, int]
+    groups: tuple[tuple[Param, tuple[int, ...]], ...]
+    twins: Mapping[fx.Node, fx.Node]
+    gating: Gating | None = None
+    mapped: bool = False
+    wraps: bool = False
+
+    @property
+    def lead(self) -> tuple[Dim, ...]:
+        return shape_of(self.tokens)[:-1]
+
+    @property
+    def total(self) -> int:
+        """How many ids mean something."""
+        return self.experts.num_experts + self.experts.num_identity
+
+    def first_sizes(self) -> Sizes:
+        """Few tokens, enough of them for every expert on one probe or another; narrow widths."""
+        e = self.experts
+        atoms: dict[int, int] = {}
+        free = iter(_WIDTHS)
+        for old in sorted({e.hidden, e.intermediate, e.out_features}, reverse=True):
+            if old > 2 * SMALL:
+                atoms[old] = _beside(old, atoms) or next(free)
+        few = min(max(FEW, -(-self.total // (PROBES * self.k)) | 1), _MOST)
+        symbols = sorted({x for s in self.lead if isinstance(s, sp.Expr) for x in s.free_symbols}, key=str)
+        values = {x: few if i == len(symbols) - 1 else 2 for i, x in enumerate(symbols)}
+        known = [s for s in self.lead if isinstance(s, int)]
+        if math.prod(known) > _FEW_ENOUGH:
+            for s in sorted(set(known), reverse=True):
+                least = few if s == max(known) and not symbols else 2
+                atoms.setdefault(s, min(s, _beside(s, atoms) or least) if s > 3 else s)
+            for i in range(len(known)):
+                for j in range(i + 2, len(known) + 1):
+                    atoms.setdefault(math.prod(known[i:j]), math.prod(atoms[s] for s in known[i:j]))
+        kept = {e.num_experts, self.total, self.k}
+        return Sizes(values, tuple(p for p in atoms.items() if p[0] > 1), frozenset(kept))
+
+    def small(self, sizes: Sizes) -> Small:
+        """Raises Unfree where a tensor's shape cannot follow."""
+        known = dict(sizes.atoms)
+
+        def new(s: Dim) -> int:
+            return known.get(s, s) if isinstance(s, int) else int(sizes.of(s))
+
+        lead = [new(s) for s in self.lead]
+        shapes: dict[fx.Node, tuple[int, ...]] = {}
+        for n, width in self.rows.items():
+            shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))
+        views: dict[Param, tuple[int, ...] | None] = {}
+        for q, widths in self.groups:
+            stored = shape_of(q.node) if q.view is None else q.view
+            at = len(stored) - len(widths)
+            after = tuple(_scaled(s, w, known, sizes) if i >= at else s for i, (s, w) in enumerate(zip(stored, (*stored[:at], *widths))))
+            views[q] = None if q.view is None else after
+            shapes.setdefault(q.node, after if q.view is None else _one(sizes, stored, after, shape_of(q.node)))
+        for n in self.roles:
+            shapes.setdefault(n, sizes.shape(shape_of(n)) if self.roles[n] == "other" else tuple(new(s) for s in shape_of(n)))
+        return Small(sizes, shapes, views, resized(self.experts, sizes))
+
+
+def resized(e: Experts, sizes: Sizes) -> Experts:
+    """Experts with the widths of a probe."""
+    known = dict(sizes.atoms)
+    return replace(e, **{name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(e, name),)})
+
+
+def _beside(old: int, known: Mapping[int, int]) -> int | None:
+    """The size that keeps a simple ratio to a size that is known."""
+    for a, b in known.items():
+        for q in _NEAR:
+            if old == a * q:
+                return b * q
+            if a == old * q and b % q == 0 and b // q > 2:
+                return b // q
+    return None
+
+
+def _one(sizes: Sizes, old: Iterable[Dim], new: Iterable[int], shape: tuple[Dim, ...]) -> tuple[int, ...]:
+    """The same elements in another shape."""
+    return tuple(s for options in regroup(sizes, tuple(old), tuple(new), shape) for s in options[0])
+
+
+def _scaled(stored: Any, width: int, known: Mapping[int, int], sizes: Sizes) -> int:
+    """A stored dim: a multiple of a width (gate and up), or one number for several channels."""
+    if stored >= width and stored % width == 0:
+        return int(stored // width * known.get(width, width))
+    return int(sizes.candidates(stored)[0])
+
+
+def edge_of(b: Block, mapped: bool) -> Edge:
+    """The edge of a block: its experts' and its routing's inputs."""
+    m, g = b.match, b.gating
+    roles: dict[fx.Node, str] = {}
+    rows: dict[fx.Node, int] = {}
+
+    def row(n: fx.Node | None, role: str, width: int) -> None:
+        if n is not None and n not in roles:
+            roles[n], rows[n] = role, width
+
+    row(m.tokens, "tokens", m.experts.hidden)
+    row(m.base, "base", m.experts.out_features)
+    row(b.ids, "ids", m.k)
+    row(b.weights, "weights", m.k)
+    for n in b.twins:
+        row(n, "twin", m.k)
+    if g is not None:
+        row(g.logits, "logits", g.gating.num_experts)
+        roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
+    groups = _groups(m.experts, (m.up, m.down, m.up_bias, m.down_bias, m.up_scale, m.down_scale))
+    roles.update({q.node: role for q, _, role in groups if q.node not in roles})
+    pairs = tuple((q, widths) for q, widths, _ in groups)
+    return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, b.wraps)
+
+
+def edge_of_shared(tokens: fx.Node, o: Operands) -> Edge:
+    """The edge of a shared expert: the tokens, its parameters, its gate."""
+    roles, rows = {tokens: "tokens"}, {tokens: o.experts.hidden}
+    if o.gate is not None:
+        roles[o.gate], rows[o.gate] = "weights", 1
+    groups = _groups(o.experts, (o.up, o.down, o.up_bias, o.down_bias))
+    roles.update({q.node: role for q, _, role in groups})
+    return Edge(tokens, o.experts, 1, roles, rows, tuple((q, widths) for q, widths, _ in groups), {})
+
+
+def _groups(e: Experts, lists: Iterable[list[Param]]) -> list[tuple[Param, tuple[int, ...], str]]:
+    """(parameter, widths of its last dims, role)."""
+    up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
+    widths = (up[::-1] if e.up_transposed else up, down[::-1] if e.down_transposed else down, up[:1], down[:1], up[:1], down[:1])
+    roles = ("weight", "weight", "bias", "bias", "scale", "scale")
+    return [(q, w, role) for qs, w, role in zip(lists, widths, roles, strict=False) for q in qs]
