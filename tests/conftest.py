@@ -21,6 +21,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 
+collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="one catalogue entry in eight and three zoo models of what is asked for")
