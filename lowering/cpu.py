@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ir import MoeBlock
 from ..ir import scalar as act
-from . import cpu_build, cpu_route, generic
+from . import cpu_build, cpu_frozen, cpu_route, generic
 from .cpu_call import Call
 from .generic import Layout
 
@@ -56,6 +56,8 @@ def prepare(ir: MoeBlock) -> None:
     cpu_route.prepare()
     if not ir.experts.scaled:
         cpu_build.start("forward", ir.experts.dtype)
+        if cpu_frozen.any_frozen():
+            cpu_build.start("packed", ir.experts.dtype)
 
 
 def forward(
@@ -73,7 +75,7 @@ def forward(
     """As `generic.forward`; the second result is only filled when `save`."""
     generic.check_rows(x, ids, weights)
     biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
-    found = _kernel("forward", x, layout, up, down, *biases)
+    found = _kernel("forward" if save else "inference", x, layout, up, down, *biases)
     if found is None or not ids.numel():
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
     library, prepared = found
@@ -85,7 +87,10 @@ def forward(
     if save:
         cpu_build.start("backward", x.dtype)  # somebody is going to want gradients
         call.tensors(pre=pre)
-    call.run(library.moe_experts_forward)
+    if not call.run(library.moe_experts_forward):
+        assert call.sources is not None
+        call.sources.thaw()
+        return forward(x, ids, weights, up, down, up_bias, down_bias, add, layout, save)
     return out, pre
 
 
@@ -138,19 +143,42 @@ _found: dict[Any, tuple[ctypes.CDLL, Call]] = {}
 def _kernel(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]) -> tuple[ctypes.CDLL, Call] | None:
     """The kernels and a call without its tokens, or None where they do not take these operands; the same operands are looked at once.
 
+    `direction`: "backward", "forward" (keeps what backward needs) or "inference", which reads packed weights where there are.
     Raises ValueError when a parameter holds fewer experts than the call says.
     """
     key = (direction, x.dtype, x.shape[1], layout, *map(_described, lists))
     found = _found.get(key)
+    if found is not None and found[1].sources is not None and not found[1].sources.unchanged():
+        found[1].sources.thaw()
+        found = None
     if found is None:
         generic.check_sizes(layout, *lists)
-        library = _library(direction, x, layout, *lists)
+        library = _library("backward" if direction == "backward" else "forward", x, layout, *lists)
         if library is None:
             return None
         if len(_found) > 4096:
             _found.clear()
-        found = _found[key] = library, _call(layout, x.shape[1], *lists)
+        call = _call(layout, x.shape[1], *lists)
+        packed = _packed(call, x.dtype, *lists[:2]) if direction == "inference" else None
+        found = _found[key] = packed or library, call
     return found
+
+
+def _packed(call: Call, dtype: torch.dtype, up: Sequence[Tensor], down: Sequence[Tensor]) -> ctypes.CDLL | None:
+    """The kernels for packed weights, and `call` made one on them, where `moe_compile.prepare` has allowed for copies of these."""
+    sources = cpu_frozen.sources(up, down)
+    library = None if sources is None else cpu_build.library("packed", dtype)
+    return library if library is not None and sources is not None and call.pack(library, sources) else None
+
+
+def _forget(address: int) -> None:
+    """Packed copies of what lay at `address` go."""
+    for key, (_, call) in list(_found.items()):
+        if call.sources is not None and address in call.sources.weights:
+            _found.pop(key, None)
+
+
+cpu_frozen.dropped.append(_forget)
 
 
 def _described(tensors: Sequence[Tensor]) -> Any:

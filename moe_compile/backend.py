@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
@@ -17,6 +18,7 @@ from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
 from .loops import capture, flags, hooks
+from .lowering import cpu_told
 from .options import Options
 from .snapshot import Snapshot
 
@@ -45,6 +47,8 @@ def moe_fused(
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     report = reports.report_for(gm)
+    if target == "cpu":
+        report.add_notes(cpu_told.packed(gm, example_inputs))
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
@@ -55,7 +59,10 @@ def moe_fused(
         rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
         blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
+    unbuilt = _without_kernels(blocks) if target == "cpu" else []
+    report.add_notes(dict.fromkeys(r.reason for r in unbuilt))
     _note(report, target, blocks, rejected, seconds)
+    rejected = [*rejected, *unbuilt]
     missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
         raise NotFused(missed)
@@ -95,6 +102,18 @@ def _internal_error(what: str, e: Exception) -> Rejection:
     reason = f"internal error, {what}: {type(e).__name__}: {e}"
     log.warning("%s; the graph runs as written", reason, exc_info=True)
     return Rejection(reason, stage="internal")
+
+
+def _without_kernels(blocks: list[Any]) -> list[Rejection]:
+    """Blocks that run in plain torch because their kernels could not be built: told by their lowering, and refused with strict=True."""
+    patience = 1.0 if reports.explaining() else None  # a compiler that is missing is known by then
+    missing = []
+    for i, b in enumerate(blocks):
+        why = cpu_told.lacks(b.ir, patience)
+        if why is not None:
+            blocks[i] = dataclasses.replace(b, lowering=cpu_told.plain(b.ir))
+            missing.append(Rejection(f"fused, but in plain torch, at about half the speed: {why}", stage="lower", source=b.source))
+    return missing
 
 
 def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], seconds: dict[str, float]) -> None:

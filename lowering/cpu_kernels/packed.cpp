@@ -1,9 +1,11 @@
-// Entry points of the library for packed weights: packing them, and the experts op on them. Each returns 0, or 1 when there is no memory.
+// Entry points of the library for packed weights: packing them, and the experts op on them. Each returns 0, 1 when there is no memory, or
+// 2 when the weights are no longer what was packed.
 #include "packed.h"
 
 extern "C" int moe_experts_forward(const Args* args) {
   try {
     PackedForward f(*args);
+    if (!f.spots_agree()) return 2;
     run(f, COLS);
     return 0;
   } catch (const std::bad_alloc&) {

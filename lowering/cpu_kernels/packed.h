@@ -85,6 +85,30 @@ static void pack_weights(const Matrix& m, i64 n0, packed* to) {
 struct PackedForward : Problem {
   explicit PackedForward(const Args& args) : Problem(args, false) {}
 
+  // A spot of each matrix that will be read, against the model's own: a different one for every expert. All are asked for first.
+  bool spots_agree() const {
+    bool agree = true;
+    for (int look = 0; look < 2; look++)
+      for (size_t i = 0; i < plan.tasks.size() && agree; i++) {
+        const i64 e = plan.tasks[i].expert;
+        if (i && e == plan.tasks[i - 1].expert) continue;
+        const Packed p(a);
+        for (i64 half = 0; half < a.halves; half++) agree &= spot(up(half, e), e, p.up(e) + half * units(a.hidden) * COLS, a.halves, look);
+        agree &= spot(down(e), e, p.down(e), 1, look);
+      }
+    return agree;
+  }
+
+  // Panels of one half are `panels` panels apart.
+  static bool spot(const Matrix& m, i64 e, const packed* from, i64 panels, bool look) {
+    const i64 n = e * 5 % m.n, k = e * 3 % m.k;
+    const packed* at = from + (n / COLS * panels * units(m.k) + k / PER) * COLS + n % COLS;
+    const stored *mine = reinterpret_cast<const stored*>(at) + k % PER, *theirs = m(n, k);
+    if (look) return !memcmp(mine, theirs, sizeof(stored));
+    __builtin_prefetch(mine), __builtin_prefetch(theirs);
+    return true;
+  }
+
   // Pre-activations and activations of columns n0 .. n1, n0 a multiple of COLS.
   void up_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
     const element* rows[ROWS];
