@@ -171,14 +171,14 @@ def _packed(call: Call, dtype: torch.dtype, up: Sequence[Tensor], down: Sequence
     return library if library is not None and sources is not None and call.pack(library, sources) else None
 
 
-def _forget(address: int) -> None:
-    """Packed copies of what lay at `address` go."""
+def _forget(address: int | None) -> None:
+    """Packed copies of what lay at `address` go; or (None) all that was found, because weights may be packed that were not."""
     for key, (_, call) in list(_found.items()):
-        if call.sources is not None and address in call.sources.weights:
+        if address is None or call.sources is not None and address in call.sources.weights:
             _found.pop(key, None)
 
 
-cpu_frozen.dropped.append(_forget)
+cpu_frozen.changed.append(_forget)
 
 
 def _described(tensors: Sequence[Tensor]) -> Any:

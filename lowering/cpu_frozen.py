@@ -38,7 +38,7 @@ class _Weight:
 
 
 _frozen: dict[int, _Weight] = {}  # by address of the storage
-dropped: list[Callable[[int], None]] = []  # told of memory that is frozen no longer
+changed: list[Callable[[int | None], None]] = []  # told of memory that is frozen no longer; of None when some newly is
 
 
 def freeze(model: nn.Module) -> dict[str, int]:
@@ -56,6 +56,7 @@ def freeze(model: nn.Module) -> dict[str, int]:
     for _, t in tensors:
         weight = _frozen.setdefault(_address(t), _Weight(StorageWeakRef(t.untyped_storage()), []))
         weight.parameters.append((weakref.ref(t, functools.partial(_gone, _address(t))), t._version))
+    _tell(None)
     return {n: t.numel() * t.element_size() for n, t in _look_like_experts(model)}
 
 
@@ -137,5 +138,9 @@ def _gone(address: int, _: object) -> None:
 
 def _drop(address: int) -> None:
     if _frozen.pop(address, None) is not None:
-        for tell in dropped:
-            tell(address)
+        _tell(address)
+
+
+def _tell(address: int | None) -> None:
+    for listener in changed:
+        listener(address)

@@ -47,8 +47,7 @@ def moe_fused(
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     report = reports.report_for(gm)
-    if target == "cpu":
-        report.add_notes(cpu_told.packed(gm, example_inputs))
+    report.add_notes(cpu_told.packed(gm, example_inputs))
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
@@ -60,10 +59,9 @@ def moe_fused(
         blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks) if target == "cpu" else []
-    report.add_notes(dict.fromkeys(r.reason for r in unbuilt))
     _note(report, target, blocks, rejected, seconds)
-    rejected = [*rejected, *unbuilt]
-    missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
+    report.add_notes(r.reason for r in unbuilt)
+    missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
         raise NotFused(missed)
     return compiled
