@@ -34,7 +34,8 @@ class _Weight:
     parameters: list[tuple[weakref.ref[Tensor], int]]
 
     def unchanged(self) -> bool:
-        return all((p := ref()) is not None and p._version == version for ref, version in self.parameters)
+        address = self.memory.cdata
+        return all((p := ref()) is not None and p._version == v and _address(p) == address for ref, v in self.parameters)
 
 
 _frozen: dict[int, _Weight] = {}  # by address of the storage
@@ -90,6 +91,10 @@ class Sources:
 
     def unchanged(self) -> bool:
         return all(w.unchanged() for w in self.weights.values())
+
+    def parameters(self) -> list[tuple[Tensor, int]]:
+        """The parameters and their versions when they were frozen."""
+        return [(p, v) for w in self.weights.values() for ref, v in w.parameters if (p := ref()) is not None]
 
     def thaw(self) -> None:
         """They were written to: from now on they are read as the model holds them."""

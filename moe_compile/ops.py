@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowering import cpu, cpu_route, generic, gradients, on_cuda, routing, scaled
+from .lowering import cpu, cpu_native, cpu_route, generic, gradients, on_cuda, routing, scaled
 from .lowering.gradients import layout_of as _layout
 from .lowering.gradients import routing_of as _routing
 
@@ -99,6 +99,8 @@ def _kept(t: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _experts(*args: Any) -> Tensor:
+    if args[0].is_cpu:
+        return cpu_native.experts(*args)
     return generic.forward(*args[:8], _layout(args[8:]))[0]
 
 
@@ -147,10 +149,6 @@ def _experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: A
     return out.to(x.dtype)
 
 
-def _experts_cpu(*args: Any) -> Tensor:
-    return cpu.forward(*args[:8], _layout(args[8:]), save=False)[0]
-
-
 def _experts_fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return cpu.forward(*args[:8], _layout(args[8:]), save=True)
 
@@ -163,7 +161,7 @@ for _name, _any_device, _on_cpu in (
     ("route", _route, _route_cpu),
     ("route_linear", _route_linear, None),
     ("route_bwd", _route_bwd, None),
-    ("experts", _experts, _experts_cpu),
+    ("experts", _experts, None),
     ("experts_bwd", _experts_bwd, _experts_bwd_cpu),
     ("experts_shared", _experts_shared, None),
 ):
@@ -303,6 +301,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 
 
 _lib.impl("experts", _experts_autograd, "Autograd")
+cpu_native.define(_lib, f"({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor", _experts_autograd)
 _lib.impl("experts_shared", _or_differentiable("experts_shared", _experts_shared), "Autograd")
 _lib.impl("experts_scaled", _or_differentiable("experts_scaled", _experts_as_floats), "Autograd")
 _lib.impl("route", _route_autograd, "Autograd")

@@ -1,0 +1,117 @@
+"""The experts op as C++ calls it (cpu_kernels/call.cpp): what was seen before goes to its kernel without any Python.
+
+A library of its own, built against torch's headers in the background when an experts op first runs; until it is loaded, and where it
+cannot be built, the op runs through Python: the same kernels, some microseconds later. Its key in the cache tells torch's version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, cpu_build, cpu_frozen, generic
+from .cpu_call import Call
+from .gradients import layout_of
+
+log = logging.getLogger(__name__)
+
+_PLAIN = 8  # arguments before the plain ones
+_ops = torch.ops.moe_compile
+_lock = threading.Lock()
+
+
+@dataclass
+class _State:
+    """The library: who builds it, where it is once built."""
+
+    thread: threading.Thread | None = None
+    path: Path | None = None
+    loaded: bool = False
+    failed: bool = False
+
+
+_state = _State()
+
+
+def define(library: torch.library.Library, schema: str, gradient: Callable[..., Tensor]) -> None:
+    """Define what C++ calls. `schema`: the arguments and result of the experts op; `gradient`: its implementation under autograd."""
+    for name in ("cpu_experts_first", "cpu_experts_gradient"):
+        library.define(name + schema)
+        library.impl(name, _first, "CompositeExplicitAutograd")
+    library.impl("cpu_experts_gradient", gradient, "Autograd")
+    library.define("cpu_remember(int args, int kernel, int consts, Tensor[] sources, int[] versions, Tensor[] packed) -> ()")
+    library.define("cpu_forget() -> ()")
+
+
+def experts(*args: Any) -> Tensor:
+    """The op while C++ does not run it."""
+    load(wait=False)
+    return cpu.forward(*args[:_PLAIN], layout_of(args[_PLAIN:]), save=False)[0]
+
+
+def load(wait: bool) -> bool:
+    """Whether C++ runs the op from now on; starts the build, and waits for it if asked to."""
+    if _state.loaded or _state.failed:
+        return _state.loaded
+    with _lock:
+        if _state.thread is None:
+            _state.thread = threading.Thread(target=_build, name="moe_compile call build", daemon=True)
+            _state.thread.start()
+    if wait:
+        _state.thread.join()
+    with _lock:
+        if _state.path is not None and not _state.loaded:
+            torch.ops.load_library(str(_state.path))
+            _state.loaded = True
+    return _state.loaded
+
+
+def _build() -> None:
+    try:
+        compiler = cpu_build._compiler()
+        torch_folder = Path(torch.__file__).parent
+        flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        flags += [f"-I{torch_folder / 'include'}", str(cpu_build.SOURCES / "call.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        path = cpu_build._cache_dir() / f"call-{cpu_build._key(compiler, [*flags, torch.__version__])}.so"
+        if not path.exists():
+            cpu_build._compile(compiler, flags, path)
+        _state.path = path
+    except Exception as e:  # Python does the same
+        _state.failed = True
+        log.info("the experts op is called through Python: %s", e)
+
+
+def _first(*args: Any) -> Tensor:
+    """The op for operands that C++ does not know (any more): run it, and let C++ know what they come to."""
+    x, _, _, up, down, up_bias, down_bias, _ = args[:_PLAIN]
+    layout = layout_of(args[_PLAIN:])
+    out, _ = cpu.forward(*args[:_PLAIN], layout, save=False)
+    if x.ndim == 2 and all(b.is_contiguous() for b in (*up_bias, *down_bias)):
+        found = cpu._kernel("inference", x, layout, up, down, up_bias, down_bias)
+        if found is not None:
+            _remember(*found, layout)
+    return out
+
+
+def _remember(library: ctypes.CDLL, call: Call, layout: generic.Layout) -> None:
+    kernel = ctypes.cast(library.moe_experts_forward, ctypes.c_void_p).value
+    watched = [] if call.sources is None else call.sources.parameters()
+    packed = [] if call.sources is None else [t for t in call.keep if isinstance(t, Tensor)]
+    parameters, versions = [p for p, _ in watched], [v for _, v in watched]
+    _ops.cpu_remember(ctypes.addressof(call.args), kernel, len(layout.act_consts), parameters, versions, packed)
+
+
+def _forget(_: int | None) -> None:
+    if _state.loaded:
+        _ops.cpu_forget()
+
+
+cpu_frozen.changed.append(_forget)
