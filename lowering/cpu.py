@@ -74,6 +74,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
     generic.check_rows(x, ids, weights)
+    if ids.shape != weights.shape:
+        raise ValueError(f"moe_compile::experts: ids are {list(ids.shape)}, weights {list(weights.shape)}")
     biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
     found = _kernel("forward" if save else "inference", x, layout, up, down, *biases)
     if found is None or not ids.numel():
