@@ -6,8 +6,9 @@
 `ours` reads the weights as the model holds them, `packed` what `moe_compile.prepare(model, target="cpu")` made of them. Ids and weights
 are given, activations are SwiGLU. Layers and inputs rotate, so that weights come from memory. Samples of some milliseconds take
 turns; a sample counts only if nothing else ran meanwhile: no thread of ours waited for a processor, and no other process used more than a
-tick of one. Figures are medians of those, and the least of all samples, which ratios are of. The floor: bytes of the experts that are hit
-over the bandwidth of a sum, or FLOPs over the rate of a loop of multiply-adds in registers, whichever is larger (cpu_limits.py).
+tick of one. On one thread that thread's own time is counted, so that waiting for a processor is no part of it. Figures are medians, and
+the least of all samples, which ratios are of. The floor: bytes of the experts that are hit over the bandwidth of a sum, or FLOPs over the
+rate of a loop of multiply-adds in registers, whichever is larger (cpu_limits.py).
 """
 
 from __future__ import annotations
@@ -151,13 +152,14 @@ def interleaved(
     sides: dict[str, Callable[[int], object]], want: int, limit: float, sample: float = 0.02, pause: float = 0.0
 ) -> dict[str, Samples]:
     """Samples of every side, taking turns, until each has `want` quiet ones or `limit` seconds are over."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     calls, seen, at = {}, {name: Samples() for name in sides}, dict.fromkeys(sides, 0)
     for name, side in sides.items():
         side(0), side(1)
-        start = time.perf_counter()
+        start = clock()
         for i in range(4):
             side(i)
-        calls[name] = max(1, round(sample / (time.perf_counter() - start) * 4))
+        calls[name] = max(1, round(sample / (clock() - start) * 4))
     end = time.perf_counter() + limit
     turn = 0
     while time.perf_counter() < end and min(len(s.quiet) for s in seen.values()) < want:
@@ -166,10 +168,10 @@ def interleaved(
         time.sleep(pause)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             side, n = sides[name], calls[name]
-            delay, other, start = waited(), others(), time.perf_counter()
+            delay, other, start = waited(), others(), clock()
             for i in range(at[name], at[name] + n):
                 side(i)
-            took = time.perf_counter() - start
+            took = clock() - start
             at[name] += n
             seen[name].all.append(took / n)
             if waited() - delay < 0.002 * took and others() - other < max(TICK, 0.02 * took):
