@@ -71,14 +71,15 @@ extern "C" double flops(int64_t rounds, int threads, int bf16) {
 """
 
 
-def least(f: Callable[[], object], repeats: int = 9) -> float:
-    """Seconds of the fastest of some calls: a limit is what the machine does when nothing disturbs it."""
+def least(f: Callable[[], object], repeats: int = 100) -> float:
+    """Seconds of the fastest of some calls (one thread: of its own time): a limit is what the machine does when nothing disturbs it."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     f()
     seen = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         f()
-        seen.append(time.perf_counter() - start)
+        seen.append(clock() - start)
     return min(seen)
 
 
@@ -95,7 +96,7 @@ def measured(threads: int) -> dict[str, float]:
     }
 
 
-def _flops(threads: int, bf16: bool, rounds: int = 1 << 22) -> float:
+def _flops(threads: int, bf16: bool, rounds: int = 1 << 17) -> float:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "loop.cpp", Path(folder) / "loop.so"
         source.write_text(_LOOP)
@@ -114,4 +115,4 @@ def _flops(threads: int, bf16: bool, rounds: int = 1 << 22) -> float:
         subprocess.run(command, check=True)
         function = ctypes.CDLL(str(built)).flops
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-        return float(function(rounds, threads, bf16)) / least(lambda: function(rounds, threads, bf16), 5)
+        return float(function(rounds, threads, bf16)) / least(lambda: function(rounds, threads, bf16))
