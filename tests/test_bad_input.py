@@ -260,7 +260,8 @@ def test_a_block_on_two_devices_is_told_of():
     y = compiled(model)(x)
     assert y.device.type == "meta" and y.shape == x.shape
     report = moe_compile.last_report()
-    assert not report.blocks and any("device" in r.reason for r in report.rejected), str(report)
+    (block,) = report.blocks  # the experts are all on one device; the router, on another, stays as written
+    assert block.ir.gating is None and "another device" in block.note, str(report)
 
 
 # -- uses -------------------------------------------------------------------------------------------------------------------

@@ -308,7 +308,10 @@ f32, i64, s = torch.float32, torch.int64, sympy.Symbol("s", positive=True, integ
         (dict(x=Spec(f32, (9, 16)), i=Spec(i64, (8, 2)), w=Spec(f32, (8, 2))), None),  # other tokens
         (dict(x=Spec(f32, (9, 16)), i=Spec(f32, (9, 2)), w=Spec(f32, (9, 2))), None),  # no ids
         (dict(x=Spec(f32, (9, 16)), i=Spec(i64, (9, 2))), None),  # no weights
-        (dict(x=Spec(f32, (9, 16)), y=Spec(f32, (9, 16)), i=Spec(i64, (9, 2)), w=Spec(f32, (9, 2))), None),  # two of them
+        (
+            dict(x=Spec(f32, (9, 16)), y=Spec(f32, (9, 16)), i=Spec(i64, (9, 2)), w=Spec(f32, (9, 2))),
+            Roles("x", "i", "w", (), 2, ("y",)),  # two of them: the first may be the tokens, which the probes tell
+        ),
     ],
 )
 def test_roles_of_arguments(tensors: dict[str, Spec], roles: Roles | None) -> None:

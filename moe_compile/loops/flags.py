@@ -23,6 +23,7 @@ from .places import MISSING, of_class
 from .sealed_code import codes
 
 _SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
+_CHOOSES = {"topk", "argmax", "sort", "argsort", "max"}
 _TOLD = {"find", "lower", "internal"}  # what reading by example would not change
 _now = threading.local()
 
@@ -77,14 +78,23 @@ def _sizes(n: Any) -> int:
 
 
 def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
-    """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop."""
-    return has_loop(code) and asks(code) or _loops(_reached(code, names, values))
+    """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop, or a selection
+    whose ids are counted by an op that has as many counts as the data wants."""
+    if has_loop(code) and asks(code):
+        return True
+    found = list(_reached(code, names, values))
+    return _loops(found) or _counts(found)
 
 
 def _loops(reached: Iterable[types.CodeType]) -> bool:
     found = list(reached)
     loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
     return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def _counts(found: Iterable[types.CodeType]) -> bool:
+    called = {n for c in found for i in codes(c) for n in i.co_names}
+    return "bincount" in called and bool(_CHOOSES & called)
 
 
 def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:

@@ -102,6 +102,8 @@ class Regenerated:
             raise Rejection(f"its experts' result is {out} for tokens of {tokens}", stage="read")
         if base is not None and base.meta["val"].dtype != tokens:
             raise Rejection("its result starts from a tensor of another type", stage="read")
+        if self.like is None and not self.out.meta["val"].is_contiguous():
+            raise Rejection("its result lies in memory with gaps, or over itself", stage="read")
 
     def _check_writes(self) -> None:
         """Raise `Rejection` if an in-place operation that is left out changes what a remaining one reads."""

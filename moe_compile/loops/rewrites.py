@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from .cleaning import schema_name
-from .fewer import pattern
 
 _AND = {"logical_and", "bitwise_and", "__and__", "mul", "logical_and_", "bitwise_and_"}
 _aten = torch.ops.aten
@@ -42,11 +42,14 @@ def fold_masks(gm: fx.GraphModule, experts: int) -> None:
 
 
 def split_stacks(gm: fx.GraphModule) -> None:
-    """Make a parameter of each matrix where several stacks of one kind hold the experts', in place. ``meta["index"]`` says which."""
+    """Make a parameter of each matrix where the stacks of a list hold the experts', in place: ``meta["index"]`` says which.
+
+    A list has numbers for names (``w1.0``, ``w1.1``): ``w1``, ``w2`` and ``w3`` beside each other are three tensors, not a list of three.
+    """
     stacks: dict[str, list[fx.Node]] = {}
     for n in gm.graph.nodes:
         if n.op == "placeholder" and "param_path" in n.meta and n.meta["real"].ndim > 2:
-            stacks.setdefault(pattern(n.meta["param_path"]), []).append(n)
+            stacks.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", n.meta["param_path"]), []).append(n)
     for group in stacks.values():
         users = [u for n in group for u in n.users]
         if len(group) < 2 or not all(u.target is _aten.select.int and u.args[1] == 0 for u in users):

@@ -53,6 +53,7 @@ class Memory:
         for n in graph.nodes:
             storage = storage_of(n) if n.op in ("placeholder", "get_attr") else None
             base = aliased_arg(n)
+            base = base if base is not None and self._shows(n) else None
             first = n if storage is None else inputs.setdefault(storage, n)
             self.root[n] = first if base is None else self.root.get(base, base)
             for m in mutated_args(n):

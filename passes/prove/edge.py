@@ -11,7 +11,9 @@ import sympy as sp
 import torch.fx as fx
 
 from ...ir import Experts, Gating
+from .. import terms as T
 from ..aten.element import shape_of
+from ..aten.places import never_negative
 from ..recover.match import Param
 from ..recover.region import Block
 from ..recover.shared import Operands
@@ -40,8 +42,8 @@ class Edge:
     """Roles of the tensors that regions of a block start at.
 
     `rows`: node -> its width, for tensors with a row for each token (tokens, ids, weights, logits, base, a gate). `groups`: the
-    experts' parameters with the widths that their last dims have. `roles`: node -> what it is. `mapped`: ids may be any numbers.
-    `wraps`: those below zero count from the last expert.
+    experts' parameters with the widths that their last dims have. `roles`: node -> what it is. `mapped`: ids may be any numbers
+    `within` (least, largest; None: not known). `wraps`: those below zero count from the last expert.
     """
 
     tokens: fx.Node
@@ -53,6 +55,7 @@ class Edge:
     twins: Mapping[fx.Node, fx.Node]
     gating: Gating | None = None
     mapped: bool = False
+    within: tuple[int | None, int | None] = (None, None)
     wraps: bool = False
 
     @property
@@ -160,7 +163,8 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     groups = _groups(m.experts, (m.up, m.down, m.up_bias, m.down_bias, m.up_scale, m.down_scale))
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, widths) for q, widths, _ in groups)
-    return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, b.wraps)
+    within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
+    return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, within, b.wraps)
 
 
 def edge_of_shared(tokens: fx.Node, o: Operands) -> Edge:

@@ -47,7 +47,9 @@ MAPPED = (  # ids that are no selection's own
 
 
 def kinds(edge: Edge) -> tuple[Kind, ...]:
-    return (*USUAL, *(MAPPED if edge.mapped else ()))
+    least, largest = edge.within
+    never = {"below" if least is not None else "", "beyond" if largest is not None and largest < edge.total else ""}
+    return (*USUAL, *(k for k in (MAPPED if edge.mapped else ()) if k.ids not in never))
 
 
 def values(edge: Edge, small: Small, wanted: Sequence[fx.Node], kind: Kind, turn: int) -> dict[fx.Node, Any]:

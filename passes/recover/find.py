@@ -191,7 +191,7 @@ class Finder:
             node, why = next(iter(p.unknown.items()), (None, ""))
             if node is not None and self.live.get(node) == label:
                 told = not why.startswith(NO_RULE) and out.code == NO_EXPERTS  # else nothing was seen at all
-                return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code=out.code)
+                return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code="" if told else out.code)
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
             return Rejection("a tensor of the block is written through another view", n, "experts")

@@ -79,7 +79,7 @@ def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], den
         parts, base = split_parts(p.at(n, (*row_index(t, shape_of(n)[:-1]), h)), dense)
     except No:
         return None
-    call = base[0].args[0] if len(base) == 1 and base[0].op == "a" else None
+    call = _laid_out(base[0].args[0]) if len(base) == 1 and base[0].op == "a" else None
     m = fused.get(call) if isinstance(call, fx.Node) else None
     if m is None or base[0].args[1] != (t, h) or m.experts.num_identity or dtype_of(n) != dtype_of(m.out) or not _goes_only_into(m.out, n):
         return None
@@ -96,6 +96,15 @@ def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], den
 def _is_copy(q: Part, m: ExpertsMatch, copy: T.Term) -> bool:
     """Whether a part is w · x, by the ids of the experts."""
     return q.ids is not None and T.canonical(q.ids) is m.ids and T.canonical(q.body) is copy
+
+
+def _laid_out(n: Any) -> Any:
+    """y where n is y in the layout of another tensor, empty_like(·).copy_(y); else n."""
+    if not isinstance(n, fx.Node) or op_name(n) != "copy" or op_name(n.args[0]) not in names.EMPTY:  # type: ignore[arg-type]
+        return n
+    y, into = n.args[1], n.args[0]
+    same = isinstance(y, fx.Node) and dtype_of(y) == dtype_of(n) and shape_of(y) == shape_of(n)
+    return y if same and len(into.users) == 1 else n  # type: ignore[union-attr]
 
 
 def _goes_only_into(call: fx.Node, n: fx.Node) -> bool:

@@ -104,9 +104,20 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
     if "ids" not in found and m.ids.op == "mod" and T.is_c(m.ids.args[1], m.experts.num_experts):
-        return replace(routing_nodes(replace(m, ids=m.ids.args[0]), p), wraps=True)
+        inner = next((x for n in sorted(reached, key=order.__getitem__) if (x := _before_mod(n, m, slot, p)) is not None), None)
+        if inner is not None:
+            return replace(routing_nodes(replace(m, ids=inner), p), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+
+
+def _before_mod(n: fx.Node, m: ExpertsMatch, slot: T.Term, p: Puller) -> T.Term | None:
+    """i where n[t, slot] = i and ids = i mod E; normal form may have moved a whole E into i."""
+    v = n.meta.get("val")
+    if not isinstance(v, torch.Tensor) or v.dtype.is_floating_point or n in p.walls or (at := _slot_of_row(n, m, slot)) is None:
+        return None
+    i = p.at(n, at)
+    return i if T.canonical(T.mod(i, m.experts.num_experts)) is T.canonical(m.ids) else None
 
 
 def _slot_of_row(n: fx.Node, m: ExpertsMatch, slot: T.Term) -> tuple[T.Term, ...] | None:

@@ -39,7 +39,8 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
     """The gating that made m.ids and m.weight, or why it stays as written."""
     found = {x for x in T.walk(m.ids) if x.op == "topk"}
     if len(found) != 1:
-        return Rejection("the expert ids do not come from one top-k of the graph", m.out, "gating")
+        apart = "the router's ids come from another device" if _from_another_device(m.ids) else ""
+        return Rejection(apart or "the expert ids do not come from one top-k of the graph", m.out, "gating")
     (chosen,) = found
     choice: fx.Node = chosen.args[0]
     if not _takes_largest(choice):
@@ -53,6 +54,11 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
             return out
         last = last or out
     return last or Rejection("no router logits were found", choice, "gating")
+
+
+def _from_another_device(ids: Term) -> bool:
+    copies = [x.args[0] for x in T.walk(ids) if x.op == "a" and isinstance(x.args[0], fx.Node) and op_name(x.args[0]) in names.CAST]
+    return any(n.args[0].meta["val"].device != n.meta["val"].device for n in copies)
 
 
 def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:

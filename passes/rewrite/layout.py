@@ -48,3 +48,12 @@ def restrided(g: fx.Graph, n: fx.Node, order: tuple[int, ...] | None) -> fx.Node
         new.meta.update({k: n.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in n.meta})
         n = new
     return n
+
+
+def of_its_own(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like the result in memory of its own: what the region wrote into the result's memory is then read by nobody."""
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return value
+    with mode, torch.no_grad():
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)

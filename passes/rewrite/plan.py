@@ -20,7 +20,7 @@ from ...ir import scalar as act
 from ...ops import experts_args, scaled_args, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
-from .layout import dims_by_stride, restrided
+from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
 Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
@@ -230,7 +230,7 @@ class Executor:
                 ]
                 new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
             new = restrided(g, new, dims_by_stride(value))
-        new.meta["example_value"] = value
+        new.meta["example_value"] = of_its_own(value)
         for u in readers:
             for d in aliases:
                 u.replace_input_with(d, new)

@@ -53,6 +53,7 @@ class LogitsInFloat8(Case):
     """Verdict: fused. Rounded logits are the routing's logits."""
 
     expect = Fused(RENORM, SWIGLU_EXPERTS)
+    faint_logits = huge_logits = False  # they tie in eight bits, or have none
 
     def logits(self, x: Tensor) -> Tensor:
         return in_float8(super().logits(x))
@@ -140,6 +141,7 @@ class Exp2(_Activation):
     """Verdict: fused. A power of two."""
 
     expect = _single(act.exp2(act.G))
+    huge_logits = False  # of huge tokens, whose power of two is not finite
     f = staticmethod(torch.exp2)
 
 
