@@ -19,7 +19,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +207,8 @@ def errors(makers: dict[str, Side], inputs: list[Routed], truth: Tensor) -> dict
     return {n: float((out - truth).norm() / truth.norm()) for n, out in found.items()}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     peers = cpu_peers.load(args.peers)
-    points = []
     for dtype_name in args.dtypes:
         dtype = DTYPES[dtype_name]
         for shape_name in args.shapes:
@@ -228,9 +227,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     for t in args.tokens:
                         wrong = errors(sides, inputs[t], truth[t]) if t in truth else {}
                         seen = cell(sides, len(layers), inputs[t], args)
-                        points.append(point(shape_name, dtype_name, threads, t, seen, floor(shape, inputs[t], limits, dtype), wrong))
-                        tell(points[-1])
-    return points
+                        found = point(shape_name, dtype_name, threads, t, seen, floor(shape, inputs[t], limits, dtype), wrong)
+                        tell(found)
+                        yield found
 
 
 def point(
@@ -276,7 +275,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_experts.json")
     args = parser.parse_args()
     machine = {"processor": processor(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    args.output.write_text(json.dumps({"machine": machine, "points": measure(args)}, indent=1) + "\n")
+    points = []
+    for p in measure(args):
+        points.append(p)
+        args.output.write_text(json.dumps({"machine": machine, "points": points}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 template <bool BF16>
 static float work(int64_t rounds, float seed) {
   vf acc[N], a = seed - vf{}, b = seed * 0.5f - vf{};
+#pragma GCC unroll 24
   for (int i = 0; i < N; i++) acc[i] = a * float(i);
   for (int64_t r = 0; r < rounds; r++) {
 #pragma GCC unroll 24
@@ -52,6 +53,7 @@ static float work(int64_t rounds, float seed) {
     for (int i = 0; i < N; i++) asm volatile("" : "+" REG(acc[i]));
   }
   vf sum{};
+#pragma GCC unroll 24
   for (int i = 0; i < N; i++) sum += acc[i];
   return sum[0];
 }

@@ -23,7 +23,6 @@ from .gradients import layout_of
 
 log = logging.getLogger(__name__)
 
-_PLAIN = 8  # arguments before the plain ones
 _ops = torch.ops.moe_compile
 _lock = threading.Lock()
 
@@ -54,7 +53,7 @@ def define(library: torch.library.Library, schema: str, gradient: Callable[..., 
 def experts(*args: Any) -> Tensor:
     """The op while C++ does not run it."""
     load(wait=False)
-    return cpu.forward(*args[:_PLAIN], layout_of(args[_PLAIN:]), save=False)[0]
+    return _run(*args)
 
 
 def load(wait: bool) -> bool:
@@ -89,11 +88,15 @@ def _build() -> None:
         log.info("the experts op is called through Python: %s", e)
 
 
+def _run(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, add: Any, *plain: Any) -> Tensor:
+    return cpu.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(plain), save=False)[0]
+
+
 def _first(*args: Any) -> Tensor:
     """The op for operands that C++ does not know (any more): run it, and let C++ know what they come to."""
-    x, _, _, up, down, up_bias, down_bias, _ = args[:_PLAIN]
-    layout = layout_of(args[_PLAIN:])
-    out, _ = cpu.forward(*args[:_PLAIN], layout, save=False)
+    x, _, _, up, down, up_bias, down_bias, _ = args[:8]
+    layout = layout_of(args[8:])
+    out = _run(*args)
     if x.ndim == 2 and all(b.is_contiguous() for b in (*up_bias, *down_bias)):
         found = cpu._kernel("inference", x, layout, up, down, up_bias, down_bias)
         if found is not None:
