@@ -132,7 +132,8 @@ class Sealed:
 
     def _partial(self, v: functools.partial[Any], place: Place) -> Any:
         fn, args = self.copy(v.func, place.attr("func")), self.copy(v.args, place.attr("args"))
-        return fn if type(fn) is Forbidden else functools.partial(fn, *args, **self.copy(v.keywords, place.attr("keywords")))
+        given = {k: self.copy(x, place.attr("keywords").item(k)) for k, x in v.keywords.items()}  # a copied dict is filled later: too late
+        return fn if type(fn) is Forbidden else functools.partial(fn, *args, **given)
 
     def _container(self, v: Any, place: Place) -> Any:
         if isinstance(v, tuple):
