@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moe_compile.lowering import cpu_build
+from moe_compile.lowering.cpu import build as cpu_build
 
 _LOOP = r"""
 #include <cstdint>

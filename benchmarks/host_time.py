@@ -52,7 +52,7 @@ def measured(tokens: int, device: str, stub: bool) -> dict[str, float]:
     """Each op through the short form that compiled graphs call; `direct` through the long one."""
     from moe_compile import ir, ops
     from moe_compile.ir import scalar as act
-    from moe_compile.lowering import on_cuda
+    from moe_compile.lowering.triton import short
 
     e = ir.Experts(EXPERTS, HIDDEN, INTERMEDIATE, HIDDEN, ir.Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16)
     one = ir.Experts(1, HIDDEN, INTERMEDIATE, HIDDEN, ir.Form.CONCAT, act.SWIGLU, stacked=False, dtype=torch.bfloat16)
@@ -61,22 +61,22 @@ def measured(tokens: int, device: str, stub: bool) -> dict[str, float]:
     if stub:
         from moe_compile.lowering.triton import calls
 
-        short: Any = calls.OPS
+        op: Any = calls.OPS
     else:
-        short = {n: getattr(torch.ops.moe_compile, f"cuda_{n}").default for n in on_cuda.SCHEMAS}
-    how, text = on_cuda.text(routing), on_cuda.text(plain)
-    both = on_cuda.text([*plain, *ops.shared_args(one, ir.Overlap.BY_TOKENS)])
+        op = {n: getattr(torch.ops.moe_compile, f"cuda_{n}").default for n in short.SCHEMAS}
+    how, text = short.text(routing), short.text(plain)
+    both = short.text([*plain, *ops.shared_args(one, ir.Overlap.BY_TOKENS)])
     x, logits, up, down = t["x"], t["logits"], [t["up"]], [t["down"]]
-    w, ids = short["route"](logits, None, None, how)
-    out, pre = short["experts_fwd"](x, ids, w, up, down, [], [], None, text)
+    w, ids = op["route"](logits, None, None, how)
+    out, pre = op["experts_fwd"](x, ids, w, up, down, [], [], None, text)
     shared = ([t["shared_up"]], [t["shared_down"]], [], [], None, both)
     calls_ = {
-        "route": lambda: short["route"](logits, None, None, how),
-        "experts": lambda: short["experts"](x, ids, w, up, down, [], [], None, text),
-        "experts_shared": lambda: short["experts_shared"](x, ids, w, up, down, [], [], None, *shared),
-        "experts_fwd": lambda: short["experts_fwd"](x, ids, w, up, down, [], [], None, text),
-        "experts_bwd": lambda: short["experts_bwd"](out, pre, x, ids, w, up, down, [], [], text, [True] * 4),
-        "route_bwd": lambda: short["route_bwd"](w, ids, logits, None, None, how, [True, False, False]),
+        "route": lambda: op["route"](logits, None, None, how),
+        "experts": lambda: op["experts"](x, ids, w, up, down, [], [], None, text),
+        "experts_shared": lambda: op["experts_shared"](x, ids, w, up, down, [], [], None, *shared),
+        "experts_fwd": lambda: op["experts_fwd"](x, ids, w, up, down, [], [], None, text),
+        "experts_bwd": lambda: op["experts_bwd"](out, pre, x, ids, w, up, down, [], [], text, [True] * 4),
+        "route_bwd": lambda: op["route_bwd"](w, ids, logits, None, None, how, [True, False, False]),
     }
     if not stub:
         calls_ |= {

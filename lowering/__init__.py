@@ -1,59 +1,87 @@
 """What each target can run. Installed as `moe_compile.lowering`.
 
-Semantics and capability are two questions: `can_lower` reads the IR and nothing else. A target is a module with
-`can_lower(ir) -> str | None` and `lowering_name(ir) -> str`, imported when it is first asked for; `SCALED = True` says that it is ready
-for experts with scales (integer weights), `ROUTER_TOKENS = n` that its routing op takes the router's product in for up to n tokens.
+A target is a folder here whose package holds `TARGET`, a `Target` record; or an entry point in the group `moe_compile.targets` of any
+installed package, which names such a record. Semantics and capability are two questions: a target reads the IR, never the graph.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
-from types import ModuleType
+import logging
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
-from ..ir import MoeBlock
+from .. import ops
+from .target import Target, absent
 
-# target -> module (relative to this package); a target without its module installed is not lowered
-TARGETS = {"cpu": ".cpu", "cuda": ".triton", "ascend": ".ascend"}
-
-
-def can_lower(ir: MoeBlock, target: str) -> str | None:
-    """None when `target` can run this block, else the reason, one sentence for the report."""
-    module = _module(target)
-    if module is None:
-        return f"no lowering for target {target!r} is installed"
-    if ir.experts.scaled and not getattr(module, "SCALED", False):
-        kind = "scaled" if ir.experts.weight_dtype is None else str(ir.experts.weight_dtype).removeprefix("torch.")
-        return f"{kind} expert weights: target {target!r} has no kernel for them"
-    reason: str | None = module.can_lower(ir)
-    return reason
+GROUP = "moe_compile.targets"
+log = logging.getLogger("moe_compile")
 
 
-def lowering_name(ir: MoeBlock, target: str = "cpu") -> str:
-    """What runs the block on `target`, for the report. Raises ValueError where `can_lower` gives a reason."""
-    reason = can_lower(ir, target)
-    if reason is not None:
-        raise ValueError(reason)
-    module = _module(target)
-    assert module is not None
-    name: str = module.lowering_name(ir)
-    return name
+@functools.cache
+def own() -> Mapping[str, Target]:
+    """The targets of this package, by name, their kernels registered."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        target = getattr(importlib.import_module(f".{module.name}", __name__), "TARGET", None) if module.ispkg else None
+        if target is not None:
+            found[target.name] = _registered(target)
+    return found
 
 
-def prepare(ir: MoeBlock, target: str) -> None:
-    """Let a target start getting ready for a block (build its kernels) while the rest of the graph still compiles; never waits."""
-    module = _module(target)
-    if module is not None and hasattr(module, "prepare"):
-        module.prepare(ir)
+@functools.cache
+def targets() -> Mapping[str, Target]:
+    """All targets by name. Entry points are read once, when first asked for; one that cannot be had is left out, with a warning."""
+    found = dict(own())
+    for entry in entry_points(group=GROUP):
+        try:
+            target = _loaded(entry)
+            if target.name in found:
+                raise ValueError(f"there is a target {target.name!r} already")
+            found[target.name] = _registered(target, _home(entry))
+        except Exception as e:
+            log.warning("the target of entry point %r (%s) is left out: %s: %s", entry.name, entry.value, type(e).__name__, e)
+    return found
 
 
-def router_tokens(target: str) -> int:
-    """Up to how many tokens a target wants the router's product inside the routing op."""
-    return getattr(_module(target), "ROUTER_TOKENS", 0)
+def target(name: str) -> Target:
+    """The target of a name; one that refuses every block where there is none."""
+    return targets().get(name) or absent(name)
 
 
-def _module(target: str) -> ModuleType | None:
-    name = TARGETS.get(target)
-    if name is None or importlib.util.find_spec(name, __name__) is None:
-        return None
-    return importlib.import_module(name, __name__)
+def target_for(devices: set[str]) -> str:
+    """The name of the target for tensors on these types of devices: an accelerator's if there is one, else the CPU's; a device that no
+    target takes is a name of its own."""
+    taken = [t.name for t in targets().values() if devices & {*t.devices} - {"cpu"}]
+    if taken:
+        return taken[0]
+    return "cpu" if "cpu" in devices or not devices else min(devices)
+
+
+def _loaded(entry: EntryPoint) -> Target:
+    target = entry.load()
+    if not isinstance(target, Target):
+        raise TypeError(f"it is a {type(target).__name__}, not a moe_compile.lowering.target.Target")
+    return target
+
+
+def _home(entry: EntryPoint) -> str:
+    """The top package of an entry point's module, or the module itself where it stands alone."""
+    top = importlib.import_module(entry.module.partition(".")[0])
+    return str(top.__path__[0] if hasattr(top, "__path__") else top.__file__)
+
+
+def _registered(target: Target, *home: str) -> Target:
+    """The target with its kernels behind the ops. Raises ValueError where it has a kernel for an op that there is not."""
+    unknown = set(target.kernels) - set(ops.shapes.SHAPES)
+    if unknown:
+        raise ValueError(f"target {target.name!r} has kernels for unknown ops: {', '.join(sorted(unknown))}")
+    for name, kernel in target.kernels.items():
+        ops.library.impl(name, kernel, target.dispatch_key)
+    if target.straight is not None:
+        ops.straight_on_cuda(target.straight)
+    return replace(target, homes=(*home, *__path__, str(Path(ops.__file__).parent)))

@@ -7,7 +7,7 @@ from pathlib import Path
 # passes/ and lowering/ stand beside this folder in a checkout and inside it once installed. Where Python finds the checkout first (it runs
 # in the repository's root), they are looked up beside it.
 _CHECKOUT = Path(__file__).parent.parent
-if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "generic.py").is_file():
+if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "target.py").is_file():
     __path__.append(str(_CHECKOUT))
 
 from . import ir  # noqa: E402
@@ -17,6 +17,7 @@ from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
 from .options import Options  # noqa: E402
 from .report import BlockReport, GraphBreak, Report, last_report  # noqa: E402
+from .trace import Traced, trace  # noqa: E402
 
 __all__ = [
     "BlockReport",
@@ -25,9 +26,11 @@ __all__ = [
     "OptionError",
     "Options",
     "Report",
+    "Traced",
     "__version__",
     "explain",
     "ir",
     "last_report",
     "prepare",
+    "trace",
 ]

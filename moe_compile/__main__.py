@@ -1,6 +1,7 @@
-"""What the compiler makes of a model (explain), and the fastest tiles of a problem on this machine's GPU (tune).
+"""What the compiler makes of a model (explain), how each pass read it (trace), the fastest tiles of a problem on this machine's GPU (tune).
 
 python -m moe_compile explain --model TYPE    any transformers model type, small, with random weights
+python -m moe_compile trace --model TYPE      the same, pass by pass: for a model that is left as written
 python -m moe_compile tune --model TYPE
 """
 
@@ -12,20 +13,20 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import NotFused, Options, __version__, explain
-from .lowering.triton import tune_cli
-from .options import TARGETS
+from . import NotFused, Options, __version__, explain, trace, tune_cli
+from .lowering import targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 (not fused with --strict), 2 (wrong usage)."""
     args = _parser().parse_args(argv)
     try:
-        return tune_cli.main(args) if args.command == "tune" else _explain(args)
+        return {"explain": _explain, "trace": _trace, "tune": tune_cli.main}[args.command](args)
     except NotFused as e:
         print(_first_paragraph(e), file=sys.stderr)
         return 1
@@ -41,35 +42,65 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     tell = commands.add_parser("explain", help="compile a small random model of a type and tell what was fused")
-    tell.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
-    tell.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
-    tell.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --full: a field of the configuration")
-    tell.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
-    tell.add_argument("--target", choices=TARGETS, default="auto", help="whose lowering to ask (default: %(default)s)")
+    _add_model(tell)
     tell.add_argument("--graph", choices=("calls", "fx", "ge"), help="of --target ascend: the npu calls, the FX graph, or GE nodes")
     tell.add_argument("--strict", action="store_true", help="fail where a block is left as written")
-    tell.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
     tell.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    show = commands.add_parser("trace", help="compile the same model and show what each pass made of it, and where it stopped")
+    _add_model(show)
+    show.add_argument("--stage", default="", metavar="PASS", help="all that one pass did; without it every pass, long texts cut")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write everything into one self-contained page")
     tune_cli.add_arguments(commands.add_parser("tune", help="measure tiles on this machine's GPU and keep the best for later calls"))
     return parser
 
 
-def _explain(args: argparse.Namespace) -> int:
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
+    parser.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --full: a field of the configuration")
+    parser.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
+    parser.add_argument("--target", choices=("auto", *targets()), default="auto", help="whose lowering to ask (default: %(default)s)")
+    parser.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model asked for and its inputs."""
     from .tiny import build, build_full
 
     if args.set and not args.full:
         raise ValueError("--set goes with --full: a small model has sizes of its own")
+    model, inputs = build_full(args.model, args.set) if args.full else build(args.model)
+    if args.experts:
+        model.set_experts_implementation(args.experts)
+    return model, inputs
+
+
+def _explain(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, inputs = build_full(args.model, args.set) if args.full else build(args.model)
-        if args.experts:
-            model.set_experts_implementation(args.experts)
+        model, inputs = _model(args)
         options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}
         with torch.no_grad(), _graphs(args, options) as graphs:
             report = explain(model, options=options, **inputs)
     if graphs is not None:
         print(graphs(), end="\n\n")
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report)
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from .trace_text import check_stage
+
+    check_stage(args.stage, "--stage")
+    if args.html is not None and not args.html.parent.is_dir():
+        raise ValueError(f"--html: there is no folder {args.html.parent}")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model, inputs = _model(args)
+        traced = trace(model, options={"target": args.target, "validate": not args.no_validate}, **inputs)
+    if args.html is not None:
+        args.html.write_text(traced.to_html(), encoding="utf-8")
+    print(traced.text(args.stage) if args.stage or args.html is None else f"{traced.report}\n\nthe trace is in {args.html}")
     return 0
 
 

@@ -6,8 +6,8 @@ import importlib.util
 
 from torch import nn
 
+from . import lowering
 from .errors import OptionError
-from .options import TARGETS
 
 
 def prepare(model: nn.Module, target: str = "auto", training: bool = False, weight_format: str = "nd") -> dict[str, int]:
@@ -25,29 +25,18 @@ def prepare(model: nn.Module, target: str = "auto", training: bool = False, weig
     the names in `named_parameters()` do not. weight_format="nz": besides, FSDP2 gathers them in Ascend's fractal format (not run on an
     NPU yet). On the CPU weights that are trained are not packed.
     """
-    if target not in TARGETS:
-        raise OptionError(f"target is {target!r}; allowed: {', '.join(map(repr, TARGETS))}")
+    known = lowering.targets()
+    if target not in ("auto", *known):
+        raise OptionError(f"target is {target!r}; allowed: {', '.join(map(repr, ('auto', *known)))}")
     if weight_format not in ("nd", "nz"):
         raise OptionError(f"weight_format is {weight_format!r}; allowed: 'nd', 'nz'")
     if weight_format == "nz" and not training:
         raise OptionError("weight_format='nz' goes with training=True; for inference it is an option of torch.compile")
-    target = _target_of(model) if target == "auto" else target
-    if target == "ascend":
-        from .lowering.ascend.rearrange import prepare as rearrange
-
-        return rearrange(model, training, weight_format)
-    if target == "cpu" and not training:
-        from .lowering import cpu_frozen
-
-        try:
-            return cpu_frozen.freeze(model)
-        except ValueError as e:
-            raise OptionError(str(e)) from e
-    return {}
+    rearrange = lowering.target(_target_of(model) if target == "auto" else target).rearrange
+    return {} if rearrange is None else rearrange(model, training, weight_format)
 
 
 def _target_of(model: nn.Module) -> str:
-    kinds = {p.device.type for p in model.parameters()}
-    if "npu" in kinds or importlib.util.find_spec("torch_npu") is not None:
-        return "ascend"
-    return "cpu" if kinds == {"cpu"} else "cuda"
+    if importlib.util.find_spec("torch_npu") is not None:
+        return "ascend"  # models are prepared before they are moved
+    return lowering.target_for({p.device.type for p in model.parameters()})

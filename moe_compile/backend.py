@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
+from . import lowering
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
 from .loops import capture, flags, hooks
-from .lowering import cpu_told
+from .lowering.target import Target
 from .options import Options
 from .snapshot import Snapshot
 
 log = logging.getLogger("moe_compile")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def moe_fused(
@@ -40,14 +43,15 @@ def moe_fused(
     """
     started = time.perf_counter()
     chosen = Options.parse(options, mode)
-    target = target_of(gm, example_inputs, chosen)
+    target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    rejected += loops_left([b.source for b in blocks])
+    told = {r.reason for r in rejected}  # reading by example may have met what the passes meet in the graph
+    rejected += [r for r in loops_left([*(b.source for b in blocks), *_fused_at(gm)]) if r.reason not in told]
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     report = reports.report_for(gm)
-    report.add_notes(cpu_told.packed(gm, example_inputs))
+    report.add_notes(target.remarks(gm, example_inputs) if target.remarks else ())
     try:
         compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
@@ -58,8 +62,8 @@ def moe_fused(
         rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
         blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
-    unbuilt = _without_kernels(blocks) if target == "cpu" else []
-    _note(report, target, blocks, rejected, seconds)
+    unbuilt = _without_kernels(blocks, target)
+    _note(report, target.name, blocks, rejected, seconds)
     report.add_notes(r.reason for r in unbuilt)
     missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
@@ -79,7 +83,7 @@ moe_fused.reset = _reset  # type: ignore[attr-defined]
 
 
 def _run_passes(
-    gm: torch.fx.GraphModule, before: Snapshot, options: Options, target: str
+    gm: torch.fx.GraphModule, before: Snapshot, options: Options, target: Target
 ) -> tuple[list[Any], list[Rejection], dict[str, float]]:
     """The passes behind a safety net: whatever goes wrong inside becomes a rejection and the graph is as it was."""
     try:
@@ -102,15 +106,17 @@ def _internal_error(what: str, e: Exception) -> Rejection:
     return Rejection(reason, stage="internal")
 
 
-def _without_kernels(blocks: list[Any]) -> list[Rejection]:
-    """Blocks that run in plain torch because their kernels could not be built: told by their lowering, and refused with strict=True."""
+def _without_kernels(blocks: list[Any], target: Target) -> list[Rejection]:
+    """Blocks whose kernels cannot be had, which something slower runs: told by their lowering, and refused with strict=True."""
+    if target.lacks is None:
+        return []
     patience = 1.0 if reports.explaining() else None  # a compiler that is missing is known by then
     missing = []
     for i, b in enumerate(blocks):
-        why = cpu_told.lacks(b.ir, patience)
-        if why is not None:
-            blocks[i] = dataclasses.replace(b, lowering=cpu_told.plain(b.ir))
-            missing.append(Rejection(f"fused, but in plain torch, at about half the speed: {why}", stage="lower", source=b.source))
+        found = target.lacks(b.ir, patience)
+        if found is not None:
+            blocks[i] = dataclasses.replace(b, lowering=found[0])
+            missing.append(Rejection(found[1], stage="lower", source=b.source))
     return missing
 
 
@@ -122,6 +128,12 @@ def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list
         log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
     for r in rejected:
         log.info("left as written: %s: %s [%s]", r.source or "unknown source", r.reason, r.stage)
+
+
+def _fused_at(gm: torch.fx.GraphModule) -> set[str]:
+    """file:line of every call that leads to experts that are fused: a function on that way needed no reading by example."""
+    fused = (n for n in gm.graph.nodes if str(n.target).startswith("moe_compile.experts"))
+    return {":".join(f) for n in fused for f in _FRAME.findall(n.meta.get("stack_trace") or "")}
 
 
 def loops_left(fused: Sequence[str]) -> list[Rejection]:
@@ -136,16 +148,13 @@ def loops_left(fused: Sequence[str]) -> list[Rejection]:
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
     """The target for this graph: the option, or where the tensors are (an accelerator if there is one, else the CPU).
 
-    A device that no lowering knows (such as "mps") is its own target, so that `can_lower` says so.
+    A device that no target takes (such as "mps") is a name of its own, of a target that refuses everything.
     """
     if options.target != "auto":
         return options.target
     tensors = [t for t in [*example_inputs, *gm.parameters(), *gm.buffers()] if isinstance(t, Tensor)]
-    kinds = {t.device.type for t in tensors}
-    for device, target in (("npu", "ascend"), ("cuda", "cuda")):
-        if device in kinds:
-            return target
-    return "cpu" if "cpu" in kinds or not kinds else min(kinds)
+    return lowering.target_for({t.device.type for t in tensors})
 
 
+lowering.own()  # the ops get their kernels
 hooks.install()  # torch.compile() imports this module before anything is traced

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 # Dynamo wraps whatever a backend raises in BackendCompilerFailed, all but this family, so that
 # `except moe_compile.NotFused` and `except ValueError` work as written.
@@ -28,3 +29,10 @@ class OptionError(ShortenTraceback, ValueError):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises OptionError where an option has none of the allowed values."""
+    # `is`-like comparison: 1 == True, but `validate=1` is more likely a mistake than a wish
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise OptionError(f"option {name!r} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")

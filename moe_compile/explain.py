@@ -23,7 +23,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """
     chosen = Options.parse({"inner": "eager", **(options or {})})
     devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
-    compiled = torch.compile(_original(model), backend=BACKEND_NAME, options=_as_dict(chosen), **_apart())
+    compiled = torch.compile(_original(model), backend=BACKEND_NAME, options=chosen.by_name(), **_apart())
     loops_left(())  # what was met earlier is not part of this
     with torch.random.fork_rng(devices), collecting() as report:
         compiled(*args, **kwargs)
@@ -38,10 +38,6 @@ def _original(model: Any) -> Any:
         if callable(inner):
             return inner
     return model
-
-
-def _as_dict(options: Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in Options.__dataclass_fields__}
 
 
 def _apart() -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, one_of
+from .inductor import inductor
+from .lowering import target, targets
 
-TARGETS = ("auto", "cpu", "cuda", "ascend")
-ASCEND_MODES = ("auto", "ge", "npugraph_ex", "eager")
 BACKEND_NAME = "moe_fused"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Options:
     """What a user may pass as `options=` of `torch.compile(model, backend="moe_fused")`.
 
@@ -24,13 +24,8 @@ class Options:
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
     overlap_shared: run the shared expert on a side stream ("auto": on Ascend, and on CUDA for few tokens).
-    mode: on Ascend, which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
-    quantize: on Ascend, "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom
-        op for it is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).
-    weight_format: on Ascend, "nz": packed expert weights in the fractal format, in training cast where they are used; "nd": as they are.
-    combine: on Ascend, the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert
-        inside) or "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
-    core_limit: on Ascend, (cube cores, vector cores) that the side stream of the shared expert may use.
+    own: target name -> the options that only this target has, where any was given. A user writes them beside the others; what Ascend has
+        (mode, quantize, weight_format, combine, core_limit) is told in `moe_compile.lowering.ascend.options.AscendOptions`.
     """
 
     target: str = "auto"
@@ -39,11 +34,15 @@ class Options:
     validate: bool = True
     strict: bool = False
     overlap_shared: bool | str = "auto"
-    mode: str = "auto"
-    quantize: str | tuple[str, float] | None = None
-    weight_format: str = "nd"
-    combine: str = "finalize"
-    core_limit: tuple[int, int] | None = None
+    own: Mapping[str, Any] = field(init=False, hash=False)
+
+    def __init__(self, **given: Any) -> None:
+        """Any option by name, those of targets too. Raises `OptionError` on an unknown name."""
+        for key in given:
+            _check_known(key)
+        for f in _GENERAL:
+            object.__setattr__(self, f.name, given.get(f.name, {} if f.default is MISSING else f.default))
+        object.__setattr__(self, "own", _own(given))
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | Options | None, mode: str | None = None) -> Options:
@@ -56,9 +55,9 @@ class Options:
             options = given
         else:
             if given is not None and not isinstance(given, Mapping):
-                raise OptionError(f"options must be a dict, got {type(given).__name__}; valid options: {_names()}")
+                raise OptionError(f"options must be a dict, got {type(given).__name__}; valid options: {', '.join(_names())}")
             for key in given or {}:
-                _check_known(key)
+                _check_known(key)  # a key that is no text is no keyword either
             options = cls(**(given or {}))
         _check_values(options)
         _check_inner(options, mode)
@@ -66,15 +65,38 @@ class Options:
 
     def with_(self, **changes: Any) -> Options:
         """A copy with some values changed."""
-        return replace(self, **changes)
+        return Options(**{**self.by_name(), **changes})
+
+    def by_name(self) -> dict[str, Any]:
+        """All options as a user gives them."""
+        own = {f.name: getattr(o, f.name) for o in self.own.values() for f in fields(o)}
+        return {f.name: getattr(self, f.name) for f in _GENERAL} | own
+
+    def of(self, name: str) -> Any:
+        """The options that only target `name` has, an instance of its `Target.options`."""
+        return self.own[name] if name in self.own else target(name).options()
 
 
-def _names() -> str:
-    return ", ".join(f.name for f in fields(Options))
+_GENERAL = tuple(f for f in fields(Options) if f.init)
+
+
+def _own(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Target name -> what was given of its own options. Raises OptionError on a wrong value."""
+    found = {}
+    for t in targets().values():
+        values = {f.name: given[f.name] for f in fields(t.options) if f.name in given}
+        if values:
+            found[t.name] = t.options(**values)
+    return found
+
+
+def _names() -> list[str]:
+    """Of all options, those of every target first."""
+    return [*(f.name for f in _GENERAL), *dict.fromkeys(f.name for t in targets().values() for f in fields(t.options))]
 
 
 def _check_known(key: Any) -> None:
-    names = [f.name for f in fields(Options)]
+    names = _names()
     if key in names:
         return
     hint = ""
@@ -84,7 +106,7 @@ def _check_known(key: Any) -> None:
             hint = f"; did you mean {close[0]!r}?"
         elif _is_inductor_option(key):
             hint = f"; it is one of Inductor's: pass it as inner_options={{{key!r}: ...}}"
-    raise OptionError(f"unknown option {key!r} for backend {BACKEND_NAME!r}; valid options: {_names()}{hint}")
+    raise OptionError(f"unknown option {key!r} for backend {BACKEND_NAME!r}; valid options: {', '.join(names)}{hint}")
 
 
 def _is_inductor_option(key: str) -> bool:
@@ -98,38 +120,12 @@ def _inductor_options() -> list[str]:
 
 
 def _check_values(options: Options) -> None:
-    _one_of("target", options.target, TARGETS)
-    _one_of("validate", options.validate, (True, False))
-    _one_of("strict", options.strict, (True, False))
-    _one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
-    _one_of("mode", options.mode, ASCEND_MODES)
-    _check_quantize(options.quantize)
-    _one_of("weight_format", options.weight_format, ("nd", "nz"))
-    _one_of("combine", options.combine, ("finalize", "unpermute"))
-    _check_core_limit(options.core_limit)
+    one_of("target", options.target, ("auto", *targets()))
+    one_of("validate", options.validate, (True, False))
+    one_of("strict", options.strict, (True, False))
+    one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
     if not isinstance(options.inner_options, Mapping):
         raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")
-
-
-def _check_quantize(quantize: Any) -> None:
-    if isinstance(quantize, (tuple, list)):
-        alpha = quantize[1] if len(quantize) == 2 and quantize[0] == "w8a8c8" else None
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= 1:
-            raise OptionError(f"option 'quantize' is {quantize!r}; allowed: ('w8a8c8', alpha) with 0 < alpha <= 1")
-        return
-    _one_of("quantize", quantize, (None, "w8a8", "w8a8c8"))
-
-
-def _check_core_limit(limit: Any) -> None:
-    pair = isinstance(limit, (tuple, list)) and len(limit) == 2 and all(type(n) is int and n > 0 for n in limit)
-    if limit is not None and not pair:
-        raise OptionError(f"option 'core_limit' is {limit!r}; allowed: None or (cube cores, vector cores), two positive integers")
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    # `is`-like comparison: 1 == True, but `validate=1` is more likely a mistake than a wish
-    if not any(type(value) is type(a) and value == a for a in allowed):
-        raise OptionError(f"option {name!r} is {value!r}; allowed: {', '.join(repr(a) for a in allowed)}")
 
 
 def _check_inner(options: Options, mode: str | None) -> None:
@@ -155,16 +151,14 @@ def _check_inner(options: Options, mode: str | None) -> None:
 def _check_inductor(options: Options, mode: str | None) -> None:
     if not options.inner_options and mode in (None, "default"):
         return
-    if options.inner == "auto" and options.target == "ascend":
-        return
+    if options.inner == "auto" and target(options.target).finish is not None:
+        return  # inner_options and mode are the target's
     unknown = [key for key in options.inner_options if not (isinstance(key, str) and _is_inductor_option(key))]
     if unknown:
         hint = difflib.get_close_matches(str(unknown[0]), _inductor_options(), 3)
         close = f"; close ones: {', '.join(hint)}" if hint else ""
         known = "none of Inductor's (torch._inductor.list_options())"
         raise OptionError(f"option 'inner_options' holds {unknown[0]!r}, which is {known}{close}")
-    from .inner import inductor
-
     try:
         inductor(options.inner_options, mode)
     except RuntimeError as e:  # Inductor's own message names the value and what it takes

@@ -80,10 +80,10 @@ def test_the_repository_root_runs_its_own_package_with_any_install():
     """Python finds the folder moe_compile/ of the checkout before an installed package: its rooms are found beside it."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import moe_compile, moe_compile.passes.pipeline as p, moe_compile.lowering.generic as g; print(p.__file__, g.__file__)"
+        "import moe_compile, moe_compile.passes.pipeline as p, moe_compile.lowering.reference.generic as g; print(p.__file__, g.__file__)"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert out.split() == [str(ROOT / "passes" / "pipeline.py"), str(ROOT / "lowering" / "generic.py")]
+    assert out.split() == [str(ROOT / "passes" / "pipeline.py"), str(ROOT / "lowering" / "reference" / "generic.py")]
 
 
 def test_every_folder_is_installed():

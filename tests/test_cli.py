@@ -41,7 +41,7 @@ def test_json(one_block, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["blocks"][0]["source"] == "m.py:3" and report["rejected"][0]["reason"] == "odd fill"
     options, target = one_block[0]
-    assert target == "cuda" and not options.validate and options.inner == "eager"
+    assert target.name == "cuda" and not options.validate and options.inner == "eager"
 
 
 def test_strict_fails(one_block, capsys):

@@ -10,7 +10,11 @@ from conftest import have_compiler
 from test_cpu_lowering import LAYOUTS, ROUTINGS, grads_of, layout, make, relative
 from test_cpu_packed import frozen, packed
 
-from moe_compile.lowering import cpu, cpu_build, cpu_frozen, cpu_levels, generic
+from moe_compile.lowering.cpu import build as cpu_build
+from moe_compile.lowering.cpu import experts as cpu
+from moe_compile.lowering.cpu import frozen as cpu_frozen
+from moe_compile.lowering.cpu import levels as cpu_levels
+from moe_compile.lowering.reference import generic
 
 needs_kernels = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler on this machine")
 LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "native")

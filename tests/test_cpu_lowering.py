@@ -16,7 +16,10 @@ from torch import Tensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import can_lower, cpu, cpu_build, generic, lowering_name
+from moe_compile.lowering import target
+from moe_compile.lowering.cpu import build as cpu_build
+from moe_compile.lowering.cpu import experts as cpu
+from moe_compile.lowering.reference import generic
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HIDDEN, INTER, EXPERTS = 64, 48, 6
@@ -68,7 +71,7 @@ def make(e: ir.Experts, ids: Tensor, dtype: torch.dtype = torch.float32, add: bo
 
 
 def layout(e: ir.Experts) -> generic.Layout:
-    return ops._layout(ops.experts_args(e))
+    return ops.layout_of(ops.experts_args(e))
 
 
 def balanced(tokens: int, k: int = 2, experts: int = EXPERTS) -> Tensor:
@@ -302,16 +305,14 @@ def moe(e: ir.Experts) -> ir.MoeBlock:
     return ir.MoeBlock(ir.Gating(e.num_experts, 2, ir.Score.SOFTMAX), e)
 
 
-def test_can_lower_says_why_not() -> None:
-    assert can_lower(moe(block()), "cpu") is None
-    assert "int8" in (can_lower(moe(block(dtype=torch.int8)), "cpu") or "")
-    assert "asin" in (can_lower(moe(block(activation=sp.asin(act.G))), "cpu") or "")
-    assert "identity" in (can_lower(moe(block(sizes=(4, 8, 8, 16), num_identity=1)), "cpu") or "")
-    assert "no-such" in (can_lower(moe(block()), "no-such") or "")
+def test_a_target_says_why_not() -> None:
+    assert target("cpu").reason(moe(block())) is None
+    assert "int8" in (target("cpu").reason(moe(block(dtype=torch.int8))) or "")
+    assert "asin" in (target("cpu").reason(moe(block(activation=sp.asin(act.G)))) or "")
+    assert "identity" in (target("cpu").reason(moe(block(sizes=(4, 8, 8, 16), num_identity=1))) or "")
+    assert "no-such" in (target("no-such").reason(moe(block())) or "")
 
 
-def test_lowering_name() -> None:
-    assert lowering_name(moe(block())) == "cpu kernel (float32)"
-    assert lowering_name(moe(replace(block(), dtype=torch.float64))) == "cpu torch (float64)"
-    with pytest.raises(ValueError, match="int8"):
-        lowering_name(moe(block(dtype=torch.int8)))
+def test_what_runs_a_block() -> None:
+    assert target("cpu").says(moe(block())) == "cpu kernel (float32)"
+    assert target("cpu").says(moe(replace(block(), dtype=torch.float64))) == "cpu torch (float64)"

@@ -13,7 +13,9 @@ from test_cpu_packed import WRITES, frozen
 
 import moe_compile
 from moe_compile import ops
-from moe_compile.lowering import cpu, cpu_frozen, cpu_native
+from moe_compile.lowering.cpu import experts as cpu
+from moe_compile.lowering.cpu import frozen as cpu_frozen
+from moe_compile.lowering.cpu import native as cpu_native
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler on this machine")
 
@@ -95,7 +97,7 @@ def test_other_plain_arguments_are_another_call() -> None:
         e = LAYOUTS[name]
         plain = ops.experts_args(e)
         got = torch.ops.moe_compile.experts(*given.values(), *plain)
-        assert torch.equal(got, cpu.forward(*given.values(), ops._layout(plain), save=False)[0])
+        assert torch.equal(got, cpu.forward(*given.values(), ops.layout_of(plain), save=False)[0])
 
 
 def test_gradients_go_through_autograd() -> None:

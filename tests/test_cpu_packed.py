@@ -16,7 +16,8 @@ from test_cpu_lowering import FLOATS, LAYOUTS, ROUTINGS, layout, make, relative
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile.lowering import cpu, cpu_frozen
+from moe_compile.lowering.cpu import experts as cpu
+from moe_compile.lowering.cpu import frozen as cpu_frozen
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler on this machine")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

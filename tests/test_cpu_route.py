@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_compile import ir, ops
-from moe_compile.lowering import cpu_route, routing
+from moe_compile.lowering.cpu import route as cpu_route
+from moe_compile.lowering.reference import routing
 
 pytestmark = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler")
 SUM = ir.Normaliser(ir.Norm.SUM, 1e-20)

@@ -12,7 +12,8 @@ import torch
 from test_cpu_lowering import relative
 
 import moe_compile
-from moe_compile.lowering import cpu, cpu_build
+from moe_compile.lowering.cpu import build as cpu_build
+from moe_compile.lowering.cpu import experts as cpu
 
 
 def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:

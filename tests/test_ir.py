@@ -32,7 +32,7 @@ from moe_compile.ir import (
     text,
 )
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import generic
+from moe_compile.lowering.reference import generic
 from moe_compile.lowering.triton import activation as triton_code
 
 torch.set_num_threads(1)

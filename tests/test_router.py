@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 import moe_compile
 from moe_compile import backend, ir, ops
+from moe_compile.lowering import target
 from moe_compile.passes.rewrite import router
 
 pytest.importorskip("triton")
@@ -243,7 +244,7 @@ def test_between(why: str, between: Any, yes: bool) -> None:
     x, w = torch.randn(2, H), torch.randn(E, H)
     want = copy.deepcopy(gm)(x.clone(), w)
     with torch.no_grad():
-        assert router.take_products(gm, "cuda") == yes
+        assert router.take_products(gm, target("cuda")) == yes
         got = gm(x.clone(), w)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)

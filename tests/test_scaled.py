@@ -12,9 +12,10 @@ from catalogue import check
 from torch import Tensor
 from torch.library import opcheck
 
-from moe_compile import ir, lowering, ops
+from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.text import experts_text
+from moe_compile.lowering import target as target_of
 from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
@@ -126,12 +127,12 @@ def test_a_parameter_with_fewer_experts_is_an_error() -> None:
 def test_who_lowers_them() -> None:
     """The CPU and Ascend; CUDA says that it does not. Float weights with scales have no kernel anywhere."""
     block, half = ir.MoeBlock(None, CONCAT), ir.MoeBlock(None, replace(CONCAT, dtype=torch.bfloat16))
-    assert lowering.can_lower(block, "cpu") is None and "int8" in lowering.lowering_name(block, "cpu")
-    assert lowering.can_lower(half, "ascend") is None
-    assert "int8 expert weights" in str(lowering.can_lower(half, "cuda"))
-    assert "fp16 and bf16" in str(lowering.can_lower(block, "ascend"))
+    assert target_of("cpu").reason(block) is None and "int8" in target_of("cpu").says(block)
+    assert target_of("ascend").reason(half) is None
+    assert "int8 expert weights" in str(target_of("cuda").reason(half))
+    assert "fp16 and bf16" in str(target_of("ascend").reason(block))
     floats = ir.MoeBlock(None, replace(CONCAT, weight_dtype=None, dtype=torch.bfloat16))
-    assert all(lowering.can_lower(floats, target) for target in ("cpu", "cuda", "ascend"))
+    assert all(target_of(name).reason(floats) for name in ("cpu", "cuda", "ascend"))
     assert "int8 × scale" in experts_text(CONCAT)
     assert "int8 × scale (down)" in experts_text(MEANINGS["down alone"])
 
@@ -142,7 +143,7 @@ def test_scales_of_another_projection_in_the_emitted_op_are_found(monkeypatch: p
 
     def wrong(self: Any, b: Any) -> Any:
         plan = right(self, b)
-        return replace(plan, down_scale=plan.up_scale)  # both [E, 16] in the catalogue
+        return replace(plan, operands=replace(plan.operands, down_scale=plan.operands.up_scale))  # both [E, 16] in the catalogue
 
     monkeypatch.setattr(rewrite.Planner, "_experts", wrong)
     model = catalogue.build(catalogue.entries()["Int8Batched"]).eval()

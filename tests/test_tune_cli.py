@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from moe_compile import tune_cli
 from moe_compile.__main__ import main
-from moe_compile.lowering.triton import tune, tune_cli
+from moe_compile.lowering.triton import tune
 from moe_compile.lowering.triton.tune import Choice, Problem, Tile, Vector
 
 SIZES = ["--experts", "16", "--hidden", "256", "--intermediate", "128", "--k", "4"]

@@ -6,8 +6,36 @@ torch_npu wheel (tests/ascend/test_wheel.py).
 
 from __future__ import annotations
 
-from .capability import can_lower, lowering_name
+from collections.abc import Callable, Sequence
+from typing import Any
 
-SCALED = True  # int8 weights with scales: npu_grouped_matmul takes both
+import torch.fx as fx
+from torch import nn
 
-__all__ = ["SCALED", "can_lower", "lowering_name"]
+from ..target import Rest, Target
+from . import capability
+from .options import AscendOptions
+
+
+def _finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    from . import modes  # when there is a graph to lower: most processes have no NPU
+
+    return modes.finish(rest, gm, example_inputs)
+
+
+def _rearrange(model: nn.Module, training: bool, weight_format: str) -> dict[str, int]:
+    from . import rearrange
+
+    return rearrange.prepare(model, training, weight_format)
+
+
+TARGET = Target(
+    name="ascend",
+    devices=("npu",),
+    refuses=capability.refuses,
+    says=capability.says,
+    options=AscendOptions,
+    finish=_finish,
+    rearrange=_rearrange,
+    scaled=True,  # int8 weights with scales: npu_grouped_matmul takes both
+)

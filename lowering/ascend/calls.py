@@ -15,8 +15,8 @@ from torch import Tensor
 from ...ir import BiasOn, Form, Norm, Score
 from ...ir import scalar as act
 from ...ir import score as apply_score
-from .. import generic, routing
-from ..routing import Routing
+from ..reference import generic, routing
+from ..reference.routing import Routing
 from . import device, law, schemas
 from .rules import check
 
@@ -295,9 +295,7 @@ def start(
     return (*rows(x, cast(ids, torch.int32), weights, p, layout), own)
 
 
-def finish(
-    rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True
-) -> Tensor:
+def finish(rows: Tensor, index: Tensor, weights: Tensor, own: Sequence[Tensor], addends: Sequence[Tensor], fused: bool = True) -> Tensor:
     """The combine with at most two addends inside; more are added behind it. Not `fused`, which training cannot be: all of them are."""
     every = [*own, *addends]
     inside = every[:2] if fused else []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ...ir import MoeBlock, Norm
+from ...ir import MoeBlock
 from ...ir import scalar as act
 from ...ops import route_args
-from ..routing import Routing
+from ..reference.routing import Routing
 from . import int8, law
 
 MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
@@ -15,8 +15,7 @@ MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-
-def can_lower(ir: MoeBlock) -> str | None:
+def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
     if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
@@ -52,15 +51,12 @@ def _problem(ir: MoeBlock) -> int8.Problem:
     return int8.Problem("w8a8", e.activation, int(e.form), e.hidden, e.intermediate, e.up_bias or e.down_bias, e.weight_on_input, e.dtype)
 
 
-def lowering_name(ir: MoeBlock) -> str:
+def says(ir: MoeBlock) -> str:
     """The calls a block becomes, for the report."""
     routing = "routing as written"
     if ir.gating is not None:
         g = ir.gating
-        plain = route_args(g)
-        if g.norm is not None and g.norm.kind is Norm.EXPR:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # the normaliser follows outside
-        row, _ = law.choose_routing(law.Case(Routing(*plain), g.num_experts))
+        row, _ = law.choose_routing(law.Case(Routing(*route_args(g)), g.num_experts))
         routing = row.calls
     if ir.experts.row_bits:
         chain, _ = int8.choose(_problem(ir))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from ...options import Options
+from ..target import Chosen
 from . import modes, schemas
 from .rewrite import Lowered
 
@@ -103,7 +103,7 @@ def _source(n: fx.Node) -> str:
 # ---- GE ------------------------------------------------------------------------------------------------------------------
 
 
-def ge_backend(options: Options, sink: Callable[[list[GeNode]], None]) -> Callable[..., Any]:
+def ge_backend(options: Chosen, sink: Callable[[list[GeNode]], None]) -> Callable[..., Any]:
     """An inner compiler that hands every graph to torchair's FX to GE conversion, tells the nodes, and runs the graph op by op."""
     if not schemas.wheel():
         raise ImportError("the GE graph needs torch_npu: it cannot be imported on this machine (pip install torch-npu, and CANN)")

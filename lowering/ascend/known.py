@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ...passes.aten.effects import is_write
+from ...calls import is_write
 from .streams import is_product
 
 RESHAPES = ("view", "reshape", "view_as", "reshape_as")

@@ -15,7 +15,7 @@ import torch
 
 from ...ir import BiasOn, Form, Norm, Score
 from ...ir import scalar as act
-from ..routing import Routing
+from ..reference.routing import Routing
 
 MAX_GATED = 2048  # experts of npu_moe_gating_top_k
 MAX_SOFTMAX_K = 1024

@@ -11,11 +11,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ... import report as reports
 from ...errors import OptionError
-from ...options import ASCEND_MODES, Options
+from ..target import Chosen, Rest
 from . import register, schemas, sharding, streams, workarounds
 from .operands import EXPERTS, Choices, ops
+from .options import MODES, AscendOptions
 from .rewrite import Lowered, lower, needs_gradients
 from .store import STORE
 from .weights import Recipe
@@ -23,45 +23,50 @@ from .weights import Recipe
 log = logging.getLogger("moe_compile")
 
 
-def compile_with(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def own(options: Chosen) -> AscendOptions:
+    return options.of("ascend")  # type: ignore[no-any-return]
+
+
+def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Lower the fused ops of `gm`, hand it to a graph mode, and give back a function of the original inputs.
 
     A graph that cannot be lowered keeps its fused ops, which run on any device; the report says why. With `strict=True` it raises.
     """
     if not any(n.target in (ops.route.default, *EXPERTS) for n in gm.graph.nodes):
-        return _inner(options, mode, gm, example_inputs, False)
+        return _inner(rest, gm, example_inputs, False)
     register.ensure()
+    options, mine = rest.options, own(rest.options)
     train = needs_gradients(gm)
-    if train and options.quantize is not None:
+    if train and mine.quantize is not None:
         raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
     if train and schemas.wheel() and not _on_npu(example_inputs):
-        _tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
-        return _inner(options, mode, gm, example_inputs, train)
+        rest.tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
+        return _inner(rest, gm, example_inputs, train)
     try:
-        lowered = lower(gm, Choices(train, options.quantize, options.weight_format == "nz", options.combine == "finalize"))
+        lowered = lower(gm, Choices(train, mine.quantize, mine.weight_format == "nz", mine.combine == "finalize"))
     except Exception as e:
         if options.strict:
             raise
         log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
-        _tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
-        return _inner(options, mode, gm, example_inputs, train)
+        rest.tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
+        return _inner(rest, gm, example_inputs, train)
     inputs = inputs_of(lowered, example_inputs)
-    chosen = graph_mode(options, mode, inputs, train)
-    if chosen == "ge" and options.combine == "unpermute":
+    chosen = graph_mode(rest, inputs, train)
+    if chosen == "ge" and mine.combine == "unpermute":
         raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
-    _tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, options, chosen)])
+    rest.tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
     for sink in SINKS:
         sink(lowered)
-    return _with_packed(_inner(options, mode, lowered.module, inputs, train), lowered)
+    return _with_packed(_inner(rest, lowered.module, inputs, train), lowered)
 
 
-def _remarks(lowered: Lowered, inputs: Sequence[Any], options: Options, chosen: str) -> list[str]:
+def _remarks(lowered: Lowered, inputs: Sequence[Any], rest: Rest, chosen: str) -> list[str]:
     """What the way to the device means for this graph."""
     if lowered.training:
-        traced = options.weight_format == "nz" and options.inner not in ("auto", "eager")
+        traced = own(rest.options).weight_format == "nz" and rest.options.inner not in ("auto", "eager")
         why = "the inner compiler traces the backward pass, and the cast cannot be traced"
         return [f"weight_format='nz': {why}: weights stay as they are"] if traced else []
-    if chosen != "npugraph_ex" and not reports.explaining():
+    if chosen != "npugraph_ex" and not rest.explaining:
         return []
     copied = sum(_bytes(t) for i, t in zip(lowered.inputs, inputs) if isinstance(i, int) and isinstance(t, Tensor) and not is_static(t))
     return [f"npugraph_ex: a replayed step copies {_size(copied)} of inputs and {_size(lowered.made)} of expert weights"]
@@ -94,12 +99,6 @@ def _on_npu(example_inputs: Sequence[Any]) -> bool:
 SINKS: list[Callable[[Lowered], None]] = []  # who wants to see lowered graphs (`dry_run`)
 
 
-def _tell(notes: Sequence[str]) -> None:
-    report = reports.current()
-    if report is not None:
-        report.add_notes(notes)
-
-
 def inputs_of(lowered: Lowered, old: Sequence[Any]) -> list[Any]:
     """Example values of the lowered graph's inputs.
 
@@ -129,32 +128,31 @@ def _with_packed(inner: Callable[..., Any], lowered: Lowered) -> Callable[..., A
     return run
 
 
-def _inner(options: Options, mode: str | None, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
+def _inner(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
     """The compiler behind: what the user named, else a graph mode of torch_npu, else (no NPU) the emulated ops, one by one."""
+    options = rest.options
     if options.inner != "auto":
-        from ...inner import compile_with as generic
-
-        return generic(options, None if mode in ASCEND_MODES else mode, "any", gm, example_inputs)
-    chosen = graph_mode(options, mode, example_inputs, training)
+        return rest.compile_with(gm, example_inputs, None if rest.mode in MODES else rest.mode)
+    chosen = graph_mode(rest, example_inputs, training)
     if chosen == "ge":
         return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
     if chosen == "npugraph_ex":
         return npugraph_ex_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
     if overlaps(options) and not training:
-        streams.overlap(gm.graph, streams.Eager, options.core_limit)
+        streams.overlap(gm.graph, streams.Eager, own(options).core_limit)
         gm.recompile()
     return gm
 
 
-def graph_mode(options: Options, mode: str | None, example_inputs: Sequence[Any], training: bool) -> str:
+def graph_mode(rest: Rest, example_inputs: Sequence[Any], training: bool) -> str:
     """Which mode compiles: training has none, because neither takes a backward pass with these ops; nor has a machine without an NPU."""
-    asked = mode if mode in ASCEND_MODES else options.mode
+    asked = rest.mode if rest.mode in MODES else own(rest.options).mode
     if training or not _on_npu(example_inputs):
         return "eager"
     return "npugraph_ex" if asked in ("auto", None) else asked
 
 
-def overlaps(options: Options) -> bool:
+def overlaps(options: Chosen) -> bool:
     return options.overlap_shared is not False
 
 
@@ -169,7 +167,7 @@ def load(package: str, defines: str) -> Any:
     return module
 
 
-def ge_backend(options: Options) -> Callable[..., Any]:
+def ge_backend(options: Chosen) -> Callable[..., Any]:
     """torchair in max-autotune mode: a GE graph."""
     config = ge_config(options)
     import torchair
@@ -177,7 +175,7 @@ def ge_backend(options: Options) -> Callable[..., Any]:
     return torchair.get_npu_backend(compiler_config=config)  # type: ignore[no-any-return]
 
 
-def ge_config(options: Options) -> Any:
+def ge_config(options: Chosen) -> Any:
     """The compiler config of GE mode, with the stream pass in it."""
     torchair = load("torchair", "torchair.scope._wait_tensor")
     workarounds.install()
@@ -187,7 +185,7 @@ def ge_config(options: Options) -> Any:
     return _with_inner_options(config, options)
 
 
-def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
+def npugraph_ex_backend(options: Chosen) -> Callable[..., Any]:
     """The npugraph_ex package where the wheel has it (2.13 on), else torchair's own aclgraph mode without a side stream."""
     import torch_npu  # noqa: F401
 
@@ -199,7 +197,7 @@ def npugraph_ex_backend(options: Options) -> Callable[..., Any]:
     return npugraph_ex.get_npu_backend(compiler_config=npugraph_ex_config(options))  # type: ignore[no-any-return]
 
 
-def npugraph_ex_config(options: Options) -> Any:
+def npugraph_ex_config(options: Chosen) -> Any:
     """The compiler config of npugraph_ex, with the stream pass in it.
 
     `frozen_parameter` stays off, here and in GE: with it a weight that gets other memory (`p.data = ...`, `load_state_dict(assign=True)`,
@@ -211,7 +209,7 @@ def npugraph_ex_config(options: Options) -> Any:
     return _with_inner_options(config, options)
 
 
-def _with_inner_options(config: Any, options: Options) -> Any:
+def _with_inner_options(config: Any, options: Chosen) -> Any:
     """`inner_options` set attributes of the config; a dotted name goes into a part of it."""
     for path, value in options.inner_options.items():
         part = config
@@ -222,12 +220,12 @@ def _with_inner_options(config: Any, options: Options) -> Any:
     return config
 
 
-def stream_pass(options: Options, dialect: Callable[..., streams.Dialect]) -> Callable[..., None]:
+def stream_pass(options: Chosen, dialect: Callable[..., streams.Dialect]) -> Callable[..., None]:
     """torchair's form of a custom pass: works on the ATen graph in place."""
 
     def shared_expert_overlap(gm: fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
         if overlaps(options):
-            streams.overlap(gm.graph, dialect, options.core_limit)
+            streams.overlap(gm.graph, dialect, own(options).core_limit)
             gm.recompile()
 
     return shared_expert_overlap

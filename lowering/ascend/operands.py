@@ -12,7 +12,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import scalar as act
-from .. import generic
+from ...ir.codec import record_of
+from ..reference import generic
 from . import calls, int8
 from .formats import refuses_nz
 from .record import recording
@@ -58,7 +59,7 @@ class ExpertsCall:
         scaled = n.target is ops.experts_scaled.default
         tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
         plain, rows = (plain[:-2], plain[-2:]) if scaled else (plain, [0, 0.0])
-        layout = generic.Layout(tuple(plain[0]), tuple(plain[1]), *plain[2:])  # type: ignore[arg-type]
+        layout = record_of(generic.Layout, plain)
         x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
         up_scale, down_scale = scales or ((), ())
         every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, rows[0])

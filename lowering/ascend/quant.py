@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import generic
+from ..reference import generic
 from . import calls, int8
 from .calls import call, groups, list_type, tuning
 

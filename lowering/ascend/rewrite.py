@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from ..routing import Routing
+from ..reference.routing import Routing
 from . import calls, int8, law, quant, training
 from .calls import Packed
 from .known import RESHAPES, addend, all_within
@@ -205,4 +205,3 @@ class _Lowering:
         self.graph.lint()
         self.gm.recompile()
         return Lowered(self.gm, inputs, self.train, list(dict.fromkeys(self.notes)), self.operands.made)
-

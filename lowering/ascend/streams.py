@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...passes.aten.effects import is_write
+from ...calls import is_write
 
 LABEL = "moe_shared"  # of the one side stream
 _PRODUCTS = ("mm", "addmm", "bmm", "linear", "matmul", "baddbmm", "npu_quant_matmul")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import generic
+from ..reference import generic
 from . import calls
 from .calls import Packed, call, cast
 from .casts import CASTS

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 
-import torch
+from ... import ops
+from ..target import Target
+from . import capability, short
 
-from ...ir import MoeBlock
-from ...ir import scalar as act
-
-ROUTER_TOKENS = 4  # as the few-token kernels of the experts
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def can_lower(ir: MoeBlock) -> str | None:
-    """None when the CUDA ops can run this block, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    experts = ir.experts
-    if experts.dtype not in (*_KERNEL_DTYPES, torch.float64):
-        return f"expert weights of {experts.dtype} have no CUDA lowering"
-    try:
-        act.encode(experts.activation)
-    except act.UnknownActivation as e:
-        return f"activation: {e}"
-    if experts.num_identity and experts.hidden != experts.out_features:
-        return "identity experts need as many outputs as inputs"
-    return None
-
-
-def lowering_name(ir: MoeBlock) -> str:
-    """What runs the block and the dtype of its products."""
-    dtype = str(ir.experts.dtype).removeprefix("torch.")
-    return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"
+short.define(ops.library, ops.anywhere.IMPLEMENTATIONS, ops.shapes.SHAPES)
+TARGET = Target(
+    name="cuda",
+    devices=("cuda",),
+    refuses=capability.refuses,
+    says=capability.says,
+    dispatch_key="CUDA",
+    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS},
+    straight=short.call,
+    router_tokens=capability.ROUTER_TOKENS,
+)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
-from .. import generic
-from ..generic import Layout
+from ..reference import generic
+from ..reference.generic import Layout
 from . import activation, hopper_calls
 from . import backward_kernels as kernels
 from .call import Call, read

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import generic
-from ..generic import Layout
+from ..reference import generic
+from ..reference.generic import Layout
 from .weights import Biases, Matrices, down_biases, down_matrices, up_biases, up_matrices
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import routing
-from ..generic import Layout
-from ..on_cuda import plain
+from ...ir.codec import record_of
+from ..reference import routing
+from ..reference.generic import Layout
 from . import backward as gradient
 from . import experts as routed
 from . import route as kernels
 from . import router, shared
 from .launch import plans, warm
+from .short import plain
 
-_LAYOUT = 9  # plain arguments of the routed experts; those of a shared one stand behind them
+_LAYOUT = len(fields(Layout))  # plain arguments of the routed experts; those of a shared one stand behind them
 
 
 # ---- what a text says ----------------------------------------------------------------------------------------------
@@ -31,8 +33,7 @@ def routing_of(how: str) -> routing.Routing:
 
 @functools.lru_cache(maxsize=4096)
 def layout_of(how: str) -> Layout:
-    act_ops, act_consts, *rest = plain(how)[:_LAYOUT]
-    return Layout(tuple(act_ops), tuple(act_consts), *rest)
+    return record_of(Layout, plain(how)[:_LAYOUT])
 
 
 class How(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
-from .. import generic
-from ..generic import Layout
+from ..reference import generic
+from ..reference.generic import Layout
 from . import activation, decode, gemm, library, tune
 from .call import Call, Late, read
 from .combine import combine, early_launch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
-from ..generic import Layout
+from ..reference.generic import Layout
 from . import activation, gemm
 from .call import Call
 from .dispatch import Dispatch

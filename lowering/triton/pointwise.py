@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
-from ..generic import Layout
+from ..reference.generic import Layout
 from . import activation
 from .host import cdiv, power_of_2
 from .launch.tape import launch

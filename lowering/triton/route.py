@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import BiasOn, Norm, Score
-from .. import routing
-from ..routing import Routing
+from ..reference import routing
+from ..reference.routing import Routing
 from .combine import early_launch
 from .host import cdiv, power_of_2
 from .launch.tape import empty, launch

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import ROUTER_TOKENS
+from .capability import ROUTER_TOKENS
 from .combine import early_launch
 from .decode import _product, _tile
 from .host import cdiv, power_of_2

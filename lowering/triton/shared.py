@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import Overlap
-from ..generic import Layout
+from ..reference.generic import Layout
 from . import tune
 from .call import Call, read
 from .decode_shared import Shared, few_together, fits

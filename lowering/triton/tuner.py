@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ir import Form
 from ...ir import scalar as act
-from ..generic import Layout
+from ..reference.generic import Layout
 from . import experts, tune
 from .call import read
 from .combine import combine

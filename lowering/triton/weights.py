@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
-from ..generic import Layout
+from ..reference.generic import Layout
 from .launch.later import Later, NotRecorded
 
 

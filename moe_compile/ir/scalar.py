@@ -112,7 +112,7 @@ class Scalar:
 
 
 # The position of a row is the function's opcode and part of the op's contract: rows are added at the end. Kernels have theirs in the same
-# order (lowering/generic.py, cpu_kernels/act.h, triton/activation.py).
+# order (lowering/reference/generic.py, cpu/kernels/act.h, triton/activation.py, all in lowering/).
 FUNCTIONS: tuple[Scalar, ...] = (
     Scalar("sigmoid", sigmoid, torch.sigmoid, ("special_expit", "expit"), increasing=True, positive=True, text="σ"),
     Scalar("tanh", sp.tanh, torch.tanh, increasing=True),

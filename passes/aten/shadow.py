@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from ..terms.text import SAID
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
 from .node import example_value as example_value
+from .sources import input_name
 
 
 class Shadow:
@@ -72,6 +74,8 @@ class Shadow:
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
+            if text := input_name(d):
+                s.meta[SAID] = text
         self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)
         self.transformed.update(by_name[x] for x in tracer.transformed if x in by_name)
         return traced

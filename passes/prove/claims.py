@@ -12,10 +12,11 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Experts, Rejection
+from ...ir.operands import Operands
 from ..recover.fused import is_fused
 from ..recover.match import Param
 from ..recover.region import Block
-from ..recover.shared import Operands, SharedMatch
+from ..recover.shared import SharedMatch, SharedOperands
 from . import probe
 from .edge import edge_of, edge_of_shared
 from .engine import Claim, Differs, Env
@@ -71,7 +72,7 @@ class Claims:
         return self.claim("block", says, edge, [b.match.out], partial(_scaled_result, b), partial(_block_of_formula, b), probe.USUAL)
 
 
-def shared_claim(tokens: fx.Node, s: SharedMatch, o: Operands) -> Claim | Rejection:
+def shared_claim(tokens: fx.Node, s: SharedMatch, o: SharedOperands) -> Claim | Rejection:
     """The graph's own shared expert is the one that goes into the op."""
     edge = edge_of_shared(tokens, o)
     region = Region.between(list(edge.roles), [s.node])
@@ -95,23 +96,26 @@ def _experts_of_graph(b: Block, env: Env) -> Tensor:
 def _formula(b: Block, env: Env, ids: Tensor, w: Tensor) -> Tensor:
     m, e = b.match, env.small.experts
     add = None if m.base is None else env[m.base].reshape(-1, e.out_features)
-    up, down, up_bias, down_bias, up_scale, down_scale = (parameters(env, group) for group in m.groups())
     x = env[m.tokens].reshape(-1, e.hidden)
-    return e.evaluate(x, ids, w, up, down, up_bias, down_bias, add, up_scale=up_scale, down_scale=down_scale)
+    return e.evaluate(x, ids, w, add=add, **values(env, m.operands()).by_name())
 
 
-def parameters(env: Env, group: list[Param]) -> list[Tensor]:
+def values(env: Env, operands: Operands[Param]) -> Operands[Tensor]:
     """Parameters as the formula reads them."""
-    views = ((q, env.small.views[q]) for q in group)
-    return [env[q.node] if view is None else env[q.node].reshape(view) for q, view in views]
+
+    def value(q: Param) -> Tensor:
+        view = env.small.views[q]
+        return env[q.node] if view is None else env[q.node].reshape(view)
+
+    return operands.map(value)
 
 
-def _shared_formula(tokens: fx.Node, o: Operands, env: Env) -> Tensor:
+def _shared_formula(tokens: fx.Node, o: SharedOperands, env: Env) -> Tensor:
     e: Experts = env.small.experts
     x = env[tokens].reshape(-1, e.hidden)
     ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
     weights = torch.ones(x.shape[0], 1, dtype=torch.float64) if o.gate is None else env[o.gate].reshape(-1, 1)
-    return e.evaluate(x, ids, weights, *(parameters(env, group) for group in (o.up, o.down, o.up_bias, o.down_bias)))
+    return e.evaluate(x, ids, weights, **values(env, o.operands).by_name())
 
 
 # ---- routing ------------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import sympy as sp
 import torch.fx as fx
 
 from ...ir import Experts, Gating
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten.element import shape_of
 from ..aten.places import never_negative
 from ..recover.match import Param
 from ..recover.region import Block
-from ..recover.shared import Operands
+from ..recover.shared import SharedOperands
 from .sizes import SMALL, Dim, Sizes, regroup
 
 FEW = 7  # tokens, a prime that rarely equals another size
@@ -160,26 +161,26 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
-    groups = _groups(m.experts, (m.up, m.down, m.up_bias, m.down_bias, m.up_scale, m.down_scale))
+    groups = _groups(m.experts, m.operands())
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, widths) for q, widths, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
     return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, within, b.wraps)
 
 
-def edge_of_shared(tokens: fx.Node, o: Operands) -> Edge:
+def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
     """The edge of a shared expert: the tokens, its parameters, its gate."""
     roles, rows = {tokens: "tokens"}, {tokens: o.experts.hidden}
     if o.gate is not None:
         roles[o.gate], rows[o.gate] = "weights", 1
-    groups = _groups(o.experts, (o.up, o.down, o.up_bias, o.down_bias))
+    groups = _groups(o.experts, o.operands)
     roles.update({q.node: role for q, _, role in groups})
     return Edge(tokens, o.experts, 1, roles, rows, tuple((q, widths) for q, widths, _ in groups), {})
 
 
-def _groups(e: Experts, lists: Iterable[list[Param]]) -> list[tuple[Param, tuple[int, ...], str]]:
+def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[int, ...], str]]:
     """(parameter, widths of its last dims, role)."""
     up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
     widths = (up[::-1] if e.up_transposed else up, down[::-1] if e.down_transposed else down, up[:1], down[:1], up[:1], down[:1])
     roles = ("weight", "weight", "bias", "bias", "scale", "scale")
-    return [(q, w, role) for qs, w, role in zip(lists, widths, roles, strict=False) for q in qs]
+    return [(q, w, role) for qs, w, role in zip(operands.groups(), widths, roles, strict=True) for q in qs]

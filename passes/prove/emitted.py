@@ -21,9 +21,8 @@ from ..aten.element import shape_of
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
 from ..recover.fused import is_fused
-from ..recover.match import PARAMETERS
 from ..recover.region import Block
-from ..rewrite.plan import BlockPlan, Executor, Operand
+from ..rewrite.plan import BlockPlan, Executor
 from . import probe
 from .claims import graph_choice
 from .edge import Small, edge_of, resized
@@ -75,9 +74,7 @@ def _graph_result(b: Block, env: Env) -> Tensor:
     return weights * valid * b.fold.factor
 
 
-def _result(
-    b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env
-) -> Tensor:
+def _result(b: Block, plan: BlockPlan, names: dict[str, fx.Node], images: dict[str, fx.Node], env: Env) -> Tensor:
     """The result of the emitted nodes; weights in the order in which the graph has its experts."""
     graph, results = small_graph(in_small(b, plan, env.small), names)
     got = interpret(graph, lambda name: env[images[name]], results)
@@ -98,16 +95,14 @@ def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
     if e is None:
         return plan
 
-    def seen(operands: tuple[Operand, ...], group: list[Any]) -> tuple[Operand, ...]:
-        return tuple((name, small.views[q]) for (name, _), q in zip(operands, group, strict=True))
-
-    groups: dict[str, Any] = {name: seen(getattr(e, name), getattr(m, name)) for name in PARAMETERS}
+    views = iter([small.views[q] for q in m.operands()])
+    operands = e.operands.map(lambda operand: (operand[0], next(views)))
     lead: tuple[Any, ...] | None = e.lead
     if lead is not None:
         rows, new = shape_of(m.tokens)[:-1], small.shapes[m.tokens][:-1]
         sizes = [s for options in regroup(small.sizes, rows, new, shape_of(m.out)[:-1]) for s in options[0]]
         lead = tuple(size if isinstance(s, int) else s for s, size in zip(lead, sizes, strict=True))
-    return replace(plan, experts=replace(e, experts=resized(e.experts, small.sizes), lead=lead, **groups))
+    return replace(plan, experts=replace(e, experts=resized(e.experts, small.sizes), lead=lead, operands=operands))
 
 
 # ---- a graph with only what a plan needs -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ..aten.names import op_name
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from . import scales as channels
+from .adapters import LORA, has_pair
 from .bridge import Bridge
 from .rounding import ROUNDED
 from .rows import No, clip, factors
@@ -52,9 +53,7 @@ class Core:
     table: Term | None = None
 
 
-def parse_core(
-    core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None, tables: Term | None = None
-) -> Core:
+def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None = None, tables: Term | None = None) -> Core:
     """c · Σ_i down[e, h, i] · act(...), plus a bias [e, h].
 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
@@ -102,7 +101,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         else:
             raise No(f"an expert's output has a term that is no projection: {clip(part)}")
     if len(sums) != 1:
-        raise No("an expert's output is not one down projection")
+        raise No(LORA if has_pair((s for _, s, _ in sums), expert) else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
     return scale, total, bias, channel
 
@@ -264,6 +263,8 @@ class Reader(Bridge):
         common, *others = {T.coefficient(a)[0] for a in x.args}
         if not others and common != 1:  # -(Σ + b) comes as -Σ - b
             return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
+        if has_pair(x.args, self.expert):
+            raise No(LORA)
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))

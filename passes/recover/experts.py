@@ -16,6 +16,7 @@ from ..terms import Term
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, Linear, layout, parse_core
+from .carrier import carrier
 from .copies import EXPERT, one_body
 from .match import ExpertsMatch, Param
 from .rounding import unrounded
@@ -68,9 +69,7 @@ def _assemble(
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)
     _check_rows(ids, t, j, k)
-    tokens = token_node(parsed.tokens, t)
-    if not T.same_size(rows(tokens), rows(out)):
-        raise No("the experts' input has another number of rows than their result")
+    tokens = token_node(p, parsed.tokens, t, out)
     form, order, expression = layout(parsed)
     inter = parsed.inner
     if not isinstance(inter, int):
@@ -125,7 +124,7 @@ def _assemble(
         down=params(parsed.down.weight, (count, experts.out_features, inter), parsed.down.transposed, parsed.down.flat),
         up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
         down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
-        base=base_node(base, out, t, h),
+        base=base_node(p, base, out, t, h),
         up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
         down_scale=channels.params(parsed.down.channel, count, experts.out_features) if parsed.down.channel is not None else [],
     )
@@ -170,7 +169,7 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
             free = {v for i in x.args[1] for v in i.atoms}
             if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")
-            if t.op == "v" and any(i.op in ("fdiv", "mod") and i.args[1].args[0] == k for i in lead) and k > 1:
+            if t.op == "v" and len(lead) == 1 and lead[0].op in ("fdiv", "mod") and lead[0].args[1].args[0] == k > 1:
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")
             if k == 1 and T.uses(last, t):
                 raise No(f"the expert ids are not one row a token: {clip(ids)}")
@@ -189,21 +188,15 @@ def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed:
             raise No(f"expert {e} is neither like the others nor the identity")
 
 
-def token_node(tokens: list[Term], t: Term) -> fx.Node:
+def token_node(p: Puller, tokens: list[Term], t: Term, out: fx.Node) -> fx.Node:
     """The node whose flattened rows are the experts' input."""
     if len(set(tokens)) != 1:
         raise No("gate and up projections read different inputs")
     x = tokens[0]
-    node, idx = x.args
-    lead = shape_of(node)[:-1]
-    m = idx[-1]
-    if m.op != "v" or m.args[0] != "m" or idx[:-1] != _clamped(row_index(t, lead), lead):
-        raise No(f"the experts' input rows are not the tokens in order: {clip(x)}")
+    node = carrier(p, x, t, out) if x.args[1][-1].args[0] == "m" else None
+    if node is None:
+        raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens: {clip(x)}")
     return node
-
-
-def _clamped(idx: tuple[Term, ...], lead: tuple[Any, ...]) -> tuple[Term, ...]:
-    return tuple(T.const(0) if s == 1 and len(lead) > 1 else i for i, s in zip(idx, lead, strict=True))
 
 
 def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> list[Param]:
@@ -224,19 +217,12 @@ def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> l
     return [Param(nodes)]
 
 
-def base_node(base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | None:
+def base_node(p: Puller, base: list[Term], out: fx.Node, t: Term, h: Term) -> fx.Node | None:
     """The accumulator's start: nothing, or one tensor read at the result's own index."""
     if not base:
         return None
-    if len(base) == 1 and base[0].op == "a" and isinstance(base[0].args[0], fx.Node):
-        node, idx = base[0].args
-        lead = shape_of(node)[:-1]
-        if (
-            T.same_size(rows(node), rows(out))
-            and idx
-            and idx[-1] is h
-            and idx[:-1] == _clamped(row_index(t, lead), lead)
-            and dtype_of(node) == dtype_of(out)
-        ):
+    if len(base) == 1 and base[0].op == "a" and isinstance(base[0].args[0], fx.Node) and base[0].args[1][-1:] == (h,):
+        node = carrier(p, base[0], t, out)
+        if node is not None and dtype_of(node) == dtype_of(out):
             return node
     raise No(f"the accumulator starts from more than one tensor: {clip(T.add(*base))}")

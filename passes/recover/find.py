@@ -17,9 +17,11 @@ from ..aten.effects import Memory
 from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from .counted import named, only_counted
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
+from .mixture import mixtures
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, data_dependent, is_row, outer_atoms
 from .scales import made_floats
@@ -95,8 +97,9 @@ class Finder:
         for s, i in number.items():
             if is_table(s) and i not in matched:
                 found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
-            elif i not in closed | matched:
+            elif i not in closed | matched and not only_counted(s, self.walls):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
+        found.rejected.extend(mixtures(self.graph, self.walls))
         return found
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
@@ -109,7 +112,9 @@ class Finder:
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
-        """The most telling of the reasons: one from a place where experts were seen."""
+        """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
+        if (by_name := named(source)) is not None:
+            return by_name
         for r in reversed(list(tried)):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
@@ -211,7 +216,7 @@ class Finder:
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in names.VIEW or name == "stack" or name == "index" and _by_position(n):
+        if name in names.VIEW or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
             return False
         if name in names.CAST:
             src = n.args[0]
@@ -264,7 +269,7 @@ def unviewed(n: fx.Node) -> fx.Node:
 
 def _by_position(n: fx.Node) -> bool:
     """Whether rows are gathered by computed positions (such as arange // k), not by data."""
-    seen: list[Any] = [i for i in call_args(n).indices if i is not None]
+    seen = [x for x in n.all_input_nodes if x is not n.args[0]]
     for x in seen:
         if x.op != "call_function" or len(seen) > 20:
             return False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
-from ...ir import scalar as act
+from ...ir.codec import decode
+from ...ir.records import Layout
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -42,20 +43,14 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
     up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
     stored = dtype_of(a.up[0])
-    experts = Experts(
-        num_experts=a.num_experts,
+    experts = decode(
+        Experts,
+        Layout(*[getattr(a, f.name) for f in fields(Layout)]),
         hidden=shape_of(x)[-1],
         intermediate=rows,
         out_features=shape_of(n)[-1],
-        form=form,
-        activation=act.decode(a.act_ops, a.act_consts),
-        stacked=a.stacked,
-        up_transposed=a.up_transposed,
-        down_transposed=a.down_transposed,
         up_bias=bool(a.up_bias),
         down_bias=bool(a.down_bias),
-        weight_on_input=a.weight_on_input,
-        num_identity=a.num_identity,
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
         up_scale=bool(up_scale),

@@ -8,6 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts
+from ...ir.operands import Operands
 from ..terms import Term
 
 
@@ -46,6 +47,9 @@ class ExpertsMatch:
     up_scale: list[Param] = field(default_factory=list)
     down_scale: list[Param] = field(default_factory=list)
 
-    def groups(self) -> tuple[list[Param], ...]:
+    def operands(self) -> Operands[Param]:
+        return Operands.of(self)
+
+    def groups(self) -> tuple[tuple[Param, ...], ...]:
         """Every list of parameters."""
-        return tuple(getattr(self, name) for name in PARAMETERS)
+        return self.operands().groups()

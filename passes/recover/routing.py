@@ -18,6 +18,8 @@ from ..aten.element import Puller, call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .algebra import Translator, Unknown
+from .carrier import row_of
+from .counted import CAPACITY
 from .identity import among
 from .match import ExpertsMatch
 from .rows import factors, rows
@@ -47,6 +49,8 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
         return Rejection("the selection takes the smallest scores", choice, "gating")
     if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
         return Rejection("the router sees another number of tokens than the experts", choice, "gating")
+    if chosen.args[1][:-1] != row_of(choice.args[0], m.t):  # type: ignore[arg-type]
+        return Rejection("the router sees the tokens in another order than the experts", choice, "gating")
     last: Rejection | None = None
     for logits in _boundaries(choice, walls):
         out = _try(m, chosen, logits, walls)
@@ -123,7 +127,8 @@ def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) ->
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        return Rejection(str(e), chosen.args[0], "gating")
+        queued = any(x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
+        return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 
 def _read(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch:

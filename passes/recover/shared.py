@@ -10,6 +10,7 @@ import sympy as sp
 import torch.fx as fx
 
 from ...ir import Experts, Form, SharedExpert
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, shape_of
@@ -23,18 +24,15 @@ from .rows import No, factors, is_row, row_index, row_variable, rows
 
 
 @dataclass(frozen=True)
-class Operands:
+class SharedOperands:
     """What a fused op needs of a shared expert: it as the one expert of a list, its parameters, the node of its gate [.., 1] or None."""
 
     experts: Experts
-    up: list[Param]
-    down: list[Param]
-    up_bias: list[Param]
-    down_bias: list[Param]
+    operands: Operands[Param]
     gate: fx.Node | None
 
     def params(self) -> list[fx.Node]:
-        return [q.node for q in (*self.up, *self.down, *self.up_bias, *self.down_bias)]
+        return [q.node for q in self.operands]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SharedMatch:
 
     ir: SharedExpert
     node: fx.Node
-    operands: Operands | None
+    operands: SharedOperands | None
 
 
 def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
@@ -164,7 +162,7 @@ def _gate_node(p: Puller, other: fx.Node, term: Term, t: Term, h: Term, edge: in
 
 def _operands(
     m: ExpertsMatch, other: fx.Node, core: Core, form: Form, symbols: list[sp.Symbol], expr: Any, gate: fx.Node | None
-) -> Operands:
+) -> SharedOperands:
     """Raises No when gate and up are stored unlike each other or a parameter is read in part."""
     ups, down, out = [core.linears[s] for s in symbols], core.down, shape_of(other)[-1]
     if len({(x.transposed, x.bias is None) for x in ups}) != 1 or any(x.scale != 1 for x in ups):
@@ -185,11 +183,10 @@ def _operands(
         down_bias=down.bias is not None,
         dtype=m.experts.dtype,
     )
-    return Operands(
-        experts,
-        [q for x in store for q in params((x.weight,), (1, width, hidden), x.transposed, False)],
-        params((down.weight,), (1, out, core.inner), down.transposed, False),
-        [q for x in store if x.bias is not None for q in params((x.bias,), (1, width), False, False)],
-        params((down.bias,), (1, out), False, False) if down.bias is not None else [],
-        gate,
+    operands = Operands(
+        up=tuple(q for x in store for q in params((x.weight,), (1, width, hidden), x.transposed, False)),
+        down=tuple(params((down.weight,), (1, out, core.inner), down.transposed, False)),
+        up_bias=tuple(q for x in store if x.bias is not None for q in params((x.bias,), (1, width), False, False)),
+        down_bias=tuple(params((down.bias,), (1, out), False, False)) if down.bias is not None else (),
     )
+    return SharedOperands(experts, operands, gate)

@@ -7,28 +7,29 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ...calls import is_write
 from ...ir import Overlap, Rejection
 from ..aten import names
 from ..aten.conditions import may_train, under_autocast
-from ..aten.effects import is_write, mutated_args
+from ..aten.effects import mutated_args
 from ..aten.element import call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from ..aten.node import example_value
 from ..recover.fused import is_fused
-from ..recover.match import Param
 from ..recover.region import Block, inside
-from ..recover.shared import Operands, SharedMatch
+from ..recover.shared import SharedMatch, SharedOperands
 from .layout import dims_by_stride
-from .plan import Operand, SharedPlan
+from .plan import SharedPlan
 from .planner import Planner
+from .target import Target
 
 
-def mode(graph: fx.Graph, options: Any, target: str) -> int | None:
-    """The op's `overlap` where the shared expert may go into it: on CUDA, when no gradient may be wanted.
+def mode(graph: fx.Graph, options: Any, target: Target) -> int | None:
+    """The op's `overlap` where the shared expert may go into it: where the target has an op for both, when no gradient may be wanted.
 
     "auto" leaves it to the op, which knows the number of tokens, when to use a side stream.
     """
-    if target != "cuda" or options.overlap_shared is False or may_train(graph):
+    if not target.shares or options.overlap_shared is False or may_train(graph):
         return None
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
 
@@ -48,7 +49,7 @@ def plan_shared(b: Block, planner: Planner, overlap: int) -> SharedPlan | None:
         return None
 
 
-def _boundary(b: Block, o: Operands) -> list[fx.Node]:
+def _boundary(b: Block, o: SharedOperands) -> list[fx.Node]:
     return [b.match.tokens, *o.params(), *([] if o.gate is None else [o.gate])]
 
 
@@ -61,7 +62,7 @@ def _private(region: list[fx.Node], out: fx.Node) -> bool:
     return all(u in members or op_name(u) in names.SIZE for n in computed if n is not out for u in n.users)
 
 
-def _one_dtype(b: Block, s: SharedMatch, o: Operands, region: list[fx.Node]) -> bool:
+def _one_dtype(b: Block, s: SharedMatch, o: SharedOperands, region: list[fx.Node]) -> bool:
     """Products in the dtype of the routed experts', and so all that goes in and comes out."""
     products = [n for n in region if op_name(n) in names.CONTRACTION]
     nodes = [b.match.tokens, s.node, *o.params(), *products, *(x for n in products for x in n.all_input_nodes)]
@@ -124,13 +125,13 @@ def _plain_sum(u: fx.Node, a: fx.Node, b: fx.Node, dtype: torch.dtype) -> bool:
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
-def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | None, rest: str | None) -> SharedPlan | None:
+def _plan(b: Block, o: SharedOperands, planner: Planner, overlap: int, total: str | None, rest: str | None) -> SharedPlan | None:
     m, fused = b.match, is_fused(b.match.out)
     op = planner.locate(m.out, m.out)
     if fused and (op.kwargs or len(op.args) != len(op.target._schema.arguments)):  # type: ignore[union-attr]
         return None
     params = {n: planner.locate(n, m.out) for n in o.params()}
-    if any(n.op not in ("placeholder", "get_attr") or any(map(is_write, n.users)) for n in (params[q.node] for q in o.up)):
+    if any(n.op not in ("placeholder", "get_attr") or any(map(is_write, n.users)) for n in (params[q.node] for q in o.operands.up)):
         return None  # kernels ask for these weights before what stands before the op has ended
     if any(planner.position[n] > planner.position[op] for n in params.values()):
         return None
@@ -146,16 +147,10 @@ def _plan(b: Block, o: Operands, planner: Planner, overlap: int, total: str | No
     if len(devices) != 1:
         return None
 
-    def group(qs: list[Param]) -> tuple[Operand, ...]:
-        return tuple((params[q.node].name, q.view) for q in qs)
-
     return SharedPlan(
         op=op.name if fused else None,
         experts=o.experts,
-        up=group(o.up),
-        down=group(o.down),
-        up_bias=group(o.up_bias),
-        down_bias=group(o.down_bias),
+        operands=o.operands.map(lambda q: (params[q.node].name, q.view)),
         gate=None if gate is None else gate.name,
         moved=tuple(n.name for n in moved),
         total=total,

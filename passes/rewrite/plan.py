@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from ...ir import Experts, MaxK, MinK, Rejection, SumK, W
 from ...ir import scalar as act
+from ...ir.operands import Operands
 from ...ops import experts_args, scaled_args, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
@@ -24,6 +25,7 @@ from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
 Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
+_PLAIN = 4  # groups of operands before the scales
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,11 @@ class ExpertsPlan:
     ids: str | None
     weights: str | None
     k: int
-    up: tuple[Operand, ...]
-    down: tuple[Operand, ...]
-    up_bias: tuple[Operand, ...]
-    down_bias: tuple[Operand, ...]
+    operands: Operands[Operand]
     base: str | None
     experts: Experts
     lead: tuple[Any, ...] | None
-    up_scale: tuple[Operand, ...] = ()
-    down_scale: tuple[Operand, ...] = ()
     wraps: bool = False
-
-    def operands(self) -> tuple[tuple[Operand, ...], ...]:
-        """Every list of parameters that the op takes."""
-        scales = (self.up_scale, self.down_scale) if self.experts.scaled else ()
-        return self.up, self.down, self.up_bias, self.down_bias, *scales
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,7 @@ class SharedPlan:
 
     op: str | None
     experts: Experts
-    up: tuple[Operand, ...]
-    down: tuple[Operand, ...]
-    up_bias: tuple[Operand, ...]
-    down_bias: tuple[Operand, ...]
+    operands: Operands[Operand]
     gate: str | None
     moved: tuple[str, ...]
     total: str | None
@@ -117,7 +106,7 @@ class BlockPlan:
             out += [r.logits, *(q[0] for q in (r.bias, r.table) if q is not None)]
         if e is not None:
             out += [e.tokens, *(n for n in (e.ids, e.weights, e.base) if n is not None)]
-            out += [q[0] for group in e.operands() for q in group]
+            out += [q[0] for q in e.operands]
         return out
 
     def names(self) -> list[str]:
@@ -210,8 +199,9 @@ class Executor:
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
-            lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands()[:4]]
-            lists += [[self.operand(q) for q in group] for group in p.operands()[4:]]
+            lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands.groups()[:_PLAIN]]
+            if p.experts.scaled:
+                lists += [[self.operand(q) for q in group] for group in p.operands.groups()[_PLAIN:]]
             ids = _call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             routed = (
                 self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
@@ -245,7 +235,7 @@ class Executor:
         for name in p.moved:
             op.prepend(self.names[name])
         with g.inserting_before(op):
-            lists = [[self.operand(q) for q in group] for group in (p.up, p.down, p.up_bias, p.down_bias)]
+            lists = [[self.operand(q) for q in group] for group in p.operands.groups()[:_PLAIN]]
             gate = None if p.gate is None else _rows(g, self.node(p.gate), 1)
             add = op.args[7] if p.total is not None else None
             plain = shared_args(p.experts, p.overlap)

@@ -68,8 +68,7 @@ class Planner:
         assert g is not None
         norm, plain = g.gating.norm, route_args(g.gating)
         expr = norm.expr if norm is not None and norm.kind is Norm.EXPR else None
-        if expr is not None:
-            plain[9:13] = [0, 0.0, 0.0, 1.0]  # raw scores: the normaliser follows as plain tensor ops
+        if expr is not None:  # it follows as plain tensor ops
             refusal = can_emit(expr)
             if refusal is not None:
                 raise refusal
@@ -107,9 +106,6 @@ class Planner:
         for d in self._aliases(m.out):
             dims_by_stride(example_value(d), m.out)
 
-        def group(qs: list[Any]) -> tuple[Any, ...]:
-            return tuple((params[q.node].name, q.view) for q in qs)
-
         return ExpertsPlan(
             out=out.name,
             same_tensor=tuple(d.name for d in self._aliases(m.out)),
@@ -117,13 +113,8 @@ class Planner:
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,
             k=m.k,
-            up=group(m.up),
-            down=group(m.down),
-            up_bias=group(m.up_bias),
-            down_bias=group(m.down_bias),
+            operands=m.operands().map(lambda q: (params[q.node].name, q.view)),
             base=None if base is None else base.name,
-            up_scale=group(m.up_scale),
-            down_scale=group(m.down_scale),
             experts=m.experts,
             wraps=b.wraps,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),

@@ -6,7 +6,6 @@ the versions of torch and of this package's sources. A graph that holds anything
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -19,7 +18,7 @@ import torch
 import torch.fx as fx
 
 from ... import ir as _ir
-from ... import lowering as _lowering
+from ...ops import sources
 from ..aten.shadow import example_value
 
 log = logging.getLogger("moe_compile")
@@ -92,15 +91,10 @@ def _value(v: Any) -> Any:
     return repr(v) if isinstance(v, (int, float, bool, str, type(None))) else type(v).__name__
 
 
-@functools.cache
 def _sources() -> str:
-    """A digest of this package's own files: a change of the compiler forgets everything."""
-    h = hashlib.sha256()
+    """A digest of this package's own files but for the targets': a change of the compiler forgets everything."""
     passes, package = Path(__file__).resolve().parents[1], Path(_ir.__file__).resolve().parents[1]
-    folders = [passes, package, *(Path(p).resolve() for p in _lowering.__path__)]  # what can be lowered is part of a plan
-    for f in sorted({f for folder in folders for f in folder.rglob("*.py")}):
-        h.update(f.name.encode() + f.read_bytes())
-    return h.hexdigest()
+    return sources.digest(str(passes), str(package))
 
 
 def folder() -> Path | None:

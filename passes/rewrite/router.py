@@ -1,6 +1,6 @@
 """The router's product goes into the routing op where few tokens are routed: a kernel of two microseconds there, not a library's product.
 
-    route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
+route(x Wᵀ + b, ...) = route_linear(x, W, b, ...)
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import ops  # noqa: F401 (defines them)
-from ...lowering import router_tokens
 from ..aten import names
 from ..aten.conditions import may_train, under_autocast
 from ..aten.effects import written_between
 from ..aten.shadow import example_value
+from .target import Target
 
 _SAME_VALUES = names.RESHAPE | names.SAME | names.CAST
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
@@ -24,12 +24,12 @@ _route = torch.ops.moe_compile.route.default
 _route_linear = torch.ops.moe_compile.route_linear.default
 
 
-def take_products(gm: fx.GraphModule, target: str) -> int:
+def take_products(gm: fx.GraphModule, target: Target) -> int:
     """Rewrite the routings whose logits are a product that nobody else reads; how many there were.
 
     Only for a target that wants them, for as many tokens as it says, known when compiling, when no gradient may be wanted.
     """
-    graph, most = gm.graph, router_tokens(target)
+    graph, most = gm.graph, target.router_tokens
     if not most or may_train(graph):
         return 0
     found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n, most)) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy as sp
@@ -165,15 +165,19 @@ def only_in(t: Term, v: Term, within: set[Term]) -> bool:
     return True
 
 
-def show(t: Term, limit: int = 160) -> str:
-    """For debugging and rejections: the head of the term as text, cut at about `limit` characters (a term may be a huge tree)."""
+def _plain(t: Term) -> Iterable[Any]:
+    return OPS[t.op].text(t.op, t.args)
+
+
+def show(t: Term, limit: int = 160, pieces: Callable[[Term], Iterable[Any]] = _plain) -> str:
+    """The head of the term as text, cut at about `limit` characters (a term may be a huge tree). `pieces`: what is printed of a term."""
     out: list[str] = []
     length = 0
     stack: list[Any] = [t]
     while stack:
         piece = stack.pop()
         if isinstance(piece, Term):
-            stack.extend(reversed(list(OPS[piece.op].text(piece.op, piece.args))))
+            stack.extend(reversed(list(pieces(piece))))
             continue
         out.append(str(piece))
         length += len(out[-1])

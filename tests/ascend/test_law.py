@@ -13,7 +13,7 @@ import torch
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, MoeBlock, Norm, Normaliser, Score
 from moe_compile.ir import scalar as act
 from moe_compile.lowering.ascend import calls, capability, device, law, register
-from moe_compile.lowering.routing import Routing
+from moe_compile.lowering.reference.routing import Routing
 from moe_compile.ops import route_args
 
 register.ensure()
@@ -235,13 +235,13 @@ def block(**changes: Any) -> MoeBlock:
     ({"num_identity": 2, "out_features": 8}, "as many outputs"),
 ])  # fmt: skip
 def test_what_the_experts_cannot_be(changes: dict[str, Any], reason: str | None) -> None:
-    told = capability.can_lower(block(**changes))
+    told = capability.refuses(block(**changes))
     assert told is None if reason is None else told is not None and reason in told
 
 
 def test_the_report_names_the_calls() -> None:
-    assert capability.lowering_name(block()) == "npu_moe_gating_top_k(norm_type=1); grouped_matmul, npu_swiglu"
+    assert capability.says(block()) == "npu_moe_gating_top_k(norm_type=1); grouped_matmul, npu_swiglu"
     written = dataclasses.replace(block(), gating=None)
-    assert capability.lowering_name(written).startswith("routing as written")
+    assert capability.says(written).startswith("routing as written")
     custom = dataclasses.replace(block(), gating=but(SIGMOID, norm=Normaliser(Norm.EXPR, expr=sp.Symbol("w"))))
-    assert "out_flag=True" in capability.lowering_name(custom)
+    assert "out_flag=True" in capability.says(custom)

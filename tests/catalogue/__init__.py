@@ -28,6 +28,8 @@ from . import (
     serving,
     shared,
     sigmoids,
+    tokens,
+    told,
     weights,
     written_parts,
 )
@@ -45,6 +47,7 @@ FILES: tuple[ModuleType, ...] = (
     loops_remote,
     puts,
     dispatch,
+    tokens,
     weights,
     quantised,
     combine,
@@ -55,6 +58,7 @@ FILES: tuple[ModuleType, ...] = (
     constant_near_misses,
     exact,
     ids,
+    told,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected, experts
+from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected, Sound, experts
 
 BF16 = torch.bfloat16
 
@@ -256,10 +256,10 @@ class SortedBatchedRepeated(SortedBatched):
 
 
 class SortedBatchedTurned(SortedBatched):
-    """Verdict: rejected, the rows are not the tokens in order: the router reads [B, T], the experts' rows come from [T, B]."""
+    """Verdict: either, as long as results are eager's: the router reads [B, T], the experts' rows are those of [T, B], another tensor."""
 
-    expect = Rejected("tokens in order")
-    near, group = "SortedBatched", ""
+    expect = Sound()
+    group = ""
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(self.logits(x.view(-1, H)))
@@ -271,3 +271,30 @@ class GroupedBatched(GroupedTitan):
 
     example_inputs = SortedBatched.example_inputs
     forward = SortedBatched.forward
+
+
+class DenseRepeatedRows(_Stacked):
+    """Verdict: fused as GatherEinsum. Every expert gets a copy of all rows, taken by torch.gather with a computed index."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        scores = torch.zeros(tokens, E).scatter(1, ids, w).t()
+        token = torch.arange(tokens).view(1, -1).expand(E, -1).reshape(-1, 1)
+        rows = torch.gather(x, 0, self.order(token).expand(-1, H)).view(E, -1, H)
+        g, u = torch.bmm(rows, self.up.mT).chunk(2, -1)
+        y = torch.bmm(F.silu(g) * u, self.down.mT) * scores[..., None]
+        return torch.zeros_like(x).scatter_add(0, token.expand(-1, H), y.reshape(-1, H))
+
+    def order(self, token: Tensor) -> Tensor:
+        return token
+
+
+class DenseShiftedRows(DenseRepeatedRows):
+    """Verdict: rejected. One step from DenseRepeatedRows: the copies are out of step with the tokens, expert by expert."""
+
+    expect = Rejected()
+    group, near = "", "DenseRepeatedRows"
+
+    def order(self, token: Tensor) -> Tensor:
+        n = token.shape[0] // E
+        return (token + torch.arange(E).repeat_interleave(n)[:, None]) % n

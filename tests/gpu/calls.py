@@ -95,7 +95,7 @@ def operands(case: Case, seed: int = 0) -> dict[str, Any]:
 
 
 def layout_of(case: Case) -> Any:
-    return ops._layout(ops.experts_args(case.experts))
+    return ops.layout_of(ops.experts_args(case.experts))
 
 
 def kernel(case: Case, t: Mapping[str, Any], choice: Choice, save: bool = False) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import generic
+from moe_compile.lowering.reference import generic
 from moe_compile.lowering.triton import backward as b
 from moe_compile.lowering.triton import hopper_calls
 from moe_compile.lowering.triton.tune import Tile
@@ -58,7 +58,7 @@ def expected(case: Case, t: dict[str, Any], grad: Tensor) -> list[Tensor]:
 
 
 def run(case: Case, t: dict[str, Any], grad: Tensor, needs: list[bool] | None = None, tiles: b.Tiles | None = None) -> list[Tensor]:
-    layout = ops._layout(ops.experts_args(case.experts))
+    layout = ops.layout_of(ops.experts_args(case.experts))
     plain = {name: [i.detach() for i in v] if isinstance(v, list) else v.detach() for name, v in t.items()}
     _, pre = generic.forward(*plain.values(), None, layout)
     needs = [True] * len(leaves({**t, "add": None})) if needs is None else needs

@@ -20,7 +20,7 @@ from calls import DEVICE, DTYPES, FACTORS, GROUPED, ON_GPU, PATHS, TOLERANCE, co
 
 from moe_compile import ir
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import generic
+from moe_compile.lowering.reference import generic
 from moe_compile.lowering.triton import activation, combine, experts
 from moe_compile.lowering.triton import call as call_of
 

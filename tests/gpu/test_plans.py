@@ -27,16 +27,15 @@ from interpreted import Driver, interpreted
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import on_cuda
-from moe_compile.lowering.triton import calls, combine, experts, hopper_calls, library, shared, tune
+from moe_compile.lowering.triton import calls, combine, experts, hopper_calls, library, shared, short, tune
 from moe_compile.lowering.triton.launch import driver, memory, packing, plan, plans, tape
 from moe_compile.lowering.triton.launch.later import Later, packed
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter's: on a GPU every test of an op is one of its plans")
 MEANING = ir.Experts(5, 24, 16, 24, ir.Form.CONCAT, act.SWIGLU)
-TEXT = on_cuda.text(ops.experts_args(MEANING))
+TEXT = short.text(ops.experts_args(MEANING))
 GATING = ir.Gating(8, 2, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, norm=ir.Normaliser(ir.Norm.SUM, eps=1e-20), weight_dtype=torch.float32)
-ROUTE = on_cuda.text(ops.route_args(GATING))
+ROUTE = short.text(ops.route_args(GATING))
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def tensors(tokens: int = 7, add: bool = False, dtype: torch.dtype = torch.float
 
 def right(t: dict[str, Any], meaning: ir.Experts = MEANING) -> None:
     """The call's result is the formula's."""
-    got = call(t, on_cuda.text(ops.experts_args(meaning)))
+    got = call(t, short.text(ops.experts_args(meaning)))
     assert norm_error(got, meaning.evaluate(*t.values())) <= TOLERANCE[got.dtype]
 
 
@@ -82,7 +81,7 @@ def test_experts(case: Case, tokens: int, card: Driver) -> None:
 
 @pytest.mark.parametrize("case", [c for c in covered(2, (4, 20, 18)) if c.experts.stacked][::2], ids=lambda c: c.name)
 def test_gradients(case: Case, card: Driver) -> None:
-    text, layout = on_cuda.text(ops.experts_args(case.experts)), ops._layout(ops.experts_args(case.experts))
+    text, layout = short.text(ops.experts_args(case.experts)), ops.layout_of(ops.experts_args(case.experts))
     for seed in range(2):
         t = operands(case, seed)
         *rest, add = t.values()
@@ -376,7 +375,7 @@ def test_the_shared_expert_on_a_side_stream(card: Driver, monkeypatch: pytest.Mo
     for gated in (0, 1):
         args, want = shared_call(9, torch.float32, ir.Form.CONCAT, gated=gated)
         card.seen.clear()
-        got = calls.experts_shared(*on_cuda.shorten("experts_shared", [*args, ir.Overlap.SIDE]))
+        got = calls.experts_shared(*short.shorten("experts_shared", [*args, ir.Overlap.SIDE]))
         assert got is not None and norm_error(got, want) <= 1e-5
         marks = [s for s in card.seen if isinstance(s, tuple)]
         assert marks == [("record", 3), ("wait", 5), ("record", 5), ("wait", 3)]

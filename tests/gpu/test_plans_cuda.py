@@ -17,8 +17,7 @@ from calls import ON_GPU, operands
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import on_cuda
-from moe_compile.lowering.triton import calls
+from moe_compile.lowering.triton import calls, short
 from moe_compile.lowering.triton.launch import driver, memory, plans
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -35,7 +34,7 @@ MEANINGS = {
 }
 TOKENS = (1, 3, 17, 300, 2500)
 GATING = ir.Gating(16, 4, ir.Score.SIGMOID, bias=ir.BiasOn.SCORE, norm=ir.Normaliser(ir.Norm.SUM, eps=1e-20), weight_dtype=torch.float32)
-ROUTE = on_cuda.text(ops.route_args(GATING))
+ROUTE = short.text(ops.route_args(GATING))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def meaning(name: str, dtype: torch.dtype = BF16) -> ir.Experts:
 
 def tensors(name: str, tokens: int, dtype: torch.dtype = BF16, add: bool = True, seed: int = 0) -> tuple[dict[str, Any], str]:
     e = meaning(name, dtype)
-    return operands(Case(name, e, tokens, 3, add, dtype=dtype, foreign=True), seed), on_cuda.text(ops.experts_args(e))
+    return operands(Case(name, e, tokens, 3, add, dtype=dtype, foreign=True), seed), short.text(ops.experts_args(e))
 
 
 def both(f: Callable[[], Any]) -> None:
@@ -118,8 +117,8 @@ def test_the_shared_expert(tokens: int, overlap: ir.Overlap) -> None:
 
     for gated in (0, 1):
         args, _ = shared_call(tokens, BF16, ir.Form.CONCAT, gated=gated)
-        short = on_cuda.shorten("experts_shared", [*args, overlap])
-        both(lambda short=short: calls.experts_shared(*short))
+        row = short.shorten("experts_shared", [*args, overlap])
+        both(lambda row=row: calls.experts_shared(*row))
 
 
 # ---- what changes between calls ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from moe_compile import ops
 from moe_compile.ir import BiasOn, Gating, Groups, Norm, Normaliser, Score
-from moe_compile.lowering import routing
+from moe_compile.lowering.reference import routing
 from moe_compile.lowering.triton import route
 
 ON_GPU = torch.cuda.is_available()

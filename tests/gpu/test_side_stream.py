@@ -17,9 +17,9 @@ from calls import DEVICE, DTYPES, FACTORS, ON_GPU, TOLERANCE, cover, norm_error,
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering import on_cuda
 from moe_compile.lowering.triton import calls as kernels
 from moe_compile.lowering.triton import shared as beside
+from moe_compile.lowering.triton import short
 
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="streams of a GPU")
 HIDDEN, INTER, SHARED = (96, 80, 112) if ON_GPU else (20, 18, 14)
@@ -46,7 +46,7 @@ def shared_call(
 
 def beyond(args: list[Any], overlap: int) -> Tensor | None:
     """By the kernels; None where they do not take the call."""
-    out: Tensor | None = kernels.experts_shared(*on_cuda.shorten("experts_shared", [*args, overlap]))
+    out: Tensor | None = kernels.experts_shared(*short.shorten("experts_shared", [*args, overlap]))
     return out
 
 

@@ -1,0 +1,51 @@
+"""The options that only the Ascend target has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import OptionError, one_of
+
+MODES = ("auto", "ge", "npugraph_ex", "eager")
+
+
+@dataclass(frozen=True)
+class AscendOptions:
+    """mode: which graph mode: "ge", "npugraph_ex", "eager" ("auto": npugraph_ex where the wheel has it, else ge; training: eager).
+
+    quantize: "w8a8": experts in int8 with dynamic scales (inference); "w8a8c8": activations clipped besides, where the custom op for it
+        is registered, ("w8a8c8", alpha) each row to ±alpha · max (0 < alpha <= 1; alone: 1, no clipping).
+    weight_format: "nz": packed expert weights in the fractal format, in training cast where they are used; "nd": as they are.
+    combine: the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert inside) or
+        "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
+    core_limit: (cube cores, vector cores) that the side stream of the shared expert may use.
+    """
+
+    mode: str = "auto"
+    quantize: str | tuple[str, float] | None = None
+    weight_format: str = "nd"
+    combine: str = "finalize"
+    core_limit: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, MODES)
+        _check_quantize(self.quantize)
+        one_of("weight_format", self.weight_format, ("nd", "nz"))
+        one_of("combine", self.combine, ("finalize", "unpermute"))
+        _check_core_limit(self.core_limit)
+
+
+def _check_quantize(quantize: Any) -> None:
+    if isinstance(quantize, (tuple, list)):
+        alpha = quantize[1] if len(quantize) == 2 and quantize[0] == "w8a8c8" else None
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha <= 1:
+            raise OptionError(f"option 'quantize' is {quantize!r}; allowed: ('w8a8c8', alpha) with 0 < alpha <= 1")
+        return
+    one_of("quantize", quantize, (None, "w8a8", "w8a8c8"))
+
+
+def _check_core_limit(limit: Any) -> None:
+    pair = isinstance(limit, (tuple, list)) and len(limit) == 2 and all(type(n) is int and n > 0 for n in limit)
+    if limit is not None and not pair:
+        raise OptionError(f"option 'core_limit' is {limit!r}; allowed: None or (cube cores, vector cores), two positive integers")

@@ -1,0 +1,110 @@
+"""What the ops are told of the IR in plain numbers: the one list of an op's plain arguments, in their order (`codec` makes the rest)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import Form
+
+_PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Of a `Gating`, for `route` and its kin."""
+
+    AT: ClassVar = {
+        "bias_on": "bias",
+        "n_groups": "groups.count",
+        "kept_groups": "groups.kept",
+        "group_top": "groups.top",
+        "group_fill": "groups.fill",
+        "norm": "norm.kind",
+        "norm_eps": "norm.eps",
+        "norm_clamp": "norm.clamp_min",
+        "norm_p": "norm.p",
+    }
+    ABSENT: ClassVar = {"group_fill": -math.inf, "norm_p": 1.0}
+
+    k: int
+    score: int
+    score_over_selected: bool
+    bias_on: int
+    bias_in_weights: bool
+    n_groups: int
+    kept_groups: int
+    group_top: int
+    group_fill: float
+    norm: int
+    norm_eps: float
+    norm_clamp: float
+    norm_p: float
+    scale: float
+    score_dtype: torch.dtype
+    weight_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of the experts, for `experts` and its kin."""
+
+    AT: ClassVar = _PROGRAM
+
+    act_ops: tuple[int, ...]
+    act_consts: tuple[float, ...]
+    form: int
+    num_experts: int
+    stacked: bool
+    up_transposed: bool
+    down_transposed: bool
+    weight_on_input: bool
+    num_identity: int
+
+    @property
+    def gated(self) -> bool:
+        return self.form != Form.SINGLE
+
+    def halves(self) -> int:
+        """How many tensors (or lists) hold the up projection."""
+        return 2 if self.form == Form.SEPARATE else 1
+
+    def at(self, tensors: Sequence[Tensor], part: int, e: int) -> Tensor:
+        """Expert e's matrix or bias of one part, as stored."""
+        return tensors[part][e] if self.stacked else tensors[part * self.num_experts + e]
+
+    def intermediate(self, down: Sequence[Tensor]) -> int:
+        return down[0].shape[-2 if self.down_transposed else -1]
+
+    def out_features(self, down: Sequence[Tensor]) -> int:
+        return down[0].shape[-1 if self.down_transposed else -2]
+
+    def pre_width(self, down: Sequence[Tensor]) -> int:
+        """Columns of the saved pre-activations: [g | u], or g alone."""
+        return self.intermediate(down) * (2 if self.gated else 1)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Of experts that round their rows, for `experts_scaled`."""
+
+    row_bits: int
+    row_floor: float
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """Of the shared expert, as an `Experts` of one, for `experts_shared`."""
+
+    AT: ClassVar = _PROGRAM
+
+    act_ops: tuple[int, ...]
+    act_consts: tuple[float, ...]
+    form: int
+    up_transposed: bool
+    down_transposed: bool

@@ -1,0 +1,38 @@
+"""The fused ops ``torch.ops.moe_compile.route``, ``.experts`` and their kin: schema, shapes, gradients, autocast, dispatch.
+
+Only tensors and plain numbers go in (the activation as a postfix program), so equal layers share compiled code.
+Under autograd `experts` runs as `experts_fwd`, which also returns the pre-activations, and its gradient is the op
+`experts_bwd`; `route` runs as `route_fwd`, its gradient is `route_bwd`. Compilers therefore see ops in both directions. What backward
+needs of small tensors that a training step may write meanwhile (a selection bias, logits or weights that the caller was given) are copies
+that the forward ops return. Gradients of gradients are those of plain torch (`lowering/reference/twice.py`).
+`experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
+where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
+inference with few of them.
+`experts_scaled` is `experts` with a scale for each output channel, for weights that are stored as integers; where a gradient is asked
+for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
+A device without kernels of its own runs `moe_compile.lowering.reference`.
+"""
+
+from __future__ import annotations
+
+from . import anywhere, autocast, autograd, shapes, sources
+from .records import experts_args, layout_of, route_args, routing_of, scaled_args, shared_args
+from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
+
+__all__ = [
+    "SCHEMAS",
+    "anywhere",
+    "autocast",
+    "autograd",
+    "experts_args",
+    "layout_of",
+    "library",
+    "route_args",
+    "routing_of",
+    "scaled_args",
+    "schema_of",
+    "shapes",
+    "shared_args",
+    "sources",
+    "straight_on_cuda",
+]

@@ -1,0 +1,43 @@
+"""The ops under autocast: matrix products take its dtype, as `F.linear` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schemas import library
+
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
+_ops = torch.ops.moe_compile
+
+
+def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[..., Tensor]:
+    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible and t is not None else t
+
+    def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        """Matrix products take the autocast dtype, as `F.linear` does; routing weights and scales keep theirs."""
+        dtype = torch.get_autocast_dtype(device_type)
+        lists = [[cast(t, dtype) for t in ts] for ts in rest[:4]]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            rest = rest[4:]
+            if name == "experts_shared":
+                rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest)
+            return getattr(_ops, name)(cast(x, dtype), ids, weights, *lists, *rest)  # type: ignore[no-any-return]
+
+    return experts
+
+
+def _tensor_list(a: Any) -> bool:
+    return isinstance(a, (list, tuple)) and bool(a) and isinstance(a[0], Tensor)
+
+
+for _device, _key in _AUTOCAST.items():
+    if hasattr(torch._C.DispatchKey, _key):
+        library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
+        library.impl("experts_scaled", _autocast(_device, _key, "experts_scaled"), _key)
+        library.impl("experts", _autocast(_device, _key), _key)

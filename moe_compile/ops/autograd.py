@@ -1,0 +1,54 @@
+"""The ops under autograd: where a gradient is asked for, others run in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import anywhere
+from .gradients import Experts, Route
+from .schemas import below, library
+
+
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def experts(*args: Any) -> Tensor:
+    x, ids, weights, *lists, add = args[:8]
+    if torch.is_grad_enabled():
+        flat = [t for ts in lists for t in ts]
+        if _needs_grad([x, weights, add, *flat]):
+            return Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    return below("experts", *args)  # type: ignore[no-any-return]
+
+
+def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
+    if _needs_grad([logits, bias, expert_scale]):
+        return Route.apply(list(gating), logits, bias, expert_scale)  # type: ignore[no-any-return, no-untyped-call]
+    return below("route", logits, bias, expert_scale, *gating)  # type: ignore[no-any-return]
+
+
+def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, or differentiable ops in its place where a gradient is asked for."""
+
+    def call(*args: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        if _needs_grad(tensors):
+            return differentiable(*args)
+        return below(name, *args)
+
+    return call
+
+
+for _name, _run in (
+    ("experts", experts),
+    ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
+    ("experts_scaled", _or_differentiable("experts_scaled", anywhere.experts_as_floats)),
+    ("route", _route_autograd),
+    ("route_linear", _or_differentiable("route_linear", anywhere.route_linear)),
+):
+    library.impl(_name, _run, "Autograd")

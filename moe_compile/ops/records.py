@@ -1,0 +1,46 @@
+"""The plain arguments of the ops for the IR, and their records."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..ir import Experts, Gating, Norm
+from ..ir.codec import encode
+from ..ir.records import Layout, Rounding, Routing, SharedLayout
+
+# One object for equal arguments: what kernels derive from it is looked up, not made again
+routing_of = functools.lru_cache(maxsize=1024)(Routing)
+_same_layout = functools.lru_cache(maxsize=1024)(Layout)
+
+
+def layout_of(args: Sequence[Any]) -> Layout:
+    """The record of the plain arguments of `experts`, after the tensors."""
+    act_ops, act_consts, *rest = args
+    return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
+
+
+def route_args(gating: Gating) -> list[Any]:
+    """The plain arguments of `route`, after the tensors. A normaliser that is an expression follows outside: the op has none then."""
+    outside = gating.norm is not None and gating.norm.kind is Norm.EXPR
+    return encode(Routing, replace(gating, norm=None) if outside else gating)
+
+
+def experts_args(experts: Experts) -> list[Any]:
+    """The plain arguments of `experts`, after the tensors. Raises `scalar.UnknownActivation`."""
+    return encode(Layout, experts)
+
+
+def scaled_args(experts: Experts) -> list[Any]:
+    """As `experts_args`, for `experts_scaled`."""
+    return [*experts_args(experts), *encode(Rounding, experts)]
+
+
+def shared_args(shared: Experts, overlap: int) -> list[Any]:
+    """The plain arguments of `experts_shared` behind the gate, for the shared expert as an `Experts` of one.
+
+    `overlap`: an `ir.Overlap`, as an int. Raises `scalar.UnknownActivation`.
+    """
+    return [*encode(SharedLayout, shared), overlap]

@@ -1,0 +1,65 @@
+"""The library of the ops: their schemas, and the way down from autograd to a device's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.codec import place, schema
+from ..ir.records import Layout, Rounding, Routing, SharedLayout
+
+_GATING, _LAYOUT = schema(Routing), schema(Layout)
+IN_WEIGHTS = place(Routing, "bias_in_weights")  # among the plain arguments of `route`
+_EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
+_SCALES = "Tensor[] up_scale, Tensor[] down_scale, "
+_SHARED = (
+    "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate, "
+    f"{schema(SharedLayout, 'shared_')}, int overlap"
+)
+
+SCHEMAS = (
+    f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
+    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    "-> (Tensor weights, Tensor ids)",
+    f"route_fwd(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    "-> (Tensor weights, Tensor ids, Tensor kept_logits, Tensor kept_ids, Tensor kept_bias, Tensor kept_scale)",
+    f"route_bwd(Tensor grad, Tensor ids, Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}, bool[] needs) -> Tensor[]",
+    f"experts({_EXPERTS}Tensor? add, {_LAYOUT}) -> Tensor",
+    f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
+    f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
+    f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
+    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, {schema(Rounding)}) -> Tensor",
+)
+
+
+def schema_of(name: str) -> str:
+    """The arguments and result of an op, for another op with the same."""
+    return next(s.removeprefix(name) for s in SCHEMAS if s.startswith(f"{name}("))
+
+
+library = torch.library.Library("moe_compile", "DEF")
+for _schema in SCHEMAS:
+    library.define(_schema)
+
+
+def _dispatched(name: str, *args: Any) -> Any:
+    return getattr(torch.ops.moe_compile, name).default(*args)
+
+
+_on_cuda: Callable[..., Any] = _dispatched
+
+
+def straight_on_cuda(call: Callable[..., Any]) -> None:
+    """Let `call(name, *args)` run an op on CUDA below autograd. A call through the dispatcher costs microseconds for each argument."""
+    global _on_cuda
+    _on_cuda = call
+
+
+def below(name: str, *args: Any) -> Any:
+    """An op below autograd, on CUDA by the shortest way there is."""
+    x: Tensor = args[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _on_cuda(name, *args) if x.is_cuda else getattr(torch.ops.moe_compile, name).default(*args)

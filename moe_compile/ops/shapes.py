@@ -1,0 +1,77 @@
+"""The ops' results without their values: shapes, dtypes, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .records import layout_of
+from .schemas import IN_WEIGHTS, library
+
+
+def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
+    tokens = logits.shape[0]
+    return logits.new_empty(tokens, k, dtype=gating[-1]), logits.new_empty(tokens, k, dtype=torch.int64)
+
+
+def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return route(x, *rest)  # type: ignore[no-any-return]
+
+
+def route_fwd(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, ids = route(logits, bias, expert_scale, *gating)
+    kept = (logits.new_empty(0) if t is None else torch.empty_like(t) for t in (bias if gating[IN_WEIGHTS] else None, expert_scale))
+    return weights, ids, torch.empty_like(logits), torch.empty_like(ids), *kept
+
+
+def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *rest: Any) -> list[Tensor]:
+    wanted = zip((logits, bias, expert_scale), rest[-1], strict=True)
+    return [_empty_contiguous(t) for t, needed in wanted if needed and t is not None]
+
+
+def experts(*args: Any) -> Tensor:
+    return args[0].new_empty(args[0].shape[0], layout_of(args[8:]).out_features(args[4]))
+
+
+def experts_scaled(*args: Any) -> Tensor:
+    return args[0].new_empty(args[0].shape[0], layout_of(args[10:-2]).out_features(args[4]))
+
+
+def experts_shared(*args: Any) -> Tensor:
+    return experts(*args[:17])
+
+
+def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, ids, weights, layout = *args[:3], layout_of(args[8:])
+    out = x.new_empty(x.shape[0], layout.out_features(args[4]))
+    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    return out, pre, torch.empty_like(ids), torch.empty_like(weights)
+
+
+def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
+    tensors = [x, weights, *(t for ts in rest[:4] for t in ts)]
+    return [_empty_contiguous(t) for t, needed in zip(tensors, rest[-1], strict=True) if needed]
+
+
+def _empty_contiguous(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+SHAPES: dict[str, Callable[..., Any]] = {
+    "route": route,
+    "route_linear": route_linear,
+    "route_fwd": route_fwd,
+    "route_bwd": route_bwd,
+    "experts": experts,
+    "experts_fwd": experts_fwd,
+    "experts_bwd": experts_bwd,
+    "experts_shared": experts_shared,
+    "experts_scaled": experts_scaled,
+}
+for _name, _shape in SHAPES.items():
+    torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)

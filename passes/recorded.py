@@ -1,0 +1,76 @@
+"""Experts of a recorded function, for loops that are read by example (`moe_compile/loops`)."""
+
+from __future__ import annotations
+
+import torch.fx as fx
+
+from ..ir import MoeBlock, Rejection
+from . import terms as T
+from . import trace
+from .aten.effects import Memory
+from .aten.element import Puller
+from .prove.claims import Claims
+from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.materialise import hold
+from .recover.region import Block, RoutingNodes, routing_nodes
+from .steps import proved
+from .terms import unify
+from .terms.deep import deep_recursion
+from .work import Recovered
+
+
+def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
+    """Experts of a recorded function: ATen calls with `meta["val"]`. With `gm.meta["roles"]` ids [T, k] are among its placeholders,
+    without them the router is in the recording too.
+
+    The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
+    shapes in which flattened parameters are read.
+    """
+    with deep_recursion(), trace.loop(gm):
+        try:
+            with trace.phase("find", "experts at every node that could be their combined result: what is one element of it?"):
+                block = _block(*_read(gm))
+            with trace.phase("prove", "the formulas hold on probes, run against the loop's own operations"):
+                if (refusal := proved(Claims(block, given=True).of_meaning(), block)) is not None:
+                    raise refusal
+        except Rejection as r:
+            return r
+        return Recovered(block.ir, "", True, "")
+
+
+def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
+    for _ in range(3):  # ids and weights may have to be put into tensors of their own
+        T.reset()
+        unify.reset()
+        m, p = _match(gm)
+        nodes = routing_nodes(m, p)
+        if not hold(m, p, nodes):
+            break
+    return m, nodes
+
+
+def _match(gm: fx.GraphModule) -> tuple[ExpertsMatch, Puller]:
+    found = trace.finder(gm.graph, set(), Memory(gm.graph), id_inputs="roles" in gm.meta).run()
+    if not found.matches:
+        raise found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
+    match, *more = found.matches
+    if more:
+        raise Rejection("the recorded function holds more than one block of experts", match[0].out, "record")
+    return match
+
+
+def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
+    ids, weights = nodes.ids, nodes.weights
+    if ids is None or weights is None:
+        raise Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
+    if nodes.wraps:
+        raise Rejection("ids that index expert weights may be negative", m.out, "record")
+    count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
+    if possible is not None and possible >= count:
+        raise Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")
+    ir = MoeBlock(None, m.experts, None, "")
+    ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
+    for name in PARAMETERS:
+        ir.boundary[name] = [q.node for q in getattr(m, name)]
+    ir.boundary["views"] = {q.node: q.view for group in m.groups() for q in group if q.view is not None}
+    return Block(m, None, ir, ids, weights, ids, None, nodes.twins)

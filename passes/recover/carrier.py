@@ -1,0 +1,75 @@
+"""Which tensor of the graph holds given rows: the experts' input and what their results are added to.
+
+x[t, m] = n[row(t), m], n being the tensor that x reads or one that was made of it by views and copies (transposed, a chunk, a window).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from .. import terms as T
+from ..aten import names
+from ..aten.element import Puller, shape_of
+from ..aten.names import op_name
+from ..terms import Term
+from .rows import row_index, rows
+
+_MANY = 400  # nodes that are looked at
+_BY_DATA = ("topk", "sv", "nz", "a")
+_MOVES = names.VIEW | names.LOOKUP | names.CAST | {"getitem"}
+
+
+def holds_rows(n: fx.Node, idx: tuple[Term, ...], t: Term, count: Any) -> bool:
+    """Whether n, read at idx, is read at the row of the token t, all its rows being tokens."""
+    return bool(idx) and T.same_size(rows(n), count) and idx[:-1] == row_of(n, t)
+
+
+def row_of(n: fx.Node, t: Term) -> tuple[Term, ...]:
+    """The index of token t into the leading dims of n."""
+    lead = shape_of(n)[:-1]
+    return tuple(T.const(0) if s == 1 and len(lead) > 1 else i for i, s in zip(row_index(t, lead), lead, strict=True))
+
+
+def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
+    """The node whose flattened rows, one for each row of `out`, are x[t, ·]; None when no tensor holds them in that order."""
+    node, idx = x.args
+    count = rows(out)
+    if not isinstance(node, fx.Node) or not idx or idx[-1].op != "v":
+        return None
+    if holds_rows(node, idx, t, count):
+        return node
+    if any(x.op in _BY_DATA for i in idx for x in T.walk(i)):  # the rows of one expert only
+        return None
+    made = list(_made_of(p, node, x, t, out))
+    return next((n for n in made if _cuts(n, node, out)), made[0] if made else None)
+
+
+def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
+    """What is made of `node` by moving its elements and is x, in the graph's order."""
+    wanted, last = T.canonical(p.at(node, x.args[1])), x.args[1][-1]
+    seen, order = [node], {n: i for i, n in enumerate(out.graph.nodes)}
+    for n in seen:
+        moved = (u for u in n.users if op_name(u) in _MOVES and order[u] < order[out] and u not in p.walls)
+        seen.extend(u for u in moved if u not in seen and len(seen) < _MANY)
+    for n in sorted(seen, key=order.__getitem__):
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or v.ndim < 2 or v.dtype != node.meta["val"].dtype:
+            continue
+        if shape_of(n)[-1] == last.args[1] and T.same_size(rows(n), rows(out)) and T.canonical(p.at(n, (*row_of(n, t), last))) is wanted:
+            yield n
+
+
+def _cuts(n: fx.Node, source: fx.Node, out: fx.Node) -> bool:
+    """Whether `out` reads `source` through n only."""
+    seen, waiting = {n, out}, [out]
+    while waiting:
+        new = {x for x in waiting.pop().all_input_nodes if x not in seen}
+        if source in new:
+            return False
+        seen |= new
+        waiting.extend(new)
+    return True

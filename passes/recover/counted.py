@@ -1,0 +1,140 @@
+"""What becomes of a selection that no experts were found for: counts for a loss, or rows that are dropped where an expert is full.
+
+A count says how many tokens chose an expert: no token's own choice can be read off it, so nothing is applied by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.fx as fx
+
+from ...ir import Rejection
+from .. import terms as T
+from ..aten import names
+from ..aten.element import Opaque, Puller, shape_of
+from ..aten.names import op_name
+from .rows import rows
+
+# what turns ids into indicators [T, k, E] and weighs them, element by element
+_INDICATES = names.RESHAPE | names.PERMUTE | names.REPEAT | names.SAME | names.CAST | names.LIKE
+_INDICATES |= {
+    "one_hot",
+    "eq",
+    "ne",
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "scatter",
+    "masked_fill",
+    "where",
+    "bitwise_and",
+    "logical_and",
+    "logical_not",
+}
+_ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
+_COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
+_MOST = 200
+CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
+EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
+
+
+def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
+    """Whether nothing but counts is made of the indices that were chosen, as a loss that balances the load does."""
+    scores, seen = next(iter(choice.args), None), list(_indices(choice))
+    if not isinstance(scores, fx.Node) or not seen or not shape_of(seen[0]):
+        return False
+    per_token = shape_of(scores)[-1] * shape_of(seen[0])[-1]
+    if not isinstance(per_token, int):  # chosen among tokens
+        return False
+    for n in seen:
+        for u in n.users:
+            if u in seen or _is_count(u, n, choice, walls, per_token):
+                continue
+            if op_name(u) not in _INDICATES | _ADDS_UP or len(seen) > _MOST or not _small(u, rows(scores) * per_token):
+                return False
+            seen.append(u)
+    return True
+
+
+def _indices(choice: fx.Node) -> Iterator[fx.Node]:
+    if isinstance(choice.meta.get("val"), torch.Tensor):
+        yield choice
+    else:
+        yield from (u for u in choice.users if op_name(u) == "getitem" and u.args[1] == 1)
+
+
+def _small(n: fx.Node, most: Any) -> bool:
+    """Whether a tensor has no more elements than one for each token, slot and expert."""
+    if not isinstance(n.meta.get("val"), torch.Tensor):
+        return False
+    ratio = sp.cancel(sp.Mul(*shape_of(n)) / most)
+    return bool(ratio.is_number and ratio <= 1)
+
+
+def _is_count(u: fx.Node, n: fx.Node, choice: fx.Node, walls: set[fx.Node], most: Any) -> bool:
+    """Whether u adds up over the tokens: no element of it depends on one token's choice."""
+    size = sp.Mul(*shape_of(u)) if isinstance(u.meta.get("val"), torch.Tensor) else None
+    if size is None or not size.is_number or size > most:
+        return False
+    if op_name(u) in _COUNTS:
+        return len(shape_of(u)) == 1 and (u.args[0] is not n or op_name(u) in ("histc", "bincount"))
+    return op_name(u) in _ADDS_UP and not _of_one_token(u, choice, walls)
+
+
+def _of_one_token(u: fx.Node, choice: fx.Node, walls: set[fx.Node]) -> bool:
+    """Whether an element of u depends on what one token, named by where the element is, has chosen; also where that cannot be told."""
+    at = [T.named(f"at{d}", s) for d, s in enumerate(shape_of(u))]
+    try:
+        with T.Budget(20_000).within():
+            term = Puller(lambda x: x is choice.args[0], walls, 4_000).at(u, tuple(at))
+    except (T.TooLarge, Opaque):
+        return True
+    chosen = [x for x in T.walk(term) if x.op == "topk" and x.args[0] is choice]
+    return not chosen or any(T.uses(i, v) for x in chosen for i in x.args[1][:-1] for v in at)
+
+
+def named(choice: fx.Node) -> Rejection | None:
+    """Why a selection is left as written, where that has a name."""
+    if (queue := dropped(choice)) is not None:
+        return Rejection(CAPACITY, queue, "experts", code="capacity")
+    if (rows_at := chosen_by_experts(choice)) is not None:
+        return Rejection(EXPERT_CHOICE, rows_at, "experts", code="expert choice")
+    return None
+
+
+def dropped(choice: fx.Node) -> fx.Node | None:
+    """Where a token's place in the queue of its expert is counted and compared with how many the expert takes; None where it is not."""
+    seen, queue = list(_indices(choice)), None
+    for n in seen:
+        for u in n.users:
+            if op_name(u) in names.CONTRACTION or u in seen or len(seen) > _MOST:
+                continue
+            if queue is not None and op_name(u) in ("lt", "le", "gt", "ge", "one_hot"):
+                return queue
+            if op_name(u) == "slice" and op_name(n) == "getitem" and op_name(n.args[0]) in ("where", "nonzero_numpy"):  # type: ignore[arg-type]
+                return u
+            queue = u if op_name(u) == "cumsum" else queue
+            seen.append(u)
+    return None
+
+
+def chosen_by_experts(choice: fx.Node) -> fx.Node | None:
+    """Where rows are added at the very indices that were chosen: experts choose tokens (expert choice). None where they are not."""
+    seen = list(_indices(choice))
+    for n in seen:
+        for u in n.users:
+            if (
+                op_name(u) in names.ACCUMULATE
+                and n is not u.args[0]
+                and isinstance(u.meta.get("val"), torch.Tensor)
+                and len(shape_of(u)) > 1
+            ):
+                return u
+            if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME and u not in seen:
+                seen.append(u)
+    return None

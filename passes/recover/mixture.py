@@ -1,0 +1,139 @@
+"""Dense mixtures: y[t,h] = Σ_e p(t,e) · down_e act(up_e x[t]), every expert on every token. No selection, so nothing to dispatch: told.
+
+p is any function of a projection of the tokens with a column for each expert: softmax, sigmoid, ReLU, or cut at a threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from ...ir import Rejection
+from .. import terms as T
+from ..aten import names
+from ..aten.element import Puller, shape_of, size_of
+from ..aten.names import op_name
+from ..aten.node import example_value
+from ..terms import Term
+from ..terms.unify import unify
+from .body import parse_core
+from .copies import EXPERT
+from .rows import No, factors, row_index, row_variable, rows
+
+DENSE = "every expert is applied to every token, weighed by the router (no top-k): nothing to dispatch, the products stay as written"
+THRESHOLD = "experts are chosen by a threshold on the router's scores (no top-k), so that one token has more of them than another"
+_NEAR = 24  # steps from the router's product to the weights, and operations an expert has
+_PARTS = names.PART | {"getitem", "index"}
+
+
+def may_mix(graph: fx.Graph) -> bool:
+    """A cheap look at either graph: whether a projection has as many columns as there are stacked weights, or is read column by column."""
+    return next(_routers(graph), None) is not None
+
+
+def _routers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Products [.., E] that may weigh E experts."""
+    stacked = set()
+    for n in graph.nodes:
+        v = example_value(n)
+        if not isinstance(v, torch.Tensor):
+            continue
+        if n.op in ("placeholder", "get_attr") and v.ndim == 3 and v.dtype.is_floating_point and isinstance(v.shape[0], int):
+            stacked.add(v.shape[0])
+        elif op_name(n) in names.CONTRACTION and v.ndim >= 2 and isinstance(v.shape[-1], int) and v.shape[-1] > 1:
+            if v.shape[-1] in stacked or _columns(n, v.shape[-1]):
+                yield n
+
+
+def _columns(n: fx.Node, count: int) -> bool:
+    """Whether what is made of n, element by element, is read in `count` parts or is split into its columns."""
+    seen = [n]
+    for x in seen:
+        parts = [u for u in x.users if op_name(u) in _PARTS]
+        if len(parts) >= count or any(op_name(u) == "unbind" for u in parts):
+            return True
+        same = (u for u in x.users if _sizes(u) == _sizes(n))
+        seen.extend(u for u in same if u not in seen and len(seen) < _NEAR)
+    return False
+
+
+def _sizes(n: fx.Node) -> tuple[Any, ...] | None:
+    v = example_value(n)
+    return tuple(size_of(s) for s in v.shape) if isinstance(v, torch.Tensor) else None
+
+
+def mixtures(graph: fx.Graph, walls: set[fx.Node]) -> Iterator[Rejection]:
+    """The dense mixtures of a graph, each told where its results are added up."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    done: set[fx.Node] = set()
+    for router in _routers(graph):
+        out = next((n for n in _results(router) if n not in done and _is_mixture(n, router, order, walls)), None)
+        if out is not None:
+            done.add(out)
+            yield Rejection(THRESHOLD if op_name(out) in names.ACCUMULATE else DENSE, out, "lower", code="dense")
+
+
+def _results(router: fx.Node) -> list[fx.Node]:
+    """What may be the sum over the experts, the latest first."""
+    count, seen = shape_of(router)[-1], [router]
+    for n in seen:
+        seen.extend(u for u in n.users if u not in seen and len(seen) < _NEAR * (count + 2))
+    sums = names.CONTRACTION | names.REDUCTION | names.ACCUMULATE | {"add"}
+    shaped = (n for n in seen if op_name(n) in sums and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].ndim >= 2)
+    return [n for n in shaped if n is not router and T.same_size(rows(n), rows(router))][: 4 * count][::-1]
+
+
+def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> bool:
+    edge = order[_tokens(router)]
+    t, h = row_variable(rows(out)), T.named("h", shape_of(out)[-1])
+    p = Puller(lambda n: order[n] <= edge or n is router, walls, 20_000)
+    try:
+        with T.Budget(200_000).within():
+            term = p.at(out, (*row_index(t, shape_of(out)[:-1]), h))
+            body = _one_expert(term, shape_of(router)[-1])
+            return body is not None and _weighs(body, router, t, h)
+    except (T.TooLarge, No):
+        return False
+
+
+def _tokens(router: fx.Node) -> fx.Node:
+    """What the router's product reads, before any views."""
+    n = router.args[1] if op_name(router) in ("addmm", "einsum") else router.args[0]
+    n = n[0] if isinstance(n, (list, tuple)) else n
+    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n if isinstance(n, fx.Node) else router
+
+
+def _one_expert(term: Term, count: int) -> Term | None:
+    """What is added for one expert: of Σ_e f(e), or of f(0) + ... + f(E - 1)."""
+    expert = T.named(EXPERT, count)
+    for f in factors(term):
+        if f.op == "sum" and f.args[0].args[1] == count:
+            rest = T.mul(*(g for g in factors(term) if g is not f))
+            return T.mul(rest, T.subst(f.args[1], {f.args[0]: expert}))
+    if term.op != "add" or len(term.args) != count:
+        return None
+    body = unify({e: T.canonical(a) for e, a in enumerate(sorted(term.args, key=_column))}, expert)
+    return None if isinstance(body, str) else body
+
+
+def _column(a: Term) -> int:
+    """The column of the router that an addend is weighed by."""
+    found = [x.args[1][-1].args[0] for x in T.walk(a) if x.op == "a" and x.args[1] and x.args[1][-1].op == "c"]
+    return min((c for c in found if isinstance(c, int)), default=-1)
+
+
+def _weighs(body: Term, router: fx.Node, t: Term, h: Term) -> bool:
+    """body = p(t, e) · down_e act(up_e x[t])"""
+    (expert,) = {v for v in body.atoms if v.args[0] == EXPERT} or (None,)
+    weight = T.mul(*(f for f in factors(body) if not T.uses(f, h)))
+    core = T.mul(*(f for f in factors(body) if T.uses(f, h)))
+    if expert is None or any(x.op == "topk" for x in T.walk(body)):
+        return False
+    if not any(x.op == "a" and x.args[0] is router and T.uses(x, expert) for x in T.walk(weight)):
+        return False
+    return bool(parse_core(core, t, h, expert).linears)

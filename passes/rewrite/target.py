@@ -1,0 +1,32 @@
+"""What the passes ask of the machine that the fused ops will run on (`moe_compile.lowering.target.Target` answers it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ...ir import MoeBlock
+
+
+class Target(Protocol):
+    """router_tokens: for up to how many tokens the routing op takes the router's product in. shares: whether the experts' op takes the
+    shared expert in. digest: of its sources; what can be lowered is part of a plan on disk.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def router_tokens(self) -> int: ...
+    @property
+    def shares(self) -> bool: ...
+    @property
+    def digest(self) -> str: ...
+    def reason(self, ir: MoeBlock) -> str | None:
+        """Why a block cannot run there, None where it can."""
+
+    @property
+    def says(self) -> Callable[[MoeBlock], str]:
+        """What runs a block there."""
+
+    def begin(self, ir: MoeBlock) -> None:
+        """Start getting ready for a block."""

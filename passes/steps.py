@@ -1,0 +1,183 @@
+"""The passes themselves: each does one thing to the work on a graph, or to one block; Rejection says that a block goes no further."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.fx as fx
+
+from ..ir import MoeBlock, Rejection
+from . import trace
+from .aten.element import Puller, dtype_of
+from .aten.shadow import Shadow
+from .aten.sources import block_source
+from .prove.claims import Claims, shared_claim
+from .prove.emitted import emitted_claim
+from .prove.engine import Claim, prove
+from .prove.gradients import with_gradients
+from .recover import writes
+from .recover.fused import zero_gradients
+from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.output_scale import Fold, fold_of, scaled
+from .recover.region import Block, routing_nodes
+from .recover.routing import GatingMatch, match_gating, where_valid
+from .recover.shared import match_shared
+from .rewrite import overlap, router
+from .rewrite.plan import execute
+from .work import Candidate, Recovered, Work
+
+
+def shadow(work: Work) -> None:
+    work.read = Shadow(work.gm)
+
+
+def find(work: Work) -> None:
+    s = work.shadow
+    found = trace.finder(s.graph, s.walls, s.memory).run()
+    work.candidates = [Candidate(m, p) for m, p in found.matches]
+    work.reject(found.rejected)
+
+
+# ---- routing, shared expert, boundary ------------------------------------------------------------------------------------
+
+
+def assemble(work: Work, c: Candidate) -> Candidate:
+    """Everything about one block; a number that scales the combined result becomes a part of the weights where they are recovered."""
+    m, s = c.match, work.shadow
+    fold = fold_of(m, s)
+    block = _assembled(m, s, c.puller, m.out if fold.last is None else fold.last)
+    if fold.last is not None and block.gating is not None:
+        gating = replace(block.gating, gating=scaled(block.gating.gating, fold.factor))
+        block = replace(block, gating=gating, ir=replace(block.ir, gating=gating.gating), fold=fold)
+    return replace(c, found=block)
+
+
+def _assembled(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> Block:
+    """The gating, the shared expert (added to `result`), the nodes at the boundary."""
+    nodes = routing_nodes(m, p)
+    ids, weights = nodes.ids, nodes.weights
+    found = match_gating(m, shadow.walls)
+    masked = False
+    if isinstance(found, Rejection) and ids is not None and (valid := where_valid(m)) is not None:
+        again = match_gating(valid, shadow.walls)
+        found, masked = (again, True) if isinstance(again, GatingMatch) else (found, False)
+    gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
+    note = found.reason if isinstance(found, Rejection) else ""
+    if gating is not None and weights is not None:
+        gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
+    shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)
+    ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
+    ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
+    ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
+    if gating is not None:
+        ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
+    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps)
+
+
+def as_written(b: Block, note: str) -> Block:
+    """The same block with its routing left alone."""
+    return replace(b, gating=None, ir=replace(b.ir, gating=None, routing_note=note), fold=Fold(), masked=False)
+
+
+# ---- capability and proof ------------------------------------------------------------------------------------------------
+
+
+def lower(work: Work, c: Candidate) -> Candidate:
+    reason = work.target.reason(c.block.ir)
+    if reason is not None:
+        raise Rejection(reason, c.match.out, "lower")
+    return c
+
+
+def hold(work: Work, c: Candidate) -> Candidate:
+    """The block as far as it is proved: its routing as written where only that cannot be."""
+    try:
+        refusal = _disproved(work, c.block)
+    except Rejection as r:
+        refusal = r
+    if refusal is None:
+        return c
+    if c.block.gating is None or refusal.part != "routing":
+        raise refusal
+    return hold(work, replace(c, found=as_written(c.block, refusal.reason)))
+
+
+def _disproved(work: Work, b: Block) -> Rejection | None:
+    """The first claim about the block that does not hold."""
+    validate = bool(work.options.validate)
+    claims = Claims(b).of_meaning()
+    elsewhere = next((r for c in claims if (r := written_elsewhere(c, b, work.shadow)) is not None), None)
+    if elsewhere is not None:
+        return elsewhere
+    whole = [with_gradients(c, b, work.shadow, all_of_them=validate) for c in claims]
+    refusal = proved([c for c in whole if isinstance(c, Claim) and (validate or c.leaves)], b)
+    return refusal or next((r for r in whole if isinstance(r, Rejection)), None)
+
+
+def proved(claims: list[Claim], b: Block) -> Rejection | None:
+    refusal = prove(claims, b.match.out)
+    trace.claims(claims, refusal)
+    return refusal
+
+
+def written_elsewhere(claim: Claim, b: Block, shadow: Shadow) -> Rejection | None:
+    """Whether a tensor of the block is written through another view: its name in the shadow does not tell its value."""
+    seen = {*claim.region.edge, *claim.region.nodes}
+    if writes.harmless(shadow.memory, seen, b.match):
+        return None
+    what = {"routing": "the routing", "experts": "the experts"}.get(claim.part, "the block")
+    return Rejection(f"{what} has a tensor that is written through another view", b.match.out, "validate", code="aliased", part=claim.part)
+
+
+# ---- plan and rewrite ----------------------------------------------------------------------------------------------------
+
+
+def plan(work: Work, c: Candidate) -> Candidate:
+    """How the block is rewritten, with its routing as written where the op could not stand in for it."""
+    b = c.block
+    try:
+        return replace(c, how=work.planner.plan(b))
+    except Rejection as r:
+        if b.gating is None or b.ids is None or b.weights is None:
+            raise
+        kept = as_written(b, r.reason)
+        return replace(c, found=kept, how=work.planner.plan(kept))
+
+
+def emit(work: Work, c: Candidate) -> Candidate:
+    """What the plan emits is what the block computes."""
+    if not work.options.validate:
+        return c
+    claim = emitted_claim(c.block, c.plan, work.shadow)
+    refusal = proved([claim], c.block) if isinstance(claim, Claim) else claim
+    if refusal is not None:
+        raise refusal
+    return c
+
+
+def share(work: Work, c: Candidate) -> Candidate:
+    """The shared expert goes into the op of the block, where that is wanted and proved."""
+    how = overlap.mode(work.gm.graph, work.options, work.target)
+    found = None if how is None else overlap.plan_shared(c.block, work.planner, how)
+    if found is not None and work.options.validate:
+        assert c.block.shared is not None and c.block.shared.operands is not None
+        claim = shared_claim(c.match.tokens, c.block.shared, c.block.shared.operands)
+        found = found if isinstance(claim, Claim) and proved([claim], c.block) is None else None
+    return replace(c, how=replace(c.plan, shared=found))
+
+
+def keep(work: Work, c: Candidate) -> Candidate:
+    """What is told of the block, and its plan among those that are carried out."""
+    b = c.block
+    source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph))))
+    told = Recovered(b.ir, source, bool(work.options.validate), work.target.says(b.ir), note, c.plan.shared is not None)
+    work.plans.append(c.plan)
+    work.out.blocks.append(told)
+    return replace(c, told=told)
+
+
+def rewrite(work: Work) -> None:
+    if work.plans:
+        execute(work.gm, work.plans)
+        router.take_products(work.gm, work.target)

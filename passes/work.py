@@ -1,0 +1,123 @@
+"""What the passes hand on: the work on one graph, and each block on its way through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch.fx as fx
+
+from ..ir import MoeBlock, Rejection
+from .aten.element import Puller
+from .aten.shadow import Shadow
+from .aten.sources import source_of
+from .recover.match import ExpertsMatch
+from .recover.region import Block
+from .rewrite.plan import BlockPlan
+from .rewrite.planner import Planner
+from .rewrite.target import Target
+
+
+@dataclass
+class Recovered:
+    """One fused block. `source`: file:line of the user's code; `note`: what was left as written inside it.
+
+    `overlapped`: the shared expert is in the op, which may run it beside the routed experts.
+    """
+
+    ir: MoeBlock
+    source: str
+    validated: bool
+    lowering: str
+    note: str = ""
+    overlapped: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of a graph. `seconds`: by the name of a pass; "validate" is the time of those that prove something."""
+
+    blocks: list[Recovered] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, part: Outcome) -> None:
+        self.blocks.extend(part.blocks)
+        self.rejected.extend(part.rejected)
+        for name, spent in part.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def portable(self) -> tuple[list[Recovered], list[Rejection]]:
+        """Blocks and rejections without graph nodes: names only."""
+        return [replace(b, ir=replace(b.ir, boundary=_names(b.ir.boundary))) for b in self.blocks], [_bare(r) for r in self.rejected]
+
+
+def _names(v: Any) -> Any:
+    if isinstance(v, dict):
+        return {k: _names(x) for k, x in v.items()}
+    return v.name if isinstance(v, fx.Node) else [_names(x) for x in v] if isinstance(v, list) else v
+
+
+def _bare(r: Rejection) -> Rejection:
+    return Rejection(r.reason, None, r.stage, r.source, code=r.code, part=r.part)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block on its way: its experts, what they were read with, then all of it, then how it is rewritten, then what is told of it."""
+
+    match: ExpertsMatch
+    puller: Puller
+    found: Block | None = None
+    how: BlockPlan | None = None
+    told: Recovered | None = None
+
+    @property
+    def block(self) -> Block:
+        assert self.found is not None
+        return self.found
+
+    @property
+    def plan(self) -> BlockPlan:
+        assert self.how is not None
+        return self.how
+
+
+@dataclass
+class Work:
+    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: whose kernels do it."""
+
+    gm: fx.GraphModule
+    options: Any
+    target: Target
+    out: Outcome = field(default_factory=Outcome)
+    candidates: list[Candidate] = field(default_factory=list)
+    plans: list[BlockPlan] = field(default_factory=list)
+    read: Shadow | None = None
+    plans_with: Planner | None = None
+
+    @property
+    def shadow(self) -> Shadow:
+        assert self.read is not None
+        return self.read
+
+    @property
+    def planner(self) -> Planner:
+        if self.plans_with is None:
+            self.plans_with = Planner(self.shadow)
+        return self.plans_with
+
+    def reject(self, rejected: Iterable[Rejection]) -> None:
+        self.out.rejected.extend(located(r, self.read) for r in rejected)
+
+
+def located(r: Rejection, shadow: Shadow | None) -> Rejection:
+    """The rejection with the line of the user's code that it is about."""
+    n = r.node
+    if shadow is not None and n in shadow.transformed:
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
+    if not r.source and isinstance(n, fx.Node):
+        origin = () if shadow is None else shadow.origin.get(n, ())
+        r.source = source_of(n) or next((source_of(d) for d in origin if source_of(d)), "")
+    return r

@@ -1,0 +1,66 @@
+"""What the report says beside a block, and when strict=True raises: counts are no block, mixtures and dropped tokens are blocks left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import catalogue
+import pytest
+import torch
+import torch.nn.functional as F
+from catalogue.base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, K
+from torch import Tensor
+
+from moe_compile.errors import NotFused
+from moe_compile.report import Report, collecting
+
+torch.set_num_threads(1)
+ENTRIES = catalogue.entries()
+
+
+def told(case: Case, strict: bool = False) -> Report:
+    torch._dynamo.reset()
+    with collecting() as report:
+        torch.compile(case.eval(), backend="moe_fused", options={"inner": "aot_eager", "strict": strict})(*case.example_inputs())
+    return report
+
+
+@pytest.mark.parametrize("name", [n for n in ENTRIES if n.startswith("Beside")])
+def test_counts_are_no_block(name: str) -> None:
+    report = told(catalogue.build(ENTRIES[name]), strict=True)
+    assert len(report.blocks) == 1
+    assert not report.rejected, report.rejected
+
+
+class CountedForEachToken(Case):
+    """Verdict: fused. The second selection is returned as a mask of each token's experts: that is no count."""
+
+    expect = Fused(RENORM, SWIGLU_EXPERTS)
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(self.logits(x))
+        other = self.logits(x).sigmoid().topk(K, -1).indices
+        return self.run_experts(x, ids, w), F.one_hot(other, E).sum(1)
+
+
+def test_what_each_token_chose_is_no_count() -> None:
+    report = told(catalogue.build(CountedForEachToken))
+    assert len(report.blocks) == 1
+    assert len(report.rejected) == 1
+
+
+@pytest.mark.parametrize("name", ["DenseSoftmax", "DenseList", "Thresholds", "CapacityEinsum", "ExpertsChoose", "LowRankDown"])
+def test_what_is_left_is_told_once_and_strict_raises(name: str) -> None:
+    report = told(catalogue.build(ENTRIES[name]))
+    assert not report.blocks
+    assert len(report.rejected) == 1, report.rejected
+    assert "test_told" in report.rejected[0].source or "catalogue" in report.rejected[0].source
+    with pytest.raises(Exception) as raised:
+        told(catalogue.build(ENTRIES[name]), strict=True)
+    assert isinstance(raised.value, NotFused) or isinstance(raised.value.__cause__, NotFused)
+
+
+@pytest.mark.parametrize("name", ["LinearMixture", "HeadsOfAttention"])
+def test_what_is_no_mixture_of_experts_is_not_told(name: str) -> None:
+    report = told(catalogue.build(ENTRIES[name]), strict=True)
+    assert not report.rejected, report.rejected
