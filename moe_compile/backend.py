@@ -63,8 +63,7 @@ def moe_fused(
         blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks, target)
-    _note(report, target.name, blocks, rejected, seconds)
-    report.add_notes(r.reason for r in unbuilt)
+    _note(report, target.name, blocks, rejected, unbuilt, seconds)
     missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
         raise NotFused(missed)
@@ -120,9 +119,12 @@ def _without_kernels(blocks: list[Any], target: Target) -> list[Rejection]:
     return missing
 
 
-def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], seconds: dict[str, float]) -> None:
+def _note(
+    report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], unbuilt: list[Rejection], seconds: dict[str, float]
+) -> None:
     report.add_blocks(blocks, target)
     report.add_rejected(rejected)
+    report.add_notes(r.reason for r in unbuilt)
     report.add_seconds(seconds)
     for b in blocks:
         log.info("fused: %s for %s (%s)", b.source, target, b.lowering)
