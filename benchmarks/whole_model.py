@@ -52,9 +52,7 @@ class Step(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         key = torch.arange(self.length, device=ids.device)
         mask = (key <= positions[0, :, None])[None, None]
-        out = self.model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        out = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits
         return logits[:, -1]
 

@@ -20,8 +20,8 @@ import zoo
 # Of the tiny models' arguments those that say how the model is built; all others are sizes
 STRUCTURE = frozenset(
     (
-        "norm_topk_prob router_jitter_noise num_hidden_layers first_k_dense_replace num_dense_layers num_nextn_predict_layers num_mtp_layers "
-        "mlp_layer_types layer_types layers_block_type topk_method enable_moe_block expert_selection_fn expert_layer_period "
+        "norm_topk_prob router_jitter_noise num_hidden_layers first_k_dense_replace num_dense_layers num_nextn_predict_layers "
+        "num_mtp_layers mlp_layer_types layer_types layers_block_type topk_method enable_moe_block expert_selection_fn expert_layer_period "
         "expert_layer_offset attn_layer_period attn_layer_offset use_mamba_kernels mlp_only_layers moe_layer_start_index "
         "hidden_size_per_layer_input num_layers routed_scaling_factor pyramid_num_routed patch_size adapter_in_dim adapter_out_dim"
     ).split()
@@ -52,9 +52,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
         hidden_size=5120, moe_intermediate_size=1536, n_routed_experts=160, num_experts_per_tok=6, n_group=8, topk_group=3
     ),
     "deepseek_v2+greedy": dict(hidden_size=2048, moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6),  # V2-Lite
-    "deepseek_ocr2": dict(
-        hidden_size=1280, moe_intermediate_size=896, n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1
-    ),
+    "deepseek_ocr2": dict(hidden_size=1280, moe_intermediate_size=896, n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1),
 }
 
 

@@ -1,4 +1,4 @@
-"""Reading a loop by example touches nothing of the user's: what has an effect is left as written, and has its effect as often as in eager."""
+"""Reading a loop by example touches nothing of the user's: what has an effect is left as written, and has it as often as in eager."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ CALLS = 0
 
 class Kept:
     calls = 0
-    log: list[int] = []
+    log: ClassVar[list[int]] = []
 
 
 def noted(n: int, log: list[int] = LOG) -> int:
@@ -225,7 +225,7 @@ class OnlyReads(Effect):
         local: list[int] = []
         local.append(len(self.stats.rows) + self.data.total + TABLE["n"] + Kept.calls + len(self.nested["a"]) + self.slotted.n)
         table = {"n": local[0]}
-        table["n"] += self.counter[e] if e in self.counter else 0
+        table["n"] += self.counter[e] if e in self.counter else 0  # noqa: SIM401 - this spelling is what is tested
 
 
 @torch.no_grad()
@@ -322,8 +322,8 @@ def _with_one_expert_twice(m: Hooked) -> Hooked:
 def test_a_refused_module_does_not_blind_the_next_of_its_class(spoil: Callable[[Hooked], Hooked], ops: int | None) -> None:
     """Nor does one that was read speak for one with hooks. What two experts share is one tensor in both places of the op's list."""
     x = torch.randn(9, H)
-    for m, ops in ((spoil(Hooked()), ops), (Hooked(), 1), (spoil(Hooked()), ops)):
+    for m, wanted in ((spoil(Hooked()), ops), (Hooked(), 1), (spoil(Hooked()), ops)):
         torch._dynamo.reset()
         counter = Counter()
         torch.testing.assert_close(compiled(m, counter)(x), m(x), rtol=1e-4, atol=1e-5)
-        assert ops is None or counter.ops == ops
+        assert wanted is None or counter.ops == wanted

@@ -18,7 +18,7 @@ def meaning(spec: Spec) -> MoeBlock:
     return MoeBlock(spec.gating, spec.experts, spec.shared_ir())
 
 
-@examples(90)
+@examples(40)
 @given(spelled(), st.sampled_from([False, False, True]))
 def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], dynamic: bool) -> None:
     """And computes what eager computes."""
@@ -28,7 +28,7 @@ def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], d
     assert not differences(ir, meaning(spec)), ir
 
 
-@examples(20)
+@examples(10)
 @given(changed())
 def test_a_changed_field_changes_exactly_that(pair: tuple[Spec, Spelling, Spec, Spelling]) -> None:
     before, how, after, how_after = pair
@@ -50,7 +50,7 @@ def routing_mutants(draw: st.DrawFn) -> tuple[Spec, Spelling, str]:
     return spec, how, mutation
 
 
-@examples(25)
+@examples(12)
 @given(routing_mutants())
 def test_mutated_routing_is_left_as_written(mutant: tuple[Spec, Spelling, str]) -> None:
     """No reduction over tokens, no run-time bias, no foreign order: whatever is fused has no Gating, or another one."""
@@ -76,7 +76,7 @@ def expert_mutants(draw: st.DrawFn) -> tuple[Spec, Spelling, str]:
     return spec, how, mutation
 
 
-@examples(25)
+@examples(12)
 @given(expert_mutants())
 def test_mutated_experts_are_left_alone(mutant: tuple[Spec, Spelling, str]) -> None:
     spec, how, mutation = mutant
@@ -86,7 +86,7 @@ def test_mutated_experts_are_left_alone(mutant: tuple[Spec, Spelling, str]) -> N
     assert report.rejected
 
 
-@examples(20)
+@examples(10)
 @given(spelled())
 def test_residual_as_base_is_added_once(pair: tuple[Spec, Spelling]) -> None:
     """The accumulator may start from the tokens: the same block, with an addend."""
@@ -96,7 +96,7 @@ def test_residual_as_base_is_added_once(pair: tuple[Spec, Spelling]) -> None:
     assert not differences(ir, meaning(spec))
 
 
-@examples(50)
+@examples(24)
 @given(spelled())
 def test_generator_writes_what_its_spec_says(pair: tuple[Spec, Spelling]) -> None:
     """The modules themselves, in eager, against the naive reading of their Spec."""

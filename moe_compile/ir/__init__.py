@@ -395,9 +395,7 @@ class Rejection(Exception):
     source: file:line of the user's code, or "". stage: the pass.
     """
 
-    def __init__(
-        self, reason: str, node: Any = None, stage: str = "recover", source: str = "", *, code: str = "", part: str = ""
-    ) -> None:
+    def __init__(self, reason: str, node: Any = None, stage: str = "recover", source: str = "", *, code: str = "", part: str = "") -> None:
         super().__init__(reason)
         self.reason, self.node, self.stage, self.source, self.code, self.part = reason, node, stage, source, code, part
 

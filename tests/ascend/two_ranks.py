@@ -1,6 +1,6 @@
 """Two gloo processes that train a sharded block, in every way that test_fsdp.py asks about; rank 0 writes what it found as JSON.
 
-    python two_ranks.py OUT.json [SCENARIO ...]
+python two_ranks.py OUT.json [SCENARIO ...]
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def train(
     moved = moe_compile.prepare(model, target="ascend", training=True, weight_format="nz" if nz else "nd")
     model.compile(backend="moe_fused", options={"target": "ascend", **options})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
-    fully_shard(
-        model, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda p: Shard(dim) if p.ndim == 3 else None
-    )
+    fully_shard(model, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda p: Shard(dim) if p.ndim == 3 else None)
     optimisers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, whole)]
     gradients: list[float] = []
     for _ in range(STEPS):
