@@ -44,5 +44,6 @@ TARGET = Target(
     rearrange=_rearrange,
     lacks=told.lacks,
     remarks=told.packed,
+    missing=told.missing,
     scaled=True,  # integer weights run in plain torch, made floats one touched expert at a time
 )

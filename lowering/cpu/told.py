@@ -24,6 +24,15 @@ def lacks(ir: MoeBlock, patience: float | None = None) -> tuple[str, str] | None
     return None if why is None else (says.replace("kernel", "torch"), f"fused, but in plain torch, at about half the speed: {why}")
 
 
+def missing() -> str:
+    """What keeps the kernels from being built on this machine; "" for nothing."""
+    try:
+        build._compiler()
+    except RuntimeError as e:
+        return f"{e}: ops run in plain torch"
+    return ""
+
+
 def packed(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
     """A remark on packed weights, if the graph's experts read weights that `moe_compile.prepare` froze; bytes are exact."""
     if not frozen.any_frozen():
