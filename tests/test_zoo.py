@@ -30,8 +30,8 @@ SHAPES = {"default": (2, 11), "eager": (1, 7), "batched_mm": (2, 11), "grouped_m
 ONE_IMAGE = ("dots3_note+vision",)  # of two, transformers' own loop over images breaks the graph
 ONE_SEQUENCE_TOO = ("jetmoe", "dbrx", "longcat_flash", "llama4", "step3p7")  # of one implementation only
 WAITS: dict[tuple[str, int], str] = {}
-# CI runs each model as it comes, and its other experts implementations where the whole model is compiled with them: for the odd ones and one of
-# each form. `make golden` and `make zoo` run them all.
+# CI runs each model as it comes, and its other experts implementations for the odd ones and for one of each form.
+# `make golden` and `make zoo` run them all.
 ALL = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE", "COVERAGE_DOC"))
 
 
