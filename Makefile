@@ -10,7 +10,7 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick golden docs test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite quick golden zoo docs test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -31,6 +31,9 @@ quick: lint  ## lint, type check and a fast cut of the tests, under a minute: be
 golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalogue entry and zoo model; read its diff
 	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
 	git --no-pager diff --stat tests/golden.txt
+
+zoo: $(READY)  ## every experts implementation of every transformers architecture (make test runs a part)
+	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py
 
 docs: $(READY)  ## write what docs/architecture.md prints of a trace anew; read its diff
 	DOCS_WRITE=1 $(BIN)/python -m pytest -q tests/test_trace.py -k document

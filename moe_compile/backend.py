@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import sys
@@ -19,6 +20,7 @@ from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
 from .loops import capture, flags, hooks
+from .lowering.target import Target
 from .options import Options
 from .snapshot import Snapshot
 
@@ -41,7 +43,7 @@ def moe_fused(
     """
     started = time.perf_counter()
     chosen = Options.parse(options, mode)
-    target = target_of(gm, example_inputs, chosen)
+    target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     told = {r.reason for r in rejected}  # reading by example may have met what the passes meet in the graph
@@ -49,18 +51,20 @@ def moe_fused(
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     report = reports.report_for(gm)
+    report.add_notes(target.remarks(gm, example_inputs) if target.remarks else ())
     try:
-        compiled = compile_with(chosen, mode, lowering.target(target), gm, example_inputs)
+        compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
         raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
     except Exception as e:
         if not before.restore():
             raise  # the graph is as the user wrote it: not our doing
         rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
-        blocks, compiled = [], compile_with(chosen, mode, lowering.target(target), gm, example_inputs)
+        blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
-    _note(report, target, blocks, rejected, seconds)
-    missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
+    unbuilt = _without_kernels(blocks, target)
+    _note(report, target.name, blocks, rejected, unbuilt, seconds)
+    missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
         raise NotFused(missed)
     return compiled
@@ -78,13 +82,13 @@ moe_fused.reset = _reset  # type: ignore[attr-defined]
 
 
 def _run_passes(
-    gm: torch.fx.GraphModule, before: Snapshot, options: Options, target: str
+    gm: torch.fx.GraphModule, before: Snapshot, options: Options, target: Target
 ) -> tuple[list[Any], list[Rejection], dict[str, float]]:
     """The passes behind a safety net: whatever goes wrong inside becomes a rejection and the graph is as it was."""
     try:
         from .passes import pipeline
 
-        outcome = pipeline.run(gm, options, lowering.target(target))
+        outcome = pipeline.run(gm, options, target)
         return list(outcome.blocks), list(outcome.rejected), dict(outcome.seconds)
     except Rejection as r:
         before.restore()
@@ -101,9 +105,26 @@ def _internal_error(what: str, e: Exception) -> Rejection:
     return Rejection(reason, stage="internal")
 
 
-def _note(report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], seconds: dict[str, float]) -> None:
+def _without_kernels(blocks: list[Any], target: Target) -> list[Rejection]:
+    """Blocks whose kernels cannot be had, which something slower runs: told by their lowering, and refused with strict=True."""
+    if target.lacks is None:
+        return []
+    patience = 1.0 if reports.explaining() else None  # a compiler that is missing is known by then
+    missing = []
+    for i, b in enumerate(blocks):
+        found = target.lacks(b.ir, patience)
+        if found is not None:
+            blocks[i] = dataclasses.replace(b, lowering=found[0])
+            missing.append(Rejection(found[1], stage="lower", source=b.source))
+    return missing
+
+
+def _note(
+    report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], unbuilt: list[Rejection], seconds: dict[str, float]
+) -> None:
     report.add_blocks(blocks, target)
     report.add_rejected(rejected)
+    report.add_notes(r.reason for r in unbuilt)
     report.add_seconds(seconds)
     for b in blocks:
         log.info("fused: %s for %s (%s)", b.source, target, b.lowering)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import Outcome, Recovered
 from test_report import AFTER_SIGMOID, SWIGLU_EXPERTS
 
@@ -89,3 +90,13 @@ def test_every_block_of_a_real_model_is_told(capsys):
     report = json.loads(capsys.readouterr().out)
     assert len(report["blocks"]) == 2 and all(b["validated"] for b in report["blocks"]) and report["graph_breaks"] == []
     assert report["blocks"][0]["formula"].startswith("w = softmax(l)[top8]")
+
+
+def test_env_names_versions_devices_and_what_is_lacking(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path / "not" / "there"))
+    assert main(["env"]) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert {"moe_compile", "python", "torch", "triton", "devices", "cache", "target cpu", "target cuda", "target ascend"} <= set(lines)
+    assert "not/there" in lines["cache"] and "cannot be written" not in lines["cache"]
+    if not torch.cuda.is_available():
+        assert lines["target cuda"].strip() in ("no CUDA device", "triton is not installed")

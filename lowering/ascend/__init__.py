@@ -37,5 +37,6 @@ TARGET = Target(
     options=AscendOptions,
     finish=_finish,
     rearrange=_rearrange,
+    missing=capability.missing,
     scaled=True,  # int8 weights with scales: npu_grouped_matmul takes both
 )

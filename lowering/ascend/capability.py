@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from ...ir import MoeBlock
@@ -13,6 +15,13 @@ from . import int8, law
 MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
 MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def missing() -> str:
+    """What keeps the target from running on this machine; "" for nothing. Without an NPU `explain` still shows its calls."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    return "" if getattr(torch, "npu", None) is not None and torch.npu.is_available() else "no NPU"
 
 
 def refuses(ir: MoeBlock) -> str | None:

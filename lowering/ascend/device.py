@@ -12,7 +12,7 @@ _FAMILIES = (("310P", "310P"), ("910_95", "950"), ("950", "950"), ("910_93", "A3
 
 @functools.cache
 def family() -> str:
-    """"310P", "A2", "A3", "950", or "" where there is no NPU, or one that is not known."""
+    """ "310P", "A2", "A3", "950", or "" where there is no NPU, or one that is not known."""
     npu = getattr(torch, "npu", None)
     if npu is None or not npu.is_available():
         return ""

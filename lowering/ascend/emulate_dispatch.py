@@ -116,9 +116,7 @@ def init_routing_v2(
     return expanded, index, _tokens_per_expert(counts, start, expert_tokens_num_type, expert_num), out_scale
 
 
-def _quantised_rows(
-    x: Tensor, source: Tensor, rows: int, scale: Tensor | None, expert: Tensor, quant_mode: int
-) -> tuple[Tensor, Tensor]:
+def _quantised_rows(x: Tensor, source: Tensor, rows: int, scale: Tensor | None, expert: Tensor, quant_mode: int) -> tuple[Tensor, Tensor]:
     if quant_mode == 1:
         values = x[source].float()
         if scale is not None:

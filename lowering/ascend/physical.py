@@ -71,4 +71,3 @@ def _keep_state_dict(module: nn.Module, name: str) -> None:
 
     module.register_state_dict_post_hook(save)
     module.register_load_state_dict_pre_hook(load)
-

@@ -79,6 +79,7 @@ STREAM = (
     "wait_tensor(Tensor self, Tensor dependency) -> Tensor",
 )
 
+
 @functools.cache
 def wheel() -> bool:
     """Whether torch_npu itself is there (it is imported by this call)."""

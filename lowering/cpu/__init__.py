@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ops import layout_of, routing_of
 from ...ops.anywhere import with_copies
 from ..target import Target
-from . import experts, route
+from . import experts, frozen, native, route, told
 
 
 def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,22 @@ def _experts_bwd(*args: Any) -> list[Tensor]:
     return experts.backward(*args[:9], layout_of(args[9:-1]), args[-1])
 
 
+def _rearrange(model: nn.Module, training: bool, weight_format: str) -> dict[str, int]:
+    return {} if training else frozen.freeze(model)
+
+
+native.define(_experts)
 TARGET = Target(
     name="cpu",
     devices=("cpu",),
     refuses=experts.refuses,
     says=experts.says,
     dispatch_key="CPU",
-    kernels={"route": _route, "experts": _experts, "experts_fwd": with_copies(_experts_fwd), "experts_bwd": _experts_bwd},
+    kernels={"route": _route, "experts_fwd": with_copies(_experts_fwd), "experts_bwd": _experts_bwd},  # and `experts`: `native`
     prepare=experts.prepare,
+    rearrange=_rearrange,
+    lacks=told.lacks,
+    remarks=told.packed,
+    missing=told.missing,
     scaled=True,  # integer weights run in plain torch, made floats one touched expert at a time
 )

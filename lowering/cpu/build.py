@@ -1,7 +1,8 @@
 """Builds the CPU kernels: one small shared library per direction and storage type, compiled once per machine, kept on disk.
 
-The compiler is the one Inductor would use. Without one, or with one that fails, `library` returns None and the ops run in
-plain torch. The cache is `$MOE_COMPILE_CACHE_DIR`, else `$XDG_CACHE_HOME/moe_compile`, else `~/.cache/moe_compile`.
+The compiler is the one Inductor would use. Without one, or with one that fails, `library` returns None, the ops run in plain torch, a
+warning says so and `failure` why. Instructions: `levels`.
+The cache is `$MOE_COMPILE_CACHE_DIR`, else `$XDG_CACHE_HOME/moe_compile`, else `~/.cache/moe_compile`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from . import levels
+
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -29,42 +32,69 @@ STORAGE = {torch.float32: "STORAGE_F32", torch.bfloat16: "STORAGE_BF16", torch.f
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _TIMEOUT_S = 300
 
+_Key = tuple[str, torch.dtype, str]  # direction, dtype, level of instructions
 _lock = threading.Lock()
-_builds: dict[tuple[str, torch.dtype], Future[ctypes.CDLL | None]] = {}
+_builds: dict[_Key, Future[ctypes.CDLL | str]] = {}  # of the kernels, or of why there are none
+_told: set[str] = set()
 
 
 def start(direction: str, dtype: torch.dtype) -> None:
-    """Begin building "forward" or "backward" for a dtype on another thread, unless it is built or has no kernels."""
-    if dtype not in STORAGE:
-        return
-    with _lock:
-        if (direction, dtype) in _builds:
-            return
-        future: Future[ctypes.CDLL | None] = Future()
-        _builds[direction, dtype] = future
-    threading.Thread(target=_fill, args=(future, direction, dtype), name="moe_compile kernel build", daemon=True).start()
+    """Begin building "forward", "packed", "backward" or "route" for a dtype on another thread, unless it is built or has no kernels."""
+    if dtype in STORAGE:
+        _begun(direction, dtype)
 
 
 def library(direction: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The loaded kernels; builds them or waits for the build. None when there is no way to have them."""
-    future = _builds.get((direction, dtype))
-    if future is None:
-        start(direction, dtype)
-        future = _builds.get((direction, dtype))
-    return None if future is None else future.result()
+    if dtype not in STORAGE:
+        return None
+    found = _begun(direction, dtype).result()
+    return None if isinstance(found, str) else found
 
 
-def _fill(future: Future[ctypes.CDLL | None], direction: str, dtype: torch.dtype) -> None:
+def failure(direction: str, dtype: torch.dtype, patience: float | None = None) -> str | None:
+    """Why there are no kernels for a dtype that has some, in one sentence; None where there are, or none are meant to be.
+
+    Waits for the build; `patience`: so many seconds at most, and what is not known by then is no failure.
+    """
+    if dtype not in STORAGE:
+        return None
     try:
-        future.set_result(_load(direction, dtype))
+        found = _begun(direction, dtype).result(patience)
+    except TimeoutError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _begun(direction: str, dtype: torch.dtype) -> Future[ctypes.CDLL | str]:
+    key = direction, dtype, levels.chosen()
+    with _lock:
+        future = _builds.get(key)
+        if future is not None:
+            return future
+        future = _builds[key] = Future()
+    threading.Thread(target=_fill, args=(future, key), name="moe_compile kernel build", daemon=True).start()
+    return future
+
+
+def _fill(future: Future[ctypes.CDLL | str], key: _Key) -> None:
+    try:
+        future.set_result(_load(*key))
     except Exception as e:  # whatever goes wrong here, plain torch still works
-        log.info("no CPU kernels for %s (%s), running in plain torch: %s", dtype, direction, e)
-        future.set_result(None)
+        reason = str(e) if isinstance(e, _NoKernels) else f"{type(e).__name__}: {e}"
+        if reason not in _told:
+            _told.add(reason)
+            log.warning("no CPU kernels, the experts run in plain torch: %s", reason)
+        future.set_result(reason)
 
 
-def _load(direction: str, dtype: torch.dtype) -> ctypes.CDLL:
+class _NoKernels(RuntimeError):
+    """Kernels cannot be had on this machine; the message says why, to its owner."""
+
+
+def _load(direction: str, dtype: torch.dtype, level: str) -> ctypes.CDLL:
     compiler = _compiler()
-    flags = [*_FLAGS, *_machine_flags(), f"-D{STORAGE[dtype]}", str(SOURCES / f"{direction}.cpp")]
+    flags = [*_FLAGS, *levels.flags(level), f"-D{STORAGE[dtype]}", str(SOURCES / f"{direction}.cpp")]
     path = _cache_dir() / f"{direction}-{_key(compiler, flags)}.so"
     if not path.exists():
         _compile(compiler, flags, path)
@@ -73,8 +103,11 @@ def _load(direction: str, dtype: torch.dtype) -> ctypes.CDLL:
 
 def _compile(compiler: str, flags: list[str], path: Path) -> None:
     """Compile next to `path` and move into place, so that another process never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    except OSError as e:
+        raise _NoKernels(f"the kernel cache {path.parent} cannot be written ({e.strerror}); MOE_COMPILE_CACHE_DIR names another") from e
     os.close(handle)
     try:
         command = [compiler, *flags, "-o", name]
@@ -82,7 +115,7 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
             # a compiler without OpenMP still gives correct kernels, on one thread
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
             if done.returncode:
-                raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
+                raise _NoKernels(f"the C++ compiler {compiler} failed: {done.stderr.strip()[-2000:] or 'it says nothing'}")
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -94,20 +127,19 @@ def _compiler() -> str:
     if not wanted:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
-        wanted = get_cpp_compiler()
+        try:
+            wanted = get_cpp_compiler()
+        except Exception as e:  # Inductor's own InvalidCxxCompiler, under several names
+            raise _NoKernels("no C++ compiler found (CXX names one)") from e
     found = shutil.which(wanted)
     if found is None:
-        raise RuntimeError(f"C++ compiler {wanted!r} not found")
+        raise _NoKernels(f"C++ compiler {wanted!r} not found{' (CXX)' if os.environ.get('CXX') else ''}")
     return found
 
 
 def _openmp_flags() -> list[str]:
     # The runtime is found by name: torch has loaded its own libgomp, so both share one pool of threads.
     return [] if sys.platform == "darwin" else ["-fopenmp"]
-
-
-def _machine_flags() -> list[str]:
-    return ["-mcpu=native"] if platform.machine().lower() in ("aarch64", "arm64", "ppc64le") else ["-march=native"]
 
 
 def _cache_dir() -> Path:

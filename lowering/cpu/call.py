@@ -1,16 +1,22 @@
-"""From tensors to the kernels' argument struct (kernels/common.h)."""
+"""From tensors to the kernels' argument struct (kernels/args.h)."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ir import Form
 from ..reference.generic import Layout
+from .frozen import Sources
 
+log = logging.getLogger("moe_compile")
+
+_NO_MEMORY = 1  # what a kernel returns
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
 _INTS_FIRST = (
     "tokens", "k", "experts", "identity", "hidden", "inter", "out_features", "halves", "weight_on_input", "threads", "n_act",
@@ -42,6 +48,7 @@ class Call:
         self.args = Args()
         self.layout = layout
         self.keep: list[object] = []
+        self.sources: Sources | None = None  # of packed weights
         self.set(experts=layout.num_experts, identity=layout.num_identity, hidden=hidden)
         self.set(inter=layout.intermediate(down), out_features=layout.out_features(down), halves=2 if layout.gated else 1)
         self.set(weight_on_input=layout.weight_on_input, n_act=len(layout.act_ops))
@@ -51,7 +58,7 @@ class Call:
         """A copy for these tokens: what was set before is shared."""
         call = Call.__new__(Call)
         args = call.args = Args.from_buffer_copy(self.args)
-        call.layout, call.keep = self.layout, [self.keep, x, ids, weights]
+        call.layout, call.sources, call.keep = self.layout, self.sources, [self.keep, x, ids, weights]
         args.tokens, args.k = ids.shape
         args.x, args.ids, args.weights = x.data_ptr(), ids.data_ptr(), weights.data_ptr()
         args.x_stride, args.threads = x.stride(0), torch.get_num_threads()
@@ -113,7 +120,24 @@ class Call:
         self.keep.append(array)
         return ctypes.addressof(array)
 
-    def run(self, function: object) -> None:
-        """Raises MemoryError when the kernel finds no memory."""
-        if function(ctypes.byref(self.args)):  # type: ignore[operator]
+    def pack(self, library: Any, sources: Sources) -> bool:
+        """Make packed copies of the weights, which are read from now on; False where there is no memory for them."""
+        library.moe_packed_bytes.restype = _I64
+        try:
+            sizes = [library.moe_packed_bytes(ctypes.byref(self.args), which) for which in (0, 1)]
+            up, down = (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        except RuntimeError as e:
+            log.warning("no memory for packed expert weights: %s", e)
+            return False
+        self.tensors(packed_up=up, packed_down=down)
+        self.args.threads = torch.get_num_threads()
+        self.run(library.moe_pack)
+        self.sources = sources
+        return True
+
+    def run(self, function: object) -> bool:
+        """False where packed weights are no longer those of the model. Raises MemoryError when the kernel finds no memory."""
+        failed = function(ctypes.byref(self.args))  # type: ignore[operator]
+        if failed == _NO_MEMORY:
             raise MemoryError("no memory for the expert kernel's workspace")
+        return not failed

@@ -17,7 +17,7 @@ from ...ir import MoeBlock
 from ...ir import scalar as act
 from ..reference import generic
 from ..reference.generic import Layout
-from . import build, route
+from . import build, frozen, route
 from .call import Call
 
 _MAX_DEPTH = 8  # stack entries of the kernels' activation programs (act.h)
@@ -56,6 +56,8 @@ def prepare(ir: MoeBlock) -> None:
     route.prepare()
     if not ir.experts.scaled:
         build.start("forward", ir.experts.dtype)
+        if frozen.any_frozen():
+            build.start("packed", ir.experts.dtype)
 
 
 def forward(
@@ -72,8 +74,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; the second result is only filled when `save`."""
     generic.check_rows(x, ids, weights)
+    if ids.shape != weights.shape:
+        raise ValueError(f"moe_compile::experts: ids are {list(ids.shape)}, weights {list(weights.shape)}")
     biases = [[t.contiguous() for t in ts] for ts in (up_bias, down_bias)]
-    found = _kernel("forward", x, layout, up, down, *biases)
+    found = _kernel("forward" if save else "inference", x, layout, up, down, *biases)
     if found is None or not ids.numel():
         return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
     library, prepared = found
@@ -85,7 +89,10 @@ def forward(
     if save:
         build.start("backward", x.dtype)  # somebody is going to want gradients
         call.tensors(pre=pre)
-    call.run(library.moe_experts_forward)
+    if not call.run(library.moe_experts_forward):
+        assert call.sources is not None
+        call.sources.thaw()
+        return forward(x, ids, weights, up, down, up_bias, down_bias, add, layout, save)
     return out, pre
 
 
@@ -138,19 +145,42 @@ _found: dict[Any, tuple[ctypes.CDLL, Call]] = {}
 def _kernel(direction: str, x: Tensor, layout: Layout, *lists: Sequence[Tensor]) -> tuple[ctypes.CDLL, Call] | None:
     """The kernels and a call without its tokens, or None where they do not take these operands; the same operands are looked at once.
 
+    `direction`: "backward", "forward" (keeps what backward needs) or "inference", which reads packed weights where there are.
     Raises ValueError when a parameter holds fewer experts than the call says.
     """
     key = (direction, x.dtype, x.shape[1], layout, *map(_described, lists))
     found = _found.get(key)
+    if found is not None and found[1].sources is not None and not found[1].sources.unchanged():
+        found[1].sources.thaw()
+        found = None
     if found is None:
         generic.check_sizes(layout, *lists)
-        library = _library(direction, x, layout, *lists)
+        library = _library("backward" if direction == "backward" else "forward", x, layout, *lists)
         if library is None:
             return None
         if len(_found) > 4096:
             _found.clear()
-        found = _found[key] = library, _call(layout, x.shape[1], *lists)
+        call = _call(layout, x.shape[1], *lists)
+        packed = _packed(call, x.dtype, *lists[:2]) if direction == "inference" else None
+        found = _found[key] = packed or library, call
     return found
+
+
+def _packed(call: Call, dtype: torch.dtype, up: Sequence[Tensor], down: Sequence[Tensor]) -> ctypes.CDLL | None:
+    """The kernels for packed weights, and `call` made one on them, where `moe_compile.prepare` has allowed for copies of these."""
+    sources = frozen.sources(up, down)
+    library = None if sources is None else build.library("packed", dtype)
+    return library if library is not None and sources is not None and call.pack(library, sources) else None
+
+
+def _forget(address: int | None) -> None:
+    """Packed copies of what lay at `address` go; or (None) all that was found, because weights may be packed that were not."""
+    for key, (_, call) in list(_found.items()):
+        if address is None or call.sources is not None and address in call.sources.weights:
+            _found.pop(key, None)
+
+
+frozen.changed.append(_forget)
 
 
 def _described(tensors: Sequence[Tensor]) -> Any:

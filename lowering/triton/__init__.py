@@ -18,4 +18,5 @@ TARGET = Target(
     kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS},
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
+    missing=capability.missing,
 )

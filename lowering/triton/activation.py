@@ -247,10 +247,10 @@ def gluon_dual(ops: Sequence[int], consts: Sequence[float]) -> Any:
 
 # Four instructions, where the language's exp and division spend ten more on ranges that cannot come up here. Relative error 2^-20 down to
 # x = -20 and 2^-18 down to -87; results are rounded to 16 bits.
-_SIGMOID = '''def sigmoid(x):
+_SIGMOID = """def sigmoid(x):
     code: tl.constexpr = "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }"
     return tl.inline_asm_elementwise(code, "=f,f", [x * -1.4426950408889634], tl.float32, True, 1)
-'''
+"""
 
 
 @functools.lru_cache(maxsize=256)

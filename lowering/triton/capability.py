@@ -13,6 +13,13 @@ ROUTER_TOKENS = 4  # as the few-token kernels of the experts
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def missing() -> str:
+    """What keeps the target from running on this machine; "" for nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
 def refuses(ir: MoeBlock) -> str | None:
     """None when the CUDA ops can run this block, else the reason."""
     if importlib.util.find_spec("triton") is None:

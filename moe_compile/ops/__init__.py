@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from . import anywhere, autocast, autograd, shapes, sources
 from .records import experts_args, layout_of, route_args, routing_of, scaled_args, shared_args
-from .schemas import SCHEMAS, library, straight_on_cuda
+from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
     "SCHEMAS",
@@ -30,6 +30,7 @@ __all__ = [
     "route_args",
     "routing_of",
     "scaled_args",
+    "schema_of",
     "shapes",
     "shared_args",
     "sources",

@@ -41,7 +41,18 @@ def _kept(t: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if t is None else t.clone()
 
 
+_meanwhile: dict[str, Callable[..., Tensor]] = {}
+
+
+def until_loaded(device: str, run: Callable[..., Tensor]) -> None:
+    """Let `run` be `experts` on a type of device until a library of C++ takes the op over: the dispatcher warns of a second kernel."""
+    _meanwhile[device] = run
+
+
 def experts(*args: Any) -> Tensor:
+    run = _meanwhile.get(args[0].device.type)
+    if run is not None:
+        return run(*args)
     return generic.forward(*args[:8], layout_of(args[8:]))[0]
 
 

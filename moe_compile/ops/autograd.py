@@ -17,7 +17,7 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _experts_autograd(*args: Any) -> Tensor:
+def experts(*args: Any) -> Tensor:
     x, ids, weights, *lists, add = args[:8]
     if torch.is_grad_enabled():
         flat = [t for ts in lists for t in ts]
@@ -45,7 +45,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 
 
 for _name, _run in (
-    ("experts", _experts_autograd),
+    ("experts", experts),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
     ("experts_scaled", _or_differentiable("experts_scaled", anywhere.experts_as_floats)),
     ("route", _route_autograd),

@@ -34,6 +34,12 @@ SCHEMAS = (
     f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, {schema(Rounding)}) -> Tensor",
 )
 
+
+def schema_of(name: str) -> str:
+    """The arguments and result of an op, for another op with the same."""
+    return next(s.removeprefix(name) for s in SCHEMAS if s.startswith(f"{name}("))
+
+
 library = torch.library.Library("moe_compile", "DEF")
 for _schema in SCHEMAS:
     library.define(_schema)

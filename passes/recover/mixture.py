@@ -5,7 +5,7 @@ p is any function of a projection of the tokens with a column for each expert: s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .rows import No, factors, row_index, row_variable, rows
 DENSE = "every expert is applied to every token, weighed by the router (no top-k): nothing to dispatch, the products stay as written"
 THRESHOLD = "experts are chosen by a threshold on the router's scores (no top-k), so that one token has more of them than another"
 _NEAR = 24  # steps from the router's product to the weights, and operations an expert has
+_ELEMENTS, _STEPS = 4_000, 40_000  # looked at for one possible result: a dense mixture is small
 _PARTS = names.PART | {"getitem", "index"}
 
 
@@ -65,12 +66,15 @@ def _sizes(n: fx.Node) -> tuple[Any, ...] | None:
     return tuple(size_of(s) for s in v.shape) if isinstance(v, torch.Tensor) else None
 
 
-def mixtures(graph: fx.Graph, walls: set[fx.Node]) -> Iterator[Rejection]:
-    """The dense mixtures of a graph, each told where its results are added up."""
+def mixtures(graph: fx.Graph, walls: set[fx.Node], selections: Collection[fx.Node]) -> Iterator[Rejection]:
+    """The dense mixtures of a graph, each told where its results are added up. What a selection reads is no mixture's router."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     done: set[fx.Node] = set()
+    opaque = {*walls, *selections}
     for router in _routers(graph):
-        out = next((n for n in _results(router) if n not in done and _is_mixture(n, router, order, walls)), None)
+        if not opaque.isdisjoint(_near(router, _NEAR)):
+            continue
+        out = next((n for n in _results(router) if n not in done and _is_mixture(n, router, order, opaque)), None)
         if out is not None:
             done.add(out)
             yield Rejection(THRESHOLD if op_name(out) in names.ACCUMULATE else DENSE, out, "lower", code="dense")
@@ -78,20 +82,27 @@ def mixtures(graph: fx.Graph, walls: set[fx.Node]) -> Iterator[Rejection]:
 
 def _results(router: fx.Node) -> list[fx.Node]:
     """What may be the sum over the experts, the latest first."""
-    count, seen = shape_of(router)[-1], [router]
-    for n in seen:
-        seen.extend(u for u in n.users if u not in seen and len(seen) < _NEAR * (count + 2))
+    count = shape_of(router)[-1]
+    seen = _near(router, _NEAR * (count + 2))
     sums = names.CONTRACTION | names.REDUCTION | names.ACCUMULATE | {"add"}
     shaped = (n for n in seen if op_name(n) in sums and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].ndim >= 2)
     return [n for n in shaped if n is not router and T.same_size(rows(n), rows(router))][: 4 * count][::-1]
 
 
+def _near(router: fx.Node, most: int) -> list[fx.Node]:
+    """The router and what is made of it, the nearest first."""
+    seen = [router]
+    for n in seen:
+        seen.extend(u for u in n.users if u not in seen and len(seen) < most)
+    return seen
+
+
 def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> bool:
     edge = order[_tokens(router)]
     t, h = row_variable(rows(out)), T.named("h", shape_of(out)[-1])
-    p = Puller(lambda n: order[n] <= edge or n is router, walls, 20_000)
+    p = Puller(lambda n: order[n] <= edge or n is router, walls, _ELEMENTS)
     try:
-        with T.Budget(200_000).within():
+        with T.Budget(_STEPS).within():
             term = p.at(out, (*row_index(t, shape_of(out)[:-1]), h))
             body = _one_expert(term, shape_of(router)[-1])
             return body is not None and _weighs(body, router, t, h)

@@ -3,7 +3,7 @@
 
 extern "C" int moe_experts_backward(const Args* args) {
   try {
-    Forward forward{*args, Forward::plan_of(*args), {args->act_ops, args->act_consts, args->n_act}, nullptr};
+    Forward forward(*args);
     Backward{*args, forward, nullptr, nullptr, nullptr}.run();
     return 0;
   } catch (const std::bad_alloc&) {

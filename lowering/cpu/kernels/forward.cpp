@@ -1,32 +1,12 @@
-// Entry points of the forward library: the experts op, and packing weights for it. Each returns 0, or 1 when there is no memory.
+// Entry point of the forward library. Returns 0, or 1 when there is no memory.
 #include "forward.h"
 
 extern "C" int moe_experts_forward(const Args* args) {
   try {
-    Forward{*args, Forward::plan_of(*args), {args->act_ops, args->act_consts, args->n_act}, nullptr}.run();
+    Forward f(*args);
+    run(f, 8);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
-}
-
-// Bytes of packed up (which 0) or down (which 1) weights.
-extern "C" i64 moe_packed_bytes(const Args* args, i64 which) {
-  Packed p(*args);
-  return args->experts * (which ? p.down_size() : p.up_size()) * i64(sizeof(packed));
-}
-
-// Fills args->packed_up and args->packed_down.
-extern "C" int moe_pack(const Args* args) {
-  const Args& a = *args;
-  Forward f{a, {}, {}, nullptr};
-  Packed p(a);
-  const i64 ups = p.up_panels() * a.halves, all = ups + p.down_panels();
-#pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1)
-  for (i64 i = 0; i < a.experts * all; i++) {
-    i64 e = i / all, j = i % all;
-    if (j < ups) pack_weights(f.up(j % a.halves, e), j / a.halves * COLS, const_cast<packed*>(p.up(e)) + j * units(a.hidden) * COLS);
-    else pack_weights(f.down(e), (j - ups) * COLS, const_cast<packed*>(p.down(e)) + (j - ups) * units(a.inter) * COLS);
-  }
-  return 0;
 }

@@ -147,11 +147,11 @@ static void columns_product(const element* const* rows, i64 n_rows, const Matrix
     i64 w = std::min<i64>(WIDE, n - l);
     const unit* panel;
     i64 stride = weight_panel(m, n0 + l, w, n_rows > 32, &panel, scratch);
-    tile_block<NOTHING>(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
+    tile_block(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
   }
 }
 
 // out[r][0 .. nb) = Σ_k rows[r][k] * m(n + ., k) with vectors along k, where the matrix has its rows in one piece.
 static void row_dots(const Matrix& m, i64 n, i64 nb, const element* const* rows, i64 n_rows, const stored* next, float* out, i64 os) {
-  dots(rows, n_rows, Stream{m(n, 0), m.sn, nb, next}, m.k, out, os, true);
+  dots(rows, n_rows, Stream{m(n, 0), m.sn, nb, next}, m.k, nullptr, out, os, true);
 }

@@ -7,6 +7,7 @@
 #include "act.h"
 #include "move.h"
 
+constexpr i64 COLS = 32;              // output columns of a packed panel (packed.h), and what parts of the output are cut at
 constexpr i64 KEEP = i64(160) << 20;  // bytes of workspace a thread keeps between calls
 constexpr i64 HUGE_PAGE = i64(2) << 20;
 

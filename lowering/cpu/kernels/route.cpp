@@ -3,7 +3,7 @@
 
 #include "common.h"
 
-// The plain numbers of a gating; lowering/cpu_route.py mirrors this struct field by field.
+// The plain numbers of a gating; ../route.py mirrors this struct field by field.
 struct Gating {
   i64 experts, k, score_selected, bias_in_weights, groups, kept, best, norm;
   float fill, eps, clamp, scale;

@@ -1,0 +1,64 @@
+"""Levels of instructions that the CPU kernels are built for, and which of them this processor runs.
+
+A level is chosen when kernels are loaded: the processor's own (everything it has, tuned for it), or the one that
+`$MOE_COMPILE_CPU_LEVEL` names, for tests and for comparing; one that the processor lacks falls back to its own, with a warning.
+AMX has no level: its tiles would want kernels of their own, and a machine to run them on. With AVX-512 such processors run `native`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+
+log = logging.getLogger("moe_compile")
+
+NATIVE = "native"
+# level -> (the compiler's flags, what /proc/cpuinfo must list)
+_X86 = {
+    "avx2": (("-march=x86-64-v3",), ("avx2", "fma", "f16c", "bmi2")),
+    "avx512": (("-march=x86-64-v4",), ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")),
+    "avx512_bf16": (("-march=x86-64-v4", "-mavx512bf16"), ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16")),
+}
+_BASE = "base"  # whatever every processor of this kind has
+
+
+def supported() -> tuple[str, ...]:
+    """The levels that run here, from the least to the processor's own."""
+    has = _instructions()
+    return (_BASE, *(name for name, (_, needs) in _X86.items() if _is_x86() and has.issuperset(needs)), NATIVE)
+
+
+def chosen() -> str:
+    """The level to build for."""
+    wanted = os.environ.get("MOE_COMPILE_CPU_LEVEL") or NATIVE
+    if wanted in supported():
+        return wanted
+    _tell(wanted)
+    return NATIVE
+
+
+def flags(level: str) -> list[str]:
+    """The compiler's flags for a level."""
+    if level == NATIVE:
+        return ["-mcpu=native"] if platform.machine().lower() in ("aarch64", "arm64", "ppc64le") else ["-march=native"]
+    return list(_X86[level][0]) if level in _X86 else []
+
+
+@functools.cache
+def _tell(wanted: str) -> None:
+    log.warning("MOE_COMPILE_CPU_LEVEL is %r; this processor runs %s: taking %r", wanted, ", ".join(supported()), NATIVE)
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@functools.cache
+def _instructions() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return frozenset(next((line.split(":", 1)[1] for line in f if line.startswith("flags")), "").split())
+    except OSError:
+        return frozenset()

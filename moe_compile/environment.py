@@ -1,0 +1,56 @@
+"""What this machine has for the compiler: versions, devices, caches, and what each target lacks. For bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "torch_npu", "transformers", "torchao", "sympy", "numpy")
+
+
+def describe() -> str:
+    """One `name: value` a line. Reads only; raises nothing that a machine can cause."""
+    return "\n".join(f"{name + ':':<15}{value}" for name, value in _lines())
+
+
+def _lines() -> Iterator[tuple[str, str]]:
+    from . import __version__
+    from .lowering import targets
+
+    yield "moe_compile", f"{__version__} in {Path(__file__).parent}"
+    yield "python", f"{platform.python_version()}, {platform.platform()}"
+    for name in PACKAGES:
+        yield name, _version(name)
+    yield "processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    yield "devices", ", ".join(_devices()) or "none but the CPU"
+    yield "cache", _cache()
+    for name, t in targets().items():
+        yield f"target {name}", t.missing() or "ready"
+    for name in sorted(n for n in os.environ if n.startswith("MOE_COMPILE_")):
+        yield name, os.environ[name]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[str]:
+    for i in range(torch.cuda.device_count()):
+        yield f"{torch.cuda.get_device_name(i)} (compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
+
+
+def _cache() -> str:
+    """The folder of compiled kernels and plans, and whether it can be written."""
+    given = os.environ.get("MOE_COMPILE_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(given) if given else Path(base) / "moe_compile"
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    return f"{folder}" + ("" if os.access(there, os.W_OK) else " (cannot be written)")

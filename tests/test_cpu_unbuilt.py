@@ -1,0 +1,85 @@
+"""Kernels that could not be built: the report, a warning and `strict` say so, and the results stand."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from test_cpu_lowering import relative
+
+import moe_compile
+from moe_compile.lowering.cpu import build as cpu_build
+from moe_compile.lowering.cpu import experts as cpu
+
+
+def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    """A cache below a file: no one can make it, root neither."""
+    (folder / "file").write_text("")
+    monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(folder / "file" / "cache"))
+    return "cannot be written"
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    from torch._inductor import cpp_builder
+
+    def missing() -> str:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    return "no C++ compiler"
+
+
+def wrong_name(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    return "'no-such-compiler' not found (CXX)"
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    bad = folder / "bad-compiler"
+    bad.write_text("#!/bin/sh\necho 'cannot do this' >&2\nexit 1\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CXX", os.fspath(bad))
+    return "cannot do this"
+
+
+FAULTS = (unwritable, no_compiler, wrong_name, failing)
+
+
+@pytest.fixture(params=FAULTS, ids=lambda f: f.__name__)
+def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A machine on which kernels cannot be built; what is to be said about it."""
+    monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_build, "_builds", {})
+    monkeypatch.setattr(cpu_build, "_told", set())
+    monkeypatch.setattr(cpu, "_found", {})
+    fault: str = request.param(monkeypatch, tmp_path)
+    return fault
+
+
+def test_report_and_warning(words: str, caplog: pytest.LogCaptureFixture) -> None:
+    block, x = small.Block().eval(), torch.randn(small.T, small.H)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="moe_compile"):
+        out = small.compiled(block, inner="eager")(x)
+        assert relative(out, block.double()(x.double())) < 1e-6
+    report = moe_compile.last_report()
+    assert report is not None
+    assert [b.lowering for b in report.blocks] == ["cpu torch (float32)"]
+    (note,) = report.notes
+    assert words in note and "plain torch" in note and "".join(note.split()) in "".join(str(report).split())
+    assert words in caplog.text
+
+
+def test_strict(words: str) -> None:
+    with torch.no_grad(), pytest.raises(moe_compile.NotFused, match="plain torch") as e:
+        small.compiled(small.Block().eval(), inner="eager", strict=True)(torch.randn(small.T, small.H))
+    assert words in str(e.value) and "small.py" in str(e.value)
+
+
+def test_explain(words: str) -> None:
+    report = moe_compile.explain(small.Block().eval(), torch.randn(small.T, small.H))
+    assert [b.lowering for b in report.blocks] == ["cpu torch (float32)"] and words in str(report.notes)
