@@ -110,7 +110,7 @@ def test_one_token_means_the_same(name: str) -> None:
     """One token is a graph of its own, in which dims of size one are gone."""
     cls = ENTRIES[name]
     run = check.compiled(cls)
-    if run.one_token.graph_count:  # else the symbolic graph served
+    if run.one_token.graph_count and not cls.one_token_is_less:  # else the symbolic graph served
         problem = check.verdict_problem(cls, run.one_token)
         assert not problem, problem
 

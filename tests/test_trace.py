@@ -21,6 +21,7 @@ from torch import Tensor
 import moe_compile
 from moe_compile.__main__ import main
 from moe_compile.loops import capture
+from moe_compile.lowering.target import Target
 from moe_compile.passes import shown, terms
 from moe_compile.passes import trace as recorder
 from moe_compile.passes.aten.effects import Memory
@@ -116,7 +117,7 @@ def test_the_first_failing_predicate():
 
 
 def test_a_block_that_is_refused_by_a_later_pass(monkeypatch):
-    monkeypatch.setattr("moe_compile.passes.steps.can_lower", lambda ir, target: "no kernel for it")
+    monkeypatch.setattr(Target, "reason", lambda target, ir: "no kernel for it")
     t = traced(Block())
     assert [r[:2] for r in refusals(t.trace.units[0])] == [("lower", "no kernel for it")]
     entry = next(s for s in t.trace.units[0].stages if s.name == "lower").entries[0]

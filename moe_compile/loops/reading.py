@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from ..ir import Experts, Rejection
@@ -113,7 +114,8 @@ def _fewer(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
 
 def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     gm = reader.record()
-    found = recover(gm)
+    with torch.set_grad_enabled(call.grad):  # the passes read functions as they are where no gradient is wanted
+        found = recover(gm)
     if isinstance(found, Rejection):
         raise found
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity

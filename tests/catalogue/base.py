@@ -114,6 +114,7 @@ class Case(nn.Module):
     num_experts: ClassVar[int] = E
     local_experts: ClassVar[int] = 0  # experts with weights, where that is not num_experts
     huge_logits: ClassVar[bool] = True  # False: not comparable there, the entry says why
+    one_token_is_less: ClassVar[bool] = False  # True: of a single token more is known, the entry says why
     faint_logits: ClassVar[bool] = True  # False: they tie
     routes_all: ClassVar[bool] = True  # False: no naive reading exists (not a MoE block)
 

@@ -135,6 +135,7 @@ class GatherMarked(GatherShifted):
     """Verdict: fused, ids mapped. Padding gets -1 and, looked up by index, is the last expert's."""
 
     routes_all: ClassVar[bool] = False
+    one_token_is_less = True  # it is no padding: its ids are not mapped
 
     def mapped(self, ids: Tensor) -> Tensor:
         return ids.masked_fill((torch.arange(ids.shape[0]) % 3 == 1)[:, None], -1)
