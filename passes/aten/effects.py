@@ -80,6 +80,9 @@ class Memory:
         source, value = n.args[0] if n.args else None, n.meta.get("val")
         if not isinstance(source, fx.Node) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
             return False
+        before = source.meta.get("val")
+        if isinstance(before, torch.Tensor) and not before.dtype.is_floating_point and self.root[source].op == "call_function":
+            return False  # ids that the graph made itself, as floats for a histogram: as with copies that stay integers
         return self.written(source, self.order[n], len(self.order)) is not None
 
     def _shows(self, n: fx.Node) -> bool:
