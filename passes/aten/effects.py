@@ -52,7 +52,7 @@ class Memory:
         for n in graph.nodes:
             storage = storage_of(n) if n.op in ("placeholder", "get_attr") else None
             base = aliased_arg(n)
-            base = base if base is not None and self._shows(n) else None
+            base = None if base is None or _converts(n, base) else base
             first = n if storage is None else inputs.setdefault(storage, n)
             self.root[n] = first if base is None else self.root.get(base, base)
             for m in mutated_args(n):
@@ -89,6 +89,13 @@ class Memory:
         """Whether a node that may be a view (reshape, to, contiguous) is one."""
         source = n.args[0]
         return not isinstance(source, fx.Node) or storage_of(n) is None or storage_of(n) == storage_of(source)
+
+
+def _converts(n: fx.Node, source: fx.Node) -> bool:
+    """Whether a cast gives another type or device: a copy then, whatever its schema says of views."""
+    a, b = n.meta.get("val"), source.meta.get("val")
+    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and names.op_name(n) in names.CAST
+    return both and (a.dtype, a.device) != (b.dtype, b.device)  # type: ignore[union-attr]
 
 
 def storage_of(n: Any) -> int | None:

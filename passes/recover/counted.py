@@ -5,7 +5,7 @@ A count says how many tokens chose an expert: no token's own choice can be read 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy as sp
@@ -21,21 +21,7 @@ from .rows import rows
 
 # what turns ids into indicators [T, k, E] and weighs them, element by element
 _INDICATES = names.RESHAPE | names.PERMUTE | names.REPEAT | names.SAME | names.CAST | names.LIKE
-_INDICATES |= {
-    "one_hot",
-    "eq",
-    "ne",
-    "mul",
-    "add",
-    "sub",
-    "div",
-    "scatter",
-    "masked_fill",
-    "where",
-    "bitwise_and",
-    "logical_and",
-    "logical_not",
-}
+_INDICATES |= frozenset("one_hot eq ne mul add sub div scatter masked_fill where bitwise_and logical_and logical_not".split())
 _ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
 _COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
 _MOST = 200
@@ -109,18 +95,26 @@ def named(choice: fx.Node) -> Rejection | None:
 
 def dropped(choice: fx.Node) -> fx.Node | None:
     """Where a token's place in the queue of its expert is counted and compared with how many the expert takes; None where it is not."""
-    seen, queue = list(_indices(choice)), None
-    for n in seen:
-        for u in n.users:
-            if op_name(u) in names.CONTRACTION or u in seen or len(seen) > _MOST:
-                continue
-            if queue is not None and op_name(u) in ("lt", "le", "gt", "ge", "one_hot"):
-                return queue
-            if op_name(u) == "slice" and op_name(n) == "getitem" and op_name(n.args[0]) in ("where", "nonzero_numpy"):  # type: ignore[arg-type]
-                return u
-            queue = u if op_name(u) == "cumsum" else queue
-            seen.append(u)
+    made = _made_of(_indices(choice))
+    for n in made:
+        if op_name(n) == "cumsum" and any(_compares(u) for x in _made_of([n]) for u in x.users):
+            return n
+        if op_name(n) == "slice" and op_name(n.args[0]) == "getitem" and op_name(n.args[0].args[0]) in ("where", "nonzero_numpy"):  # type: ignore[arg-type, union-attr]
+            return n
     return None
+
+
+def _made_of(sources: Iterable[fx.Node]) -> list[fx.Node]:
+    """The sources and what is made of them before any product."""
+    seen = list(sources)
+    for n in seen:
+        seen.extend(u for u in n.users if u not in seen and len(seen) <= _MOST and op_name(u) not in names.CONTRACTION)
+    return seen
+
+
+def _compares(n: fx.Node) -> bool:
+    """Whether a node compares with a number; a place compared with other places, such as where groups end, is a search."""
+    return op_name(n) == "one_hot" or op_name(n) in ("lt", "le", "gt", "ge") and not isinstance(n.args[1], fx.Node)
 
 
 def chosen_by_experts(choice: fx.Node) -> fx.Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +14,21 @@ from .. import terms as T
 from ..aten import names
 from ..aten.definitions_views import TUPLES
 from ..aten.effects import Memory
-from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
+from ..aten.element import NO_RULE, RULES, Puller, shape_of
 from ..aten.names import op_name
-from ..terms import Term
 from .counted import named, only_counted
+from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .mixture import mixtures
 from .rounding import rounded_nodes
-from .rows import NO_EXPERTS, data_dependent, is_row, outer_atoms
+from .rows import NO_EXPERTS
 from .scales import made_floats
+from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .writes import harmless
+
+FIND = "find"
 
 
 @dataclass
@@ -45,11 +48,11 @@ class Finder:
         self.graph, self.walls, self.memory = graph, walls, memory
         self.order = memory.order
         self.limit = 20_000 + 40 * len(self.order)
-        self.sources = [n for n in graph.nodes if (_is_id_input(n) if id_inputs else is_selection(n))]
+        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else is_selection(n))]
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
-            if is_joined(n) and n not in self.memory.stale and (choices := _choices(n)) is not None:
-                T.facts().know(n, choices)
+            if is_joined(n) and n not in self.memory.stale and (most := choices(n)) is not None:
+                T.facts().know(n, most)
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
@@ -190,7 +193,7 @@ class Finder:
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
-        dense = DenseReader(p, self, label)
+        dense = DenseReader(self.walls, self.limit, self.given, self.sources[label - 1])
         out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
             node, why = next(iter(p.unknown.items()), (None, ""))
@@ -255,18 +258,6 @@ def _is_tensor(n: Any) -> bool:
     return isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)
 
 
-def is_zero(n: fx.Node) -> bool:
-    """Whether a tensor was made of zeros."""
-    return op_name(unviewed(n)) in names.ZEROS
-
-
-def unviewed(n: fx.Node) -> fx.Node:
-    """The tensor that n is a view of."""
-    while op_name(n) in names.VIEW and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n
-
-
 def _by_position(n: fx.Node) -> bool:
     """Whether rows are gathered by computed positions (such as arange // k), not by data."""
     seen = [x for x in n.all_input_nodes if x is not n.args[0]]
@@ -276,148 +267,3 @@ def _by_position(n: fx.Node) -> bool:
         if op_name(x) not in names.CREATION:
             seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
     return True
-
-
-def is_table(n: fx.Node) -> bool:
-    """Ids read from a table of integers, as hash routing does."""
-    v = n.meta.get("val")
-    if op_name(n) not in names.LOOKUP or not isinstance(v, torch.Tensor) or v.dtype not in (torch.int64, torch.int32):
-        return False
-    src = n.args[0]
-    return v.ndim >= 2 and isinstance(src, fx.Node) and src.op in ("placeholder", "get_attr") and len(src.meta["val"].shape) == 2
-
-
-def is_joined(n: fx.Node) -> bool:
-    """Ids [T, k] put together from several selections of one expert each."""
-    v = n.meta.get("val")
-    if op_name(n) not in names.JOIN or not isinstance(v, torch.Tensor) or v.dtype != torch.int64 or v.ndim < 2:
-        return False
-    parts = n.args[0]
-    return isinstance(parts, (list, tuple)) and len(parts) > 1 and all(isinstance(x, fx.Node) and _selected(x) for x in parts)
-
-
-def _selected(n: fx.Node) -> bool:
-    """Whether a tensor is the indices of a selection, in another shape perhaps."""
-    return is_selection(_selection(n))
-
-
-def _selection(n: fx.Node) -> fx.Node:
-    n = unviewed(n)
-    return n.args[0] if op_name(n) == "getitem" and isinstance(n.args[0], fx.Node) else n
-
-
-def _choices(n: fx.Node) -> int | None:
-    """How many indices the selection had to choose from whose indices these are: each of them is less. None where that is not known."""
-    chosen = _selection(n)
-    if is_joined(chosen):
-        parts = [_choices(x) for x in chosen.args[0]]  # type: ignore[union-attr]
-        return None if None in parts else max(p for p in parts if p is not None)
-    dim = None if is_table(chosen) else call_args(chosen).dim
-    size = None if dim is None else shape_of(chosen.args[0])[dim]  # type: ignore[arg-type]
-    return size if isinstance(size, int) else None
-
-
-def is_selection(n: fx.Node) -> bool:
-    """A node that chooses indices by a floating-point score: top-k, sort, argmax."""
-    if n.op != "call_function":
-        return False
-    name = op_name(n)
-    if is_table(n) or is_joined(n):
-        return True
-    if name not in names.SELECTION:
-        return False
-    if name == "max" and not hasattr(call_args(n), "dim"):
-        return False
-    x = n.args[0]
-    v = x.meta.get("val") if isinstance(x, fx.Node) else None
-    if not (isinstance(v, torch.Tensor) and v.dtype.is_floating_point and v.ndim >= 2):
-        return False
-    return name in ("argsort", "argmax") or any(u.args[1] == 1 and u.users for u in n.users)  # its indices are read
-
-
-def _is_id_input(n: fx.Node) -> bool:
-    v = n.meta.get("val")
-    return n.op == "placeholder" and isinstance(v, torch.Tensor) and v.ndim in (1, 2) and v.dtype in (torch.int64, torch.int32)
-
-
-FIND = "find"
-
-
-class DenseReader:
-    """Looks into tensors that hold the outputs of experts for all tokens, down to the tokens and the parameters.
-
-    A dense combine multiplies every expert's output by a scattered weight; those outputs do not depend on the selection,
-    so the experts' pass stops there. The router's own inputs mark where to stop.
-    """
-
-    def __init__(self, p: Puller, finder: Finder, label: int) -> None:
-        self.outer = p
-        self.finder = finder
-        self.label = label
-        self._inner: Puller | None = None
-
-    def inner(self) -> Puller:
-        if self._inner is None:
-            edge = self.router_inputs()
-            self._inner = Puller(lambda n: n in edge, self.finder.walls, self.finder.limit)
-            self._inner.given = self.finder.given
-        return self._inner
-
-    def router_inputs(self) -> set[fx.Node]:
-        """Nodes the selection is computed from: tokens among them, experts' outputs never."""
-        source = self.finder.sources[self.label - 1]
-        out: set[fx.Node] = set()
-        frontier: list[Any] = list(source.all_input_nodes)
-        while frontier and len(out) < 400:
-            n = frontier.pop()
-            if n not in out:
-                out.add(n)
-                frontier.extend(n.all_input_nodes)
-        return out
-
-    def __call__(self, body: Term) -> Term:
-        for _ in range(40):
-            mapping = {a: self.look(a) for a in outer_atoms(body) if self.hides_experts(a)}
-            mapping = {k: v for k, v in mapping.items() if k is not v}
-            if not mapping:
-                return body
-            body = T.subst(body, mapping)
-        return body
-
-    def hides_experts(self, a: Term) -> bool:
-        nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
-        n = nodes[0]
-        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION:
-            return False
-        row = (
-            any(is_row(a, d) for d in range(len(a.args[1])))
-            if isinstance(a.args[0], fx.Node)
-            else any(v.args[0] == "t" for i in a.args[1] if not data_dependent(i) for v in i.atoms)
-        )
-        feature = (
-            any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
-        )
-        return row and feature and n not in self.inner_edge()
-
-    def inner_edge(self) -> set[fx.Node]:
-        if not hasattr(self, "_edge"):
-            self._edge = self.router_inputs()
-        return self._edge
-
-    def look(self, a: Term) -> Term:
-        nodes, idx = a.args
-        if isinstance(nodes, tuple):  # one tensor for each expert, stacked
-            out = T.const(0)
-            for e in range(len(nodes) - 1, -1, -1):
-                out = T.ite(T.eq(idx[0], T.const(e)), self.inner().at(nodes[e], idx[1:]), out)
-            return out
-        return self.inner().at(nodes, idx)
-
-
-def users_through_views(n: fx.Node) -> Iterator[fx.Node]:
-    """Users of n, seen through views and casts."""
-    for u in n.users:
-        if op_name(u) in names.VIEW | names.CAST:
-            yield from users_through_views(u)
-        else:
-            yield u

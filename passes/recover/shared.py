@@ -18,9 +18,9 @@ from ..aten.names import op_name
 from ..terms import Term
 from .body import Core, layout, parse_core
 from .experts import params
-from .find import users_through_views
 from .match import ExpertsMatch, Param
 from .rows import No, factors, is_row, row_index, row_variable, rows
+from .selections import users_through_views
 
 
 @dataclass(frozen=True)
