@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .body import Core, Linear, layout, parse_core
 from .carrier import carrier
 from .copies import EXPERT, one_body
 from .match import ExpertsMatch, Param
-from .rounding import unrounded
+from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
 from .scales import Channel
 
@@ -55,45 +56,22 @@ def _assemble(
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
     body, rounding = unrounded(body)
-    is_core = [T.uses(f, h) for f in factors(body)]
-    core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
-    weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
-    tables, weight = channels.tables(core, weight, expert)
-    parsed = parse_core(core, t, h, expert, weight, tables)
-    if parsed.table is not None and parsed.down.channel is None:
-        parsed.down.channel = channels.channel(parsed.table, h, expert, 1, 0)
-    elif parsed.table is not None:
-        weight = T.mul(weight, parsed.table)
-    if parsed.on_input is not None:
-        weight = parsed.on_input
+    parsed, weight = _core_and_weight(body, t, h, expert)
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)
     _check_rows(ids, t, j, k)
     tokens = token_node(p, parsed.tokens, t, out)
     form, order, expression = layout(parsed)
-    inter = parsed.inner
-    if not isinstance(inter, int):
-        raise No("the expert's inner size is not a fixed number")
-    hidden = shape_of(tokens)[-1]
     ups = [parsed.linears[s] for s in order]
-    if len({(x.transposed, x.flat, isinstance(x.weight, tuple)) for x in ups}) != 1 or len({x.bias is None for x in ups}) != 1:
-        raise No("gate and up projections are stored differently")
-    stacked = not isinstance(ups[0].weight, tuple)
-    if stacked == isinstance(parsed.down.weight, tuple):
-        raise No("some expert weights are stacked and some are not")
-    if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, parsed.down)):
-        raise No("of the experts' weights and biases some are stacked and some are not")
-    store = ups if form is Form.SEPARATE else ups[:1]
-    _check_scales(ups, form)
-    width = inter * (2 if form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    _check_stored(ups, parsed.down, form)
     experts = Experts(
         num_experts=count,
-        hidden=hidden,
-        intermediate=inter,
+        hidden=shape_of(tokens)[-1],
+        intermediate=parsed.inner,
         out_features=shape_of(out)[-1],
         form=form,
         activation=expression,
-        stacked=stacked,
+        stacked=not isinstance(ups[0].weight, tuple),
         up_transposed=ups[0].transposed,
         down_transposed=parsed.down.transposed,
         up_bias=ups[0].bias is not None,
@@ -105,29 +83,58 @@ def _assemble(
         up_scale=ups[0].channel is not None,
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
-        row_bits=0 if rounding is None else rounding.bits,
-        row_floor=0.0 if rounding is None else rounding.floor,
     )
-    if experts.row_bits and not experts.scaled:
+    experts = experts if rounding is None else _rounded(experts, rounding)
+    stored = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
+    start = base_node(p, base, out, t, h)
+    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, base=start, **stored)
+
+
+def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
+    """body = w(t, e) · core(t, h, e): an expert's own function, and the routing weight, which may stand on the expert's input."""
+    is_core = [T.uses(f, h) for f in factors(body)]
+    core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
+    weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
+    tables, weight = channels.tables(core, weight, expert)
+    parsed = parse_core(core, t, h, expert, weight, tables)
+    if not isinstance(parsed.inner, int):
+        raise No("the expert's inner size is not a fixed number")
+    if parsed.table is not None and parsed.down.channel is None:
+        parsed.down.channel = channels.channel(parsed.table, h, expert, 1, 0)
+    elif parsed.table is not None:
+        weight = T.mul(weight, parsed.table)
+    return parsed, weight if parsed.on_input is None else parsed.on_input
+
+
+def _rounded(e: Experts, rounding: Rounding) -> Experts:
+    if not e.scaled:
         raise No("rows are rounded to fewer bits and weights are not")
-    up = [q for x in store for q in params(x.weight, (count, width, hidden), x.transposed, x.flat)]
-    return ExpertsMatch(
-        experts=experts,
-        out=out,
-        tokens=tokens,
-        ids=ids,
-        weight=weight,
-        t=t,
-        j=j,
-        k=k,
-        up=up,
-        down=params(parsed.down.weight, (count, experts.out_features, inter), parsed.down.transposed, parsed.down.flat),
-        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
-        down_bias=params(parsed.down.bias, (count, experts.out_features), False, False) if parsed.down.bias is not None else [],
-        base=base_node(p, base, out, t, h),
-        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
-        down_scale=channels.params(parsed.down.channel, count, experts.out_features) if parsed.down.channel is not None else [],
-    )
+    return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
+
+
+def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
+    """All of an expert's parameters are stored alike."""
+    if len({(x.transposed, x.flat, isinstance(x.weight, tuple)) for x in ups}) != 1 or len({x.bias is None for x in ups}) != 1:
+        raise No("gate and up projections are stored differently")
+    stacked = not isinstance(ups[0].weight, tuple)
+    if stacked == isinstance(down.weight, tuple):
+        raise No("some expert weights are stacked and some are not")
+    if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
+        raise No("of the experts' weights and biases some are stacked and some are not")
+    _check_scales(ups, form)
+
+
+def _parameters(e: Experts, store: list[Linear], down: Linear) -> dict[str, list[Param]]:
+    """The nodes of every parameter, by the op's names. `store`: the up projections as they are stored."""
+    count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    return {
+        "up": [q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
+        "down": params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
+        "up_bias": [q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
+        "down_bias": params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
+        "up_scale": [q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
+        "down_scale": channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
+    }
 
 
 def _check_scales(ups: list[Linear], form: Form) -> None:
