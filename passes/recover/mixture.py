@@ -42,11 +42,18 @@ def _routers(graph: fx.Graph) -> Iterator[fx.Node]:
         v = example_value(n)
         if not isinstance(v, torch.Tensor):
             continue
-        if n.op in ("placeholder", "get_attr") and v.ndim == 3 and v.dtype.is_floating_point and isinstance(v.shape[0], int):
+        if _is_stack(n):
             stacked.add(v.shape[0])
         elif op_name(n) in names.CONTRACTION and v.ndim >= 2 and isinstance(v.shape[-1], int) and v.shape[-1] > 1:
             if v.shape[-1] in stacked or _columns(n, v.shape[-1]):
                 yield n
+
+
+def _is_stack(n: fx.Node) -> bool:
+    """Whether a node is given and may hold a matrix for each expert."""
+    v = example_value(n)
+    given = n.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3
+    return given and v.dtype.is_floating_point and isinstance(v.shape[0], int)  # type: ignore[union-attr]
 
 
 def _columns(n: fx.Node, count: int) -> bool:
@@ -99,6 +106,8 @@ def _near(router: fx.Node, most: int) -> list[fx.Node]:
 
 def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> bool:
     edge = order[_tokens(router)]
+    if not _of_one_block(out, router, order, edge, walls):
+        return False
     t, h = row_variable(rows(out)), T.named("h", shape_of(out)[-1])
     p = Puller(lambda n: order[n] <= edge or n is router, walls, _ELEMENTS)
     try:
@@ -108,6 +117,19 @@ def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls:
             return body is not None and _weighs(body, router, t, h)
     except (T.TooLarge, No):
         return False
+
+
+def _of_one_block(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], edge: int, walls: set[fx.Node]) -> bool:
+    """Whether what lies between the tokens and `out` can be a router and its experts: a walk over nodes, before elements are read."""
+    count = shape_of(router)[-1]
+    most = _NEAR * (count + 2)
+    seen = [out]
+    for n in seen:
+        if n in walls or len(seen) > most:
+            return False
+        seen.extend(x for x in n.all_input_nodes if order[x] > edge and x is not router and x not in seen)
+    products, read = sum(op_name(n) in names.CONTRACTION for n in seen), {x for n in seen for x in n.all_input_nodes}
+    return router in read and (products >= 2 * count or products > 1 and any(_is_stack(x) and shape_of(x)[0] == count for x in read))
 
 
 def _tokens(router: fx.Node) -> fx.Node:
