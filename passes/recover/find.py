@@ -219,7 +219,7 @@ class Finder:
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in names.VIEW or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
+        if name in names.VIEW | names.MOVE or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
             return False
         if name in names.CAST:
             src = n.args[0]
