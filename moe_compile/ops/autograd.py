@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import anywhere
 from .gradients import Experts, Route
+from .records import bundled
 from .schemas import below, library
 
 
@@ -18,11 +19,11 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def experts(*args: Any) -> Tensor:
-    x, ids, weights, *lists, add = args[:8]
     if torch.is_grad_enabled():
-        flat = [t for ts in lists for t in ts]
-        if _needs_grad([x, weights, add, *flat]):
-            return Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+        x, ids, weights, p, (add, *plain) = bundled(args)
+        if _needs_grad([x, weights, add, *p]):
+            places = p.map(lambda _: None)
+            return Experts.apply(places, plain, x, ids, weights, add, *p)  # type: ignore[no-any-return, no-untyped-call]
     return below("experts", *args)  # type: ignore[no-any-return]
 
 
