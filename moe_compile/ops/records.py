@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
-from ..ir.operands import PLAIN, SCALED, Operands
-from ..ir.records import Layout, Rounding, Routing, SharedLayout
+from ..ir.families import family_of as family_of
+from ..ir.operands import PLAIN, Operands
+from ..ir.records import Layout, Routing, SharedLayout
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
@@ -34,27 +35,6 @@ def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any
     end = 3 + len(names)
     x, ids, weights = args[:3]
     return x, ids, weights, Operands.read(args[3:end], names), args[end:]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Ops of routed experts with the same parameters. `op`: the name of the one that a graph calls; its lists; its plain arguments."""
-
-    op: str
-    names: tuple[str, ...]
-    records: tuple[type, ...]
-
-    def plain(self, experts: Experts) -> list[Any]:
-        """The plain arguments, after the tensors. Raises `scalar.UnknownActivation`."""
-        return [a for record in self.records for a in encode(record, experts)]
-
-
-FAMILIES = (Family("experts", PLAIN, (Layout,)), Family("experts_scaled", SCALED, (Layout, Rounding)))
-
-
-def family_of(experts: Experts) -> Family:
-    """Whose op runs them."""
-    return FAMILIES[experts.scaled]
 
 
 def experts_args(experts: Experts) -> list[Any]:

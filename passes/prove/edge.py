@@ -161,7 +161,7 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
-    groups = _groups(m.experts, m.operands())
+    groups = _groups(m.experts, m.operands)
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, widths) for q, widths, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))

@@ -95,7 +95,7 @@ def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
     if e is None:
         return plan
 
-    views = iter([small.views[q] for q in m.operands()])
+    views = iter([small.views[q] for q in m.operands])
     operands = e.operands.map(lambda operand: (operand[0], next(views)))
     lead: tuple[Any, ...] | None = e.lead
     if lead is not None:

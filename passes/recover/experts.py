@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
@@ -87,7 +88,7 @@ def _assemble(
     experts = experts if rounding is None else _rounded(experts, rounding)
     stored = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
     start = base_node(p, base, out, t, h)
-    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, base=start, **stored)
+    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, operands=stored, base=start)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -124,17 +125,17 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     _check_scales(ups, form)
 
 
-def _parameters(e: Experts, store: list[Linear], down: Linear) -> dict[str, list[Param]]:
-    """The nodes of every parameter, by the op's names. `store`: the up projections as they are stored."""
+def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
+    """The nodes of every parameter. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
-    return {
-        "up": [q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
-        "down": params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
-        "up_bias": [q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
-        "down_bias": params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
-        "up_scale": [q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
-        "down_scale": channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
-    }
+    return Operands.named(
+        up=[q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
+        down=params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
+        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
+        down_bias=params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
+        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
+        down_scale=channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
+    )
 
 
 def _check_scales(ups: list[Linear], form: Form) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
@@ -18,9 +18,6 @@ class Param:
 
     node: fx.Node
     view: tuple[Any, ...] | None = None
-
-
-PARAMETERS = ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale")
 
 
 @dataclass
@@ -39,17 +36,9 @@ class ExpertsMatch:
     t: Term
     j: Term
     k: int
-    up: list[Param]
-    down: list[Param]
-    up_bias: list[Param]
-    down_bias: list[Param]
+    operands: Operands[Param]
     base: fx.Node | None = None
-    up_scale: list[Param] = field(default_factory=list)
-    down_scale: list[Param] = field(default_factory=list)
 
-    def operands(self) -> Operands[Param]:
-        return Operands.of(self)
-
-    def groups(self) -> tuple[tuple[Param, ...], ...]:
-        """Every list of parameters."""
-        return self.operands().groups()
+    def nodes(self) -> dict[str, list[fx.Node]]:
+        """The parameters' nodes, by their names."""
+        return {name: [q.node for q in group] for name, group in self.operands.by_name().items()}

@@ -113,7 +113,7 @@ class Planner:
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,
             k=m.k,
-            operands=m.operands().map(lambda q: (params[q.node].name, q.view)),
+            operands=m.operands.map(lambda q: (params[q.node].name, q.view)),
             base=None if base is None else base.name,
             experts=m.experts,
             wraps=b.wraps,
