@@ -7,8 +7,8 @@ from typing import Any
 
 from . import Experts
 from .codec import encode
-from .operands import PLAIN, SCALED
-from .records import Layout, Rounding
+from .operands import ADAPTED, PLAIN, SCALED
+from .records import AdaptedLayout, Layout, Rounding
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,12 @@ class Family:
         return [a for record in self.records for a in encode(record, experts)]
 
 
-FAMILIES = (Family("experts", PLAIN, (Layout,)), Family("experts_scaled", SCALED, (Layout, Rounding)))
+EXPERTS = Family("experts", PLAIN, (Layout,))
+EXPERTS_SCALED = Family("experts_scaled", SCALED, (Layout, Rounding))
+EXPERTS_ADAPTED = Family("experts_adapted", ADAPTED, (AdaptedLayout,))
+FAMILIES = (EXPERTS, EXPERTS_SCALED, EXPERTS_ADAPTED)
 
 
 def family_of(experts: Experts) -> Family:
     """Whose op runs them."""
-    return FAMILIES[experts.scaled]
+    return EXPERTS_SCALED if experts.scaled else EXPERTS_ADAPTED if experts.adapted else EXPERTS

@@ -12,11 +12,15 @@ U = TypeVar("U")
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
 SCALED = (*PLAIN, "up_scale", "down_scale")
+ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 
 
 @dataclass(frozen=True)
 class Operands(Generic[T]):
-    """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none."""
+    """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
+
+    Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored.
+    """
 
     up: tuple[T, ...]
     down: tuple[T, ...]
@@ -24,6 +28,10 @@ class Operands(Generic[T]):
     down_bias: tuple[T, ...] = ()
     up_scale: tuple[T, ...] = ()
     down_scale: tuple[T, ...] = ()
+    up_a: tuple[T, ...] = ()
+    up_b: tuple[T, ...] = ()
+    down_a: tuple[T, ...] = ()
+    down_b: tuple[T, ...] = ()
 
     @classmethod
     def of(cls, holder: Any) -> Operands[T]:
@@ -54,7 +62,7 @@ class Operands(Generic[T]):
         return self.map(lambda _: next(rest))
 
     def groups(self) -> tuple[tuple[T, ...], ...]:
-        """Up, down, their biases, their scales: the order in which ops take them."""
+        """Up, down, their biases, their scales, their low-rank pairs."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def by_name(self) -> dict[str, tuple[T, ...]]:

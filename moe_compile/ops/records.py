@@ -11,17 +11,24 @@ from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
 from ..ir.families import family_of as family_of
 from ..ir.operands import PLAIN, Operands
-from ..ir.records import Layout, Routing, SharedLayout
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
+_same_adapted = functools.lru_cache(maxsize=1024)(AdaptedLayout)
 
 
 def layout_of(args: Sequence[Any]) -> Layout:
     """The record of the plain arguments of `experts`, after the tensors."""
     act_ops, act_consts, *rest = args
     return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
+
+
+def adapted_of(args: Sequence[Any]) -> AdaptedLayout:
+    """The record of the plain arguments of `experts_adapted`, after the tensors."""
+    act_ops, act_consts, *rest = args
+    return _same_adapted(tuple(act_ops), tuple(act_consts), *rest)
 
 
 def route_args(gating: Gating) -> list[Any]:
