@@ -105,7 +105,8 @@ def values(env: Env, operands: Operands[Param]) -> Operands[Tensor]:
 
     def value(q: Param) -> Tensor:
         view = env.small.views[q]
-        return env[q.node] if view is None else env[q.node].reshape(view)
+        t = env[q.node] if view is None else env[q.node].reshape(view)
+        return t if q.order is None else t.permute(q.order)
 
     return operands.map(value)
 

@@ -15,12 +15,14 @@ from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from . import adapters
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
-from .body import Core, Linear, parse_core
+from .body import Core, parse_core
 from .carrier import carrier
 from .copies import EXPERT, one_body
 from .forms import layout
+from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
@@ -86,10 +88,9 @@ def _assemble(
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
     )
-    experts = experts if rounding is None else _rounded(experts, rounding)
+    experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
     stored = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
-    start = base_node(p, base, out, t, h)
-    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, operands=stored, base=start)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, stored, base_node(p, base, out, t, h))
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -124,6 +125,7 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
         raise No("of the experts' weights and biases some are stacked and some are not")
     _check_scales(ups, form)
+    adapters.check(ups, down, form)
 
 
 def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
@@ -136,6 +138,10 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_bias=params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
         up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
         down_scale=channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
+        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
+        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
+        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
+        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
     )
 
 

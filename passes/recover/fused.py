@@ -8,10 +8,9 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
-from ...ir.codec import decode
-from ...ir.families import FAMILIES
+from ...ir.codec import decode, record_of
+from ...ir.families import FAMILIES, Family
 from ...ir.operands import Operands
-from ...ir.records import Layout
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -22,11 +21,15 @@ from .identity import among
 from .match import ExpertsMatch, Param
 from .rows import No, mapped, row_index, row_variable, rows
 
-_OPS = {f"moe_compile::{family.op}" for family in FAMILIES}
+_OPS = {f"moe_compile::{family.op}": family for family in FAMILIES}
 
 
 def is_fused(n: fx.Node) -> bool:
-    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in _OPS
+    return _family(n) is not None
+
+
+def _family(n: fx.Node) -> Family | None:
+    return _OPS.get(getattr(getattr(n.target, "_schema", None), "name", "")) if n.op == "call_function" else None
 
 
 def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
@@ -37,7 +40,8 @@ def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
-    a = call_args(n)
+    a, family = call_args(n), _family(n)
+    assert family is not None
     x, ids, weights = a.x, a.ids, a.weights
     form = Form(a.form)
     rows = _inner(a, form)
@@ -49,7 +53,7 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     stored = dtype_of(a.up[0])
     experts = decode(
         Experts,
-        Layout(*[getattr(a, f.name) for f in fields(Layout)]),
+        record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
         hidden=shape_of(x)[-1],
         intermediate=rows,
         out_features=shape_of(n)[-1],

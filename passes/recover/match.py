@@ -9,15 +9,28 @@ import torch.fx as fx
 
 from ...ir import Experts
 from ...ir.operands import Operands
+from ..aten.element import shape_of
 from ..terms import Term
 
 
 @dataclass(frozen=True)
 class Param:
-    """One expert parameter operand: a node, seen as [E, ...] through `view` when it is stored flattened ([E*I, H])."""
+    """One expert parameter operand: a node, seen as [E, ...] through `view` when it is stored flattened ([E*I, H]).
+
+    `order`: its dims, once viewed, as the operand has them.
+    """
 
     node: fx.Node
     view: tuple[Any, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+    def stored(self) -> tuple[Any, ...]:
+        """The shape before it is put in order."""
+        return shape_of(self.node) if self.view is None else self.view
+
+    def shape(self) -> tuple[Any, ...]:
+        stored = self.stored()
+        return stored if self.order is None else tuple(stored[d] for d in self.order)
 
 
 @dataclass
