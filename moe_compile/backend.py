@@ -144,7 +144,7 @@ def loops_left(fused: Sequence[str]) -> list[Rejection]:
     One for each loop and reason: Dynamo may trace the same loop several times.
     """
     left = {(r.source, r.reason): r for r in capture.pending() if isinstance(r, Rejection)}
-    return [r for r in left.values() if not any(reports.same_function(r.source, s) for s in fused)]
+    return [r for r in left.values() if not any(capture.holds(r.source, s) for s in fused)]
 
 
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:

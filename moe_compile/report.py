@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import linecache
 import math
 import sys
 import threading
@@ -159,24 +157,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no infinity
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def same_function(definition: str, source: str) -> bool:
-    """Whether file:line `source` lies in the body of the function defined (or decorated) at file:line `definition`."""
-    path, _, first = definition.rpartition(":")
-    other, _, line = source.rpartition(":")
-    if path != other or not first.isdigit() or not line.isdigit():
-        return False
-    try:
-        tree = ast.parse("".join(linecache.getlines(path)))
-    except SyntaxError:
-        return False
-    for f in ast.walk(tree):
-        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            start = min([f.lineno, *(d.lineno for d in f.decorator_list)])
-            if start <= int(first) <= f.body[0].lineno and f.lineno <= int(line) <= (f.end_lineno or 0):
-                return True
-    return False
 
 
 # -- graph breaks -----------------------------------------------------------------------------------------------------------

@@ -110,16 +110,14 @@ def _searched(work: Work) -> None:
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
         key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), overlap.mode(gm.graph, options, target)))
-        kept = None if trace.on() else recall.load(key)
-    if kept is not None:
-        work.plans, work.out.blocks, work.out.rejected = kept
-        return
+        if not trace.on() and work.recall(recall.load(key)):
+            return
     with deep_recursion(), no_saving_hooks():
         _fresh_terms()
         for p in SEARCH:
             p(work)
         _fresh_terms()
-    recall.save(key, (work.plans, *work.out.portable()))
+    recall.save(key, work.kept())
 
 
 def _fresh_terms() -> None:

@@ -21,6 +21,7 @@ from ..ir import Rejection
 from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
+from .lines import span
 from .looks import asks, distinct, effect, has_loop, is_collective
 from .reading import Reading, Trial, matches, read, roots
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
@@ -30,6 +31,7 @@ log = logging.getLogger("moe_compile")
 _lock = threading.RLock()
 _trials: weakref.WeakKeyDictionary[types.FunctionType, list[tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
 _pending: list[Rejection | Reading] = []
+_spans: dict[str, tuple[int, int]] = {}  # file:line of a loop's function -> its first and last line
 
 
 def pending() -> list[Rejection | Reading]:
@@ -39,8 +41,16 @@ def pending() -> list[Rejection | Reading]:
     return found
 
 
-def _note(outcome: Rejection | Reading) -> None:
+def holds(definition: str, source: str) -> bool:
+    """Whether file:line `source` lies in the function of a loop that was met, which stands at file:line `definition`."""
+    (path, _, _), (other, _, line) = definition.rpartition(":"), source.rpartition(":")
+    first, last = _spans.get(definition, (1, 0))
+    return path == other and line.isdigit() and first <= int(line) <= last
+
+
+def _note(outcome: Rejection | Reading, call: Call) -> None:
     with _lock:
+        _spans[call.source] = span(call.fn.__code__)
         if not any(p is outcome for p in _pending):  # layers share an outcome, and Dynamo may trace a call twice
             _pending.append(outcome)
 
@@ -67,15 +77,15 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
         reading = _read(tx, call, arguments)
         return None if reading is None else _captured(tx, func, call, arguments, reading)
     except Rejection as r:
-        _leave(Rejection(r.reason, None, r.stage, r.source or call.source))
+        _leave(Rejection(r.reason, None, r.stage, r.source or call.source), call)
     except Unguarded as e:
-        _leave(Rejection(f"it reads {e}", stage="guards", source=call.source))
+        _leave(Rejection(f"it reads {e}", stage="guards", source=call.source), call)
     return None
 
 
-def _leave(r: Rejection) -> None:
+def _leave(r: Rejection, call: Call) -> None:
     log.info("capture: left as written: %s: %s", r.source, r.reason)
-    _note(r)
+    _note(r, call)
 
 
 def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
@@ -91,8 +101,7 @@ def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
         log.debug("capture: no expert loop: %s: %s", call.source, trial.outcome)
         return None
     if isinstance(trial.outcome, Rejection):
-        log.info("capture: left as written: %s: %s", trial.outcome.source, trial.outcome.reason)
-        _note(trial.outcome)
+        _leave(trial.outcome, call)
         return None
     refuse_modes(tx)
     return trial.outcome
@@ -106,7 +115,7 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
         raise Rejection("a token that had an expert twice would get another result", stage="repeats")
     with or_unguarded():
         Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
-    _note(reading)
+    _note(reading, call)
     params = [attribute(tx, arguments.owner, p) for p in reading.params]
     return UserFunctionVariable(reading.run), [*(arguments.leaves[n] for n in reading.arguments), *params]
 

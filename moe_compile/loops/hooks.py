@@ -7,8 +7,9 @@ export, and the same model under another backend see no change. ``MOE_COMPILE_CA
   Dynamo never inlines the frame it starts with.
 - *Static loops* (`flags`): ops whose output size depends on data stay in the graphs of frames with an expert loop; a frame that cannot be
   compiled so is compiled again without.
+- *Lines* (`lines`): frames of code without a file stay in the stacks that Dynamo notes.
 
-Both rest on private names of torch; where one is missing, its hook logs that and stays out.
+All rest on private names of torch; where one is missing, its hook logs that and stays out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import capture, flags
+from . import capture, flags, lines
 from .looks import asks, is_candidate
 from .sealed_code import is_set
 
@@ -40,7 +41,7 @@ def enabled() -> bool:
 
 def install() -> None:
     """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
-    for hook in (_hook_inlining, _hook_root, _hook_flags):
+    for hook in (_hook_inlining, _hook_root, _hook_flags, _hook_lines):
         try:
             hook()
         except (ImportError, AttributeError, TypeError) as e:
@@ -131,8 +132,12 @@ def _hook_flags() -> None:
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        if not enabled() or not for_us(given.get("compiler_fn")) or _on_already(given) or not _wants(given):
+        if not enabled() or not for_us(given.get("compiler_fn")):
             return original(*args, **kwargs)
+        with lines.kept():
+            return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+
+    def retried(given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
         for last in (False, True):
             try:
@@ -147,6 +152,11 @@ def _hook_flags() -> None:
         return original(*args, **kwargs)
 
     convert_frame._compile = compile_frame
+
+
+@functools.cache
+def _hook_lines() -> None:
+    lines.install()
 
 
 def _on_already(given: Mapping[str, Any]) -> bool:
