@@ -59,7 +59,7 @@ def _row(b: BlockReport, count: int) -> tuple[str, ...]:
 
 
 def _rejection_text(r: Rejection) -> str:
-    return f"{short(r.source)}: {r.reason} [{r.stage}]"
+    return f"{short(r.source)}: {r.reason} [{r.code or r.stage}]"
 
 
 def _break_text(b: GraphBreak) -> str:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .report import Report
+from .reported import Report
 from .table import render, short
 from .trace_text import difference, laws, refusals
 

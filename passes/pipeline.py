@@ -18,6 +18,8 @@ from .aten.conditions import no_saving_hooks
 from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
 from .recover.mixture import may_mix
+from .recover.odd import explained
+from .recover.soft import soft_mixtures
 from .rewrite import overlap, recall
 from .rewrite.target import Target
 from .terms import unify
@@ -52,7 +54,7 @@ class Pass:
             try:
                 out = self.each(work, c)
             except (Rejection, T.TooLarge) as e:
-                r = e if isinstance(e, Rejection) else Rejection(str(e), c.match.out)
+                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out))
                 work.reject([r])
                 entry.refused(work.out.rejected[-1])
                 return None
@@ -93,7 +95,7 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     out = Outcome()
     for body in bodies(gm):
         out.add(run(body, options.with_(overlap_shared=False), target))
-    if not might_route(gm.graph) and not may_mix(gm.graph):
+    if not might_route(gm.graph) and not may_mix(gm.graph) and next(soft_mixtures(gm.graph), None) is None:
         return out
     with trace.unit(gm):
         work = Work(gm, options, target)

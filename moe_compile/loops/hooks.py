@@ -19,7 +19,7 @@ import inspect
 import logging
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ from .sealed_code import is_set
 log = logging.getLogger("moe_compile")
 
 _STEPS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__", "backend_compile_fn")
+
+
+after_frame: list[Callable[[Any], None]] = []  # called with what a frame was compiled for, once that is done
 
 
 def enabled() -> bool:
@@ -50,12 +53,25 @@ def install() -> None:
 
 def for_us(compiler_fn: Any) -> bool:
     """Whether what Dynamo calls with its graphs ends at this backend, through whatever wraps it: DDP's optimizer is a bound method."""
+    return any(getattr(c, "is_moe_fused", False) for c in _behind(compiler_fn))
+
+
+def _behind(compiler_fn: Any) -> Iterator[Any]:
+    """A compiler and what it wraps, and so on, up to this backend."""
     for _ in range(16):
-        if compiler_fn is None or getattr(compiler_fn, "is_moe_fused", False):
-            break
+        if compiler_fn is None:
+            return
+        yield compiler_fn
+        if getattr(compiler_fn, "is_moe_fused", False):
+            return
         steps = (getattr(c, a, None) for c in (compiler_fn, getattr(compiler_fn, "__self__", None)) for a in _STEPS)
         compiler_fn = next((s for s in steps if s is not None), None)
-    return compiler_fn is not None and bool(getattr(compiler_fn, "is_moe_fused", False))
+
+
+def asked(compiler_fn: Any) -> tuple[Any, str | None]:
+    """The options and the mode that the user gave to what Dynamo calls with its graphs."""
+    given: dict[str, Any] = next((c.kwargs for c in _behind(compiler_fn) if isinstance(getattr(c, "kwargs", None), dict)), {})
+    return given.get("options"), given.get("mode")
 
 
 @functools.cache
@@ -106,17 +122,19 @@ def _hook_root() -> None:
     _TorchDynamoContext.__call__ = call
 
 
-def _frame_around(fn: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
-    """A frame that calls `fn`. It stands where its `code` does, and has its globals: Dynamo looks those of all other frames up by the name
-    of their module, which a class shipped by value need not have here."""
+def _frame_around(self: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
+    """A frame that calls `self`: that is what reasons call the model. It stands where its `code` does, and has its globals: Dynamo looks
+    those of all other frames up by the name of their module, which a class shipped by value need not have here."""
 
     def frame(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
+        return self(*args, **kwargs)
 
     # Dynamo keeps compiled code by code object: one of its own for each function
     at = code.__code__
     own = frame.__code__.replace(co_filename=at.co_filename, co_firstlineno=at.co_firstlineno, co_name=at.co_name)
-    return types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
+    new = types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
+    new.moe_compile_calls = self  # type: ignore[attr-defined]
+    return new
 
 
 @functools.cache
@@ -134,8 +152,13 @@ def _hook_flags() -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
         if not enabled() or not for_us(given.get("compiler_fn")):
             return original(*args, **kwargs)
-        with lines.kept():
-            return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+        capture.met(given["code"])
+        try:
+            with lines.kept():
+                return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+        finally:
+            for f in after_frame:
+                f(given["compiler_fn"])
 
     def retried(given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         outer = functools.cache(lambda: flags.whole_blocks(_values(given)))

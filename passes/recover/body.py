@@ -16,8 +16,10 @@ from . import scales as channels
 from .adapters import LORA, has_pair
 from .bridge import Bridge
 from .rounding import ROUNDED
-from .rows import No, clip, factors
+from .rows import No, factors, reads
 from .scales import Channel
+
+_SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
 
 
 @dataclass
@@ -61,7 +63,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
     if len(downs) != 1:
-        raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
+        raise No(_why_no_matrix(factors(inner), h, i, expert) or _why_not_own(factors(inner), h, i, len(downs)))
     rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
     down = linear_of(downs[0], h, i, expert)
     if down.stride != 1 or down.offset != 0:
@@ -97,11 +99,19 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            raise No(f"an expert's output has a term that is no projection: {clip(part)}")
+            raise No(f"an expert adds to its output what is no projection of its own{reads(part)}")
     if len(sums) != 1:
         raise No(LORA if has_pair((s for _, s, _ in sums), expert) else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
     return scale, total, bias, channel
+
+
+def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
+    """What the last product of an expert reads where that is not one weight of its own."""
+    same = [f for f in fs if f.op == "a" and T.uses(f, out) and T.uses(f, inp)]
+    if own == 0 and same:
+        return f"all experts have one and the same down projection{reads(same[0])}: a weight must be each expert's own"
+    return f"an expert's last product does not read one weight of its own{reads(T.mul(*same))}"
 
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
@@ -166,16 +176,16 @@ def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
         pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
         own = [x for x in pieces if T.uses(x, expert)]
         if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
-            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+            raise No(f"a weight is not indexed by its expert first{reads(a)}")
         idx[0] = T.add(*(x for x in pieces if x is not own[0]))
         flat = True
     if len(idx) != 2:
-        raise No(f"an expert weight is no matrix: {clip(a)}")
+        raise No(f"an expert weight is no matrix{reads(a)}")
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
             return Linear(a.args[0], stride, offset, transposed, flat)
-    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+    raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 
 
 def affine(r: Term, v: Term) -> tuple[int, int]:
@@ -228,7 +238,9 @@ class Reader(Bridge):
             return self.linear(x)
         if self._is_channel(x):
             return self.channel(x)
-        raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+        if x.op == "a":
+            raise No(f"an expert's activation reads something else than its up projections{reads(x)}")
+        raise No(f"an expert's activation holds {_SAID.get(x.op, x.op)}{reads(x)}")
 
     def failure(self, name: str) -> Exception:
         return No(f"no activation is known that uses {name}")
@@ -250,7 +262,7 @@ class Reader(Bridge):
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
-            raise No(f"an expert's inside reads a parameter that is no projection: {clip(x)}")
+            raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)
 
     def symbol(self, x: Term) -> sp.Symbol:
@@ -301,7 +313,9 @@ class Reader(Bridge):
         if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
-            raise No(f"a projection is not token times weight: {clip(s)}")
+            if any(f.op == "sum" for x in xs for f in T.walk(x)):
+                raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
+            raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
