@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import lowering
+from . import artifact, lowering
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
@@ -47,8 +47,7 @@ def moe_fused(
     target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    left = loops_left([*(b.source for b in blocks), *_fused_at(gm)])
-    rejected = told_once(gm, rejected, left)
+    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     part = Report()
@@ -68,6 +67,7 @@ def moe_fused(
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
     reports.add(part, gm)  # now that it is certain that this graph will run
+    artifact.leave(part)
     missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
     if chosen.strict and missed:
         raise NotFused(missed)

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .drawing import STYLE
 from .findings import BlockReport, Findings, GraphBreak
 from .ir import MoeBlock, Rejection
 from .ir.text import experts_text, formula, shared_text
+from .report_html import fragment, page
 from .table import render
 
 LEFT_GRAPH = "left graph"  # code of a selection whose experts are in another graph, if anywhere
@@ -38,6 +40,14 @@ class Report(Findings):
 
     def __str__(self) -> str:
         return render(self)
+
+    def to_html(self) -> str:
+        """One self-contained page: each block drawn before and after, formulas, the lines of code, reasons, seconds of the passes."""
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<style>{STYLE}</style>{fragment(self)}"
 
     # -- filled by the backend ------------------------------------------------------------------------------------------
 

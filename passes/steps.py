@@ -43,9 +43,8 @@ def _told_of_transforms(r: Rejection, shadow: Shadow) -> Rejection:
     if r.code != LEAVES or not shadow.transformed:
         return r
     at = next(iter(sorted(shadow.transformed, key=shadow.order.__getitem__)))
-    return Rejection(
-        "a transform of torch.func (vmap, grad, jvp, ...) is on where experts are computed: it is not looked through", at, r.stage
-    )
+    reason = "a transform of torch.func (vmap, grad, jvp, ...) is on where experts are computed: it is not looked through"
+    return Rejection(reason, at, r.stage, code="transform")
 
 
 # ---- routing, shared expert, boundary ------------------------------------------------------------------------------------

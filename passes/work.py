@@ -132,7 +132,7 @@ def located(r: Rejection, shadow: Shadow | None) -> Rejection:
     """The rejection with the line of the user's code that it is about."""
     n = r.node
     if shadow is not None and n in shadow.transformed:
-        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage, code="transform")
     if not r.source and isinstance(n, fx.Node):
         origin = () if shadow is None else shadow.origin.get(n, ())
         r.source = source_of(n) or next((source_of(d) for d in origin if source_of(d)), "")

@@ -461,7 +461,7 @@ class Draws(Hit):
 class Vmap(Odd):
     """Experts under torch.func.vmap."""
 
-    code, says, at = "capture", ("torch.func",), "vmap"
+    code, says, at = "transform", ("torch.func",), "vmap"
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(x)
