@@ -66,12 +66,17 @@ def moe_fused(
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
-    reports.add(part, gm)  # now that it is certain that this graph will run
-    artifact.leave(part)
-    missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
-    if chosen.strict and missed:
-        raise NotFused(missed)
+    _publish(part, gm, [*rejected, *unbuilt], chosen.strict)
     return compiled
+
+
+def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], strict: bool) -> None:
+    """The report of a graph of which it is now certain that it will run."""
+    reports.add(part, gm)
+    artifact.leave(part)
+    missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
+    if strict and missed:
+        raise NotFused(missed)
 
 
 def _reset() -> None:
