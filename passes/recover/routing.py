@@ -120,6 +120,8 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
     path.sort(key=lambda n: order.get(n, 0))
+    if any(op_name(n) in names.CONTRACTION for n in path):  # beside a projection an input is a bias, that of one token too: [1, E]
+        path = [n for n in path if n.op == "call_function"]
     return [n for n in path if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
 
 
