@@ -17,7 +17,7 @@ from torch import Tensor
 from ...ir import Form
 from ..reference import generic
 from ..reference.generic import Layout
-from . import activation, hopper_calls
+from . import activation, hopper_calls, library_backward
 from . import backward_kernels as kernels
 from .call import Call, read
 from .combine import combine
@@ -178,6 +178,8 @@ def backward(
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs, strict=True) if need]
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    if tiles is None and library_backward.better(call, up[0], down[0]):
+        return _by_library(call, grad, pre, _Gradients(tensors, [len(ts) for ts in lists], needs, layout))
     if tiles is None:
         tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda, layout.stacked and hopper_calls.capable(x))
     tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
@@ -185,6 +187,20 @@ def backward(
     rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))
     out = _Gradients(tensors, [len(ts) for ts in lists], needs, layout)
     _run(_Pass(call, grad, pre.contiguous(), rows, tiles, out))
+    return out.asked()
+
+
+def _by_library(c: Call, grad: Tensor, pre: Tensor, out: _Gradients) -> list[Tensor]:
+    """All gradients that are asked for, by torch's products."""
+    rows = dispatch(c.ids, c.layout.num_experts, ())
+    needs = library_backward.Needs(*out.needs[:2], out.wants(UP), out.wants(DOWN))
+    found = library_backward.gradients(c, grad, pre.contiguous(), out.given(UP)[0], out.given(DOWN)[0], rows, needs)
+    if found.rows is not None:
+        grad_x, identity = empty(c.x, *c.x.shape), (c.layout.num_experts, c.layout.num_identity)
+        out.found[0] = combine(found.rows, c.ids, c.weights, grad, None, grad_x, *identity, weighted=False, rank=rows.rank)
+    if needs.weights:
+        _grad_weights(c, grad, out, found.sums)
+    out.found.update({out.first[which]: t for which, t in ((UP, found.up), (DOWN, found.down)) if t is not None})
     return out.asked()
 
 
@@ -218,7 +234,7 @@ def _run(p: _Pass) -> None:
     else:
         _bias_grads(p, None)
     if need_w:
-        _grad_weights(p, sums)
+        _grad_weights(p.call, p.grad, p.out, sums)
 
 
 @dataclass(frozen=True)
@@ -446,17 +462,17 @@ def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> N
         torch._foreach_copy_(targets, list(whole.unbind(0)))
 
 
-def _grad_weights(p: _Pass, sums: Tensor | None) -> None:
-    c, layout = p.call, p.layout
+def _grad_weights(c: Call, grad: Tensor, found: _Gradients, sums: Tensor | None) -> None:
+    layout = c.layout
     out = empty(c.weights, *c.weights.shape)
     bias = c.down_bias if not layout.weight_on_input else None
     blocks = sums.shape[1] if sums is not None else 0
     launch(
         kernels.slot_weight, (cdiv(c.slots, 8),),
-        sums, c.ids, p.grad, c.x, bias.parts[0] if bias is not None else None, out,
-        c.slots, blocks, p.grad.shape[1], layout.num_experts, layout.num_identity, p.grad.stride(0), c.x.stride(0),
+        sums, c.ids, grad, c.x, bias.parts[0] if bias is not None else None, out,
+        c.slots, blocks, grad.shape[1], layout.num_experts, layout.num_identity, grad.stride(0), c.x.stride(0),
         *((bias.stride_e, bias.stride_n) if bias is not None else (0, 0)),
-        SLOTS=p.k, SUMS=sums is not None, BIAS=bias is not None, IDENTITY=layout.num_identity > 0,
-        BS=8, BB=power_of_2(max(blocks, 1)), BN=min(512, power_of_2(p.grad.shape[1])), num_warps=4,
+        SLOTS=c.ids.shape[1], SUMS=sums is not None, BIAS=bias is not None, IDENTITY=layout.num_identity > 0,
+        BS=8, BB=power_of_2(max(blocks, 1)), BN=min(512, power_of_2(grad.shape[1])), num_warps=4,
     )  # fmt: skip
-    p.out.found[1] = out
+    found.found[1] = out
