@@ -15,8 +15,9 @@ from ._version import __version__  # noqa: E402
 from .ahead import prepare  # noqa: E402
 from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
+from .findings import BlockReport, GraphBreak  # noqa: E402
 from .options import Options  # noqa: E402
-from .report import BlockReport, GraphBreak, Report, last_report  # noqa: E402
+from .report import Report, last_report  # noqa: E402
 from .trace import Traced, trace  # noqa: E402
 
 __all__ = [

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
+from .findings import BlockReport, Findings, GraphBreak
 from .ir import Rejection
-from .report import BlockReport, GraphBreak, Report
 
 WIDTH = 120
 _HEAD = ("source", "routing, experts", "shared", "target", "lowering", "valid")
 _LIMITS = (32, 0, 20, 8, 20, 5)  # the widest each column may get; the second one takes what the others leave
 
 
-def render(report: Report, width: int | None = None) -> str:
+def render(report: Findings, width: int | None = None) -> str:
     """The whole report: blocks, rejections, graph breaks, one line of totals. `width` defaults to the terminal's, or 120."""
     width = width or max(100, shutil.get_terminal_size((WIDTH, 0)).columns)
     parts = []
@@ -73,7 +73,7 @@ def _listing(title: str, texts: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _totals(report: Report) -> str:
+def _totals(report: Findings) -> str:
     def count(n: int, what: str) -> str:
         return f"{n} {what}{'' if n == 1 else 's'}"
 

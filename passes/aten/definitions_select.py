@@ -180,7 +180,30 @@ def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.reduce_("sum", m, T.mul(p.at(x, (idx[0], m)), p.at(w, (g, m, idx[1]))))
 
 
-def grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | None:
+@rule("cat", "concat", "concatenate")
+def _cat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    parts: list[fx.Node] = [x for x in a.tensors if shape_of(x) != (0,)]
+    d = normal_dim(a.dim, len(idx))
+    whole = _grouped_cat(p, parts, d, idx)
+    if whole is not None:
+        return whole
+    start: Any = 0
+    out: Term | None = None
+    for x in parts:
+        n_x = shape_of(x)[d]
+        if T.is_c(idx[d]) and isinstance(n_x, int) and isinstance(start, int):
+            if start <= idx[d].args[0] < start + n_x:
+                return p.at(x, replace(idx, d, T.const(idx[d].args[0] - start)))
+        else:
+            here = p.at(x, replace(idx, d, T.add(idx[d], T.const(-start))))
+            out = here if out is None else T.ite(T.lt(idx[d], T.const(start)), out, here)
+        start = start + n_x
+    if out is None:
+        raise Opaque("an empty cat")
+    return out
+
+
+def _grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | None:
     """cat over experts of the rows of a sorted tensor whose sorted id is e: the sorted tensor again, expert by expert."""
     if d != 0 or len(parts) < 2:
         return None

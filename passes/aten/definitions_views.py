@@ -191,31 +191,6 @@ def _unbind(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
 TUPLES: dict[str, Any] = {"chunk": _chunk, "split": _chunk, "split_with_sizes": _chunk, "unbind": _unbind}
 
 
-@rule("cat", "concat", "concatenate")
-def _cat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    parts: list[fx.Node] = [x for x in a.tensors if shape_of(x) != (0,)]
-    d = normal_dim(a.dim, len(idx))
-    from .definitions_select import grouped_cat
-
-    whole = grouped_cat(p, parts, d, idx)
-    if whole is not None:
-        return whole
-    start: Any = 0
-    out: Term | None = None
-    for x in parts:
-        n_x = shape_of(x)[d]
-        if T.is_c(idx[d]) and isinstance(n_x, int) and isinstance(start, int):
-            if start <= idx[d].args[0] < start + n_x:
-                return p.at(x, replace(idx, d, T.const(idx[d].args[0] - start)))
-        else:
-            here = p.at(x, replace(idx, d, T.add(idx[d], T.const(-start))))
-            out = here if out is None else T.ite(T.lt(idx[d], T.const(start)), out, here)
-        start = start + n_x
-    if out is None:
-        raise Opaque("an empty cat")
-    return out
-
-
 @rule("stack")
 def _stack(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     d = normal_dim(a.dim, len(idx))

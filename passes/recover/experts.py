@@ -16,9 +16,10 @@ from ..aten.names import op_name
 from ..terms import Term
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
-from .body import Core, Linear, layout, parse_core
+from .body import Core, Linear, parse_core
 from .carrier import carrier
 from .copies import EXPERT, one_body
+from .forms import layout
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows

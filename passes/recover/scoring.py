@@ -44,38 +44,49 @@ def _build(
         value = sp.cancel(value / c)
         if c in value.free_symbols:
             raise Unknown("a per-expert table enters the weights other than as a factor")
-    softmax_all = _softmax_all(red)
     whole = b is not None or groups is not None
-    if whole and softmax_all is not None and softmax_all in select.free_symbols:
-        out = _with_softmax(value, red, softmax_all)
-        kind, over_selected = Score.SOFTMAX, False
-        select = _with_softmax(select, red, softmax_all)
-    else:
-        kind, over_selected, out = _score(value, red, softmax_all)
-        if kind is Score.SOFTMAX and not over_selected:
-            if softmax_all is not None:
-                select = _with_softmax(select, red, softmax_all)
-        elif kind not in (Score.IDENTITY, Score.SOFTMAX):
-            select = in_scores(kind, select, red)
+    kind, over_selected, out, select = _scored(select, value, red, whole)
     bias_on, in_weights = BiasOn.NONE, False
     if b is not None:
         bias_on = _bias_on(select, b, kind, over_selected)
-        if b in out.free_symbols or any(b in r.body.free_symbols for r in red.by_symbol.values()):
-            q = red.replace(out, lambda x: x.subs(S, S - b))
-            if b in _all_symbols(q, red):
-                raise Unknown("the selection bias enters the weights")
-            out, in_weights = q, True
+        out, in_weights = _without_bias(out, b, red)
     else:
         _check_monotone(select, groups, kind)
     norm, scale = normaliser(out, red)
-    if kind is Score.SOFTMAX and not over_selected and norm is not None and norm.clamp_min and norm.kind is Norm.SUM:
-        if norm.clamp_min < red.size["K"] / red.size["E"] and not whole:
+    if kind is Score.SOFTMAX and not over_selected and norm is not None and not whole:
+        if norm.kind is Norm.SUM and 0 < norm.clamp_min < red.size["K"] / red.size["E"]:
             norm = Normaliser(Norm.SUM, eps=norm.eps)  # k softmax values never sum to less than k/E
-            if norm.eps == 0 and not whole:
-                kind, over_selected, norm = Score.SOFTMAX, True, None
+            if norm.eps == 0:
+                over_selected, norm = True, None
     return dict(
         score=kind, score_over_selected=over_selected, bias=bias_on, bias_in_weights=in_weights, norm=norm, scale=scale,
     )  # fmt: skip
+
+
+def _scored(select: sp.Expr, value: sp.Expr, red: Reductions, whole: bool) -> tuple[Score, bool, sp.Expr, sp.Expr]:
+    """The score, whether it runs over the selected experts only, the weights and the criterion as expressions in it.
+
+    whole: a selection bias or groups are there, which read the scores of all experts.
+    """
+    softmax_all = _softmax_all(red)
+    if whole and softmax_all is not None and softmax_all in select.free_symbols:
+        return Score.SOFTMAX, False, _with_softmax(value, red, softmax_all), _with_softmax(select, red, softmax_all)
+    kind, over_selected, out = _score(value, red, softmax_all)
+    if kind is Score.SOFTMAX and not over_selected and softmax_all is not None:
+        select = _with_softmax(select, red, softmax_all)
+    elif kind not in (Score.IDENTITY, Score.SOFTMAX):
+        select = in_scores(kind, select, red)
+    return kind, over_selected, out, select
+
+
+def _without_bias(out: sp.Expr, b: sp.Symbol, red: Reductions) -> tuple[sp.Expr, bool]:
+    """The weights as a function of s + b alone, where the bias enters them; and whether it does."""
+    if b not in out.free_symbols and not any(b in r.body.free_symbols for r in red.by_symbol.values()):
+        return out, False
+    q = red.replace(out, lambda x: x.subs(S, S - b))
+    if b in _all_symbols(q, red):
+        raise Unknown("the selection bias enters the weights")
+    return q, True
 
 
 def _all_symbols(e: sp.Expr, red: Reductions) -> set[sp.Symbol]:

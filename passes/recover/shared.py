@@ -16,8 +16,9 @@ from ..aten import names
 from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from .body import Core, layout, parse_core
+from .body import Core, parse_core
 from .experts import params
+from .forms import layout
 from .match import ExpertsMatch, Param
 from .rows import No, factors, is_row, row_index, row_variable, rows
 from .selections import users_through_views

@@ -15,12 +15,12 @@ import sympy as sp
 import torch
 import torch.fx as fx
 
-from ...ir import Experts, MaxK, MinK, Rejection, SumK, W
-from ...ir import scalar as act
+from ...ir import Experts
 from ...ir.operands import Operands
 from ...ops import experts_args, scaled_args, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
+from .calls import after, call, method, normalised, rows
 from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
@@ -164,18 +164,18 @@ class Executor:
         """The op stands right after its inputs."""
         inputs = [self.node(p.logits), *(self.node(q[0]) for q in (p.bias, p.table) if q is not None)]
         logits = inputs[0]
-        where = _after(max(inputs, key=lambda n: self.position.get(n, -1)))
+        where = after(max(inputs, key=lambda n: self.position.get(n, -1)))
         with self.graph.inserting_before(where):
             bias, table = (None if q is None else self.operand(q) for q in (p.bias, p.table))
-            tensors = (_rows(self.graph, logits, p.num_experts), bias, None if p.normaliser is not None else table)
-            pair = _call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
-            weights = _call(self.graph, operator.getitem, (pair, 0), logits)
-            ids = _call(self.graph, operator.getitem, (pair, 1), logits)
+            tensors = (rows(self.graph, logits, p.num_experts), bias, None if p.normaliser is not None else table)
+            pair = call(self.graph, ops.route.default, (*tensors, *p.plain), logits)
+            weights = call(self.graph, operator.getitem, (pair, 0), logits)
+            ids = call(self.graph, operator.getitem, (pair, 1), logits)
             if p.normaliser is not None:
                 weights = normalised(self.graph, p.normaliser, weights)
                 if table is not None:
-                    picked = _call(self.graph, operator.getitem, (table, ids), logits)
-                    weights = _call(self.graph, operator.mul, (weights, self.cast_to(picked, p.plain[-1], table)), logits)
+                    picked = call(self.graph, operator.getitem, (table, ids), logits)
+                    weights = call(self.graph, operator.mul, (weights, self.cast_to(picked, p.plain[-1], table)), logits)
         for names, new in ((p.ids, ids), (p.weights, weights)):
             for name in names:
                 old = self.names[name]
@@ -202,23 +202,23 @@ class Executor:
             lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands.groups()[:_PLAIN]]
             if p.experts.scaled:
                 lists += [[self.operand(q) for q in group] for group in p.operands.groups()[_PLAIN:]]
-            ids = _call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
+            ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             routed = (
-                self.cast(_rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
-                _rows(g, ids, p.k),
-                _rows(g, weights, p.k),
+                self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
+                rows(g, ids, p.k),
+                rows(g, weights, p.k),
             )
-            add = None if p.base is None else _rows(g, self.node(p.base), p.experts.out_features)
+            add = None if p.base is None else rows(g, self.node(p.base), p.experts.out_features)
             target = ops.experts_scaled.default if p.experts.scaled else ops.experts.default
             plain = scaled_args(p.experts) if p.experts.scaled else experts_args(p.experts)
-            new = op = _call(g, target, (*routed, *lists, add, *plain), out)
+            new = op = call(g, target, (*routed, *lists, add, *plain), out)
             if value.dtype != dtype:
-                new = _method(g, "to", (new, value.dtype), out)
+                new = method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
                 sizes = [
-                    s if isinstance(s, int) else _method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
+                    s if isinstance(s, int) else method(g, "size", (tokens, s[1]) if s[0] == "tokens" else (new, 0), out) for s in p.lead
                 ]
-                new = _method(g, "reshape", (new, *sizes, p.experts.out_features), out)
+                new = method(g, "reshape", (new, *sizes, p.experts.out_features), out)
             new = restrided(g, new, dims_by_stride(value))
         new.meta["example_value"] = of_its_own(value)
         for u in readers:
@@ -236,10 +236,10 @@ class Executor:
             op.prepend(self.names[name])
         with g.inserting_before(op):
             lists = [[self.operand(q) for q in group] for group in p.operands.groups()[:_PLAIN]]
-            gate = None if p.gate is None else _rows(g, self.node(p.gate), 1)
+            gate = None if p.gate is None else rows(g, self.node(p.gate), 1)
             add = op.args[7] if p.total is not None else None
             plain = shared_args(p.experts, p.overlap)
-            new = _call(g, ops.experts_shared.default, (*op.args[:7], add, *op.args[8:], *lists, gate, *plain), op)
+            new = call(g, ops.experts_shared.default, (*op.args[:7], add, *op.args[8:], *lists, gate, *plain), op)
         if "example_value" in op.meta:
             new.meta["example_value"] = op.meta["example_value"]
         op.replace_all_uses_with(new)
@@ -249,10 +249,10 @@ class Executor:
             self.leave_out(self.names[p.total], self.node(p.rest))
 
     def cast_to(self, n: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-        return _method(self.graph, "to", (n, dtype), like)
+        return method(self.graph, "to", (n, dtype), like)
 
     def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return n if example_value(source).dtype == dtype else _method(self.graph, "to", (n, dtype), n)
+        return n if example_value(source).dtype == dtype else method(self.graph, "to", (n, dtype), n)
 
     def parameter(self, q: Operand, experts: Experts) -> fx.Node:
         """A weight or bias in the dtype of the products; integers with scales stay as they are stored."""
@@ -269,13 +269,13 @@ class Executor:
             yield
             return
         mode = torch.amp.autocast_mode
-        entered = _call(self.graph, mode._enter_autocast, (device, torch.get_autocast_dtype(device), False, True), like)
+        entered = call(self.graph, mode._enter_autocast, (device, torch.get_autocast_dtype(device), False, True), like)
         yield
-        _call(self.graph, mode._exit_autocast, (entered,), like)
+        call(self.graph, mode._exit_autocast, (entered,), like)
 
     def operand(self, q: Operand) -> fx.Node:
         n = self.node(q[0])
-        return n if q[1] is None else _method(self.graph, "view", (n, *q[1]), n)
+        return n if q[1] is None else method(self.graph, "view", (n, *q[1]), n)
 
 
 def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
@@ -287,82 +287,3 @@ def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:
     remove_dead(gm.graph, alive)
     gm.graph.lint()
     gm.recompile()
-
-
-def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
-    """A recovered normaliser expression as plain tensor ops on w [T, k]. Raises Rejection when no op is known for a part."""
-    reductions: dict[Any, Any] = {SumK: torch.sum, MaxK: torch.amax, MinK: torch.amin}
-
-    def known(e: Any, go: Any) -> Any:
-        if e.func in reductions:
-            inner = go(e.args[0])
-            inner = inner if isinstance(inner, fx.Node) else _call(g, torch.full_like, (w, inner), w)
-            return _call(g, reductions[e.func], (inner, -1, True), w)
-        return w if e == W else None
-
-    out = act.fold(expr, _Nodes(g, w), known)
-    return out if isinstance(out, fx.Node) else _call(g, torch.full_like, (w, out), w)
-
-
-@dataclass(frozen=True)
-class _Nodes:
-    """Expressions as calls of a graph; what holds no node is a number."""
-
-    graph: fx.Graph
-    like: fx.Node
-    number = float
-
-    def call(self, f: Any, *args: Any) -> Any:
-        return _call(self.graph, f, args, self.like) if any(isinstance(a, fx.Node) for a in args) else f(*args)
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.call(operator.add, a, b)
-
-    def mul(self, a: Any, b: Any) -> Any:
-        return self.call(operator.mul, a, b)
-
-    def div(self, a: Any, b: Any) -> Any:
-        return self.call(operator.truediv, a, b)
-
-    def power(self, a: Any, p: float) -> Any:
-        return self.call(operator.pow, a, p)
-
-    def clamp(self, a: Any, lo: float, hi: float) -> Any:
-        return _call(self.graph, torch.clamp, (a, *(None if abs(p) == float("inf") else p for p in (lo, hi))), self.like)
-
-    def apply(self, f: act.Scalar, a: Any) -> Any:
-        return _call(self.graph, f.torch, (a,), self.like)
-
-
-def can_emit(expr: sp.Expr) -> Rejection | None:
-    """Whether `normalised` knows every function of an expression."""
-    other = next((f for f in expr.atoms(sp.Function) if f.func not in (SumK, MaxK, MinK, *act.HEADS)), None)
-    return None if other is None else Rejection(f"no tensor op is known for {other}", None, "rewrite")
-
-
-def _rows(g: fx.Graph, n: fx.Node, width: int) -> fx.Node:
-    """[.., width] as [T, width]."""
-    value = example_value(n)
-    return _method(g, "reshape", (n, -1, width), n) if isinstance(value, torch.Tensor) and value.ndim != 2 else n
-
-
-def _method(g: fx.Graph, name: str, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    return _dressed(g.call_method(name, args), like)
-
-
-def _call(g: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    return _dressed(g.call_function(target, args), like)
-
-
-def _dressed(n: fx.Node, like: fx.Node) -> fx.Node:
-    """Give a new node the source location of the one it stands for."""
-    n.meta.update({k: like.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in like.meta})
-    return n
-
-
-def _after(n: fx.Node) -> fx.Node:
-    """The first place after n where a call may stand (placeholders stay together)."""
-    out = n.next
-    while out.op == "placeholder":
-        out = out.next
-    return out

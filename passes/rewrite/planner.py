@@ -19,8 +19,9 @@ from ..recover.region import Block
 from ..recover.rows import rows
 from ..recover.writes import reads
 from ..terms import same_size
+from .calls import can_emit
 from .layout import dims_by_stride
-from .plan import BlockPlan, ExpertsPlan, RoutePlan, can_emit
+from .plan import BlockPlan, ExpertsPlan, RoutePlan
 
 
 class Planner:
