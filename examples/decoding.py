@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,21 @@ class Session:
     def _set_length(self, n: int) -> None:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(n)
+
+
+def compile_beside(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], **compile_args: Any) -> Any:
+    """A process that compiles a session's two steps for the same weights, which it shares: this process finds the graphs in the compiler's
+    cache on disk then, and compiles something else meanwhile. To be joined."""
+    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args), daemon=True)
+    process.start()
+    return process
+
+
+def _compile(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], compile_args: dict[str, Any]) -> None:
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    session = Session(model, backend, *shape, **compile_args)
+    for kind in ("prefill", "decode"):
+        session.warm_up(kind)
 
 
 class Replayed:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import trinity
 from console import err, stage
-from decoding import Sampling, Session
+from decoding import Sampling, Session, compile_beside
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -442,6 +442,9 @@ def run(args: argparse.Namespace) -> Outcome:
     outcome = Outcome(subject.name, str(subject.device), dtype, subject.moe_layers)
     prompts = args.prompt or list(PROMPTS)
     shape = lengths(subject, [subject.encode(p) for p in prompts], args.max_new_tokens)
+    beside = None
+    if subject.device.type == "cuda" and not args.explain:
+        beside = compile_beside(subject.model, "inductor", shape, mode=args.mode)
     with lowered_calls(args, out):
         fused, report = compile_fused(subject, shape, outcome, args)
     out.print(report, markup=False, soft_wrap=True)
@@ -455,6 +458,9 @@ def run(args: argparse.Namespace) -> Outcome:
         if subject.trained:
             outcome.texts = generate(subject, fused, prompts, args)
             show_texts(out, outcome)
+        if beside is not None:
+            with stage("waiting for Inductor's graphs, compiled beside"):
+                beside.join()
         outcome.results = measure(subject, shape, fused, outcome, args)
         show_results(out, outcome)
         if args.throughput:
