@@ -9,18 +9,19 @@ Their tiles are whole groups of 64 rows of a matrix's gradient; widths that are 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
+from ...ir.operands import Operands
 from . import activation, hopper_calls
 from .backward_kernels import _finish_part
+from .backward_sums import grad_weights
 from .call import Call
-from .dispatch import Dispatch
+from .combine import combine
+from .gradients import Pass
 from .host import capability, cdiv
 from .launch.tape import empty, grouped_product, launch
 from .library import LEAST_ROWS, gathered, taken
@@ -29,46 +30,36 @@ _FORMS = (Form.CONCAT, Form.SINGLE)
 _BLOCK = (16, 128)  # rows and columns of the hidden layer that a program finishes
 
 
-class Needs(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    weights: bool
-    up: bool
-    down: bool
-
-
-class Found(NamedTuple):
-    """Gradients of x by sorted row [N, H], of both projections as they are stored; Σ dA a by slot and block of columns."""
-
-    rows: Tensor | None
-    up: Tensor | None
-    down: Tensor | None
-    sums: Tensor | None
-
-
-def better(c: Call, up: Tensor, down: Tensor) -> bool:
+def better(c: Call, p: Operands[Tensor]) -> bool:
     """Whether torch's products are faster on these operands, and take them."""
     layout = c.layout
     plain = layout.stacked and not layout.weight_on_input and c.up_bias is None and c.down_bias is None and Form(layout.form) in _FORMS
-    if not plain or c.x.dtype != torch.bfloat16 or capability(c.x.device) < (9, 0) or up.shape[0] != layout.num_experts:
+    if not plain or c.x.dtype != torch.bfloat16 or capability(c.x.device) < (9, 0) or c.slots < LEAST_ROWS * layout.num_experts:
         return False
-    uneven = any(not hopper_calls.weights_fit(layout, *w.shape[1:], w.element_size()) for w in (up, down))
-    return uneven and c.slots >= LEAST_ROWS * layout.num_experts and taken(c.up) and taken(c.down) and down.shape[0] == layout.num_experts
+    matrices = (p.up[0], p.down[0])
+    whole = all(w.shape[0] == layout.num_experts for w in matrices)
+    uneven = any(not hopper_calls.weights_fit(layout, *w.shape[1:], w.element_size()) for w in matrices)
+    return whole and uneven and taken(c.up) and taken(c.down)
 
 
-def gradients(c: Call, grad: Tensor, pre: Tensor, up: Tensor, down: Tensor, rows: Dispatch, needs: Needs) -> Found:
-    """For operands that `better` takes; grad [T, H], pre [N, (g | u)] in the order of `rows`; up and down as the model stores them."""
-    layout, ends = c.layout, rows.offsets[1:]
-    incoming = gathered(c, grad, rows)
+def run(p: Pass) -> None:
+    """All gradients that are asked for, into p.out; for operands that `better` takes."""
+    c, layout, out, ends = p.call, p.layout, p.out, p.rows.offsets[1:]
+    up, down = out.given.up[0], out.given.down[0]
+    incoming = gathered(c, p.grad, p.rows)
     d_hidden = grouped_product(incoming, down.transpose(1, 2) if layout.down_transposed else down, ends)
-    d_pre, hidden, sums = _finished(c, d_hidden, pre, rows, needs)
-    d_down = None if hidden is None else _weights(incoming, hidden, layout.down_transposed, ends)
-    d_up = _weights(d_pre, gathered(c, c.x, rows), layout.up_transposed, ends) if d_pre is not None and needs.up else None
-    d_rows = None
-    if d_pre is not None and needs.x:
-        d_rows = grouped_product(d_pre, up.transpose(1, 2) if layout.up_transposed else up, ends)
-    return Found(d_rows, d_up, d_down, sums)
+    d_pre, hidden, sums = _finished(p, d_hidden)
+    if hidden is not None:
+        out.found["down", 0] = _weights(incoming, hidden, layout.down_transposed, ends)
+    if d_pre is not None and out.wants("up"):
+        out.found["up", 0] = _weights(d_pre, gathered(c, c.x, p.rows), layout.up_transposed, ends)
+    if d_pre is not None and out.x:
+        rows = grouped_product(d_pre, up.transpose(1, 2) if layout.up_transposed else up, ends)
+        identity = (layout.num_experts, layout.num_identity)
+        grad_x = empty(c.x, *c.x.shape)
+        out.of_x = combine(rows, c.ids, c.weights, p.grad, None, grad_x, *identity, weighted=False, early=False, rank=p.rows.rank)
+    if out.weights:
+        grad_weights(p, sums)
 
 
 def _weights(out: Tensor, into: Tensor, transposed: bool, ends: Tensor) -> Tensor:
@@ -77,16 +68,16 @@ def _weights(out: Tensor, into: Tensor, transposed: bool, ends: Tensor) -> Tenso
     return grouped_product(left.t(), right, ends)
 
 
-def _finished(c: Call, d_hidden: Tensor, pre: Tensor, rows: Dispatch, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dP, w a, Σ dA a by slot and block), each where it is needed."""
-    n, layout = d_hidden.shape[1], c.layout
+def _finished(p: Pass, d_hidden: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dP, w a, Σ dA a by slot and block of columns), each where it is needed."""
+    c, layout, pre, n = p.call, p.layout, p.pre, d_hidden.shape[1]
     blocks = cdiv(n, _BLOCK[1])
-    d_pre = empty(pre, *pre.shape) if needs.x or needs.up else None
-    hidden = empty(pre, c.slots, n) if needs.down else None
-    sums = empty(pre, c.slots, blocks, dtype=torch.float32) if needs.weights else None
+    d_pre = empty(pre, *pre.shape) if p.out.x or p.out.wants("up") else None
+    hidden = empty(pre, c.slots, n) if p.out.wants("down") else None
+    sums = empty(pre, c.slots, blocks, dtype=torch.float32) if p.out.weights else None
     launch(
         _finish, (cdiv(c.slots, _BLOCK[0]), blocks),
-        d_hidden, pre, c.weights, d_pre, hidden, sums, rows.order, rows.offsets, layout.num_experts, blocks, n, pre.stride(0),
+        d_hidden, pre, c.weights, d_pre, hidden, sums, p.rows.order, p.rows.offsets, layout.num_experts, blocks, n, pre.stride(0),
         DUAL=activation.functions(layout.act_ops, layout.act_consts).dual, GATED=layout.gated,
         D_PRE=d_pre is not None, HIDDEN=hidden is not None, SUMS=sums is not None, BM=_BLOCK[0], BN=_BLOCK[1], num_warps=4,
     )  # fmt: skip

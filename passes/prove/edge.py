@@ -104,7 +104,7 @@ class Edge:
             shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))
         views: dict[Param, tuple[int, ...] | None] = {}
         for q, widths in self.groups:
-            stored = shape_of(q.node) if q.view is None else q.view
+            stored = q.stored()
             at = len(stored) - len(widths)
             after = tuple(_scaled(s, w, known, sizes) if i >= at else s for i, (s, w) in enumerate(zip(stored, (*stored[:at], *widths))))
             views[q] = None if q.view is None else after
@@ -164,7 +164,7 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
-    groups = _groups(m.experts, m.operands())
+    groups = _groups(m.experts, m.operands)
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, widths) for q, widths, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
@@ -182,8 +182,20 @@ def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
 
 
 def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[int, ...], str]]:
-    """(parameter, widths of its last dims, role)."""
+    """(parameter, widths of its last dims as they are stored, role); a width of 1 is that of a dim that stays as it is."""
     up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
-    widths = (up[::-1] if e.up_transposed else up, down[::-1] if e.down_transposed else down, up[:1], down[:1], up[:1], down[:1])
-    roles = ("weight", "weight", "bias", "bias", "scale", "scale")
-    return [(q, w, role) for qs, w, role in zip(operands.groups(), widths, roles, strict=True) for q in qs]
+    widths: dict[str, tuple[tuple[int, ...], str]] = {
+        "up": (up[::-1] if e.up_transposed else up, "weight"),
+        "down": (down[::-1] if e.down_transposed else down, "weight"),
+        **{f"{name}_{what}": (out[:1], what) for name, out in (("up", up), ("down", down)) for what in ("bias", "scale")},
+        **{f"{name}_a": ((1, inner), "weight") for name, (_, inner) in (("up", up), ("down", down))},
+        **{f"{name}_b": ((out, 1), "weight") for name, (out, _) in (("up", up), ("down", down))},
+    }
+    return [(q, _as_stored(q, widths[name][0]), widths[name][1]) for name, qs in operands.by_name().items() for q in qs]
+
+
+def _as_stored(q: Param, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if q.order is None:
+        return widths
+    ordered = (*(1 for _ in q.order[: -len(widths)]), *widths)
+    return tuple(ordered[q.order.index(d)] for d in range(len(q.order)))

@@ -190,7 +190,8 @@ def _along(n: fx.Node, env: Env, given: dict[str, Any]) -> Callable[[Any], Any]:
 @rule("slice", "narrow", "split", "split_with_sizes")
 def _bounds(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
     moved = _along(n, env, given)
-    out = {k: v if k == "start" and _phase(n, env, given) else moved(v) for k, v in given.items() if k in ("start", "end", "length", "split_size")}
+    own = {"start": given["start"]} if _phase(n, env, given) else {}
+    out = {k: own[k] if k in own else moved(v) for k, v in given.items() if k in ("start", "end", "length", "split_size")}
     lists = {k: [moved(v) for v in vs] for k, vs in given.items() if k in ("split_sizes",)}
     return out | lists
 

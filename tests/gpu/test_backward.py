@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import CASES, Case, close, experts, leaves, tensors
@@ -62,9 +63,9 @@ def expected(case: Case, t: dict[str, Any], grad: Tensor) -> list[Tensor]:
 def run(case: Case, t: dict[str, Any], grad: Tensor, needs: list[bool] | None = None, tiles: b.Tiles | None = None) -> list[Tensor]:
     layout = ops.layout_of(ops.experts_args(case.experts))
     plain = {name: [i.detach() for i in v] if isinstance(v, list) else v.detach() for name, v in t.items()}
-    _, pre = generic.forward(*plain.values(), None, layout)
+    _, pre = generic.forward(*bundle(plain), None, layout)
     needs = [True] * len(leaves({**t, "add": None})) if needs is None else needs
-    return b.backward(grad, pre, *plain.values(), layout, needs, tiles)
+    return b.backward(grad, pre, *bundle(plain), layout, needs, tiles)
 
 
 def tolerance(case: Case) -> float:
@@ -147,9 +148,9 @@ def test_when_a_librarys_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
     def taken(tokens: int, hidden: int, inter: int, dtype: torch.dtype = torch.bfloat16, **layout: Any) -> bool:
         meaning = ir.Experts(2, hidden, inter, hidden, ir.Form.CONCAT, act.SWIGLU, dtype=dtype, **layout)
         t = moved(tensors(Case("", meaning, tokens=tokens, dtype=dtype)))
-        call = read(*t.values(), None, ops.layout_of(ops.experts_args(meaning)))
+        call = read(*bundle(t), None, ops.layout_of(ops.experts_args(meaning)))
         assert call is not None
-        return library_backward.better(call, t["up"][0], t["down"][0])
+        return library_backward.better(call, bundle(t)[-1])
 
     assert taken(40, 72, 64) and taken(40, 64, 40) and taken(40, 72, 40, up_transposed=True, down_transposed=True)
     assert not taken(40, 64, 64) and not taken(4, 72, 64) and not taken(40, 70, 64) and not taken(40, 72, 64, torch.float16)
@@ -389,8 +390,8 @@ def test_weights_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_widths_of_no_whole_tiles(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's grouped product, as the rule has it; by a plan, twice."""
     seen: list[int] = []
-    products = library_backward.gradients
-    monkeypatch.setattr(library_backward, "gradients", lambda *a: (seen.append(1), products(*a))[1])
+    products = library_backward.run
+    monkeypatch.setattr(library_backward, "run", lambda *a: (seen.append(1), products(*a))[1])
     meaning = ir.Experts(
         6, 200, 168, 200, ir.Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16, up_transposed=transposed, down_transposed=transposed
     )
