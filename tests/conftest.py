@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import sys
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The tensors of a call of routed experts by name, in the order of the op's schema, with the parameters in one bundle."""
+    from moe_compile.ops import bundled
+
+    x, ids, weights, parameters, rest = bundled([*t.values()])
+    return x, ids, weights, parameters, *rest
 
 
 def have_compiler() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir.operands import Operands
 from . import generic
 from .generic import Layout, accumulate_dtype
 
@@ -55,12 +56,7 @@ def forward(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
-    up_scale: Sequence[Tensor],
-    down_scale: Sequence[Tensor],
+    p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
     row_bits: int = 0,
@@ -70,19 +66,23 @@ def forward(
 
     Raises ValueError where a parameter holds fewer experts than the call says.
     """
-    generic.check_sizes(layout, up, down, up_bias, down_bias, up_scale, down_scale)
+    generic.check_sizes(layout, p)
     wide = accumulate_dtype(x.dtype)
-    ups = lazy(up, up_scale, layout.stacked, layout.up_transposed, wide)
-    downs = lazy(down, down_scale, layout.stacked, layout.down_transposed, wide)
+    floats: Operands[Any] = Operands(
+        tuple(lazy(p.up, p.up_scale, layout.stacked, layout.up_transposed, wide)),
+        tuple(lazy(p.down, p.down_scale, layout.stacked, layout.down_transposed, wide)),
+        p.up_bias,
+        p.down_bias,
+    )
     if not row_bits:
-        return generic.forward(x.to(wide), ids, weights, ups, downs, up_bias, down_bias, add, layout)[0].to(x.dtype)
+        return generic.forward(x.to(wide), ids, weights, floats, add, layout)[0].to(x.dtype)
     if layout.weight_on_input or layout.num_identity:
         raise ValueError("moe_compile::experts_scaled: rows are not rounded with weights on the input or identity experts")
 
     def rounded(rows: Tensor) -> Tensor:
         return round_rows(rows, row_bits, row_floor)
 
-    return generic.forward(rounded(x.to(wide)), ids, weights, ups, downs, up_bias, down_bias, add, layout, rounded)[0].to(x.dtype)
+    return generic.forward(rounded(x.to(wide)), ids, weights, floats, add, layout, rounded)[0].to(x.dtype)
 
 
 def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
@@ -91,6 +91,11 @@ def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
     return (rows / torch.where(s == 0, 1.0, s)).round() * s
 
 
-def as_floats(weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool, dtype: torch.dtype) -> list[Tensor]:
-    """All weights as floats, with gradients to the scales."""
-    return [dequantised(w, scales[i] if scales else None, transposed, dtype) for i, w in enumerate(weights)]
+def as_floats(p: Operands[Tensor], layout: Layout, dtype: torch.dtype) -> Operands[Tensor]:
+    """All parameters as floats, the scales in them, with gradients to the scales."""
+
+    def floats(weights: Sequence[Tensor], scales: Sequence[Tensor], transposed: bool) -> tuple[Tensor, ...]:
+        return tuple([dequantised(w, scales[i] if scales else None, transposed, dtype) for i, w in enumerate(weights)])
+
+    biases = (tuple([b.to(dtype) for b in group]) for group in (p.up_bias, p.down_bias))
+    return Operands(floats(p.up, p.up_scale, layout.up_transposed), floats(p.down, p.down_scale, layout.down_transposed), *biases)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir.operands import PLAIN
 from ...ir.records import Layout
-from ...ops.schemas import IN_WEIGHTS
+from ...ops.schemas import IN_WEIGHTS, lists
 
-_EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias"
+_EXPERTS = f"Tensor x, Tensor ids, Tensor weights, {lists(PLAIN)}"
 _ROUTE = "Tensor? bias, Tensor? expert_scale"
-_SHARED = "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate"
+_SHARED = f"{lists(PLAIN, 'shared_')}, Tensor? shared_gate"
 SCHEMAS = {
     "route": f"Tensor logits, {_ROUTE}, str how) -> (Tensor weights, Tensor ids)",
     "route_linear": f"Tensor x, Tensor router, Tensor? router_bias, {_ROUTE}, str how) -> (Tensor weights, Tensor ids)",
@@ -92,7 +93,12 @@ def define(library: torch.library.Library, otherwise: Mapping[str, Callable[...,
 
 
 def call(name: str, *args: Any) -> Any:
-    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between."""
+    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between.
+
+    An op that has none runs as it is.
+    """
+    if name not in SCHEMAS:
+        return getattr(torch.ops.moe_compile, name).default(*args)
     short = shorten(name, args)
     if torch._C._len_torch_dispatch_stack() == 0 and _functorch() is None and all(map(_ordinary, args)):
         return _kernels[name](*short)
@@ -157,7 +163,7 @@ def _kernel(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_its_device(*args: Any) -> Any:
         x: Tensor = args[0]
-        if x.get_device() == torch.cuda.current_device():
+        if x.get_device() == torch._C._cuda_getDevice():
             return run(*args)
         with torch.cuda.device(x.device):
             return run(*args)

@@ -147,6 +147,9 @@ def experts_text(e: Experts) -> str:
     if e.scaled:
         stored = "weights" if e.weight_dtype is None else dtype_text(e.weight_dtype)
         parts.append(f"{stored} × scale" + ("" if e.up_scale and e.down_scale else " (up)" if e.up_scale else " (down)"))
+    if e.adapted:
+        at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
+        parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
     if e.row_bits:
         parts.append(f"rows in {e.row_bits} bits")
     if e.weight_on_input:

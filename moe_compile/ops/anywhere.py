@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.operands import ADAPTED, SCALED
 from ..lowering.reference import generic, routing, scaled
-from .records import layout_of, routing_of
-from .schemas import IN_WEIGHTS, library
+from .records import adapted_of, bundled, layout_of, routing_of
+from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
 
@@ -53,11 +54,21 @@ def experts(*args: Any) -> Tensor:
     run = _meanwhile.get(args[0].device.type)
     if run is not None:
         return run(*args)
-    return generic.forward(*args[:8], layout_of(args[8:]))[0]
+    return experts_fwd(*args)[0]
 
 
 def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return generic.forward(*args[:8], layout_of(args[8:]))
+    x, ids, weights, p, (add, *plain) = bundled(args)
+    return generic.forward(x, ids, weights, p, add, layout_of(plain))
+
+
+def experts_adapted_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    x, ids, weights, p, (add, *plain) = bundled(args, ADAPTED)
+    return generic.forward(x, ids, weights, p, add, adapted_of(plain))
+
+
+def experts_adapted(*args: Any) -> Tensor:
+    return experts_adapted_fwd(*args)[0]
 
 
 def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -69,35 +80,39 @@ def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
     return call
 
 
-def experts_bwd(*args: Any) -> list[Tensor]:
-    return generic.backward(*args[:9], layout_of(args[9:-1]), args[-1])
+def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args)
+    return generic.backward(grad, pre, x, ids, weights, p, layout_of(plain), needs)
+
+
+def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args, ADAPTED)
+    return generic.backward(grad, pre, x, ids, weights, p, adapted_of(plain), needs)
 
 
 def experts_shared(*args: Any) -> Tensor:
     """routed + [gate ·] shared_down act(shared_up x) + add, as `experts` of one expert whose result is what the routed ones add."""
-    x, add, routed = args[0], args[7], args[8:17]
-    *lists, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[17:]
-    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    x, ids, weights, p, (add, *routed) = bundled(args[:ROUTED])
+    *mlp, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[ROUTED:]
+    every = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     gate = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device) if gate is None else gate
     layout = (act_ops, act_consts, form, 1, False, up_transposed, down_transposed, False, 0)
-    shared = _ops.experts(x, ids, gate, *lists, add, *layout)
-    return _ops.experts(*args[:7], shared, *routed)  # type: ignore[no-any-return]
+    shared = _ops.experts(x, every, gate, *mlp, add, *layout)
+    return _ops.experts(x, ids, weights, *p.lists(), shared, *routed)  # type: ignore[no-any-return]
 
 
 def experts_scaled(*args: Any) -> Tensor:
-    return scaled.forward(*args[:10], layout_of(args[10:-2]), *args[-2:])
+    x, ids, weights, p, (add, *plain, row_bits, row_floor) = bundled(args, SCALED)
+    return scaled.forward(x, ids, weights, p, add, layout_of(plain), row_bits, row_floor)
 
 
-def experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, *rest: Any) -> Tensor:
+def experts_as_floats(*args: Any) -> Tensor:
     """`experts` on the weights times their scales."""
-    up_bias, down_bias, up_scale, down_scale, add, *plain, row_bits, _ = rest
+    x, ids, weights, p, (add, *plain, row_bits, _) = bundled(args, SCALED)
     if row_bits:
         raise NotImplementedError("moe_compile::experts_scaled has no gradient through rounded rows")
     layout, wide = layout_of(plain), generic.accumulate_dtype(x.dtype)
-    ups = scaled.as_floats(up, up_scale, layout.up_transposed, wide)
-    downs = scaled.as_floats(down, down_scale, layout.down_transposed, wide)
-    biases = [[b.to(wide) for b in group] for group in (up_bias, down_bias)]
-    out: Tensor = _ops.experts(x.to(wide), ids, weights, ups, downs, *biases, add, *plain)
+    out: Tensor = _ops.experts(x.to(wide), ids, weights, *scaled.as_floats(p, layout, wide).lists(), add, *plain)
     return out.to(x.dtype)
 
 
@@ -109,6 +124,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "experts_fwd": with_copies(experts_fwd),
     "experts_bwd": experts_bwd,
+    "experts_adapted": experts_adapted,
+    "experts_adapted_fwd": with_copies(experts_adapted_fwd),
+    "experts_adapted_bwd": experts_adapted_bwd,
     "experts_shared": experts_shared,
     "experts_scaled": experts_scaled,
 }

@@ -6,14 +6,16 @@ given) are copies that the forward ops return. A gradient that is to have one it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ir.codec import record_of
+from ..ir.families import Family
+from ..ir.operands import Operands
 from ..lowering.reference import twice
-from .records import layout_of, routing_of
+from .records import routing_of
 from .schemas import IN_WEIGHTS, below
 
 
@@ -22,34 +24,42 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
+        ctx: Any,
+        family: Family,
+        places: Operands[None],
+        layout: list[Any],
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        add: Tensor | None,
+        *flat: Tensor,
     ) -> Tensor:
-        lists = _regroup(flat, sizes)
-        out, pre, kept_ids, kept_weights = below("experts_fwd", x, ids, weights, *lists, add, *layout)
+        lists = places.filled(flat).lists(family.names)
+        out, pre, kept_ids, kept_weights = below(f"{family.op}_fwd", x, ids, weights, *lists, add, *layout)
         ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
-        ctx.sizes, ctx.layout, ctx.given = sizes, layout, _Given(weights)
+        ctx.family, ctx.places, ctx.layout, ctx.given = family, places, layout, _Given(weights)
         ctx.add_dtype = None if add is None else add.dtype
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, x, ids, weights, *flat = ctx.saved_tensors
-        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
+        _, _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
         needs = [need_x, need_w, *need_flat]
         found: list[Tensor | None] = [None] * len(needs)
         if torch.is_grad_enabled():
             (w,) = ctx.given.tensors()
-            sizes, layout = ctx.sizes, layout_of(ctx.layout)
+            places, layout = ctx.places, record_of(ctx.family.records[0], ctx.layout)
 
             def again(x: Tensor, w: Tensor, *flat: Tensor) -> Tensor:
-                up, down, up_bias, down_bias = _regroup(flat, sizes)
-                return twice.experts(x, ids, w, up, down, up_bias, down_bias, layout)
+                return twice.experts(x, ids, w, places.filled(flat), layout)
 
             found = twice.gradients(again, [x, w, *flat], needs, grad)
         elif any(needs):
-            given = iter(below("experts_bwd", grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
+            lists = ctx.places.filled(flat).lists(ctx.family.names)
+            given = iter(below(f"{ctx.family.op}_bwd", grad, pre, x, ids, weights, *lists, *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
-        return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
+        return None, None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
 
 
 class Route(torch.autograd.Function):
@@ -90,9 +100,3 @@ class _Given:
         if self._versions != [None if t is None or t.is_inference() else t._version for t in self._tensors]:
             raise RuntimeError("a tensor that a second gradient needs has been modified by an inplace operation since the forward pass")
         return self._tensors
-
-
-def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The four lists back from one."""
-    it = iter(flat)
-    return [[next(it) for _ in range(size)] for size in sizes]

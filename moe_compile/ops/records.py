@@ -9,11 +9,14 @@ from typing import Any
 
 from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
-from ..ir.records import Layout, Rounding, Routing, SharedLayout
+from ..ir.families import family_of as family_of
+from ..ir.operands import PLAIN, Operands
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
+_same_adapted = functools.lru_cache(maxsize=1024)(AdaptedLayout)
 
 
 def layout_of(args: Sequence[Any]) -> Layout:
@@ -22,20 +25,28 @@ def layout_of(args: Sequence[Any]) -> Layout:
     return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
+def adapted_of(args: Sequence[Any]) -> AdaptedLayout:
+    """The record of the plain arguments of `experts_adapted`, after the tensors."""
+    act_ops, act_consts, *rest = args
+    return _same_adapted(tuple(act_ops), tuple(act_consts), *rest)
+
+
 def route_args(gating: Gating) -> list[Any]:
     """The plain arguments of `route`, after the tensors. A normaliser that is an expression follows outside: the op has none then."""
     outside = gating.norm is not None and gating.norm.kind is Norm.EXPR
     return encode(Routing, replace(gating, norm=None) if outside else gating)
 
 
+def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any, Any, Operands[Any], Sequence[Any]]:
+    """(x, ids, weights, *lists, *rest) of an op with those parameters -> x, ids, weights, the lists in one bundle, the rest."""
+    end = 3 + len(names)
+    x, ids, weights = args[:3]
+    return x, ids, weights, Operands.read(args[3:end], names), args[end:]
+
+
 def experts_args(experts: Experts) -> list[Any]:
-    """The plain arguments of `experts`, after the tensors. Raises `scalar.UnknownActivation`."""
-    return encode(Layout, experts)
-
-
-def scaled_args(experts: Experts) -> list[Any]:
-    """As `experts_args`, for `experts_scaled`."""
-    return [*experts_args(experts), *encode(Rounding, experts)]
+    """The plain arguments of the op that runs them, after the tensors. Raises `scalar.UnknownActivation`."""
+    return family_of(experts).plain(experts)
 
 
 def shared_args(shared: Experts, overlap: int) -> list[Any]:

@@ -25,6 +25,7 @@ PROBES = 3  # of the usual kinds: together they are to hit every expert
 _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
+_PER_EXPERT = ("selection bias", "expert scale")
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
 
 
@@ -103,13 +104,15 @@ class Edge:
             shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))
         views: dict[Param, tuple[int, ...] | None] = {}
         for q, widths in self.groups:
-            stored = shape_of(q.node) if q.view is None else q.view
+            stored = q.stored()
             at = len(stored) - len(widths)
             after = tuple(_scaled(s, w, known, sizes) if i >= at else s for i, (s, w) in enumerate(zip(stored, (*stored[:at], *widths))))
             views[q] = None if q.view is None else after
             shapes.setdefault(q.node, after if q.view is None else _one(sizes, stored, after, shape_of(q.node)))
-        for n in self.roles:
-            shapes.setdefault(n, sizes.shape(shape_of(n)) if self.roles[n] == "other" else tuple(new(s) for s in shape_of(n)))
+        for n, role in self.roles.items():
+            if role in _PER_EXPERT:  # as many tokens as experts do not change how many experts there are
+                shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
+            shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
         return Small(sizes, shapes, views, resized(self.experts, sizes))
 
 
@@ -161,7 +164,7 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
-    groups = _groups(m.experts, m.operands())
+    groups = _groups(m.experts, m.operands)
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, widths) for q, widths, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
@@ -179,8 +182,20 @@ def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
 
 
 def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[int, ...], str]]:
-    """(parameter, widths of its last dims, role)."""
+    """(parameter, widths of its last dims as they are stored, role); a width of 1 is that of a dim that stays as it is."""
     up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
-    widths = (up[::-1] if e.up_transposed else up, down[::-1] if e.down_transposed else down, up[:1], down[:1], up[:1], down[:1])
-    roles = ("weight", "weight", "bias", "bias", "scale", "scale")
-    return [(q, w, role) for qs, w, role in zip(operands.groups(), widths, roles, strict=True) for q in qs]
+    widths: dict[str, tuple[tuple[int, ...], str]] = {
+        "up": (up[::-1] if e.up_transposed else up, "weight"),
+        "down": (down[::-1] if e.down_transposed else down, "weight"),
+        **{f"{name}_{what}": (out[:1], what) for name, out in (("up", up), ("down", down)) for what in ("bias", "scale")},
+        **{f"{name}_a": ((1, inner), "weight") for name, (_, inner) in (("up", up), ("down", down))},
+        **{f"{name}_b": ((out, 1), "weight") for name, (out, _) in (("up", up), ("down", down))},
+    }
+    return [(q, _as_stored(q, widths[name][0]), widths[name][1]) for name, qs in operands.by_name().items() for q in qs]
+
+
+def _as_stored(q: Param, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if q.order is None:
+        return widths
+    ordered = (*(1 for _ in q.order[: -len(widths)]), *widths)
+    return tuple(ordered[q.order.index(d)] for d in range(len(q.order)))

@@ -11,31 +11,14 @@ from .. import terms as T
 from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
-from ..terms.arithmetic import constant_part
+from . import adapters
 from . import scales as channels
-from .adapters import LORA, has_pair
 from .bridge import Bridge
+from .linear import Linear, affine, linear_of
 from .rounding import ROUNDED
-from .rows import No, clip, factors
-from .scales import Channel
+from .rows import No, factors, reads
 
-
-@dataclass
-class Linear:
-    """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
-
-    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
-    multiplies the sum too.
-    """
-
-    weight: Any
-    stride: int
-    offset: int
-    transposed: bool
-    flat: bool
-    bias: Any = None
-    scale: sp.Expr = sp.S.One
-    channel: Channel | None = None
+_SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
 
 
 @dataclass
@@ -57,17 +40,19 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    scale, total, bias, channel = _output(core, h, expert)
+    scale, total, bias, channel, pair = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
     if len(downs) != 1:
-        raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
+        raise No(_why_no_matrix(factors(inner), h, i, expert) or _why_not_own(factors(inner), h, i, len(downs)))
     rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
     down = linear_of(downs[0], h, i, expert)
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
+    if pair is not None:
+        down.pair = adapters.beside(pair, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
     reader = Reader(t, i, expert, channels.integer_weights(core, expert))
@@ -84,11 +69,13 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
 
 
-def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None]:
-    """core = scale · s[e, h] · (Σ_i ...) + bias, the scale free of features: scale, sum, bias, s."""
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, adapters.Pair | None]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias + pair, the scale free of features: scale, sum, bias, s, a low-rank pair."""
     sums: list[tuple[Term, Term, Term | None]] = []
-    bias = None
+    bias, pairs = None, adapters.beside_others(core, h, expert)
     for part in core.args if core.op == "add" else (core,):
+        if part in pairs:
+            continue
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
         own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
         others = [f for f in factors(part) if f not in found and f not in own]
@@ -97,11 +84,19 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            raise No(f"an expert's output has a term that is no projection: {clip(part)}")
+            raise No(f"an expert adds to its output what is no projection of its own{reads(part)}")
     if len(sums) != 1:
-        raise No(LORA if has_pair((s for _, s, _ in sums), expert) else "an expert's output is not one down projection")
+        raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
-    return scale, total, bias, channel
+    return scale, total, bias, channel, adapters.only(pairs)
+
+
+def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
+    """What the last product of an expert reads where that is not one weight of its own."""
+    same = [f for f in fs if f.op == "a" and T.uses(f, out) and T.uses(f, inp)]
+    if own == 0 and same:
+        return f"all experts have one and the same down projection{reads(same[0])}: a weight must be each expert's own"
+    return f"an expert's last product does not read one weight of its own{reads(T.mul(*same))}"
 
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
@@ -156,37 +151,6 @@ def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
     return list(out)
 
 
-def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight atom is laid out, from its index: [e, out, in], [e, in, out], or [e * rows + out, in]."""
-    idx = list(a.args[1])
-    flat = False
-    if idx and idx[0] is expert:
-        idx = idx[1:]
-    else:
-        pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
-        own = [x for x in pieces if T.uses(x, expert)]
-        if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
-            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
-        idx[0] = T.add(*(x for x in pieces if x is not own[0]))
-        flat = True
-    if len(idx) != 2:
-        raise No(f"an expert weight is no matrix: {clip(a)}")
-    for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
-        if c is inp and T.uses(r, out):
-            stride, offset = affine(r, out)
-            return Linear(a.args[0], stride, offset, transposed, flat)
-    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
-
-
-def affine(r: Term, v: Term) -> tuple[int, int]:
-    """r = stride * v + offset."""
-    offset, rest = constant_part(r)
-    stride, body = T.coefficient(rest)
-    if body is not v or not isinstance(stride, int) or not isinstance(offset, int):
-        raise No("a projection's rows are not a simple slice")
-    return stride, offset
-
-
 def _symbol_of(x: Term, known: dict[sp.Symbol, Term], prefix: str, **assumptions: bool) -> sp.Symbol:
     """The symbol that stands for a term, a new one where there is none yet."""
     for symbol, term in known.items():
@@ -228,7 +192,9 @@ class Reader(Bridge):
             return self.linear(x)
         if self._is_channel(x):
             return self.channel(x)
-        raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+        if x.op == "a":
+            raise No(f"an expert's activation reads something else than its up projections{reads(x)}")
+        raise No(f"an expert's activation holds {_SAID.get(x.op, x.op)}{reads(x)}")
 
     def failure(self, name: str) -> Exception:
         return No(f"no activation is known that uses {name}")
@@ -250,7 +216,7 @@ class Reader(Bridge):
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
-            raise No(f"an expert's inside reads a parameter that is no projection: {clip(x)}")
+            raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)
 
     def symbol(self, x: Term) -> sp.Symbol:
@@ -261,8 +227,9 @@ class Reader(Bridge):
         common, *others = {T.coefficient(a)[0] for a in x.args}
         if not others and common != 1:  # -(Σ + b) comes as -Σ - b
             return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
-        if has_pair(x.args, self.expert):
-            raise No(LORA)
+        pairs = adapters.beside_others(x, self.i, self.expert)
+        if (pair := adapters.only(pairs)) is not None:
+            return self.with_pair(pair, [a for a in x.args if a not in pairs])
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))
@@ -272,6 +239,26 @@ class Reader(Bridge):
             raise No("a bias that belongs to no single projection")
         return sp.Add(*rest, self.affine(projections[0], biases[0]))
 
+    def with_pair(self, pair: adapters.Pair, parts: list[Term]) -> sp.Expr:
+        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pair is one symbol."""
+        projections = [a for a in parts if self._is_projection(a)]
+        biases = [a for a in parts if a.op == "a" and T.uses(a, self.i)]
+        if len(projections) != 1 or len(biases) > 1:
+            raise No(adapters.APART)
+        (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
+        lin, number = self.projection(s)
+        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s))
+        self.tokens.append(pair.tokens())
+        lin.pair = pair.beside(lin, self._value(sp.Mul(*(self.read(f) for f in pair.others)) / scale))
+        rest = [self.read(a) for a in parts if a not in projections and a not in biases]
+        if biases:
+            return sp.Add(*rest, self.biased(lin, biases[0], scale))
+        return sp.Add(*rest, scale * self.name(lin))
+
+    def _value(self, e: sp.Expr) -> sp.Expr:
+        """A number where numbers had symbols."""
+        return sp.cancel(e.subs({s: self.number(x.args[0]) for s, x in self.scalars.items() if x.op == "c"}))
+
     def _is_projection(self, a: Term) -> bool:
         inside = [f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f)]
         return len(inside) == 1 and inside[0].op == "sum"
@@ -280,10 +267,13 @@ class Reader(Bridge):
         """c Σ_m x W + b as one symbol: the projection, with its bias, of c x."""
         (s,) = (f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
+        return self.biased(lin, bias, number * sp.Mul(*(self.read(f) for f in factors(a) if f is not s)))
+
+    def biased(self, lin: Linear, bias: Term, scale: sp.Expr) -> sp.Symbol:
+        """scale · Σ_m x W + b as one symbol."""
         if bias.args[1][0] is not self.expert or len(bias.args[1]) != 2 or affine(bias.args[1][1], self.i) != (lin.stride, lin.offset):
             raise No("a bias is not laid out like its projection")
-        lin.bias = bias.args[0]
-        lin.scale = number * sp.Mul(*(self.read(f) for f in factors(a) if f is not s))
+        lin.bias, lin.scale = bias.args[0], scale
         return self.name(lin)
 
     def linear(self, s: Term) -> sp.Expr:
@@ -301,12 +291,14 @@ class Reader(Bridge):
         if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
-            raise No(f"a projection is not token times weight: {clip(s)}")
+            if any(f.op == "sum" for x in xs for f in T.walk(x)):
+                raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
+            raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

@@ -9,20 +9,23 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from . import adapters
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
-from .body import Core, Linear, parse_core
+from .body import Core, parse_core
 from .carrier import carrier
 from .copies import EXPERT, one_body
 from .forms import layout
+from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
-from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
+from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 from .scales import Channel
 
 
@@ -85,10 +88,9 @@ def _assemble(
         down_scale=parsed.down.channel is not None,
         weight_dtype=_integers([*ups, parsed.down]),
     )
-    experts = experts if rounding is None else _rounded(experts, rounding)
+    experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
     stored = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
-    start = base_node(p, base, out, t, h)
-    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, base=start, **stored)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, stored, base_node(p, base, out, t, h))
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -123,19 +125,24 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
         raise No("of the experts' weights and biases some are stacked and some are not")
     _check_scales(ups, form)
+    adapters.check(ups, down, form)
 
 
-def _parameters(e: Experts, store: list[Linear], down: Linear) -> dict[str, list[Param]]:
-    """The nodes of every parameter, by the op's names. `store`: the up projections as they are stored."""
+def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
+    """The nodes of every parameter. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
-    return {
-        "up": [q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
-        "down": params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
-        "up_bias": [q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
-        "down_bias": params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
-        "up_scale": [q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
-        "down_scale": channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
-    }
+    return Operands.named(
+        up=[q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
+        down=params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
+        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
+        down_bias=params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
+        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
+        down_scale=channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
+        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
+        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
+        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
+        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
+    )
 
 
 def _check_scales(ups: list[Linear], form: Form) -> None:
@@ -176,11 +183,11 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
             *lead, last = x.args[1]
             free = {v for i in x.args[1] for v in i.atoms}
             if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
             if t.op == "v" and len(lead) == 1 and lead[0].op in ("fdiv", "mod") and lead[0].args[1].args[0] == k > 1:
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
             if k == 1 and T.uses(last, t):
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
 
 
 def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed: Core, t: Term, h: Term) -> None:
@@ -203,7 +210,7 @@ def token_node(p: Puller, tokens: list[Term], t: Term, out: fx.Node) -> fx.Node:
     x = tokens[0]
     node = carrier(p, x, t, out) if x.args[1][-1].args[0] == "m" else None
     if node is None:
-        raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens: {clip(x)}")
+        raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens{reads(x)}")
     return node
 
 
@@ -233,4 +240,4 @@ def base_node(p: Puller, base: list[Term], out: fx.Node, t: Term, h: Term) -> fx
         node = carrier(p, base[0], t, out)
         if node is not None and dtype_of(node) == dtype_of(out):
             return node
-    raise No(f"the accumulator starts from more than one tensor: {clip(T.add(*base))}")
+    raise No(f"the accumulator starts from more than one tensor{reads(T.add(*base))}")

@@ -8,8 +8,9 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
-from ...ir.codec import decode
-from ...ir.records import Layout
+from ...ir.codec import decode, record_of
+from ...ir.families import FAMILIES, Family
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -20,10 +21,15 @@ from .identity import among
 from .match import ExpertsMatch, Param
 from .rows import No, mapped, row_index, row_variable, rows
 
+_OPS = {f"moe_compile::{family.op}": family for family in FAMILIES}
+
 
 def is_fused(n: fx.Node) -> bool:
-    names = ("moe_compile::experts", "moe_compile::experts_scaled")
-    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
+    return _family(n) is not None
+
+
+def _family(n: fx.Node) -> Family | None:
+    return _OPS.get(getattr(getattr(n.target, "_schema", None), "name", "")) if n.op == "call_function" else None
 
 
 def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
@@ -34,35 +40,36 @@ def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
-    a = call_args(n)
+    a, family = call_args(n), _family(n)
+    assert family is not None
     x, ids, weights = a.x, a.ids, a.weights
     form = Form(a.form)
     rows = _inner(a, form)
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
-    up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
+    operands: Operands[Param] = Operands.of(a).map(Param)
+    scaled = bool(operands.up_scale or operands.down_scale)
     stored = dtype_of(a.up[0])
     experts = decode(
         Experts,
-        Layout(*[getattr(a, f.name) for f in fields(Layout)]),
+        record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
         hidden=shape_of(x)[-1],
         intermediate=rows,
         out_features=shape_of(n)[-1],
-        up_bias=bool(a.up_bias),
-        down_bias=bool(a.down_bias),
+        up_bias=bool(operands.up_bias),
+        down_bias=bool(operands.down_bias),
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
-        up_scale=bool(up_scale),
-        down_scale=bool(down_scale),
-        weight_dtype=stored if (up_scale or down_scale) and not stored.is_floating_point else None,
+        up_scale=bool(operands.up_scale),
+        down_scale=bool(operands.down_scale),
+        weight_dtype=stored if scaled and not stored.is_floating_point else None,
         row_bits=getattr(a, "row_bits", 0),
         row_floor=getattr(a, "row_floor", 0.0),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
-    up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
-    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add, up_scale, down_scale)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, operands, a.add)
 
 
 def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], dense: Any) -> ExpertsMatch | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.ir import BiasOn, Score
+from moe_compile.ir.operands import ADAPTED, PLAIN, SCALED
 from moe_compile.report import Report, collecting
 
 from . import naive
@@ -24,9 +25,7 @@ from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
 # The fused graph of one entry in four, always the same ones, goes through AOTAutograd too; its cost is that of everything before it
-PLAIN = {"inner": "eager"}
-
-
+EAGER = {"inner": "eager"}
 # One token is a graph of its own: of one entry in three, and of those that it makes a difference to (`make zoo`, `make golden`: of all)
 EVERY = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE"))
 TELLING = {key for key, line in golden.rows().items() if "|| one token" in line}
@@ -37,7 +36,10 @@ def one_token_too(cls: type[Case]) -> bool:
 
 
 def options_of(cls: type[Case]) -> dict[str, str]:
-    return OPTIONS if zlib.crc32(cls.__name__.encode()) % 4 == 0 else PLAIN
+    return OPTIONS if zlib.crc32(cls.__name__.encode()) % 4 == 0 else EAGER
+
+
+OTHERS = {*SCALED, *ADAPTED} - {*PLAIN}
 
 
 @dataclass
@@ -226,8 +228,8 @@ def oracle_problem(run: Run) -> str:
         p = run.case.parts(*inputs)
         if p.table is not None or p.padding is not None:
             return ""
-        scales = {"up_scale": p.up_scale, "down_scale": p.down_scale}
-        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add, **scales)
+        others = {name: getattr(p, name) for name in OTHERS}
+        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add, **others)
         reference = tensors(want)[0].double().reshape(exact.shape)
         exactly = run.case.dtype is torch.float32
         problem = difference_problem(exact, reference) if exactly else loose_problem(exact, reference, 3e-2)
