@@ -122,19 +122,19 @@ def fake_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]
     return install
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: the collector need not look at it again and again, which is a quarter of the time of a compilation."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
-
 def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
     """The tensors of a call of routed experts by name, in the order of the op's schema, with the parameters in one bundle."""
     from moe_compile.ops import bundled
 
     x, ids, weights, parameters, rest = bundled([*t.values()])
     return x, ids, weights, parameters, *rest
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported stays: the collector need not look at it again and again, which is a quarter of the time of a compilation."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def have_compiler() -> bool:

@@ -32,9 +32,9 @@ from .soft import soft_mixtures
 from .writes import harmless
 
 FIND = "find"
+LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
 # What may be spent on the experts of one selection, in steps of a few microseconds; loops over experts take up to 450 a node
 STEPS, STEPS_A_NODE = 150_000, 400
-LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
 
 
 @dataclass

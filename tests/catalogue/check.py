@@ -24,8 +24,11 @@ from .compare import experts_differences, gating_differences, shared_differences
 from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
+OTHERS = {*SCALED, *ADAPTED} - {*PLAIN}
 # The fused graph of one entry in four, always the same ones, goes through AOTAutograd too; its cost is that of everything before it
-EAGER = {"inner": "eager"}
+BARE = {"inner": "eager"}
+
+
 # One token is a graph of its own: of one entry in three, and of those that it makes a difference to (`make zoo`, `make golden`: of all)
 EVERY = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE"))
 TELLING = {key for key, line in golden.rows().items() if "|| one token" in line}
@@ -36,10 +39,7 @@ def one_token_too(cls: type[Case]) -> bool:
 
 
 def options_of(cls: type[Case]) -> dict[str, str]:
-    return OPTIONS if zlib.crc32(cls.__name__.encode()) % 4 == 0 else EAGER
-
-
-OTHERS = {*SCALED, *ADAPTED} - {*PLAIN}
+    return OPTIONS if zlib.crc32(cls.__name__.encode()) % 4 == 0 else BARE
 
 
 @dataclass
