@@ -26,6 +26,7 @@ RULES: dict[str, Rule] = {}
 
 
 NO_RULE = "no rule for"
+STEPS = 20  # of the budget for work on terms, for each element that is looked up
 
 
 class Opaque(Exception):
@@ -151,6 +152,7 @@ class Puller:
         out = self.memo.get(key)
         if out is None:
             self.left -= 1
+            T.step(STEPS)
             if self.left < 0:
                 raise T.TooLarge("the values around the selection depend on each other in too many ways")
             out = self.memo[key] = self._look(node, key[1])
