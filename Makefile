@@ -10,7 +10,7 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -77,6 +77,16 @@ $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
 	$(@D)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/compat/$*.txt
 	touch $@
 
+LIBRARIES := $(abspath $(VENV)-libraries)
+
+test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels (DOCS_WRITE=1 writes docs/libraries.md anew)
+	$(LIBRARIES)/bin/python -m pytest -q -p no:cacheprovider tests/libraries
+
+$(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt
+	$(call borrowing,$(LIBRARIES))
+	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/requirements.txt
+	touch $@
+
 # On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
 test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="-n 8"), then a small run under compute-sanitizer
 	$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch finds no CUDA device")'
@@ -116,5 +126,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ASCEND) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASCEND) $(LIBRARIES) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
