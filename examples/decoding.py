@@ -7,6 +7,7 @@ later query, is masked, and is overwritten as decoding goes on.
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -155,6 +156,7 @@ def compile_beside(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int]
 
 def _compile(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], compile_args: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    sys.modules.pop("__mp_main__", None)  # the cache's keys name the module that torch's constants are first found in: not this one
     session = Session(model, backend, *shape, **compile_args)
     for kind in ("prefill", "decode"):
         session.warm_up(kind)
