@@ -149,7 +149,7 @@ class Session:
 def compile_beside(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], **compile_args: Any) -> Any:
     """A process that compiles a session's two steps for the same weights, which it shares: this process finds the graphs in the compiler's
     cache on disk then, and compiles something else meanwhile. To be joined."""
-    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args), daemon=True)
+    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args))
     process.start()
     return process
 
