@@ -21,6 +21,7 @@ from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
+from .merged import merged_pairs
 from .mixture import mixtures
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS
@@ -56,9 +57,11 @@ class Finder:
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
-        self.integers = made_floats(graph)
-        if self.integers:
-            self.integers |= rounded_nodes(graph)
+        integers = made_floats(graph)
+        if integers:
+            integers |= rounded_nodes(graph)
+        self.opened = integers | merged_pairs(graph)  # weights that are looked into for what they are made of
+        self.fallbacks = [set(s) for s in {frozenset(integers): None, frozenset(): None} if s != self.opened]
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
@@ -163,14 +166,16 @@ class Finder:
         return self.left.setdefault(label, 4 * self.limit)
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
-        out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and out.code != NO_EXPERTS:
-            kept, self.integers = self.integers, set()
+        """What weights are made of (integers, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
+        out = again = self._attempt(n, label)
+        kept = self.opened
+        for fewer in self.fallbacks:
+            if not isinstance(again, Rejection) or out.code == NO_EXPERTS:  # type: ignore[union-attr]
+                break
+            self.opened = fewer
             again = self._attempt(n, label)
-            self.integers = kept
-            return out if isinstance(again, Rejection) else again
-        return out
+        self.opened = kept
+        return out if isinstance(again, Rejection) else again
 
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self.limit, self.spend(label))
@@ -211,7 +216,7 @@ class Finder:
         """Whether the experts' pass takes a node as a given tensor."""
         if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
-        if self.live.get(n, self.static[n]) == label or n in self.integers:
+        if self.live.get(n, self.static[n]) == label or n in self.opened:
             return False
         name = op_name(n)
         if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]
