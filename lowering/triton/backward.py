@@ -18,7 +18,7 @@ from ...ir import Form
 from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
-from . import activation, hopper_calls
+from . import activation, hopper_calls, library_backward
 from . import backward_kernels as kernels
 from .backward_sums import bias_grads, grad_weights
 from .call import Call, read
@@ -57,13 +57,15 @@ def backward(
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip((x, weights, *p), needs, strict=True) if need]
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    by_library = tiles is None and library_backward.better(call, p)
     if tiles is None:
         tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda, layout.stacked and hopper_calls.capable(x))
-    tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
-    blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[PAD] * tiles.padded)
+    tiles = replace(tiles, padded=not by_library and tiles.padded and _can_pad(call, grad, tiles))
+    blocks = () if by_library else (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[PAD] * tiles.padded)
     rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))
     out = Gradients(p, needs, layout)
-    _run(Pass(call, grad, pre.contiguous(), rows, tiles, out))
+    run = library_backward.run if by_library else _run
+    run(Pass(call, grad, pre.contiguous(), rows, tiles, out))
     return out.asked()
 
 

@@ -163,7 +163,7 @@ def _kernel(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_its_device(*args: Any) -> Any:
         x: Tensor = args[0]
-        if x.get_device() == torch.cuda.current_device():
+        if x.get_device() == torch._C._cuda_getDevice():
             return run(*args)
         with torch.cuda.device(x.device):
             return run(*args)

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ..ir import Rejection
 from .libraries import home, is_library
-from .looks import asks, compares, has_loop
+from .looks import ASKS, asks, compares, has_loop
 from .places import MISSING, of_class
 from .sealed_code import codes
 
@@ -83,13 +83,19 @@ def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]
     if has_loop(code) and asks(code):
         return True
     found = list(_reached(code, names, values))
-    return _loops(found) or _counts(found)
+    return _loops(found) or _counts(found) or _unrolled(found)
 
 
 def _loops(reached: Iterable[types.CodeType]) -> bool:
     found = list(reached)
     loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
     return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def _unrolled(found: Iterable[types.CodeType]) -> bool:
+    """Whether code that a graph was printed as, such as what torch.export gives, holds a loop that was unrolled."""
+    printed = [c for c in found if c.co_filename.startswith("<eval_with_key>")]
+    return any(_SELECTS & set(c.co_names) and ASKS & set(c.co_names) for c in printed)
 
 
 def _counts(found: Iterable[types.CodeType]) -> bool:

@@ -25,6 +25,7 @@ PROBES = 3  # of the usual kinds: together they are to hit every expert
 _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
+_PER_EXPERT = ("selection bias", "expert scale")
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
 
 
@@ -108,8 +109,10 @@ class Edge:
             after = tuple(_scaled(s, w, known, sizes) if i >= at else s for i, (s, w) in enumerate(zip(stored, (*stored[:at], *widths))))
             views[q] = None if q.view is None else after
             shapes.setdefault(q.node, after if q.view is None else _one(sizes, stored, after, shape_of(q.node)))
-        for n in self.roles:
-            shapes.setdefault(n, sizes.shape(shape_of(n)) if self.roles[n] == "other" else tuple(new(s) for s in shape_of(n)))
+        for n, role in self.roles.items():
+            if role in _PER_EXPERT:  # as many tokens as experts do not change how many experts there are
+                shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
+            shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
         return Small(sizes, shapes, views, resized(self.experts, sizes))
 
 

@@ -10,9 +10,9 @@ import sympy as sp
 from .. import terms as T
 from ..terms import Term
 from ..terms.arithmetic import constant_part
-from .rows import No, clip
+from .matrices import LowRank
+from .rows import No, reads
 from .scales import Channel
-from .stored import LowRank
 
 
 @dataclass
@@ -44,16 +44,16 @@ def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
         pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
         own = [x for x in pieces if T.uses(x, expert)]
         if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
-            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+            raise No(f"a weight is not indexed by its expert first{reads(a)}")
         idx[0] = T.add(*(x for x in pieces if x is not own[0]))
         flat = True
     if len(idx) != 2:
-        raise No(f"an expert weight is no matrix: {clip(a)}")
+        raise No(f"an expert weight is no matrix{reads(a)}")
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
             return Linear(a.args[0], stride, offset, transposed, flat)
-    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+    raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 
 
 def affine(r: Term, v: Term) -> tuple[int, int]:

@@ -120,14 +120,16 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
     path.sort(key=lambda n: order.get(n, 0))
-    return [n for n in path if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
+    projected = any(op_name(n) in names.CONTRACTION for n in path)  # beside a projection an input is a bias: for one token too, [1, E]
+    kept = [n for n in path if n.op == "call_function" or not projected]
+    return [n for n in kept if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
 
 
 def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch | Rejection:
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        queued = any(x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
+        queued = any(x.op == "rank" or x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
         return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 
