@@ -129,9 +129,10 @@ class Finder:
         """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
         if (by_name := named(source)) is not None:
             return by_name
-        if (odd := between(source, self.walls)) is not None:
+        tried = list(tried)
+        if tried and (odd := between(source, self.walls)) is not None:  # a selection of keys in attention is tried nowhere
             return odd
-        for r in reversed(list(tried)):
+        for r in reversed(tried):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
