@@ -10,7 +10,7 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick golden zoo docs test-ascend run-ascend test-compat test-libraries test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -25,8 +25,11 @@ suite: $(READY)  ## all tests but those of other environments (ASCEND_APART=1: w
 
 QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
 
-quick: lint  ## lint, type check and a fast cut of the tests, under a minute: before every commit
-	$(BIN)/python -m pytest -q -n $(JOBS) --quick $(QUICK) $(ARGS)
+quick: $(READY)  ## lint, type check and a fast cut of the tests, under a minute: before every commit
+	$(MAKE) --no-print-directory -j2 lint quick-tests
+
+quick-tests:
+	$(BIN)/python -m pytest -q --quick $(QUICK) $(ARGS)
 
 golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalogue entry and zoo model; read its diff
 	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"

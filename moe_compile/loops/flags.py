@@ -115,15 +115,20 @@ def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
             known[key] = user and _loops(_reached(forward.__code__, forward.__globals__, [m]))
         return known[key]
 
-    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    modules = list(_modules(values))
     inner = [m for m in modules if holds(m) and not any(holds(x) for x in m.modules() if x is not m)]
     return frozenset(of_class(type(m), "forward").__code__ for m in inner)
+
+
+def _modules(values: Iterable[Any]) -> Iterator[nn.Module]:
+    """Modules at hand and inside; one whose `__init__` is at work has none yet, not even the table for them."""
+    return (m for v in values if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
 
 
 def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
     """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
     values = list(values)
-    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    modules = list(_modules(values))
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not is_library(home(c)))
     own = [f for m in modules for f in vars(m).values() if callable(f)]  # a forward set on the instance
     todo: list[tuple[types.CodeType, Mapping[str, Any]]] = [(code, names)]

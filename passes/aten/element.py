@@ -1,7 +1,7 @@
 """Pull: ask what one element of a node is, and get a term.
 
-`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in the
-`pull_*` files. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
+`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in
+`definitions_*`. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
+from .merged import merged_pairs
 from .mixture import mixtures
 from .odd import between
 from .rounding import rounded_nodes
@@ -63,9 +64,11 @@ class Finder:
         self.within = Counter(self.static.values())  # how many nodes carry a label
         self.left: dict[int, int] = {}  # elements that may still be asked for around a selection, all attempts together
         self.steps: dict[int, T.Budget] = {}  # and the work on terms
-        self.integers = made_floats(graph)
-        if self.integers:
-            self.integers |= rounded_nodes(graph)
+        integers = made_floats(graph)
+        if integers:
+            integers |= rounded_nodes(graph)
+        self.opened = integers | merged_pairs(graph)  # weights that are looked into for what they are made of
+        self.fallbacks = [set(s) for s in {frozenset(integers): None, frozenset(): None} if s != self.opened]
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
@@ -185,14 +188,16 @@ class Finder:
         return label > 0 and is_table(self.sources[label - 1])
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
-        out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and out.code != NO_EXPERTS:
-            kept, self.integers = self.integers, set()
+        """What weights are made of (integers, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
+        out = again = self._attempt(n, label)
+        kept = self.opened
+        for fewer in self.fallbacks:
+            if not isinstance(again, Rejection) or out.code == NO_EXPERTS:  # type: ignore[union-attr]
+                break
+            self.opened = fewer
             again = self._attempt(n, label)
-            self.integers = kept
-            return out if isinstance(again, Rejection) else again
-        return out
+        self.opened = kept
+        return out if isinstance(again, Rejection) else again
 
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self._elements(label), self.spend(label))
@@ -231,7 +236,7 @@ class Finder:
         """Whether the experts' pass takes a node as a given tensor."""
         if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
-        if self.live.get(n, self.static[n]) == label or n in self.integers:
+        if self.live.get(n, self.static[n]) == label or n in self.opened:
             return False
         name = op_name(n)
         if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]

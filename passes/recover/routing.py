@@ -38,6 +38,9 @@ class GatingMatch:
     choice: fx.Node
 
 
+STEPS = 400_000  # what may be spent on one block's routing, in steps of a few microseconds: routers take some thousands
+
+
 def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejection:
     """The gating that made m.ids and m.weight, or why it stays as written."""
     found = {x for x in T.walk(m.ids) if x.op == "topk"}
@@ -52,13 +55,22 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
         return Rejection("the router sees another number of tokens than the experts", choice, "gating")
     if chosen.args[1][:-1] != row_of(choice.args[0], m.t):  # type: ignore[arg-type]
         return Rejection("the router sees the tokens in another order than the experts", choice, "gating")
+    try:
+        with T.Budget(STEPS).within():
+            return _at_some_boundary(m, chosen, walls)
+    except T.TooLarge as e:
+        return Rejection(str(e), choice, "gating")
+
+
+def _at_some_boundary(m: ExpertsMatch, chosen: Term, walls: set[fx.Node]) -> GatingMatch | Rejection:
+    """The gating above the first values that can be its logits."""
     last: Rejection | None = None
-    for logits in _boundaries(choice, walls):
+    for logits in _boundaries(chosen.args[0], walls):
         out = _try(m, chosen, logits, walls)
         if isinstance(out, GatingMatch):
             return out
         last = last or out
-    return last or Rejection("no router logits were found", choice, "gating")
+    return last or Rejection("no router logits were found", chosen.args[0], "gating")
 
 
 def _from_another_device(ids: Term) -> bool:
