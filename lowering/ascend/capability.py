@@ -30,6 +30,8 @@ def refuses(ir: MoeBlock) -> str | None:
     if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
         stored = e.dtype if e.weight_dtype is None else e.weight_dtype
         return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
+    if e.adapted:
+        return "low-rank pairs (LoRA) beside expert weights: no chain of npu ops for them; merge the adapter into the weights"
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
     if e.num_experts > MAX_GROUPED:

@@ -48,6 +48,8 @@ def says(ir: MoeBlock) -> str:
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     if ir.experts.weight_dtype is not None:
         return f"cpu torch ({dtype}, weights {str(ir.experts.weight_dtype).removeprefix('torch.')})"
+    if ir.experts.adapted:
+        return f"cpu torch ({dtype}, low-rank pairs)"
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
@@ -56,7 +58,7 @@ def says(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     route.prepare()
-    if not ir.experts.scaled:
+    if not ir.experts.scaled and not ir.experts.adapted:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

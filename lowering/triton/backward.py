@@ -250,19 +250,19 @@ def _up_grads(p: Pass, d_pre: Tensor | None, x: Tensor | None) -> None:
     width = d_pre.shape[1] // p.layout.halves()
     for part in range(p.layout.halves()):
         if p.out.wants("up", part):
-            columns = _Operand(d_pre, width * part, width, False)
-            tokens = _Operand(x, 0, x.shape[1], not p.tiles.padded)
-            _weight_grad(p, p.out.empty("up", part), columns, tokens, p.layout.up_transposed, p.tiles.up)
+            columns = Operand(d_pre, width * part, width, False)
+            tokens = Operand(x, 0, x.shape[1], not p.tiles.padded)
+            weight_grad(p, p.out.empty("up", part), columns, tokens, p.layout.up_transposed, p.tiles.up)
 
 
 def _down_grads(p: Pass, grad: Tensor, hidden: Tensor | None) -> None:
     assert hidden is not None
-    left = _Operand(grad, 0, grad.shape[1], not p.tiles.padded)
-    _weight_grad(p, p.out.empty("down", 0), left, _Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
+    left = Operand(grad, 0, grad.shape[1], not p.tiles.padded)
+    weight_grad(p, p.out.empty("down", 0), left, Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
     """Some columns of a tensor of rows; `gather`: its rows are tokens."""
 
     rows: Tensor
@@ -275,7 +275,7 @@ class _Operand:
         return self.rows[:, self.first : self.first + self.width]
 
 
-def _weight_grad(p: Pass, targets: list[Tensor], out: _Operand, into: _Operand, transposed: bool, tile: Tile) -> None:
+def weight_grad(p: Pass, targets: list[Tensor], out: Operand, into: Operand, transposed: bool, tile: Tile) -> None:
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width

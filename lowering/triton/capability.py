@@ -39,4 +39,6 @@ def refuses(ir: MoeBlock) -> str | None:
 def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
+    if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:
+        return f"triton ({dtype}, low-rank pairs)"
     return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

@@ -16,8 +16,8 @@ from ...ir import Form
 from .. import terms as T
 from ..terms import Term
 from .linear import Linear
-from .rows import No, factors
 from .matrices import LowRank, matrices
+from .rows import No, factors
 
 MORE = "a projection has more than one low-rank pair (LoRA) at once: merge all but one adapter into the weight"
 APART = "a low-rank pair (LoRA) stands beside no single projection"

@@ -10,9 +10,9 @@ import sympy as sp
 from .. import terms as T
 from ..terms import Term
 from ..terms.arithmetic import constant_part
+from .matrices import LowRank
 from .rows import No, reads
 from .scales import Channel
-from .matrices import LowRank
 
 
 @dataclass
