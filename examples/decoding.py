@@ -7,6 +7,7 @@ later query, is masked, and is overwritten as decoding goes on.
 from __future__ import annotations
 
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -148,13 +149,14 @@ class Session:
 def compile_beside(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], **compile_args: Any) -> Any:
     """A process that compiles a session's two steps for the same weights, which it shares: this process finds the graphs in the compiler's
     cache on disk then, and compiles something else meanwhile. To be joined."""
-    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args), daemon=True)
+    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args))
     process.start()
     return process
 
 
 def _compile(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], compile_args: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    sys.modules.pop("__mp_main__", None)  # the cache's keys name the module that torch's constants are first found in: not this one
     session = Session(model, backend, *shape, **compile_args)
     for kind in ("prefill", "decode"):
         session.warm_up(kind)

@@ -136,9 +136,7 @@ def _rows(call: Call, x: Tensor) -> Rows:
     return Rows(dispatch(call.ids, layout.num_experts, (tile.bm,)), call.ids.shape[1], call.slots, tile)
 
 
-def forward(
-    x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """As `generic.forward`; pre-activations in the dispatch's row order, columns as the up projections are stored."""
     found = _read(x, ids, weights, p, add, layout)
     if found is None or ids.numel() == 0:
