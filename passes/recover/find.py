@@ -24,7 +24,7 @@ from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
-from .odd import between
+from .odd import between, combined
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS
 from .scales import made_floats
@@ -130,7 +130,8 @@ class Finder:
         if (by_name := named(source)) is not None:
             return by_name
         tried = list(tried)
-        if tried and (odd := between(source, self.walls)) is not None:  # a selection of keys in attention is tried nowhere
+        told = between if tried else combined  # a selection of keys in attention is tried nowhere
+        if (odd := told(source, self.walls)) is not None:
             return odd
         for r in reversed(tried):
             if r.code != NO_EXPERTS:
