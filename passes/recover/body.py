@@ -12,9 +12,11 @@ from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
 from ..terms.arithmetic import constant_part
+from . import grids
 from . import scales as channels
 from .adapters import LORA, has_pair
 from .bridge import Bridge
+from .grids import Grid
 from .rounding import ROUNDED
 from .rows import No, clip, factors
 from .scales import Channel
@@ -25,7 +27,7 @@ class Linear:
     """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
-    multiplies the sum too.
+    multiplies the sum too. `grid`: scales of blocks of it, which are in the sum.
     """
 
     weight: Any
@@ -36,6 +38,7 @@ class Linear:
     bias: Any = None
     scale: sp.Expr = sp.S.One
     channel: Channel | None = None
+    grid: Grid | None = None
 
 
 @dataclass
@@ -60,17 +63,18 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     scale, total, bias, channel = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
-    if len(downs) != 1:
+    pair = grids.split(downs)
+    if pair is None:
         raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
-    rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
-    down = linear_of(downs[0], h, i, expert)
+    rest = T.mul(*(f for f in factors(inner) if f not in pair))
+    down = linear_of(pair, h, i, expert)
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
-    reader = Reader(t, i, expert, channels.integer_weights(core, expert))
+    reader = Reader(t, i, expert, channels.coded_weights(core, expert))
     expr = reader.read(rest) * reader.read(scale) * (sp.S.One if tables is None else reader.read(tables))
     if reader.routed() and outside is not None:
         if bias is not None and outside.op != "c":
@@ -109,9 +113,9 @@ def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> 
     if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
         return "an integer weight has a zero point"
     read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
-    if len(read) < 2 or not any(channels.is_integer(f) for f in read):
+    if len(read) < 2 or not any(channels.is_coded(f) for f in read):
         return None
-    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a scale is in groups along the inner dim"
+    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a weight has more than one scale along its inputs"
 
 
 def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
@@ -156,8 +160,9 @@ def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
     return list(out)
 
 
-def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight atom is laid out, from its index: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+def linear_of(pair: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> Linear:
+    """How a weight atom (and, behind it, the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+    a, *scales = pair
     idx = list(a.args[1])
     flat = False
     if idx and idx[0] is expert:
@@ -174,7 +179,8 @@ def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
-            return Linear(a.args[0], stride, offset, transposed, flat)
+            grid = grids.grid(scales[0], idx, expert) if scales else None
+            return Linear(a.args[0], stride, offset, transposed, flat, grid=grid)
     raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
 
 
@@ -298,15 +304,16 @@ class Reader(Bridge):
         ws = [f for f in fs if f.op == "a" and T.uses(f, self.expert)]
         numbers = [f for f in fs if f.op == "c"]
         xs = [f for f in fs if f not in ws and f not in numbers]
-        if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
+        pair = grids.split(ws)
+        if pair is None or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
             raise No(f"a projection is not token times weight: {clip(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
-        return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
+        return linear_of(pair, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.grid)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol
