@@ -10,7 +10,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import sys
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,14 @@ def fake_passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]
         monkeypatch.setattr(moe_compile.passes, "pipeline", module, raising=False)
 
     return install
+
+
+def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The tensors of a call of routed experts by name, in the order of the op's schema, with the parameters in one bundle."""
+    from moe_compile.ops import bundled
+
+    x, ids, weights, parameters, rest = bundled([*t.values()])
+    return x, ids, weights, parameters, *rest
 
 
 def have_compiler() -> bool:

@@ -15,7 +15,7 @@ from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.codec import decode, encode, path, place, record_of, schema
 from moe_compile.ir.operands import Operands
-from moe_compile.ir.records import Layout, Rounding, Routing, SharedLayout
+from moe_compile.ir.records import Layout, Routing, SharedLayout, Storage
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 NUMBERS = st.floats(0.001953125, 64, width=32)
@@ -70,7 +70,7 @@ def test_a_gating_comes_back(gating):
 
 @given(EXPERTS)
 def test_experts_come_back(experts):
-    assert all(there_and_back(record, experts) == experts for record in (Layout, Rounding, SharedLayout))
+    assert all(there_and_back(record, experts) == experts for record in (Layout, Storage, SharedLayout))
 
 
 @given(GATINGS, GATINGS)
@@ -84,7 +84,7 @@ def test_different_gatings_are_different_arguments(one, other):
 def test_arguments_have_the_types_of_the_schema(gating, experts):
     """What Python would take for the other (True for 1, 1 for 1.0) is what the op's text form tells apart."""
     kinds = {"bool": bool, "int": int, "float": float, "ScalarType": torch.dtype, "int[]": list, "float[]": list}
-    for record, meaning in ((Routing, gating), (Layout, experts), (Rounding, experts), (SharedLayout, experts)):
+    for record, meaning in ((Routing, gating), (Layout, experts), (Storage, experts), (SharedLayout, experts)):
         types = [argument.split()[0] for argument in schema(record).split(", ")]
         assert [type(v) for v in encode(record, meaning)] == [kinds[t] for t in types]
 

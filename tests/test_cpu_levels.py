@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import have_compiler
+from conftest import bundle, have_compiler
 from test_cpu_lowering import LAYOUTS, ROUTINGS, grads_of, layout, make, relative
 from test_cpu_packed import frozen, packed
 
@@ -39,14 +39,14 @@ def test_every_level_of_this_machine(level: str, dtype: torch.dtype, monkeypatch
         for routing in ("one token", "few", "many"):
             e = LAYOUTS[name]
             t = make(e, ROUTINGS[routing](e.num_experts), dtype)
-            want, pre = e.evaluate(**t), generic.forward(*t.values(), layout(e))[1]
-            assert relative(cpu.forward(*t.values(), layout(e), save=False)[0], want) < tolerance
+            want, pre = e.evaluate(**t), generic.forward(*bundle(t), layout(e))[1]
+            assert relative(cpu.forward(*bundle(t), layout(e), save=False)[0], want) < tolerance
             grad = torch.ones_like(t["x"])
             for g, w in zip(grads_of(cpu.backward, t, pre, e, grad), grads_of(generic.backward, t, pre, e, grad), strict=True):
                 assert relative(g, w) < 2 * tolerance
             module = frozen(t)
             with torch.no_grad():
-                assert relative(cpu.forward(*t.values(), layout(e), save=False)[0], want) < tolerance
+                assert relative(cpu.forward(*bundle(t), layout(e), save=False)[0], want) < tolerance
             assert packed() > 0
             del module
     assert {key[2] for key in cpu_build._builds if key[0] == "packed"} >= {level}

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import sympy as sp
 import torch
-from conftest import have_compiler
+from conftest import bundle, have_compiler
 from torch import Tensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import Operands
 from moe_compile.lowering import target
 from moe_compile.lowering.cpu import build as cpu_build
 from moe_compile.lowering.cpu import experts as cpu
@@ -83,8 +84,8 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def grads_of(run: Any, t: dict[str, Any], pre: Tensor, e: ir.Experts, grad: Tensor) -> list[Tensor]:
-    lists = [t["up"], t["down"], t["up_bias"], t["down_bias"]]
-    return run(grad, pre, t["x"], t["ids"], t["weights"], *lists, layout(e), [True] * (2 + sum(map(len, lists))))
+    *tensors, parameters, _ = bundle(t)
+    return run(grad, pre, *tensors, parameters, layout(e), [True] * (2 + len([*parameters])))
 
 
 LAYOUTS = {
@@ -123,12 +124,12 @@ ROUTINGS = {
 def test_kernel_values_and_gradients(name: str, dtype: torch.dtype, routing: str) -> None:
     e = LAYOUTS[name]
     t = make(e, ROUTINGS[routing](e.num_experts), dtype, add=name == "concat")
-    out, pre = cpu.forward(*t.values(), layout(e), save=True)
-    _, want_pre = generic.forward(*t.values(), layout(e))
+    out, pre = cpu.forward(*bundle(t), layout(e), save=True)
+    _, want_pre = generic.forward(*bundle(t), layout(e))
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2 if dtype == torch.bfloat16 else 2e-3
     assert relative(out, e.evaluate(**t)) < tolerance
     assert relative(pre, want_pre) < tolerance
-    assert torch.equal(out, cpu.forward(*t.values(), layout(e), save=False)[0])
+    assert torch.equal(out, cpu.forward(*bundle(t), layout(e), save=False)[0])
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
     got = grads_of(cpu.backward, t, want_pre, e, grad)
     for g, w in zip(got, grads_of(generic.backward, t, want_pre, e, grad), strict=True):
@@ -173,7 +174,7 @@ def test_activations_of_small_values(expr: sp.Expr) -> None:
     e = block(ir.Form.SINGLE, expr, sizes=(1, 1, 1, 1))
     ones = torch.ones(len(values), 1)
     up, down = [torch.ones(1, 1, 1)], [torch.ones(1, 1, 1)]
-    out, _ = cpu.forward(values[:, None], ones.long() - 1, ones, up, down, [], [], None, layout(e), save=False)
+    out, _ = cpu.forward(values[:, None], ones.long() - 1, ones, Operands.named(up=up, down=down), None, layout(e), save=False)
     want = act.evaluate(expr, values.double())
     assert float(((out[:, 0] - want) / want.abs().clamp(min=1e-37)).abs().max()) < 1e-6
 
@@ -199,7 +200,7 @@ def test_activations_far_out() -> None:
         e = block(ir.Form.SINGLE, expr, sizes=(1, 1, 1, 1))
         for value in values:
             one = torch.ones(1, 1)
-            out, _ = cpu.forward(one, one.long() - 1, one, [value.reshape(1, 1, 1)], [one[None]], [], [], None, layout(e), save=False)
+            out, _ = cpu.forward(one, one.long() - 1, one, Operands((value.reshape(1, 1, 1),), (one[None],)), None, layout(e), save=False)
             want = act.evaluate(expr, value.reshape(1))
             assert torch.allclose(out[0], want, rtol=1e-5, atol=1e-7, equal_nan=True), (expr, value)
 
@@ -232,12 +233,12 @@ def test_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     e = LAYOUTS["concat"]
     for tokens in (1, 90):
         t = make(e, balanced(tokens), dtype)
-        pre = cpu.forward(*t.values(), layout(e), save=True)[1]
+        pre = cpu.forward(*bundle(t), layout(e), save=True)[1]
         grad = torch.ones(tokens, HIDDEN, dtype=dtype)
         runs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            runs.append([cpu.forward(*t.values(), layout(e), save=False)[0], *grads_of(cpu.backward, t, pre, e, grad)])
+            runs.append([cpu.forward(*bundle(t), layout(e), save=False)[0], *grads_of(cpu.backward, t, pre, e, grad)])
         for run in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -248,23 +249,23 @@ def test_calls_from_several_threads() -> None:
 
     e = LAYOUTS["concat"]
     inputs = [make(e, balanced(n)) for n in (1, 30, 200)]
-    want = [cpu.forward(*t.values(), layout(e), save=False)[0] for t in inputs]
+    want = [cpu.forward(*bundle(t), layout(e), save=False)[0] for t in inputs]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
-            got = pool.map(lambda t: cpu.forward(*t.values(), layout(e), save=False)[0], inputs)
+            got = pool.map(lambda t: cpu.forward(*bundle(t), layout(e), save=False)[0], inputs)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_float64_and_deep_programs_run_in_plain_torch() -> None:
     t = make(block(), balanced(7), torch.float64)
-    out, _ = cpu.forward(*t.values(), layout(block()), save=False)
+    out, _ = cpu.forward(*bundle(t), layout(block()), save=False)
     assert out.dtype == torch.float64 and relative(out, block().evaluate(**t)) < 1e-12
     deep = act.G
     for i in range(12):  # a level holds one operand back while the next is evaluated
         deep = sp.Add(sp.Mul(act.U, sp.tanh(deep), evaluate=False), sp.Integer(i + 1), evaluate=False)
     e = block(activation=deep)
     t = make(e, balanced(7))
-    assert relative(cpu.forward(*t.values(), layout(e), save=False)[0], e.evaluate(**t)) < 1e-5
+    assert relative(cpu.forward(*bundle(t), layout(e), save=False)[0], e.evaluate(**t)) < 1e-5
 
 
 class TestBuilding:
@@ -279,7 +280,7 @@ class TestBuilding:
         e = block()
         t = make(e, balanced(5))
         with caplog.at_level(logging.INFO, logger="moe_compile"):
-            out, _ = cpu.forward(*t.values(), layout(e), save=False)
+            out, _ = cpu.forward(*bundle(t), layout(e), save=False)
         assert relative(out, e.evaluate(**t)) < 1e-5
         assert any("no-such-compiler" in r.getMessage() for r in caplog.records)
 

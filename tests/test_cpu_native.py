@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from conftest import have_compiler
+from conftest import bundle, have_compiler
 from test_cpu_lowering import LAYOUTS, ROUTINGS, layout, make, relative
 from test_cpu_packed import WRITES, frozen
 
@@ -53,14 +53,14 @@ def test_same_bits_and_no_python(name: str, routing: str, asked: list[int]) -> N
     e = LAYOUTS[name]
     for dtype in (torch.float32, torch.bfloat16):
         t = make(e, ROUTINGS[routing](e.num_experts), dtype, add=name == "concat")
-        want, _ = cpu.forward(*t.values(), layout(e), save=False)
+        want, _ = cpu.forward(*bundle(t), layout(e), save=False)
         asked.clear()
         assert torch.equal(call(name, t), want) and len(asked) == 1
         other = {**make(e, ROUTINGS["few"](e.num_experts), dtype, add=name == "concat"), **{n: t[n] for n in ("up", "down")}}
         other |= {n: t[n] for n in ("up_bias", "down_bias")}
         got = call(name, other)
         assert len(asked) == 1
-        assert torch.equal(got, cpu.forward(*other.values(), layout(e), save=False)[0])
+        assert torch.equal(got, cpu.forward(*bundle(other), layout(e), save=False)[0])
 
 
 def test_rows_and_ids_as_they_come(asked: list[int]) -> None:
@@ -84,7 +84,7 @@ def test_wrong_operands_are_told_as_before() -> None:
     for wrong in ({"ids": t["ids"][:-1]}, {"weights": t["weights"][:, :1]}, {"x": t["x"][:-1]}):
         given = {**t, **wrong}
         with pytest.raises(Exception) as python:
-            cpu.forward(*given.values(), layout(LAYOUTS["concat"]), save=False)
+            cpu.forward(*bundle(given), layout(LAYOUTS["concat"]), save=False)
         with pytest.raises(type(python.value)) as native:
             call("concat", given)
         assert str(python.value) in str(native.value)
@@ -97,7 +97,7 @@ def test_other_plain_arguments_are_another_call() -> None:
         e = LAYOUTS[name]
         plain = ops.experts_args(e)
         got = torch.ops.moe_compile.experts(*given.values(), *plain)
-        assert torch.equal(got, cpu.forward(*given.values(), ops.layout_of(plain), save=False)[0])
+        assert torch.equal(got, cpu.forward(*bundle(given), ops.layout_of(plain), save=False)[0])
 
 
 def test_gradients_go_through_autograd() -> None:

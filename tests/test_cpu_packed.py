@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from conftest import have_compiler
+from conftest import bundle, have_compiler
 from test_cpu_lowering import FLOATS, LAYOUTS, ROUTINGS, layout, make, relative
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def test_values(name: str, dtype: torch.dtype, routing: str) -> None:
     t = make(e, ROUTINGS[routing](e.num_experts), dtype, add=name == "concat")
     module = frozen(t)
     with torch.no_grad():
-        out, _ = cpu.forward(*t.values(), layout(e), save=False)
+        out, _ = cpu.forward(*bundle(t), layout(e), save=False)
         assert packed() > 0
         assert relative(out, e.evaluate(**t)) < TOLERANCE[dtype]
     if dtype != torch.bfloat16 or e.hidden % 2 == 0 == e.intermediate % 2:
@@ -70,7 +70,7 @@ def test_same_bits_on_any_number_of_threads() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with torch.no_grad():
-            runs.append(cpu.forward(*t.values(), layout(e), save=False)[0])
+            runs.append(cpu.forward(*bundle(t), layout(e), save=False)[0])
     assert all(torch.equal(run, runs[0]) for run in runs)
     del module
 
@@ -109,15 +109,15 @@ def test_a_written_weight_is_read_as_it_is(change: Any, which: str, caplog: pyte
     module = frozen(t)
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="moe_compile"):
         for _ in range(2):
-            cpu.forward(*t.values(), layout(e), save=False)
+            cpu.forward(*bundle(t), layout(e), save=False)
         assert packed() > 0
         change(t[which][0])
-        out, _ = cpu.forward(*t.values(), layout(e), save=False)
+        out, _ = cpu.forward(*bundle(t), layout(e), save=False)
         assert relative(out, e.evaluate(**t)) < 2e-6
         if change is not give_other_memory:
             assert packed() == 0 and "after moe_compile.prepare" in caplog.text
         moe_compile.prepare(module, target="cpu")
-        cpu.forward(*t.values(), layout(e), save=False)
+        cpu.forward(*bundle(t), layout(e), save=False)
         assert packed() > 0
 
 
@@ -125,7 +125,7 @@ def test_copies_go_with_the_model() -> None:
     e = LAYOUTS["concat"]
     t = make(e, ROUTINGS["few"](e.num_experts))
     module = frozen(t)
-    cpu.forward(*t.values(), layout(e), save=False)
+    cpu.forward(*bundle(t), layout(e), save=False)
     assert packed() > 0
     t.clear()
     del module
@@ -139,9 +139,9 @@ def test_only_what_is_prepared_is_packed() -> None:
     module = frozen(t)
     half = {**other, "up": t["up"]}
     for given in (other, half):
-        out, _ = cpu.forward(*given.values(), layout(e), save=False)
+        out, _ = cpu.forward(*bundle(given), layout(e), save=False)
         assert packed() == 0 and relative(out.detach(), e.evaluate(**given).detach()) < 2e-6
-    out, _ = cpu.forward(*t.values(), layout(e), save=True)  # a gradient is wanted: the model's own weights
+    out, _ = cpu.forward(*bundle(t), layout(e), save=True)  # a gradient is wanted: the model's own weights
     assert packed() == 0
     del module
 

@@ -32,7 +32,7 @@ from moe_compile.ir import (
     text,
 )
 from moe_compile.ir import scalar as act
-from moe_compile.lowering.reference import generic
+from moe_compile.lowering.reference import dual
 from moe_compile.lowering.triton import activation as triton_code
 
 torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def test_rows_of_the_table(row: act.Scalar) -> None:
     assert not row.positive or bool((got > 0).all())
     y = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(row.torch(y).sum(), y)
-    torch.testing.assert_close(generic.SLOPES[act.FUNCTIONS.index(row)](x, got), slope, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dual.SLOPES[act.FUNCTIONS.index(row)](x, got), slope, rtol=1e-9, atol=1e-9)
     assert row.number(1e9) in (1.0, 1e9, math.inf, math.log(1e9), math.log1p(1e9))  # what overflows is infinite, never an error
     assert act.decode(*act.encode(row.head(act.G))) == row.head(act.G)
 
@@ -120,7 +120,7 @@ def test_op_numbers_are_a_contract() -> None:
     assert act.encode(act.SWIGLU)[0].count(act.OP_MUL) == 2
     functions = ["sigmoid", "tanh", "exp", "log", "erf", "relu", "softplus", "gelu_tanh", "abs", "log1p", "expm1", "exp2"]
     assert [f.name for f in act.FUNCTIONS] == functions
-    assert len(generic.SLOPES) == len(triton_code._UNARY) == len(functions)
+    assert len(dual.SLOPES) == len(triton_code._UNARY) == len(functions)
 
 
 # Gating ---------------------------------------------------------------------------------------------------------------------

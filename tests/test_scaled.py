@@ -65,7 +65,7 @@ def tensors(e: ir.Experts, one: bool = False) -> dict[str, Any]:
 
 
 def call(e: ir.Experts, t: dict[str, Any]) -> Tensor:
-    return torch.ops.moe_compile.experts_scaled(*t.values(), *ops.scaled_args(e))
+    return torch.ops.moe_compile.experts_scaled(*t.values(), *ops.experts_args(e))
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
@@ -102,7 +102,7 @@ def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("name", ["stacked", "lists of gates and ups, biases"])
 def test_opcheck(name: str) -> None:
-    opcheck(torch.ops.moe_compile.experts_scaled.default, (*tensors(MEANINGS[name]).values(), *ops.scaled_args(MEANINGS[name])))
+    opcheck(torch.ops.moe_compile.experts_scaled.default, (*tensors(MEANINGS[name]).values(), *ops.experts_args(MEANINGS[name])))
 
 
 def test_half_precision_and_autocast() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...ops import layout_of, routing_of
+from ...ops import bundled, layout_of, routing_of
 from ...ops.anywhere import with_copies
 from ..target import Target
 from . import experts, frozen, native, route, told
@@ -17,15 +17,18 @@ def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *ga
 
 
 def _experts(*args: Any) -> Tensor:
-    return experts.forward(*args[:8], layout_of(args[8:]), save=False)[0]
+    x, ids, weights, p, (add, *plain) = bundled(args)
+    return experts.forward(x, ids, weights, p, add, layout_of(plain), save=False)[0]
 
 
 def _experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return experts.forward(*args[:8], layout_of(args[8:]), save=True)
+    x, ids, weights, p, (add, *plain) = bundled(args)
+    return experts.forward(x, ids, weights, p, add, layout_of(plain), save=True)
 
 
-def _experts_bwd(*args: Any) -> list[Tensor]:
-    return experts.backward(*args[:9], layout_of(args[9:-1]), args[-1])
+def _experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args)
+    return experts.backward(grad, pre, x, ids, weights, p, layout_of(plain), needs)
 
 
 def _rearrange(model: nn.Module, training: bool, weight_format: str) -> dict[str, int]:
@@ -45,5 +48,5 @@ TARGET = Target(
     lacks=told.lacks,
     remarks=told.packed,
     missing=told.missing,
-    scaled=True,  # integer weights run in plain torch, made floats one touched expert at a time
+    coded=True,  # weights in few bits run in plain torch, made floats one touched expert at a time
 )

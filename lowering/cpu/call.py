@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
+from ...ir.operands import Operands
 from ..reference.generic import Layout
 from .frozen import Sources
 
@@ -73,6 +74,14 @@ class Call:
             if t is not None:
                 self.keep.append(t)
                 setattr(self.args, name, t.data_ptr())
+
+    def parameters(self, prefix: str, p: Operands[Tensor] | Operands[Tensor | None]) -> None:
+        """The parameters (`prefix` ""), or where the gradients of some go ("grad_")."""
+        if any(t is not None for t in p.up):
+            self.up(prefix, p.up)
+        if any(t is not None for t in p.down):
+            self.down(prefix, p.down)
+        self.biases(prefix, p.up_bias, p.down_bias)
 
     def up(self, prefix: str, tensors: Sequence[Tensor | None]) -> None:
         """The up matrices (`prefix` "") or where their gradients go ("grad_"): bases of gate and up, strides."""

@@ -94,11 +94,11 @@ def _build() -> None:
 
 def _first(*args: Any) -> Tensor:
     """The op for operands that C++ does not know (any more): run it, and let C++ know what they come to."""
-    x, _, _, up, down, up_bias, down_bias, _ = args[:8]
-    layout = ops.layout_of(args[8:])
+    x, _, _, p, (_, *plain) = ops.bundled(args)
+    layout = ops.layout_of(plain)
     out = _run(*args)
-    if x.ndim == 2 and all(b.is_contiguous() for b in (*up_bias, *down_bias)):
-        found = experts._kernel("inference", x, layout, up, down, up_bias, down_bias)
+    if x.ndim == 2 and all(b.is_contiguous() for b in (*p.up_bias, *p.down_bias)):
+        found = experts._kernel("inference", x, layout, p)
         if found is not None:
             _remember(*found, layout)
     return out

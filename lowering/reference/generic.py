@@ -7,8 +7,9 @@ never comes here on its steady path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from ...ir import Form
 from ...ir import scalar as act
+from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
+from .dual import Dual, run_dual
 
-Dual = tuple[Tensor, Tensor | None, Tensor | None]  # value, d/dg, d/du; None is a derivative of zero
 
-
-def check_sizes(layout: Layout, *lists: Sequence[Tensor]) -> None:
+def check_sizes(layout: Layout, p: Operands[Any]) -> None:
     """The kernels index by expert number: a parameter with fewer experts than the call says must not reach them."""
-    for ts in lists:
+    for ts in p.groups():
         short = any(t.shape[0] < layout.num_experts for t in ts) if layout.stacked else bool(ts) and len(ts) < layout.num_experts
         if short:
             raise ValueError(f"moe_compile::experts: num_experts is {layout.num_experts}, but a parameter holds fewer experts")
@@ -43,6 +44,14 @@ class Rows:
     tokens: Tensor  # [N]
     counts: list[int]  # rows per expert
     identity: Tensor | None  # [M] slots of identity experts
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Experts that have rows, and where these are."""
+        start = 0
+        for e, count in enumerate(self.counts):
+            if count:
+                yield e, slice(start, start + count)
+            start += count
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,10 +98,7 @@ def forward(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
     inner: Callable[[Tensor], Tensor] | None = None,
@@ -107,23 +113,12 @@ def forward(
     inputs = x[rows.tokens]
     if layout.weight_on_input:
         inputs = (inputs.to(acc) * w[rows.slots]).to(x.dtype)
-    pre = x.new_zeros(ids.numel(), layout.pre_width(down))
-    outs = x.new_zeros(ids.numel(), layout.out_features(down), dtype=acc)
-    start = 0
-    for e, count in enumerate(rows.counts):
-        if not count:
-            continue
-        here = slice(start, start + count)
-        start += count
-        parts: list[Tensor] = []
-        for p, m in enumerate(up_matrices(layout, up, e, x.dtype)):
-            bias = layout.at(up_bias, p, e).to(x.dtype) if up_bias else None
-            parts.extend(split_pre(layout, F.linear(inputs[here], m, bias)))
-        torch.cat(parts, -1, out=pre[here])
+    pre = x.new_zeros(ids.numel(), layout.pre_width(p.down))
+    outs = x.new_zeros(ids.numel(), layout.out_features(p.down), dtype=acc)
+    for e, here in rows.spans():
+        torch.cat(_up(layout, p, e, inputs[here]), -1, out=pre[here])
         a = _activate(layout, pre[here], acc).to(x.dtype)
-        y = F.linear(a if inner is None else inner(a), _down(layout, down, e, x.dtype)).to(acc)
-        if down_bias:
-            y = y + layout.at(down_bias, 0, e).to(acc)
+        y = _down(layout, p, e, a if inner is None else inner(a), acc)
         slots = rows.slots[here]
         outs[slots] = y if layout.weight_on_input else y * w[slots]
     if rows.identity is not None:
@@ -132,7 +127,21 @@ def forward(
     return (out if add is None else out + add.to(acc)).to(x.dtype), pre
 
 
-def _down(layout: Layout, down: Sequence[Tensor], e: int, dtype: torch.dtype) -> Tensor:
+def _up(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor) -> list[Tensor]:
+    """Pre-activations (g, u) or (g,) of expert e's rows."""
+    products: list[Tensor] = []
+    for part, m in enumerate(up_matrices(layout, p.up, e, rows.dtype)):
+        bias = layout.at(p.up_bias, part, e).to(rows.dtype) if p.up_bias else None
+        products.extend(split_pre(layout, F.linear(rows, m, bias)))
+    return products
+
+
+def _down(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor, acc: torch.dtype) -> Tensor:
+    y = F.linear(rows, _down_matrix(layout, p.down, e, rows.dtype)).to(acc)
+    return y + layout.at(p.down_bias, 0, e).to(acc) if p.down_bias else y
+
+
+def _down_matrix(layout: Layout, down: Sequence[Tensor], e: int, dtype: torch.dtype) -> Tensor:
     m = layout.at(down, 0, e).to(dtype)
     return m.t() if layout.down_transposed else m
 
@@ -143,23 +152,79 @@ def _activate(layout: Layout, pre: Tensor, acc: torch.dtype) -> Tensor:
 
 
 class Grads:
-    """Gradients asked for, in the order x, weights, *up, *down, *up_bias, *down_bias; nothing else is computed."""
+    """Gradients asked for, in the order x, weights, the parameters in theirs; nothing else is computed."""
 
-    def __init__(self, needs: Sequence[bool], tensors: Sequence[Tensor], sizes: Sequence[int], layout: Layout) -> None:
-        self.out = [torch.zeros_like(t, memory_format=torch.contiguous_format) if n else None for t, n in zip(tensors, needs, strict=True)]
-        self.first = [2 + sum(sizes[:i]) for i in range(len(sizes))]
-        self.sizes, self.layout = sizes, layout
+    def __init__(self, needs: Sequence[bool], x: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> None:
+        self.x, self.weights, *asked = needs
+        self.of_x: Tensor | None = None
+        self.of_weights: Tensor | None = None
+        wanted = zip(p, asked, strict=True)
+        self.of_parameters: Operands[Tensor | None] = p.filled(_zeros(t) if n else None for t, n in wanted)
+        self.layout = layout
 
-    def of(self, which: int, part: int, e: int) -> Tensor | None:
-        """Where expert e's gradient of list `which` (up, down, up_bias, down_bias) goes, or None when nobody asks."""
-        if not self.sizes[which]:
+    def of(self, name: str, part: int, e: int) -> Tensor | None:
+        """Where expert e's gradient of a parameter goes, or None when nobody asks."""
+        group = getattr(self.of_parameters, name)
+        if not group:
             return None
-        at = self.first[which] + (part if self.layout.stacked else part * self.layout.num_experts + e)
-        whole = self.out[at]
+        whole: Tensor | None = group[part if self.layout.stacked else part * self.layout.num_experts + e]
         return whole[e] if whole is not None and self.layout.stacked else whole
 
     def asked(self) -> list[Tensor]:
-        return [g for g in self.out if g is not None]
+        return [g for g in (self.of_x, self.of_weights, *self.of_parameters) if g is not None]
+
+
+def _zeros(t: Tensor) -> Tensor:
+    return torch.zeros_like(t, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """One backward pass: what was given, and where gradients go. grad_x [T * k, H] and grad_w [T * k] by slot."""
+
+    grad: Tensor
+    x: Tensor
+    w: Tensor
+    p: Operands[Tensor]
+    layout: Layout
+    grads: Grads
+    grad_x: Tensor | None
+    grad_w: Tensor
+
+    def expert(self, e: int, slots: Tensor, tokens: Tensor, pre: Tensor) -> None:
+        """One expert's share of every gradient, from its rows."""
+        layout, acc, dtype = self.layout, self.w.dtype, self.x.dtype
+        g_out, row_w, inputs = self.grad[tokens].to(dtype), self.w[slots], self.x[tokens]
+        value, *slopes = _activate_dual(layout, pre, acc)
+        grad_a = (g_out @ _down_matrix(layout, self.p.down, e, dtype)).to(acc)
+        if layout.weight_on_input:
+            inputs, grad_y = (inputs.to(acc) * row_w).to(dtype), g_out
+        else:
+            of_bias = g_out.to(acc) @ layout.at(self.p.down_bias, 0, e).to(acc) if self.p.down_bias else 0.0
+            self.grad_w[slots] = (grad_a * value).sum(-1) + of_bias
+            grad_a, grad_y = grad_a * row_w, (g_out.to(acc) * row_w).to(dtype)
+        _store_product(self.grads.of("down", 0, e), grad_y, value.to(dtype), layout.down_transposed)
+        _store_sum(self.grads.of("down_bias", 0, e), grad_y)
+        through = [torch.zeros_like(grad_a) if d is None else grad_a * d for d in slopes[: 2 if layout.gated else 1]]
+        grad_in = self._up(e, torch.cat(through, -1).to(dtype), inputs)
+        if grad_in is None:
+            return
+        if layout.weight_on_input:
+            self.grad_w[slots] = (grad_in * self.x[tokens].to(acc)).sum(-1)
+            grad_in = grad_in * row_w
+        if self.grad_x is not None:
+            self.grad_x[slots] = grad_in
+
+    def _up(self, e: int, grad_pre: Tensor, inputs: Tensor) -> Tensor | None:
+        """Gradients of the up projection from those of its results [N, (g | u)]; the rows', where somebody needs them."""
+        layout, found = self.layout, None
+        for part, (g, m) in enumerate(zip(join_pre(layout, grad_pre), up_matrices(layout, self.p.up, e, self.x.dtype), strict=True)):
+            _store_product(self.grads.of("up", part, e), g, inputs, layout.up_transposed)
+            _store_sum(self.grads.of("up_bias", part, e), g)
+            if self.grad_x is not None or layout.weight_on_input:
+                product = (g @ m).to(self.w.dtype)
+                found = product if found is None else found + product
+        return found
 
 
 def backward(
@@ -168,82 +233,30 @@ def backward(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     layout: Layout,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of what `needs` flags among x, weights, *up, *down, *up_bias, *down_bias, in that order."""
+    """Gradients of what `needs` flags among x, weights, and the parameters in their order, in that order."""
     acc = accumulate_dtype(x.dtype)
-    lists = (up, down, up_bias, down_bias)
-    grads = Grads(needs, [x, weights, *up, *down, *up_bias, *down_bias], [len(t) for t in lists], layout)
+    grads = Grads(needs, x, weights, p, layout)
     rows = group_rows(ids, layout)
     w = weights.reshape(-1, 1).to(acc)
     grad_w = w.new_zeros(w.shape[0])
-    grad_x = x.new_zeros(ids.numel(), x.shape[1], dtype=acc) if needs[0] else None
-    start = 0
-    for e, count in enumerate(rows.counts):
-        if count:
-            slots, tokens = rows.slots[start : start + count], rows.tokens[start : start + count]
-            _expert_backward(e, slots, tokens, pre[start : start + count], grad, x, w, lists, layout, grads, grad_x, grad_w, acc)
-            start += count
+    grad_x = x.new_zeros(ids.numel(), x.shape[1], dtype=acc) if grads.x else None
+    one = _Backward(grad, x, w, p, layout, grads, grad_x, grad_w)
+    for e, here in rows.spans():
+        one.expert(e, rows.slots[here], rows.tokens[here], pre[here])
     if rows.identity is not None:
         tokens = rows.identity // ids.shape[1]
         grad_w[rows.identity] = (grad[tokens].to(acc) * x[tokens].to(acc)).sum(-1)
         if grad_x is not None:
             grad_x[rows.identity] = grad[tokens].to(acc) * w[rows.identity]
     if grad_x is not None:
-        grads.out[0] = grad_x.view(*ids.shape, grad_x.shape[-1]).sum(1).to(x.dtype)
-    if needs[1]:
-        grads.out[1] = grad_w.view_as(ids).to(weights.dtype)
+        grads.of_x = grad_x.view(*ids.shape, grad_x.shape[-1]).sum(1).to(x.dtype)
+    if grads.weights:
+        grads.of_weights = grad_w.view_as(ids).to(weights.dtype)
     return grads.asked()
-
-
-def _expert_backward(
-    e: int,
-    slots: Tensor,
-    tokens: Tensor,
-    pre: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    w: Tensor,
-    lists: tuple[Sequence[Tensor], ...],
-    layout: Layout,
-    grads: Grads,
-    grad_x: Tensor | None,
-    grad_w: Tensor,
-    acc: torch.dtype,
-) -> None:
-    """One expert's share of every gradient, from its rows."""
-    up, down, _, down_bias = lists
-    g_out, row_w, inputs = grad[tokens].to(x.dtype), w[slots], x[tokens]
-    value, dg, du = _activate_dual(layout, pre, acc)
-    grad_a = (g_out @ _down(layout, down, e, x.dtype)).to(acc)
-    if layout.weight_on_input:
-        inputs, grad_y = (inputs.to(acc) * row_w).to(x.dtype), g_out
-    else:
-        grad_w[slots] = (grad_a * value).sum(-1) + (g_out.to(acc) @ layout.at(down_bias, 0, e).to(acc) if down_bias else 0.0)
-        grad_a, grad_y = grad_a * row_w, (g_out.to(acc) * row_w).to(x.dtype)
-    _store_product(grads.of(1, 0, e), grad_y, value.to(x.dtype), layout.down_transposed)
-    _store_sum(grads.of(3, 0, e), grad_y)
-    slopes = (dg, du) if layout.gated else (dg,)
-    grad_pre = torch.cat([torch.zeros_like(grad_a) if d is None else grad_a * d for d in slopes], -1).to(x.dtype)
-    grad_in = None
-    for p, (part, m) in enumerate(zip(join_pre(layout, grad_pre), up_matrices(layout, up, e, x.dtype), strict=True)):
-        _store_product(grads.of(0, p, e), part, inputs, layout.up_transposed)
-        _store_sum(grads.of(2, p, e), part)
-        if grad_x is not None or layout.weight_on_input:
-            product = (part @ m).to(acc)
-            grad_in = product if grad_in is None else grad_in + product
-    if grad_in is None:
-        return
-    if layout.weight_on_input:
-        grad_w[slots] = (grad_in * x[tokens].to(acc)).sum(-1)
-        grad_in = grad_in * row_w
-    if grad_x is not None:
-        grad_x[slots] = grad_in
 
 
 def _store_product(out: Tensor | None, rows: Tensor, inputs: Tensor, transposed: bool) -> None:
@@ -262,78 +275,3 @@ def _activate_dual(layout: Layout, pre: Tensor, acc: torch.dtype) -> Dual:
     """(value, d/dg, d/du) of the activation on pre [N, (g | u)], in `acc`."""
     g, u = (*pre.to(acc).chunk(2, -1),) if layout.gated else (pre.to(acc), None)
     return run_dual(layout.act_ops, layout.act_consts, g, u)
-
-
-def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None) -> Dual:
-    """A postfix activation program with its two derivatives carried along: (value, d/dg, d/du)."""
-    stack: list[Dual] = []
-    const = iter(consts)
-    for op in ops:
-        if op == act.OP_G:
-            stack.append((g, torch.ones_like(g), None))
-        elif op == act.OP_U:
-            assert u is not None
-            stack.append((u, None, torch.ones_like(u)))
-        elif op == act.OP_CONST:
-            stack.append((torch.full_like(g, next(const)), None, None))
-        elif op == act.OP_ADD:
-            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
-            stack.append((a + b, _sum(ag, bg), _sum(au, bu)))
-        elif op == act.OP_MUL:
-            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
-            stack.append((a * b, _sum(_times(ag, b), _times(bg, a)), _sum(_times(au, b), _times(bu, a))))
-        elif op == act.OP_DIV:
-            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
-            v = a / b
-            stack.append((v, *(_over(_sum(x, _times(y, -v)), b) for x, y in ((ag, bg), (au, bu)))))
-        elif op == act.OP_POW:
-            p = next(const)
-            v, vg, vu = stack.pop()
-            slope = p * v ** (p - 1)
-            stack.append((v**p, _times(vg, slope), _times(vu, slope)))
-        elif op == act.OP_CLAMP:
-            lo, hi = next(const), next(const)
-            v, vg, vu = stack.pop()
-            slope = ((v >= lo) & (v <= hi)).to(v.dtype)
-            stack.append((v.clamp(lo, hi), _times(vg, slope), _times(vu, slope)))
-        else:
-            v, vg, vu = stack.pop()
-            value = act.FUNCTIONS[op - act.OP_UNARY].torch(v)
-            slope = SLOPES[op - act.OP_UNARY](v, value)
-            stack.append((value, _times(vg, slope), _times(vu, slope)))
-    return stack[-1]
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _over(a: Tensor | None, b: Tensor) -> Tensor | None:
-    return None if a is None else a / b
-
-
-def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
-    return None if a is None else a * b
-
-
-def _gelu_tanh_slope(v: Tensor, _: Tensor) -> Tensor:
-    c, q = 0.7978845608028654, 0.044715
-    t = torch.tanh(c * (v + q * v**3))
-    return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * c * (1 + 3 * q * v * v)
-
-
-# in the order of scalar.FUNCTIONS: the slope from (argument, value)
-SLOPES: list[Callable[[Tensor, Tensor], Tensor]] = [
-    lambda _, s: s * (1 - s),  # sigmoid
-    lambda _, s: 1 - s * s,  # tanh
-    lambda _, s: s,  # exp
-    lambda v, _: 1 / v,  # log
-    lambda v, _: 1.1283791670955126 * torch.exp(-v * v),  # erf
-    lambda v, _: (v > 0).to(v.dtype),  # relu
-    lambda v, _: torch.sigmoid(v),  # softplus
-    _gelu_tanh_slope,
-    lambda v, _: torch.sign(v),  # abs
-    lambda v, _: 1 / (1 + v),  # log1p
-    lambda _, s: s + 1,  # expm1
-    lambda _, s: 0.6931471805599453 * s,  # exp2
-]

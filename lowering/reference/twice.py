@@ -9,18 +9,16 @@ from torch import Tensor
 
 from ...ir import Experts
 from ...ir.codec import decode
+from ...ir.operands import Operands
 from . import routing
 from .generic import Layout, accumulate_dtype
 
 
-def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, up: Sequence[Tensor], down: Sequence[Tensor], up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor], layout: Layout,
-) -> Tensor:  # fmt: skip
+def experts(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, out] in x.dtype, as the IR says it."""
-    sizes = dict(hidden=x.shape[1], intermediate=layout.intermediate(down), out_features=layout.out_features(down))
+    sizes = dict(hidden=x.shape[1], intermediate=layout.intermediate(p.down), out_features=layout.out_features(p.down))
     meaning = decode(Experts, layout, **sizes)
-    return meaning.evaluate(x, ids, weights, up, down, up_bias, down_bias, dtype=accumulate_dtype(x.dtype)).to(x.dtype)
+    return meaning.run(x, ids, weights, p, None, accumulate_dtype(x.dtype)).to(x.dtype)
 
 
 def route(logits: Tensor, ids: Tensor, bias: Tensor | None, expert_scale: Tensor | None, r: routing.Routing) -> Tensor:

@@ -15,140 +15,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import Form
+from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
 from . import activation, hopper_calls
 from . import backward_kernels as kernels
+from .backward_sums import bias_grads, grad_weights
 from .call import Call, read
 from .combine import combine
-from .dispatch import Dispatch, dispatch
-from .experts import precision
+from .dispatch import dispatch
+from .gradients import PAD, Gradients, Pass, Tiles, choose
 from .host import cdiv, power_of_2, processors
-from .launch.tape import empty, fill, launch
+from .launch.tape import empty, launch
 from .tune import Tile
 from .weights import _table, descriptor, tma_fits
 
-UP, DOWN, UP_BIAS, DOWN_BIAS = range(4)
-_PAD = 64
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _COPIED_TOGETHER = 2**27  # elements; beyond, a launch less is not worth the memory
 _PART = 16  # elements a thread that an epilogue holds at once: activation and slopes need several registers for each
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles of the four products: `bm` rows of the left operand, `bn` columns, `bk` of what is summed over.
-
-    `padded`: tokens and incoming gradients are first copied in row order, every expert's rows filled up with zeros to whole groups of 64,
-    and all products take both operands through the copy engine; else rows are gathered as they are read. Needs row tiles of 64 or more.
-    `hopper`: the products run warp-specialised where they fit (padded, row tiles of 128).
-    """
-
-    hidden: Tile
-    input: Tile
-    up: Tile
-    down: Tile
-    padded: bool = False
-    hopper: bool = False
-
-
-def choose(slots: int, num_experts: int, dtype: torch.dtype, cuda: bool, hopper: bool = False) -> Tiles:
-    """By rows an expert sees on average. `hopper`: for the warp-specialised kernels, which gain from fewer rows on."""
-    rows = slots / max(num_experts, 1)
-    if not cuda:
-        tile = Tile(16, 16, 16, 4, 1)
-        return Tiles(tile, tile, tile, tile)
-    if dtype == torch.float32:
-        by_row, by_weight = Tile(16 if rows <= 16 else 64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)
-        return Tiles(by_row, by_row, by_weight, by_weight)
-    bm = 16 if rows <= 16 else 32 if rows <= 40 else 64 if rows <= 96 and not hopper else 128
-    hidden = Tile(bm, 128, 64, 8 if bm >= 64 else 4, 3, tma=True)
-    to_input = Tile(bm, 256, 64, 8, 4 if bm == 128 else 3, tma=True) if bm >= 64 else hidden
-    padded = bm == 128
-    stages = 3 if padded else 5  # rows are gathered through loaded indices: two stages more for as many copies under way
-    few = rows <= 512  # short sums: two small programs a processor, one multiplies while the other stores
-    by_weight = Tile(128, 128 if few else 256, 64 if rows > 32 else 32, 4 if few else 8, stages)
-    return Tiles(hidden, to_input, by_weight, by_weight, padded, hopper=padded)
-
-
-class _Gradients:
-    """The tensors asked for, in the order x, weights, *up, *down, *up_bias, *down_bias."""
-
-    def __init__(self, tensors: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], layout: Layout) -> None:
-        self.tensors, self.needs, self.layout = tensors, needs, layout
-        self.first = [2 + sum(sizes[:i]) for i in range(len(sizes))]
-        self.sizes = sizes
-        self.found: dict[int, Tensor] = {}
-
-    def _range(self, which: int, part: int) -> range:
-        each = 1 if self.layout.stacked else self.layout.num_experts
-        first = self.first[which] + part * each
-        return range(first, first + each) if self.sizes[which] else range(0)
-
-    def given(self, which: int) -> Sequence[Tensor]:
-        """The operands of one list."""
-        return self.tensors[self.first[which] : self.first[which] + self.sizes[which]]
-
-    def parts(self, which: int) -> int:
-        return self.layout.halves() if which in (UP, UP_BIAS) else 1
-
-    def wants(self, which: int, part: int | None = None) -> bool:
-        parts = range(self.parts(which)) if part is None else [part]
-        return any(self.needs[i] for p in parts for i in self._range(which, p))
-
-    def empty(self, which: int, part: int) -> list[Tensor]:
-        """Contiguous targets of one part: one tensor [E, ., .], or one per expert. What no kernel writes is zero."""
-        out = [empty(self.tensors[i], *self.tensors[i].shape) for i in self._range(which, part)]
-        if self.layout.stacked and out[0].shape[0] > self.layout.num_experts:
-            fill(out[0][self.layout.num_experts :], 0)
-        self.found.update(zip(self._range(which, part), out))
-        return out
-
-    def asked(self) -> list[Tensor]:
-        return [self.found[i] for i, need in enumerate(self.needs) if need]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One backward pass: operands, the dispatch, and the tiles."""
-
-    call: Call
-    grad: Tensor
-    pre: Tensor
-    rows: Dispatch
-    tiles: Tiles
-    out: _Gradients
-
-    @property
-    def layout(self) -> Layout:
-        return self.call.layout
-
-    @property
-    def k(self) -> int:
-        return self.call.ids.shape[1]
-
-    @property
-    def pad(self) -> int:
-        return _PAD if self.tiles.padded else 0
-
-    @property
-    def starts(self) -> Tensor | None:
-        """The first group of 64 rows of every expert."""
-        return self.rows.tile_starts[_PAD] if self.tiles.padded else None
-
-    @property
-    def length(self) -> int:
-        """Rows of what is kept in row order."""
-        return self.rows.tiles[_PAD].shape[1] * _PAD if self.tiles.padded else self.call.slots
-
-    @property
-    def precision(self) -> str:
-        return precision(self.call.x.dtype)
-
-    @property
-    def hopper(self) -> bool:
-        """Whether products run warp-specialised where they fit."""
-        return self.tiles.hopper and self.tiles.padded and self.tiles.hidden.bm == hopper_calls.ROWS and hopper_calls.capable(self.call.x)
 
 
 def backward(
@@ -157,68 +41,65 @@ def backward(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     layout: Layout,
     needs: Sequence[bool],
     tiles: Tiles | None = None,
 ) -> list[Tensor]:
-    """Gradients of what `needs` flags among x, weights, *up, *down, *up_bias, *down_bias, in that order.
+    """Gradients of what `needs` flags among x, weights and the parameters in their order, in that order.
 
     grad [T, H_out], pre [T·k, (g | u)] in the dispatch's row order. What the kernels do not cover comes from `generic.backward`.
     """
-    lists = (up, down, up_bias, down_bias)
-    call = read(x, ids, weights, *lists, None, layout)
+    call = read(x, ids, weights, p, None, layout)
     if call is None:
-        return generic.backward(grad, pre, x, ids, weights, *lists, layout, needs)
-    tensors = [x, weights, *(t for ts in lists for t in ts)]
+        return generic.backward(grad, pre, x, ids, weights, p, layout, needs)
     if ids.numel() == 0:
-        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, needs, strict=True) if need]
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip((x, weights, *p), needs, strict=True) if need]
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     if tiles is None:
         tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda, layout.stacked and hopper_calls.capable(x))
     tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
-    blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[_PAD] * tiles.padded)
+    blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[PAD] * tiles.padded)
     rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))
-    out = _Gradients(tensors, [len(ts) for ts in lists], needs, layout)
-    _run(_Pass(call, grad, pre.contiguous(), rows, tiles, out))
+    out = Gradients(p, needs, layout)
+    _run(Pass(call, grad, pre.contiguous(), rows, tiles, out))
     return out.asked()
 
 
 def _can_pad(c: Call, grad: Tensor, tiles: Tiles) -> bool:
     """Whether every operand can come through the copy engine: rows of whole 16 bytes, row tiles of whole groups, one row tile for both."""
     widths = (c.x.shape[1], grad.shape[1], c.down.k, c.up.n)
-    rows = tiles.hidden.bm % _PAD == 0 and tiles.hidden.bm == tiles.input.bm
+    rows = tiles.hidden.bm % PAD == 0 and tiles.hidden.bm == tiles.input.bm
     return rows and all(w * c.x.element_size() % 16 == 0 for w in widths)
 
 
-def _run(p: _Pass) -> None:
+def _run(p: Pass) -> None:
     """All gradients that are asked for, into p.out."""
     out, on_input = p.out, p.layout.weight_on_input
-    need_x, need_w = p.out.needs[0], p.out.needs[1]
-    d_pre = need_x or out.wants(UP) or out.wants(UP_BIAS) or (need_w and on_input)
+    need_x, need_w = p.out.x, p.out.weights
+    d_pre = need_x or out.wants("up") or out.wants("up_bias") or (need_w and on_input)
     sums = None
-    if d_pre or out.wants(DOWN) or need_w:
+    if d_pre or out.wants("down") or need_w:
         grad, x = _operand_rows(p)
-        hidden = _grad_hidden(p, grad, d_pre, scaled_pre=on_input and out.wants(UP), hidden=out.wants(DOWN), sums=need_w and not on_input)
+        hidden = _grad_hidden(
+            p, grad, d_pre, scaled_pre=on_input and out.wants("up"), hidden=out.wants("down"), sums=need_w and not on_input
+        )
         sums = hidden.sums
-        if out.wants(DOWN):
+        if out.wants("down"):
             _down_grads(p, grad, hidden.hidden)
         del grad
-        if out.wants(UP):
+        if out.wants("up"):
             _up_grads(p, hidden.scaled_pre if on_input else hidden.d_pre, x)
         del x
-        _bias_grads(p, hidden.d_pre)
+        bias_grads(p, hidden.d_pre)
         if need_x or (need_w and on_input):
             partial = _grad_input(p, hidden.d_pre, need_x, need_w and on_input)
             sums = partial if on_input else sums
     else:
-        _bias_grads(p, None)
+        bias_grads(p, None)
     if need_w:
-        _grad_weights(p, sums)
+        grad_weights(p, sums)
 
 
 @dataclass(frozen=True)
@@ -231,20 +112,20 @@ class _Hidden:
     sums: Tensor | None
 
 
-def _operand_rows(p: _Pass) -> tuple[Tensor, Tensor | None]:
+def _operand_rows(p: Pass) -> tuple[Tensor, Tensor | None]:
     """Incoming gradients and tokens as the products take them. Tokens None: copied when they are needed, to hold less memory at once."""
     if not p.tiles.padded:
         return p.grad, p.call.x
-    if p.out.wants(UP) and p.length * p.call.x.shape[1] <= _COPIED_TOGETHER:
+    if p.out.wants("up") and p.length * p.call.x.shape[1] <= _COPIED_TOGETHER:
         grad, x = _sorted(p, p.grad, p.call.x)
         return grad, x
     return _sorted(p, p.grad)[0], None
 
 
-def _sorted(p: _Pass, *sources: Tensor) -> list[Tensor]:
+def _sorted(p: Pass, *sources: Tensor) -> list[Tensor]:
     """Rows of one source or two, [T, n] by token, in the dispatch's order, padded with zeros."""
-    tiles = p.rows.tiles[_PAD]
-    outs = [empty(source, tiles.shape[1] * _PAD, source.shape[1]) for source in sources]
+    tiles = p.rows.tiles[PAD]
+    outs = [empty(source, tiles.shape[1] * PAD, source.shape[1]) for source in sources]
     block = min(128, *(power_of_2(source.shape[1]) for source in sources))
     blocks = [cdiv(source.shape[1], block) for source in sources]
     second: tuple[Tensor | None, Tensor | None] = (sources[1], outs[1]) if len(sources) > 1 else (None, None)
@@ -252,7 +133,7 @@ def _sorted(p: _Pass, *sources: Tensor) -> list[Tensor]:
         kernels.sort_rows, (tiles.shape[1], sum(blocks)),
         sources[0], second[0], outs[0], second[1], p.rows.order, p.rows.offsets, tiles, tiles.shape[1], blocks[0],
         sources[0].shape[1], sources[-1].shape[1], sources[0].stride(0), sources[-1].stride(0),
-        SLOTS=p.k, PAD=_PAD, BN=block, num_warps=4,
+        SLOTS=p.k, PAD=PAD, BN=block, num_warps=4,
     )  # fmt: skip
     return outs
 
@@ -264,10 +145,10 @@ def _rows(t: Tensor, tile: tuple[int, int]) -> Any:
     return TensorDescriptor.from_tensor(t, list(tile))
 
 
-def _grad_hidden(p: _Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: bool, sums: bool) -> _Hidden:
+def _grad_hidden(p: Pass, grad: Tensor, d_pre: bool, scaled_pre: bool, hidden: bool, sums: bool) -> _Hidden:
     c, tile, layout = p.call, p.tiles.hidden, p.layout
     w, n = c.down, c.down.k
-    given = list(p.out.given(DOWN))
+    given = list(p.out.given.down)
     warped = p.hopper and not scaled_pre and hopper_calls.hidden_fits(c, given, p.pre)
     blocks = cdiv(n, hopper_calls.HIDDEN.bn if warped else tile.bn)
     length = p.length
@@ -320,12 +201,12 @@ def _operands(tensors: Sequence[Tensor], parts: Sequence[Tensor], n_fast: bool, 
     return kernels.POINTER, list(parts)
 
 
-def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Tensor | None:
+def _grad_input(p: Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Tensor | None:
     """The tokens' gradient into p.out; with `sums` the partial sums of the routing weights' [N, blocks]."""
     assert d_pre is not None
     c = p.call
     out = empty(c.x, c.slots, c.up.k) if need_x else None
-    w = hopper_calls.input_operand(c, list(p.out.given(UP))) if p.hopper and not sums else None
+    w = hopper_calls.input_operand(c, list(p.out.given.up)) if p.hopper and not sums else None
     partial, rank = None, None
     if w is not None and out is not None:
         hopper_calls.grad_input(d_pre, w, p.rows, out)
@@ -335,17 +216,17 @@ def _grad_input(p: _Pass, d_pre: Tensor | None, need_x: bool, sums: bool) -> Ten
     if out is not None:
         grad_x = empty(c.x, *c.x.shape)
         identity = (p.layout.num_experts, p.layout.num_identity)
-        p.out.found[0] = combine(out, c.ids, c.weights, p.grad, None, grad_x, *identity, weighted=False, rank=rank)
+        p.out.of_x = combine(out, c.ids, c.weights, p.grad, None, grad_x, *identity, weighted=False, rank=rank)
     return partial
 
 
-def _plain_grad_input(p: _Pass, d_pre: Tensor, by_slot: Tensor | None, sums: bool) -> Tensor | None:
+def _plain_grad_input(p: Pass, d_pre: Tensor, by_slot: Tensor | None, sums: bool) -> Tensor | None:
     c, tile, layout = p.call, p.tiles.input, p.layout
     w, separate = c.up, layout.form == Form.SEPARATE
     n, blocks = w.k, cdiv(w.k, tile.bn)
     k = w.n if separate or not layout.gated else 2 * w.n
     stride_k = w.stride_n // 2 if layout.form == Form.INTERLEAVED else w.stride_n  # the parts are every other row
-    kind, operands = _operands(p.out.given(UP), w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
+    kind, operands = _operands(p.out.given.up, w.parts if separate else w.parts[:1], w.out_in, w.table, tile)
     partial = empty(c.x, c.slots, blocks, dtype=torch.float32) if sums else None
     tiles = p.rows.tiles[tile.bm]
     launch(
@@ -361,21 +242,21 @@ def _plain_grad_input(p: _Pass, d_pre: Tensor, by_slot: Tensor | None, sums: boo
     return partial
 
 
-def _up_grads(p: _Pass, d_pre: Tensor | None, x: Tensor | None) -> None:
+def _up_grads(p: Pass, d_pre: Tensor | None, x: Tensor | None) -> None:
     assert d_pre is not None
     x = _sorted(p, p.call.x)[0] if x is None else x
     width = d_pre.shape[1] // p.layout.halves()
     for part in range(p.layout.halves()):
-        if p.out.wants(UP, part):
+        if p.out.wants("up", part):
             columns = _Operand(d_pre, width * part, width, False)
             tokens = _Operand(x, 0, x.shape[1], not p.tiles.padded)
-            _weight_grad(p, p.out.empty(UP, part), columns, tokens, p.layout.up_transposed, p.tiles.up)
+            _weight_grad(p, p.out.empty("up", part), columns, tokens, p.layout.up_transposed, p.tiles.up)
 
 
-def _down_grads(p: _Pass, grad: Tensor, hidden: Tensor | None) -> None:
+def _down_grads(p: Pass, grad: Tensor, hidden: Tensor | None) -> None:
     assert hidden is not None
     left = _Operand(grad, 0, grad.shape[1], not p.tiles.padded)
-    _weight_grad(p, p.out.empty(DOWN, 0), left, _Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
+    _weight_grad(p, p.out.empty("down", 0), left, _Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
 
 
 @dataclass(frozen=True)
@@ -392,7 +273,7 @@ class _Operand:
         return self.rows[:, self.first : self.first + self.width]
 
 
-def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand, transposed: bool, tile: Tile) -> None:
+def _weight_grad(p: Pass, targets: list[Tensor], out: _Operand, into: _Operand, transposed: bool, tile: Tile) -> None:
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width
@@ -406,10 +287,10 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
     if p.tiles.padded:
         launch(
             kernels.weight_grad_padded, grid,
-            _rows(left.rows, (_PAD, tile.bm)), _rows(right.rows, (_PAD, tile.bn)), target, p.starts,
+            _rows(left.rows, (PAD, tile.bm)), _rows(right.rows, (PAD, tile.bn)), target, p.starts,
             m, n, left.first, right.first, blocks_m, blocks_n, m * n, n,
             TABLED=not p.layout.stacked, EVEN=even, PRECISION=p.precision, DTYPE=_TYPES[left.rows.dtype],
-            BM=tile.bm, BN=tile.bn, PAD=_PAD, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+            BM=tile.bm, BN=tile.bn, PAD=PAD, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return
     launch(
@@ -420,43 +301,3 @@ def _weight_grad(p: _Pass, targets: list[Tensor], out: _Operand, into: _Operand,
         EVEN=even, PRECISION=p.precision,
         BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def _bias_grads(p: _Pass, d_pre: Tensor | None) -> None:
-    if d_pre is not None:
-        for part, columns in enumerate(d_pre.chunk(p.layout.halves(), -1)):
-            if p.out.wants(UP_BIAS, part):
-                _row_sum(p, UP_BIAS, part, columns, gather=False)
-    if p.out.wants(DOWN_BIAS):
-        _row_sum(p, DOWN_BIAS, 0, p.grad, gather=True)
-
-
-def _row_sum(p: _Pass, which: int, part: int, source: Tensor, gather: bool) -> None:
-    targets = p.out.empty(which, part)
-    n = source.shape[1]
-    whole = targets[0] if p.layout.stacked else empty(source, p.layout.num_experts, n)
-    block = min(128, power_of_2(n))
-    launch(
-        kernels.row_sum, (p.layout.num_experts, cdiv(n, block)),
-        source, p.call.weights, whole, p.rows.order, p.rows.offsets, p.starts, n, source.stride(0),
-        GATHER=gather, PAD=0 if gather else p.pad, WEIGHTED=gather and not p.layout.weight_on_input, SLOTS=p.k,
-        BK=32, BN=block, num_warps=4,
-    )  # fmt: skip
-    if not p.layout.stacked:
-        torch._foreach_copy_(targets, list(whole.unbind(0)))
-
-
-def _grad_weights(p: _Pass, sums: Tensor | None) -> None:
-    c, layout = p.call, p.layout
-    out = empty(c.weights, *c.weights.shape)
-    bias = c.down_bias if not layout.weight_on_input else None
-    blocks = sums.shape[1] if sums is not None else 0
-    launch(
-        kernels.slot_weight, (cdiv(c.slots, 8),),
-        sums, c.ids, p.grad, c.x, bias.parts[0] if bias is not None else None, out,
-        c.slots, blocks, p.grad.shape[1], layout.num_experts, layout.num_identity, p.grad.stride(0), c.x.stride(0),
-        *((bias.stride_e, bias.stride_n) if bias is not None else (0, 0)),
-        SLOTS=p.k, SUMS=sums is not None, BIAS=bias is not None, IDENTITY=layout.num_identity > 0,
-        BS=8, BB=power_of_2(max(blocks, 1)), BN=min(512, power_of_2(p.grad.shape[1])), num_warps=4,
-    )  # fmt: skip
-    p.out.found[1] = out

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
 from .weights import Biases, Matrices, down_biases, down_matrices, up_biases, up_matrices
@@ -50,22 +50,19 @@ def read(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
 ) -> Call | None:
     """The operands for the kernels, or None when they are beyond them (other or mixed dtypes, no contiguous dimension)."""
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in (*up, *down, *up_bias, *down_bias)) or x.shape[1] == 0:
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in p) or x.shape[1] == 0:
         return None
-    generic.check_sizes(layout, up, down, up_bias, down_bias)
-    u, d = up_matrices(layout, up), down_matrices(layout, down)
+    generic.check_sizes(layout, p)
+    u, d = up_matrices(layout, p.up), down_matrices(layout, p.down)
     if u is None or d is None:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
     if add is not None and add.stride(1) != 1:
         add = add.contiguous()
-    biases = up_biases(layout, up_bias), down_biases(layout, down_bias)
+    biases = up_biases(layout, p.up_bias), down_biases(layout, p.down_bias)
     return Call(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ir.codec import record_of
+from ...ir.operands import PLAIN, Operands
 from ..reference import routing
 from ..reference.generic import Layout
 from . import backward as gradient
@@ -45,9 +46,11 @@ class How(NamedTuple):
     precision: str = ""
 
 
-def _lists(how: How, flat: Sequence[Any]) -> list[list[Any]]:
+def _bundles(how: How, flat: Sequence[Any]) -> list[Operands[Any]]:
+    """The parameters of the routed experts; behind them those of a shared one."""
     it = iter(flat)
-    return [[next(it) for _ in range(size)] for size in how.sizes]
+    lists = [[next(it) for _ in range(size)] for size in how.sizes]
+    return [Operands.read(lists[i : i + len(PLAIN)]) for i in range(0, len(lists), len(PLAIN))]
 
 
 Described = tuple[plans.Build, Any, tuple[Tensor | None, ...]]
@@ -129,8 +132,8 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
 
 def _experts(how: How, tensors: list[Any]) -> Tensor:
     x, ids, weights, add, *flat = tensors
-    up, down, up_bias, down_bias = _lists(how, flat)
-    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=False)[0]
+    (p,) = _bundles(how, flat)
+    return routed.forward(x, ids, weights, p, add, layout_of(how.text), save=False)[0]
 
 
 @_op
@@ -141,8 +144,8 @@ def experts_fwd(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Describe
 
 def _experts_fwd(how: How, tensors: list[Any]) -> tuple[Tensor, Tensor]:
     x, ids, weights, add, *flat = tensors
-    up, down, up_bias, down_bias = _lists(how, flat)
-    return routed.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout_of(how.text), save=True)
+    (p,) = _bundles(how, flat)
+    return routed.forward(x, ids, weights, p, add, layout_of(how.text), save=True)
 
 
 @_op
@@ -153,8 +156,8 @@ def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tens
 
 def _experts_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
     grad, pre, x, ids, weights, *flat = tensors
-    up, down, up_bias, down_bias = _lists(how, flat)
-    return gradient.backward(grad, pre, x, ids, weights, up, down, up_bias, down_bias, layout_of(how.text), how.needs)
+    (p,) = _bundles(how, flat)
+    return gradient.backward(grad, pre, x, ids, weights, p, layout_of(how.text), how.needs)
 
 
 @_op
@@ -166,8 +169,8 @@ def experts_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Descr
 
 def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:
     x, ids, weights, add, gate, *flat = tensors
-    lists = _lists(how, flat)
-    return shared.experts_shared((x, ids, weights, *lists[:4], add), layout_of(how.text), (*lists[4:], gate, *plain(how.text)[_LAYOUT:]))
+    p, mlp = _bundles(how, flat)
+    return shared.experts_shared((x, ids, weights, p, add), layout_of(how.text), (mlp, gate, *plain(how.text)[_LAYOUT:]))
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir import Form
+from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
 from . import activation, decode, gemm, library, tune
@@ -37,10 +37,7 @@ def forward(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
     save: bool,
@@ -51,14 +48,14 @@ def forward(
 
     `late`: takes the place of `add`.
     """
-    call = read(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+    call = read(x, ids, weights, p, add, layout)
     if late is not None and (call is None or call.slots == 0):
         late.issue()
         add = late.join()
     if call is None:
-        return generic.forward(x, ids, weights, up, down, up_bias, down_bias, add, layout)
+        return generic.forward(x, ids, weights, p, add, layout)
     out = empty(x, x.shape[0], call.down.n)
-    pre = empty(x, call.slots if save else 0, layout.pre_width(down))
+    pre = empty(x, call.slots if save else 0, layout.pre_width(p.down))
     if call.slots == 0:
         return (out.zero_() if add is None else out.copy_(add)), pre
     chosen = choice
@@ -69,7 +66,7 @@ def forward(
     if choice.decode is not None and not save:
         return _few_tokens(call, out, *choice.decode), pre
     if chosen is None and library.better(call):
-        out, kept = library.run(call, up[0], down[0], out)
+        out, kept = library.run(call, p.up[0], p.down[0], out)
         return out, kept if save else pre
     return _grouped(call, out, pre if save else None, choice), pre
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ir import Overlap
+from ...ir.operands import Operands
 from ..reference.generic import Layout
 from . import tune
 from .call import Call, read
@@ -113,20 +114,19 @@ class Side:
 
 def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any]) -> Tensor | None:
     """routed + [gate ·] shared_down act(shared_up x) + add -> [T, H]; the arguments of the op in three parts. None: beyond the kernels."""
-    x, ids, weights, up, down, up_bias, down_bias, add = routed
-    *mlp, overlap = shared
-    branch = _branch(x, add, *mlp)
+    x, ids, weights, p, add = routed
+    mlp, gate, *how, overlap = shared
+    branch = _branch(x, add, mlp, gate, *how)
     if branch is None:
         return None
     if isinstance(branch, Few) and (out := _together(routed, layout, branch)) is not None:
         return out
     beside = x.is_cuda and (overlap == Overlap.SIDE or (overlap == Overlap.BY_TOKENS and x.shape[0] <= _MOST_BESIDE))
-    operands = x, ids, weights, up, down, up_bias, down_bias
     if not beside:
-        return forward(*operands, branch.run(), layout, save=False)[0]
+        return forward(x, ids, weights, p, branch.run(), layout, save=False)[0]
     side = Side(branch, x.device)
     try:
-        return forward(*operands, None, layout, save=False, late=side)[0]
+        return forward(x, ids, weights, p, None, layout, save=False, late=side)[0]
     except BaseException:
         side.settle()  # the branch's buffers go back to the main stream's pool now
         raise
@@ -146,10 +146,7 @@ def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | No
 def _branch(
     x: Tensor,
     add: Tensor | None,
-    up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    up_bias: Sequence[Tensor],
-    down_bias: Sequence[Tensor],
+    p: Operands[Tensor],
     gate: Tensor | None,
     act_ops: Sequence[int],
     act_consts: Sequence[float],
@@ -164,19 +161,17 @@ def _branch(
     layout = Layout(tuple(act_ops), tuple(act_consts), form, 1, True, up_transposed, down_transposed, False, 0)
     ids = empty(x, tokens, 1, dtype=torch.int64)
     weights = empty(x, tokens, 1, dtype=torch.float32) if gate is None else gate.contiguous()
-    stacked = ([t[None] for t in ts] for ts in (up, down, up_bias, down_bias))
-    one_up, one_down, one_up_bias, one_down_bias = stacked
-    call = read(x, ids, weights, one_up, one_down, one_up_bias, one_down_bias, add, layout)
+    call = read(x, ids, weights, p.map(lambda t: t[None]), add, layout)
     if call is None:
         return None
     add, out = call.add, empty(x, tokens, call.down.n, dtype=torch.float32)
     choice = tune.choose(tune.Problem(1, call.up.k, call.up.n, 1, x.dtype, layout.gated), tokens, x.device)
     if choice.decode is not None:
         return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
-    up_in = [t if up_transposed else t.t() for t in up]
+    up_in = [t if up_transposed else t.t() for t in p.up]
     pre = [empty(x, tokens, w.shape[1]) for w in up_in]
-    plain = gate is None and add is None and not down_bias
-    down_in = down[0] if down_transposed else down[0].t()
+    plain = gate is None and add is None and not p.down_bias
+    down_in = p.down[0] if down_transposed else p.down[0].t()
     a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
     return Many(call, up_in, down_in, pre, a, y, None if plain else out, None if gate is None else weights, add)
 

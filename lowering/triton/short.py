@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir.operands import PLAIN
 from ...ir.records import Layout
-from ...ops.schemas import IN_WEIGHTS
+from ...ops.schemas import IN_WEIGHTS, lists
 
-_EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias"
+_EXPERTS = f"Tensor x, Tensor ids, Tensor weights, {lists(PLAIN)}"
 _ROUTE = "Tensor? bias, Tensor? expert_scale"
-_SHARED = "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate"
+_SHARED = f"{lists(PLAIN, 'shared_')}, Tensor? shared_gate"
 SCHEMAS = {
     "route": f"Tensor logits, {_ROUTE}, str how) -> (Tensor weights, Tensor ids)",
     "route_linear": f"Tensor x, Tensor router, Tensor? router_bias, {_ROUTE}, str how) -> (Tensor weights, Tensor ids)",

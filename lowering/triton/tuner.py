@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...ir import Form
 from ...ir import scalar as act
+from ...ir.operands import Operands
 from ..reference.generic import Layout
 from . import experts, tune
 from .call import read
@@ -134,7 +135,7 @@ def gemm_calls(inputs: Inputs, tile: Tile, down: bool, summed: bool = False) -> 
 
 def _gemm_call(inputs: Inputs, tile: Tile, down: bool, summed: bool, x: Tensor, ids: Tensor, w: Tensor) -> Callable[[], object]:
     p = inputs.problem
-    c = read(x, ids, w, [inputs.up], [inputs.down], [], [], None, inputs.layout)
+    c = read(x, ids, w, Operands((inputs.up,), (inputs.down,)), None, inputs.layout)
     assert c is not None
     rows = dispatch(c.ids, p.experts, (tile.bm,))
     a = torch.empty(c.slots, p.intermediate, device="cuda", dtype=p.dtype).normal_()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+# Which parameters an op takes, in the order of its lists
+PLAIN = ("up", "down", "up_bias", "down_bias")
+CODED = (*PLAIN, "up_scale", "down_scale")
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,28 @@ class Operands(Generic[T]):
         """Those of an object that has them as lists of the same names."""
         return cls(**{f.name: tuple(getattr(holder, f.name, ())) for f in fields(cls)})
 
+    @classmethod
+    def named(cls, **groups: Iterable[T]) -> Operands[T]:
+        """Of lists by name. Raises TypeError where there is no such parameter."""
+        return cls(**{name: tuple(group) for name, group in groups.items()})
+
+    @classmethod
+    def read(cls, lists: Iterable[Iterable[T]], names: Sequence[str] = PLAIN) -> Operands[T]:
+        """Of an op's lists: the inverse of `lists`."""
+        return cls(**{name: tuple(group) for name, group in zip(names, lists, strict=True)})
+
+    def lists(self, names: Sequence[str] = PLAIN) -> list[list[T]]:
+        """As an op takes them."""
+        return [list(getattr(self, name)) for name in names]
+
     def map(self, f: Callable[[T], U]) -> Operands[U]:
         """Each through `f`, in the order of the iteration."""
         return Operands(*(tuple([f(x) for x in group]) for group in self.groups()))
+
+    def filled(self, values: Iterable[U]) -> Operands[U]:
+        """The first of `values`, in the order of the iteration, in the places of these."""
+        rest = iter(values)
+        return self.map(lambda _: next(rest))
 
     def groups(self) -> tuple[tuple[T, ...], ...]:
         """Up, down, their biases, their scales: the order in which ops take them."""

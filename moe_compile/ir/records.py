@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import Form
+from . import Form, Stored
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -90,11 +90,32 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """Of experts that round their rows, for `experts_scaled`."""
+class Storage:
+    """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
+    AT: ClassVar = {
+        f"{name}_{there}": f"{name}_stored.{there}" for name in ("up", "down") for there in ("bits", "dtype", "scaled", "rows", "columns")
+    }
+    ABSENT: ClassVar = {"up_dtype": torch.float32, "down_dtype": torch.float32}
+
+    up_bits: int
+    up_dtype: torch.dtype
+    up_scaled: bool
+    up_rows: int
+    up_columns: int
+    down_bits: int
+    down_dtype: torch.dtype
+    down_scaled: bool
+    down_rows: int
+    down_columns: int
     row_bits: int
     row_floor: float
+
+    def stored(self) -> tuple[Stored | None, Stored | None]:
+        """Of the up projection and of the down projection."""
+        up = Stored(self.up_bits, self.up_dtype, self.up_scaled, self.up_rows, self.up_columns) if self.up_bits else None
+        down = Stored(self.down_bits, self.down_dtype, self.down_scaled, self.down_rows, self.down_columns) if self.down_bits else None
+        return up, down
 
 
 @dataclass(frozen=True)

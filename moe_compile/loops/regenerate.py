@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..ir import Experts, Rejection
-from ..ops import experts_args, scaled_args
+from ..ops import bundled, family_of
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.names import LIKE, op_name
 from .call import Call
@@ -49,8 +49,8 @@ class Regenerated:
         self.primes = primes if fewer is None else {**primes, fewer.few: str(fewer.all)}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
-        scales = ("up_scale", "down_scale") if experts.scaled else ()
-        self.lists = [_listed(boundary.get(n)) for n in ("up", "down", "up_bias", "down_bias", *scales)]
+        self.family = family_of(experts)
+        self.lists = [_listed(boundary.get(n)) for n in self.family.names]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
         self.like = laid_out_like(self.out)
         self.live = self._live()
@@ -161,7 +161,7 @@ class Regenerated:
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
         named = [[*(self._weight(n, env) for n in ns), *others] for ns, others in zip(self.lists, self.others, strict=True)]
         lists = ", ".join(f"[{', '.join(names)}]" for names in named)
-        plain = ", ".join(_literal(v) for v in (scaled_args if self.experts.scaled else experts_args)(self.experts))
+        plain = ", ".join(_literal(v) for v in self.family.plain(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
         tail = "" if out.ndim == 2 else f".view({', '.join(self._value(s, env) for s in out.shape)})"
         if out.dtype != b["tokens"].meta["val"].dtype or self.call.autocast is not None:
@@ -209,16 +209,16 @@ class Regenerated:
     @functools.cached_property
     def by_op(self) -> Any:
         """The code as a function that stands, for stack traces, where the user's does."""
-        return self._compiled(f"torch.ops.moe_compile.experts{'_scaled' if self.experts.scaled else ''}.default", globals())
+        return self._compiled(f"torch.ops.moe_compile.{self.family.op}.default", globals())
 
     @functools.cached_property
     def by_oracle(self) -> Any:
         """The function with the IR's own evaluation for the experts, in float32 (float64 where the tokens are)."""
 
-        def experts(x: Tensor, ids: Tensor, w: Tensor, up: Any, down: Any, up_bias: Any, down_bias: Any, *rest: Any) -> Tensor:
+        def experts(*args: Any) -> Tensor:
+            x, ids, w, p, (add, *_) = bundled(args, self.family.names)
             dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-            *scales, add = rest[: len(self.lists) - 3]
-            return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype, *scales).to(x.dtype)
+            return self.experts.run(x, ids, w, p, add, dtype).to(x.dtype)
 
         return self._compiled("_experts", {"torch": torch, "_experts": experts})
 

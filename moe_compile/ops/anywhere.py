@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lowering.reference import generic, routing, scaled
-from .records import layout_of, routing_of
-from .schemas import IN_WEIGHTS, library
+from ..ir.operands import CODED
+from ..lowering.reference import generic, routing, stored
+from .records import bundled, layout_of, routing_of, storage_of
+from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
 
@@ -53,11 +55,12 @@ def experts(*args: Any) -> Tensor:
     run = _meanwhile.get(args[0].device.type)
     if run is not None:
         return run(*args)
-    return generic.forward(*args[:8], layout_of(args[8:]))[0]
+    return experts_fwd(*args)[0]
 
 
 def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return generic.forward(*args[:8], layout_of(args[8:]))
+    x, ids, weights, p, (add, *plain) = bundled(args)
+    return generic.forward(x, ids, weights, p, add, layout_of(plain))
 
 
 def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -69,35 +72,35 @@ def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
     return call
 
 
-def experts_bwd(*args: Any) -> list[Tensor]:
-    return generic.backward(*args[:9], layout_of(args[9:-1]), args[-1])
+def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args)
+    return generic.backward(grad, pre, x, ids, weights, p, layout_of(plain), needs)
 
 
 def experts_shared(*args: Any) -> Tensor:
     """routed + [gate ·] shared_down act(shared_up x) + add, as `experts` of one expert whose result is what the routed ones add."""
-    x, add, routed = args[0], args[7], args[8:17]
-    *lists, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[17:]
-    ids = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    x, ids, weights, p, (add, *routed) = bundled(args[:ROUTED])
+    *mlp, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[ROUTED:]
+    every = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     gate = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device) if gate is None else gate
     layout = (act_ops, act_consts, form, 1, False, up_transposed, down_transposed, False, 0)
-    shared = _ops.experts(x, ids, gate, *lists, add, *layout)
-    return _ops.experts(*args[:7], shared, *routed)  # type: ignore[no-any-return]
+    shared = _ops.experts(x, every, gate, *mlp, add, *layout)
+    return _ops.experts(x, ids, weights, *p.lists(), shared, *routed)  # type: ignore[no-any-return]
 
 
-def experts_scaled(*args: Any) -> Tensor:
-    return scaled.forward(*args[:10], layout_of(args[10:-2]), *args[-2:])
+def experts_stored(*args: Any) -> Tensor:
+    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
+    return stored.forward(x, ids, weights, p, add, *storage_of(plain))
 
 
-def experts_as_floats(x: Tensor, ids: Tensor, weights: Tensor, up: Any, down: Any, *rest: Any) -> Tensor:
-    """`experts` on the weights times their scales."""
-    up_bias, down_bias, up_scale, down_scale, add, *plain, row_bits, _ = rest
-    if row_bits:
-        raise NotImplementedError("moe_compile::experts_scaled has no gradient through rounded rows")
-    layout, wide = layout_of(plain), generic.accumulate_dtype(x.dtype)
-    ups = scaled.as_floats(up, up_scale, layout.up_transposed, wide)
-    downs = scaled.as_floats(down, down_scale, layout.down_transposed, wide)
-    biases = [[b.to(wide) for b in group] for group in (up_bias, down_bias)]
-    out: Tensor = _ops.experts(x.to(wide), ids, weights, ups, downs, *biases, add, *plain)
+def experts_as_floats(*args: Any) -> Tensor:
+    """`experts` on the floats that codes and scales stand for."""
+    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
+    (layout, storage), wide = storage_of(plain), generic.accumulate_dtype(x.dtype)
+    if storage.row_bits:
+        raise NotImplementedError("moe_compile::experts_stored has no gradient through rounded rows")
+    floats = stored.as_floats(p, storage, wide).lists()
+    out: Tensor = _ops.experts(x.to(wide), ids, weights, *floats, add, *plain[: len(fields(layout))])
     return out.to(x.dtype)
 
 
@@ -110,7 +113,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts_fwd": with_copies(experts_fwd),
     "experts_bwd": experts_bwd,
     "experts_shared": experts_shared,
-    "experts_scaled": experts_scaled,
+    "experts_stored": experts_stored,
 }
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .records import bundled
 from .schemas import library
 
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "privateuseone": "AutocastPrivateUse1"}
@@ -16,15 +17,15 @@ _ops = torch.ops.moe_compile
 
 def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.dtype.itemsize > 1  # or codes
         return t.to(dtype) if eligible and t is not None else t
 
-    def experts(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    def experts(*args: Any) -> Tensor:
         """Matrix products take the autocast dtype, as `F.linear` does; routing weights and scales keep theirs."""
         dtype = torch.get_autocast_dtype(device_type)
-        lists = [[cast(t, dtype) for t in ts] for ts in rest[:4]]
+        x, ids, weights, p, rest = bundled(args)
+        lists = p.map(lambda t: cast(t, dtype)).lists()
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            rest = rest[4:]
             if name == "experts_shared":
                 rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest)
             return getattr(_ops, name)(cast(x, dtype), ids, weights, *lists, *rest)  # type: ignore[no-any-return]
@@ -39,5 +40,5 @@ def _tensor_list(a: Any) -> bool:
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
         library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
-        library.impl("experts_scaled", _autocast(_device, _key, "experts_scaled"), _key)
+        library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
         library.impl("experts", _autocast(_device, _key), _key)

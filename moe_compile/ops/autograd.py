@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import anywhere
 from .gradients import Experts, Route
+from .records import bundled
 from .schemas import below, library
 
 
@@ -18,11 +19,11 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def experts(*args: Any) -> Tensor:
-    x, ids, weights, *lists, add = args[:8]
     if torch.is_grad_enabled():
-        flat = [t for ts in lists for t in ts]
-        if _needs_grad([x, weights, add, *flat]):
-            return Experts.apply([len(ts) for ts in lists], list(args[8:]), x, ids, weights, add, *flat)  # type: ignore[no-any-return, no-untyped-call]
+        x, ids, weights, p, (add, *plain) = bundled(args)
+        if _needs_grad([x, weights, add, *p]):
+            places = p.map(lambda _: None)
+            return Experts.apply(places, plain, x, ids, weights, add, *p)  # type: ignore[no-any-return, no-untyped-call]
     return below("experts", *args)  # type: ignore[no-any-return]
 
 
@@ -47,7 +48,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 for _name, _run in (
     ("experts", experts),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
-    ("experts_scaled", _or_differentiable("experts_scaled", anywhere.experts_as_floats)),
+    ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),
     ("route", _route_autograd),
     ("route_linear", _or_differentiable("route_linear", anywhere.route_linear)),
 ):

@@ -6,12 +6,12 @@ given) are copies that the forward ops return. A gradient that is to have one it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ir.operands import Operands
 from ..lowering.reference import twice
 from .records import layout_of, routing_of
 from .schemas import IN_WEIGHTS, below
@@ -22,12 +22,12 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: list[int], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
+        ctx: Any, places: Operands[None], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
     ) -> Tensor:
-        lists = _regroup(flat, sizes)
+        lists = places.filled(flat).lists()
         out, pre, kept_ids, kept_weights = below("experts_fwd", x, ids, weights, *lists, add, *layout)
         ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
-        ctx.sizes, ctx.layout, ctx.given = sizes, layout, _Given(weights)
+        ctx.places, ctx.layout, ctx.given = places, layout, _Given(weights)
         ctx.add_dtype = None if add is None else add.dtype
         return out  # type: ignore[no-any-return]
 
@@ -39,15 +39,14 @@ class Experts(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(needs)
         if torch.is_grad_enabled():
             (w,) = ctx.given.tensors()
-            sizes, layout = ctx.sizes, layout_of(ctx.layout)
+            places, layout = ctx.places, layout_of(ctx.layout)
 
             def again(x: Tensor, w: Tensor, *flat: Tensor) -> Tensor:
-                up, down, up_bias, down_bias = _regroup(flat, sizes)
-                return twice.experts(x, ids, w, up, down, up_bias, down_bias, layout)
+                return twice.experts(x, ids, w, places.filled(flat), layout)
 
             found = twice.gradients(again, [x, w, *flat], needs, grad)
         elif any(needs):
-            given = iter(below("experts_bwd", grad, pre, x, ids, weights, *_regroup(flat, ctx.sizes), *ctx.layout, needs))
+            given = iter(below("experts_bwd", grad, pre, x, ids, weights, *ctx.places.filled(flat).lists(), *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
 
@@ -90,9 +89,3 @@ class _Given:
         if self._versions != [None if t is None or t.is_inference() else t._version for t in self._tensors]:
             raise RuntimeError("a tensor that a second gradient needs has been modified by an inplace operation since the forward pass")
         return self._tensors
-
-
-def _regroup(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """The four lists back from one."""
-    it = iter(flat)
-    return [[next(it) for _ in range(size)] for size in sizes]

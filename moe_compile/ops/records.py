@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
-from ..ir.records import Layout, Rounding, Routing, SharedLayout
+from ..ir.operands import CODED, PLAIN, Operands
+from ..ir.records import Layout, Routing, SharedLayout, Storage
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
+_same_storage = functools.lru_cache(maxsize=1024)(Storage)
 
 
 def layout_of(args: Sequence[Any]) -> Layout:
@@ -22,20 +24,48 @@ def layout_of(args: Sequence[Any]) -> Layout:
     return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
 
 
+def storage_of(args: Sequence[Any]) -> tuple[Layout, Storage]:
+    """The records of the plain arguments of `experts_stored`, after the tensors."""
+    return layout_of(args[: len(fields(Layout))]), _same_storage(*args[len(fields(Layout)) :])
+
+
 def route_args(gating: Gating) -> list[Any]:
     """The plain arguments of `route`, after the tensors. A normaliser that is an expression follows outside: the op has none then."""
     outside = gating.norm is not None and gating.norm.kind is Norm.EXPR
     return encode(Routing, replace(gating, norm=None) if outside else gating)
 
 
+def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any, Any, Operands[Any], Sequence[Any]]:
+    """(x, ids, weights, *lists, *rest) of an op with those parameters -> x, ids, weights, the lists in one bundle, the rest."""
+    end = 3 + len(names)
+    x, ids, weights = args[:3]
+    return x, ids, weights, Operands.read(args[3:end], names), args[end:]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Ops of routed experts with the same parameters. `op`: the name of the one that a graph calls; its lists; its plain arguments."""
+
+    op: str
+    names: tuple[str, ...]
+    records: tuple[type, ...]
+
+    def plain(self, experts: Experts) -> list[Any]:
+        """The plain arguments, after the tensors. Raises `scalar.UnknownActivation`."""
+        return [a for record in self.records for a in encode(record, experts)]
+
+
+FAMILIES = (Family("experts", PLAIN, (Layout,)), Family("experts_stored", CODED, (Layout, Storage)))
+
+
+def family_of(experts: Experts) -> Family:
+    """Whose op runs them."""
+    return FAMILIES[experts.coded]
+
+
 def experts_args(experts: Experts) -> list[Any]:
-    """The plain arguments of `experts`, after the tensors. Raises `scalar.UnknownActivation`."""
-    return encode(Layout, experts)
-
-
-def scaled_args(experts: Experts) -> list[Any]:
-    """As `experts_args`, for `experts_scaled`."""
-    return [*experts_args(experts), *encode(Rounding, experts)]
+    """The plain arguments of the op that runs them, after the tensors. Raises `scalar.UnknownActivation`."""
+    return family_of(experts).plain(experts)
 
 
 def shared_args(shared: Experts, overlap: int) -> list[Any]:

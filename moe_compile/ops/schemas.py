@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ir.codec import place, schema
-from ..ir.records import Layout, Rounding, Routing, SharedLayout
+from ..ir.operands import CODED, PLAIN
+from ..ir.records import Layout, Routing, SharedLayout, Storage
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
+ROUTED = 4 + len(PLAIN) + len(fields(Layout))  # arguments of `experts`, before those of the shared one
 IN_WEIGHTS = place(Routing, "bias_in_weights")  # among the plain arguments of `route`
-_EXPERTS = "Tensor x, Tensor ids, Tensor weights, Tensor[] up, Tensor[] down, Tensor[] up_bias, Tensor[] down_bias, "
-_SCALES = "Tensor[] up_scale, Tensor[] down_scale, "
-_SHARED = (
-    "Tensor[] shared_up, Tensor[] shared_down, Tensor[] shared_up_bias, Tensor[] shared_down_bias, Tensor? shared_gate, "
-    f"{schema(SharedLayout, 'shared_')}, int overlap"
-)
+
+
+def lists(names: Sequence[str], prefix: str = "") -> str:
+    """The parameters of experts in a schema."""
+    return ", ".join(f"Tensor[] {prefix}{name}" for name in names)
+
+
+_ROUTED = "Tensor x, Tensor ids, Tensor weights"
+_EXPERTS = f"{_ROUTED}, {lists(PLAIN)}, "
+_SHARED = f"{lists(PLAIN, 'shared_')}, Tensor? shared_gate, {schema(SharedLayout, 'shared_')}, int overlap"
 
 SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
@@ -31,7 +38,7 @@ SCHEMAS = (
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
-    f"experts_scaled({_EXPERTS}{_SCALES}Tensor? add, {_LAYOUT}, {schema(Rounding)}) -> Tensor",
+    f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
 )
 
 

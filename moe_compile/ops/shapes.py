@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .records import layout_of
-from .schemas import IN_WEIGHTS, library
+from ..ir.operands import CODED
+from .records import bundled, layout_of, storage_of
+from .schemas import IN_WEIGHTS, ROUTED, library
 
 
 def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -35,27 +36,30 @@ def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, ex
 
 
 def experts(*args: Any) -> Tensor:
-    return args[0].new_empty(args[0].shape[0], layout_of(args[8:]).out_features(args[4]))
+    x, _, _, p, (_, *plain) = bundled(args)
+    return x.new_empty(x.shape[0], layout_of(plain).out_features(p.down))  # type: ignore[no-any-return]
 
 
-def experts_scaled(*args: Any) -> Tensor:
-    return args[0].new_empty(args[0].shape[0], layout_of(args[10:-2]).out_features(args[4]))
+def experts_stored(*args: Any) -> Tensor:
+    x, _, _, p, (_, *plain) = bundled(args, CODED)
+    return x.new_empty(x.shape[0], storage_of(plain)[0].out_features(p.down))  # type: ignore[no-any-return]
 
 
 def experts_shared(*args: Any) -> Tensor:
-    return experts(*args[:17])
+    return experts(*args[:ROUTED])
 
 
 def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, ids, weights, layout = *args[:3], layout_of(args[8:])
-    out = x.new_empty(x.shape[0], layout.out_features(args[4]))
-    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(args[4]))
+    x, ids, weights, p, (_, *plain) = bundled(args)
+    layout = layout_of(plain)
+    out = x.new_empty(x.shape[0], layout.out_features(p.down))
+    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(p.down))
     return out, pre, torch.empty_like(ids), torch.empty_like(weights)
 
 
-def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> list[Tensor]:
-    tensors = [x, weights, *(t for ts in rest[:4] for t in ts)]
-    return [_empty_contiguous(t) for t, needed in zip(tensors, rest[-1], strict=True) if needed]
+def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, _, weights, p, (*_, needs) = bundled(args)
+    return [_empty_contiguous(t) for t, needed in zip((x, weights, *p), needs, strict=True) if needed]
 
 
 def _empty_contiguous(t: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_fwd": experts_fwd,
     "experts_bwd": experts_bwd,
     "experts_shared": experts_shared,
-    "experts_scaled": experts_scaled,
+    "experts_stored": experts_stored,
 }
 for _name, _shape in SHAPES.items():
     torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)

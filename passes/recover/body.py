@@ -115,7 +115,8 @@ def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> 
     read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
     if len(read) < 2 or not any(channels.is_coded(f) for f in read):
         return None
-    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a weight has more than one scale along its inputs"
+    own = all(T.uses(f, out) for f in read)
+    return "a weight has more than one scale along its inputs" if own else "a scale is over an input channel"
 
 
 def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:

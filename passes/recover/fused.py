@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
 from ...ir.codec import decode
-from ...ir.records import Layout
+from ...ir.records import Layout, Storage
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -22,7 +22,7 @@ from .rows import No, mapped, row_index, row_variable, rows
 
 
 def is_fused(n: fx.Node) -> bool:
-    names = ("moe_compile::experts", "moe_compile::experts_scaled")
+    names = ("moe_compile::experts", "moe_compile::experts_stored")
     return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
 
 
@@ -33,7 +33,7 @@ def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
-    """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
+    """The match that an existing `moe_compile::experts` (or `experts_stored`) call stands for; `out` is the call itself."""
     a = call_args(n)
     x, ids, weights = a.x, a.ids, a.weights
     form = Form(a.form)
@@ -42,7 +42,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
     up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
-    stored = dtype_of(a.up[0])
+    storage = Storage(*[getattr(a, f.name) for f in fields(Storage)]) if hasattr(a, "up_scale") else None
+    up_stored, down_stored = (None, None) if storage is None else storage.stored()
     experts = decode(
         Experts,
         Layout(*[getattr(a, f.name) for f in fields(Layout)]),
@@ -53,9 +54,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         down_bias=bool(a.down_bias),
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
-        up_scale=bool(up_scale),
-        down_scale=bool(down_scale),
-        weight_dtype=stored if (up_scale or down_scale) and not stored.is_floating_point else None,
+        up_stored=up_stored,
+        down_stored=down_stored,
         row_bits=getattr(a, "row_bits", 0),
         row_floor=getattr(a, "row_floor", 0.0),
     )

@@ -26,7 +26,7 @@ from .rows import No, clip, factors
 
 @dataclass(frozen=True)
 class Channel:
-    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows (None: none)."""
+    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if one does."""
 
     node: Any
     dim: int | None

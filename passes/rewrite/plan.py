@@ -16,8 +16,8 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import Operands
-from ...ops import experts_args, scaled_args, shared_args
+from ...ir.operands import PLAIN, Operands
+from ...ops import bundled, family_of, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
 from .calls import after, call, method, normalised, rows
@@ -25,7 +25,6 @@ from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
 Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
-_PLAIN = 4  # groups of operands before the scales
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class RoutePlan:
 
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
+    """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
     `wraps`: ids below zero count from the last expert.
@@ -199,9 +198,10 @@ class Executor:
         readers = [u for d in aliases for u in d.users if self.position.get(u, -1) > self.position[out]]
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
-            lists = [[self.parameter(q, p.experts) for q in group] for group in p.operands.groups()[:_PLAIN]]
-            if p.experts.scaled:
-                lists += [[self.operand(q) for q in group] for group in p.operands.groups()[_PLAIN:]]
+            family = family_of(p.experts)
+            nodes: Operands[fx.Node] = Operands.named(
+                **{name: [self.parameter(name, q, p.experts) for q in group] for name, group in p.operands.by_name().items()}
+            )
             ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             routed = (
                 self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
@@ -209,9 +209,8 @@ class Executor:
                 rows(g, weights, p.k),
             )
             add = None if p.base is None else rows(g, self.node(p.base), p.experts.out_features)
-            target = ops.experts_scaled.default if p.experts.scaled else ops.experts.default
-            plain = scaled_args(p.experts) if p.experts.scaled else experts_args(p.experts)
-            new = op = call(g, target, (*routed, *lists, add, *plain), out)
+            args = (*routed, *nodes.lists(family.names), add, *family.plain(p.experts))
+            new = op = call(g, getattr(ops, family.op).default, args, out)
             if value.dtype != dtype:
                 new = method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
@@ -235,11 +234,12 @@ class Executor:
         for name in p.moved:
             op.prepend(self.names[name])
         with g.inserting_before(op):
-            lists = [[self.operand(q) for q in group] for group in p.operands.groups()[:_PLAIN]]
+            lists = p.operands.map(self.operand).lists()
             gate = None if p.gate is None else rows(g, self.node(p.gate), 1)
-            add = op.args[7] if p.total is not None else None
-            plain = shared_args(p.experts, p.overlap)
-            new = call(g, ops.experts_shared.default, (*op.args[:7], add, *op.args[8:], *lists, gate, *plain), op)
+            x, ids, weights, routed, (add, *routed_plain) = bundled(op.args)
+            add = add if p.total is not None else None
+            args = (x, ids, weights, *routed.lists(), add, *routed_plain, *lists, gate, *shared_args(p.experts, p.overlap))
+            new = call(g, ops.experts_shared.default, args, op)
         if "example_value" in op.meta:
             new.meta["example_value"] = op.meta["example_value"]
         op.replace_all_uses_with(new)
@@ -254,10 +254,10 @@ class Executor:
     def cast(self, n: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
         return n if example_value(source).dtype == dtype else method(self.graph, "to", (n, dtype), n)
 
-    def parameter(self, q: Operand, experts: Experts) -> fx.Node:
-        """A weight or bias in the dtype of the products; integers with scales stay as they are stored."""
+    def parameter(self, name: str, q: Operand, experts: Experts) -> fx.Node:
+        """A weight or bias in the dtype of the products; codes and their scales stay as they are stored."""
         source = self.names[q[0]]
-        stays = experts.scaled and not example_value(source).dtype.is_floating_point
+        stays = name not in PLAIN or getattr(experts, f"{name}_stored", None) is not None
         return self.operand(q) if stays else self.cast(self.operand(q), source, experts.dtype)
 
     @contextlib.contextmanager

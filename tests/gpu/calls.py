@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from conftest import bundle
 from test_ops import Case
 from torch import Tensor
 
@@ -100,8 +101,8 @@ def layout_of(case: Case) -> Any:
 
 def kernel(case: Case, t: Mapping[str, Any], choice: Choice, save: bool = False) -> tuple[Tensor, Tensor]:
     """(out, pre) by the kernels; fails where the call is beyond them."""
-    assert call.read(*t.values(), layout_of(case)) is not None, "the kernels do not take this call"
-    return kernels.forward(*t.values(), layout_of(case), save, choice)
+    assert call.read(*bundle(t), layout_of(case)) is not None, "the kernels do not take this call"
+    return kernels.forward(*bundle(t), layout_of(case), save, choice)
 
 
 def op(case: Case, t: Mapping[str, Any]) -> Tensor:

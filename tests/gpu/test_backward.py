@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import CASES, Case, close, experts, leaves, tensors
@@ -60,9 +61,9 @@ def expected(case: Case, t: dict[str, Any], grad: Tensor) -> list[Tensor]:
 def run(case: Case, t: dict[str, Any], grad: Tensor, needs: list[bool] | None = None, tiles: b.Tiles | None = None) -> list[Tensor]:
     layout = ops.layout_of(ops.experts_args(case.experts))
     plain = {name: [i.detach() for i in v] if isinstance(v, list) else v.detach() for name, v in t.items()}
-    _, pre = generic.forward(*plain.values(), None, layout)
+    _, pre = generic.forward(*bundle(plain), None, layout)
     needs = [True] * len(leaves({**t, "add": None})) if needs is None else needs
-    return b.backward(grad, pre, *plain.values(), layout, needs, tiles)
+    return b.backward(grad, pre, *bundle(plain), layout, needs, tiles)
 
 
 def tolerance(case: Case) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bundle
 from test_ops import Case, close
 from torch import Tensor
 from torch.library import opcheck
@@ -159,8 +160,8 @@ def test_by_torchs_grouped_product(form: ir.Form, foreign: bool, monkeypatch: py
         t = operands(case)
         for _ in range(2):
             close(op(case, t), case.experts.evaluate(**t), TOLERANCE[case.dtype])
-        out, pre = experts.forward(*t.values(), layout_of(case), True)
-        want, want_pre = experts.forward(*t.values(), layout_of(case), True, Choice(GROUPED.up, GROUPED.down, None))
+        out, pre = experts.forward(*bundle(t), layout_of(case), True)
+        want, want_pre = experts.forward(*bundle(t), layout_of(case), True, Choice(GROUPED.up, GROUPED.down, None))
         rows = int(((t["ids"] >= 0) & (t["ids"] < 6)).sum())
         assert norm_error(out, want) < 1e-2 and norm_error(pre[:rows], want_pre[:rows]) < 1e-2
         assert bool(seen) == used
@@ -464,5 +465,5 @@ def test_problem_of_a_call_is_the_tuners() -> None:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "choose", lambda p, tokens, device: (seen.append((p, tokens)), GROUPED)[1])
-        experts.forward(*operands(case).values(), layout_of(case), False)
+        experts.forward(*bundle(operands(case)), layout_of(case), False)
     assert seen == [(Problem(16, 256, 128, 4, torch.bfloat16, True), 8)]

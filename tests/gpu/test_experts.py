@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sympy as sp
 import torch
+from conftest import bundle
 from test_ops import CASES, GPT_OSS, Case, close
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from calls import DEVICE, DTYPES, FACTORS, GROUPED, ON_GPU, PATHS, TOLERANCE, co
 
 from moe_compile import ir
 from moe_compile.ir import scalar as act
-from moe_compile.lowering.reference import generic
+from moe_compile.lowering.reference import dual, generic
 from moe_compile.lowering.triton import activation, combine, experts
 from moe_compile.lowering.triton import call as call_of
 
@@ -104,7 +105,7 @@ def test_saved_preactivations(case: Case) -> None:
     """In the order that the backward pass reads; the result is that of the saved values."""
     t = operands(case)
     out, pre = kernel(case, t, GROUPED, save=True)
-    _, want = generic.forward(*t.values(), layout_of(case))
+    _, want = generic.forward(*bundle(t), layout_of(case))
     rows = int(((t["ids"] >= 0) & (t["ids"] < case.experts.num_experts)).sum())
     assert pre.shape == want.shape
     close(pre[:rows], want[:rows], TOLERANCE[case.dtype])
@@ -238,8 +239,8 @@ def test_beyond_the_kernels() -> None:
         (base, {**t, "up": [u.half() for u in t["up"]]}),
         (base, {**t, "up": strided}),
     ):
-        assert call_of.read(*changed.values(), layout_of(case)) is None
-        out, _ = experts.forward(*changed.values(), layout_of(case), False)
+        assert call_of.read(*bundle(changed), layout_of(case)) is None
+        out, _ = experts.forward(*bundle(changed), layout_of(case), False)
         close(out, case.experts.evaluate(**changed), TOLERANCE[case.dtype])
 
 
@@ -247,7 +248,7 @@ def test_too_few_experts_are_refused() -> None:
     case = Case("plain", simple(), tokens=5)
     t = operands(case)
     with pytest.raises(ValueError, match="fewer experts"):
-        experts.forward(*{**t, "down": [t["down"][0][:-1]]}.values(), layout_of(case), False)
+        experts.forward(*bundle({**t, "down": [t["down"][0][:-1]]}), layout_of(case), False)
 
 
 def test_tf32_only_where_torch_may() -> None:
@@ -336,7 +337,7 @@ def test_generated_functions(name: str) -> None:
     value, dg, du = g.new_empty(2, len(g)), torch.empty_like(g), torch.empty_like(g)
     fns = activation.functions(*program)
     _pointwise[(1,)](g, u, value, dg, du, len(g), ACT=fns.act, DUAL=fns.dual, SIZE=128)
-    want = generic.run_dual(*program, g.double(), u.double())
+    want = dual.run_dual(*program, g.double(), u.double())
     zero = torch.zeros_like(want[0])
     wanted = [zero if w is None else w for w in want]
     for got, expected in zip((value[0], value[1], dg, du), (want[0], *wanted), strict=True):

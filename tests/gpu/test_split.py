@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bundle
 from test_ops import Case, close
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def test_only_the_warp_specialised_kernel_splits(monkeypatch: pytest.MonkeyPatch
     case = Case("plain", simple(), tokens=5)
     t = operands(case)
     assert torch.equal(kernel(case, t, PARTS)[0], kernel(case, t, replace(PARTS, down=replace(PARTS.down, split=1)))[0])
-    call = call_of.read(*t.values(), layout_of(case))
+    call = call_of.read(*bundle(t), layout_of(case))
     assert call is not None and experts.depth_parts(call.x, call.down, PARTS.down) == 1
     monkeypatch.setattr(experts, "hopper_fits", lambda *_: True)
     deep, many = replace(call.down, k=48), call.x.new_empty(1, 1).expand(2**30, 1)
@@ -72,7 +73,7 @@ def test_only_the_warp_specialised_kernel_splits(monkeypatch: pytest.MonkeyPatch
 def test_a_tile_suits_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the warp-specialised kernel does not take the operands, its tile of 64 rows gives way, and no other."""
     case = Case("plain", simple(), tokens=5)
-    call = call_of.read(*operands(case).values(), layout_of(case))
+    call = call_of.read(*bundle(operands(case)), layout_of(case))
     assert call is not None
     plain = replace(COLUMNS, hopper=False)
     for tile, runs in ((plain, plain), (COLUMNS, Tile(64, 128, 64, 8, 4, tma=True, group=8)), (WARP, replace(WARP, hopper=False))):
@@ -131,7 +132,7 @@ def test_depth_in_parts(name: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) 
 
 
 def down_of(case: Case) -> Any:
-    call = call_of.read(*operands(case).values(), layout_of(case))
+    call = call_of.read(*bundle(operands(case)), layout_of(case))
     assert call is not None
     return call.down
 

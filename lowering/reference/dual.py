@@ -1,0 +1,87 @@
+"""Activation programs with their derivatives carried along, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...ir import scalar as act
+
+Dual = tuple[Tensor, Tensor | None, Tensor | None]  # value, d/dg, d/du; None is a derivative of zero
+
+
+def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None) -> Dual:
+    """A postfix activation program with its two derivatives carried along: (value, d/dg, d/du)."""
+    stack: list[Dual] = []
+    const = iter(consts)
+    for op in ops:
+        if op == act.OP_G:
+            stack.append((g, torch.ones_like(g), None))
+        elif op == act.OP_U:
+            assert u is not None
+            stack.append((u, None, torch.ones_like(u)))
+        elif op == act.OP_CONST:
+            stack.append((torch.full_like(g, next(const)), None, None))
+        elif op == act.OP_ADD:
+            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
+            stack.append((a + b, _sum(ag, bg), _sum(au, bu)))
+        elif op == act.OP_MUL:
+            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
+            stack.append((a * b, _sum(_times(ag, b), _times(bg, a)), _sum(_times(au, b), _times(bu, a))))
+        elif op == act.OP_DIV:
+            (b, bg, bu), (a, ag, au) = stack.pop(), stack.pop()
+            v = a / b
+            stack.append((v, *(_over(_sum(x, _times(y, -v)), b) for x, y in ((ag, bg), (au, bu)))))
+        elif op == act.OP_POW:
+            p = next(const)
+            v, vg, vu = stack.pop()
+            slope = p * v ** (p - 1)
+            stack.append((v**p, _times(vg, slope), _times(vu, slope)))
+        elif op == act.OP_CLAMP:
+            lo, hi = next(const), next(const)
+            v, vg, vu = stack.pop()
+            slope = ((v >= lo) & (v <= hi)).to(v.dtype)
+            stack.append((v.clamp(lo, hi), _times(vg, slope), _times(vu, slope)))
+        else:
+            v, vg, vu = stack.pop()
+            value = act.FUNCTIONS[op - act.OP_UNARY].torch(v)
+            slope = SLOPES[op - act.OP_UNARY](v, value)
+            stack.append((value, _times(vg, slope), _times(vu, slope)))
+    return stack[-1]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _over(a: Tensor | None, b: Tensor) -> Tensor | None:
+    return None if a is None else a / b
+
+
+def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
+    return None if a is None else a * b
+
+
+def _gelu_tanh_slope(v: Tensor, _: Tensor) -> Tensor:
+    c, q = 0.7978845608028654, 0.044715
+    t = torch.tanh(c * (v + q * v**3))
+    return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * c * (1 + 3 * q * v * v)
+
+
+# in the order of scalar.FUNCTIONS: the slope from (argument, value)
+SLOPES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda _, s: s * (1 - s),  # sigmoid
+    lambda _, s: 1 - s * s,  # tanh
+    lambda _, s: s,  # exp
+    lambda v, _: 1 / v,  # log
+    lambda v, _: 1.1283791670955126 * torch.exp(-v * v),  # erf
+    lambda v, _: (v > 0).to(v.dtype),  # relu
+    lambda v, _: torch.sigmoid(v),  # softplus
+    _gelu_tanh_slope,
+    lambda v, _: torch.sign(v),  # abs
+    lambda v, _: 1 / (1 + v),  # log1p
+    lambda _, s: s + 1,  # expm1
+    lambda _, s: 0.6931471805599453 * s,  # exp2
+]

@@ -1,0 +1,168 @@
+"""What the routed experts mean, and the shared one: how their parameters are stored, and the function of one expert's rows."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import scalar as act
+from .operands import Operands
+from .stored import Stored
+
+
+class Form(enum.IntEnum):
+    """How the up projection of one expert is stored."""
+
+    SINGLE = 0  # one matrix, no gate
+    CONCAT = 1  # [g; u] along the output dim
+    INTERLEAVED = 2  # g0 u0 g1 u1 ...
+    SEPARATE = 3  # two tensors (stacked) or 2E tensors (list: E gates, then E ups)
+
+
+class Overlap(enum.IntEnum):
+    """Where the op `experts_shared` runs the shared expert."""
+
+    SERIAL = 0  # on the main stream
+    SIDE = 1  # on a side stream, beside the routed experts
+    BY_TOKENS = 2  # on a side stream for few tokens
+
+
+@dataclass(frozen=True)
+class Experts:
+    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j]; ids outside [0, E) contribute nothing.
+
+    With `num_identity` = z > 0 ids E .. E+z-1 are identity experts, contributing w · x[t].
+    `up_transposed`: the up weight is stored [..., in, out] instead of [..., out, in]; `down_transposed` likewise.
+    `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
+    `weight_on_input`: the routing weight multiplies x instead of the expert's output.
+    `ids_mapped`: ids go through a table or a mask after the top-k (logical to physical experts, padding tokens).
+    `up_stored`, `down_stored`: how the projection's weights lie in memory where they are no plain floats.
+    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
+    """
+
+    num_experts: int
+    hidden: int
+    intermediate: int
+    out_features: int
+    form: Form
+    activation: sp.Expr
+    stacked: bool = True
+    up_transposed: bool = False
+    down_transposed: bool = False
+    up_bias: bool = False
+    down_bias: bool = False
+    weight_on_input: bool = False
+    num_identity: int = 0
+    ids_mapped: bool = False
+    dtype: torch.dtype = torch.float32
+    up_stored: Stored | None = None
+    down_stored: Stored | None = None
+    row_bits: int = 0
+    row_floor: float = 0.0
+
+    @property
+    def coded(self) -> bool:
+        """Whether a projection's weights are no plain floats."""
+        return self.up_stored is not None or self.down_stored is not None
+
+    def expert(self, e: int, p: Operands[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down; the biases or None. Codes become floats of `dtype`."""
+        n = self.num_experts
+
+        def pick(ts: Sequence[Tensor], part: int) -> Tensor | None:
+            if not ts:
+                return None
+            return ts[part][e] if self.stacked else ts[part * n + e]
+
+        def split(t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            if t is None or self.form is Form.SINGLE:
+                return t, None
+            if self.form is Form.CONCAT:
+                return t[: self.intermediate], t[self.intermediate :]
+            return t[0::2], t[1::2]
+
+        def matrix(ts: Sequence[Tensor], scales: Sequence[Tensor], how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
+            t = pick(ts, part)
+            assert t is not None
+            t = t if how is None else how.matrix(t, pick(scales, part), dtype)
+            return t.t() if transposed else t
+
+        up = (p.up, p.up_scale, self.up_stored, self.up_transposed)
+        if self.form is Form.SEPARATE:
+            g, u = matrix(*up), matrix(*up, part=1)
+            gb, ub = pick(p.up_bias, 0), pick(p.up_bias, 1)
+        else:
+            (g, u), (gb, ub) = split(matrix(*up)), split(pick(p.up_bias, 0))
+        d, db = matrix(p.down, p.down_scale, self.down_stored, self.down_transposed), pick(p.down_bias, 0)
+        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db)
+
+    def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
+        """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
+
+        def project(rows: Tensor, name: str) -> Tensor:
+            w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
+            assert w is not None
+            return F.linear(self.round_rows(rows) if self.row_bits else rows, w, b)
+
+        u = None if m["u"] is None else project(x, "u")
+        return project(act.evaluate(self.activation, project(x, "g"), u), "d")
+
+    def round_rows(self, rows: Tensor) -> Tensor:
+        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
+        steps = 2 ** (self.row_bits - 1) - 1
+        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
+        return (rows / torch.where(s == 0, 1, s)).round() * s
+
+    def evaluate(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        up_bias: Sequence[Tensor] = (),
+        down_bias: Sequence[Tensor] = (),
+        add: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+        **others: Sequence[Tensor],
+    ) -> Tensor:
+        """x [T, H], ids [T, k], weights [T, k] -> [T, H] in `dtype`; `add` [T, H] is added to the result.
+
+        others: more of `Operands` by name. Scales are as `Stored` says, behind a dim of E (a list: without). Raises TypeError for a name
+        that is none of theirs.
+        """
+        return self.run(x, ids, weights, Operands.named(up=up, down=down, up_bias=up_bias, down_bias=down_bias, **others), add, dtype)
+
+    def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """As `evaluate`, on the parameters in one bundle."""
+        x, weights = x.to(dtype), weights.to(dtype)
+        out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
+        for e in range(self.num_experts):
+            t, j = torch.where(ids == e)
+            if not len(t):
+                continue
+            w = weights[t, j, None]
+            m = self.expert(e, p, dtype)
+            y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)
+            out = out.index_add(0, t, y)
+        if self.num_identity:
+            t, j = torch.where((ids >= self.num_experts) & (ids < self.num_experts + self.num_identity))
+            out = out.index_add(0, t, x[t] * weights[t, j, None])
+        return out
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An MLP on the same tokens, added to the routed result: [sigmoid(x·w_gate)] · down act(up x)."""
+
+    intermediate: int
+    activation: sp.Expr
+    gated: bool = False
+    bias: bool = False
