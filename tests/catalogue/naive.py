@@ -16,7 +16,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, SumK
+from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, Stored, SumK
 
 Rows = Sequence[float]
 
@@ -36,7 +36,7 @@ class Parts:
     add: Tensor | None = None
     table: Tensor | None = None  # new id of each id the router gives
     padding: Tensor | None = None  # [T] bool: tokens that go to no expert
-    up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1]
+    up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1], or of each block
     down_scale: list[Tensor] = field(default_factory=list)
 
 
@@ -139,6 +139,16 @@ def array(t: Tensor) -> np.ndarray:
     return t.detach().double().numpy()
 
 
+def spread(how: Stored, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """[R, C]: the scale of each element, element by element."""
+    out = np.empty(shape)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            at = [n // b for n, b in ((i, how.rows), (j, how.columns)) if b]
+            out[i, j] = scales[tuple(at or [0])]
+    return out
+
+
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
 
@@ -146,26 +156,28 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
 
     def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None, scale: np.ndarray | float) -> np.ndarray:
-        y = (v @ weight if transposed else weight @ v) * scale
+        weight = weight * scale
+        y = v @ weight if transposed else weight @ v
         return y if bias is None else y + bias
 
     def bias(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
         return at(ts, part) if (e.down_bias if ts is p.down_bias else e.up_bias) else None
 
-    def scale(ts: list[Tensor], part: int = 0) -> np.ndarray | float:
-        return at(ts, part) if (e.down_scale if ts is p.down_scale else e.up_scale) else 1.0
+    def scale(name: str, part: int = 0) -> np.ndarray | float:
+        how = getattr(e, f"{name}_stored")
+        return spread(how, at(getattr(p, f"{name}_scale"), part), at(getattr(p, name), part).shape) if how is not None and how.scaled else 1.0
 
-    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale(p.up_scale))
+    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale("up"))
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
         Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
         Form.INTERLEAVED: (up[0::2], up[1::2]),
     }
     if e.form is Form.SEPARATE:
-        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale(p.up_scale, 1))
+        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale("up", 1))
     else:
         g, u = halves[e.form]
-    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias), scale(p.down_scale))
+    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias), scale("down"))
 
 
 def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`experts_scaled`: experts stored as integers with scales, against the IR's oracle; and who runs them."""
+"""`experts_stored`: experts whose weights are codes with scales, against the IR's oracle; and who runs them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,29 @@ from moe_compile.lowering import target as target_of
 from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
-CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_scale=True, down_scale=True, weight_dtype=torch.int8)
+CHANNELS, COLUMNS = ir.Stored(8, torch.int8, rows=1), ir.Stored(8, torch.int8, columns=1)
+BLOCKS, RAGGED = ir.Stored(8, torch.float8_e4m3fn, rows=2, columns=2), ir.Stored(8, torch.float8_e5m2, rows=5, columns=3)
+CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
     "stacked": CONCAT,
     "lists of gates and ups, biases": replace(CONCAT, form=ir.Form.SEPARATE, stacked=False, up_bias=True, down_bias=True),
-    "transposed, interleaved": replace(CONCAT, form=ir.Form.INTERLEAVED, up_transposed=True, down_transposed=True),
-    "down alone": replace(CONCAT, up_scale=False, num_identity=1),
+    "transposed, interleaved": replace(
+        CONCAT, form=ir.Form.INTERLEAVED, up_transposed=True, down_transposed=True, up_stored=COLUMNS, down_stored=COLUMNS
+    ),
+    "down alone": replace(CONCAT, up_stored=ir.Stored(8, torch.int8, scaled=False), num_identity=1),
+    "one number an expert": replace(CONCAT, up_stored=ir.Stored(8, torch.int8), down_stored=ir.Stored(8, torch.int8)),
+    "blocks": replace(CONCAT, up_stored=BLOCKS, down_stored=BLOCKS),
+    "ragged blocks, transposed": replace(CONCAT, up_stored=RAGGED, down_stored=RAGGED, up_transposed=True, down_transposed=True),
+    "groups of inputs, lists": replace(
+        CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=replace(BLOCKS, rows=1, columns=4), down_stored=replace(BLOCKS, rows=1, columns=3)
+    ),
+    "floats beside codes": replace(CONCAT, down_stored=None),
     "weight on input": replace(CONCAT, weight_on_input=True),
 }
 
 
-def tensors(e: ir.Experts, one: bool = False) -> dict[str, Any]:
-    """Operands of a call; `one`: a scale for each expert instead of each channel."""
+def tensors(e: ir.Experts) -> dict[str, Any]:
+    """Operands of a call."""
     gen = torch.Generator().manual_seed(0)
     parts = 2 if e.form is ir.Form.SEPARATE else 1
     rows = e.intermediate * (2 if e.form in (ir.Form.CONCAT, ir.Form.INTERLEAVED) else 1)
@@ -38,8 +49,12 @@ def tensors(e: ir.Experts, one: bool = False) -> dict[str, Any]:
     def many(make: Any, parts: int, *shape: int) -> list[Tensor]:
         return [make(e.num_experts, *shape) for _ in range(parts)] if e.stacked else [make(*shape) for _ in range(parts * e.num_experts)]
 
-    def whole(*shape: int) -> Tensor:
-        return torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
+    def codes(how: ir.Stored | None) -> Any:
+        if how is None:
+            return leaf
+        if how.dtype is torch.int8:
+            return lambda *shape: torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
+        return lambda *shape: (torch.randn(*shape, generator=gen) * 50).to(how.dtype)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen).requires_grad_()
@@ -50,33 +65,33 @@ def tensors(e: ir.Experts, one: bool = False) -> dict[str, Any]:
     def matrix(out: int, inner: int, transposed: bool) -> tuple[int, int]:
         return (inner, out) if transposed else (out, inner)
 
+    up, down = matrix(rows, e.hidden, e.up_transposed), matrix(e.out_features, e.intermediate, e.down_transposed)
     return {
         "x": leaf(5, e.hidden),
         "ids": torch.randint(0, e.num_experts + e.num_identity, (5, 2), generator=gen),
         "weights": torch.rand(5, 2, generator=gen).requires_grad_(),
-        "up": many(whole, parts, *matrix(rows, e.hidden, e.up_transposed)),
-        "down": many(whole, 1, *matrix(e.out_features, e.intermediate, e.down_transposed)),
+        "up": many(codes(e.up_stored), parts, *up),
+        "down": many(codes(e.down_stored), 1, *down),
         "up_bias": many(leaf, parts, rows) if e.up_bias else [],
         "down_bias": many(leaf, 1, e.out_features) if e.down_bias else [],
-        "up_scale": many(scale, parts, 1 if one else rows) if e.up_scale else [],
-        "down_scale": many(scale, 1, 1 if one else e.out_features) if e.down_scale else [],
+        "up_scale": many(scale, parts, *e.up_stored.scales_of(up)) if e.up_stored is not None and e.up_stored.scaled else [],
+        "down_scale": many(scale, 1, *e.down_stored.scales_of(down)) if e.down_stored is not None and e.down_stored.scaled else [],
         "add": leaf(5, e.out_features),
     }
 
 
 def call(e: ir.Experts, t: dict[str, Any]) -> Tensor:
-    return torch.ops.moe_compile.experts_scaled(*t.values(), *ops.experts_args(e))
+    return torch.ops.moe_compile.experts_stored(*t.values(), *ops.experts_args(e))
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert float((got.double() - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
-@pytest.mark.parametrize("one", [False, True], ids=["channels", "experts"])
 @pytest.mark.parametrize("e", MEANINGS.values(), ids=MEANINGS.keys())
-def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts, one: bool) -> None:
+def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts) -> None:
     """fp32 within 1e-5 of float64; gradients to tokens, routing weights, scales, biases."""
-    t = tensors(e, one)
+    t = tensors(e)
     with torch.no_grad():
         close(call(e, t), e.evaluate(**t))
     leaves = [t["x"], t["weights"], t["add"], *t["up_scale"], *t["down_scale"], *t["up_bias"], *t["down_bias"]]
@@ -102,7 +117,7 @@ def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
 
 @pytest.mark.parametrize("name", ["stacked", "lists of gates and ups, biases"])
 def test_opcheck(name: str) -> None:
-    opcheck(torch.ops.moe_compile.experts_scaled.default, (*tensors(MEANINGS[name]).values(), *ops.experts_args(MEANINGS[name])))
+    opcheck(torch.ops.moe_compile.experts_stored.default, (*tensors(MEANINGS[name]).values(), *ops.experts_args(MEANINGS[name])))
 
 
 def test_half_precision_and_autocast() -> None:
@@ -129,10 +144,13 @@ def test_who_lowers_them() -> None:
     block, half = ir.MoeBlock(None, CONCAT), ir.MoeBlock(None, replace(CONCAT, dtype=torch.bfloat16))
     assert target_of("cpu").reason(block) is None and "int8" in target_of("cpu").says(block)
     assert target_of("ascend").reason(half) is None
-    assert "int8 expert weights" in str(target_of("cuda").reason(half))
+    assert "int8 × scale expert weights" in str(target_of("cuda").reason(half))
     assert "fp16 and bf16" in str(target_of("ascend").reason(block))
-    floats = ir.MoeBlock(None, replace(CONCAT, weight_dtype=None, dtype=torch.bfloat16))
+    scaled = replace(CHANNELS, bits=32, dtype=torch.float32)
+    floats = ir.MoeBlock(None, replace(CONCAT, up_stored=scaled, down_stored=scaled, dtype=torch.bfloat16))
     assert all(target_of(name).reason(floats) for name in ("cpu", "cuda", "ascend"))
+    blocks = ir.MoeBlock(None, replace(MEANINGS["blocks"], dtype=torch.bfloat16))
+    assert target_of("cpu").reason(blocks) is None and "float8_e4m3fn × scale of 2 × 2" in str(target_of("ascend").reason(blocks))
     assert "int8 × scale" in experts_text(CONCAT)
     assert "int8 × scale (down)" in experts_text(MEANINGS["down alone"])
 
