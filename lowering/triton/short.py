@@ -93,7 +93,10 @@ def define(library: torch.library.Library, otherwise: Mapping[str, Callable[...,
 
 
 def call(name: str, *args: Any) -> Any:
-    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between."""
+    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between. An op without a
+    short form is called as it is."""
+    if name not in SCHEMAS:
+        return getattr(torch.ops.moe_compile, name).default(*args)
     short = shorten(name, args)
     if torch._C._len_torch_dispatch_stack() == 0 and _functorch() is None and all(map(_ordinary, args)):
         return _kernels[name](*short)

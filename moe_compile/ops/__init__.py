@@ -16,7 +16,7 @@ A device without kernels of its own runs `moe_compile.lowering.reference`.
 from __future__ import annotations
 
 from . import anywhere, autocast, autograd, shapes, sources
-from .records import bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args
+from .records import bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
 from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "shapes",
     "shared_args",
     "sources",
+    "storage_of",
     "straight_on_cuda",
 ]
