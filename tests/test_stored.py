@@ -33,7 +33,11 @@ MEANINGS = {
     "blocks": replace(CONCAT, up_stored=BLOCKS, down_stored=BLOCKS),
     "ragged blocks, transposed": replace(CONCAT, up_stored=RAGGED, down_stored=RAGGED, up_transposed=True, down_transposed=True),
     "groups of inputs, lists": replace(
-        CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=replace(BLOCKS, rows=1, columns=4), down_stored=replace(BLOCKS, rows=1, columns=3)
+        CONCAT,
+        form=ir.Form.SEPARATE,
+        stacked=False,
+        up_stored=replace(BLOCKS, rows=1, columns=4),
+        down_stored=replace(BLOCKS, rows=1, columns=3),
     ),
     "floats beside codes": replace(CONCAT, down_stored=None),
     "weight on input": replace(CONCAT, weight_on_input=True),

@@ -1,4 +1,5 @@
 """Codes and scales to floats, for the matrices of some experts: one launch, tiles of the matrices of those that are wanted."""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tenso
     s = out if scales is None else scales.view(torch.uint8) if kind == _EXPONENT else scales
     grid = (out.shape[0], triton.cdiv(rows, _TILE_ROWS), triton.cdiv(columns, _TILE_COLUMNS))
     _dequantise[grid](
-        held, s, experts, out, rows, columns, codes.stride(0) if codes.ndim == 3 else 0, *codes.stride()[-2:], *_strides(scales, how, codes),
+        held, s, experts, out, rows, columns,
+        codes.stride(0) if codes.ndim == 3 else 0, *codes.stride()[-2:], *_strides(scales, how, codes),
         KIND=KINDS[codes.dtype], SCALE=kind, ROWS=how.rows, COLUMNS=how.columns, BR=_TILE_ROWS, BC=_TILE_COLUMNS,
     )  # fmt: skip
 

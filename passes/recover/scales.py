@@ -1,7 +1,7 @@
 """Scales of output channels, as weights stored in few bits have them: Σ_m x[t,m] q[e,i,m] s[e,i] = s[e,i] Σ_m x[t,m] q[e,i,m].
 
-Scales that differ along the inputs stay in the sum (`grids`). In an expert's inside every other scale is a symbol. It belongs to the projection
-whose symbol L it can be put into: the activation must be a function of s · L alone.
+Scales that differ along the inputs stay in the sum (`grids`). In an expert's inside every other scale is a symbol. It belongs to the
+projection whose symbol L it can be put into: the activation must be a function of s · L alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rows import No, clip, factors
 
 @dataclass(frozen=True)
 class Channel:
-    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if one does."""
+    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if any."""
 
     node: Any
     dim: int | None

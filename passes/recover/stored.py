@@ -66,4 +66,3 @@ def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
 
 def _nodes(weight: Any) -> tuple[Any, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
-

@@ -165,7 +165,9 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
 
     def scale(name: str, part: int = 0) -> np.ndarray | float:
         how = getattr(e, f"{name}_stored")
-        return spread(how, at(getattr(p, f"{name}_scale"), part), at(getattr(p, name), part).shape) if how is not None and how.scaled else 1.0
+        if how is None or not how.scaled:
+            return 1.0
+        return spread(how, at(getattr(p, f"{name}_scale"), part), at(getattr(p, name), part).shape)
 
     up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale("up"))
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {

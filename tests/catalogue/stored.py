@@ -172,7 +172,7 @@ class BlocksGrouped(BlocksBatched):
     faint_logits = False
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-        sorted_ids, order, ends = Int8Grouped.sorted_ids(self, ids)  # type: ignore[arg-type]
+        _, order, ends = Int8Grouped.sorted_ids(self, ids)  # type: ignore[arg-type]
         up, down = (self.all_floats(q, s).to(x.dtype).transpose(-2, -1) for q, s in self.stacks())
         g, u = F.grouped_mm(x[order // K], up, offs=ends).chunk(2, -1)
         y = F.grouped_mm(F.silu(g) * u, down, offs=ends) * w.reshape(-1)[order].unsqueeze(-1)

@@ -51,7 +51,8 @@ def test_blocks(block: tuple[int, int], lead: tuple[int, ...]) -> None:
     out = torch.full((len(wanted), 40, 150), 7.0, device=DEVICE)
     stored_kernels.dequantise(codes, scales, how, torch.tensor(wanted, device=DEVICE), out)
     for n, e in enumerate(wanted):
-        want = torch.full_like(out[n], 7.0) if e < 0 else how.matrix(codes[e] if lead else codes, scales[e] if lead else scales, torch.float32)
+        q, s = (codes[e], scales[e]) if lead else (codes, scales)
+        want = torch.full_like(out[n], 7.0) if e < 0 else how.matrix(q, s, torch.float32)
         torch.testing.assert_close(out[n], want, rtol=1e-6, atol=0)
 
 
