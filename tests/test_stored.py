@@ -21,6 +21,10 @@ from moe_compile.report import collecting
 
 CHANNELS, COLUMNS = ir.Stored(8, torch.int8, rows=1), ir.Stored(8, torch.int8, columns=1)
 BLOCKS, RAGGED = ir.Stored(8, torch.float8_e4m3fn, rows=2, columns=2), ir.Stored(8, torch.float8_e5m2, rows=5, columns=3)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX4 = ir.Stored(4, torch.uint8, True, 1, 4, 2, (0, 1), values=(*E2M1, *(-v for v in E2M1)), exponents=True)
+INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset=-8.0, zeroed=True)
+ROWS = ir.Stored(4, torch.uint8, True, 4, 1, 1, (1, 0), tabled=True)
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
     "stacked": CONCAT,
@@ -40,6 +44,13 @@ MEANINGS = {
         down_stored=replace(BLOCKS, rows=1, columns=3),
     ),
     "floats beside codes": replace(CONCAT, down_stored=None),
+    "two codes a byte, values, exponents": replace(CONCAT, up_stored=MX4, down_stored=replace(MX4, columns=3)),
+    "eight codes a word, an offset, zero points": replace(
+        CONCAT, hidden=16, intermediate=8, out_features=16, up_stored=INT4, down_stored=INT4
+    ),
+    "words along rows, a table, transposed": replace(
+        CONCAT, intermediate=8, up_transposed=True, down_transposed=True, up_stored=ROWS, down_stored=ROWS
+    ),
     "weight on input": replace(CONCAT, weight_on_input=True),
 }
 
@@ -53,9 +64,30 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
     def many(make: Any, parts: int, *shape: int) -> list[Tensor]:
         return [make(e.num_experts, *shape) for _ in range(parts)] if e.stacked else [make(*shape) for _ in range(parts * e.num_experts)]
 
+    def words(how: ir.Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
+        per = len(how.order)
+        return (*shape[:-2], shape[-2] // (per if how.axis == 1 else 1), shape[-1] // (per if how.axis == 2 else 1))
+
+    def of_scales(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
+        if how is None or not how.scaled:
+            return []
+        return many(exponents if how.exponents else scale, parts, *how.scales_of(shape))
+
+    def of_zeros(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
+        return many(leaf, parts, *how.scales_of(shape)) if how is not None and how.zeroed else []
+
+    def of_table(how: ir.Stored | None) -> list[Tensor]:
+        return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
+
+    def exponents(*shape: int) -> Tensor:
+        return torch.randint(120, 125, shape, generator=gen).to(torch.uint8)
+
     def codes(how: ir.Stored | None) -> Any:
         if how is None:
             return leaf
+        if how.dtype in (torch.uint8, torch.int32):
+            low, high = torch.iinfo(how.dtype).min, torch.iinfo(how.dtype).max
+            return lambda *shape: torch.randint(low, high + 1, words(how, shape), generator=gen).to(how.dtype)
         if how.dtype is torch.int8:
             return lambda *shape: torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
         return lambda *shape: (torch.randn(*shape, generator=gen) * 50).to(how.dtype)
@@ -78,8 +110,12 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down": many(codes(e.down_stored), 1, *down),
         "up_bias": many(leaf, parts, rows) if e.up_bias else [],
         "down_bias": many(leaf, 1, e.out_features) if e.down_bias else [],
-        "up_scale": many(scale, parts, *e.up_stored.scales_of(up)) if e.up_stored is not None and e.up_stored.scaled else [],
-        "down_scale": many(scale, 1, *e.down_stored.scales_of(down)) if e.down_stored is not None and e.down_stored.scaled else [],
+        "up_scale": of_scales(e.up_stored, parts, up),
+        "down_scale": of_scales(e.down_stored, 1, down),
+        "up_zero": of_zeros(e.up_stored, parts, up),
+        "down_zero": of_zeros(e.down_stored, 1, down),
+        "up_table": of_table(e.up_stored),
+        "down_table": of_table(e.down_stored),
         "add": leaf(5, e.out_features),
     }
 
@@ -98,7 +134,8 @@ def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts) -> None:
     t = tensors(e)
     with torch.no_grad():
         close(call(e, t), e.evaluate(**t))
-    leaves = [t["x"], t["weights"], t["add"], *t["up_scale"], *t["down_scale"], *t["up_bias"], *t["down_bias"]]
+    every = [x for v in t.values() for x in (v if isinstance(v, list) else [v])]
+    leaves = [x for x in every if x.requires_grad]
     got, want = call(e, t), e.evaluate(**t)
     close(got, want)
     grad = torch.randn_like(want)

@@ -51,7 +51,7 @@ def refuses(ir: MoeBlock) -> str | None:
 
 def _in_channels(stored: Stored | None, transposed: bool) -> bool:
     """Whether weights are int8 with scales of output channels, or of a whole matrix."""
-    if stored is None or stored.dtype is not torch.int8:
+    if stored is None or stored.dtype is not torch.int8 or not stored.plain:
         return False
     out, inner = (stored.columns, stored.rows) if transposed else (stored.rows, stored.columns)
     return out in (1, ALL) and inner == ALL

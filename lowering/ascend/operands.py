@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ir import scalar as act
 from ...ir.codec import record_of
+from ...ir.operands import CODED, PLAIN
 from ...ir.records import Storage
 from ..reference import generic
 from . import calls, int8
@@ -58,12 +59,13 @@ class ExpertsCall:
     @classmethod
     def of(cls, n: fx.Node) -> ExpertsCall:
         scaled = n.target is ops.experts_stored.default
-        tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
+        end = 3 + len(CODED if scaled else PLAIN)
+        tensors, (base, *plain) = list(n.args[:end]), n.args[end:]
         size = len(fields(generic.Layout))
         layout = record_of(generic.Layout, plain[:size])
         row_bits = record_of(Storage, plain[size:]).row_bits if scaled else 0
         x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
-        up_scale, down_scale = scales or ((), ())
+        up_scale, down_scale = scales[:2] or ((), ())
         every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, row_bits)
         return cls(*every)
 

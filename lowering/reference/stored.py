@@ -6,6 +6,7 @@ Weights become floats one expert at a time, and only for experts that tokens wer
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,37 +19,58 @@ from . import generic
 from .generic import Layout, accumulate_dtype
 
 
+@dataclass(frozen=True)
+class Held:
+    """The tensors of one projection, and how weights lie in them."""
+
+    codes: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    zeros: Sequence[Tensor]
+    table: Tensor | None
+    how: Stored
+
+    @classmethod
+    def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
+        codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
+        return cls(codes, scales, zeros, table[0] if table else None, how)
+
+    def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
+        """Matrix `e` of tensor i; `...` for all that it holds."""
+        scale, zero = (ts[i][e] if ts else None for ts in (self.scales, self.zeros))
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table)
+
+
 class _Stacked:
     """A stacked weight that gives expert e's matrix as floats when it is asked for."""
 
-    def __init__(self, codes: Tensor, scale: Tensor | None, stored: Stored, dtype: torch.dtype) -> None:
-        self.codes, self.scale, self.stored, self.dtype = codes, scale, stored, dtype
-        self.shape = codes.shape
+    def __init__(self, held: Held, i: int, dtype: torch.dtype) -> None:
+        self.held, self.i, self.dtype = held, i, dtype
+        words = held.codes[i].shape
+        self.shape = (words[0], *held.how.shape((words[-2], words[-1])))
 
     def __getitem__(self, e: int) -> Tensor:
-        return self.stored.matrix(self.codes[e], None if self.scale is None else self.scale[e], self.dtype)
+        return self.held.floats(self.i, e, self.dtype)
 
 
 class _Listed(Sequence[Any]):
     """A list of weights, each made floats when it is asked for."""
 
-    def __init__(self, codes: Sequence[Tensor], scales: Sequence[Tensor], stored: Stored, dtype: torch.dtype) -> None:
-        self.codes, self.scales, self.stored, self.dtype = codes, scales, stored, dtype
+    def __init__(self, held: Held, dtype: torch.dtype) -> None:
+        self.held, self.dtype = held, dtype
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.held.codes)
 
     def __getitem__(self, i: Any) -> Any:
-        return self.stored.matrix(self.codes[i], self.scales[i] if self.scales else None, self.dtype)
+        return self.held.floats(i, ..., self.dtype)
 
 
-def lazy(codes: Sequence[Tensor], scales: Sequence[Tensor], stored: Stored | None, stacked: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+def lazy(p: Operands[Tensor], name: str, stored: Stored | None, stacked: bool, dtype: torch.dtype) -> Sequence[Any]:
     """Weights as `generic` takes them, made floats expert by expert."""
     if stored is None:
-        return tuple(codes)
-    if not stacked:
-        return (_Listed(codes, scales, stored, dtype),)
-    return tuple(_Stacked(w, scales[i] if scales else None, stored, dtype) for i, w in enumerate(codes))
+        return getattr(p, name)  # type: ignore[no-any-return]
+    held = Held.of(p, name, stored)
+    return tuple(_Stacked(held, i, dtype) for i in range(len(held.codes))) if stacked else _Listed(held, dtype)
 
 
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
@@ -56,13 +78,11 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
 
     Raises ValueError where a parameter holds fewer experts than the call says.
     """
-    generic.check_sizes(layout, p)
+    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
     wide = accumulate_dtype(x.dtype)
-    ups, downs = (
-        lazy(codes, scales, stored, layout.stacked, wide)
-        for codes, scales, stored in zip((p.up, p.down), (p.up_scale, p.down_scale), storage.stored(), strict=True)
-    )
-    floats: Operands[Any] = Operands(ups if layout.stacked else ups[0], downs if layout.stacked else downs[0], p.up_bias, p.down_bias)
+    both = zip(("up", "down"), storage.stored(), strict=True)
+    ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
+    floats: Operands[Any] = Operands(ups, downs, p.up_bias, p.down_bias)  # type: ignore[arg-type]
     if not storage.row_bits:
         return generic.forward(x.to(wide), ids, weights, floats, add, layout)[0].to(x.dtype)
     if layout.weight_on_input or layout.num_identity:
@@ -83,11 +103,12 @@ def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
 def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Operands[Tensor]:
     """All weights as floats, with gradients to the scales."""
 
-    def floats(codes: Sequence[Tensor], scales: Sequence[Tensor], stored: Stored | None) -> tuple[Tensor, ...]:
+    def floats(name: str, stored: Stored | None) -> tuple[Tensor, ...]:
         if stored is None:
-            return tuple(w.to(dtype) for w in codes)
-        return tuple(stored.matrix(w, scales[i] if scales else None, dtype) for i, w in enumerate(codes))
+            return tuple(w.to(dtype) for w in getattr(p, name))
+        held = Held.of(p, name, stored)
+        return tuple(held.floats(i, ..., dtype) for i in range(len(held.codes)))
 
     up, down = storage.stored()
     biases = (tuple([b.to(dtype) for b in group]) for group in (p.up_bias, p.down_bias))
-    return Operands(floats(p.up, p.up_scale, up), floats(p.down, p.down_scale, down), *biases)
+    return Operands(floats("up", up), floats("down", down), *biases)

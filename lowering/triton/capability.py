@@ -11,7 +11,7 @@ from ...ir import scalar as act
 from ...ir.text import stored_text
 
 ROUTER_TOKENS = 4  # as the few-token kernels of the experts
-_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # that a kernel makes floats of
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,9 +42,8 @@ def refuses(ir: MoeBlock) -> str | None:
 
 def _refuses_stored(e: Experts) -> str | None:
     """Why weights in few bits have no kernel here, None where they have."""
-    for stored in (e.up_stored, e.down_stored):
-        if stored is not None and stored.dtype not in _CODES:
-            return f"expert weights stored as {stored_text(stored)} have no CUDA lowering"
+    if any(s is not None and s.bits > 8 for s in (e.up_stored, e.down_stored)):
+        return "float expert weights with scales have no CUDA lowering"
     if e.row_bits:
         return f"rows rounded to {e.row_bits} bits have no CUDA lowering"
     if e.dtype not in _KERNEL_DTYPES or e.num_identity:

@@ -19,6 +19,8 @@ from ...ir.operands import CODED, Operands
 from ...ir.records import Layout, Storage
 from ...ops import bundled, storage_of
 from ..reference import generic
+from ..reference.stored import Held
+from . import capability
 
 CHUNK = 16  # experts whose matrices are floats at the same time
 FEW = 32  # (token, slot) pairs that have a matrix each
@@ -33,7 +35,7 @@ def experts_stored(*args: Any) -> Tensor:
 
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
-    generic.check_sizes(layout, p)
+    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
     experts = layout.num_experts
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)
     if layout.stacked and ids.numel() <= FEW:
@@ -42,11 +44,11 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     hit = torch.zeros(experts + 1, dtype=torch.bool, device=ids.device)
     hit[ids.flatten()] = True  # -1 is the one behind the last
     numbers = torch.where(hit[:experts], torch.arange(experts, device=ids.device), -1)
-    out = torch.zeros(x.shape[0], layout.out_features(p.down), dtype=torch.float32, device=x.device)
+    out: Any = 0.0 if add is None else add
     for first in range(0, experts, CHUNK):
         here = torch.where((ids >= first) & (ids < first + CHUNK), ids - first, -1)
-        out += _run(x, here, weights, p, None, layout, storage, numbers[first : first + CHUNK], first)
-    return (out if add is None else out + add).to(x.dtype)
+        out = out + _run(x, here, weights, p, None, layout, storage, numbers[first : first + CHUNK], first).float()
+    return out.to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _run(
@@ -65,10 +67,15 @@ def _run(
     up, down = storage.stored()
     halves = layout.halves()
 
-    def floats(codes: Sequence[Tensor], scales: Sequence[Tensor], how: Stored | None, parts: int) -> list[Tensor]:
+    def floats(name: str, how: Stored | None, parts: int) -> list[Tensor]:
+        codes = getattr(p, name)
+        starts = [part * layout.num_experts + first for part in range(parts)]
+        if how is None:
+            return _plain(codes, experts, None if layout.stacked else starts)
+        held = Held.of(p, name, how)
         if layout.stacked:
-            return [_workspace(w, scales[i] if scales else None, how, experts, x.dtype) for i, w in enumerate(codes)]
-        return [_taken(codes, scales, how, part * layout.num_experts + first, experts, x.dtype) for part in range(parts)]
+            return [_workspace(held, i, experts, x.dtype) for i in range(len(codes))]
+        return [_taken(held, start, experts, x.dtype) for start in starts]
 
     def biases(tensors: Sequence[Tensor], parts: int) -> list[Tensor]:
         at = experts.clamp(min=0)
@@ -78,8 +85,8 @@ def _run(
         return [torch.stack([tensors[start + i] for i in range(count)]) for start in starts]
 
     workspace = Operands.named(
-        up=floats(p.up, p.up_scale, up, halves),
-        down=floats(p.down, p.down_scale, down, 1),
+        up=floats("up", up, halves),
+        down=floats("down", down, 1),
         up_bias=biases(p.up_bias, halves),
         down_bias=biases(p.down_bias, 1),
     )
@@ -87,26 +94,37 @@ def _run(
     return torch.ops.moe_compile.experts(x, ids, weights, *workspace.lists(), add, *vars(plain).values())  # type: ignore[no-any-return]
 
 
-def _workspace(codes: Tensor, scales: Tensor | None, how: Stored | None, experts: Tensor, dtype: torch.dtype) -> Tensor:
+def _plain(weights: Sequence[Tensor], experts: Tensor, starts: list[int] | None) -> list[Tensor]:
+    """[n, R, C] of floats beside codes: of stacks, or of a list from each of the starts on."""
+    if starts is None:
+        return [w[experts.clamp(min=0)] for w in weights]
+    return [torch.stack([weights[start + i] for i in range(experts.shape[0])]) for start in starts]
+
+
+def _workspace(held: Held, i: int, experts: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, R, C]: matrices of a stack."""
-    if how is None:
-        return codes[experts.clamp(min=0)]
+    codes, how = held.codes[i], held.how
+    if not _by_kernel(held):
+        return held.floats(i, experts.clamp(min=0), dtype=torch.float32).to(dtype)
     out = torch.empty(experts.shape[0], *codes.shape[-2:], dtype=dtype, device=codes.device)
-    _dequantise(codes, scales, how, experts, out)
+    _dequantise(codes, held.scales[i] if held.scales else None, how, experts, out)
     return out
 
 
-def _taken(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], how: Stored | None, start: int, experts: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _taken(held: Held, start: int, experts: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, R, C]: matrices of a list, from `start` on."""
     here = range(start, start + experts.shape[0])
-    if how is None:
-        return torch.stack([codes[i] for i in here])
-    out = torch.empty(experts.shape[0], *codes[start].shape, dtype=dtype, device=codes[start].device)
+    if not _by_kernel(held):
+        return torch.stack([held.floats(n, ..., dtype=torch.float32).to(dtype) for n in here])
+    out = torch.empty(experts.shape[0], *held.codes[start].shape, dtype=dtype, device=held.codes[start].device)
     for i, n in enumerate(here):
-        _dequantise(codes[n], scales[n] if scales else None, how, experts[i : i + 1], out[i : i + 1])
+        _dequantise(held.codes[n], held.scales[n] if held.scales else None, held.how, experts[i : i + 1], out[i : i + 1])
     return out
+
+
+def _by_kernel(held: Held) -> bool:
+    """Whether the kernel knows such codes; plain torch makes floats of the others."""
+    return held.how.plain and held.how.dtype in capability.CODES
 
 
 def _dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tensor, out: Tensor) -> None:

@@ -88,19 +88,20 @@ class Experts:
                 return t[: self.intermediate], t[self.intermediate :]
             return t[0::2], t[1::2]
 
-        def matrix(ts: Sequence[Tensor], scales: Sequence[Tensor], how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
-            t = pick(ts, part)
+        def matrix(name: str, how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
+            t, scale, zero = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero"))
             assert t is not None
-            t = t if how is None else how.matrix(t, pick(scales, part), dtype)
+            table = next(iter(getattr(p, f"{name}_table")), None)
+            t = t if how is None else how.matrix(t, scale, dtype, zero, table)
             return t.t() if transposed else t
 
-        up = (p.up, p.up_scale, self.up_stored, self.up_transposed)
+        up = ("up", self.up_stored, self.up_transposed)
         if self.form is Form.SEPARATE:
             g, u = matrix(*up), matrix(*up, part=1)
             gb, ub = pick(p.up_bias, 0), pick(p.up_bias, 1)
         else:
             (g, u), (gb, ub) = split(matrix(*up)), split(pick(p.up_bias, 0))
-        d, db = matrix(p.down, p.down_scale, self.down_stored, self.down_transposed), pick(p.down_bias, 0)
+        d, db = matrix("down", self.down_stored, self.down_transposed), pick(p.down_bias, 0)
         return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db)
 
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:

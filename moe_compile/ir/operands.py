@@ -11,12 +11,15 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-CODED = (*PLAIN, "up_scale", "down_scale")
+CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
 
 
 @dataclass(frozen=True)
 class Operands(Generic[T]):
-    """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none."""
+    """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
+
+    A table is one for all.
+    """
 
     up: tuple[T, ...]
     down: tuple[T, ...]
@@ -24,6 +27,10 @@ class Operands(Generic[T]):
     down_bias: tuple[T, ...] = ()
     up_scale: tuple[T, ...] = ()
     down_scale: tuple[T, ...] = ()
+    up_zero: tuple[T, ...] = ()
+    down_zero: tuple[T, ...] = ()
+    up_table: tuple[T, ...] = ()
+    down_table: tuple[T, ...] = ()
 
     @classmethod
     def of(cls, holder: Any) -> Operands[T]:

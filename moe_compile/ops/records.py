@@ -26,7 +26,8 @@ def layout_of(args: Sequence[Any]) -> Layout:
 
 def storage_of(args: Sequence[Any]) -> tuple[Layout, Storage]:
     """The records of the plain arguments of `experts_stored`, after the tensors."""
-    return layout_of(args[: len(fields(Layout))]), _same_storage(*args[len(fields(Layout)) :])
+    rest = args[len(fields(Layout)) :]
+    return layout_of(args[: len(fields(Layout))]), _same_storage(*[tuple(a) if isinstance(a, (list, tuple)) else a for a in rest])
 
 
 def route_args(gating: Gating) -> list[Any]:

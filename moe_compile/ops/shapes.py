@@ -42,7 +42,10 @@ def experts(*args: Any) -> Tensor:
 
 def experts_stored(*args: Any) -> Tensor:
     x, _, _, p, (_, *plain) = bundled(args, CODED)
-    return x.new_empty(x.shape[0], storage_of(plain)[0].out_features(p.down))  # type: ignore[no-any-return]
+    layout, storage = storage_of(plain)
+    down, matrix = storage.stored()[1], p.down[0].shape[-2:]
+    out, inner = matrix if down is None else down.shape(matrix)
+    return x.new_empty(x.shape[0], inner if layout.down_transposed else out)  # type: ignore[no-any-return]
 
 
 def experts_shared(*args: Any) -> Tensor:

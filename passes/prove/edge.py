@@ -204,22 +204,34 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
     """(parameter, what its last dims are, role)."""
     up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
     up, down = (up[::-1] if e.up_transposed else up), (down[::-1] if e.down_transposed else down)
-    extents: dict[str, tuple[Extent, ...]] = {
-        "up": tuple(map(Extent, up)),
-        "down": tuple(map(Extent, down)),
-        "up_bias": (Extent(e.intermediate),),
-        "down_bias": (Extent(e.out_features),),
-        "up_scale": _of_scales(e.up_stored, operands.up, up),
-        "down_scale": _of_scales(e.down_stored, operands.down, down),
-    }
-    roles = {"up": "weight", "down": "weight", "up_bias": "bias", "down_bias": "bias"}
-    return [(q, extents[name], roles.get(name, "scale")) for name, qs in operands.by_name().items() for q in qs]
+    extents: dict[str, tuple[Extent, ...]] = {"up_bias": (Extent(e.intermediate),), "down_bias": (Extent(e.out_features),)}
+    for name, how, widths in (("up", e.up_stored, up), ("down", e.down_stored, down)):
+        codes = getattr(operands, name)
+        extents[name] = _of_words(how, codes, widths)
+        extents[f"{name}_scale"] = extents[f"{name}_zero"] = _of_scales(how, codes, widths)
+        extents[f"{name}_table"] = ()
+    return [(q, extents[name], _ROLES.get(name, name.rpartition("_")[2])) for name, qs in operands.by_name().items() for q in qs]
+
+
+_ROLES = {"up": "weight", "down": "weight"}
+
+
+def _codes(stored: Stored, words: tuple[Param, ...]) -> tuple[int, int]:
+    """Rows and columns of the codes in a projection's tensors."""
+    return stored.shape((shape_of(words[0].node) if words[0].view is None else words[0].view)[-2:])
+
+
+def _of_words(stored: Stored | None, words: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
+    if stored is None or not stored.axis:
+        return tuple(map(Extent, widths))
+    whole = _codes(stored, words)
+    return tuple(Extent(w, n, len(stored.order) if stored.axis == d + 1 else 1) for d, (w, n) in enumerate(zip(widths, whole, strict=True)))
 
 
 def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
     if stored is None or not stored.scaled:
         return ()
-    shape = (shape_of(codes[0].node) if codes[0].view is None else codes[0].view)[-2:]
+    shape = _codes(stored, codes)
     both = [Extent(w, n, b) for w, n, b in zip(widths, shape, (stored.rows, stored.columns), strict=True)]
     running = [x for x in both if x.block != ALL]
     return tuple(both) if stored.grid else tuple(running) or (Extent(widths[0]),)
@@ -227,8 +239,14 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
 
 def _blocks(e: Experts) -> tuple[int, int, int]:
     """What hidden, intermediate and out features are to be multiples of: the blocks that share a scale."""
-    up, down = (
-        (1, 1) if s is None else (s.columns or 1, s.rows or 1) if transposed else (s.rows or 1, s.columns or 1)
-        for s, transposed in ((e.up_stored, e.up_transposed), (e.down_stored, e.down_transposed))
-    )
+
+
+    def block(s: Stored | None, transposed: bool) -> tuple[int, int]:
+        """(out, in)"""
+        if s is None:
+            return 1, 1
+        both = [math.lcm(b or 1, len(s.order) if s.axis == d + 1 else 1) for d, b in enumerate((s.rows, s.columns))]
+        return (both[1], both[0]) if transposed else (both[0], both[1])
+
+    up, down = block(e.up_stored, e.up_transposed), block(e.down_stored, e.down_transposed)
     return up[1], math.lcm(up[0], down[1]), down[0]

@@ -12,11 +12,12 @@ from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
 from ..terms.arithmetic import constant_part
-from . import grids
+from . import grids, packed
 from . import scales as channels
 from .adapters import LORA, has_pair
 from .bridge import Bridge
-from .grids import Grid
+from .grids import Grid, Parts
+from .packed import Reading, is_packed
 from .rounding import ROUNDED
 from .rows import No, clip, factors
 from .scales import Channel
@@ -27,7 +28,8 @@ class Linear:
     """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
-    multiplies the sum too. `grid`: scales of blocks of it, which are in the sum.
+    multiplies the sum too. `grid`, `zero`: scales and zero points of blocks of it, which are in the sum; `words`: what packed codes mean,
+    `exponents`: its scales are exponents.
     """
 
     weight: Any
@@ -39,6 +41,9 @@ class Linear:
     scale: sp.Expr = sp.S.One
     channel: Channel | None = None
     grid: Grid | None = None
+    zero: Grid | None = None
+    words: Reading | None = None
+    exponents: bool = False
 
 
 @dataclass
@@ -62,12 +67,12 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     """
     scale, total, bias, channel = _output(core, h, expert)
     i, inner = total.args
-    downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
-    pair = grids.split(downs)
-    if pair is None:
+    downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
+    parts = grids.split(downs)
+    if parts is None:
         raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
-    rest = T.mul(*(f for f in factors(inner) if f not in pair))
-    down = linear_of(pair, h, i, expert)
+    rest = T.mul(*(f for f in factors(inner) if f not in parts.factors))
+    down = linear_of(parts, h, i, expert)
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
@@ -161,10 +166,13 @@ def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
     return list(out)
 
 
-def linear_of(pair: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight atom (and, behind it, the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
-    a, *scales = pair
+def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
+    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+    a, weight, words = parts.codes, parts.codes.args[0], None
     idx = list(a.args[1])
+    if is_packed(a):
+        found = packed.place(a, expert)
+        weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
     flat = False
     if idx and idx[0] is expert:
         idx = idx[1:]
@@ -180,8 +188,10 @@ def linear_of(pair: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> Lin
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
-            grid = grids.grid(scales[0], idx, expert) if scales else None
-            return Linear(a.args[0], stride, offset, transposed, flat, grid=grid)
+            scale, zero = (None if s is None else grids.grid(s, idx, expert) for s in (parts.scale, parts.zero))
+            if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
+                raise No("zero points are not laid out as the scales")
+            return Linear(weight, stride, offset, transposed, flat, None, sp.S.One, None, scale, zero, words, parts.exponents)
     raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
 
 
@@ -302,16 +312,16 @@ class Reader(Bridge):
         """Σ_m c x[t,m] W[e,i,m]: the projection, and the number c as a symbol (1 if there is none)."""
         m, inner = s.args
         fs = factors(inner)
-        ws = [f for f in fs if f.op == "a" and T.uses(f, self.expert)]
+        ws = [f for f in fs if grids.belongs(f, self.expert)]
         numbers = [f for f in fs if f.op == "c"]
         xs = [f for f in fs if f not in ws and f not in numbers]
-        pair = grids.split(ws)
-        if pair is None or len(xs) != 1 or xs[0].op != "a":
+        parts = grids.split(ws)
+        if parts is None or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
             raise No(f"a projection is not token times weight: {clip(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
-        return linear_of(pair, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
+        return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
         key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.grid)

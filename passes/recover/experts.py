@@ -127,13 +127,22 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
 def _parameters(e: Experts, store: list[Linear], down: Linear) -> dict[str, list[Param]]:
     """The nodes of every parameter, by the op's names. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    up_shape, down_shape = (width, e.hidden), (e.out_features, e.intermediate)
+
+    def weights(x: Linear, shape: tuple[int, int]) -> list[Param]:
+        return stored.words(x, count, shape) if x.words is not None else params(x.weight, (count, *shape), x.transposed, x.flat)
+
     return {
-        "up": [q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
-        "down": params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
+        "up": [q for x in store for q in weights(x, up_shape)],
+        "down": weights(down, down_shape),
         "up_bias": [q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
         "down_bias": params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
-        "up_scale": [q for x in store for q in stored.scales(x, count, (width, e.hidden))],
-        "down_scale": stored.scales(down, count, (e.out_features, e.intermediate)),
+        "up_scale": [q for x in store for q in stored.scales(x, count, up_shape)],
+        "down_scale": stored.scales(down, count, down_shape),
+        "up_zero": [q for x in store for q in stored.zeros(x, count, up_shape)],
+        "down_zero": stored.zeros(down, count, down_shape),
+        "up_table": stored.table(store[0]),
+        "down_table": stored.table(down),
     }
 
 

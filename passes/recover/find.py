@@ -22,6 +22,7 @@ from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .mixture import mixtures
+from .packed import WORDS
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS
 from .scales import made_floats
@@ -209,6 +210,8 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
+        if n in self.integers and WORDS in n.meta:
+            return True
         if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.integers:

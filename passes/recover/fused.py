@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Rejection, Stored
 from ...ir.codec import decode
 from ...ir.records import Layout, Storage
 from .. import terms as T
@@ -17,7 +17,7 @@ from ..aten.element import Puller, call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from .addends import Part, split_parts
 from .identity import among
-from .match import ExpertsMatch, Param
+from .match import PARAMETERS, ExpertsMatch, Param
 from .rows import No, mapped, row_index, row_variable, rows
 
 
@@ -36,19 +36,16 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     """The match that an existing `moe_compile::experts` (or `experts_stored`) call stands for; `out` is the call itself."""
     a = call_args(n)
     x, ids, weights = a.x, a.ids, a.weights
-    form = Form(a.form)
-    rows = _inner(a, form)
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
-    up_scale, down_scale = ([Param(q) for q in getattr(a, name, None) or ()] for name in ("up_scale", "down_scale"))
     storage = Storage(*[getattr(a, f.name) for f in fields(Storage)]) if hasattr(a, "up_scale") else None
     up_stored, down_stored = (None, None) if storage is None else storage.stored()
     experts = decode(
         Experts,
         Layout(*[getattr(a, f.name) for f in fields(Layout)]),
         hidden=shape_of(x)[-1],
-        intermediate=rows,
+        intermediate=_inner(a, down_stored),
         out_features=shape_of(n)[-1],
         up_bias=bool(a.up_bias),
         down_bias=bool(a.down_bias),
@@ -60,9 +57,9 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         row_floor=getattr(a, "row_floor", 0.0),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
-    up, down, up_bias, down_bias = ([Param(q) for q in group] for group in (a.up, a.down, a.up_bias, a.down_bias))
+    params = {name: [Param(q) for q in getattr(a, name, None) or ()] for name in PARAMETERS}
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
-    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, up, down, up_bias, down_bias, a.add, up_scale, down_scale)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, base=a.add, **params)
 
 
 def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], dense: Any) -> ExpertsMatch | None:
@@ -118,6 +115,8 @@ def _unviewed(x: fx.Node) -> fx.Node:
     return x
 
 
-def _inner(a: Any, form: Form) -> int:
+def _inner(a: Any, stored: Stored | None) -> int:
     """Intermediate size, off the down projection: [.., out, I], or [.., I, out] when transposed."""
-    return int(shape_of(a.down[0])[-2 if a.down_transposed else -1])
+    matrix = shape_of(a.down[0])[-2:]
+    out, inner = matrix if stored is None else stored.shape(matrix)  # type: ignore[arg-type]
+    return int(out if a.down_transposed else inner)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import Operands
+from ...ir.operands import CODED, Operands
 from ..terms import Term
 
 
@@ -20,7 +20,7 @@ class Param:
     view: tuple[Any, ...] | None = None
 
 
-PARAMETERS = ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale")
+PARAMETERS = CODED
 
 
 @dataclass
@@ -46,6 +46,10 @@ class ExpertsMatch:
     base: fx.Node | None = None
     up_scale: list[Param] = field(default_factory=list)
     down_scale: list[Param] = field(default_factory=list)
+    up_zero: list[Param] = field(default_factory=list)
+    down_zero: list[Param] = field(default_factory=list)
+    up_table: list[Param] = field(default_factory=list)
+    down_table: list[Param] = field(default_factory=list)
 
     def operands(self) -> Operands[Param]:
         return Operands.of(self)

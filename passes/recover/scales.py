@@ -21,6 +21,7 @@ from ..aten.names import op_name
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
+from .packed import cuts, is_packed, nodes_of
 from .rows import No, clip, factors
 
 
@@ -33,19 +34,17 @@ class Channel:
     rows: int = 1
 
 
-def nodes_of(a: Term) -> tuple[fx.Node, ...]:
-    return a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
-
-
 def is_coded(a: Term) -> bool:
     """Whether an atom reads weights that are stored in few bits: whole numbers (truth values are none) or floats of one byte."""
+    if is_packed(a):
+        return True
     values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes_of(a)]
     return all(isinstance(v, torch.Tensor) and (is_whole(v.dtype) or is_small_float(v.dtype)) for v in values)
 
 
 def is_integer(a: Term) -> bool:
     """Whether an atom reads whole numbers."""
-    return is_coded(a) and all(is_whole(n.meta["val"].dtype) for n in nodes_of(a))
+    return is_coded(a) and not is_packed(a) and all(is_whole(n.meta["val"].dtype) for n in nodes_of(a))
 
 
 def is_whole(dtype: torch.dtype) -> bool:
@@ -131,13 +130,13 @@ def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
         raise No(f"expert parameter {n} has shape {shape_of(n)}, used as the scale of {rows} channels")
 
 
-_OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
+_OF_MORE = frozenset({"mul", "stack", "sub", "add", "ldexp"})  # read more tensors than one
 _SPREAD = names.VIEW | names.CAST | frozenset({"kron", "index", "index_select"})  # what scales go through on their way to their weight
 
 
 def made_floats(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that hold weights stored in few bits, or what casts, views and products with scales make of them; and those scales."""
-    found: set[fx.Node] = set()
+    found = cuts(graph)
     for n in graph.nodes:
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...ir import Form
 from ...ir.stored import ALL, Stored
-from ..aten.element import dtype_of
+from ..aten.element import dtype_of, shape_of
 from . import grids
 from . import scales as channels
 from .body import Linear
@@ -32,7 +32,36 @@ def _stored(x: Linear) -> Stored | None:
     scaled = x.grid is not None or x.channel is not None
     if not scaled and dtype.is_floating_point and dtype.itemsize > 1:
         return None
-    return Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
+    if x.words is None:
+        return Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
+    offset, tabled = x.words.offset, x.words.table is not None
+    values = x.words.values if offset is None and not tabled else ()
+    how = (x.words.axis, x.words.order, 0.0 if tabled else offset or 0.0, values, tabled, x.zero is not None, x.exponents)
+    return Stored(x.words.bits, dtype, scaled, *_block(x), *how)
+
+
+def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The packed codes as operands [E, R, C] of words (a list: [R, C]); `shape`: (out, in) of the projection. Raises No for other sizes."""
+    assert x.words is not None
+    matrix = shape[::-1] if x.transposed else shape
+    if x.words.shape != matrix:
+        raise No(f"packed weights are {x.words.shape[0]} x {x.words.shape[1]} codes, used as {matrix[0]} x {matrix[1]}")
+    per = len(x.words.order)
+    own = (matrix[0] // (per if x.words.axis == 1 else 1), matrix[1] // (per if x.words.axis == 2 else 1))
+    lead = () if isinstance(x.weight, tuple) else (experts,)
+    if lead and any(shape_of(n)[0] != experts for n in _nodes(x.weight)):
+        raise No(f"packed weights of other than {experts} experts")
+    return [Param(n, None if shape_of(n) == (*lead, *own) else (*lead, *own)) for n in _nodes(x.weight)]
+
+
+def table(x: Linear) -> list[Param]:
+    """The table that codes are looked up in."""
+    return [] if x.words is None or x.words.table is None else [Param(x.words.table)]
+
+
+def zeros(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The zero points as operands, laid out as the scales."""
+    return [] if x.zero is None else grids.params(x.zero, experts, shape[::-1] if x.transposed else shape)
 
 
 def _block(x: Linear) -> tuple[int, int]:
@@ -56,10 +85,12 @@ def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     for x in (*ups, down):
         if x.grid is not None and (x.channel is not None or x.flat):
             raise No("a weight has scales of blocks, and " + ("is no stack of matrices" if x.flat else "of channels beside them"))
-        if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel)):
+        if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel, x.zero)):
             raise No("scales are not stored as their weights are")
     if len({(x.channel is None, x.grid is None) for x in ups}) > 1:
         raise No("gate and up projections are scaled differently")
+    if form is not Form.SEPARATE and len({x.zero for x in ups}) > 1:
+        raise No("the zero points of gate and up are not stored as their weights are")
     if form is not Form.SEPARATE and any(len(set(found)) > 1 for found in ([x.channel for x in ups], [x.grid for x in ups])):
         raise No("the scales of gate and up are not stored as their weights are")
 
