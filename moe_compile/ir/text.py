@@ -165,14 +165,16 @@ def stored_text(s: Stored | None) -> str:
     """How weights lie in memory, such as ``float8_e4m3fn × scale of 128 × 128``."""
     if s is None:
         return "floats"
+    codes = f"{s.bits} bits in {dtype_text(s.dtype)}" if s.axis else dtype_text(s.dtype)
+    codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
-        return dtype_text(s.dtype)
+        return codes
     if s.columns == s.rows == ALL:
-        return f"{dtype_text(s.dtype)} × scale of an expert"
+        return f"{codes} × scale of an expert"
     if not s.grid:
         several = max(s.rows, s.columns)
-        return f"{dtype_text(s.dtype)} × scale" + (f" of {several} channels" if several > 1 else "")
-    return f"{dtype_text(s.dtype)} × scale of {s.rows} × {s.columns}"
+        return f"{codes} × scale" + (f" of {several} channels" if several > 1 else "")
+    return f"{codes} × scale of {s.rows} × {s.columns}"
 
 
 def _layout(e: Experts) -> str:

@@ -11,8 +11,7 @@ from ..aten import names
 from ..aten.element import Puller
 from ..aten.names import op_name
 from ..terms import Term
-from .packed import WORDS
-from .rows import data_dependent, is_row, outer_atoms
+from .rows import WORDS, data_dependent, is_row, outer_atoms
 
 
 class DenseReader:

@@ -22,9 +22,8 @@ from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .mixture import mixtures
-from .packed import WORDS
 from .rounding import rounded_nodes
-from .rows import NO_EXPERTS
+from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .writes import harmless
@@ -58,6 +57,7 @@ class Finder:
         self.live: dict[fx.Node, int] = {}
         self.left: dict[int, int] = {}
         self.integers = made_floats(graph)
+        self.packed = any(WORDS in n.meta for n in self.integers)
         if self.integers:
             self.integers |= rounded_nodes(graph)
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
@@ -166,7 +166,7 @@ class Finder:
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
         out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and out.code != NO_EXPERTS:
+        if isinstance(out, Rejection) and self.integers and (out.code != NO_EXPERTS or self.packed):
             kept, self.integers = self.integers, set()
             again = self._attempt(n, label)
             self.integers = kept

@@ -19,9 +19,8 @@ from ..aten import names
 from ..aten.element import reindex, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from .rows import No, clip
+from .rows import WORDS, No, clip
 
-WORDS = "moe_words"  # in a node's meta: the tensor of words that it is made of
 _WORDS = (torch.uint8, torch.int32, torch.int8)
 _BITS = frozenset(
     "bitwise_and __and__ bitwise_or __or__ bitwise_xor bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split()

@@ -12,6 +12,7 @@ from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
 
+WORDS = "moe_words"  # in a node's meta: the tensor of packed words that it is made of alone (`packed`)
 NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
 
 
@@ -60,9 +61,9 @@ def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:
 
 
 def ids_atom(x: Term) -> bool:
-    """Whether an atom may be an expert id: whole numbers, but not bytes, which are weights."""
+    """Whether an atom may be an expert id: whole numbers, but not bytes or what is unpacked of words, which are weights."""
     n = x.args[0]
-    if not isinstance(n, fx.Node) or not hasattr(n.meta.get("val"), "dtype"):
+    if not isinstance(n, fx.Node) or WORDS in n.meta or not hasattr(n.meta.get("val"), "dtype"):
         return False
     return not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype not in (torch.int8, torch.uint8)
 
