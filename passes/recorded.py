@@ -10,7 +10,7 @@ from . import trace
 from .aten.effects import Memory
 from .aten.element import Puller
 from .prove.claims import Claims
-from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.match import ExpertsMatch
 from .recover.materialise import hold
 from .recover.region import Block, RoutingNodes, routing_nodes
 from .steps import proved
@@ -70,7 +70,6 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
         raise Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")
     ir = MoeBlock(None, m.experts, None, "")
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
-    for name in PARAMETERS:
-        ir.boundary[name] = [q.node for q in getattr(m, name)]
-    ir.boundary["views"] = {q.node: q.view for group in m.groups() for q in group if q.view is not None}
+    ir.boundary.update(m.nodes())
+    ir.boundary["views"] = {q.node: q.view for q in m.operands if q.view is not None}
     return Block(m, None, ir, ids, weights, ids, None, nodes.twins)

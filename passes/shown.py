@@ -79,7 +79,7 @@ def read(p: Puller, n: fx.Node) -> list[fx.Node]:
 def match(m: ExpertsMatch) -> str:
     """Experts as they were read off a term."""
     given = {"tokens": said(m.tokens), "ids": line(m.ids), "weight": line(m.weight)}
-    params = {name: ", ".join(said(q.node) for q in getattr(m, name)) for name in ("up", "down", "up_bias", "down_bias")}
+    params = {name: ", ".join(map(said, nodes)) for name, nodes in m.nodes().items()}
     return _table({"experts": experts_text(m.experts), **given, **{k: v for k, v in params.items() if v}})
 
 

@@ -17,7 +17,7 @@ from .prove.engine import Claim, prove
 from .prove.gradients import with_gradients
 from .recover import writes
 from .recover.fused import zero_gradients
-from .recover.match import PARAMETERS, ExpertsMatch
+from .recover.match import ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
@@ -68,7 +68,7 @@ def _assembled(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> B
     shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)
     ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
-    ir.boundary.update({name: [q.node for q in getattr(m, name)] for name in PARAMETERS})
+    ir.boundary.update(m.nodes())
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
     return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps)

@@ -38,6 +38,21 @@ GATINGS = st.builds(
 )
 ACTIVATIONS = st.sampled_from([act.G, act.SWIGLU, act.G * act.U, act.G + 2 * act.U])
 SIZES = st.integers(1, 1024)
+STORED = st.builds(
+    ir.Stored,
+    st.sampled_from([4, 8]),
+    st.sampled_from([torch.int8, torch.uint8, torch.float8_e4m3fn]),
+    st.booleans(),
+    st.integers(0, 128),
+    st.integers(0, 128),
+    axis=st.integers(0, 2),
+    order=st.permutations([0, 1]).map(tuple),
+    offset=NUMBERS,
+    values=st.lists(NUMBERS, max_size=4).map(tuple),
+    tabled=st.booleans(),
+    zeroed=st.booleans(),
+    exponents=st.booleans(),
+)
 EXPERTS = st.builds(
     ir.Experts,
     SIZES,
@@ -51,6 +66,8 @@ EXPERTS = st.builds(
     down_transposed=st.booleans(),
     weight_on_input=st.booleans(),
     num_identity=st.integers(0, 8),
+    up_stored=st.none() | STORED,
+    down_stored=st.none() | STORED,
     row_bits=st.sampled_from([0, 8]),
     row_floor=NUMBERS,
 )
@@ -116,5 +133,5 @@ def test_operands_keep_their_order():
     """What is mapped comes back in the order of iteration, group by group, and groups that are not there stay away."""
     names = Operands(up=("g", "u"), down=("d",), down_bias=("b",))
     assert [*names] == ["g", "u", "d", "b"] and [*names.map(str.upper)] == ["G", "U", "D", "B"]
-    assert names.map(len).groups() == ((1, 1), (1,), (), (1,), (), ())
+    assert {k: v for k, v in names.map(len).by_name().items() if v} == {"up": (1, 1), "down": (1,), "down_bias": (1,)}
     assert Operands.of(names) == Operands(**names.by_name()) == names

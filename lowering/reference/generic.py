@@ -20,6 +20,7 @@ from ...ir import scalar as act
 from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
+from .pairs import Pair
 
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
@@ -132,12 +133,13 @@ def _up(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor) -> list[Tenso
     products: list[Tensor] = []
     for part, m in enumerate(up_matrices(layout, p.up, e, rows.dtype)):
         bias = layout.at(p.up_bias, part, e).to(rows.dtype) if p.up_bias else None
-        products.extend(split_pre(layout, F.linear(rows, m, bias)))
+        products.extend(split_pre(layout, Pair.of(layout, p, "up", part, e).result(F.linear(rows, m, bias), rows)))
     return products
 
 
 def _down(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor, acc: torch.dtype) -> Tensor:
-    y = F.linear(rows, _down_matrix(layout, p.down, e, rows.dtype)).to(acc)
+    y = F.linear(rows, _down_matrix(layout, p.down, e, rows.dtype))
+    y = Pair.of(layout, p, "down", 0, e).result(y, rows).to(acc)
     return y + layout.at(p.down_bias, 0, e).to(acc) if p.down_bias else y
 
 
@@ -170,6 +172,11 @@ class Grads:
         whole: Tensor | None = group[part if self.layout.stacked else part * self.layout.num_experts + e]
         return whole[e] if whole is not None and self.layout.stacked else whole
 
+    def pair(self, name: str, part: int, e: int) -> tuple[Tensor | None, Tensor | None]:
+        """As `of`, of the low-rank pair of a part."""
+        before = sum(bool(self.layout.pair(name, i)) for i in range(part))
+        return self.of(f"{name}_a", before, e), self.of(f"{name}_b", before, e)
+
     def asked(self) -> list[Tensor]:
         return [g for g in (self.of_x, self.of_weights, *self.of_parameters) if g is not None]
 
@@ -196,7 +203,8 @@ class _Backward:
         layout, acc, dtype = self.layout, self.w.dtype, self.x.dtype
         g_out, row_w, inputs = self.grad[tokens].to(dtype), self.w[slots], self.x[tokens]
         value, *slopes = _activate_dual(layout, pre, acc)
-        grad_a = (g_out @ _down_matrix(layout, self.p.down, e, dtype)).to(acc)
+        down = Pair.of(layout, self.p, "down", 0, e)
+        grad_a = down.input_gradient(g_out @ _down_matrix(layout, self.p.down, e, dtype), g_out).to(acc)
         if layout.weight_on_input:
             inputs, grad_y = (inputs.to(acc) * row_w).to(dtype), g_out
         else:
@@ -205,6 +213,7 @@ class _Backward:
             grad_a, grad_y = grad_a * row_w, (g_out.to(acc) * row_w).to(dtype)
         _store_product(self.grads.of("down", 0, e), grad_y, value.to(dtype), layout.down_transposed)
         _store_sum(self.grads.of("down_bias", 0, e), grad_y)
+        down.store(self.grads.pair("down", 0, e), grad_y, value.to(dtype))
         through = [torch.zeros_like(grad_a) if d is None else grad_a * d for d in slopes[: 2 if layout.gated else 1]]
         grad_in = self._up(e, torch.cat(through, -1).to(dtype), inputs)
         if grad_in is None:
@@ -221,8 +230,10 @@ class _Backward:
         for part, (g, m) in enumerate(zip(join_pre(layout, grad_pre), up_matrices(layout, self.p.up, e, self.x.dtype), strict=True)):
             _store_product(self.grads.of("up", part, e), g, inputs, layout.up_transposed)
             _store_sum(self.grads.of("up_bias", part, e), g)
+            pair = Pair.of(layout, self.p, "up", part, e)
+            pair.store(self.grads.pair("up", part, e), g, inputs)
             if self.grad_x is not None or layout.weight_on_input:
-                product = (g @ m).to(self.w.dtype)
+                product = pair.input_gradient(g @ m, g).to(self.w.dtype)
                 found = product if found is None else found + product
         return found
 

@@ -69,7 +69,7 @@ def _run(
 
     def floats(name: str, how: Stored | None, parts: int) -> list[Tensor]:
         codes = getattr(p, name)
-        starts = [part * layout.num_experts + first for part in range(parts)]
+        starts = [part * layout.num_experts + first for part in range(parts)] if codes else []
         if how is None:
             return _plain(codes, experts, None if layout.stacked else starts)
         held = Held.of(p, name, how)
@@ -77,25 +77,18 @@ def _run(
             return [_workspace(held, i, experts, x.dtype) for i in range(len(codes))]
         return [_taken(held, start, experts, x.dtype) for start in starts]
 
-    def biases(tensors: Sequence[Tensor], parts: int) -> list[Tensor]:
-        at = experts.clamp(min=0)
-        if layout.stacked:
-            return [b[at] for b in tensors]
-        starts = [part * layout.num_experts + first for part in range(parts)] if tensors else []
-        return [torch.stack([tensors[start + i] for i in range(count)]) for start in starts]
-
     workspace = Operands.named(
         up=floats("up", up, halves),
         down=floats("down", down, 1),
-        up_bias=biases(p.up_bias, halves),
-        down_bias=biases(p.down_bias, 1),
+        up_bias=floats("up_bias", None, halves),
+        down_bias=floats("down_bias", None, 1),
     )
     plain = replace(layout, num_experts=count, stacked=True)
     return torch.ops.moe_compile.experts(x, ids, weights, *workspace.lists(), add, *vars(plain).values())  # type: ignore[no-any-return]
 
 
 def _plain(weights: Sequence[Tensor], experts: Tensor, starts: list[int] | None) -> list[Tensor]:
-    """[n, R, C] of floats beside codes: of stacks, or of a list from each of the starts on."""
+    """[n, ..] of parameters that are floats: of stacks, or of a list from each of the starts on."""
     if starts is None:
         return [w[experts.clamp(min=0)] for w in weights]
     return [torch.stack([weights[start + i] for i in range(experts.shape[0])]) for start in starts]

@@ -44,6 +44,8 @@ class Experts:
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
     `ids_mapped`: ids go through a table or a mask after the top-k (logical to physical experts, padding tokens).
     `up_stored`, `down_stored`: how the projection's weights lie in memory where they are no plain floats.
+    `up_pair`, `second_pair`, `down_pair`: s where a low-rank pair is added to a projection as it is stored, W x + s · b (a x); 0 where
+    there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
     `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
     """
 
@@ -66,14 +68,25 @@ class Experts:
     down_stored: Stored | None = None
     row_bits: int = 0
     row_floor: float = 0.0
+    up_pair: float = 0.0
+    second_pair: float = 0.0
+    down_pair: float = 0.0
 
     @property
     def coded(self) -> bool:
         """Whether a projection's weights are no plain floats."""
         return self.up_stored is not None or self.down_stored is not None
 
+    @property
+    def adapted(self) -> bool:
+        """Whether a projection has a low-rank pair."""
+        return bool(self.up_pair or self.second_pair or self.down_pair)
+
     def expert(self, e: int, p: Operands[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down; the biases or None. Codes become floats of `dtype`."""
+        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down; the biases and low-rank pairs or None.
+
+        Codes become floats of `dtype`.
+        """
         n = self.num_experts
 
         def pick(ts: Sequence[Tensor], part: int) -> Tensor | None:
@@ -102,7 +115,19 @@ class Experts:
         else:
             (g, u), (gb, ub) = split(matrix(*up)), split(pick(p.up_bias, 0))
         d, db = matrix("down", self.down_stored, self.down_transposed), pick(p.down_bias, 0)
-        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db)
+        first, second = self._pair(p.up_a, p.up_b, 0, e, self.up_pair), self._pair(p.up_a, p.up_b, bool(self.up_pair), e, self.second_pair)
+        if self.form is not Form.SEPARATE and first is not None:
+            a, b = first
+            first, second = ((a, half) if half is not None else None for half in split(b))
+        low = dict(gl=first, ul=second, dl=self._pair(p.down_a, p.down_b, 0, e, self.down_pair))
+        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low)
+
+    def _pair(self, a: Sequence[Tensor], b: Sequence[Tensor], part: int, e: int, scale: float) -> tuple[Tensor, Tensor] | None:
+        """An expert's (a [r, in], scale · b [out, r]), the `part`-th of those that are there."""
+        if not scale:
+            return None
+        low, high = (ts[part][e] if self.stacked else ts[part * self.num_experts + e] for ts in (a, b))
+        return low, scale * high
 
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
@@ -110,7 +135,12 @@ class Experts:
         def project(rows: Tensor, name: str) -> Tensor:
             w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
-            return F.linear(self.round_rows(rows) if self.row_bits else rows, w, b)
+            rows = self.round_rows(rows) if self.row_bits else rows
+            out = F.linear(rows, w)
+            if (pair := m[name + "l"]) is not None:
+                low, high = (t.to(x.dtype) for t in pair)
+                out = out + F.linear(F.linear(rows, low), high)
+            return out if b is None else out + b
 
         u = None if m["u"] is None else project(x, "u")
         return project(act.evaluate(self.activation, project(x, "g"), u), "d")

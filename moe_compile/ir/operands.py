@@ -12,13 +12,15 @@ U = TypeVar("U")
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
 CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
+ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 
 
 @dataclass(frozen=True)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all.
+    A table is one for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
+    the weights are stored.
     """
 
     up: tuple[T, ...]
@@ -31,6 +33,10 @@ class Operands(Generic[T]):
     down_zero: tuple[T, ...] = ()
     up_table: tuple[T, ...] = ()
     down_table: tuple[T, ...] = ()
+    up_a: tuple[T, ...] = ()
+    up_b: tuple[T, ...] = ()
+    down_a: tuple[T, ...] = ()
+    down_b: tuple[T, ...] = ()
 
     @classmethod
     def of(cls, holder: Any) -> Operands[T]:
@@ -61,7 +67,7 @@ class Operands(Generic[T]):
         return self.map(lambda _: next(rest))
 
     def groups(self) -> tuple[tuple[T, ...], ...]:
-        """Up, down, their biases, their scales: the order in which ops take them."""
+        """Up, down, their biases, their scales, their low-rank pairs."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def by_name(self) -> dict[str, tuple[T, ...]]:

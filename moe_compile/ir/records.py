@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import Form, Stored
+from .operands import Operands
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -87,6 +88,27 @@ class Layout:
     def pre_width(self, down: Sequence[Tensor]) -> int:
         """Columns of the saved pre-activations: [g | u], or g alone."""
         return self.intermediate(down) * (2 if self.gated else 1)
+
+    def pair(self, name: str, part: int) -> float:
+        """s of the low-rank pair of a part of `up` or of `down`; 0 where there is none."""
+        return 0.0
+
+    def pair_of(self, p: Operands[Tensor], name: str, part: int, e: int) -> tuple[Tensor, Tensor]:
+        """Expert e's a [r, in] and b [out, r] of a part that has a pair."""
+        before = sum(bool(self.pair(name, i)) for i in range(part))
+        return self.at(getattr(p, f"{name}_a"), before, e), self.at(getattr(p, f"{name}_b"), before, e)
+
+
+@dataclass(frozen=True)
+class AdaptedLayout(Layout):
+    """Of experts with low-rank pairs, for `experts_adapted` and its kin."""
+
+    up_pair: float
+    second_pair: float
+    down_pair: float
+
+    def pair(self, name: str, part: int) -> float:
+        return self.down_pair if name == "down" else (self.up_pair, self.second_pair)[part]
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,9 @@ def experts_text(e: Experts) -> str:
     if e.coded:
         both = {"up": e.up_stored, "down": e.down_stored}
         parts += [stored_text(e.up_stored)] if e.up_stored == e.down_stored else [f"{stored_text(s)} ({n})" for n, s in both.items() if s]
+    if e.adapted:
+        at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
+        parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
     if e.row_bits:
         parts.append(f"rows in {e.row_bits} bits")
     if e.weight_on_input:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import CODED
+from ..ir.operands import ADAPTED, CODED
 from ..lowering.reference import generic, routing, stored
-from .records import bundled, layout_of, routing_of, storage_of
+from .records import adapted_of, bundled, layout_of, routing_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
@@ -63,6 +63,15 @@ def experts_fwd(*args: Any) -> tuple[Tensor, Tensor]:
     return generic.forward(x, ids, weights, p, add, layout_of(plain))
 
 
+def experts_adapted_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    x, ids, weights, p, (add, *plain) = bundled(args, ADAPTED)
+    return generic.forward(x, ids, weights, p, add, adapted_of(plain))
+
+
+def experts_adapted(*args: Any) -> Tensor:
+    return experts_adapted_fwd(*args)[0]
+
+
 def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(out, pre) and copies of ids and weights."""
 
@@ -75,6 +84,11 @@ def with_copies(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
 def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
     x, ids, weights, p, (*plain, needs) = bundled(args)
     return generic.backward(grad, pre, x, ids, weights, p, layout_of(plain), needs)
+
+
+def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args, ADAPTED)
+    return generic.backward(grad, pre, x, ids, weights, p, adapted_of(plain), needs)
 
 
 def experts_shared(*args: Any) -> Tensor:
@@ -112,6 +126,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "experts_fwd": with_copies(experts_fwd),
     "experts_bwd": experts_bwd,
+    "experts_adapted": experts_adapted,
+    "experts_adapted_fwd": with_copies(experts_adapted_fwd),
+    "experts_adapted_bwd": experts_adapted_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }

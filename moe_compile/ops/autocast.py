@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.operands import ADAPTED, PLAIN
 from .records import bundled
 from .schemas import library
 
@@ -23,8 +24,9 @@ def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[...
     def experts(*args: Any) -> Tensor:
         """Matrix products take the autocast dtype, as `F.linear` does; routing weights and scales keep theirs."""
         dtype = torch.get_autocast_dtype(device_type)
-        x, ids, weights, p, rest = bundled(args)
-        lists = p.map(lambda t: cast(t, dtype)).lists()
+        names = ADAPTED if name == "experts_adapted" else PLAIN
+        x, ids, weights, p, rest = bundled(args, names)
+        lists = p.map(lambda t: cast(t, dtype)).lists(names)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
             if name == "experts_shared":
                 rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest)
@@ -40,5 +42,6 @@ def _tensor_list(a: Any) -> bool:
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
         library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
+        library.impl("experts_adapted", _autocast(_device, _key, "experts_adapted"), _key)
         library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
         library.impl("experts", _autocast(_device, _key), _key)

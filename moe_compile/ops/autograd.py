@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.families import EXPERTS, EXPERTS_ADAPTED, Family
 from . import anywhere
 from .gradients import Experts, Route
 from .records import bundled
@@ -18,13 +19,21 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def experts(*args: Any) -> Tensor:
-    if torch.is_grad_enabled():
-        x, ids, weights, p, (add, *plain) = bundled(args)
-        if _needs_grad([x, weights, add, *p]):
-            places = p.map(lambda _: None)
-            return Experts.apply(places, plain, x, ids, weights, add, *p)  # type: ignore[no-any-return, no-untyped-call]
-    return below("experts", *args)  # type: ignore[no-any-return]
+def _with_backward(family: Family) -> Callable[..., Tensor]:
+    """The op of a family, or its `_fwd` and `_bwd` where a gradient is asked for."""
+
+    def call(*args: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            x, ids, weights, p, (add, *plain) = bundled(args, family.names)
+            if _needs_grad([x, weights, add, *p]):
+                places = p.map(lambda _: None)
+                return Experts.apply(family, places, plain, x, ids, weights, add, *p)  # type: ignore[no-any-return, no-untyped-call]
+        return below(family.op, *args)  # type: ignore[no-any-return]
+
+    return call
+
+
+experts = _with_backward(EXPERTS)
 
 
 def _route_autograd(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -47,6 +56,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 
 for _name, _run in (
     ("experts", experts),
+    ("experts_adapted", _with_backward(EXPERTS_ADAPTED)),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
     ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),
     ("route", _route_autograd),

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.codec import record_of
+from ..ir.families import Family
 from ..ir.operands import Operands
 from ..lowering.reference import twice
-from .records import layout_of, routing_of
+from .records import routing_of
 from .schemas import IN_WEIGHTS, below
 
 
@@ -22,33 +24,42 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, places: Operands[None], layout: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
+        ctx: Any,
+        family: Family,
+        places: Operands[None],
+        layout: list[Any],
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        add: Tensor | None,
+        *flat: Tensor,
     ) -> Tensor:
-        lists = places.filled(flat).lists()
-        out, pre, kept_ids, kept_weights = below("experts_fwd", x, ids, weights, *lists, add, *layout)
+        lists = places.filled(flat).lists(family.names)
+        out, pre, kept_ids, kept_weights = below(f"{family.op}_fwd", x, ids, weights, *lists, add, *layout)
         ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
-        ctx.places, ctx.layout, ctx.given = places, layout, _Given(weights)
+        ctx.family, ctx.places, ctx.layout, ctx.given = family, places, layout, _Given(weights)
         ctx.add_dtype = None if add is None else add.dtype
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, x, ids, weights, *flat = ctx.saved_tensors
-        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
+        _, _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
         needs = [need_x, need_w, *need_flat]
         found: list[Tensor | None] = [None] * len(needs)
         if torch.is_grad_enabled():
             (w,) = ctx.given.tensors()
-            places, layout = ctx.places, layout_of(ctx.layout)
+            places, layout = ctx.places, record_of(ctx.family.records[0], ctx.layout)
 
             def again(x: Tensor, w: Tensor, *flat: Tensor) -> Tensor:
                 return twice.experts(x, ids, w, places.filled(flat), layout)
 
             found = twice.gradients(again, [x, w, *flat], needs, grad)
         elif any(needs):
-            given = iter(below("experts_bwd", grad, pre, x, ids, weights, *ctx.places.filled(flat).lists(), *ctx.layout, needs))
+            lists = ctx.places.filled(flat).lists(ctx.family.names)
+            given = iter(below(f"{ctx.family.op}_bwd", grad, pre, x, ids, weights, *lists, *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
-        return None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
+        return None, None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
 
 
 class Route(torch.autograd.Function):

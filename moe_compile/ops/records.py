@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
-from ..ir.operands import CODED, PLAIN, Operands
-from ..ir.records import Layout, Routing, SharedLayout, Storage
+from ..ir.families import family_of as family_of
+from ..ir.operands import PLAIN, Operands
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
 _same_storage = functools.lru_cache(maxsize=1024)(Storage)
+_same_adapted = functools.lru_cache(maxsize=1024)(AdaptedLayout)
 
 
 def layout_of(args: Sequence[Any]) -> Layout:
@@ -30,6 +32,12 @@ def storage_of(args: Sequence[Any]) -> tuple[Layout, Storage]:
     return layout_of(args[: len(fields(Layout))]), _same_storage(*[tuple(a) if isinstance(a, (list, tuple)) else a for a in rest])
 
 
+def adapted_of(args: Sequence[Any]) -> AdaptedLayout:
+    """The record of the plain arguments of `experts_adapted`, after the tensors."""
+    act_ops, act_consts, *rest = args
+    return _same_adapted(tuple(act_ops), tuple(act_consts), *rest)
+
+
 def route_args(gating: Gating) -> list[Any]:
     """The plain arguments of `route`, after the tensors. A normaliser that is an expression follows outside: the op has none then."""
     outside = gating.norm is not None and gating.norm.kind is Norm.EXPR
@@ -41,27 +49,6 @@ def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any
     end = 3 + len(names)
     x, ids, weights = args[:3]
     return x, ids, weights, Operands.read(args[3:end], names), args[end:]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Ops of routed experts with the same parameters. `op`: the name of the one that a graph calls; its lists; its plain arguments."""
-
-    op: str
-    names: tuple[str, ...]
-    records: tuple[type, ...]
-
-    def plain(self, experts: Experts) -> list[Any]:
-        """The plain arguments, after the tensors. Raises `scalar.UnknownActivation`."""
-        return [a for record in self.records for a in encode(record, experts)]
-
-
-FAMILIES = (Family("experts", PLAIN, (Layout,)), Family("experts_stored", CODED, (Layout, Storage)))
-
-
-def family_of(experts: Experts) -> Family:
-    """Whose op runs them."""
-    return FAMILIES[experts.coded]
 
 
 def experts_args(experts: Experts) -> list[Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ir.codec import place, schema
-from ..ir.operands import CODED, PLAIN
-from ..ir.records import Layout, Routing, SharedLayout, Storage
+from ..ir.operands import ADAPTED, CODED, PLAIN
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
 ROUTED = 4 + len(PLAIN) + len(fields(Layout))  # arguments of `experts`, before those of the shared one
@@ -38,6 +38,10 @@ SCHEMAS = (
     f"experts_fwd({_EXPERTS}Tensor? add, {_LAYOUT}) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_bwd(Tensor grad, Tensor pre, {_EXPERTS}{_LAYOUT}, bool[] needs) -> Tensor[]",
     f"experts_shared({_EXPERTS}Tensor? add, {_LAYOUT}, {_SHARED}) -> Tensor",
+    f"experts_adapted({_ROUTED}, {lists(ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}) -> Tensor",
+    f"experts_adapted_fwd({_ROUTED}, {lists(ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}) "
+    "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
+    f"experts_adapted_bwd(Tensor grad, Tensor pre, {_ROUTED}, {lists(ADAPTED)}, {schema(AdaptedLayout)}, bool[] needs) -> Tensor[]",
     f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
 )
 

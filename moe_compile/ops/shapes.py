@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.operands import CODED
-from .records import bundled, layout_of, storage_of
+from ..ir.operands import ADAPTED, CODED, Operands
+from ..ir.records import Layout
+from .records import adapted_of, bundled, layout_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -48,13 +49,26 @@ def experts_stored(*args: Any) -> Tensor:
     return x.new_empty(x.shape[0], inner if layout.down_transposed else out)  # type: ignore[no-any-return]
 
 
+def experts_adapted(*args: Any) -> Tensor:
+    x, _, _, p, (_, *plain) = bundled(args, ADAPTED)
+    return x.new_empty(x.shape[0], adapted_of(plain).out_features(p.down))  # type: ignore[no-any-return]
+
+
 def experts_shared(*args: Any) -> Tensor:
     return experts(*args[:ROUTED])
 
 
 def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, ids, weights, p, (_, *plain) = bundled(args)
-    layout = layout_of(plain)
+    return _forward(x, ids, weights, p, layout_of(plain))
+
+
+def experts_adapted_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, ids, weights, p, (_, *plain) = bundled(args, ADAPTED)
+    return _forward(x, ids, weights, p, adapted_of(plain))
+
+
+def _forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape[0], layout.out_features(p.down))
     pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(p.down))
     return out, pre, torch.empty_like(ids), torch.empty_like(weights)
@@ -62,7 +76,16 @@ def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
     x, _, weights, p, (*_, needs) = bundled(args)
-    return [_empty_contiguous(t) for t, needed in zip((x, weights, *p), needs, strict=True) if needed]
+    return _asked((x, weights, *p), needs)
+
+
+def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, _, weights, p, (*_, needs) = bundled(args, ADAPTED)
+    return _asked((x, weights, *p), needs)
+
+
+def _asked(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [_empty_contiguous(t) for t, needed in zip(tensors, needs, strict=True) if needed]
 
 
 def _empty_contiguous(t: Tensor) -> Tensor:
@@ -77,6 +100,9 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts": experts,
     "experts_fwd": experts_fwd,
     "experts_bwd": experts_bwd,
+    "experts_adapted": experts_adapted,
+    "experts_adapted_fwd": experts_adapted_fwd,
+    "experts_adapted_bwd": experts_adapted_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }

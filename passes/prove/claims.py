@@ -97,7 +97,7 @@ def _formula(b: Block, env: Env, ids: Tensor, w: Tensor) -> Tensor:
     m, e = b.match, env.small.experts
     add = None if m.base is None else env[m.base].reshape(-1, e.out_features)
     x = env[m.tokens].reshape(-1, e.hidden)
-    return e.evaluate(x, ids, w, add=add, **values(env, m.operands()).by_name())
+    return e.run(x, ids, w, values(env, m.operands), add, torch.float64)
 
 
 def values(env: Env, operands: Operands[Param]) -> Operands[Tensor]:
@@ -105,7 +105,8 @@ def values(env: Env, operands: Operands[Param]) -> Operands[Tensor]:
 
     def value(q: Param) -> Tensor:
         view = env.small.views[q]
-        return env[q.node] if view is None else env[q.node].reshape(view)
+        t = env[q.node] if view is None else env[q.node].reshape(view)
+        return t if q.order is None else t.permute(q.order)
 
     return operands.map(value)
 
@@ -115,7 +116,7 @@ def _shared_formula(tokens: fx.Node, o: SharedOperands, env: Env) -> Tensor:
     x = env[tokens].reshape(-1, e.hidden)
     ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
     weights = torch.ones(x.shape[0], 1, dtype=torch.float64) if o.gate is None else env[o.gate].reshape(-1, 1)
-    return e.evaluate(x, ids, weights, **values(env, o.operands).by_name())
+    return e.run(x, ids, weights, values(env, o.operands), None, torch.float64)
 
 
 # ---- routing ------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Edge:
             shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))
         views: dict[Param, tuple[int, ...] | None] = {}
         for q, extents in self.groups:
-            stored = shape_of(q.node) if q.view is None else q.view
+            stored = q.stored()
             at = len(stored) - len(extents)
             after = (*stored[:at], *(_scaled(s, x, known, sizes) for s, x in zip(stored[at:], extents, strict=True)))
             views[q] = None if q.view is None else after
@@ -183,7 +183,7 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
-    groups = _groups(m.experts, m.operands())
+    groups = _groups(m.experts, m.operands)
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, extents) for q, extents, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
@@ -201,24 +201,35 @@ def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
 
 
 def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Extent, ...], str]]:
-    """(parameter, what its last dims are, role)."""
-    up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
-    up, down = (up[::-1] if e.up_transposed else up), (down[::-1] if e.down_transposed else down)
-    extents: dict[str, tuple[Extent, ...]] = {"up_bias": (Extent(e.intermediate),), "down_bias": (Extent(e.out_features),)}
-    for name, how, widths in (("up", e.up_stored, up), ("down", e.down_stored, down)):
-        codes = getattr(operands, name)
-        extents[name] = _of_words(how, codes, widths)
+    """(parameter, what its last dims are as they are stored, role); an extent of 1 is that of a dim that stays as it is."""
+    both = {"up": (e.intermediate, e.hidden), "down": (e.out_features, e.intermediate)}
+    extents: dict[str, tuple[Extent, ...]] = {}
+    for name, how, transposed in (("up", e.up_stored, e.up_transposed), ("down", e.down_stored, e.down_transposed)):
+        (out, inner), codes = both[name], getattr(operands, name)
+        widths = (inner, out) if transposed else (out, inner)
+        extents |= {name: _of_words(how, codes, widths), f"{name}_bias": (Extent(out),), f"{name}_table": ()}
+        extents |= {f"{name}_a": (Extent(1), Extent(inner)), f"{name}_b": (Extent(out), Extent(1))}
         extents[f"{name}_scale"] = extents[f"{name}_zero"] = _of_scales(how, codes, widths)
-        extents[f"{name}_table"] = ()
-    return [(q, extents[name], _ROLES.get(name, name.rpartition("_")[2])) for name, qs in operands.by_name().items() for q in qs]
+    return [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() for q in qs]
 
 
-_ROLES = {"up": "weight", "down": "weight"}
+def _role(name: str) -> str:
+    """"weight" of a projection and of its low-rank pair; else what stands behind its name."""
+    what = name.rpartition("_")[2]
+    return what if what in ("bias", "scale", "zero", "table") else "weight"
+
+
+def _as_stored(q: Param, extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
+    if q.order is None:
+        return extents
+    ordered = (*(Extent(1) for _ in q.order[: -len(extents)]), *extents)
+    return tuple(ordered[q.order.index(d)] for d in range(len(q.order)))
 
 
 def _codes(stored: Stored, words: tuple[Param, ...]) -> tuple[int, int]:
     """Rows and columns of the codes in a projection's tensors."""
-    return stored.shape((shape_of(words[0].node) if words[0].view is None else words[0].view)[-2:])
+    r, c = words[0].stored()[-2:]
+    return stored.shape((r, c))
 
 
 def _of_words(stored: Stored | None, words: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
@@ -240,9 +251,7 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
 def _blocks(e: Experts) -> tuple[int, int, int]:
     """What hidden, intermediate and out features are to be multiples of: the blocks that share a scale."""
 
-
     def block(s: Stored | None, transposed: bool) -> tuple[int, int]:
-        """(out, in)"""
         if s is None:
             return 1, 1
         both = [math.lcm(b or 1, len(s.order) if s.axis == d + 1 else 1) for d, b in enumerate((s.rows, s.columns))]

@@ -95,8 +95,8 @@ def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
     if e is None:
         return plan
 
-    views = iter([small.views[q] for q in m.operands()])
-    operands = e.operands.map(lambda operand: (operand[0], next(views)))
+    views = iter([small.views[q] for q in m.operands])
+    operands = e.operands.map(lambda operand: operand._replace(view=next(views)))
     lead: tuple[Any, ...] | None = e.lead
     if lead is not None:
         rows, new = shape_of(m.tokens)[:-1], small.shapes[m.tokens][:-1]

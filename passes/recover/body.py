@@ -11,39 +11,12 @@ from .. import terms as T
 from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
-from ..terms.arithmetic import constant_part
-from . import grids, packed
+from . import adapters, grids
 from . import scales as channels
-from .adapters import LORA, has_pair
 from .bridge import Bridge
-from .grids import Grid, Parts
-from .packed import Reading, is_packed
+from .linear import Linear, affine, linear_of
 from .rounding import ROUNDED
 from .rows import No, clip, factors
-from .scales import Channel
-
-
-@dataclass
-class Linear:
-    """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
-
-    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
-    multiplies the sum too. `grid`, `zero`: scales and zero points of blocks of it, which are in the sum; `words`: what packed codes mean,
-    `exponents`: its scales are exponents.
-    """
-
-    weight: Any
-    stride: int
-    offset: int
-    transposed: bool
-    flat: bool
-    bias: Any = None
-    scale: sp.Expr = sp.S.One
-    channel: Channel | None = None
-    grid: Grid | None = None
-    zero: Grid | None = None
-    words: Reading | None = None
-    exponents: bool = False
 
 
 @dataclass
@@ -65,7 +38,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    scale, total, bias, channel = _output(core, h, expert)
+    scale, total, bias, channel, pair = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
     parts = grids.split(downs)
@@ -77,6 +50,8 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
+    if pair is not None:
+        down.pair = adapters.beside(pair, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
     reader = Reader(t, i, expert, channels.coded_weights(core, expert))
@@ -93,11 +68,13 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
 
 
-def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None]:
-    """core = scale · s[e, h] · (Σ_i ...) + bias, the scale free of features: scale, sum, bias, s."""
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, adapters.Pair | None]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias + pair, the scale free of features: scale, sum, bias, s, a low-rank pair."""
     sums: list[tuple[Term, Term, Term | None]] = []
-    bias = None
+    bias, pairs = None, adapters.beside_others(core, h, expert)
     for part in core.args if core.op == "add" else (core,):
+        if part in pairs:
+            continue
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
         own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
         others = [f for f in factors(part) if f not in found and f not in own]
@@ -108,9 +85,9 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         else:
             raise No(f"an expert's output has a term that is no projection: {clip(part)}")
     if len(sums) != 1:
-        raise No(LORA if has_pair((s for _, s, _ in sums), expert) else "an expert's output is not one down projection")
+        raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
-    return scale, total, bias, channel
+    return scale, total, bias, channel, adapters.only(pairs)
 
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
@@ -164,44 +141,6 @@ def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:
             if weight != 1 and not linears & ratio.free_symbols:
                 out[weight] = None
     return list(out)
-
-
-def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
-    a, weight, words = parts.codes, parts.codes.args[0], None
-    idx = list(a.args[1])
-    if is_packed(a):
-        found = packed.place(a, expert)
-        weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
-    flat = False
-    if idx and idx[0] is expert:
-        idx = idx[1:]
-    else:
-        pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
-        own = [x for x in pieces if T.uses(x, expert)]
-        if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
-            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
-        idx[0] = T.add(*(x for x in pieces if x is not own[0]))
-        flat = True
-    if len(idx) != 2:
-        raise No(f"an expert weight is no matrix: {clip(a)}")
-    for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
-        if c is inp and T.uses(r, out):
-            stride, offset = affine(r, out)
-            scale, zero = (None if s is None else grids.grid(s, idx, expert) for s in (parts.scale, parts.zero))
-            if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
-                raise No("zero points are not laid out as the scales")
-            return Linear(weight, stride, offset, transposed, flat, None, sp.S.One, None, scale, zero, words, parts.exponents)
-    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
-
-
-def affine(r: Term, v: Term) -> tuple[int, int]:
-    """r = stride * v + offset."""
-    offset, rest = constant_part(r)
-    stride, body = T.coefficient(rest)
-    if body is not v or not isinstance(stride, int) or not isinstance(offset, int):
-        raise No("a projection's rows are not a simple slice")
-    return stride, offset
 
 
 def _symbol_of(x: Term, known: dict[sp.Symbol, Term], prefix: str, **assumptions: bool) -> sp.Symbol:
@@ -278,8 +217,9 @@ class Reader(Bridge):
         common, *others = {T.coefficient(a)[0] for a in x.args}
         if not others and common != 1:  # -(Σ + b) comes as -Σ - b
             return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
-        if has_pair(x.args, self.expert):
-            raise No(LORA)
+        pairs = adapters.beside_others(x, self.i, self.expert)
+        if (pair := adapters.only(pairs)) is not None:
+            return self.with_pair(pair, [a for a in x.args if a not in pairs])
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))
@@ -289,6 +229,26 @@ class Reader(Bridge):
             raise No("a bias that belongs to no single projection")
         return sp.Add(*rest, self.affine(projections[0], biases[0]))
 
+    def with_pair(self, pair: adapters.Pair, parts: list[Term]) -> sp.Expr:
+        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pair is one symbol."""
+        projections = [a for a in parts if self._is_projection(a)]
+        biases = [a for a in parts if a.op == "a" and T.uses(a, self.i)]
+        if len(projections) != 1 or len(biases) > 1:
+            raise No(adapters.APART)
+        (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
+        lin, number = self.projection(s)
+        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s))
+        self.tokens.append(pair.tokens())
+        lin.pair = pair.beside(lin, self._value(sp.Mul(*(self.read(f) for f in pair.others)) / scale))
+        rest = [self.read(a) for a in parts if a not in projections and a not in biases]
+        if biases:
+            return sp.Add(*rest, self.biased(lin, biases[0], scale))
+        return sp.Add(*rest, scale * self.name(lin))
+
+    def _value(self, e: sp.Expr) -> sp.Expr:
+        """A number where numbers had symbols."""
+        return sp.cancel(e.subs({s: self.number(x.args[0]) for s, x in self.scalars.items() if x.op == "c"}))
+
     def _is_projection(self, a: Term) -> bool:
         inside = [f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f)]
         return len(inside) == 1 and inside[0].op == "sum"
@@ -297,10 +257,13 @@ class Reader(Bridge):
         """c Σ_m x W + b as one symbol: the projection, with its bias, of c x."""
         (s,) = (f for f in factors(a) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
+        return self.biased(lin, bias, number * sp.Mul(*(self.read(f) for f in factors(a) if f is not s)))
+
+    def biased(self, lin: Linear, bias: Term, scale: sp.Expr) -> sp.Symbol:
+        """scale · Σ_m x W + b as one symbol."""
         if bias.args[1][0] is not self.expert or len(bias.args[1]) != 2 or affine(bias.args[1][1], self.i) != (lin.stride, lin.offset):
             raise No("a bias is not laid out like its projection")
-        lin.bias = bias.args[0]
-        lin.scale = number * sp.Mul(*(self.read(f) for f in factors(a) if f is not s))
+        lin.bias, lin.scale = bias.args[0], scale
         return self.name(lin)
 
     def linear(self, s: Term) -> sp.Expr:
@@ -324,7 +287,7 @@ class Reader(Bridge):
         return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.grid)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

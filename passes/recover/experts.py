@@ -9,18 +9,20 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from . import adapters, coded
 from . import scales as channels
-from . import stored
 from .addends import rolled, slot_variable, split_parts
-from .body import Core, Linear, parse_core
+from .body import Core, parse_core
 from .carrier import carrier
 from .copies import EXPERT, one_body
 from .forms import layout
+from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
@@ -81,13 +83,12 @@ def _assemble(
         num_identity=len(identity),
         ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
         dtype=compute_dtype(p, tokens, out),
-        up_stored=stored.stored(ups),
-        down_stored=stored.stored([parsed.down]),
+        up_stored=coded.stored(ups),
+        down_stored=coded.stored([parsed.down]),
     )
-    experts = experts if rounding is None else _rounded(experts, rounding)
+    experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
     params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
-    start = base_node(p, base, out, t, h)
-    return ExpertsMatch(experts=experts, out=out, tokens=tokens, ids=ids, weight=weight, t=t, j=j, k=k, base=start, **params)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, params, base_node(p, base, out, t, h))
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -121,29 +122,34 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
         raise No("some expert weights are stacked and some are not")
     if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
         raise No("of the experts' weights and biases some are stacked and some are not")
-    stored.check(ups, down, form)
+    coded.check(ups, down, form)
+    adapters.check(ups, down, form)
 
 
-def _parameters(e: Experts, store: list[Linear], down: Linear) -> dict[str, list[Param]]:
-    """The nodes of every parameter, by the op's names. `store`: the up projections as they are stored."""
+def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
+    """The nodes of every parameter. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
     up_shape, down_shape = (width, e.hidden), (e.out_features, e.intermediate)
 
     def weights(x: Linear, shape: tuple[int, int]) -> list[Param]:
-        return stored.words(x, count, shape) if x.words is not None else params(x.weight, (count, *shape), x.transposed, x.flat)
+        return coded.words(x, count, shape) if x.words is not None else params(x.weight, (count, *shape), x.transposed, x.flat)
 
-    return {
-        "up": [q for x in store for q in weights(x, up_shape)],
-        "down": weights(down, down_shape),
-        "up_bias": [q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
-        "down_bias": params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
-        "up_scale": [q for x in store for q in stored.scales(x, count, up_shape)],
-        "down_scale": stored.scales(down, count, down_shape),
-        "up_zero": [q for x in store for q in stored.zeros(x, count, up_shape)],
-        "down_zero": stored.zeros(down, count, down_shape),
-        "up_table": stored.table(store[0]),
-        "down_table": stored.table(down),
-    }
+    return Operands.named(
+        up=[q for x in store for q in weights(x, up_shape)],
+        down=weights(down, down_shape),
+        up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
+        down_bias=params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
+        up_scale=[q for x in store for q in coded.scales(x, count, up_shape)],
+        down_scale=coded.scales(down, count, down_shape),
+        up_zero=[q for x in store for q in coded.zeros(x, count, up_shape)],
+        down_zero=coded.zeros(down, count, down_shape),
+        up_table=coded.table(store[0]),
+        down_table=coded.table(down),
+        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
+        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
+        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
+        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
+    )
 
 
 def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:

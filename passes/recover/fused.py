@@ -8,8 +8,10 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts, Rejection, Stored
-from ...ir.codec import decode
-from ...ir.records import Layout, Storage
+from ...ir.codec import decode, record_of
+from ...ir.families import FAMILIES, Family
+from ...ir.operands import Operands
+from ...ir.records import Storage
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -17,13 +19,18 @@ from ..aten.element import Puller, call_args, dtype_of, shape_of
 from ..aten.names import op_name
 from .addends import Part, split_parts
 from .identity import among
-from .match import PARAMETERS, ExpertsMatch, Param
+from .match import ExpertsMatch, Param
 from .rows import No, mapped, row_index, row_variable, rows
+
+_OPS = {f"moe_compile::{family.op}": family for family in FAMILIES}
 
 
 def is_fused(n: fx.Node) -> bool:
-    names = ("moe_compile::experts", "moe_compile::experts_stored")
-    return n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "name", "") in names
+    return _family(n) is not None
+
+
+def _family(n: fx.Node) -> Family | None:
+    return _OPS.get(getattr(getattr(n.target, "_schema", None), "name", "")) if n.op == "call_function" else None
 
 
 def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
@@ -33,22 +40,24 @@ def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
-    """The match that an existing `moe_compile::experts` (or `experts_stored`) call stands for; `out` is the call itself."""
-    a = call_args(n)
+    """The match that an existing `moe_compile::experts` call (or one of its kin) stands for; `out` is the call itself."""
+    a, family = call_args(n), _family(n)
+    assert family is not None
     x, ids, weights = a.x, a.ids, a.weights
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
-    storage = Storage(*[getattr(a, f.name) for f in fields(Storage)]) if hasattr(a, "up_scale") else None
-    up_stored, down_stored = (None, None) if storage is None else storage.stored()
+    operands: Operands[Param] = Operands.of(a).map(Param)
+    coded = Storage in family.records
+    up_stored, down_stored = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]).stored() if coded else (None, None)
     experts = decode(
         Experts,
-        Layout(*[getattr(a, f.name) for f in fields(Layout)]),
+        record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
         hidden=shape_of(x)[-1],
         intermediate=_inner(a, down_stored),
         out_features=shape_of(n)[-1],
-        up_bias=bool(a.up_bias),
-        down_bias=bool(a.down_bias),
+        up_bias=bool(operands.up_bias),
+        down_bias=bool(operands.down_bias),
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
         up_stored=up_stored,
@@ -57,9 +66,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
         row_floor=getattr(a, "row_floor", 0.0),
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
-    params = {name: [Param(q) for q in getattr(a, name, None) or ()] for name in PARAMETERS}
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)
-    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, base=a.add, **params)
+    return ExpertsMatch(experts, n, _unviewed(x), ids_term, weight, t, j, k, operands, a.add)
 
 
 def with_identity(n: fx.Node, p: Puller, fused: dict[fx.Node, ExpertsMatch], dense: Any) -> ExpertsMatch | None:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import CODED, Operands
+from ...ir.operands import Operands
+from ..aten.element import shape_of
 from ..terms import Term
 
 
 @dataclass(frozen=True)
 class Param:
-    """One expert parameter operand: a node, seen as [E, ...] through `view` when it is stored flattened ([E*I, H])."""
+    """One expert parameter operand: a node, seen as [E, ...] through `view` when it is stored flattened ([E*I, H]).
+
+    `order`: its dims, once viewed, as the operand has them.
+    """
 
     node: fx.Node
     view: tuple[Any, ...] | None = None
+    order: tuple[int, ...] | None = None
 
+    def stored(self) -> tuple[Any, ...]:
+        """The shape before it is put in order."""
+        return shape_of(self.node) if self.view is None else self.view
 
-PARAMETERS = CODED
+    def shape(self) -> tuple[Any, ...]:
+        stored = self.stored()
+        return stored if self.order is None else tuple(stored[d] for d in self.order)
 
 
 @dataclass
@@ -39,21 +49,9 @@ class ExpertsMatch:
     t: Term
     j: Term
     k: int
-    up: list[Param]
-    down: list[Param]
-    up_bias: list[Param]
-    down_bias: list[Param]
+    operands: Operands[Param]
     base: fx.Node | None = None
-    up_scale: list[Param] = field(default_factory=list)
-    down_scale: list[Param] = field(default_factory=list)
-    up_zero: list[Param] = field(default_factory=list)
-    down_zero: list[Param] = field(default_factory=list)
-    up_table: list[Param] = field(default_factory=list)
-    down_table: list[Param] = field(default_factory=list)
 
-    def operands(self) -> Operands[Param]:
-        return Operands.of(self)
-
-    def groups(self) -> tuple[tuple[Param, ...], ...]:
-        """Every list of parameters."""
-        return self.operands().groups()
+    def nodes(self) -> dict[str, list[fx.Node]]:
+        """The parameters' nodes, by their names."""
+        return {name: [q.node for q in group] for name, group in self.operands.by_name().items()}

@@ -43,7 +43,7 @@ class Block:
     wraps: bool = False
 
     def params(self) -> list[fx.Node]:
-        return [q.node for group in self.match.groups() for q in group]
+        return [q.node for q in self.match.operands]
 
     def routing_inputs(self) -> list[fx.Node]:
         g = self.gating

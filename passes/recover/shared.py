@@ -17,12 +17,12 @@ from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .body import Core, parse_core
+from .coded import stored
 from .experts import params
 from .forms import layout
 from .match import ExpertsMatch, Param
 from .rows import No, factors, is_row, row_index, row_variable, rows
 from .selections import users_through_views
-from .stored import stored
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ def _operands(
     ups, down, out = [core.linears[s] for s in symbols], core.down, shape_of(other)[-1]
     if len({(x.transposed, x.bias is None) for x in ups}) != 1 or any(x.scale != 1 for x in ups):
         raise No("gate and up projections are stored differently")
+    if any(x.pair is not None for x in (*ups, down)):
+        raise No("the shared expert has low-rank pairs (LoRA)")
     store = ups if form is Form.SEPARATE else ups[:1]
     hidden, width = shape_of(m.tokens)[-1], core.inner * (2 if form is Form.CONCAT else 1)
     experts = Experts(

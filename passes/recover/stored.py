@@ -1,99 +1,98 @@
-"""How a projection's weights lie in memory (`ir.Stored`), from the atoms of its codes and of its scales."""
+"""How a matrix for each expert lies in a parameter: [E, r, in], [E · r, in], [out, r · E] ..., read off the index of an atom."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ...ir import Form
-from ...ir.stored import ALL, Stored
-from ..aten.element import dtype_of, shape_of
-from . import grids
-from . import scales as channels
-from .body import Linear
+from .. import terms as T
+from ..aten.element import shape_of
+from ..terms import Term
+from ..terms.arithmetic import constant_part
 from .match import Param
-from .rows import No
+from .rows import No, clip
 
 
-def stored(linears: Sequence[Linear]) -> Stored | None:
-    """The record of one projection, gate and up being alike; None for plain floats."""
-    found = {_stored(x) for x in linears}
-    if len(found) > 1:
-        raise No("gate and up projections are stored differently")
-    (one,) = found
-    return one
+@dataclass(frozen=True)
+class Stored:
+    """Matrices [E, rows, columns] in one node, or one [rows, columns] in each of E: `view`, then `order`, make them of what is stored.
+
+    stride, offset: of the row that is read, as an index into all rows.
+    """
+
+    nodes: Any
+    view: tuple[int, ...] | None
+    order: tuple[int, ...] | None
+    stride: int
+    offset: int
+
+    @property
+    def listed(self) -> bool:
+        return isinstance(self.nodes, tuple)
+
+    def params(self, rows: int | None = None, columns: int | None = None) -> list[Param]:
+        """As operands; raises No where there are other rows or columns than are used."""
+        found = [Param(n, self.view, self.order) for n in (self.nodes if self.listed else (self.nodes,))]
+        for q in found:
+            shape = q.shape()[-2:]
+            if rows not in (None, shape[0]) or columns not in (None, shape[1]):
+                raise No(f"expert parameter {q.node} has shape {shape_of(q.node)}, used as {[rows, columns]}")
+        return found
 
 
-def _stored(x: Linear) -> Stored | None:
-    dtypes = {dtype_of(n) for n in _nodes(x.weight)}
-    if len(dtypes) > 1:
-        raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
-    (dtype,) = dtypes
-    scaled = x.grid is not None or x.channel is not None
-    if not scaled and dtype.is_floating_point and dtype.itemsize > 1:
-        return None
-    if x.words is None:
-        return Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
-    offset, tabled = x.words.offset, x.words.table is not None
-    values = x.words.values if offset is None and not tabled else ()
-    how = (x.words.axis, x.words.order, 0.0 if tabled else offset or 0.0, values, tabled, x.zero is not None, x.exponents)
-    return Stored(x.words.bits, dtype, scaled, *_block(x), *how)
+@dataclass(frozen=True)
+class LowRank:
+    """s · b (a x) of a projection."""
+
+    scale: float
+    a: Stored
+    b: Stored
 
 
-def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
-    """The packed codes as operands [E, R, C] of words (a list: [R, C]); `shape`: (out, in) of the projection. Raises No for other sizes."""
-    assert x.words is not None
-    matrix = shape[::-1] if x.transposed else shape
-    if x.words.shape != matrix:
-        raise No(f"packed weights are {x.words.shape[0]} x {x.words.shape[1]} codes, used as {matrix[0]} x {matrix[1]}")
-    per = len(x.words.order)
-    own = (matrix[0] // (per if x.words.axis == 1 else 1), matrix[1] // (per if x.words.axis == 2 else 1))
-    lead = () if isinstance(x.weight, tuple) else (experts,)
-    if lead and any(shape_of(n)[0] != experts for n in _nodes(x.weight)):
-        raise No(f"packed weights of other than {experts} experts")
-    return [Param(n, None if shape_of(n) == (*lead, *own) else (*lead, *own)) for n in _nodes(x.weight)]
+def stored(a: Term, expert: Term, row: Term, column: Term) -> Stored:
+    """The layout of an atom that is read at [expert, row, column] in any order, dims flattened or not. Raises No where it is another."""
+    listed = isinstance(a.args[0], tuple)
+    nodes = a.args[0] if listed else (a.args[0],)
+    index = a.args[1]
+    if listed and index[0] is not expert:
+        raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+    view: list[int] = []
+    names: list[Term] = []
+    stride, offset = 1, 0
+    for i, size in zip(index[listed:], shape_of(nodes[0]), strict=True):
+        if size == 1 and T.is_c(i, 0):
+            continue
+        k, c, digits = _digits(i, size, a)
+        if (k, c) != (1, 0):
+            if digits[0][0] is not row or len(digits) > 1:
+                raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+            stride, offset = k, c
+        names += [v for v, _ in digits]
+        view += [n for _, n in digits]
+    wanted = [row, column] if listed else [expert, row, column]
+    if len(names) != len(wanted) or any(v not in names for v in wanted):
+        raise No(f"an expert weight is no matrix: {clip(a)}")
+    order = tuple(names.index(v) for v in wanted)
+    shape = tuple(view)
+    plain = all(shape_of(n) == shape for n in nodes)
+    return Stored(a.args[0], None if plain else shape, None if order == tuple(sorted(order)) else order, stride, offset)
 
 
-def table(x: Linear) -> list[Param]:
-    """The table that codes are looked up in."""
-    return [] if x.words is None or x.words.table is None else [Param(x.words.table)]
-
-
-def zeros(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
-    """The zero points as operands, laid out as the scales."""
-    return [] if x.zero is None else grids.params(x.zero, experts, shape[::-1] if x.transposed else shape)
-
-
-def _block(x: Linear) -> tuple[int, int]:
-    """Rows and columns, of the matrix as it is stored, that share a scale."""
-    if x.grid is not None:
-        return x.grid.rows, x.grid.columns
-    if x.channel is None or x.channel.dim is None:
-        return ALL, ALL
-    return (ALL, x.channel.rows) if x.transposed else (x.channel.rows, ALL)
-
-
-def scales(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
-    """The scales as operands; `shape`: (out, in) of the projection."""
-    if x.grid is not None:
-        return grids.params(x.grid, experts, shape[::-1] if x.transposed else shape)
-    return [] if x.channel is None else channels.params(x.channel, experts, shape[0])
-
-
-def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
-    """Scales are stored as the weights are that they belong to, and gate and up of one weight have one scale tensor."""
-    for x in (*ups, down):
-        if x.grid is not None and (x.channel is not None or x.flat):
-            raise No("a weight has scales of blocks, and " + ("is no stack of matrices" if x.flat else "of channels beside them"))
-        if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel, x.zero)):
-            raise No("scales are not stored as their weights are")
-    if len({(x.channel is None, x.grid is None) for x in ups}) > 1:
-        raise No("gate and up projections are scaled differently")
-    if form is not Form.SEPARATE and len({x.zero for x in ups}) > 1:
-        raise No("the zero points of gate and up are not stored as their weights are")
-    if form is not Form.SEPARATE and any(len(set(found)) > 1 for found in ([x.channel for x in ups], [x.grid for x in ups])):
-        raise No("the scales of gate and up are not stored as their weights are")
-
-
-def _nodes(weight: Any) -> tuple[Any, ...]:
-    return weight if isinstance(weight, tuple) else (weight,)
+def _digits(i: Term, size: Any, a: Term) -> tuple[int, int, list[tuple[Term, int]]]:
+    """An index into a dim as (stride, offset, [(variable, extent), ...]): one variable, or several as the digits of a number."""
+    c, rest = constant_part(i)
+    pieces = sorted((T.coefficient(x) for x in (rest.args if rest.op == "add" else (rest,))), key=lambda kv: -kv[0])
+    if not isinstance(size, int) or any(v.op != "v" or not isinstance(k, int) for k, v in pieces):
+        raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+    if len(pieces) == 1:
+        ((k, v),) = pieces
+        return k, c, [(v, size)]
+    digits, left = [], size
+    for k, v in pieces:
+        if left % k or v.args[1] != left // k:
+            raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+        digits.append((v, left // k))
+        left = k
+    if left != 1 or c != 0:
+        raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+    return 1, 0, digits

@@ -19,7 +19,7 @@ from ..recover.fused import is_fused
 from ..recover.region import Block, inside
 from ..recover.shared import SharedMatch, SharedOperands
 from .layout import dims_by_stride
-from .plan import SharedPlan
+from .plan import Operand, SharedPlan
 from .planner import Planner
 from .target import Target
 
@@ -150,7 +150,7 @@ def _plan(b: Block, o: SharedOperands, planner: Planner, overlap: int, total: st
     return SharedPlan(
         op=op.name if fused else None,
         experts=o.experts,
-        operands=o.operands.map(lambda q: (params[q.node].name, q.view)),
+        operands=o.operands.map(lambda q: Operand(params[q.node].name, q.view)),
         gate=None if gate is None else gate.name,
         moved=tuple(n.name for n in moved),
         total=total,

@@ -9,7 +9,7 @@ import contextlib
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy as sp
 import torch
@@ -24,7 +24,14 @@ from .calls import after, call, method, normalised, rows
 from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
-Operand = tuple[str, tuple[int, ...] | None]  # a node, seen as that shape
+
+
+class Operand(NamedTuple):
+    """A node by its name, seen as that shape, its dims in that order."""
+
+    name: str
+    view: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -274,8 +281,9 @@ class Executor:
         call(self.graph, mode._exit_autocast, (entered,), like)
 
     def operand(self, q: Operand) -> fx.Node:
-        n = self.node(q[0])
-        return n if q[1] is None else method(self.graph, "view", (n, *q[1]), n)
+        n = self.node(q.name)
+        n = n if q.view is None else method(self.graph, "view", (n, *q.view), n)
+        return n if q.order is None else method(self.graph, "permute", (n, *q.order), n)
 
 
 def execute(gm: fx.GraphModule, plans: list[BlockPlan]) -> None:

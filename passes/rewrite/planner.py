@@ -21,7 +21,7 @@ from ..recover.writes import reads
 from ..terms import same_size
 from .calls import can_emit
 from .layout import dims_by_stride
-from .plan import BlockPlan, ExpertsPlan, RoutePlan
+from .plan import BlockPlan, ExpertsPlan, Operand, RoutePlan
 
 
 class Planner:
@@ -76,9 +76,8 @@ class Planner:
         at = max(self.shadow.order[n] for n in b.routing_inputs())  # the op stands right after its inputs
         for n in b.routing_inputs():
             self._unwritten(n, [x for x in (g.choice, b.weights, b.match.out) if x is not None], at)
-        tables = [
-            None if n is None else (self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in (g.bias, g.expert_scale)
-        ]
+        given = (g.bias, g.expert_scale)
+        tables = [None if n is None else Operand(self.locate(n, n).name, None if len(shape_of(n)) == 1 else (-1,)) for n in given]
         weights = () if b.fold.products or b.masked else self._readable(b.weights, g.gating.weight_dtype)
         redirected = (self._readable(b.raw_ids, torch.int64), weights)
         return RoutePlan(self.locate(g.logits, g.logits).name, tables[0], tables[1], g.gating.num_experts, tuple(plain), expr, *redirected)
@@ -114,7 +113,7 @@ class Planner:
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,
             k=m.k,
-            operands=m.operands().map(lambda q: (params[q.node].name, q.view)),
+            operands=m.operands.map(lambda q: Operand(params[q.node].name, q.view, q.order)),
             base=None if base is None else base.name,
             experts=m.experts,
             wraps=b.wraps,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.ir import BiasOn, Score
+from moe_compile.ir.operands import ADAPTED, CODED, PLAIN
 from moe_compile.report import Report, collecting
 
 from . import naive
@@ -20,6 +21,7 @@ from .compare import experts_differences, gating_differences, shared_differences
 from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
+OTHERS = {*CODED, *ADAPTED} - {*PLAIN}
 
 
 @dataclass
@@ -207,8 +209,8 @@ def oracle_problem(run: Run) -> str:
         p = run.case.parts(*inputs)
         if p.table is not None or p.padding is not None:
             return ""
-        scales = {"up_scale": p.up_scale, "down_scale": p.down_scale}
-        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add, **scales)
+        others = {name: getattr(p, name) for name in OTHERS}
+        exact = ir.evaluate(p.x, p.logits, p.up, p.down, p.up_bias, p.down_bias, p.bias, p.expert_scale, p.add, **others)
         reference = tensors(want)[0].double().reshape(exact.shape)
         exactly = run.case.dtype is torch.float32
         problem = difference_problem(exact, reference) if exactly else loose_problem(exact, reference, 3e-2)

@@ -38,6 +38,10 @@ class Parts:
     padding: Tensor | None = None  # [T] bool: tokens that go to no expert
     up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1], or of each block
     down_scale: list[Tensor] = field(default_factory=list)
+    up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
+    up_b: list[Tensor] = field(default_factory=list)
+    down_a: list[Tensor] = field(default_factory=list)
+    down_b: list[Tensor] = field(default_factory=list)
 
 
 def sigmoid(v: float) -> float:
@@ -169,17 +173,23 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
             return 1.0
         return spread(how, at(getattr(p, f"{name}_scale"), part), at(getattr(p, name), part).shape)
 
-    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale("up"))
+    def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
+        return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0
+
+    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale("up")) + pair(e.up_pair, p.up_a, p.up_b, x)
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
         Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
         Form.INTERLEAVED: (up[0::2], up[1::2]),
     }
     if e.form is Form.SEPARATE:
-        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale("up", 1))
+        second = pair(e.second_pair, p.up_a, p.up_b, x, int(e.up_pair != 0))
+        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale("up", 1)) + second
     else:
         g, u = halves[e.form]
-    return product(at(p.down), e.down_transposed, activation(e.activation, g, u), bias(p.down_bias), scale("down"))
+    a = activation(e.activation, g, u)
+    y = product(at(p.down), e.down_transposed, a, bias(p.down_bias), scale("down"))
+    return y + pair(e.down_pair, p.down_a, p.down_b, a)
 
 
 def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float]]) -> np.ndarray:

@@ -6,25 +6,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import (
-    LIST_EXPERTS,
     RENORM,
     SWIGLU_EXPERTS,
     AsWritten,
     Case,
     E,
     Fused,
-    H,
-    I,
     K,
     ListCase,
     Rejected,
     Untouched,
     experts,
     mlp,
-    parameter,
 )
 
 CAPACITY = 3
@@ -232,54 +228,3 @@ class BesideMaskedCounts(_Beside):
         real = (torch.arange(p.shape[0]) > 0).float()
         counts = torch.zeros(E).scatter_add_(0, p.topk(K, -1).indices.reshape(-1), real.repeat_interleave(K))
         return (counts * (p * real[:, None]).sum(0)).sum()
-
-
-# Adapters ------------------------------------------------------------------------------------------------------------------------
-
-
-class LowRankDown(ListCase):
-    """Verdict: rejected. LoRA on the down projections: a base weight plus a low-rank pair."""
-
-    expect = Rejected("low-rank pair LoRA")
-    routes_all = False
-
-    def build_experts(self, n: int) -> None:
-        super().build_experts(n)
-        self.low = nn.ParameterList([parameter(2, I) for _ in range(n)])
-        self.high = nn.ParameterList([parameter(H, 2) for _ in range(n)])
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        m = self.experts[e]
-        rows = F.silu(m.w1(x)) * m.w3(x)
-        return m.w2(rows) + 2.0 * F.linear(F.linear(rows, self.low[e]), self.high[e])
-
-    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in range(E):
-            token, slot = torch.where(ids == e)
-            out = out.index_add(0, token, self.expert(e, x[token]) * w[token, slot, None])
-        return out
-
-
-class LowRankUp(LowRankDown):
-    """Verdict: rejected. LoRA on the up projections only."""
-
-    def build_experts(self, n: int) -> None:
-        ListCase.build_experts(self, n)
-        self.low = nn.ParameterList([parameter(2, H) for _ in range(n)])
-        self.high = nn.ParameterList([parameter(I, 2) for _ in range(n)])
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        m = self.experts[e]
-        up = m.w3(x) + 2.0 * F.linear(F.linear(x, self.low[e]), self.high[e])
-        return m.w2(F.silu(m.w1(x)) * up)
-
-
-class LowRankMerged(LowRankDown):
-    """Verdict: fused. One step from LowRankDown: each expert merges its pair into the weight before the product."""
-
-    expect = Fused(RENORM, LIST_EXPERTS)
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        m = self.experts[e]
-        return F.linear(F.silu(m.w1(x)) * m.w3(x), m.w2.weight + 2.0 * self.high[e] @ self.low[e])

@@ -1,0 +1,35 @@
+"""The ops that run routed experts, by what the experts have: one family for each set of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import Experts
+from .codec import encode
+from .operands import ADAPTED, CODED, PLAIN
+from .records import AdaptedLayout, Layout, Storage
+
+
+@dataclass(frozen=True)
+class Family:
+    """Ops of routed experts with the same parameters. `op`: the name of the one that a graph calls; its lists; its plain arguments."""
+
+    op: str
+    names: tuple[str, ...]
+    records: tuple[type, ...]
+
+    def plain(self, experts: Experts) -> list[Any]:
+        """The plain arguments, after the tensors. Raises `scalar.UnknownActivation`."""
+        return [a for record in self.records for a in encode(record, experts)]
+
+
+EXPERTS = Family("experts", PLAIN, (Layout,))
+EXPERTS_STORED = Family("experts_stored", CODED, (Layout, Storage))
+EXPERTS_ADAPTED = Family("experts_adapted", ADAPTED, (AdaptedLayout,))
+FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED)
+
+
+def family_of(experts: Experts) -> Family:
+    """Whose op runs them."""
+    return EXPERTS_STORED if experts.coded else EXPERTS_ADAPTED if experts.adapted else EXPERTS

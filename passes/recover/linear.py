@@ -1,0 +1,81 @@
+"""A projection of an expert: which weight it reads, and how that is laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy as sp
+
+from .. import terms as T
+from ..terms import Term
+from ..terms.arithmetic import constant_part
+from . import grids, packed
+from .grids import Grid, Parts
+from .packed import Reading
+from .rows import No, clip
+from .scales import Channel
+from .stored import LowRank
+
+
+@dataclass
+class Linear:
+    """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
+
+    `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
+    multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
+    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of two.
+    """
+
+    weight: Any
+    stride: int
+    offset: int
+    transposed: bool
+    flat: bool
+    bias: Any = None
+    scale: sp.Expr = sp.S.One
+    channel: Channel | None = None
+    pair: LowRank | None = None
+    grid: Grid | None = None
+    zero: Grid | None = None
+    words: Reading | None = None
+    exponents: bool = False
+
+
+def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
+    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+    a, weight, words = parts.codes, parts.codes.args[0], None
+    idx = list(a.args[1])
+    if packed.is_packed(a):
+        found = packed.place(a, expert)
+        weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
+    flat = False
+    if idx and idx[0] is expert:
+        idx = idx[1:]
+    else:
+        pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
+        own = [x for x in pieces if T.uses(x, expert)]
+        if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
+            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+        idx[0] = T.add(*(x for x in pieces if x is not own[0]))
+        flat = True
+    if len(idx) != 2:
+        raise No(f"an expert weight is no matrix: {clip(a)}")
+    for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
+        if c is inp and T.uses(r, out):
+            stride, offset = affine(r, out)
+            scale, zero = (None if s is None else grids.grid(s, idx, expert) for s in (parts.scale, parts.zero))
+            if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
+                raise No("zero points are not laid out as the scales")
+            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
+            return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
+    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+
+
+def affine(r: Term, v: Term) -> tuple[int, int]:
+    """r = stride * v + offset."""
+    offset, rest = constant_part(r)
+    stride, body = T.coefficient(rest)
+    if body is not v or not isinstance(stride, int) or not isinstance(offset, int):
+        raise No("a projection's rows are not a simple slice")
+    return stride, offset
