@@ -17,7 +17,8 @@ from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
 from .findings import BlockReport, GraphBreak  # noqa: E402
 from .options import Options  # noqa: E402
-from .report import Report, last_report  # noqa: E402
+from .report import last_report  # noqa: E402
+from .reported import Report  # noqa: E402
 from .trace import Traced, trace  # noqa: E402
 
 __all__ = [

@@ -1,15 +1,19 @@
-"""What the compiler makes of a model (explain), how each pass read it (trace), the fastest tiles of a problem on this machine's GPU (tune).
+"""What the compiler makes of a model, how each pass read it, how fast it is; the fastest tiles of a problem on this machine's GPU.
 
-python -m moe_compile explain --model TYPE    any transformers model type, small, with random weights
-python -m moe_compile trace --model TYPE      the same, pass by pass: for a model that is left as written
-python -m moe_compile tune --model TYPE
-python -m moe_compile env                     versions, devices, caches, and what each target lacks: for bug reports
+python -m moe_compile explain --model TYPE          any transformers model type, small, with random weights
+python -m moe_compile explain --model FOLDER        a checkpoint's config.json, at its true size: nothing is downloaded or computed
+python -m moe_compile explain --model my.py:Block --shape 32,64 [--set hidden=64]
+python -m moe_compile trace --model ...             the same, pass by pass: for a model that is left as written
+python -m moe_compile bench --model ...             fused against Inductor and eager, on this machine
+python -m moe_compile tune --model TYPE | --experts E --hidden H --intermediate I --k K
+python -m moe_compile env                           versions, devices, caches, and what each target lacks: for bug reports
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import sys
 import warnings
@@ -19,15 +23,19 @@ from typing import Any
 
 import torch
 
-from . import NotFused, Options, __version__, environment, explain, trace, tune_cli
+from . import NotFused, Options, __version__, bench_cli, environment, explain, models, trace, tune_cli
 from .lowering import targets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 (not fused with --strict), 2 (wrong usage)."""
-    args = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
+        close = difflib.get_close_matches(given[0], _COMMANDS, 3) or list(_COMMANDS)
+        _parser().error(f"there is no command {given[0]!r}; close ones: {', '.join(close)}")
+    args = _parser().parse_args(given)
     try:
-        return {"explain": _explain, "trace": _trace, "tune": tune_cli.main, "env": _env}[args.command](args)
+        return _COMMANDS[args.command](args)
     except NotFused as e:
         print(_first_paragraph(e), file=sys.stderr)
         return 1
@@ -50,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("trace", help="compile the same model and show what each pass made of it, and where it stopped")
     _add_model(show)
     show.add_argument("--stage", default="", metavar="PASS", help="all that one pass did; without it every pass, long texts cut")
-    show.add_argument("--html", type=Path, metavar="FILE", help="write everything into one self-contained page")
+    bench_cli.add_arguments(commands.add_parser("bench", help="measure a model here: fused, under Inductor, and eager"))
     tune_cli.add_arguments(commands.add_parser("tune", help="measure tiles on this machine's GPU and keep the best for later calls"))
     commands.add_parser("env", help="versions, devices, caches, and what each target lacks: for bug reports")
     return parser
@@ -62,35 +70,29 @@ def _env(args: argparse.Namespace) -> int:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="TYPE", help="a transformers model type, such as qwen3_moe")
-    parser.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --full: a field of the configuration")
-    parser.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
+    models.add_arguments(parser)
     parser.add_argument("--target", choices=("auto", *targets()), default="auto", help="whose lowering to ask (default: %(default)s)")
     parser.add_argument("--no-validate", action="store_true", help="skip the numeric check of each block")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything into one self-contained page")
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model asked for and its inputs."""
-    from .tiny import build, build_full
-
-    if args.set and not args.full:
-        raise ValueError("--set goes with --full: a small model has sizes of its own")
-    model, inputs = build_full(args.model, args.set) if args.full else build(args.model)
-    if args.experts:
-        model.set_experts_implementation(args.experts)
-    return model, inputs
+def _check_folder(html: Path | None) -> None:
+    if html is not None and not html.parent.is_dir():
+        raise ValueError(f"--html: there is no folder {html.parent}")
 
 
 def _explain(args: argparse.Namespace) -> int:
+    _check_folder(args.html)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, inputs = _model(args)
+        model, inputs = models.load(args)
         options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}
         with torch.no_grad(), _graphs(args, options) as graphs:
             report = explain(model, options=options, **inputs)
     if graphs is not None:
         print(graphs(), end="\n\n")
+    if args.html is not None:
+        args.html.write_text(report.to_html(), encoding="utf-8")
     print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report)
     return 0
 
@@ -99,11 +101,10 @@ def _trace(args: argparse.Namespace) -> int:
     from .trace_text import check_stage
 
     check_stage(args.stage, "--stage")
-    if args.html is not None and not args.html.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {args.html.parent}")
+    _check_folder(args.html)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model, inputs = _model(args)
+        model, inputs = models.load(args)
         traced = trace(model, options={"target": args.target, "validate": not args.no_validate}, **inputs)
     if args.html is not None:
         args.html.write_text(traced.to_html(), encoding="utf-8")
@@ -131,6 +132,8 @@ def _first_paragraph(e: BaseException) -> str:
     """Without the hints Dynamo appends to whatever passes through it."""
     return str(e).split("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
 
+
+_COMMANDS = {"explain": _explain, "trace": _trace, "bench": bench_cli.main, "tune": tune_cli.main, "env": _env}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import lowering
+from . import artifact, lowering
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
@@ -22,6 +22,7 @@ from .ir import Rejection
 from .loops import capture, flags, hooks
 from .lowering.target import Target
 from .options import Options
+from .reported import LEFT_GRAPH, Report, graph_break_of
 from .snapshot import Snapshot
 
 log = logging.getLogger("moe_compile")
@@ -46,28 +47,36 @@ def moe_fused(
     target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    told = {r.reason for r in rejected}  # reading by example may have met what the passes meet in the graph
-    rejected += [r for r in loops_left([*(b.source for b in blocks), *_fused_at(gm)]) if r.reason not in told]
+    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
-    report = reports.report_for(gm)
-    report.add_notes(target.remarks(gm, example_inputs) if target.remarks else ())
+    part = Report()
+    part.add_notes(target.remarks(gm, example_inputs) if target.remarks else ())
     try:
-        compiled = compile_with(chosen, mode, target, gm, example_inputs)
+        with reports.filling(part):
+            compiled = compile_with(chosen, mode, target, gm, example_inputs)
     except (RestartAnalysis, OptionError):
         raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
     except Exception as e:
         if not before.restore():
             raise  # the graph is as the user wrote it: not our doing
         rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
-        blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
+        with reports.filling(part):
+            blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks, target)
-    _note(report, target.name, blocks, rejected, unbuilt, seconds)
-    missed = [r for r in (*rejected, *unbuilt) if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
-    if chosen.strict and missed:
-        raise NotFused(missed)
+    _note(part, target.name, blocks, rejected, unbuilt, seconds)
+    _publish(part, gm, [*rejected, *unbuilt], chosen.strict)
     return compiled
+
+
+def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], strict: bool) -> None:
+    """The report of a graph of which it is now certain that it will run."""
+    reports.add(part, gm)
+    artifact.leave(part)
+    missed = [r for r in rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
+    if strict and missed:
+        raise NotFused(missed)
 
 
 def _reset() -> None:
@@ -120,7 +129,7 @@ def _without_kernels(blocks: list[Any], target: Target) -> list[Rejection]:
 
 
 def _note(
-    report: reports.Report, target: str, blocks: list[Any], rejected: list[Rejection], unbuilt: list[Rejection], seconds: dict[str, float]
+    report: Report, target: str, blocks: list[Any], rejected: list[Rejection], unbuilt: list[Rejection], seconds: dict[str, float]
 ) -> None:
     report.add_blocks(blocks, target)
     report.add_rejected(rejected)
@@ -135,7 +144,39 @@ def _note(
 def _fused_at(gm: torch.fx.GraphModule) -> set[str]:
     """file:line of every call that leads to experts that are fused: a function on that way needed no reading by example."""
     fused = (n for n in gm.graph.nodes if str(n.target).startswith("moe_compile.experts"))
-    return {":".join(f) for n in fused for f in _FRAME.findall(n.meta.get("stack_trace") or "")}
+    return {":".join(f) for n in fused for f in _FRAME.findall(_stack(n))}
+
+
+def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Rejection]) -> list[Rejection]:
+    """What the passes left in a graph and the loops that capture left, each block once: a loop whose body is in the graph is told as it is
+    seen there, and a selection that leaves the graph by what stopped its loop from being captured, or by what ends the graph."""
+    blocks = [r for r in seen if r.code != LEFT_GRAPH]
+    places = [p for r in blocks for p in (r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node))))]
+    loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and r.reason not in {b.reason for b in blocks}]
+    if loops:
+        return blocks + loops
+    cut = graph_break_of(gm)
+    why = "" if cut is None else f" ({cut.reason})"
+    return [r if r.code != LEFT_GRAPH else Rejection(r.reason + why, r.node, r.stage, r.source, code=r.code) for r in seen]
+
+
+def _stack(node: Any) -> str:
+    return (node.meta.get("stack_trace") if isinstance(node, torch.fx.Node) else None) or ""
+
+
+def of_no_graph(compiler_fn: Any) -> None:
+    """A frame has been compiled: loops that were met in it and reached no graph are told of now, before another model is compiled.
+
+    Raises `NotFused` with `strict=True`.
+    """
+    left = loops_left(())
+    if not left:
+        return
+    part = Report()
+    part.add_rejected(left)
+    reports.add(part, None)
+    if Options.parse(*hooks.asked(compiler_fn)).strict:
+        raise NotFused(left)
 
 
 def loops_left(fused: Sequence[str]) -> list[Rejection]:
@@ -144,7 +185,7 @@ def loops_left(fused: Sequence[str]) -> list[Rejection]:
     One for each loop and reason: Dynamo may trace the same loop several times.
     """
     left = {(r.source, r.reason): r for r in capture.pending() if isinstance(r, Rejection)}
-    return [r for r in left.values() if not any(reports.same_function(r.source, s) for s in fused)]
+    return [r for r in left.values() if not any(capture.holds(r.source, s) for s in fused)]
 
 
 def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> str:
@@ -159,4 +200,5 @@ def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: 
 
 
 lowering.own()  # the ops get their kernels
+hooks.after_frame.append(of_no_graph)
 hooks.install()  # torch.compile() imports this module before anything is traced

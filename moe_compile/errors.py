@@ -19,7 +19,7 @@ class NotFused(ShortenTraceback):
     """
 
     def __init__(self, rejected: Sequence[Rejection]) -> None:
-        lines = [f"{r.source or 'unknown source'}: {r.reason} [{r.stage}]" for r in rejected]
+        lines = [f"{r.source or 'unknown source'}: {r.reason} [{r.code or r.stage}]" for r in rejected]
         super().__init__("\n  ".join(["not fused (strict=True):", *lines]), first_useful_frame=None)
         self.rejected = list(rejected)
 

@@ -10,7 +10,8 @@ import torch
 
 from .backend import loops_left
 from .options import BACKEND_NAME, Options
-from .report import Report, collecting
+from .report import collecting, original
+from .reported import Report
 
 
 def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -23,21 +24,12 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """
     chosen = Options.parse({"inner": "eager", **(options or {})})
     devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
-    compiled = torch.compile(_original(model), backend=BACKEND_NAME, options=chosen.by_name(), **_apart())
+    compiled = torch.compile(original(model), backend=BACKEND_NAME, options=chosen.by_name(), **_apart())
     loops_left(())  # what was met earlier is not part of this
     with torch.random.fork_rng(devices), collecting() as report:
         compiled(*args, **kwargs)
         report.add_rejected(loops_left([b.source for b in report.blocks]))
     return report
-
-
-def _original(model: Any) -> Any:
-    """The model inside what torch.compile returned."""
-    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
-        inner = getattr(model, name, None)
-        if callable(inner):
-            return inner
-    return model
 
 
 def _apart() -> dict[str, Any]:

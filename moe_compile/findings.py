@@ -70,7 +70,7 @@ class Findings:
         """JSON-ready: plain dicts, lists, strings, numbers."""
         return {
             "blocks": [b.to_dict() for b in self.blocks],
-            "rejected": [{"reason": r.reason, "source": r.source, "stage": r.stage} for r in self.rejected],
+            "rejected": [{"reason": r.reason, "source": r.source, "code": r.code, "part": r.part, "stage": r.stage} for r in self.rejected],
             "graph_count": self.graph_count,
             "graph_breaks": [b.to_dict() for b in self.graph_breaks],
             "seconds": {k: round(v, 6) for k, v in self.seconds.items()},

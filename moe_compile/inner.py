@@ -25,13 +25,7 @@ def compile_with(
     def rest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         return _compile(options, mode, target, gm, example_inputs)
 
-    return target.finish(Rest(options, mode, rest, _tell, reports.explaining()), gm, example_inputs)
-
-
-def _tell(notes: Sequence[str]) -> None:
-    report = reports.current()
-    if report is not None:
-        report.add_notes(notes)
+    return target.finish(Rest(options, mode, rest, reports.remark, reports.explaining()), gm, example_inputs)
 
 
 def _compile(

@@ -1,127 +1,23 @@
-"""What the compiler did, as data: one `Report` per compilation, kept for `last_report()` and collected by `explain()`."""
+"""The compilations of this process: which report a graph belongs to, and what was compiled of each model."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import linecache
 import sys
 import threading
+import types
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import nn
 
-from .findings import BlockReport, Findings, GraphBreak
-from .ir import MoeBlock, Rejection
-from .ir.text import experts_text, formula, shared_text
-from .table import render
-
-
-class RecoveredLike(Protocol):
-    """One block as the passes hand it over (`moe_compile.passes.pipeline.Recovered`)."""
-
-    ir: MoeBlock
-    source: str
-    validated: bool
-    lowering: str
-    note: str
-
-
-@dataclass
-class Report(Findings):
-    """What one compilation found, filled graph by graph; `str()` is a table, `to_dict()` is JSON-ready."""
-
-    def __str__(self) -> str:
-        return render(self)
-
-    # -- filled by the backend ------------------------------------------------------------------------------------------
-
-    def add_blocks(self, recovered: Iterable[RecoveredLike], target: str) -> None:
-        """Take over what the passes recovered; graph nodes become their names, so that no graph is kept alive."""
-        for r in recovered:
-            ir = dataclasses.replace(r.ir, boundary={k: _names(v) for k, v in r.ir.boundary.items()})
-            self.blocks.append(
-                BlockReport(
-                    ir=ir,
-                    formula=formula(ir.gating) if ir.gating is not None else f"as written: {ir.routing_note or 'routing not recovered'}",
-                    experts=experts_text(ir.experts),
-                    shared=shared_text(ir.shared) + (", overlapped" if getattr(r, "overlapped", False) else ""),
-                    target=target,
-                    lowering=r.lowering,
-                    validated=r.validated,
-                    source=r.source,
-                    note=r.note,
-                )
-            )
-
-    def add_rejected(self, rejected: Iterable[Rejection]) -> None:
-        """Take over rejections without the graph nodes they point at."""
-        self.rejected.extend(Rejection(r.reason, None, r.stage, r.source) for r in rejected)
-
-    def add_seconds(self, seconds: dict[str, float]) -> None:
-        for k, v in seconds.items():
-            self.seconds[k] = self.seconds.get(k, 0.0) + v
-
-    def add_notes(self, notes: Iterable[str]) -> None:
-        """What a target has to say; every remark once."""
-        self.notes.extend(n for n in dict.fromkeys(notes) if n not in self.notes)
-
-    def add_breaks(self, breaks: Iterable[GraphBreak]) -> None:
-        """Layers share code, so the same break comes again for each of them: told once."""
-        self.graph_breaks.extend(b for b in dict.fromkeys(breaks) if b not in self.graph_breaks)
-
-
-def _names(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_names(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def same_function(definition: str, source: str) -> bool:
-    """Whether file:line `source` lies in the body of the function defined (or decorated) at file:line `definition`."""
-    path, _, first = definition.rpartition(":")
-    other, _, line = source.rpartition(":")
-    if path != other or not first.isdigit() or not line.isdigit():
-        return False
-    try:
-        tree = ast.parse("".join(linecache.getlines(path)))
-    except SyntaxError:
-        return False
-    for f in ast.walk(tree):
-        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            start = min([f.lineno, *(d.lineno for d in f.decorator_list)])
-            if start <= int(first) <= f.body[0].lineno and f.lineno <= int(line) <= (f.end_lineno or 0):
-                return True
-    return False
-
-
-# -- graph breaks -----------------------------------------------------------------------------------------------------------
-
-
-def graph_break_of(gm: torch.fx.GraphModule) -> GraphBreak | None:
-    """Why Dynamo ended this graph, if it was a break.
-
-    Read from the graph itself: Dynamo's own counters miss the breaks that come from data-dependent sizes.
-    """
-    why = getattr(gm, "compile_subgraph_reason", None)
-    if why is None or not why.graph_break:
-        return None
-    stack = list(why.user_stack or [])
-    # "step_unsupported" is Dynamo's word for "the rest of this frame runs in Python"
-    reason = "the frame is left to Python from here on" if why.reason == "step_unsupported" else _headline(why.reason)
-    return GraphBreak(reason, f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
-
-
-def _headline(reason: str) -> str:
-    """Dynamo's title and explanation on one line, without hints and links."""
-    lines = [line.strip() for line in reason.split("\n\n")[0].splitlines() if line.strip()]
-    kept = [lines[0]] + [line.removeprefix("Explanation: ") for line in lines[1:] if line.startswith("Explanation:")]
-    return ": ".join(kept)
+from .findings import GraphBreak
+from .reported import Report, graph_break_of, skipped_frame
 
 
 class _SkippedFrames:
@@ -137,20 +33,15 @@ class _SkippedFrames:
         # after torch._dynamo.reset() the counters start from nothing
         fresh = [message for message, n in now.items() if n > self.seen[message] or n < self.seen[message]]
         self.seen = now
-        return [b for b in map(_skipped_frame, fresh) if b is not None]
+        return [b for b in map(skipped_frame, fresh) if b is not None]
 
 
-def _skipped_frame(message: str) -> GraphBreak | None:
-    marker = "frame skipped: "
-    if marker not in message:
-        return None
-    where = message.split(marker, 1)[1].split("\n", 1)[0]  # "forward (/path/file.py line 523)"
-    name, _, place = where.partition(" (")
-    path, _, line = place.rstrip(")").rpartition(" line ")
-    return GraphBreak(f"{name} holds a break inside a loop: it runs in plain Python, nothing in it is compiled", f"{path}:{line}")
+@dataclass(frozen=True)
+class _Call:
+    """The outermost call of a compiled function that is under way in a thread, and whose model it is."""
 
-
-# -- the last compilation of this process -----------------------------------------------------------------------------------
+    mark: tuple[int, int]
+    owner: Any
 
 
 class _Thread(threading.local):
@@ -160,6 +51,7 @@ class _Thread(threading.local):
     call: tuple[int, int] | None = None
     root: tuple[Any, int] | None = None
     collecting: Report | None = None
+    part: Report | None = None
 
 
 class _Store:
@@ -170,16 +62,20 @@ class _Store:
         self.last: Report | None = None
         self.skipped = _SkippedFrames()
         self.mine = _Thread()
+        # model -> what came of each frame of its code the last time that it was compiled
+        self.models: weakref.WeakKeyDictionary[Any, dict[Any, Report]] = weakref.WeakKeyDictionary()
+        self.kinds: weakref.WeakKeyDictionary[type, dict[Any, Report]] = weakref.WeakKeyDictionary()  # the same by a module's class
 
-    def report_for(self, gm: torch.fx.GraphModule) -> Report:
-        """The report that this graph belongs to; a new one if it starts a compilation."""
+    def report_for(self, gm: torch.fx.GraphModule | None) -> Report:
+        """The report that a graph (or a frame that gave none) belongs to; a new one if it starts a compilation."""
         mine, call, compile_id = self.mine, _current_call(), _compile_id()
+        mark = None if call is None else call.mark
         if mine.collecting is not None:
             mine.report = mine.collecting
-        elif mine.report is None or call is None or call != mine.call or self._restarts(compile_id):
+        elif mine.report is None or mark is None or mark != mine.call or self._restarts(compile_id):
             mine.report = Report()
-            mine.root = compile_id if graph_break_of(gm) is None else None
-        mine.call, self.last = call, mine.report
+            mine.root = compile_id if gm is not None and graph_break_of(gm) is None else None
+        mine.call, self.last = mark, mine.report
         return mine.report
 
     def _restarts(self, compile_id: tuple[Any, int] | None) -> bool:
@@ -187,10 +83,35 @@ class _Store:
         root = self.mine.root
         return compile_id is not None and root is not None and compile_id[0] == root[0]
 
-    def record_breaks(self, report: Report, gm: torch.fx.GraphModule | None) -> None:
+    def keep(self, part: Report) -> None:
+        """Note a part among those of the model that is being called: what is compiled anew takes the place of what was."""
+        call, compile_id = _current_call(), _compile_id()
+        if call is None or call.owner is None:
+            return
+        with self.lock:
+            parts = self.models.setdefault(call.owner, {})
+            parts[compile_id[0] if compile_id is not None else None] = part
+            self.kinds[type(call.owner)] = parts
+
+    def of(self, model: Any) -> Report | None:
+        """Everything that was compiled of a model and of its parts. Parts that run what was compiled for another one of their class, as
+        equal layers that are compiled one by one do, count as that one."""
+        owners = list(model.modules()) if isinstance(model, nn.Module) else [model]
+        compiled = {id(getattr(o, "_orig_mod", None)) for o in owners} | {id(o) for o in owners if getattr(o, "_compiled_call_impl", None)}
+        with self.lock:
+            found = [self.models.get(o) or (self.kinds.get(type(o)) if id(o) in compiled else None) or {} for o in owners]
+            parts = [p for f in found for p in f.values()]
+        if not parts:
+            return None
+        report = Report()
+        for p in parts:
+            report.add(p)
+        return report
+
+    def breaks(self, gm: torch.fx.GraphModule | None) -> list[GraphBreak]:
         with self.lock:
             cut = graph_break_of(gm) if gm is not None else None
-            report.add_breaks(([cut] if cut else []) + self.skipped.new())
+            return ([cut] if cut else []) + self.skipped.new()
 
 
 _store = _Store()
@@ -201,7 +122,7 @@ def _compile_id() -> tuple[Any, int] | None:
     return None if current is None or current.frame_compile_id is None else (current.frame_id, current.frame_compile_id)
 
 
-def _current_call() -> tuple[int, int] | None:
+def _current_call() -> _Call | None:
     """Identifies the outermost call of a compiled function that is under way in this thread.
 
     Dynamo has no such id. Its outermost wrapper frame lives exactly as long as the call; its address plus the wrapped
@@ -213,15 +134,46 @@ def _current_call() -> tuple[int, int] | None:
         if frame.f_code.co_filename.endswith("eval_frame.py") and "fn" in frame.f_code.co_freevars:
             outermost = frame
         frame = frame.f_back
-    return None if outermost is None else (id(outermost), id(outermost.f_locals.get("fn")))
+    if outermost is None:
+        return None
+    fn = outermost.f_locals.get("fn")
+    return _Call((id(outermost), id(fn)), _owner(fn))
 
 
-def report_for(gm: torch.fx.GraphModule) -> Report:
-    """The report to fill for the graph that is being compiled; also the one `last_report` returns from now on."""
-    report = _store.report_for(gm)
-    report.graph_count += 1
-    _store.record_breaks(report, gm)
-    return report
+def _owner(fn: Any) -> Any:
+    """Whose code a compiled function is: the module that it is a method of, or the function itself."""
+    for _ in range(8):
+        if isinstance(fn, types.MethodType):
+            fn = fn.__self__
+        if isinstance(fn, nn.Module) or not isinstance(fn, types.FunctionType):
+            break
+        fn = getattr(fn, "moe_compile_calls", None) or getattr(fn, "__wrapped__", None) or fn
+    return fn if isinstance(fn, (nn.Module, types.FunctionType)) else None
+
+
+@contextmanager
+def filling(part: Report) -> Iterator[None]:
+    """A graph is being compiled, and `part` is what is told of it."""
+    before, _store.mine.part = _store.mine.part, part
+    try:
+        yield
+    finally:
+        _store.mine.part = before
+
+
+def remark(notes: Sequence[str]) -> None:
+    """What a target has to say, while a graph is compiled or later."""
+    for report in (_store.mine.part, None if _store.mine.part is not None else _store.mine.report):
+        if report is not None:
+            report.add_notes(notes)
+
+
+def add(part: Report, gm: torch.fx.GraphModule | None) -> None:
+    """Put what was found in a graph, which is compiled now, where `last_report` finds it. None: of a frame that gave no graph."""
+    part.graph_count = 0 if gm is None else 1
+    part.add_breaks(_store.breaks(gm))
+    _store.report_for(gm).add(part)
+    _store.keep(part)
 
 
 @contextmanager
@@ -235,7 +187,7 @@ def collecting() -> Iterator[Report]:
         yield report
     finally:
         mine.collecting, mine.report, mine.call = before, None, None
-        _store.record_breaks(report, None)
+        report.add_breaks(_store.breaks(None))
         _store.last = report
 
 
@@ -244,11 +196,19 @@ def explaining() -> bool:
     return _store.mine.collecting is not None
 
 
-def current() -> Report | None:
-    """The report of what this thread is compiling."""
-    return _store.mine.report
+def last_report(model: Callable[..., Any] | None = None) -> Report | None:
+    """The report of the most recent compilation in this process; None before the first.
+
+    model: everything that was compiled of this module or function and of its parts, each piece of code as it was compiled last. That is
+    what tells of regional compilation, of a model that was cut into many graphs, or of several models. None if nothing was.
+    """
+    return _store.last if model is None else _store.of(_owner(original(model)))
 
 
-def last_report() -> Report | None:
-    """The report of the most recent compilation in this process; None before the first."""
-    return _store.last
+def original(model: Any) -> Any:
+    """The model inside what torch.compile returned."""
+    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+        inner = getattr(model, name, None)
+        if callable(inner):
+            return inner
+    return model

@@ -30,7 +30,7 @@ def render(report: Findings, width: int | None = None) -> str:
         parts.append(_listing("graph breaks", [_break_text(b) for b in report.graph_breaks], width))
     if report.notes:
         parts.append(_listing("notes", report.notes, width))
-    parts.append("\n".join(textwrap.wrap(_totals(report), width, break_on_hyphens=False)))
+    parts.append("\n".join(textwrap.wrap(totals(report), width, break_on_hyphens=False)))
     return "\n".join(parts)
 
 
@@ -59,7 +59,7 @@ def _row(b: BlockReport, count: int) -> tuple[str, ...]:
 
 
 def _rejection_text(r: Rejection) -> str:
-    return f"{short(r.source)}: {r.reason} [{r.stage}]"
+    return f"{short(r.source)}: {r.reason} [{r.code or r.stage}]"
 
 
 def _break_text(b: GraphBreak) -> str:
@@ -73,7 +73,9 @@ def _listing(title: str, texts: Sequence[str], width: int) -> str:
     return "\n".join(lines)
 
 
-def _totals(report: Findings) -> str:
+def totals(report: Findings) -> str:
+    """One line: how much was fused, left, cut, and how long it took."""
+
     def count(n: int, what: str) -> str:
         return f"{n} {what}{'' if n == 1 else 's'}"
 

@@ -66,6 +66,11 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
 )
 
 
+# what stands in a checkpoint's config.json beside the fields of its class
+_OF_CHECKPOINTS = {"architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path"}
+_OF_CHECKPOINTS |= {"model_type", "rope_theta", "rope_scaling", "attn_implementation", "_attn_implementation", "use_bfloat16"}
+
+
 class NoSuchModel(ValueError):
     """The model type is unknown, or no small version of it can be built; the message says which and what to do."""
 
@@ -103,21 +108,27 @@ def build_full(model_type: str, fields: Sequence[str] = ()) -> tuple[torch.nn.Mo
     fields: "name=value", fields of the configuration to be set. Raises ImportError when transformers is not installed, `NoSuchModel` for
     an unknown type, a field that it does not have, or values that make no model.
     """
+    model = model_of(model_type, dict(map(field, fields)), torch.device("meta"))
+    return model, {"input_ids": torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), "use_cache": False}
+
+
+def model_of(model_type: str, given: dict[str, Any], device: torch.device) -> torch.nn.Module:
+    """A model of a transformers model type with these fields of its configuration, in bf16 and eval mode. Raises as `build_full`."""
     config_class = _text_part(_config_class(model_type))
-    given = dict(map(_field, fields))
+    parts = [given[n] for n in ("text_config", "thinker_config") if isinstance(given.get(n), dict)]
+    given = next(iter(parts), given)  # of a model of several parts the text's
     known = {f.name for f in dataclasses.fields(config_class)}
-    if unknown := sorted(given.keys() - known):
+    if unknown := sorted(given.keys() - known - _OF_CHECKPOINTS):
         close = difflib.get_close_matches(unknown[0], known, 5)
         raise NoSuchModel(f"{model_type!r} has no configuration field {unknown[0]!r}; close ones: {', '.join(close) or 'none'}")
     try:
-        with torch.device("meta"):
-            model = _model_class(config_class)(config_class(**given)).to(torch.bfloat16)
+        with device:
+            return _model_class(config_class)(config_class(**given)).to(torch.bfloat16).eval()  # type: ignore[no-any-return]
     except Exception as e:
         raise NoSuchModel(f"no {model_type!r} can be made of {given}: {type(e).__name__}: {e}") from e
-    return model.eval(), {"input_ids": torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), "use_cache": False}
 
 
-def _field(text: str) -> tuple[str, Any]:
+def field(text: str) -> tuple[str, Any]:
     """ "num_experts=128" -> a number, a truth value, a list or None where it is one, else a text."""
     name, equals, value = text.partition("=")
     if not equals:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .explain import explain
-from .report import Report
+from .reported import Report
 from .trace_html import page
 from .trace_text import text
 

@@ -18,6 +18,8 @@ from .aten.conditions import no_saving_hooks
 from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
 from .recover.mixture import may_mix
+from .recover.odd import explained
+from .recover.soft import soft_mixtures
 from .rewrite import overlap, recall
 from .rewrite.target import Target
 from .terms import unify
@@ -52,7 +54,7 @@ class Pass:
             try:
                 out = self.each(work, c)
             except (Rejection, T.TooLarge) as e:
-                r = e if isinstance(e, Rejection) else Rejection(str(e), c.match.out)
+                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out))
                 work.reject([r])
                 entry.refused(work.out.rejected[-1])
                 return None
@@ -93,7 +95,7 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     out = Outcome()
     for body in bodies(gm):
         out.add(run(body, options.with_(overlap_shared=False), target))
-    if not might_route(gm.graph) and not may_mix(gm.graph):
+    if not might_route(gm.graph) and not may_mix(gm.graph) and next(soft_mixtures(gm.graph), None) is None:
         return out
     with trace.unit(gm):
         work = Work(gm, options, target)
@@ -110,16 +112,14 @@ def _searched(work: Work) -> None:
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
         key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), overlap.mode(gm.graph, options, target)))
-        kept = None if trace.on() else recall.load(key)
-    if kept is not None:
-        work.plans, work.out.blocks, work.out.rejected = kept
-        return
+        if not trace.on() and work.recall(recall.load(key)):
+            return
     with deep_recursion(), no_saving_hooks():
         _fresh_terms()
         for p in SEARCH:
             p(work)
         _fresh_terms()
-    recall.save(key, (work.plans, *work.out.portable()))
+    recall.save(key, work.kept())
 
 
 def _fresh_terms() -> None:

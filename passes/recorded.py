@@ -10,9 +10,12 @@ from . import trace
 from .aten.effects import Memory
 from .aten.element import Puller
 from .prove.claims import Claims
+from .recover.counted import named
 from .recover.match import ExpertsMatch
 from .recover.materialise import hold
+from .recover.odd import between
 from .recover.region import Block, RoutingNodes, routing_nodes
+from .recover.selections import is_id_input, is_selection
 from .steps import proved
 from .terms import unify
 from .terms.deep import deep_recursion
@@ -34,8 +37,16 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
                 if (refusal := proved(Claims(block, given=True).of_meaning(), block)) is not None:
                     raise refusal
         except Rejection as r:
-            return r
+            return _explained(gm, r)
         return Recovered(block.ir, "", True, "")
+
+
+def _explained(gm: fx.GraphModule, r: Rejection) -> Rejection:
+    """What is told of a recording that was not read: that tokens are dropped, or what stands inside its experts."""
+    for choice in (n for n in gm.graph.nodes if is_id_input(n) or is_selection(n)):
+        if r.stage in ("record", "validate") and (odd := named(choice) or between(choice, set())) is not None:
+            return odd
+    return r
 
 
 def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:

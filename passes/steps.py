@@ -16,6 +16,7 @@ from .prove.emitted import emitted_claim
 from .prove.engine import Claim, prove
 from .prove.gradients import with_gradients
 from .recover import writes
+from .recover.find import LEAVES
 from .recover.fused import zero_gradients
 from .recover.match import ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
@@ -35,7 +36,15 @@ def find(work: Work) -> None:
     s = work.shadow
     found = trace.finder(s.graph, s.walls, s.memory).run()
     work.candidates = [Candidate(m, p) for m, p in found.matches]
-    work.reject(found.rejected)
+    work.reject(_told_of_transforms(r, s) for r in found.rejected)
+
+
+def _told_of_transforms(r: Rejection, shadow: Shadow) -> Rejection:
+    if r.code != LEAVES or not shadow.transformed:
+        return r
+    at = next(iter(sorted(shadow.transformed, key=shadow.order.__getitem__)))
+    reason = "a transform of torch.func (vmap, grad, jvp, ...) is on where experts are computed: it is not looked through"
+    return Rejection(reason, at, r.stage, code="transform")
 
 
 # ---- routing, shared expert, boundary ------------------------------------------------------------------------------------

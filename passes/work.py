@@ -14,6 +14,7 @@ from .aten.shadow import Shadow
 from .aten.sources import source_of
 from .recover.match import ExpertsMatch
 from .recover.region import Block
+from .rewrite import recall
 from .rewrite.plan import BlockPlan
 from .rewrite.planner import Planner
 from .rewrite.target import Target
@@ -47,10 +48,6 @@ class Outcome:
         self.rejected.extend(part.rejected)
         for name, spent in part.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
-
-    def portable(self) -> tuple[list[Recovered], list[Rejection]]:
-        """Blocks and rejections without graph nodes: names only."""
-        return [replace(b, ir=replace(b.ir, boundary=_names(b.ir.boundary))) for b in self.blocks], [_bare(r) for r in self.rejected]
 
 
 def _names(v: Any) -> Any:
@@ -108,6 +105,25 @@ class Work:
             self.plans_with = Planner(self.shadow)
         return self.plans_with
 
+    def kept(self) -> tuple[Any, ...]:
+        """Plans, blocks and rejections without graph nodes, for an equal graph that other code may have made."""
+        graph = self.gm.graph
+        blocks = [(replace(b, ir=replace(b.ir, boundary=_names(b.ir.boundary))), recall.anchor(b.source, graph)) for b in self.out.blocks]
+        return recall.lines(graph), self.plans, blocks, [_bare(r) for r in self.out.rejected]
+
+    def recall(self, kept: tuple[Any, ...] | None) -> bool:
+        """Take over what was kept, with this graph's own lines. What was left as written is told in the words of the code that it was
+        found in: other code is looked at anew."""
+        if kept is None:
+            return False
+        lines, plans, blocks, rejected = kept
+        same = lines == recall.lines(self.gm.graph)
+        if rejected and not same:
+            return False
+        self.plans, self.out.rejected = plans, rejected
+        self.out.blocks = [b if same else replace(b, source=recall.source_at(at, self.gm.graph)) for b, at in blocks]
+        return True
+
     def reject(self, rejected: Iterable[Rejection]) -> None:
         self.out.rejected.extend(located(r, self.read) for r in rejected)
 
@@ -116,7 +132,7 @@ def located(r: Rejection, shadow: Shadow | None) -> Rejection:
     """The rejection with the line of the user's code that it is about."""
     n = r.node
     if shadow is not None and n in shadow.transformed:
-        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage)
+        r = Rejection("a transform of torch.func (vmap, grad, jvp, ...) is on around it", n, r.stage, code="transform")
     if not r.source and isinstance(n, fx.Node):
         origin = () if shadow is None else shadow.origin.get(n, ())
         r.source = source_of(n) or next((source_of(d) for d in origin if source_of(d)), "")

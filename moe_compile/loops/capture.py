@@ -21,7 +21,8 @@ from ..ir import Rejection
 from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
-from .looks import asks, distinct, effect, has_loop, is_collective
+from .lines import span
+from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect, selects
 from .reading import Reading, Trial, matches, read, roots
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
 
@@ -29,20 +30,54 @@ log = logging.getLogger("moe_compile")
 
 _lock = threading.RLock()
 _trials: weakref.WeakKeyDictionary[types.FunctionType, list[tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
-_pending: list[Rejection | Reading] = []
+_pending: list[tuple[Rejection | Reading, Call | None]] = []
+_spans: dict[str, tuple[int, int]] = {}  # file:line of a loop's function -> its first and last line
+
+
+def met(code: types.CodeType) -> None:
+    """A frame of its own is compiled: a block whose loop does what someone outside can notice is not even tried."""
+    if has_loop(code) and asks(code) and selects(code) and effect(code):
+        source = f"{code.co_filename}:{line_of_effect(code)}"
+        with _lock:
+            _spans[source] = span(code)
+            _pending.append((Rejection(effect(code), stage="effects", source=source), None))
 
 
 def pending() -> list[Rejection | Reading]:
-    """What came of the loops met since the last call: a `Reading` for each one captured, a `Rejection` for each one left."""
+    """What came of the loops met since the last call: a `Reading` for each one captured, a `Rejection` for each one left.
+
+    A loop may be met by several functions, such as a block's own and that of its experts: what was captured by one of them is not
+    left, and what was left is told once, by the innermost.
+    """
     with _lock:
         found, _pending[:] = list(_pending), []
-    return found
+    read = {id(c.module) for o, c in found if isinstance(o, Reading) and c is not None}
+    inner = {id(c.module) for _, c in found if c is not None and c.module is not None and roles_of(c.tensors)}
+    kept: list[Rejection | Reading] = []
+    for outcome, call in found:
+        if call is None or isinstance(outcome, Reading):
+            kept.append(outcome)
+            continue
+        parts = [] if call.module is None or roles_of(call.tensors) else [id(m) for m in call.module.modules()]
+        if id(call.module) not in read and not inner.intersection(parts):
+            kept.append(outcome)
+    return kept
 
 
-def _note(outcome: Rejection | Reading) -> None:
+def holds(loop: str, source: str) -> bool:
+    """Whether file:line `source` lies in the function of a loop that was met, which file:line `loop` is a line of."""
+    (path, _, at), (other, _, line) = loop.rpartition(":"), source.rpartition(":")
+    if path != other or not line.isdigit() or not at.isdigit():
+        return False
+    spans = [s for known, s in _spans.items() if known.rpartition(":")[0] == path and s[0] <= int(at) <= s[1]]
+    return any(first <= int(line) <= last for first, last in spans)
+
+
+def _note(outcome: Rejection | Reading, call: Call) -> None:
     with _lock:
-        if not any(p is outcome for p in _pending):  # layers share an outcome, and Dynamo may trace a call twice
-            _pending.append(outcome)
+        _spans[call.source] = span(call.fn.__code__)
+        if not any(p is outcome for p, _ in _pending):  # layers share an outcome, and Dynamo may trace a call twice
+            _pending.append((outcome, call))
 
 
 def _recover(gm: fx.GraphModule) -> Any:
@@ -67,15 +102,15 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
         reading = _read(tx, call, arguments)
         return None if reading is None else _captured(tx, func, call, arguments, reading)
     except Rejection as r:
-        _leave(Rejection(r.reason, None, r.stage, r.source or call.source))
+        _leave(Rejection(r.reason, None, r.stage, r.source or call.source, code=r.code), call)
     except Unguarded as e:
-        _leave(Rejection(f"it reads {e}", stage="guards", source=call.source))
+        _leave(Rejection(f"it reads {e}", stage="guards", source=call.source), call)
     return None
 
 
-def _leave(r: Rejection) -> None:
+def _leave(r: Rejection, call: Call) -> None:
     log.info("capture: left as written: %s: %s", r.source, r.reason)
-    _note(r)
+    _note(r, call)
 
 
 def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
@@ -84,15 +119,16 @@ def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
     wrong = effect(code) or arguments.unread
     if wrong:
         if roles_of(call.tensors) and asks(code):
-            raise Rejection(wrong, stage="effects" if effect(code) else "arguments")
+            if not effect(code):
+                raise Rejection(wrong, stage="arguments")
+            raise Rejection(wrong, stage="effects", source=f"{code.co_filename}:{line_of_effect(code)}")
         return None
     trial = trial_of(call)
     if not trial.about_experts:
         log.debug("capture: no expert loop: %s: %s", call.source, trial.outcome)
         return None
     if isinstance(trial.outcome, Rejection):
-        log.info("capture: left as written: %s: %s", trial.outcome.source, trial.outcome.reason)
-        _note(trial.outcome)
+        _leave(trial.outcome, call)
         return None
     refuse_modes(tx)
     return trial.outcome
@@ -106,7 +142,7 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
         raise Rejection("a token that had an expert twice would get another result", stage="repeats")
     with or_unguarded():
         Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
-    _note(reading)
+    _note(reading, call)
     params = [attribute(tx, arguments.owner, p) for p in reading.params]
     return UserFunctionVariable(reading.run), [*(arguments.leaves[n] for n in reading.arguments), *params]
 

@@ -118,9 +118,15 @@ def check_reads(reads: Iterable[fx.Node]) -> None:
     """Raise `Rejection` if what was read back hangs on parameters or on the values of float inputs (but for the choice of experts)."""
     for n in behind(reads):
         if "param_path" in n.meta:
-            raise Rejection(f"its control flow depends on the value of {n.meta['param_path']}", stage="values")
+            raise Rejection(
+                f"a branch of the loop depends on the value of {n.meta['param_path']}: its control flow is data",
+                stage="values",
+            )
         if n.op == "placeholder" and n.meta["real"].is_floating_point():
-            raise Rejection(f"its control flow depends on the values of {n.meta['arg']}", stage="values")
+            raise Rejection(
+                f"a branch of the loop depends on the values of {n.meta['arg']}: its control flow is data",
+                stage="values",
+            )
 
 
 def behind(reads: Iterable[fx.Node]) -> set[fx.Node]:

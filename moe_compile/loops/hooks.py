@@ -7,8 +7,9 @@ export, and the same model under another backend see no change. ``MOE_COMPILE_CA
   Dynamo never inlines the frame it starts with.
 - *Static loops* (`flags`): ops whose output size depends on data stay in the graphs of frames with an expert loop; a frame that cannot be
   compiled so is compiled again without.
+- *Lines* (`lines`): frames of code without a file stay in the stacks that Dynamo notes.
 
-Both rest on private names of torch; where one is missing, its hook logs that and stays out.
+All rest on private names of torch; where one is missing, its hook logs that and stays out.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import inspect
 import logging
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import capture, flags
+from . import capture, flags, lines
 from .looks import asks, is_candidate
 from .sealed_code import is_set
 
 log = logging.getLogger("moe_compile")
 
 _STEPS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__", "backend_compile_fn")
+
+
+after_frame: list[Callable[[Any], None]] = []  # called with what a frame was compiled for, once that is done
 
 
 def enabled() -> bool:
@@ -40,7 +44,7 @@ def enabled() -> bool:
 
 def install() -> None:
     """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
-    for hook in (_hook_inlining, _hook_root, _hook_flags):
+    for hook in (_hook_inlining, _hook_root, _hook_flags, _hook_lines):
         try:
             hook()
         except (ImportError, AttributeError, TypeError) as e:
@@ -49,12 +53,25 @@ def install() -> None:
 
 def for_us(compiler_fn: Any) -> bool:
     """Whether what Dynamo calls with its graphs ends at this backend, through whatever wraps it: DDP's optimizer is a bound method."""
+    return any(getattr(c, "is_moe_fused", False) for c in _behind(compiler_fn))
+
+
+def _behind(compiler_fn: Any) -> Iterator[Any]:
+    """A compiler and what it wraps, and so on, up to this backend."""
     for _ in range(16):
-        if compiler_fn is None or getattr(compiler_fn, "is_moe_fused", False):
-            break
+        if compiler_fn is None:
+            return
+        yield compiler_fn
+        if getattr(compiler_fn, "is_moe_fused", False):
+            return
         steps = (getattr(c, a, None) for c in (compiler_fn, getattr(compiler_fn, "__self__", None)) for a in _STEPS)
         compiler_fn = next((s for s in steps if s is not None), None)
-    return compiler_fn is not None and bool(getattr(compiler_fn, "is_moe_fused", False))
+
+
+def asked(compiler_fn: Any) -> tuple[Any, str | None]:
+    """The options and the mode that the user gave to what Dynamo calls with its graphs."""
+    given: dict[str, Any] = next((c.kwargs for c in _behind(compiler_fn) if isinstance(getattr(c, "kwargs", None), dict)), {})
+    return given.get("options"), given.get("mode")
 
 
 @functools.cache
@@ -105,17 +122,19 @@ def _hook_root() -> None:
     _TorchDynamoContext.__call__ = call
 
 
-def _frame_around(fn: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
-    """A frame that calls `fn`. It stands where its `code` does, and has its globals: Dynamo looks those of all other frames up by the name
-    of their module, which a class shipped by value need not have here."""
+def _frame_around(self: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:
+    """A frame that calls `self`: that is what reasons call the model. It stands where its `code` does, and has its globals: Dynamo looks
+    those of all other frames up by the name of their module, which a class shipped by value need not have here."""
 
     def frame(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
+        return self(*args, **kwargs)
 
     # Dynamo keeps compiled code by code object: one of its own for each function
     at = code.__code__
     own = frame.__code__.replace(co_filename=at.co_filename, co_firstlineno=at.co_firstlineno, co_name=at.co_name)
-    return types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
+    new = types.FunctionType(own, code.__globals__, at.co_name, None, frame.__closure__)
+    new.moe_compile_calls = self  # type: ignore[attr-defined]
+    return new
 
 
 @functools.cache
@@ -131,8 +150,17 @@ def _hook_flags() -> None:
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        if not enabled() or not for_us(given.get("compiler_fn")) or _on_already(given) or not _wants(given):
+        if not enabled() or not for_us(given.get("compiler_fn")):
             return original(*args, **kwargs)
+        capture.met(given["code"])
+        try:
+            with lines.kept():
+                return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+        finally:
+            for f in after_frame:
+                f(given["compiler_fn"])
+
+    def retried(given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
         for last in (False, True):
             try:
@@ -147,6 +175,11 @@ def _hook_flags() -> None:
         return original(*args, **kwargs)
 
     convert_frame._compile = compile_frame
+
+
+@functools.cache
+def _hook_lines() -> None:
+    lines.install()
 
 
 def _on_already(given: Mapping[str, Any]) -> bool:

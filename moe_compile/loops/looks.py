@@ -40,11 +40,22 @@ def effect(code: types.CodeType) -> str:
     """What code itself does that someone outside could notice, or ""."""
     found = sorted({n for c in codes(code) for n in c.co_names} & _EFFECTS)
     if found:
-        return f"it calls {found[0]}"
+        return f"the loop calls {found[0]}, which someone outside can notice"
     instructions = [i for c in codes(code) for i in dis.get_instructions(c)]
     writes = [str(i.argval) for i in instructions if i.opname in _WRITES]
     outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
-    return next((f"it sets {n}" for n in [*writes, *sorted(outer)]), "")
+    return next((f"the loop sets {n}, which someone outside can notice" for n in [*writes, *sorted(outer)]), "")
+
+
+def line_of_effect(code: types.CodeType) -> int:
+    """The line of what `effect` tells of."""
+    outer = set(code.co_freevars)
+    for c in codes(code):
+        for i in dis.get_instructions(c):
+            writes = i.opname in _WRITES or i.opname == "STORE_DEREF" and i.argval in outer
+            if (writes or i.argval in _EFFECTS) and i.positions is not None and i.positions.lineno is not None:
+                return i.positions.lineno
+    return code.co_firstlineno
 
 
 @functools.cache

@@ -25,6 +25,7 @@ _TABLE = 1 << 22  # elements: integer buffers are copied up to this size
 _ALIGN = 16  # bytes
 # Types of one byte whose tensors are weights or their scales where they have rows and columns
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+WORDS = (torch.uint8, torch.int32)  # of packed codes, where each expert has rows and columns of them
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,10 +56,19 @@ class Windows:
         old = self.buffers.get(dtype)
         if old is None or old.numel() < size:
             size = max(size, 1 << 16, 0 if old is None else 2 * old.numel())
-            block = torch.randn(min(size, _PERIOD), generator=self.generator) * (1 if dtype.itemsize == 1 else self.scale)
-            block = torch.exp2(block.round()) if dtype is torch.float8_e8m0fnu else block if dtype.is_floating_point else block.round()
+            block = self._noise(min(size, _PERIOD), dtype)
             self.buffers[dtype] = block.repeat(-(-size // block.numel())).to(self.device, dtype)
         return self.buffers[dtype]
+
+    def _noise(self, size: int, dtype: torch.dtype) -> Tensor:
+        if dtype is torch.uint8:  # moderate powers of two, where they are exponents
+            return torch.randint(112, 144, (size,), generator=self.generator)
+        if dtype is torch.int32:
+            return torch.randint(-(1 << 31), 1 << 31, (size,), generator=self.generator)
+        block = torch.randn(size, generator=self.generator) * (1 if dtype.itemsize == 1 else self.scale)
+        if dtype is torch.float8_e8m0fnu:
+            return torch.exp2(block.round())
+        return block if dtype.is_floating_point else block.round()
 
 
 class Probe(Sealed):
@@ -144,7 +154,7 @@ class Probe(Sealed):
             raise Rejection(f"{path} is not strided", stage="tensors")
         single = self.fewer is None or path.rpartition(".")[0] in self._single
         shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
-        weight = t.dtype in CODES and t.ndim > 1
+        weight = t.dtype in CODES and t.ndim > 1 or t.dtype in WORDS and t.ndim > 2
         if t.is_floating_point() and not weight:
             new = self._float(t, shape)
         else:

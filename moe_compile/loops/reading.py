@@ -91,7 +91,7 @@ def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover, d
     except Rejection as r:
         if r.stage == "draw" and roles is None and draw < DRAWS - 1:
             return _try(call, roles, reads, recover, draw + 1)
-        return Rejection(r.reason, None, "rows" if r.stage == "draw" else r.stage, r.source or call.source)
+        return Rejection(r.reason, None, "rows" if r.stage == "draw" else r.stage, r.source or call.source, code=r.code, part=r.part)
     except Exception as e:
         return Rejection(f"reading it failed: {type(e).__name__}: {e}", stage="read", source=call.source)
 

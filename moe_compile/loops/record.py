@@ -26,6 +26,7 @@ from .selections import name_selections
 
 # where a number from the host may be a row count, which the probe's routing decides
 _SIZES = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "repeat", "arange", "split_with_sizes"}
+INSTEAD = "loop over the experts, and pick the rows of each with torch.where(ids == e)"
 _SIZES |= {prefix + name for prefix in ("", "new_") for name in ("zeros", "ones", "full", "empty")}
 
 
@@ -76,6 +77,7 @@ def record(
 
 def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Tensor], probe: Probe) -> tuple[fx.GraphModule, Any]:
     versions = [t._version for t in flat]
+    given = [k for k, v in arguments.items() if isinstance(v, Tensor)]
     results: list[Any] = []
 
     def call(*_: Tensor) -> Any:
@@ -90,8 +92,9 @@ def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Ten
         probe.check()  # a use of what is forbidden may come out as another error
         raise Rejection(f"running it on probes raised {type(e).__name__}: {_first_line(e)}", stage="record") from e
     probe.check()
-    if [t._version for t in flat] != versions:
-        raise Rejection("it writes to its inputs or parameters", stage="effects")
+    written = [name for name, t, v in zip((*given, *probe.tensors), flat, versions, strict=True) if t._version != v]
+    if written:
+        raise Rejection(f"it writes to its inputs or parameters: {', '.join(written[:3])}", stage="effects")
     return traced, results[0]
 
 
@@ -135,7 +138,7 @@ def _same_graph(a: fx.GraphModule, b: fx.GraphModule) -> None:
     for n, m in twin.items():
         if n.op == "get_attr":
             if not torch.equal(getattr(a, str(n.target)), getattr(b, str(m.target))):
-                raise Rejection("it makes a tensor from numbers that depend on the routing", stage="record")
+                raise Rejection(f"it makes a tensor from numbers that depend on the routing: {INSTEAD}", stage="record")
             continue
         if cleaning.writes(n) or cleaning.schema_name(n).removeprefix("aten::") not in _SIZES:
             _same_arguments((n.args, n.kwargs), (m.args, m.kwargs), twin)
@@ -145,4 +148,4 @@ def _same_arguments(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> None:
     xs, how = pytree.tree_flatten(a)
     ys, how_b = pytree.tree_flatten(b)
     if how != how_b or any((twin.get(x) is not y) if isinstance(x, fx.Node) else x != y for x, y in zip(xs, ys, strict=True)):
-        raise Rejection("a number in its operations depends on the routing", stage="record")
+        raise Rejection(f"rows are picked by numbers that were read back from the routing: {INSTEAD}", stage="record")

@@ -10,6 +10,7 @@ import torch.fx as fx
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _LOCAL = re.compile(r"^[LG]\['([^']+)'\]")
+_ARGUMENT = re.compile(r"^args\[(\d+)\]$")  # of the frame that capture puts around a module
 _LONG = 80
 
 
@@ -72,4 +73,5 @@ def input_name(n: fx.Node) -> str:
         text = str(name() if callable(name) else name)
     except NotImplementedError:
         return ""
-    return _LOCAL.sub(r"\1", _PART.sub(r".\1", text))
+    text = _LOCAL.sub(r"\1", _PART.sub(r".\1", text))
+    return _ARGUMENT.sub(lambda m: "the input" if m[1] == "0" else f"argument {int(m[1]) + 1}", text)

@@ -16,8 +16,8 @@ from ...ir import Form
 from .. import terms as T
 from ..terms import Term
 from .linear import Linear
+from .matrices import LowRank, matrices
 from .rows import No, factors
-from .stored import LowRank, stored
 
 MORE = "a projection has more than one low-rank pair (LoRA) at once: merge all but one adapter into the weight"
 APART = "a low-rank pair (LoRA) stands beside no single projection"
@@ -49,8 +49,8 @@ class Pair:
         """As the pair of a projection, `scale` times it."""
         if not scale.is_number or not scale.is_real or scale == 0:
             raise No(NO_NUMBER)
-        a = stored(self.a, self.expert, self.r, self.m)
-        b = stored(self.b, self.expert, self.out, self.r)
+        a = matrices(self.a, self.expert, self.r, self.m)
+        b = matrices(self.b, self.expert, self.out, self.r)
         if (a.stride, a.offset) != (1, 0) or (b.stride, b.offset) != (lin.stride, lin.offset):
             raise No(OTHER_ROWS)
         if a.listed != b.listed or a.listed != isinstance(lin.weight, tuple):

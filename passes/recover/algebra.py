@@ -18,10 +18,13 @@ from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
 from .bridge import Bridge
+from .rows import reads
 
 L, B, C = sp.symbols("l b c", real=True)
 S = sp.Symbol("s", positive=True)
 PER_EXPERT = (L, B, C, S)
+
+_SAID = {"not": "a comparison", "lt": "a comparison (lt)", "eq": "a comparison (eq)", "rank": "a place in a queue", "a": "another tensor"}
 
 
 class Unknown(Exception):
@@ -109,7 +112,7 @@ class Translator(Bridge):
         return canonical_function(name, x, consts)
 
     def leaf(self, x: Term) -> sp.Expr:
-        raise Unknown(f"{x.op} in the router: {T.show(x, 90)}")
+        raise Unknown(f"{_SAID.get(x.op, x.op)} in the router{reads(x)}")
 
     def failure(self, name: str) -> Exception:
         return Unknown(f"{name} in the router")
@@ -125,7 +128,7 @@ class Translator(Bridge):
                 if v.args[1] != self.reductions.size["K"]:
                     raise Unknown("a reduction over a part of the selected experts")
                 return "K", slot
-        raise Unknown(f"a reduction over something else than experts: {T.show(body, 90)}")
+        raise Unknown(f"the weights of a token depend on a reduction over something else than experts, such as other tokens{reads(body)}")
 
     def _atom(self, x: Term, at: Term) -> sp.Expr:
         node, idx = x.args
@@ -134,7 +137,7 @@ class Translator(Bridge):
                 return L
             if all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
                 return self.tables.setdefault(node, sp.Symbol(f"table{len(self.tables)}", real=True))
-        raise Unknown(f"the router reads {T.show(x, 90)}")
+        raise Unknown(f"the router works with something else than its logits{reads(x)}")
 
 
 def canonical_function(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> sp.Expr:

@@ -15,8 +15,11 @@ from . import adapters, grids
 from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
+from .packed import nodes_of
 from .rounding import ROUNDED
-from .rows import No, clip, factors
+from .rows import No, factors, reads
+
+_SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
 
 
 @dataclass
@@ -43,7 +46,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
     parts = grids.split(downs)
     if parts is None:
-        raise No(_why_no_matrix(factors(inner), h, i, expert) or "an expert's down projection reads no single weight")
+        raise No(_why_no_matrix(factors(inner), h, i, expert) or _why_not_own(factors(inner), h, i, len(downs)))
     rest = T.mul(*(f for f in factors(inner) if f not in parts.factors))
     down = linear_of(parts, h, i, expert)
     if down.stride != 1 or down.offset != 0:
@@ -83,11 +86,19 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            raise No(f"an expert's output has a term that is no projection: {clip(part)}")
+            raise No(f"an expert adds to its output what is no projection of its own{reads(part)}")
     if len(sums) != 1:
         raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
     return scale, total, bias, channel, adapters.only(pairs)
+
+
+def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
+    """What the last product of an expert reads where that is not one weight of its own."""
+    same = [f for f in fs if f.op == "a" and T.uses(f, out) and T.uses(f, inp)]
+    if own == 0 and same:
+        return f"all experts have one and the same down projection{reads(same[0])}: a weight must be each expert's own"
+    return f"an expert's last product does not read one weight of its own{reads(T.mul(*same))}"
 
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
@@ -117,7 +128,7 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
             powers = weight.as_powers_dict()
             term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
             return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
-    if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
+    if any(_rounded(n) for x in reader.tokens for n in nodes_of(x)):
         raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
 
@@ -184,7 +195,9 @@ class Reader(Bridge):
             return self.linear(x)
         if self._is_channel(x):
             return self.channel(x)
-        raise No(f"an expert's activation holds {x.op}: {clip(x)}")
+        if x.op == "a":
+            raise No(f"an expert's activation reads something else than its up projections{reads(x)}")
+        raise No(f"an expert's activation holds {_SAID.get(x.op, x.op)}{reads(x)}")
 
     def failure(self, name: str) -> Exception:
         return No(f"no activation is known that uses {name}")
@@ -206,7 +219,7 @@ class Reader(Bridge):
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
-            raise No(f"an expert's inside reads a parameter that is no projection: {clip(x)}")
+            raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)
 
     def symbol(self, x: Term) -> sp.Symbol:
@@ -282,7 +295,9 @@ class Reader(Bridge):
         if parts is None or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
-            raise No(f"a projection is not token times weight: {clip(s)}")
+            if any(f.op == "sum" for x in xs for f in T.walk(x)):
+                raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
+            raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 

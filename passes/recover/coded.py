@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...ir import Form
@@ -32,12 +33,12 @@ def _stored(x: Linear) -> Stored | None:
     scaled = x.grid is not None or x.channel is not None
     if not scaled and dtype.is_floating_point and dtype.itemsize > 1:
         return None
+    how = Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
     if x.words is None:
-        return Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
-    offset, tabled = x.words.offset, x.words.table is not None
-    values = x.words.values if offset is None and not tabled else ()
-    how = (x.words.axis, x.words.order, 0.0 if tabled else offset or 0.0, values, tabled, x.zero is not None, x.exponents)
-    return Stored(x.words.bits, dtype, scaled, *_block(x), *how)
+        return how
+    w, tabled = x.words, x.words.table is not None
+    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, zeroed=x.zero is not None, exponents=x.exponents)
+    return how if tabled else replace(how, values=w.values) if w.offset is None else replace(how, offset=w.offset)
 
 
 def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch.fx as fx
 
 from .. import terms as T
 from ..aten.element import shape_of
@@ -37,11 +40,11 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     if not real:
         raise No("no expert is applied", NO_EXPERTS)
     if sorted(real) != list(range(len(real))):
-        raise No(f"the experts are not 0..{len(real) - 1}, each once: {_brief(sorted(real))}")
+        raise No(_left_out(real))
     expert = T.named(EXPERT, len(real))
     body = unify(real, expert)
     if isinstance(body, str):
-        raise No(body)
+        raise No(_other_sizes(real) or body)
     (the_ids,) = ids
     assert the_ids is not None
     return body, the_ids, identity
@@ -51,8 +54,28 @@ def _twice(e: int) -> Term:
     raise No(f"expert {e} is applied twice")
 
 
-def _brief(xs: list[int]) -> str:
-    return str(xs) if len(xs) < 12 else f"{xs[:5]}...{xs[-2:]}"
+def _other_sizes(real: Mapping[int, Term]) -> str:
+    """Whether the weights of some expert have other sizes than those of the first."""
+    sizes = {e: sorted({tuple(map(str, shape_of(n))) for n in _matrices(body)}) for e, body in real.items()}
+    first = sizes[min(sizes)]
+    other = next((e for e, s in sizes.items() if s != first), None)
+    if other is None or len(sizes[other]) != len(first):
+        return ""
+    return f"the weights of expert {other} have other sizes than those of expert {min(sizes)}: all experts must be equally wide"
+
+
+def _matrices(body: Term) -> Iterator[fx.Node]:
+    """The parameters that a term reads by numbers alone: two dims, an expert's own."""
+    for x in T.walk(body):
+        n = x.args[0] if x.op == "a" and not any(map(data_dependent, x.args[1])) else None
+        if isinstance(n, fx.Node) and n.op in ("placeholder", "get_attr") and len(shape_of(n)) == 2:
+            yield n
+
+
+def _left_out(real: Mapping[int, Term]) -> str:
+    missing = [e for e in range(max(real)) if e not in real]
+    which = f"experts {', '.join(map(str, missing[:6]))}{', ...' if missing[6:] else ''} are" if missing[1:] else f"expert {missing[0]} is"
+    return f"{which} never applied, though a token may choose so: the experts must be 0..{max(real)}, each once"
 
 
 def _is_identity(c: Term) -> bool:

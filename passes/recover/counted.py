@@ -31,7 +31,7 @@ EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixe
 
 def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
     """Whether nothing but counts is made of the indices that were chosen, as a loss that balances the load does."""
-    scores, seen = next(iter(choice.args), None), list(_indices(choice))
+    scores, seen = next(iter(choice.args), None), list(indices(choice))
     if not isinstance(scores, fx.Node) or not seen or not shape_of(seen[0]):
         return False
     per_token = shape_of(scores)[-1] * shape_of(seen[0])[-1]
@@ -47,7 +47,8 @@ def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
     return True
 
 
-def _indices(choice: fx.Node) -> Iterator[fx.Node]:
+def indices(choice: fx.Node) -> Iterator[fx.Node]:
+    """The tensors of indices that a selection gives: itself, or one of its results."""
     if isinstance(choice.meta.get("val"), torch.Tensor):
         yield choice
     else:
@@ -95,7 +96,7 @@ def named(choice: fx.Node) -> Rejection | None:
 
 def dropped(choice: fx.Node) -> fx.Node | None:
     """Where a token's place in the queue of its expert is counted and compared with how many the expert takes; None where it is not."""
-    made = _made_of(_indices(choice))
+    made = _made_of(indices(choice))
     for n in made:
         if op_name(n) == "cumsum" and any(_compares(u) for x in _made_of([n]) for u in x.users):
             return n
@@ -119,7 +120,7 @@ def _compares(n: fx.Node) -> bool:
 
 def chosen_by_experts(choice: fx.Node) -> fx.Node | None:
     """Where rows are added at the very indices that were chosen: experts choose tokens (expert choice). None where they are not."""
-    seen = list(_indices(choice))
+    seen = list(indices(choice))
     for n in seen:
         for u in n.users:
             if (
@@ -129,6 +130,6 @@ def chosen_by_experts(choice: fx.Node) -> fx.Node | None:
                 and len(shape_of(u)) > 1
             ):
                 return u
-            if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME and u not in seen:
+            if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME | names.PART | names.PERMUTE | {"getitem"} and u not in seen:
                 seen.append(u)
     return None

@@ -21,7 +21,7 @@ class DenseReader:
     so the experts' pass stops there. The router's own inputs mark where to stop.
     """
 
-    def __init__(self, walls: set[fx.Node], limit: int, given: frozenset[fx.Node], selection: fx.Node) -> None:
+    def __init__(self, walls: set[fx.Node], limit: int, given: frozenset[fx.Node], selection: fx.Node | None) -> None:
         self.walls, self.limit, self.given, self.selection = walls, limit, given, selection
         self._inner: Puller | None = None
 
@@ -35,7 +35,7 @@ class DenseReader:
     def router_inputs(self) -> set[fx.Node]:
         """Nodes the selection is computed from: tokens among them, experts' outputs never."""
         out: set[fx.Node] = set()
-        frontier: list[Any] = list(self.selection.all_input_nodes)
+        frontier: list[Any] = [] if self.selection is None else list(self.selection.all_input_nodes)
         while frontier and len(out) < 400:
             n = frontier.pop()
             if n not in out:

@@ -25,7 +25,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
-from .rows import NO_EXPERTS, No, clip, factors, ids_atom, mapped, row_index, row_variable, rows
+from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
 
 def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejection:
@@ -166,11 +166,11 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
             *lead, last = x.args[1]
             free = {v for i in x.args[1] for v in i.atoms}
             if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
             if t.op == "v" and len(lead) == 1 and lead[0].op in ("fdiv", "mod") and lead[0].args[1].args[0] == k > 1:
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
             if k == 1 and T.uses(last, t):
-                raise No(f"the expert ids are not one row a token: {clip(ids)}")
+                raise No(f"the expert ids are not one row a token{reads(ids)}")
 
 
 def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed: Core, t: Term, h: Term) -> None:
@@ -193,7 +193,7 @@ def token_node(p: Puller, tokens: list[Term], t: Term, out: fx.Node) -> fx.Node:
     x = tokens[0]
     node = carrier(p, x, t, out) if x.args[1][-1].args[0] == "m" else None
     if node is None:
-        raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens: {clip(x)}")
+        raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens{reads(x)}")
     return node
 
 
@@ -223,4 +223,4 @@ def base_node(p: Puller, base: list[Term], out: fx.Node, t: Term, h: Term) -> fx
         node = carrier(p, base[0], t, out)
         if node is not None and dtype_of(node) == dtype_of(out):
             return node
-    raise No(f"the accumulator starts from more than one tensor: {clip(T.add(*base))}")
+    raise No(f"the accumulator starts from more than one tensor{reads(T.add(*base))}")

@@ -22,13 +22,16 @@ from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .mixture import mixtures
+from .odd import between
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
+from .soft import soft_mixtures
 from .writes import harmless
 
 FIND = "find"
+LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Finder:
             elif i not in closed | matched and not only_counted(s, self.walls):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
         found.rejected.extend(mixtures(self.graph, self.walls, self.sources))
+        found.rejected.extend(soft_mixtures(self.graph))
         return found
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
@@ -119,15 +123,15 @@ class Finder:
         """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
         if (by_name := named(source)) is not None:
             return by_name
+        if (odd := between(source, self.walls)) is not None:
+            return odd
         for r in reversed(list(tried)):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label for n in output.all_input_nodes):
-            return Rejection(
-                "the selected indices leave this graph before any expert is applied: the expert loop was not captured", source, "capture"
-            )
-        return Rejection("the selected indices choose no experts", source, "find")
+            return Rejection("the selected indices leave this graph before any expert is applied", source, "capture", code=LEAVES)
+        return Rejection("selection found, no block: the selected indices choose no experts in this graph", source, FIND, code="no block")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
         if op_name(n) not in names.COMBINE and not self._weighed(n, label) or n in self.walls:
@@ -194,7 +198,7 @@ class Finder:
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
-        dense = DenseReader(self.walls, self.limit, self.given, self.sources[label - 1])
+        dense = DenseReader(self.walls, self.limit, self.given, self.sources[label - 1] if label else None)
         out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
             node, why = next(iter(p.unknown.items()), (None, ""))

@@ -14,7 +14,7 @@ from ..aten.element import shape_of
 from ..terms import Term
 from .match import Param
 from .packed import is_packed, nodes_of, place
-from .rows import No, clip, outer_atoms
+from .rows import No, outer_atoms, reads
 from .scales import block_of, is_coded
 
 
@@ -94,7 +94,7 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
     else:
         first, *idx = a.args[1]
         if first is not expert:
-            raise No(f"a scale is not indexed by its expert first: {clip(a)}")
+            raise No(f"a scale is not indexed by its expert first{reads(a)}")
         node, sizes = a.args[0], shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
     running = [d for d, x in enumerate(idx) if not (T.is_c(x, 0) and sizes[d] == 1)]
     blocks = [[block_of(idx[d], at) for at in matrix] for d in running]
@@ -104,7 +104,7 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
         raise No("the scales of a weight's blocks lie with rows and columns exchanged")
     if len(running) == 1 and any(block_of(idx[running[0]], at) is not None for at in matrix):
         raise No("a scale is over an input channel, or in groups of them, for all output channels")
-    raise No(f"a scale belongs to no block of its weight: {clip(a)}")
+    raise No(f"a scale belongs to no block of its weight{reads(a)}")
 
 
 def params(g: Grid, experts: int, shape: tuple[int, int]) -> list[Param]:

@@ -12,10 +12,10 @@ from ..terms import Term
 from ..terms.arithmetic import constant_part
 from . import grids, packed
 from .grids import Grid, Parts
+from .matrices import LowRank
 from .packed import Reading
-from .rows import No, clip
+from .rows import No, reads
 from .scales import Channel
-from .stored import LowRank
 
 
 @dataclass
@@ -56,11 +56,11 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
         pieces = list(idx[0].args) if idx[0].op == "add" else [idx[0]]
         own = [x for x in pieces if T.uses(x, expert)]
         if len(own) != 1 or any(T.uses(x, expert) for x in idx[1:]):
-            raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+            raise No(f"a weight is not indexed by its expert first{reads(a)}")
         idx[0] = T.add(*(x for x in pieces if x is not own[0]))
         flat = True
     if len(idx) != 2:
-        raise No(f"an expert weight is no matrix: {clip(a)}")
+        raise No(f"an expert weight is no matrix{reads(a)}")
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
@@ -69,7 +69,7 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
                 raise No("zero points are not laid out as the scales")
             blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
             return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
-    raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+    raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 
 
 def affine(r: Term, v: Term) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ..aten import names
 from ..aten.element import reindex, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from .rows import WORDS, No, clip
+from .rows import WORDS, No, reads
 
 _WORDS = (torch.uint8, torch.int32, torch.int8)
 _BITS = frozenset(
@@ -236,7 +236,7 @@ def place(a: Term, expert: Term) -> Place:
     leaves = [n.meta[WORDS] for n in nodes]
     first, *inner = a.args[1]
     if first is not expert:
-        raise No(f"packed weights are not indexed by their expert first: {clip(a)}")
+        raise No(f"packed weights are not indexed by their expert first{reads(a)}")
     stack = not isinstance(a.args[0], tuple)
     experts = [None] if stack else range(count)
     readings = {read(n, leaf, e, count) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}

@@ -13,6 +13,7 @@ from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, call_args, fixed_number, shape_of
 from ..aten.names import op_name
+from ..terms.text import said
 from .fused import is_fused
 from .match import ExpertsMatch
 from .output_scale import Fold
@@ -141,7 +142,7 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
             continue
         seen.add(n)
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
-            return Rejection(f"the block reads one more input, {n.name}", n, "region")
+            return Rejection(f"{said(n)} is read inside the block in a way that was not recovered", n, "region")
         stack.extend(data_inputs(n))
     order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
     return sorted(seen, key=order.__getitem__)

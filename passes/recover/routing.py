@@ -127,7 +127,7 @@ def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) ->
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        queued = any(x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
+        queued = any(x.op == "rank" or x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
         return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 

@@ -10,7 +10,9 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..aten.element import shape_of
+from ..aten.sources import code_of
 from ..terms import Term
+from ..terms.text import said
 
 WORDS = "moe_words"  # in a node's meta: the tensor of packed words that it is made of alone (`packed`)
 NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
@@ -104,6 +106,15 @@ def plain_row(a: Term) -> bool:
     return any(is_row(a, d) for d in range(len(a.args[1])))
 
 
-def clip(t: Term) -> str:
-    """The term as text for a rejection, cut short."""
-    return T.show(t, 120)
+def reads(t: Term) -> str:
+    """The tensors that a term reads, as the user calls them, for a rejection."""
+    nodes = [n for x in T.walk(t) if x.op == "a" for n in (x.args[0] if isinstance(x.args[0], tuple) else (x.args[0],))[:1]]
+    found = dict.fromkeys(_called(n) for n in nodes)
+    names = [n for n in found if n]
+    return f" (it reads {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+
+def _called(n: object) -> str:
+    if not isinstance(n, fx.Node):
+        return ""
+    return said(n) if n.op in ("placeholder", "get_attr") else code_of(n)

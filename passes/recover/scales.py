@@ -22,7 +22,7 @@ from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
 from .packed import cuts, is_packed, nodes_of
-from .rows import No, clip, factors
+from .rows import No, factors, reads
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel
     """An atom as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
     first, *idx = a.args[1]
     if first is not expert:
-        raise No(f"a scale is not indexed by its expert first: {clip(a)}")
+        raise No(f"a scale is not indexed by its expert first{reads(a)}")
     sizes = shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
     running = [d for d, x in enumerate(idx) if T.uses(x, i)]
     if len(running) > 1 or any(not T.is_c(x, 0) or sizes[d] != 1 for d, x in enumerate(idx) if d not in running):
-        raise No(f"a scale is no number for each output channel: {clip(a)}")
+        raise No(f"a scale is no number for each output channel{reads(a)}")
     if is_integer(a):
         raise No("a scale is an integer")
     if not running:

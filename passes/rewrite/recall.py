@@ -20,6 +20,7 @@ import torch.fx as fx
 from ... import ir as _ir
 from ...ops import sources
 from ..aten.shadow import example_value
+from ..aten.sources import frames
 
 log = logging.getLogger("moe_compile")
 
@@ -89,6 +90,27 @@ def _value(v: Any) -> Any:
     if isinstance(v, (list, tuple)):
         return tuple(_value(x) for x in v)
     return repr(v) if isinstance(v, (int, float, bool, str, type(None))) else type(v).__name__
+
+
+def lines(graph: fx.Graph) -> str:
+    """A digest of the lines of the user's code that made a graph: an equal graph may come of other code."""
+    return hashlib.sha256(repr([frames(n) for n in graph.nodes]).encode()).hexdigest()
+
+
+def anchor(source: str, graph: fx.Graph) -> tuple[str, int] | None:
+    """Where file:line is found in a graph: the name of a node and the place in its stack. None: nowhere."""
+    for n in graph.nodes:
+        found = [":".join(f) for f in frames(n)]
+        if source in found:
+            return n.name, found.index(source)
+    return None
+
+
+def source_at(where: tuple[str, int] | None, graph: fx.Graph) -> str:
+    """The file:line that stands there in an equal graph, "" if nothing does."""
+    name, place = where or ("", 0)
+    found = next((frames(n) for n in graph.nodes if n.name == name), [])
+    return ":".join(found[min(place, len(found) - 1)]) if found else ""
 
 
 def _sources() -> str:

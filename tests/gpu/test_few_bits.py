@@ -103,5 +103,6 @@ def test_what_cuda_takes() -> None:
     assert cuda.reason(ir.MoeBlock(None, blocks)) is None
     assert "float8_e4m3fn × scale of 2 × 2" in cuda.says(ir.MoeBlock(None, blocks))
     other = replace(blocks, up_stored=ir.Stored(32, torch.float32, rows=1))
-    for e, why in ((other, "float expert weights"), (replace(blocks, row_bits=8), "rounded"), (replace(blocks, num_identity=1), "identity")):
+    rounded, identity = replace(blocks, row_bits=8), replace(blocks, num_identity=1)
+    for e, why in ((other, "float expert weights"), (rounded, "rounded"), (identity, "identity")):
         assert why in str(cuda.reason(ir.MoeBlock(None, e)))

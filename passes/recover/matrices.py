@@ -10,11 +10,11 @@ from ..aten.element import shape_of
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
-from .rows import No, clip
+from .rows import No, reads
 
 
 @dataclass(frozen=True)
-class Stored:
+class Matrices:
     """Matrices [E, rows, columns] in one node, or one [rows, columns] in each of E: `view`, then `order`, make them of what is stored.
 
     stride, offset: of the row that is read, as an index into all rows.
@@ -45,17 +45,17 @@ class LowRank:
     """s · b (a x) of a projection."""
 
     scale: float
-    a: Stored
-    b: Stored
+    a: Matrices
+    b: Matrices
 
 
-def stored(a: Term, expert: Term, row: Term, column: Term) -> Stored:
+def matrices(a: Term, expert: Term, row: Term, column: Term) -> Matrices:
     """The layout of an atom that is read at [expert, row, column] in any order, dims flattened or not. Raises No where it is another."""
     listed = isinstance(a.args[0], tuple)
     nodes = a.args[0] if listed else (a.args[0],)
     index = a.args[1]
     if listed and index[0] is not expert:
-        raise No(f"a weight is not indexed by its expert first: {clip(a)}")
+        raise No(f"a weight is not indexed by its expert first{reads(a)}")
     view: list[int] = []
     names: list[Term] = []
     stride, offset = 1, 0
@@ -65,17 +65,17 @@ def stored(a: Term, expert: Term, row: Term, column: Term) -> Stored:
         k, c, digits = _digits(i, size, a)
         if (k, c) != (1, 0):
             if digits[0][0] is not row or len(digits) > 1:
-                raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+                raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
             stride, offset = k, c
         names += [v for v, _ in digits]
         view += [n for _, n in digits]
     wanted = [row, column] if listed else [expert, row, column]
     if len(names) != len(wanted) or any(v not in names for v in wanted):
-        raise No(f"an expert weight is no matrix: {clip(a)}")
+        raise No(f"an expert weight is no matrix{reads(a)}")
     order = tuple(names.index(v) for v in wanted)
     shape = tuple(view)
     plain = all(shape_of(n) == shape for n in nodes)
-    return Stored(a.args[0], None if plain else shape, None if order == tuple(sorted(order)) else order, stride, offset)
+    return Matrices(a.args[0], None if plain else shape, None if order == tuple(sorted(order)) else order, stride, offset)
 
 
 def _digits(i: Term, size: Any, a: Term) -> tuple[int, int, list[tuple[Term, int]]]:
@@ -83,16 +83,16 @@ def _digits(i: Term, size: Any, a: Term) -> tuple[int, int, list[tuple[Term, int
     c, rest = constant_part(i)
     pieces = sorted((T.coefficient(x) for x in (rest.args if rest.op == "add" else (rest,))), key=lambda kv: -kv[0])
     if not isinstance(size, int) or any(v.op != "v" or not isinstance(k, int) for k, v in pieces):
-        raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+        raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
     if len(pieces) == 1:
         ((k, v),) = pieces
         return k, c, [(v, size)]
     digits, left = [], size
     for k, v in pieces:
         if left % k or v.args[1] != left // k:
-            raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+            raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
         digits.append((v, left // k))
         left = k
     if left != 1 or c != 0:
-        raise No(f"an expert weight is indexed in an unknown way: {clip(a)}")
+        raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
     return 1, 0, digits

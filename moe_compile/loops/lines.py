@@ -1,0 +1,45 @@
+"""Lines of the user's code that come from no file: `python -c`, `exec`, what was shipped by value.
+
+Dynamo leaves every frame of a file named "<string>" out of the stack that a node was made in, for its own generated code has that name.
+While it traces for this backend they stay in: the user's `exec` has that name too.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NAMELESS = "<string>"
+_now = threading.local()
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Frames without a file stay in the stacks of the nodes that this thread makes inside."""
+    was, _now.on = getattr(_now, "on", False), True
+    try:
+        yield
+    finally:
+        _now.on = was
+
+
+def install() -> None:
+    """Raises AttributeError where Dynamo has no such list of files."""
+    from torch._dynamo import output_graph
+
+    original = output_graph.uninteresting_files
+
+    def uninteresting_files() -> set[str]:
+        found = original()
+        return found - {_NAMELESS} if getattr(_now, "on", False) else found
+
+    output_graph.uninteresting_files = uninteresting_files
+
+
+def span(code: types.CodeType) -> tuple[int, int]:
+    """The first and last line of code, with the functions inside it: of what has no source text, too."""
+    inner = [span(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    own = [line for _, _, line in code.co_lines() if line]
+    return code.co_firstlineno, max([code.co_firstlineno, *own, *(last for _, last in inner)])

@@ -1,0 +1,132 @@
+"""The model that a command line names: a transformers type, a configuration on disk, or a class in a file of the user's."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tiny import TOKENS, NoSuchModel, build, build_full, field, model_of
+
+WHAT = "a transformers type (qwen3_moe), a config.json or the folder of a checkpoint, or FILE.py:NAME with --shape"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load` reads."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help=WHAT)
+    parser.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of a configuration, an argument of a class"
+    )
+    parser.add_argument("--shape", action="append", default=[], metavar="N,N,..", help="of FILE.py:NAME: of each input, such as 32,64")
+    parser.add_argument("--experts", metavar="NAME", help="transformers' experts implementation: eager, batched_mm or grouped_mm")
+
+
+def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model and keyword arguments for one call of it.
+
+    A configuration is built at its true size, on the meta device; a type small, with random weights, unless `--full` is given.
+    Raises ImportError without transformers where it is needed, and ValueError that names what was given and what is allowed.
+    """
+    path, colon, name = args.model.rpartition(":")
+    if colon and path.endswith(".py"):
+        model, inputs = _of_file(Path(path), name, args.set, args.shape, args.full)
+    elif args.shape:
+        raise ValueError("--shape goes with FILE.py:NAME: models of transformers are given token ids")
+    elif (config := _config_file(args.model)) is not None:
+        model, inputs = _of_config(config, args.set)
+    elif args.set and not args.full:
+        raise ValueError("--set goes with --full, a config.json or FILE.py:NAME: a small model has sizes of its own")
+    else:
+        model, inputs = _of_type(args.model, args.full, args.set)
+    if args.experts:
+        model.set_experts_implementation(args.experts)
+    return model, inputs
+
+
+def _of_type(name: str, full: bool, fields: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    if "/" in name or "\\" in name or name.endswith((".json", ".py")):
+        raise NoSuchModel(f"there is no {name!r} here, and nothing is downloaded: --model takes {WHAT}")
+    return build_full(name, fields) if full else build(name)
+
+
+# ---- a configuration on disk -----------------------------------------------------------------------------------------------
+
+
+def _config_file(name: str) -> Path | None:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NoSuchModel(f"the folder {name} holds no config.json")
+        return path / "config.json"
+    return path if path.is_file() and path.suffix == ".json" else None
+
+
+def _of_config(path: Path, fields: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a configuration at its true size, on the meta device."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise NoSuchModel(f"{path} is no JSON: {e}") from None
+    if not isinstance(given, dict) or not isinstance(given.get("model_type"), str):
+        raise NoSuchModel(f"{path} has no model_type")
+    given |= dict(map(field, fields))
+    model = model_of(given.pop("model_type"), given, torch.device("meta"))
+    return model, {"input_ids": torch.zeros(1, TOKENS, dtype=torch.int64, device="meta"), "use_cache": False}
+
+
+# ---- a class or function in a file -----------------------------------------------------------------------------------------
+
+
+def _of_file(path: Path, name: str, fields: Sequence[str], shapes: Sequence[str], full: bool) -> tuple[Any, dict[str, Any]]:
+    """An instance of a class (or what a function without arguments returns), and random inputs by the names of its forward's arguments."""
+    if not path.is_file():
+        raise NoSuchModel(f"there is no file {path}")
+    maker = _named(_imported(path), name, path)
+    device = torch.device("meta" if full else "cpu")
+    torch.manual_seed(0)
+    try:
+        with device:
+            model = maker(**dict(map(field, fields)))
+    except TypeError as e:
+        raise ValueError(f"{name}{inspect.signature(maker)} could not be made of --set: {e}") from e
+    model = model.eval() if isinstance(model, nn.Module) else model
+    call: Callable[..., Any] = model.forward if isinstance(model, nn.Module) else model
+    names = list(inspect.signature(call).parameters)
+    if not shapes or len(shapes) > len(names):
+        raise ValueError(f"{name}'s inputs are {', '.join(names)}: give a --shape for each that is needed, in this order")
+    return model, {n: torch.randn(_shape(s), device=device) for n, s in zip(names, shapes, strict=False)}
+
+
+def _imported(path: Path) -> Any:
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _named(module: Any, name: str, path: Path) -> Callable[..., Any]:
+    found = getattr(module, name, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    own = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module) and v.__module__ == module.__name__]
+    close = difflib.get_close_matches(name, own, 5) or own
+    raise NoSuchModel(f"{path} has no {name!r}; close ones: {', '.join(close) or 'none'}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise ValueError(f"--shape {text!r} is no list of numbers such as 32,64") from None

@@ -1,0 +1,118 @@
+"""What stands between a selection and the sum of its experts that experts are not read through, in the words of a model's author.
+
+Looked for only where a block is left as written, to say why: a norm, dropout, a maximum in place of the sum, an operation without a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.fx as fx
+
+from ...ir import Rejection
+from .. import terms as T
+from ..aten import names
+from ..aten.definitions_views import TUPLES
+from ..aten.element import RULES, call_args, shape_of
+from ..aten.names import op_name
+from ..aten.sources import code_of
+from .counted import indices
+from .match import ExpertsMatch
+
+INSIDE = "inside the expert"
+_NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm native_batch_norm var var_mean std".split())
+_FEATURES = {
+    "softmax": "a softmax over features",
+    "_softmax": "a softmax over features",
+    "log_softmax": "a softmax over features",
+    "_log_softmax": "a softmax over features",
+    "cumsum": "a running sum",
+    "topk": "a top-k over features",
+    "sort": "a sort of features",
+    "scaled_dot_product_attention": "attention",
+}
+_COMBINED = {"amax": "maximum", "max": "maximum", "amin": "minimum", "min": "minimum", "prod": "product", "median": "median"}
+_RANDOM = frozenset("rand_like randn_like bernoulli rand randn normal normal_functional uniform multinomial".split())
+_MOST = 4_000
+
+
+def between(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
+    """The first such operation after a selection, in graph order; None if there is none."""
+    for n in _rows_of_experts(choice, walls):
+        if (what := _odd(n, walls)) is not None:
+            return Rejection(what, n, "experts", code="inside")
+    return None
+
+
+def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
+    """A rejection that says where tensors could not be found or disagree, by what stands inside the experts, where that is the cause."""
+    if r.stage not in ("region", "record", "rewrite", "recover", "validate"):
+        return r
+    for choice in {x.args[0]: None for x in T.walk(m.ids) if x.op == "topk"}:
+        if (odd := between(choice, walls)) is not None:
+            return odd
+    return r
+
+
+def _rows_of_experts(choice: fx.Node, walls: set[fx.Node]) -> Iterator[fx.Node]:
+    """Nodes made of a selection that hold rows of features, up to where they are added up over the experts."""
+    scores = choice.args[0] if choice.args and isinstance(choice.args[0], fx.Node) else None
+    experts = shape_of(scores)[-1] if scores is not None and shape_of(scores) else None
+    reached = set(indices(choice)) | {choice}
+    rows: set[fx.Node] = set()
+    for n in choice.graph.nodes:
+        made_of = [x for x in n.all_input_nodes if x in reached]
+        if n in reached or not made_of or len(reached) > _MOST:
+            continue
+        reached.add(n)
+        if any(x in rows for x in made_of) or _is_row(n, choice, experts):
+            yield n
+            rows.add(n)
+        if op_name(n) in names.ACCUMULATE or op_name(n) in names.REDUCTION and any(x in rows for x in made_of) and not _over_features(n):
+            reached.discard(n)
+
+
+def _is_row(n: fx.Node, choice: fx.Node, experts: object) -> bool:
+    """Whether a node holds features of rows: no number for each slot or expert."""
+    v = n.meta.get("val")
+    if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point or op_name(n) in names.CREATION:
+        return False
+    slots = {shape_of(x)[-1] for x in indices(choice) if shape_of(x)}
+    return shape_of(n)[-1] not in {1, experts, *slots}
+
+
+def _over_features(n: fx.Node) -> bool:
+    a = call_args(n)
+    dim = getattr(a, "dim", None)
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    last = len(shape_of(n.args[0])) - 1  # type: ignore[arg-type]
+    return bool(dims) and all(d in (-1, last) for d in dims)
+
+
+def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
+    name = op_name(n)
+    if n in walls:
+        return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
+    if name in _NORMS or name in ("mean", "linalg_vector_norm", "norm") and _over_features(n):
+        return f"a norm stands {INSIDE}: it needs all features of a row at once, which the fused kernels do not have"
+    if "dropout" in name and _active(n):
+        return f"dropout is active {INSIDE}: in training mode it draws new numbers in each call"
+    if name in _RANDOM:
+        return f"random numbers are drawn {INSIDE}"
+    if name in _FEATURES:
+        return f"{_FEATURES[name]} stands {INSIDE}: activations must work on each number by itself"
+    if name in _COMBINED and _is_tensor_reduction(n):
+        return f"the outputs of a token's experts are combined by their {_COMBINED[name]}, not by a weighted sum"
+    if n.op == "call_function" and name and name not in RULES and name not in TUPLES and name not in names.SIZE and name != "getitem":
+        return f"`{code_of(n) or name}` stands {INSIDE}: {name} is no operation that experts are read through"
+    return None
+
+
+def _active(n: fx.Node) -> bool:
+    a = call_args(n)
+    return bool(getattr(a, "train", True)) and a.p != 0
+
+
+def _is_tensor_reduction(n: fx.Node) -> bool:
+    return len(n.args) > 1 and not isinstance(n.args[1], fx.Node)

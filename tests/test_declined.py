@@ -1,0 +1,620 @@
+"""Modules that stay as written, and what their authors are told: the cause in their own words, at their own line, once.
+
+Each class says in its docstring what is odd about it; `says` are words of the reason, `at` the line that it points at.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moe_compile
+from moe_compile.report import Report, collecting
+
+torch.set_num_threads(1)
+T, H, I, E, K = 5, 8, 4, 3, 2
+INTERNAL = ("arg0", "arg1", "#1", "sum_", "_1[", "expert, ", "internal", "Error", "not captured")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("moe_compile.passes.rewrite.recall.load", lambda key: None)
+    torch._dynamo.reset()
+    yield
+
+
+class Odd(nn.Module):
+    """A plain block, which is fused; the others change one thing. The loop goes over all experts."""
+
+    training_mode = False
+    grad = False
+    code = ""
+    says: tuple[str, ...] = ()
+    at = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(H, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E, 2 * I, H) * 0.3)
+        self.down = nn.Parameter(torch.randn(E, H, I) * 0.3)
+        self.make()
+
+    def make(self) -> None: ...
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        return w, ids
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.up[e]).chunk(2, -1)
+        return F.silu(g) * u
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.linear(self.inner(e, x), self.down[e])
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return self.loop(x, ids, w)
+
+
+class Hit(Odd):
+    """The loop goes over the experts that were hit, which only reading by example can capture."""
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+# ---- inside an expert ----------------------------------------------------------------------------------------------------
+
+
+class NormInFront(Odd):
+    """A layer norm on each expert's input."""
+
+    code, says, at = "inside", ("a norm stands inside the expert",), "self.norm(x)"
+
+    def make(self) -> None:
+        self.norm = nn.LayerNorm(H)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, self.norm(x))
+
+
+class NormBehind(Odd):
+    """An RMS norm, written out, on each expert's output."""
+
+    code, says, at = "inside", ("a norm stands inside the expert",), "y.pow(2).mean"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        y = super().expert(e, x)
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class NormInLoop(Hit):
+    """A norm in a loop over the experts that were hit."""
+
+    code, says, at = "inside", ("a norm stands inside the expert",), "def loop"
+
+    def make(self) -> None:
+        self.norm = nn.LayerNorm(H)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return self.norm(super().expert(e, x))
+
+
+class Dropout(Odd):
+    """Dropout inside the expert, in training."""
+
+    training_mode, code, says, at = True, "inside", ("dropout is active", "training"), "F.dropout"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.dropout(super().expert(e, x), 0.1, self.training)
+
+
+class DropoutInLoop(Hit):
+    """The same in a loop over the experts that were hit."""
+
+    training_mode, code, says, at = True, "random", ("random",), "def loop"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.dropout(super().expert(e, x), 0.1, self.training)
+
+
+class SoftmaxInside(Odd):
+    """Features normalised against each other."""
+
+    code, says, at = "inside", ("softmax over features",), "F.softmax"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.up[e]).chunk(2, -1)
+        return F.softmax(g, -1) * u
+
+
+class SortInside(Odd):
+    """Features sorted."""
+
+    code, says, at = "inside", ("sort of features",), "g.sort"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.up[e]).chunk(2, -1)
+        return g.sort(-1).values * u
+
+
+class UnknownFunction(Odd):
+    """An activation that no table has."""
+
+    code, says, at = "inside", ("special_i0",), "special.i0"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.up[e]).chunk(2, -1)
+        return torch.special.i0(g) * u
+
+
+class Attention(Odd):
+    """Tokens of one expert look at each other."""
+
+    code, says, at = "inside", ("attention stands inside the expert",), "scaled_dot_product_attention"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        y = super().expert(e, x)[None]
+        return F.scaled_dot_product_attention(y, y, y)[0]
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class CustomFunction(Odd):
+    """A custom autograd.Function."""
+
+    training_mode, grad, code, says, at = True, True, "inside", ("custom autograd.Function",), "x.clone()"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return _Twice.apply(super().expert(e, x))
+
+
+class Residual(Odd):
+    """The token itself is added inside the expert."""
+
+    code, says, at = "experts", ("adds to its output", "the input"), "index_add_"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return x + super().expert(e, x)
+
+
+class Tied(Odd):
+    """One down projection for all experts."""
+
+    code, says, at = "experts", ("one and the same down projection", "self.one"), "index_add_"
+
+    def make(self) -> None:
+        self.one = nn.Parameter(torch.randn(H, I) * 0.3)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.linear(self.inner(e, x), self.one)
+
+
+class ThreeProducts(Odd):
+    """down, mid, up."""
+
+    code, says, at = "experts", ("more than two products", "self.mid"), "index_add_"
+
+    def make(self) -> None:
+        self.mid = nn.Parameter(torch.randn(E, I, I) * 0.3)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(self.inner(e, x), self.mid[e])), self.down[e])
+
+
+class Widths(Odd):
+    """Experts of different widths."""
+
+    code, says, at = "experts", ("other sizes than those of expert 0", "equally wide"), "index_add_"
+
+    def make(self) -> None:
+        self.ups = nn.ParameterList(torch.randn(I + e, H) * 0.3 for e in range(E))
+        self.downs = nn.ParameterList(torch.randn(H, I + e) * 0.3 for e in range(E))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, self.ups[e])), self.downs[e])
+
+
+class OneIsDifferent(Odd):
+    """Expert 1 has another activation."""
+
+    code, says, at = "experts", ("expert 1 is not the same function as expert 0",), "index_add_"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.up[e]).chunk(2, -1)
+        return (F.gelu if e == 1 else F.silu)(g) * u
+
+
+class Forgotten(Odd):
+    """Expert 0 is never applied."""
+
+    code, says, at = "experts", ("expert 0 is never applied",), "index_add_"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(1, E):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+# ---- the routing -----------------------------------------------------------------------------------------------------------
+
+
+class Capacity(Hit):
+    """An expert takes two rows and drops the others."""
+
+    code, says, at = "capacity", ("capacity", "dropped"), "def loop"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            t, j = t[:2], j[:2]
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class ExpertChoice(Odd):
+    """Experts choose their tokens."""
+
+    code, says, at = "expert choice", ("experts choose tokens",), "index_add_"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, rows = self.gate(x).softmax(-1).t().topk(4, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            out.index_add_(0, rows[e], self.expert(e, x[rows[e]]) * w[e][:, None])
+        return out
+
+
+class Soft(Odd):
+    """Soft MoE: experts see weighed means of all tokens."""
+
+    code, says, at = "soft", ("soft MoE", "weighed mean"), "softmax(0)"
+
+    def make(self) -> None:
+        self.phi = nn.Parameter(torch.randn(H, E * 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x @ self.phi
+        to_slots, to_tokens = logits.softmax(0), logits.softmax(1)
+        slots = (to_slots.t() @ x).view(E, 3, H)
+        g, u = torch.einsum("esh,eih->esi", slots, self.up).chunk(2, -1)
+        return to_tokens @ torch.einsum("esi,ehi->esh", F.silu(g) * u, self.down).reshape(E * 3, H)
+
+
+class Threshold(Odd):
+    """A token takes every expert above a threshold."""
+
+    code, says, at = "dense", ("threshold",), "index_add_"
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t = torch.where(p[:, e] > 0.3)[0]
+            out.index_add_(0, t, p[t, e, None] * self.expert(e, x[t]))
+        return out
+
+
+class Dense(Odd):
+    """Every expert on every token."""
+
+    code, says, at = "dense", ("every expert is applied to every token",), "sum("
+
+    def forward(self, x: Tensor) -> Any:
+        p = self.gate(x).softmax(-1)
+        return sum(p[:, e, None] * self.expert(e, x) for e in range(E))
+
+
+class Maximum(Odd):
+    """The largest of the experts' outputs."""
+
+    code, says, at = "inside", ("combined by their maximum",), "max(1)"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        every = torch.stack([self.expert(e, x) for e in range(E)], 1)
+        return every.gather(1, ids[..., None].expand(-1, -1, H)).max(1).values
+
+
+# ---- loops -----------------------------------------------------------------------------------------------------------------
+
+
+class Prints(Hit):
+    """print in the loop."""
+
+    code, says, at = "effects", ("calls print",), "print("
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            print("", end="")
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class SetsAttribute(Hit):
+    """The last expert is noted."""
+
+    code, says, at = "effects", ("sets last",), "self.last ="
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            self.last = e
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class UpdatesBuffer(Hit):
+    """Loads are counted in a buffer, inside the loop."""
+
+    code, says, at = "effects", ("writes to", "load"), "def loop"
+
+    def make(self) -> None:
+        self.register_buffer("load", torch.zeros(E))
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            self.load[e] += t.numel()
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class Branches(Hit):
+    """An expert is left out where its weights are small."""
+
+    code, says, at = "values", ("branch of the loop depends on the values of w",), "def loop"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            if w[t, j].max().item() > 0.5:
+                out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class Lists(Odd):
+    """Rows are put into Python lists."""
+
+    code, says, at = "record", ("depend on the routing", "torch.where(ids == e)"), "def loop"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(E)]
+        for t, chosen in enumerate(ids.tolist()):
+            for j, e in enumerate(chosen):
+                rows[e].append((t, j))
+        out = torch.zeros_like(x)
+        for e, pairs in enumerate(rows):
+            if pairs:
+                at, slot = torch.tensor([t for t, _ in pairs]), torch.tensor([j for _, j in pairs])
+                out.index_add_(0, at, self.expert(e, x[at]) * w[at, slot, None])
+        return out
+
+
+class TokenByToken(Odd):
+    """A loop over tokens, not over experts."""
+
+    code, says, at = "record", ("read back from the routing", "loop over the experts"), "def loop"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        rows = [sum(self.expert(ids[t, j].item(), x[t : t + 1]) * w[t, j] for j in range(K)) for t in range(x.shape[0])]
+        return torch.cat(rows)
+
+
+class ByRows(Hit):
+    """Small experts take another way."""
+
+    code, says, at = "rows", ("compares a number of rows with 4",), "def loop"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            y = self.expert(e, x[t]) if t.numel() > 4 else self.expert(e, x[t]) * 2
+            out.index_add_(0, t, y * w[t, j, None])
+        return out
+
+
+class Draws(Hit):
+    """Noise inside the loop."""
+
+    code, says, at = "random", ("random numbers",), "def loop"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x + torch.rand_like(x))
+
+
+class Vmap(Odd):
+    """Experts under torch.func.vmap."""
+
+    code, says, at = "transform", ("torch.func",), "vmap"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        every = torch.func.vmap(lambda up, down: F.linear(F.silu(F.linear(x, up[:I])), down))(self.up, self.down)
+        return (torch.zeros(x.shape[0], E).scatter(1, ids, w).t()[..., None] * every).sum(0)
+
+
+CASES = [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Odd) and c.says]
+
+
+def told(m: nn.Module, grad: bool = False, **options: Any) -> Report:
+    with torch.set_grad_enabled(grad), collecting() as report:
+        torch.compile(m, backend="moe_fused", options={"inner": "eager", **options})(torch.randn(T, H))
+    return report
+
+
+@pytest.mark.parametrize("cls", CASES, ids=lambda c: c.__name__)
+def test_the_reason_is_the_authors(cls: type[Odd]) -> None:
+    report = told(cls().train(cls.training_mode), cls.grad)
+    assert not report.blocks and len(report.rejected) == 1, str(report)
+    (r,) = report.rejected
+    path, _, line = r.source.rpartition(":")
+    assert path == __file__ and cls.at in linecache.getline(path, int(line)), f"{r.source}: {linecache.getline(path, int(line))}"
+    assert all(words in r.reason for words in cls.says), r.reason
+    assert not any(word in r.reason for word in INTERNAL), r.reason
+    assert r.code == cls.code
+
+
+# ---- routing that is left while the experts are fused ---------------------------------------------------------------------
+
+
+class CapacityOfWeights(Odd):
+    """Weights of rows beyond a capacity are 0."""
+
+    says = ()
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = super().route(x)
+        hot = F.one_hot(ids, E).transpose(0, 1).reshape(-1, E)
+        place = (hot.cumsum(0) * hot).sum(-1).view(K, -1).t()
+        return w * (place <= 3), ids
+
+
+class OfTheBatch(Odd):
+    """Weights divided by the largest of the batch."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = super().route(x)
+        return w / w.max(), ids
+
+
+class Hashed(Odd):
+    """Ids from the token, by arithmetic."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = ((x[:, 0].abs() * 100).long() % E)[:, None]
+        return torch.ones_like(ids, dtype=x.dtype), ids
+
+
+class Sampled(Odd):
+    """Ids that are drawn."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.gate(x).softmax(-1)
+        ids = torch.multinomial(p, K)
+        return p.gather(1, ids), ids
+
+
+class Smallest(Odd):
+    """The experts with the smallest scores."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1, largest=False)
+        return w, ids
+
+
+@pytest.mark.parametrize(
+    "cls, words",
+    [
+        (CapacityOfWeights, "capacity"),
+        (OfTheBatch, "something else than experts, such as other tokens"),
+        (Hashed, "do not come from one top-k"),
+        (Sampled, "do not come from one top-k"),
+        (Smallest, "smallest scores"),
+    ],
+)
+def test_the_note_on_a_routing_is_the_authors(cls: type[Odd], words: str) -> None:
+    report = told(cls())
+    assert len(report.blocks) == 1 and not report.rejected, str(report)
+    assert words in report.blocks[0].note
+    assert not any(word in report.blocks[0].note for word in INTERNAL), report.blocks[0].note
+
+
+# ---- whose reasons ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_leaks_from_one_model_into_another() -> None:
+    """The first gives no graph at all: its loop is left, in Python. The second is strict, and whole."""
+    first = torch.compile(_LoopAlone(), backend="moe_fused", options={"inner": "eager"})
+    with torch.no_grad():
+        first(torch.randn(T, H))
+        left = moe_compile.last_report()
+        torch.compile(Hit(), backend="moe_fused", options={"inner": "eager", "strict": True})(torch.randn(T, H))
+    assert left is not None and any("calls print" in r.reason for r in left.rejected), str(left)
+    report = moe_compile.last_report()
+    assert report is not None and report is not left and report.fused
+
+
+class _LoopAlone(Prints):
+    """The frame that is compiled has the loop in it, and a break in the loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            print("", end="")
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+def test_strict_sees_a_frame_that_gave_no_graph() -> None:
+    with torch.no_grad(), pytest.raises(moe_compile.NotFused, match="print"):
+        torch.compile(_LoopAlone(), backend="moe_fused", options={"inner": "eager", "strict": True})(torch.randn(T, H))
+
+
+def test_a_report_for_each_model() -> None:
+    """Regions compiled one by one, and two models in turns: what is told of a model is all of it, and of no other."""
+    a, b = nn.Sequential(Hit(), nn.Identity(), Odd()), nn.Sequential(Hit())
+    for m in (a[0], a[2], b[0]):
+        m.compile(backend="moe_fused", options={"inner": "eager"})
+    with torch.no_grad():
+        for _ in range(2):
+            a(torch.randn(T, H))
+            b(torch.randn(T, H))
+            a(torch.randn(T + 2, H))
+    of_a, of_b = moe_compile.last_report(a), moe_compile.last_report(b)
+    assert of_a is not None and of_b is not None
+    assert len(of_a.blocks) == 2 and of_a.graph_count == 2, str(of_a)
+    assert len(of_b.blocks) == 1 and of_b.graph_count == 1 and moe_compile.last_report(nn.Linear(1, 1)) is None
+
+
+def test_graphs_that_did_not_run_are_not_counted() -> None:
+    """The inner compiler refuses each graph at first: Dynamo makes another."""
+    seen = []
+
+    def inner(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gm)
+        if len(seen) == 1:
+            raise torch._dynamo.exc.RestartAnalysis(restart_reason="once more")
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(Odd(), backend="moe_fused", options={"inner": inner})(torch.randn(T, H))
+    report = moe_compile.last_report()
+    assert report is not None and report.graph_count == 1 and len(report.blocks) == 1
