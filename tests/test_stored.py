@@ -11,6 +11,7 @@ import torch
 from catalogue import check
 from torch import Tensor
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
@@ -209,3 +210,24 @@ def test_scales_of_another_projection_in_the_emitted_op_are_found(monkeypatch: p
     with torch.no_grad(), collecting() as report, torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(model, backend="moe_fused", options=check.OPTIONS)(*model.example_inputs(9))
     assert not report.blocks and any("the emitted operations" in r.reason for r in report.rejected), report.rejected
+
+
+class Halves(TwoTensor):
+    """A parameter that holds others, as torchao's do."""
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Halves:
+        return Halves(inner["a"], inner["b"])
+
+
+def test_a_wrapper_subclass_has_a_reason_of_its_own() -> None:
+    """What it holds is its own business: the block stays as written, and nothing fails inside of the compiler."""
+    model = catalogue.build(catalogue.entries()["DenseBmm"]).eval()
+    for name in ("up", "down"):
+        w = getattr(model, name).detach()
+        setattr(model, name, torch.nn.Parameter(Halves(w, w.clone()), requires_grad=False))
+    x = model.example_inputs(9)
+    with torch.no_grad(), collecting() as report:
+        got, want = torch.compile(model, backend="moe_fused", options=check.OPTIONS)(*x), model(*x)
+        torch.testing.assert_close(got.a, want.a)
+    assert not report.blocks and [r.code for r in report.rejected] == ["subclass"] and "Halves" in report.rejected[0].reason

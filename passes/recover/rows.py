@@ -43,8 +43,8 @@ def rows(n: fx.Node) -> Any:
 
 def is_row(a: Term, d: int) -> bool:
     """Whether dim d of an atom is read at the token itself."""
-    i = a.args[1][d]
-    if data_dependent(i):
+    i, n = a.args[1][d], a.args[0]
+    if data_dependent(i) or isinstance(n, fx.Node) and WORDS in n.meta:
         return False
     if any(v.args[0] == "t" for v in i.atoms):
         return True

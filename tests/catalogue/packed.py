@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_compile.ir import Stored
 
 from .base import E, H, I
-from .stored import FLOATS, RENORM, Fused, _Blocks, storing
+from .stored import FLOATS, RENORM, BlocksBatched, Fused, _Blocks, storing
 
 G = 4  # inputs that share a scale, where checkpoints have 32 or 128
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -152,6 +152,15 @@ class Mxfp4Buffer(Mxfp4Table):
 
     def values(self, q: Tensor) -> Tensor:
         return torch.stack([self.table[(q & 15).long()], self.table[(q >> 4).long()]], -1).flatten(-2)
+
+
+class Mxfp4Batched(Mxfp4Table):
+    """Verdict: fused as Mxfp4Table. All experts' floats at once, bmm, dense weights."""
+
+    run_experts = BlocksBatched.run_experts
+
+    def all_floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return self.floats(q, s)
 
 
 class Mxfp4HighFirst(Mxfp4Table):
