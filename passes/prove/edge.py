@@ -153,7 +153,12 @@ def _beside(old: int, known: Mapping[int, int]) -> int | None:
 
 def _one(sizes: Sizes, old: Iterable[Dim], new: Iterable[int], shape: tuple[Dim, ...]) -> tuple[int, ...]:
     """The same elements in another shape."""
-    return tuple(s for options in regroup(sizes, tuple(old), tuple(new), shape) for s in options[0])
+    runs = regroup(sizes, tuple(old), tuple(new), shape)
+    out: list[int] = []
+    for options in runs:  # of several ways the one that leaves the inner dims as they are: how many codes a word or a group has
+        here = shape[len(out) : len(out) + len(options[0])]
+        out += max(options, key=lambda way: next((i for i, (a, b) in enumerate(zip(way[::-1], here[::-1])) if a != b), len(here)))
+    return tuple(out)
 
 
 def _scaled(stored: Any, x: Extent, known: Mapping[int, int], sizes: Sizes) -> int:
