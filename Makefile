@@ -10,30 +10,33 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick golden zoo docs test-ascend run-ascend test-compat test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
 test: $(READY)  ## lint, type check and run all tests
-	$(MAKE) --no-print-directory -j2 lint suite
+	$(MAKE) --no-print-directory -j2 lint suite $(if $(filter Linux,$(shell uname -s)),ASCEND_APART=1)
 	$(MAKE) --no-print-directory test-ascend
 	$(MAKE) --no-print-directory test-compat
 
-suite: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+suite: $(READY)  ## all tests but those of other environments (ASCEND_APART=1: without those that test-ascend runs too)
+	$(if $(ASCEND_APART),ASCEND_APART=1) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
 
-quick: lint  ## lint, type check and a fast cut of the tests, under a minute: before every commit
-	$(BIN)/python -m pytest -q -n $(JOBS) --quick $(QUICK) $(ARGS)
+quick: $(READY)  ## lint, type check and a fast cut of the tests, under a minute: before every commit
+	$(MAKE) --no-print-directory -j2 lint quick-tests
+
+quick-tests:
+	$(BIN)/python -m pytest -q --quick $(QUICK) $(ARGS)
 
 golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalogue entry and zoo model; read its diff
 	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
 	git --no-pager diff --stat tests/golden.txt
 
-zoo: $(READY)  ## every experts implementation of every transformers architecture (make test runs a part)
-	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py
+zoo: $(READY)  ## every experts implementation of every architecture, one token of every catalogue entry (make test runs a part)
+	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py
 
 docs: $(READY)  ## write what docs/architecture.md prints of a trace anew; read its diff
 	DOCS_WRITE=1 $(BIN)/python -m pytest -q tests/test_trace.py -k document
@@ -53,7 +56,7 @@ test-ascend:  ## the Ascend lowering against the real torch_npu wheel
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
 
 run-ascend: $(ASCEND)/.ready
-	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/ascend
+	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider --ignore=tests/ascend/test_ids.py tests/ascend
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
 	$(call borrowing,$(ASCEND))
@@ -72,6 +75,16 @@ compat-%: $(abspath $(VENV))-transformers-%/.ready
 $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
 	$(call borrowing,$(@D))
 	$(@D)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/compat/$*.txt
+	touch $@
+
+LIBRARIES := $(abspath $(VENV)-libraries)
+
+test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels (DOCS_WRITE=1 writes docs/libraries.md anew)
+	$(LIBRARIES)/bin/python -m pytest -q -p no:cacheprovider tests/libraries
+
+$(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt
+	$(call borrowing,$(LIBRARIES))
+	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/requirements.txt
 	touch $@
 
 # On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
@@ -113,5 +126,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ASCEND) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASCEND) $(LIBRARIES) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

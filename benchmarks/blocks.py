@@ -99,8 +99,8 @@ class Plain(nn.Module):
         return y[back].view(x.shape[0], self.k, -1).sum(1).to(x.dtype).view_as(hidden)
 
     def _product(self, rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-        """torch's grouped product takes rows of whole 16 bytes only; for other widths what transformers falls back to."""
-        if rows.shape[1] % 8 == 0 and w.shape[2] % 8 == 0:
+        """torch's grouped product takes bf16 and rows of whole 16 bytes only; else what transformers falls back to."""
+        if rows.dtype == torch.bfloat16 and rows.shape[1] % 8 == 0 and w.shape[2] % 8 == 0:
             return torch._grouped_mm(rows, w, offs=ends)
         product: Tensor = torch.ops.transformers.grouped_mm_fallback(rows, w, offs=ends)
         return product

@@ -3,6 +3,7 @@
 
     python benchmarks/compile_time.py            # everything, about ten minutes on two cores
     python benchmarks/compile_time.py --quick    # one repetition
+    python benchmarks/compile_time.py --passes   # the passes alone, on every zoo model at its real widths: benchmarks/pass_times.py
 
 Each measurement is a process of its own with a cache folder of its own: `cold` is the first process on that folder, `warm` the second.
 What is timed is the first call of the compiled model, everything included: wall clock, or with --cpu the processor time of the process and
@@ -140,7 +141,10 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "BACKEND"), help=argparse.SUPPRESS)
-    parser.add_argument("--models", nargs="+", default=MODELS, help="transformers model types or static_loop (default: %(default)s)")
+    parser.add_argument("--passes", action="store_true", help="processor seconds of the passes alone; writes results/pass_times.json")
+    parser.add_argument(
+        "--models", nargs="+", help=f"transformers model types or static_loop (default: {', '.join(MODELS)}; all zoo models)"
+    )
     parser.add_argument("--quick", action="store_true", help="one repetition instead of three")
     parser.add_argument("--cpu", action="store_true", help="processor time instead of wall clock")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
@@ -148,9 +152,13 @@ def main() -> int:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return 0
+    if args.passes:
+        import pass_times
+
+        return pass_times.main(args.models or (), RESULTS / "pass_times.json", machine())
     print(HEAD)
     results = []
-    for name in args.models:
+    for name in args.models or MODELS:
         print(f"{name} ...", end="\r", file=sys.stderr, flush=True)
         results.append(compare(name, 1 if args.quick else 3, "cpu" if args.cpu else "wall"))
         print(row(results[-1]), flush=True)

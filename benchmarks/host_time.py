@@ -68,7 +68,7 @@ def measured(tokens: int, device: str, stub: bool) -> dict[str, float]:
     both = short.text([*plain, *ops.shared_args(one, ir.Overlap.BY_TOKENS)])
     x, logits, up, down = t["x"], t["logits"], [t["up"]], [t["down"]]
     w, ids = op["route"](logits, None, None, how)
-    out, pre = op["experts_fwd"](x, ids, w, up, down, [], [], None, text)
+    out, pre = op["experts_fwd"](x, ids, w, up, down, [], [], None, text)[:2]
     shared = ([t["shared_up"]], [t["shared_down"]], [], [], None, both)
     calls_ = {
         "route": lambda: op["route"](logits, None, None, how),

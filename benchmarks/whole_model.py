@@ -135,14 +135,18 @@ class Side:
         return (time.perf_counter() - start) / steps * 1000
 
 
-def measured(model: Any, point: Point, sides: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """All sides at a point in turns, the lower quartile of each: a machine that is busy for a while slows all of them."""
+def prepared(model: Any, point: Point, sides: list[tuple[str, str]]) -> tuple[dict[Any, Side], dict[Any, float]]:
+    """All sides at a point, compiled, and the seconds of their first calls."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     ready = {side: Side(model, point, *side) for side in sides}
-    first = {side: s.first() for side, s in ready.items()}
-    seen: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
+    return ready, {side: s.first() for side, s in ready.items()}
+
+
+def measured(point: Point, ready: dict[Any, Side], first: dict[Any, float]) -> list[dict[str, Any]]:
+    """All sides in turns, the lower quartile of each: a machine that is busy for a while slows all of them."""
+    seen: dict[tuple[str, str], list[float]] = {side: [] for side in ready}
     for _ in range(ROUNDS):
         for side, s in ready.items():
             seen[side].append(s.milliseconds())
@@ -170,10 +174,11 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     model = build(args.layers, "cuda")
     sides = [("eager", "default")] * (not args.no_eager) + [(b, m) for m in args.modes for b in ("inductor", "moe_fused")]
-    store([row for i in args.points for row in measured(model, POINTS[i], sides)], args.layers)
+    store([row for i in args.points for row in measured(POINTS[i], *prepared(model, POINTS[i], sides))], args.layers)
 
 
 def store(rows: list[dict[str, Any]], layers: int) -> None:
+    """Into the card's file."""
     import transformers
     import triton
 

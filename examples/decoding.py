@@ -7,7 +7,9 @@ later query, is masked, and is overwritten as decoding goes on.
 from __future__ import annotations
 
 import copy
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +76,11 @@ class Session:
         self.decode_step = self.step
 
     def in_graphs(self) -> Session:
-        """This session with its decoding step in torch's CUDA graphs (mode "reduce-overhead"); cache and prefill are the same ones."""
+        """This session with its decoding step, as it is compiled, in a CUDA graph: what the mode "reduce-overhead" does, without compiling
+        a second time. Cache and prefill are the same ones."""
         other = copy.copy(self)
         other.first_calls_seconds = 0.0
-        other.decode_step = torch.compile(self.plain, backend=self.backend, dynamic=False, mode="reduce-overhead")
+        other.decode_step = Replayed(self.decode_step, self.device)
         return other
 
     @torch.no_grad()
@@ -141,6 +144,52 @@ class Session:
     def _set_length(self, n: int) -> None:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(n)
+
+
+def compile_beside(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], **compile_args: Any) -> Any:
+    """A process that compiles a session's two steps for the same weights, which it shares: this process finds the graphs in the compiler's
+    cache on disk then, and compiles something else meanwhile. To be joined."""
+    process = torch.multiprocessing.get_context("spawn").Process(target=_compile, args=(model, backend, shape, compile_args))
+    process.start()
+    return process
+
+
+def _compile(model: AfmoeForCausalLM, backend: str, shape: tuple[int, int], compile_args: dict[str, Any]) -> None:
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    sys.modules.pop("__mp_main__", None)  # the cache's keys name the module that torch's constants are first found in: not this one
+    session = Session(model, backend, *shape, **compile_args)
+    for kind in ("prefill", "decode"):
+        session.warm_up(kind)
+
+
+class Replayed:
+    """A decoding step captured in a CUDA graph at its first call, then replayed; it reads token and position [1, 1] from fixed places.
+    The next call overwrites its output."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
+        self.step = step
+        self.token, self.position = (torch.zeros(1, 1, dtype=torch.long, device=device) for _ in range(2))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
+        self.token.copy_(token)
+        self.position.copy_(position)
+        if self.graph is None:
+            self._capture()
+        assert self.graph is not None and self.out is not None
+        self.graph.replay()
+        return self.out
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what libraries set up at a first call cannot be captured
+            self.step(self.token, self.position)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.step(self.token, self.position)
 
 
 def new_cache(model: AfmoeForCausalLM, length: int, batch: int = 1) -> Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ import torch.fx as fx
 from ..ir import Rejection
 from . import steps, trace
 from . import terms as T
+from .aten import names
 from .aten.conditions import no_saving_hooks
+from .aten.names import op_name
 from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
 from .recover.mixture import may_mix
 from .recover.odd import explained
+from .recover.selections import unviewed
 from .recover.soft import soft_mixtures
 from .rewrite import overlap, recall
 from .rewrite.target import Target
@@ -114,12 +118,24 @@ def _searched(work: Work) -> None:
         key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), overlap.mode(gm.graph, options, target)))
         if not trace.on() and work.recall(recall.load(key)):
             return
-    with deep_recursion(), no_saving_hooks():
+    with deep_recursion(), no_saving_hooks(), _no_collector():
         _fresh_terms()
         for p in SEARCH:
             p(work)
         _fresh_terms()
     recall.save(key, work.kept())
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Terms are many small objects without cycles, bounded in number: looking for garbage among them would take a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _fresh_terms() -> None:
@@ -139,14 +155,27 @@ def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 def might_route(graph: fx.Graph) -> bool:
     """Whether a graph selects anything at all: a cheap look, so that other graphs cost nothing."""
-    words = ("topk", "sort", "argmax", "max", "grouped_mm", "moe_compile")
-    calls = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
-    return any(any(w in str(n.target) for w in words) or _looks_up_ids(n) for n in calls)
+    return any(_selects(n) or _looks_up_ids(n) for n in graph.nodes)
+
+
+def _selects(n: fx.Node) -> bool:
+    name = op_name(n)
+    if name == "max":  # the largest of all elements, or of two, says nothing of where it is
+        return not isinstance(example_value(n), torch.Tensor)
+    return name in names.ROUTED or "moe_compile" in str(n.target)
 
 
 def _looks_up_ids(n: fx.Node) -> bool:
-    """Whether a node reads rows of integers from a table: expert ids perhaps."""
-    if not any(w in str(n.target) for w in ("getitem", "index", "embedding", "gather")):
+    """Whether a node reads rows of integers from a given table: expert ids perhaps."""
+    if op_name(n) not in names.LOOKUP | {"getitem", "take_along_dim"}:
         return False
+    return len(n.all_input_nodes) > 1 and _holds_ids(n) and any(_holds_ids(unviewed(x)) and _given(unviewed(x)) for x in n.all_input_nodes)
+
+
+def _holds_ids(n: fx.Node) -> bool:
     v = example_value(n)
     return isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype in (torch.int64, torch.int32)
+
+
+def _given(n: fx.Node) -> bool:
+    return n.op in ("placeholder", "get_attr")

@@ -42,14 +42,11 @@ def run(tmp_path: Path, *args: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("phase, graphs", [("infer", 1), ("train", 2)])
-def test_the_second_process_finds_everything(tmp_path, phase, graphs):
+def test_the_second_process_finds_everything_and_one_with_other_ops_nothing(tmp_path, phase, graphs):
     first, second = run(tmp_path, phase), run(tmp_path, phase)
     assert first["blocks"] == second["blocks"] == 2
     assert first["autograd_cache_saved"] == 1 and "autograd_cache_bypass" not in first and "fxgraph_cache_bypass" not in first
     assert second["autograd_cache_hit"] == 1 and second["fxgraph_cache_hit"] == graphs
     assert "autograd_cache_miss" not in second and "fxgraph_cache_miss" not in second
-
-
-def test_another_version_of_the_ops_compiles_afresh(tmp_path):
-    run(tmp_path, "infer")
-    assert run(tmp_path, "infer", "0.0.0-other").get("autograd_cache_hit", 0) == 0
+    if phase == "infer":  # and one with other ops compiles afresh
+        assert run(tmp_path, "infer", "0.0.0-other").get("autograd_cache_hit", 0) == 0

@@ -428,7 +428,7 @@ class Lists(Odd):
 class TokenByToken(Odd):
     """A loop over tokens, not over experts."""
 
-    code, says, at = "record", ("read back from the routing", "loop over the experts"), "def loop"
+    code, says, at = "record", ("depends on the routing", "loop over the experts"), "def loop"
 
     def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         rows = [sum(self.expert(ids[t, j].item(), x[t : t + 1]) * w[t, j] for j in range(K)) for t in range(x.shape[0])]

@@ -41,7 +41,7 @@ def mine(tmp_path: Path) -> str:
 def test_a_class_in_a_file(mine: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--model", f"{mine}:Block", "--shape", "9,16", "--set", "hidden=16"]) == 0
     out = capsys.readouterr().out
-    assert "1 MoE block fused" in out and "3 × SwiGLU 16→4→16" in out and "mine.py:14" in out
+    assert "1 MoE block fused" in out and "3 × SwiGLU 16→4→16" in out and "mine.py:16" in out
 
 
 def test_a_class_on_meta_for_a_gpu(mine: str, capsys: pytest.CaptureFixture[str]) -> None:

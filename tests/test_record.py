@@ -1,4 +1,4 @@
-"""passes/record.py: functions read by example, and what must not be read."""
+"""moe_compile/loops: functions read by example, and what must not be read."""
 
 from __future__ import annotations
 

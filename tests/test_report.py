@@ -157,7 +157,8 @@ def test_to_dict_is_json():
     assert data["blocks"][0]["ir"]["gating"]["score"] == "sigmoid" and data["blocks"][0]["ir"]["experts"]["dtype"] == "float32"
     assert data["blocks"][30]["ir"]["gating"] is None
     (rejected,) = data["rejected"]
-    assert rejected == {"reason": "the accumulator starts from `residual`, which is not zero", "source": SOURCE, "stage": "experts"}
+    reason = "the accumulator starts from `residual`, which is not zero"
+    assert rejected == {"reason": reason, "source": SOURCE, "code": "experts", "part": "", "stage": "experts"}
     assert data["graph_count"] == 2 and data["graph_breaks"][0]["source"] == SOURCE
     assert data["seconds"]["validate"] == 0.22
 

@@ -37,7 +37,7 @@ class Crossed(Block):
 
     def gathered(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         h = torch.einsum("th,tkih->tki", x, self.up[ids]).relu()
-        return (torch.einsum("tki,tkhi->tkh", h, self.down[ids.flip(-1)]) * w[..., None]).sum(1)
+        return (torch.einsum("tki,tkhi->tkh", h, self.down[torch.gcd(ids, torch.full_like(ids, 3))]) * w[..., None]).sum(1)
 
 
 class Sorted(Block):
@@ -111,8 +111,8 @@ def test_the_first_failing_predicate():
     text = str(t)
     assert f"✗ find: {reason}" in text.split("── shadow")[0]  # told first, then shown where it happened
     assert f"✗ first failing predicate: {reason}" in text.split("── find")[1]
-    assert "self.up[topk[t, s], i, h2]" in text and "self.down[(flip[t, s] % 4), h, i]" in text
-    assert "not looked into: flip: no rule for aten.flip.default" in text  # what would have to be known
+    assert "self.up[topk[t, s], i, h2]" in text and "self.down[(gcd[t, s] % 4), h, i]" in text
+    assert "not looked into: gcd: no rule for aten.gcd.default" in text  # what would have to be known
     assert "── assemble" not in text and "no block came this far" in t.text("assemble")
 
 
@@ -305,7 +305,7 @@ def test_long_terms_take_several_lines():
 
 @pytest.fixture
 def small_model(monkeypatch):
-    monkeypatch.setattr("moe_compile.tiny.build", lambda name: (Crossed(), {"x": torch.randn(T, H)}))
+    monkeypatch.setattr("moe_compile.models.build", lambda name: (Crossed(), {"x": torch.randn(T, H)}))
 
 
 def test_command(small_model, capsys):
@@ -333,7 +333,7 @@ def test_command_writes_a_page(small_model, capsys, tmp_path):
     [(["--stage", "finds"], ("--stage", "'finds'", "shadow, find")), (["--html", "nowhere/at/all.html"], ("--html", "nowhere/at"))],
 )
 def test_wrong_usage_is_told_before_anything_is_built(given, told, monkeypatch, capsys):
-    monkeypatch.setattr("moe_compile.tiny.build", lambda name: pytest.fail("a model was built"))
+    monkeypatch.setattr("moe_compile.models.build", lambda name: pytest.fail("a model was built"))
     assert main(["trace", "--model", "small", *given]) == 2
     err = capsys.readouterr().err
     assert all(word in err for word in told) and "Traceback" not in err

@@ -34,6 +34,8 @@ def refuses(ir: MoeBlock) -> str | None:
         return f"expert weights stored as {told}: npu_grouped_matmul takes int8 with a scale for each output channel"
     if e.coded and e.dtype not in (torch.float16, torch.bfloat16):
         return f"int8 expert weights with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
+    if e.adapted:
+        return "low-rank pairs (LoRA) beside expert weights: no chain of npu ops for them; merge the adapter into the weights"
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
     if e.num_experts > MAX_GROUPED:

@@ -50,6 +50,8 @@ def says(ir: MoeBlock) -> str:
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
     if stored:
         return f"cpu torch ({dtype}, weights {', '.join(stored)})"
+    if ir.experts.adapted:
+        return f"cpu torch ({dtype}, low-rank pairs)"
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
@@ -58,7 +60,7 @@ def says(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     route.prepare()
-    if not ir.experts.coded:
+    if not ir.experts.coded and not ir.experts.adapted:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

@@ -18,7 +18,7 @@ from ...ir import Form
 from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
-from . import activation, hopper_calls
+from . import activation, hopper_calls, library_backward
 from . import backward_kernels as kernels
 from .backward_sums import bias_grads, grad_weights
 from .call import Call, read
@@ -57,13 +57,15 @@ def backward(
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t, need in zip((x, weights, *p), needs, strict=True) if need]
     grad = grad.to(x.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    by_library = tiles is None and library_backward.better(call, p)
     if tiles is None:
         tiles = choose(ids.numel(), layout.num_experts, x.dtype, x.is_cuda, layout.stacked and hopper_calls.capable(x))
-    tiles = replace(tiles, padded=tiles.padded and _can_pad(call, grad, tiles))
-    blocks = (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[PAD] * tiles.padded)
+    tiles = replace(tiles, padded=not by_library and tiles.padded and _can_pad(call, grad, tiles))
+    blocks = () if by_library else (tiles.hidden.bm, tiles.hidden.bm if tiles.padded else tiles.input.bm, *[PAD] * tiles.padded)
     rows = dispatch(call.ids, layout.num_experts, tuple(dict.fromkeys(blocks)))
     out = Gradients(p, needs, layout)
-    _run(Pass(call, grad, pre.contiguous(), rows, tiles, out))
+    run = library_backward.run if by_library else _run
+    run(Pass(call, grad, pre.contiguous(), rows, tiles, out))
     return out.asked()
 
 
@@ -248,19 +250,19 @@ def _up_grads(p: Pass, d_pre: Tensor | None, x: Tensor | None) -> None:
     width = d_pre.shape[1] // p.layout.halves()
     for part in range(p.layout.halves()):
         if p.out.wants("up", part):
-            columns = _Operand(d_pre, width * part, width, False)
-            tokens = _Operand(x, 0, x.shape[1], not p.tiles.padded)
-            _weight_grad(p, p.out.empty("up", part), columns, tokens, p.layout.up_transposed, p.tiles.up)
+            columns = Operand(d_pre, width * part, width, False)
+            tokens = Operand(x, 0, x.shape[1], not p.tiles.padded)
+            weight_grad(p, p.out.empty("up", part), columns, tokens, p.layout.up_transposed, p.tiles.up)
 
 
 def _down_grads(p: Pass, grad: Tensor, hidden: Tensor | None) -> None:
     assert hidden is not None
-    left = _Operand(grad, 0, grad.shape[1], not p.tiles.padded)
-    _weight_grad(p, p.out.empty("down", 0), left, _Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
+    left = Operand(grad, 0, grad.shape[1], not p.tiles.padded)
+    weight_grad(p, p.out.empty("down", 0), left, Operand(hidden, 0, hidden.shape[1], False), p.layout.down_transposed, p.tiles.down)
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
     """Some columns of a tensor of rows; `gather`: its rows are tokens."""
 
     rows: Tensor
@@ -273,7 +275,7 @@ class _Operand:
         return self.rows[:, self.first : self.first + self.width]
 
 
-def _weight_grad(p: Pass, targets: list[Tensor], out: _Operand, into: _Operand, transposed: bool, tile: Tile) -> None:
+def weight_grad(p: Pass, targets: list[Tensor], out: Operand, into: Operand, transposed: bool, tile: Tile) -> None:
     """targets[e] = Σ over e's rows of out[row]ᵀ into[row]; `transposed`: of into[row]ᵀ out[row]."""
     left, right = (into, out) if transposed else (out, into)
     m, n = left.width, right.width

@@ -57,4 +57,6 @@ def says(ir: MoeBlock) -> str:
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
     if stored:
         return f"triton ({dtype}, {', '.join(stored)} made floats for the experts that are hit)"
+    if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:
+        return f"triton ({dtype}, low-rank pairs)"
     return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

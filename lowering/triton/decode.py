@@ -5,6 +5,7 @@
 
 At this size all that counts is how many bytes of weights are under way: programs are small and many, each load is a wide one, products
 are plain fp32 multiply-adds (tensor cores would wait for the weights just the same). Tokens that share an expert read it from L2.
+Both on matrices [E, out, in]; those stored [E, in, out] are `decode_columns`'.
 Sizes and strides are compiled in: only so does the compiler see that rows of 8 but not 16 elements, masked or not, load in whole 16 bytes.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -84,34 +85,31 @@ def _slots(ids, t, j, slots_per_token, num_experts):
 @triton.jit
 def _tiles(
     w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k,
-    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    WEIGHTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`_tile` of several experts e, [., BN, BK] or [., BK, BN]; zero where there is none."""
+    """`_tile` of several experts e, [., BN, BK]; zero where there is none."""
     base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-    at, inside = _within(n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK)
+    at, inside = _within(n0, k0, n, k, stride_n, stride_k, True, BN, BK)
     live = known[:, None, None] if EVEN else known[:, None, None] & inside[None, :, :]
     return tl.load(base[:, None, None] + at[None, :, :], mask=live, other=0.0)
 
 
 @triton.jit
-def _mixed(tiles, a, weights, slot, known, k0, k, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr):
+def _mixed(tiles, a, weights, slot, known, k0, k, WEIGHTED: tl.constexpr):
     """Σ_j w[j] tiles[j] times the elements of a[slot j] they meet."""
-    BK: tl.constexpr = tiles.shape[2] if OUT_IN else tiles.shape[1]
+    BK: tl.constexpr = tiles.shape[2]
     at_k = k0 + tl.arange(0, BK)
     v = tl.load(a + slot[:, None] * k + at_k[None, :], mask=known[:, None] & (at_k < k)[None, :], other=0.0).to(tl.float32)
     if WEIGHTED:
         v *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)[:, None]
-    if OUT_IN:
-        return tl.sum(tiles.to(tl.float32) * v[:, None, :], 0)
-    else:
-        return tl.sum(tiles.to(tl.float32) * v[:, :, None], 0)
+    return tl.sum(tiles.to(tl.float32) * v[:, None, :], 0)
 
 
 @triton.jit
 def _mixture(
     a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr, AT_ONCE: tl.constexpr,
+    WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr, AT_ONCE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w[t, j] W[e_j][n0:n0+BN, :k] · a[t·k + j] in fp32, [BN], summed over the depth once for all slots.
@@ -122,18 +120,18 @@ def _mixture(
     DTYPE: tl.constexpr = a.dtype.element_ty
     at = tl.arange(0, AT_ONCE)
     slot, e, known = _slots(ids, t, at, slots_per_token, num_experts)
-    tiles = _tiles(w, e, known, n0, 0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN, DTYPE, ALIGNED)
+    tiles = _tiles(w, e, known, n0, 0, n, k, stride_e, stride_n, stride_k, WEIGHTS, BN, BK, EVEN, DTYPE, ALIGNED)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = _mixed(tiles, a, weights, slot, known, 0, k, OUT_IN, WEIGHTED)
+    acc = _mixed(tiles, a, weights, slot, known, 0, k, WEIGHTED)
     depth = tl.cdiv(k, BK)
     for step in range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth):
         k0 = step % depth * BK
         slot, e, known = _slots(ids, t, step // depth * AT_ONCE + at, slots_per_token, num_experts)
-        tiles = _tiles(w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, OUT_IN, BN, BK, EVEN, DTYPE, ALIGNED)
-        acc += _mixed(tiles, a, weights, slot, known, k0, k, OUT_IN, WEIGHTED)
-    return tl.sum(acc, axis=1 if OUT_IN else 0)
+        tiles = _tiles(w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, BN, BK, EVEN, DTYPE, ALIGNED)
+        acc += _mixed(tiles, a, weights, slot, known, k0, k, WEIGHTED)
+    return tl.sum(acc, axis=1)
 
 
 @triton.jit
@@ -160,7 +158,7 @@ def up_decode(
     x, ids, weights, w0, w1, bias0, bias1, out,
     n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, stride_x: tl.constexpr,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn,
-    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """INTERLEAVED comes as DUAL here: two views with twice the stride."""
@@ -175,12 +173,12 @@ def up_decode(
         vector = x + (slot // slots_per_token).to(tl.int64) * stride_x
         columns = n0 + tl.arange(0, BN)
         base0 = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-        first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
-        g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, OUT_IN, EVEN)
+        first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
+        g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         if MODE == DUAL:
             base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN)
-            u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, OUT_IN, EVEN)
+            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
+            u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         else:
             u = g
         if WEIGHTED:
@@ -198,14 +196,14 @@ def down_decode(
     a, ids, weights, w, bias, x, add, out,
     n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
-    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
     total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-                     WEIGHTS, OUT_IN, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+                     WEIGHTS, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
     if BIAS or IDENTITY:
         total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
                          stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip

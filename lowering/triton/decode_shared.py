@@ -35,7 +35,7 @@ def up_together(
     tokens, n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, stride_x: tl.constexpr,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     shared_n: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr,
-    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, WEIGHTED: tl.constexpr,
+    MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per pair and block of columns, before them one per token and block of the shared expert's. INTERLEAVED comes as DUAL."""
@@ -47,8 +47,8 @@ def up_together(
         t = p % tokens
         row, n0, width, stride_row, stride_column = t.to(tl.int64), p // tokens * BN, shared_n, shared_stride_n, shared_stride_k
         base0, base1, to, known = shared0, shared1, shared_out, True
-        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
-        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN) if MODE == DUAL else first0
+        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, True, BN, BK, EVEN)
+        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, True, BN, BK, EVEN) if MODE == DUAL else first0
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
@@ -66,13 +66,13 @@ def up_together(
         base0, base1, to = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED), _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED), out
         if WEIGHTED:
             scale = tl.load(weights + slot).to(tl.float32)
-        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN)
-        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, OUT_IN, BN, BK, EVEN) if MODE == DUAL else first0
+        first0 = _tile(base0, n0, 0, width, k, stride_row, stride_column, True, BN, BK, EVEN)
+        first1 = _tile(base1, n0, 0, width, k, stride_row, stride_column, True, BN, BK, EVEN) if MODE == DUAL else first0
     if known:
         vector = x + t.to(tl.int64) * stride_x
-        g = _product(first0, base0, vector, n0, width, k, stride_row, stride_column, OUT_IN, EVEN)
+        g = _product(first0, base0, vector, n0, width, k, stride_row, stride_column, True, EVEN)
         if MODE == DUAL:
-            u = _product(first1, base1, vector, n0, width, k, stride_row, stride_column, OUT_IN, EVEN)
+            u = _product(first1, base1, vector, n0, width, k, stride_row, stride_column, True, EVEN)
         else:
             u = g
         if WEIGHTED:
@@ -87,23 +87,23 @@ def down_together(
     n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
     shared_k: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr, shared_stride_bn,
-    WEIGHTS: tl.constexpr, OUT_IN: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
+    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
     AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    SHARED_OUT_IN: tl.constexpr, SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
+    SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
     PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program per token and block of columns: the routed experts in slot order, then the shared one, then what is added."""
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
-    first = _tile(shared, n0, 0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, BN, SHARED_BK, SHARED_EVEN)
+    first = _tile(shared, n0, 0, n, shared_k, shared_stride_n, shared_stride_k, True, BN, SHARED_BK, SHARED_EVEN)
     total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-                     WEIGHTS, OUT_IN, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+                     WEIGHTS, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
     if BIAS or IDENTITY:
         total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
                          stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip
     b = shared_a + t.to(tl.int64) * shared_k
-    y = _product(first, shared, b, n0, n, shared_k, shared_stride_n, shared_stride_k, SHARED_OUT_IN, SHARED_EVEN)
+    y = _product(first, shared, b, n0, n, shared_k, shared_stride_n, shared_stride_k, True, SHARED_EVEN)
     if SHARED_BIAS:
         y += tl.load(shared_bias + columns * shared_stride_bn, mask=columns < n, other=0.0).to(tl.float32)
     if GATED:
@@ -123,10 +123,10 @@ class Shared:
 
 
 def fits(c: Call, s: Shared) -> bool:
-    """Whether one kernel can take both: the same activation of as many projections, stored the same way round, without bias before it."""
+    """Whether one kernel can take both: the same activation of as many projections, all stored [out, in], without bias before it."""
     theirs = s.call
     alike = _mode(c.layout) == _mode(theirs.layout) and _act(c) is _act(theirs)
-    stored = not theirs.up.table and not theirs.down.table and theirs.up.out_in == c.up.out_in and theirs.down.out_in == c.down.out_in
+    stored = not theirs.up.table and not theirs.down.table and all(w.out_in for w in (c.up, c.down, theirs.up, theirs.down))
     return alike and stored and c.up_bias is None and theirs.up_bias is None
 
 
@@ -157,7 +157,7 @@ def _up(c: Call, s: Call, a: Tensor, b: Tensor, tile: Vector) -> None:
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], a, s.up.parts[0], s.up.parts[-1], b,
         tokens, c.up.n, c.up.k, c.ids.shape[1], c.layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         s.up.n, s.up.stride_n, s.up.stride_k,
-        MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, WEIGHTED=c.layout.weight_on_input,
+        MODE=_mode(c.layout), ACT=_act(c), WEIGHTS=_kind(c.up), WEIGHTED=c.layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and s.up.n % bn == 0 and c.up.k % bk == 0,
         PDL=bool(pdl), ALIGNED=c.up.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
@@ -174,10 +174,10 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
         c.down.n, c.down.k, c.ids.shape[1], c.layout.num_experts, c.layout.num_identity,
         c.down.stride_e, c.down.stride_n, c.down.stride_k, *_bias_strides(bias), c.x.stride(0), 0 if c.add is None else c.add.stride(0),
         shared.k, shared.stride_n, shared.stride_k, _bias_strides(s.call.down_bias)[1],
-        WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not c.layout.weight_on_input,
+        WEIGHTS=_kind(c.down), BIAS=bias is not None, WEIGHTED=not c.layout.weight_on_input,
         ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
-        SHARED_OUT_IN=shared.out_in, SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
+        SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,
         PDL=bool(pdl), ALIGNED=c.down.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from ...ir import Form
 from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
-from . import activation, decode, gemm, library, tune
+from . import activation, decode, decode_columns, gemm, library, tune
 from .call import Call, Late, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -84,6 +84,9 @@ def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
 
 def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     """a [T·k, I] = act(up x), a program per pair and block of columns."""
+    if not c.up.out_in:
+        decode_columns.up(c, a)
+        return
     layout, bias = c.layout, c.up_bias
     fns = activation.functions(layout.act_ops, layout.act_consts)
     pdl = {"launch_pdl": True} if early_launch(c.x) else {}
@@ -93,13 +96,16 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
         c.x, c.ids, c.weights, c.up.parts[0], c.up.parts[-1], *_bias_args(bias, c.x), a,
         c.up.n, c.up.k, c.ids.shape[1], layout.num_experts, c.x.stride(0), c.up.stride_e, c.up.stride_n, c.up.stride_k,
         *_bias_strides(bias),
-        MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), OUT_IN=c.up.out_in, BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
+        MODE=_mode(layout), ACT=fns.act, WEIGHTS=_kind(c.up), BIAS=bias is not None, WEIGHTED=layout.weight_on_input,
         BN=bn, BK=bk, EVEN=c.up.n % bn == 0 and c.up.k % bk == 0, PDL=bool(pdl), ALIGNED=c.up.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
 def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, early: bool) -> None:
     """out [T, H] = add + Σ_j w down a, in the dtype of `out`. `early`: may start while the kernel before it still runs."""
+    if not c.down.out_in:
+        decode_columns.down(c, a, add, out, early)
+        return
     layout, bias = c.layout, c.down_bias
     pdl = {"launch_pdl": True} if early and early_launch(c.x) else {}
     bn, bk = _extents(tile, c.down)
@@ -108,7 +114,7 @@ def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, 
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, add, out,
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
-        WEIGHTS=_kind(c.down), OUT_IN=c.down.out_in, BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
+        WEIGHTS=_kind(c.down), BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
         ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
         BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(pdl), ALIGNED=c.down.aligned,
         num_warps=tile.warps, **pdl,
@@ -289,9 +295,8 @@ def _kind(w: Matrices) -> Any:
 
 
 def _extents(v: Vector, w: Matrices) -> tuple[int, int]:
-    """Columns and depth of a program's tile: the long side lies along the contiguous dimension."""
-    bn, bk = v.bn, min(v.bk, power_of_2(w.k))
-    return (bn, bk) if w.out_in else (min(max(64, bn), power_of_2(w.n)), max(16, bn * bk // 64))
+    """Columns and depth of a program's tile."""
+    return v.bn, min(v.bk, power_of_2(w.k))
 
 
 def _bias_args(bias: Biases | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -34,14 +34,14 @@ def better(c: Call) -> bool:
     plain = layout.stacked and not layout.weight_on_input and c.up_bias is None and c.down_bias is None and Form(layout.form) in _FORMS
     if not plain or c.x.dtype != torch.bfloat16 or capability(c.x.device) < (9, 0):
         return False
-    return c.slots >= LEAST_ROWS * layout.num_experts and any(_uneven(w) for w in (c.up, c.down)) and all(map(_taken, (c.up, c.down)))
+    return c.slots >= LEAST_ROWS * layout.num_experts and any(_uneven(w) for w in (c.up, c.down)) and all(map(taken, (c.up, c.down)))
 
 
 def _uneven(w: Matrices) -> bool:
     return not w.out_in and w.k % 64 != 0
 
 
-def _taken(w: Matrices) -> bool:
+def taken(w: Matrices) -> bool:
     """Rows of whole 16 bytes, as torch's product asks for them; the result's too."""
     return all(map(tma_fits, w.parts)) and w.n % 8 == 0 and w.k % 8 == 0
 
@@ -53,7 +53,7 @@ def run(c: Call, up: Tensor, down: Tensor, out: Tensor) -> tuple[Tensor, Tensor]
     ends = rows.offsets[1:]
     up = up[: layout.num_experts] if layout.up_transposed else up[: layout.num_experts].transpose(1, 2)
     down = down[: layout.num_experts] if layout.down_transposed else down[: layout.num_experts].transpose(1, 2)
-    pre = grouped_product(_gathered(c, rows), up, ends)
+    pre = grouped_product(gathered(c, c.x, rows), up, ends)
     a = empty(c.x, c.slots, c.up.n)
     activate(layout, [pre], None, a)
     y = grouped_product(a, down, ends)
@@ -62,14 +62,15 @@ def run(c: Call, up: Tensor, down: Tensor, out: Tensor) -> tuple[Tensor, Tensor]
     return out, pre
 
 
-def _gathered(c: Call, rows: Dispatch) -> Tensor:
-    """Row r is the token of sorted row r; what lies behind the last expert's rows is anything."""
-    out = empty(c.x, c.slots, c.x.shape[1])
-    block = min(256, power_of_2(c.x.shape[1]))
-    pdl = {"launch_pdl": True} if early_launch(c.x) else {}
+def gathered(c: Call, source: Tensor, rows: Dispatch) -> Tensor:
+    """Row r is that of sorted row r's token in `source` [T, n]; what lies behind the last expert's rows is anything."""
+    width = source.shape[1]
+    out = empty(source, c.slots, width)
+    block = min(256, power_of_2(width))
+    pdl = {"launch_pdl": True} if early_launch(source) else {}
     launch(
-        _take, (cdiv(c.slots, _ROWS), cdiv(c.x.shape[1], block)),
-        c.x, rows.order, rows.offsets, out, c.layout.num_experts, c.x.shape[1], c.x.stride(0),
+        _take, (cdiv(c.slots, _ROWS), cdiv(width, block)),
+        source, rows.order, rows.offsets, out, c.layout.num_experts, width, source.stride(0),
         SLOTS=c.ids.shape[1], BM=_ROWS, BN=block, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
     return out

@@ -93,8 +93,10 @@ def define(library: torch.library.Library, otherwise: Mapping[str, Callable[...,
 
 
 def call(name: str, *args: Any) -> Any:
-    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between. An op without a
-    short form is called as it is."""
+    """The short form of an op, for the arguments of the long one; straight to the kernels where nobody stands in between.
+
+    An op that has none runs as it is.
+    """
     if name not in SCHEMAS:
         return getattr(torch.ops.moe_compile, name).default(*args)
     short = shorten(name, args)
@@ -161,7 +163,7 @@ def _kernel(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
 
     def on_its_device(*args: Any) -> Any:
         x: Tensor = args[0]
-        if x.get_device() == torch.cuda.current_device():
+        if x.get_device() == torch._C._cuda_getDevice():
             return run(*args)
         with torch.cuda.device(x.device):
             return run(*args)

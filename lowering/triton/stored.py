@@ -124,3 +124,6 @@ def _dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tens
     from . import stored_kernels  # triton is looked up here
 
     stored_kernels.dequantise(codes, scales, how, experts, out)
+
+
+KERNELS = {"experts_stored": experts_stored}

@@ -103,7 +103,9 @@ def rule(p: Problem, tokens: int) -> Choice:
     if p.dtype == torch.float32:
         tile = Tile(16 if rows <= 16 else 64, 64, 32, 4, 3)
         return Choice(tile, tile, _decode(p, tokens))
-    if rows <= 10:
+    if rows <= 1:  # 2 % faster than the next on an H200, for all four shapes measured there
+        up = down = Tile(16, 64, 128, 4, 4)
+    elif rows <= 10:
         up, down = Tile(16, 32, 256, 4, 3), Tile(16, 64, 128, 4, 4)
     elif rows <= 20:
         up = down = Tile(32, 64, 128, 4, 3, tma=True)

@@ -71,7 +71,12 @@ def up_matrices(layout: Layout, up: Sequence[Tensor]) -> Matrices | None:
 
 
 def down_matrices(layout: Layout, down: Sequence[Tensor]) -> Matrices | None:
-    as_nk = [_as_out_in(t, layout.down_transposed) for t in down]
+    return plain_matrices(layout, down, layout.down_transposed)
+
+
+def plain_matrices(layout: Layout, tensors: Sequence[Tensor], transposed: bool) -> Matrices | None:
+    """One matrix for each expert, as it is stored; None when the strides are beyond the kernels."""
+    as_nk = [_as_out_in(t, transposed) for t in tensors]
     return _matrices(layout, [as_nk], *as_nk[0].shape[-2:], None) if _uniform(as_nk) else None
 
 

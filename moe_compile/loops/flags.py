@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ..ir import Rejection
 from .libraries import home, is_library
-from .looks import asks, compares, has_loop
+from .looks import ASKS, asks, compares, has_loop
 from .places import MISSING, of_class
 from .sealed_code import codes
 
@@ -83,13 +83,19 @@ def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]
     if has_loop(code) and asks(code):
         return True
     found = list(_reached(code, names, values))
-    return _loops(found) or _counts(found)
+    return _loops(found) or _counts(found) or _unrolled(found)
 
 
 def _loops(reached: Iterable[types.CodeType]) -> bool:
     found = list(reached)
     loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
     return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def _unrolled(found: Iterable[types.CodeType]) -> bool:
+    """Whether code that a graph was printed as, such as what torch.export gives, holds a loop that was unrolled."""
+    printed = [c for c in found if c.co_filename.startswith("<eval_with_key>")]
+    return any(_SELECTS & set(c.co_names) and ASKS & set(c.co_names) for c in printed)
 
 
 def _counts(found: Iterable[types.CodeType]) -> bool:
@@ -109,15 +115,20 @@ def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
             known[key] = user and _loops(_reached(forward.__code__, forward.__globals__, [m]))
         return known[key]
 
-    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    modules = list(_modules(values))
     inner = [m for m in modules if holds(m) and not any(holds(x) for x in m.modules() if x is not m)]
     return frozenset(of_class(type(m), "forward").__code__ for m in inner)
+
+
+def _modules(values: Iterable[Any]) -> Iterator[nn.Module]:
+    """Modules at hand and inside; one whose `__init__` is at work has none yet, not even the table for them."""
+    return (m for v in values if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
 
 
 def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
     """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
     values = list(values)
-    modules = [m for v in values if isinstance(v, nn.Module) for m in v.modules()]
+    modules = list(_modules(values))
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not is_library(home(c)))
     own = [f for m in modules for f in vars(m).values() if callable(f)]  # a forward set on the instance
     todo: list[tuple[types.CodeType, Mapping[str, Any]]] = [(code, names)]

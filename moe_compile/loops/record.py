@@ -148,4 +148,4 @@ def _same_arguments(a: Any, b: Any, twin: Mapping[fx.Node, fx.Node]) -> None:
     xs, how = pytree.tree_flatten(a)
     ys, how_b = pytree.tree_flatten(b)
     if how != how_b or any((twin.get(x) is not y) if isinstance(x, fx.Node) else x != y for x, y in zip(xs, ys, strict=True)):
-        raise Rejection(f"rows are picked by numbers that were read back from the routing: {INSTEAD}", stage="record")
+        raise Rejection(f"which rows are picked depends on the routing, by numbers that were read back: {INSTEAD}", stage="record")

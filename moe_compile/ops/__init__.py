@@ -16,11 +16,12 @@ A device without kernels of its own runs `moe_compile.lowering.reference`.
 from __future__ import annotations
 
 from . import anywhere, autocast, autograd, shapes, sources
-from .records import bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
+from .records import adapted_of, bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
 from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
     "SCHEMAS",
+    "adapted_of",
     "anywhere",
     "autocast",
     "autograd",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.fx as fx
 from torch import Tensor
@@ -87,50 +89,72 @@ def _dropout(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(a.input, idx)
 
 
-@rule("permute")
-def _permute(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    dims = [normal_dim(d, len(idx)) for d in a.dims]
-    return p.at(n.args[0], tuple(idx[dims.index(d)] for d in range(len(idx))))
+# ---- moved elements ----------------------------------------------------------------------------------------------------
+
+# op -> where in its operand the element at an index stands: (arguments, index, the operand's shape) -> index. A new such op is one row.
+Move = Callable[[Args, Idx, tuple[Any, ...]], Idx]
 
 
-@rule("transpose", "swapaxes", "swapdims")
-def _transpose(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    d0, d1 = (normal_dim(d, len(idx)) for d in n.args[1:3])  # type: ignore[arg-type]
+def _swapped(idx: Idx, d0: int, d1: int) -> Idx:
     out = list(idx)
     out[d0], out[d1] = out[d1], out[d0]
-    return p.at(n.args[0], out)
+    return tuple(out)
 
 
-@rule("t", "numpy_T", "T", "mT", "mH", "H", "matrix_H", "adjoint")
-def _t(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if len(idx) < 2:
-        return p.at(n.args[0], idx)
-    return p.at(n.args[0], (*idx[:-2], idx[-1], idx[-2]))
-
-
-@rule("movedim", "moveaxis")
-def _movedim(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+def _moved_dims(a: Args, idx: Idx, shape: tuple[Any, ...]) -> Idx:
     rank = len(idx)
-    src = [normal_dim(d, rank) for d in ([a.source] if isinstance(a.source, int) else a.source)]
-    dst = [normal_dim(d, rank) for d in ([a.destination] if isinstance(a.destination, int) else a.destination)]
-    order: list[int | None] = [None] * rank
-    for s, d in zip(src, dst, strict=True):
-        order[d] = s
+    src, dst = ([normal_dim(d, rank) for d in ([x] if isinstance(x, int) else x)] for x in (a.source, a.destination))
     rest = iter(d for d in range(rank) if d not in src)
-    full = [next(rest) if d is None else d for d in order]
-    return p.at(n.args[0], tuple(idx[full.index(d)] for d in range(rank)))
+    order = [src[dst.index(d)] if d in dst else next(rest) for d in range(rank)]
+    return tuple(idx[order.index(d)] for d in range(rank))
 
 
-@rule("unsqueeze")
-def _unsqueeze(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    d = normal_dim(a.dim, len(idx))
-    return p.at(n.args[0], idx[:d] + idx[d + 1 :])
+def _flipped(dims: Sequence[int], idx: Idx, shape: tuple[Any, ...]) -> Idx:
+    """n - 1 - i along each of the dims."""
+    gone = {normal_dim(d, len(idx)) for d in dims}
+    return tuple(T.add(T.const(s - 1), T.mul(T.const(-1), i)) if d in gone else i for d, (i, s) in enumerate(zip(idx, shape, strict=True)))
 
 
-@rule("squeeze")
-def _squeeze(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+def _rolled(a: Args, idx: Idx, shape: tuple[Any, ...]) -> Idx:
+    """(i - shift) mod n along each of the dims; all elements in row-major order where none is named."""
+    shifts, dims = ([x] if isinstance(x, int) else list(x) for x in (a.shifts, a.dims))
+    if not dims:
+        n = sp.Mul(*shape)
+        (at,) = reindex(idx, shape, (n,))
+        return reindex((T.mod(T.add(at, T.const(-size_of(shifts[0]) % n)), n),), (n,), shape)
+    for k, d in zip(map(size_of, shifts), dims, strict=True):
+        d = normal_dim(d, len(idx))
+        idx = replace(idx, d, T.mod(T.add(idx[d], T.const(-k % shape[d])), shape[d]))
+    return idx
+
+
+MOVES: dict[str, Move] = {
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), lambda a, i, s: _swapped(i, *list(vars(a).values())[1:])),
+    **dict.fromkeys(
+        ("t", "numpy_T", "T", "mT", "mH", "H", "matrix_H", "adjoint"), lambda a, i, s: i if len(i) < 2 else _swapped(i, -1, -2)
+    ),
+    **dict.fromkeys(("movedim", "moveaxis"), _moved_dims),
+    "permute": lambda a, i, s: tuple(i[[normal_dim(d, len(i)) for d in a.dims].index(d)] for d in range(len(i))),
+    "unsqueeze": lambda a, i, s: (*i[: normal_dim(a.dim, len(i))], *i[normal_dim(a.dim, len(i)) + 1 :]),
+    "flip": lambda a, i, s: _flipped(a.dims, i, s),
+    "fliplr": lambda a, i, s: _flipped((1,), i, s),
+    "flipud": lambda a, i, s: _flipped((0,), i, s),
+    "roll": _rolled,
+}
+
+
+@rule(*MOVES)
+def _move(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
-    return p.at(src, reindex(idx, shape_of(n), shape_of(src)))
+    return p.at(src, MOVES[op_name(n)](a, idx, shape_of(src)))
+
+
+@rule("tril", "triu")
+def _triangle(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """x[i, j] where j - i <= diagonal (tril), where j - i >= diagonal (triu), else 0."""
+    edge = T.add(idx[-2], T.const(size_of(a.diagonal)))
+    kept = T.lt(idx[-1], T.add(edge, T.const(1))) if op_name(n) == "tril" else T.not_(T.lt(idx[-1], edge))
+    return T.ite(kept, p.at(n.args[0], idx), T.const(0))
 
 
 @rule("expand", "expand_as", "broadcast_to")

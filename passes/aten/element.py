@@ -1,7 +1,7 @@
 """Pull: ask what one element of a node is, and get a term.
 
-`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in the
-`pull_*` files. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
+`Puller.at(node, idx)` reads the node's ATen op and asks its operands in turn; the rules stand in
+`definitions_*`. A node where the puller stops (a boundary, an unknown op, a wall) is an atom.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ RULES: dict[str, Rule] = {}
 
 
 NO_RULE = "no rule for"
+STEPS = 20  # of the budget for work on terms, for each element that is looked up
 
 
 class Opaque(Exception):
@@ -151,6 +152,7 @@ class Puller:
         out = self.memo.get(key)
         if out is None:
             self.left -= 1
+            T.step(STEPS)
             if self.left < 0:
                 raise T.TooLarge("the values around the selection depend on each other in too many ways")
             out = self.memo[key] = self._look(node, key[1])

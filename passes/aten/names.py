@@ -27,6 +27,8 @@ RESHAPE = _row(
 )
 # the same elements under other dims
 PERMUTE = _row("permute transpose swapaxes swapdims t mT mH numpy_T T H matrix_H adjoint movedim moveaxis")
+# the same elements at other places
+MOVE = _row("flip fliplr flipud roll")
 # some of the elements, at a place known when compiling; SPLIT gives several such parts
 SPLIT = _row("chunk split split_with_sizes unbind")
 PART = SPLIT | _row("slice select narrow")
@@ -61,9 +63,10 @@ PUT = _row("index_put _index_put_impl")
 ACCUMULATE = PUT | _row("index_add scatter_add scatter_reduce")  # rows added (or put) at places read from data
 COMBINE = ACCUMULATE | REDUCTION | (CONTRACTION - _row("linear mv embedding _grouped_mm grouped_mm grouped_mm_fallback")) | _row("add")
 SELECTION = _row("topk sort argsort argmax max")  # the best by a score, and where they are
-LOOKUP = _row("index embedding gather")  # rows at places read from data
-WRITE = ACCUMULATE | _row("scatter copy masked_scatter index_copy index_fill masked_fill")  # some elements get another value
 GROUPED = _row("_grouped_mm grouped_mm grouped_mm_fallback")
+LOOKUP = _row("index embedding gather")  # rows at places read from data
+ROUTED = SELECTION | GROUPED | _row("gumbel_softmax scaled_grouped_mm _scaled_grouped_mm")  # what a graph with experts holds one of
+WRITE = ACCUMULATE | _row("scatter copy masked_scatter index_copy index_fill masked_fill")  # some elements get another value
 CLAMP = _row("clamp clip clamp_min clamp_max")
 
 _PYTHON = {"truediv": "div", "itruediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and_": "bitwise_and", "or_": "bitwise_or"}

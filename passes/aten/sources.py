@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _PART = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
 _LOCAL = re.compile(r"^[LG]\['([^']+)'\]")
 _ARGUMENT = re.compile(r"^args\[(\d+)\]$")  # of the frame that capture puts around a module
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _LONG = 80
 
 
 def frames(n: Any) -> list[tuple[str, str]]:
     """(file, line) of the user's calls that made a node, the innermost last."""
     trace = n.meta.get("stack_trace") if isinstance(n, fx.Node) else None
-    return _FRAME.findall(trace or "")
+    found = _FRAME.findall(trace or "")
+    return [f for f in found if not f[0].startswith(_TORCH)] or found
 
 
 def source_of(n: Any) -> str:

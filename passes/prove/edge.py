@@ -27,6 +27,7 @@ _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
 _FEW_EXPERTS = 64  # with blocks of scales, of which more than these get fewer
+_PER_EXPERT = ("selection bias", "expert scale")
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
 
 
@@ -124,8 +125,10 @@ class Edge:
             after = (*stored[:at], *(_scaled(s, x, known, sizes) for s, x in zip(stored[at:], extents, strict=True)))
             views[q] = None if q.view is None else after
             shapes.setdefault(q.node, after if q.view is None else _one(sizes, stored, after, shape_of(q.node)))
-        for n in self.roles:
-            shapes.setdefault(n, sizes.shape(shape_of(n)) if self.roles[n] == "other" else tuple(new(s) for s in shape_of(n)))
+        for n, role in self.roles.items():
+            if role in _PER_EXPERT:  # as many tokens as experts do not change how many experts there are
+                shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
+            shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
         return Small(sizes, shapes, views, resized(self.experts, sizes))
 
 
@@ -157,7 +160,7 @@ def _one(sizes: Sizes, old: Iterable[Dim], new: Iterable[int], shape: tuple[Dim,
     out: list[int] = []
     for options in runs:  # of several ways the one that leaves the inner dims as they are: how many codes a word or a group has
         here = shape[len(out) : len(out) + len(options[0])]
-        out += max(options, key=lambda way: next((i for i, (a, b) in enumerate(zip(way[::-1], here[::-1])) if a != b), len(here)))
+        out += sorted(options, key=lambda way: [a == b for a, b in zip(tuple(way)[::-1], here[::-1], strict=True)])[-1]
     return tuple(out)
 
 

@@ -190,9 +190,20 @@ def _along(n: fx.Node, env: Env, given: dict[str, Any]) -> Callable[[Any], Any]:
 @rule("slice", "narrow", "split", "split_with_sizes")
 def _bounds(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
     moved = _along(n, env, given)
-    out = {k: moved(v) for k, v in given.items() if k in ("start", "end", "length", "split_size")}
+    own = {"start": given["start"]} if _phase(n, env, given) else {}
+    out = {k: own[k] if k in own else moved(v) for k, v in given.items() if k in ("start", "end", "length", "split_size")}
     lists = {k: [moved(v) for v in vs] for k, vs in given.items() if k in ("split_sizes",)}
     return out | lists
+
+
+def _phase(n: fx.Node, env: Env, given: dict[str, Any]) -> bool:
+    """Whether a slice begins within its first step and goes round evenly, in the graph and on the probe: x[..., 1::2]."""
+    start, step = given.get("start"), given.get("step", 1)
+    if not isinstance(start, int) or not isinstance(step, int) or not 0 < start < step:
+        return False
+    old, new = _input(n, env, given)
+    d = normal_dim(given.get("dim", 0), len(old))
+    return isinstance(old[d], int) and old[d] % step == 0 and new[d] % step == 0
 
 
 @rule("select")

@@ -77,7 +77,7 @@ def _of_one_token(u: fx.Node, choice: fx.Node, walls: set[fx.Node]) -> bool:
     """Whether an element of u depends on what one token, named by where the element is, has chosen; also where that cannot be told."""
     at = [T.named(f"at{d}", s) for d, s in enumerate(shape_of(u))]
     try:
-        with T.Budget(20_000).within():
+        with T.Budget(50_000).within():
             term = Puller(lambda x: x is choice.args[0], walls, 4_000).at(u, tuple(at))
     except (T.TooLarge, Opaque):
         return True

@@ -24,6 +24,7 @@ from .copies import EXPERT, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
+from .merged import apart
 from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
@@ -58,7 +59,7 @@ def _assemble(
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, rounding = unrounded(body)
+    body, rounding = unrounded(apart(body, expert))
     parsed, weight = _core_and_weight(body, t, h, expert)
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
+from .merged import merged_pairs
 from .mixture import mixtures
 from .odd import between
 from .rounding import rounded_nodes
@@ -32,6 +34,8 @@ from .writes import harmless
 
 FIND = "find"
 LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
+# What may be spent on the experts of one selection, in steps of a few microseconds; loops over experts take up to 450 a node
+STEPS, STEPS_A_NODE = 150_000, 400
 
 
 @dataclass
@@ -50,7 +54,6 @@ class Finder:
     def __init__(self, graph: fx.Graph, walls: set[fx.Node], memory: Memory, id_inputs: bool = False) -> None:
         self.graph, self.walls, self.memory = graph, walls, memory
         self.order = memory.order
-        self.limit = 20_000 + 40 * len(self.order)
         self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else is_selection(n))]
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
@@ -58,11 +61,15 @@ class Finder:
                 T.facts().know(n, most)
         self.static = self._labels(lambda n: None)
         self.live: dict[fx.Node, int] = {}
-        self.left: dict[int, int] = {}
-        self.integers = made_floats(graph)
-        self.packed = any(WORDS in n.meta for n in self.integers)
-        if self.integers:
-            self.integers |= rounded_nodes(graph)
+        self.within = Counter(self.static.values())  # how many nodes carry a label
+        self.left: dict[int, int] = {}  # elements that may still be asked for around a selection, all attempts together
+        self.steps: dict[int, T.Budget] = {}  # and the work on terms
+        codes = made_floats(graph)
+        self.packed = any(WORDS in n.meta for n in codes)
+        if codes:
+            codes |= rounded_nodes(graph)
+        self.opened = codes | merged_pairs(graph)  # weights that are looked into for what they are made of
+        self.fallbacks = [set(s) for s in {frozenset(codes): None, frozenset(): None} if s != self.opened]
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
@@ -87,7 +94,7 @@ class Finder:
                 label = 0
             self.live[n] = label
             ready = is_fused(n) and n not in self.walls  # in a checkpointed body: taken there
-            if label and self.left.get(label, 1) <= 0:
+            if label and self._is_spent(label):
                 continue
             if ready or label and label not in closed and self._is_candidate(n, label):
                 for x in (n, *self._summands(n, label)):
@@ -163,31 +170,45 @@ class Finder:
             self._continues(n, w, label) for v in u.users for w in v.users if w is not u and w.args and w.args[0] is n
         )
 
+    def _elements(self, label: int) -> int:
+        """Elements that one attempt may ask for: what is read around a selection is linear in the nodes behind it."""
+        return 4_000 + 16 * self.within[label]
+
     def spend(self, label: int) -> int:
-        """Elements that may still be asked for around one selection: the whole search stays linear in the graph."""
-        return self.left.setdefault(label, 4 * self.limit)
+        return self.left.setdefault(label, 2 * self._elements(label))
+
+    def budget(self, label: int) -> T.Budget:
+        """The work on terms that a selection may cause. A table may be no routing at all: less is spent on it."""
+        steps = (STEPS + STEPS_A_NODE * self.within[label]) // (4 if self._is_table(label) else 1)
+        return self.steps.setdefault(label, T.Budget(steps))
+
+    def _is_spent(self, label: int) -> bool:
+        return self.spend(label) <= 0 or self.budget(label).left <= 0
+
+    def _is_table(self, label: int) -> bool:
+        return label > 0 and is_table(self.sources[label - 1])
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        """Integer weights are looked for first; where they are stored in an unknown way, the floats made of them are the weights."""
-        out = self._attempt(n, label)
-        if isinstance(out, Rejection) and self.integers and (out.code != NO_EXPERTS or self.packed):
-            kept, self.integers = self.integers, set()
+        """What weights are made of (codes, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
+        out = again = self._attempt(n, label)
+        kept = self.opened
+        for fewer in self.fallbacks:
+            if not isinstance(again, Rejection) or out.code == NO_EXPERTS and not self.packed:  # type: ignore[union-attr]
+                break
+            self.opened = fewer
             again = self._attempt(n, label)
-            self.integers = kept
-            return out if isinstance(again, Rejection) else again
-        return out
+        self.opened = kept
+        return out if isinstance(again, Rejection) else again
 
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        allowed = min(self.limit, self.spend(label))
-        table = label > 0 and is_table(self.sources[label - 1])  # may be no routing at all: less is spent on it
-        steps = T.Budget(self.limit if table else 15 * self.limit)
+        allowed = min(self._elements(label), self.spend(label))
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
         p.given = self.given
         try:
-            with steps.within():
+            with self.budget(label).within():
                 out = self._match(n, p, label)
         except T.TooLarge as e:
-            if table:
+            if self._is_table(label):
                 allowed = self.left[label]
                 return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
             return Rejection(str(e), n, "experts")
@@ -198,7 +219,7 @@ class Finder:
         return out, p
 
     def _match(self, n: fx.Node, p: Puller, label: int) -> ExpertsMatch | Rejection:
-        dense = DenseReader(self.walls, self.limit, self.given, self.sources[label - 1] if label else None)
+        dense = DenseReader(self.walls, self._elements(label), self.given, self.sources[label - 1] if label else None)
         out = read_fused(n, p) if is_fused(n) else with_identity(n, p, self.fused, dense) or match_experts(p, n, dense)
         if isinstance(out, Rejection):
             node, why = next(iter(p.unknown.items()), (None, ""))
@@ -214,11 +235,11 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
-        if n in self.integers and WORDS in n.meta:
+        if n in self.opened and WORDS in n.meta:
             return True
         if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
-        if self.live.get(n, self.static[n]) == label or n in self.integers:
+        if self.live.get(n, self.static[n]) == label or n in self.opened:
             return False
         name = op_name(n)
         if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]
@@ -226,7 +247,7 @@ class Finder:
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
-        if name in names.VIEW or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
+        if name in names.VIEW | names.MOVE or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
             return False
         if name in names.CAST:
             src = n.args[0]

@@ -5,7 +5,8 @@ p is any function of a projection of the tokens with a column for each expert: s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from .rows import No, factors, row_index, row_variable, rows
 DENSE = "every expert is applied to every token, weighed by the router (no top-k): nothing to dispatch, the products stay as written"
 THRESHOLD = "experts are chosen by a threshold on the router's scores (no top-k), so that one token has more of them than another"
 _NEAR = 24  # steps from the router's product to the weights, and operations an expert has
-_ELEMENTS, _STEPS = 4_000, 40_000  # looked at for one possible result: a dense mixture is small
+_ELEMENTS, _STEPS = 4_000, 100_000  # looked at for one possible result: a dense mixture is small
+_STEPS_A_NODE = 100  # and for all of a graph: as many for each of its nodes, besides
 _PARTS = names.PART | {"getitem", "index"}
 
 
@@ -78,10 +80,13 @@ def mixtures(graph: fx.Graph, walls: set[fx.Node], selections: Collection[fx.Nod
     order = {n: i for i, n in enumerate(graph.nodes)}
     done: set[fx.Node] = set()
     opaque = {*walls, *selections}
+    budget = T.Budget(_STEPS + _STEPS_A_NODE * len(order))
     for router in _routers(graph):
+        if budget.left <= 0:
+            return
         if not opaque.isdisjoint(_near(router, _NEAR)):
             continue
-        out = next((n for n in _results(router) if n not in done and _is_mixture(n, router, order, opaque)), None)
+        out = next((n for n in _results(router) if n not in done and _is_mixture(n, router, order, opaque, budget)), None)
         if out is not None:
             done.add(out)
             yield Rejection(THRESHOLD if op_name(out) in names.ACCUMULATE else DENSE, out, "lower", code="dense")
@@ -98,20 +103,28 @@ def _results(router: fx.Node) -> list[fx.Node]:
 
 def _near(router: fx.Node, most: int) -> list[fx.Node]:
     """The router and what is made of it, the nearest first."""
-    seen = [router]
-    for n in seen:
-        seen.extend(u for u in n.users if u not in seen and len(seen) < most)
+    return list(_closure(router, lambda n: n.users, most))
+
+
+def _closure(start: fx.Node, nexts: Callable[[fx.Node], Iterable[fx.Node]], most: int) -> dict[fx.Node, None]:
+    """A node and what is reached from it, the nearest first, `most` nodes at the most."""
+    seen, waiting = {start: None}, deque([start])
+    while waiting:
+        for u in nexts(waiting.popleft()):
+            if u not in seen and len(seen) < most:
+                seen[u] = None
+                waiting.append(u)
     return seen
 
 
-def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> bool:
+def _is_mixture(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node], budget: T.Budget) -> bool:
     edge = order[_tokens(router)]
-    if not _of_one_block(out, router, order, edge, walls):
+    if budget.left <= 0 or not _of_one_block(out, router, order, edge, walls):
         return False
     t, h = row_variable(rows(out)), T.named("h", shape_of(out)[-1])
     p = Puller(lambda n: order[n] <= edge or n is router, walls, _ELEMENTS)
     try:
-        with T.Budget(_STEPS).within():
+        with budget.within(), T.Budget(_STEPS).within():
             term = p.at(out, (*row_index(t, shape_of(out)[:-1]), h))
             body = _one_expert(term, shape_of(router)[-1])
             return body is not None and _weighs(body, router, t, h)
@@ -123,11 +136,9 @@ def _of_one_block(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], edge
     """Whether what lies between the tokens and `out` can be a router and its experts: a walk over nodes, before elements are read."""
     count = shape_of(router)[-1]
     most = _NEAR * (count + 2)
-    seen = [out]
-    for n in seen:
-        if n in walls or len(seen) > most:
-            return False
-        seen.extend(x for x in n.all_input_nodes if order[x] > edge and x is not router and x not in seen)
+    seen = _closure(out, lambda n: (x for x in n.all_input_nodes if order[x] > edge and x is not router), most + 1)
+    if len(seen) > most or not walls.isdisjoint(seen):
+        return False
     products, read = sum(op_name(n) in names.CONTRACTION for n in seen), {x for n in seen for x in n.all_input_nodes}
     return router in read and (products >= 2 * count or products > 1 and any(_is_stack(x) and shape_of(x)[0] == count for x in read))
 

@@ -66,7 +66,7 @@ def _rows_of_experts(choice: fx.Node, walls: set[fx.Node]) -> Iterator[fx.Node]:
         if n in reached or not made_of or len(reached) > _MOST:
             continue
         reached.add(n)
-        if any(x in rows for x in made_of) or _is_row(n, choice, experts):
+        if _is_floats(n) and (any(x in rows for x in made_of) or _is_row(n, choice, experts)):
             yield n
             rows.add(n)
         if op_name(n) in names.ACCUMULATE or op_name(n) in names.REDUCTION and any(x in rows for x in made_of) and not _over_features(n):
@@ -75,11 +75,17 @@ def _rows_of_experts(choice: fx.Node, walls: set[fx.Node]) -> Iterator[fx.Node]:
 
 def _is_row(n: fx.Node, choice: fx.Node, experts: object) -> bool:
     """Whether a node holds features of rows: no number for each slot or expert."""
-    v = n.meta.get("val")
-    if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point or op_name(n) in names.CREATION:
+    if not isinstance(n.meta.get("val"), torch.Tensor) or len(shape_of(n)) < 2 or op_name(n) in names.CREATION:
         return False
     slots = {shape_of(x)[-1] for x in indices(choice) if shape_of(x)}
     return shape_of(n)[-1] not in {1, experts, *slots}
+
+
+def _is_floats(n: fx.Node) -> bool:
+    """Whether a node gives floats: a tensor, or several of them."""
+    v = n.meta.get("val")
+    first = v[0] if isinstance(v, (tuple, list)) and v else v
+    return isinstance(first, torch.Tensor) and first.dtype.is_floating_point
 
 
 def _over_features(n: fx.Node) -> bool:

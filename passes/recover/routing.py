@@ -20,6 +20,7 @@ from ..terms import Term
 from .algebra import Translator, Unknown
 from .carrier import row_of
 from .counted import CAPACITY
+from .groups import roll_slots, same_at, split_groups, takes_largest
 from .identity import among
 from .match import ExpertsMatch
 from .rows import factors, rows
@@ -37,6 +38,9 @@ class GatingMatch:
     choice: fx.Node
 
 
+STEPS = 400_000  # what may be spent on one block's routing, in steps of a few microseconds: routers take some thousands
+
+
 def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejection:
     """The gating that made m.ids and m.weight, or why it stays as written."""
     found = {x for x in T.walk(m.ids) if x.op == "topk"}
@@ -45,19 +49,28 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
         return Rejection(apart or "the expert ids do not come from one top-k of the graph", m.out, "gating")
     (chosen,) = found
     choice: fx.Node = chosen.args[0]
-    if not _takes_largest(choice):
+    if not takes_largest(choice):
         return Rejection("the selection takes the smallest scores", choice, "gating")
     if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
         return Rejection("the router sees another number of tokens than the experts", choice, "gating")
     if chosen.args[1][:-1] != row_of(choice.args[0], m.t):  # type: ignore[arg-type]
         return Rejection("the router sees the tokens in another order than the experts", choice, "gating")
+    try:
+        with T.Budget(STEPS).within():
+            return _at_some_boundary(m, chosen, walls)
+    except T.TooLarge as e:
+        return Rejection(str(e), choice, "gating")
+
+
+def _at_some_boundary(m: ExpertsMatch, chosen: Term, walls: set[fx.Node]) -> GatingMatch | Rejection:
+    """The gating above the first values that can be its logits."""
     last: Rejection | None = None
-    for logits in _boundaries(choice, walls):
+    for logits in _boundaries(chosen.args[0], walls):
         out = _try(m, chosen, logits, walls)
         if isinstance(out, GatingMatch):
             return out
         last = last or out
-    return last or Rejection("no router logits were found", choice, "gating")
+    return last or Rejection("no router logits were found", chosen.args[0], "gating")
 
 
 def _from_another_device(ids: Term) -> bool:
@@ -93,13 +106,6 @@ def _suppose(cond: Term, true: bool, known: dict[Term, Term]) -> None:
         known[cond] = T.const(true)
 
 
-def _takes_largest(choice: fx.Node) -> bool:
-    a = call_args(choice)
-    if op_name(choice) in ("topk", "sort", "argsort"):
-        return bool(a.largest if op_name(choice) == "topk" else a.descending)
-    return op_name(choice) in ("max", "argmax")
-
-
 def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
     """Where the logits may be cut: the projection that makes them, then each [.., E] node towards the top-k."""
     source: Any = choice.args[0]
@@ -120,7 +126,9 @@ def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:
             frontier.extend(n.all_input_nodes)
     order = {n: i for i, n in enumerate(choice.graph.nodes)} if len(path) > 1 else {}
     path.sort(key=lambda n: order.get(n, 0))
-    return [n for n in path if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
+    projected = any(op_name(n) in names.CONTRACTION for n in path)  # beside a projection an input is a bias: for one token too, [1, E]
+    kept = [n for n in path if n.op == "call_function" or not projected]
+    return [n for n in kept if op_name(n) not in names.CREATION | names.REPEAT | {"scatter"}]
 
 
 def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) -> GatingMatch | Rejection:
@@ -195,7 +203,7 @@ def at_best(weight: Term, criterion: Term, e: Term, chosen: Term) -> Term:
         return weight
     best: dict[Term, Term] = {}
     for x in T.walk(weight):
-        if x.op == "max" and x.args[0].args[1] == e.args[1] and _same_at(risen(*x.args[::-1]), risen(criterion, e), e, x.args[0]):
+        if x.op == "max" and x.args[0].args[1] == e.args[1] and same_at(risen(*x.args[::-1]), risen(criterion, e), e, x.args[0]):
             best[x] = T.subst(x.args[1], {x.args[0]: chosen})
     return T.canonical(T.subst(weight, best)) if best else weight
 
@@ -227,112 +235,11 @@ def expand(t: Term, p: Puller) -> Term:
     return T.subst(t, {k: v for k, v in mapping.items() if k is not v})
 
 
-def roll_slots(t: Term, choice: fx.Node, rows: tuple[Term, ...], k: int) -> Term:
-    """f(slot 0) + f(slot 1) + ... + f(slot k-1) is a sum over the slots, also when it is written out."""
-    slots = [T.mk("topk", choice, (*rows, T.const(c))) for c in range(k)]
-    memo: dict[Term, Term] = {}
-    for x in T.walk(t):
-        y = T.rebuild(x, lambda c: memo[c]) if x.op not in ("c", "v") else x
-        if y.op == "add" and k > 1:
-            y = _rolled(y, slots)
-        memo[x] = y
-    return memo[t]
-
-
-def is_last_slot(x: Term, t: Term) -> bool:
-    """Whether x reads the last one, n >= 1, of a top-k's slots that t reads by number."""
-    if not x.args[1] or x.args[1][-1].op != "c" or x.args[1][-1].args[0] < 1:
-        return False
-    same = [y.args[1][-1] for y in T.walk(t) if y.op == "topk" and y.args[0] is x.args[0] and y.args[1][:-1] == x.args[1][:-1]]
-    return all(s.op == "c" and s.args[0] <= x.args[1][-1].args[0] for s in same)
-
-
-def _rolled(t: Term, slots: list[Term]) -> Term:
-    v = T.named("#rolled", len(slots))
-    rest, forms = list(t.args), []
-    any_slot = T.mk("topk", slots[0].args[0], (*slots[0].args[1][:-1], v))
-    groups: dict[Term, dict[int, Term]] = {}
-    for a in t.args:
-        here = [c for c, s in enumerate(slots) if any(x is s for x in T.walk(a))]
-        if len(here) == 1:
-            groups.setdefault(T.subst(a, {slots[here[0]]: any_slot}), {})[here[0]] = a
-    for form, members in groups.items():
-        if len(members) == len(slots):
-            rest = [a for a in rest if a not in members.values()]
-            forms.append(form)
-    return T.canonical(T.add(T.reduce_("sum", v, T.add(*forms)), *rest)) if forms else t
-
-
 def _score_dtype(p: Puller, logits: fx.Node, source: fx.Node) -> torch.dtype:
     for x, d in p.dtypes.items():
         if d.is_floating_point and x.op == "fn" and any(a.op == "a" and a.args[0] is logits for a in x.args[1]):
             return d
     return dtype_of(source)
-
-
-# ---- groups ------------------------------------------------------------------------------------------------------------
-
-
-def split_groups(criterion: Term, e: Term, p: Puller) -> tuple[Term, Groups | None]:
-    """ite([group of e is among the kept ones], x, fill) -> x and the groups."""
-    if criterion.op == "ite":
-        cond, inside, fill = criterion.args
-        if inside.op == "c":
-            cond, inside, fill = T.not_(cond), fill, inside
-        if fill.op != "c":
-            raise Unknown("losing groups are filled with a tensor")
-        return inside, _groups(cond, inside, float(fill.args[0]), e, p)
-    if criterion.op == "mul":
-        for f in criterion.args:
-            if f.op == "any" or (f.op == "eq" and any(x.op == "topk" for x in T.walk(f))):
-                inside = T.mul(*(g for g in criterion.args if g is not f))
-                return inside, _groups(f, inside, 0.0, e, p)
-    return criterion, None
-
-
-def _groups(cond: Term, inside: Term, fill: float, e: Term, p: Puller) -> Groups:
-    kept, hit = (cond.args[0].args[1], cond.args[1]) if cond.op == "any" else (1, cond)
-    if hit.op != "eq":
-        raise Unknown(f"experts are masked by something else than their group: {T.show(cond, 90)}")
-    pick, group = hit.args if hit.args[0].op == "topk" else hit.args[::-1]
-    if pick.op != "topk" or group.op != "fdiv" or group.args[0] is not e:
-        raise Unknown(f"experts are masked by something else than their group: {T.show(cond, 90)}")
-    per_group = group.args[1].args[0]
-    count = e.args[1] // per_group
-    chooser: fx.Node = pick.args[0]
-    if not _takes_largest(chooser) or shape_of(chooser.args[0])[-1] != count:  # type: ignore[arg-type]
-        raise Unknown("groups are chosen in an unknown way")
-    g = T.named("g", count)
-    score = T.canonical(p.at(chooser.args[0], (*pick.args[1][:-1], g)))
-    for x in [x for x in T.walk(score) if x.op == "topk" and is_last_slot(x, score)]:
-        score = roll_slots(score, x.args[0], x.args[1][:-1], x.args[1][-1].args[0] + 1)
-    return Groups(count, kept, _group_top(score, inside, e, g, per_group), fill)
-
-
-def _group_top(score: Term, inside: Term, e: Term, g: Term, n: int) -> int:
-    """How many of a group's best selection scores its own score sums (1: the maximum)."""
-    if score.op == "max":
-        v, body = score.args
-        if v.args[1] == n and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), v)):
-            return 1
-    elif score.op == "sum" or score.op == "mul" and sum(f.op == "sum" for f in score.args) == 1:
-        inner = next(f for f in (score.args if score.op == "mul" else (score,)) if f.op == "sum")
-        v, body = inner.args
-        body = T.mul(body, *(f for f in score.args if f is not inner)) if score.op == "mul" else body
-        for x in T.walk(body):
-            if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):
-                if _takes_largest(x.args[0]) and _same_at(body, inside, e, T.add(T.mul(T.const(n), g), x)):
-                    return int(v.args[1])
-    else:
-        for x in T.walk(score):
-            if x.op == "topk" and _takes_largest(x.args[0]) and _same_at(score, inside, e, T.add(T.mul(T.const(n), g), x)):
-                return 1
-    raise Unknown("a group's score is neither the maximum nor a sum of the best selection scores")
-
-
-def _same_at(body: Term, inside: Term, e: Term, index: Term) -> bool:
-    """Whether body is `inside` at expert `index`; both are canonical up to the names of variables bound further out."""
-    return T.canonical(T.subst(inside, {e: index})) is T.canonical(body)
 
 
 def _tables(tr: Translator, select: sp.Expr, value: sp.Expr) -> tuple[fx.Node | None, fx.Node | None]:

@@ -60,6 +60,7 @@ def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], wa
     return None
 
 
+STEPS = 200_000  # what may be spent on one addend, in steps of a few microseconds
 FAR = 4  # additions that are looked through: zeros, a scale, a residual
 LARGE = 256  # nodes between the tokens and a shared expert's result: an MLP has about ten
 
@@ -110,7 +111,8 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
     p = Puller(lambda n: order[n] <= edge, walls)
     t, h = row_variable(rows(other)), T.named("h", shape_of(other)[-1])
     try:
-        term = p.at(other, (*row_index(t, shape_of(other)[:-1]), h))
+        with T.Budget(STEPS).within():
+            term = p.at(other, (*row_index(t, shape_of(other)[:-1]), h))
         parsed = _parse(m, term, t, h)
         if parsed is None:
             return None

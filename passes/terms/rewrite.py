@@ -25,7 +25,7 @@ class Rewriter:
         known = self.known
         out = known.get(t)
         if out is None:
-            step()
+            step(len(t.args))
             if t.op == "let":
                 body, keys, values = t.args
                 out = self.subst(body, dict(zip(keys, map(self.normal, values))))
@@ -68,7 +68,7 @@ class Rewriter:
         def go(x: Term) -> Term:
             y = memo.get(x)
             if y is None:
-                step()
+                step(len(x.args))
                 y = memo[x] = x if only_variables and keys.isdisjoint(x.atoms) else self.rebuild(x, go)
             return y
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, ListCase, Rejected, Sound, parameter
+from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, ListCase, Rejected, parameter
 
 R = 3
 LORA = replace(LIST_EXPERTS, up_pair=2.0, second_pair=2.0, down_pair=2.0)
@@ -337,10 +337,8 @@ class LoraOnGate(ListCase):
         return out
 
 
-class LoraMerged(LoraDown):
-    """Verdict: fused. The adapter is merged into the weight before the product: either reading is right."""
-
-    expect = Sound()
+class LoraMerged(_Written):
+    """Verdict: fused as LoraLinears. The adapter is added to the weight before the product: the pair is read out of the sum."""
 
     def adapted(self, base: nn.Linear) -> nn.Module:
         class Merged(Lora):
@@ -348,3 +346,52 @@ class LoraMerged(LoraDown):
                 return F.linear(x, self.base.weight + self.scale * self.b.weight @ self.a.weight)
 
         return Merged(base)
+
+
+class LoraStacksMerged(_Stacks):
+    """Verdict: fused as LoraStacks. Whole stacks are merged, once for each access as a parametrisation does it."""
+
+    group = "lora stacks"
+
+    def project(self, x: Tensor, e: int, name: str) -> Tensor:
+        w, a, b = (getattr(self, f"{name}{what}") for what in ("", "_a", "_b"))
+        return F.linear(x, torch.baddbmm(w, b, a, alpha=2.0)[e])
+
+
+class LoraFlattened(_Stacks):
+    """Verdict: fused as LoraStacks. Adapters as two Linears for all experts, A [E·r, in] and B [out, r·E], merged by an einsum (peft)."""
+
+    group = "lora stacks"
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.flat = nn.ModuleDict({name: nn.ParameterList([parameter(E * R, i), parameter(o, R * E)]) for name, o, i in self.sizes})
+        del self.up_a, self.up_b, self.down_a, self.down_b
+
+    sizes = (("up", 2 * I, H), ("down", H, I))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        pairs = {}
+        for name, (a, b) in self.flat.items():
+            pairs |= {f"{name}_a": [a.view(E, R, -1)], f"{name}_b": [b.view(-1, R, E).permute(2, 0, 1)]}
+        return {"up": [self.up], "down": [self.down]} | pairs
+
+    def project(self, x: Tensor, e: int, name: str) -> Tensor:
+        a, b = self.flat[name]
+        delta = torch.einsum("o r e, e r i -> e o i", b.reshape(b.shape[0], -1, E), a.reshape(E, -1, a.shape[-1])) * 2.0
+        return F.linear(x, (getattr(self, name) + delta)[e])
+
+
+class LoraMergedActivated(LoraMerged):
+    """Verdict: fused, and not as LoraMerged: the delta goes through a function, so what is added is no pair and the sum is the weight."""
+
+    expect = Fused(RENORM, LIST_EXPERTS)
+    near, differs = "LoraMerged", ("experts.down_pair", "experts.second_pair", "experts.up_pair")
+    routes_all = False
+
+    def adapted(self, base: nn.Linear) -> nn.Module:
+        class Activated(Lora):
+            def forward(self, x: Tensor) -> Tensor:
+                return F.linear(x, self.base.weight + torch.tanh(self.b.weight @ self.a.weight))
+
+        return Activated(base)

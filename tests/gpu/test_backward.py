@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.lowering.reference import generic
 from moe_compile.lowering.triton import backward as b
-from moe_compile.lowering.triton import hopper_calls
+from moe_compile.lowering.triton import hopper_calls, library_backward
+from moe_compile.lowering.triton.call import read
 from moe_compile.lowering.triton.tune import Tile
 
 ON_GPU = torch.cuda.is_available()
@@ -111,6 +113,48 @@ class _Seen:
     def __getitem__(self, grid: Any) -> Any:
         self.seen.append("launched")
         return self.kernel[grid]
+
+
+def by_hand(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped product, in any dtype on any device; rows of no expert are NaN."""
+    bounds = [0, *ends.tolist()]
+    if b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in itertools.pairwise(bounds)])
+    out = a.new_full((a.shape[0], b.shape[2]), float("nan"))
+    for e, (i, j) in enumerate(itertools.pairwise(bounds)):
+        out[i:j] = a[i:j] @ b[e]
+    return out
+
+
+@pytest.mark.parametrize("name", ["stacked", "transposed", "single transposed", "identity experts", "foreign ids"])
+def test_by_a_librarys_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where widths are no whole tiles of the warp-specialised kernels; all gradients, and any of them alone."""
+    monkeypatch.setattr(library_backward, "better", lambda *_: True)
+    monkeypatch.setattr(library_backward, "grouped_product", by_hand)
+    case = next(c for c in CASES + MORE if c.name == name) if name != "foreign ids" else Case(name, experts(), foreign=True)
+    t = moved(tensors(case))
+    check(case, t)
+    grad = torch.randn(t["x"].shape[0], case.experts.out_features, device=DEVICE).to(case.dtype)
+    every = run(case, t, grad)
+    for i in range(len(every)):
+        (one,) = run(case, t, grad, [j == i for j in range(len(every))])
+        assert torch.equal(one, every[i])
+
+
+def test_when_a_librarys_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 on Hopper, stacked and without biases, where a width is no multiple of 64 but one of 8, from a few rows an expert on."""
+    monkeypatch.setattr(library_backward, "capability", lambda device: (9, 0))
+
+    def taken(tokens: int, hidden: int, inter: int, dtype: torch.dtype = torch.bfloat16, **layout: Any) -> bool:
+        meaning = ir.Experts(2, hidden, inter, hidden, ir.Form.CONCAT, act.SWIGLU, dtype=dtype, **layout)
+        t = moved(tensors(Case("", meaning, tokens=tokens, dtype=dtype)))
+        call = read(*bundle(t), None, ops.layout_of(ops.experts_args(meaning)))
+        assert call is not None
+        return library_backward.better(call, bundle(t)[-1])
+
+    assert taken(40, 72, 64) and taken(40, 64, 40) and taken(40, 72, 40, up_transposed=True, down_transposed=True)
+    assert not taken(40, 64, 64) and not taken(4, 72, 64) and not taken(40, 70, 64) and not taken(40, 72, 64, torch.float16)
+    assert not taken(40, 72, 64, up_bias=True) and not taken(40, 72, 64, weight_on_input=True)
 
 
 @pytest.mark.parametrize("name", ["stacked", "biases", "separate list biases", "weight on input", "identity experts"])
@@ -339,3 +383,29 @@ def test_weights_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = launches(monkeypatch)
         check(case, t, warped_tiles())
         assert "weight_grad" not in seen
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper card")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_widths_of_no_whole_tiles(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's grouped product, as the rule has it; by a plan, twice."""
+    seen: list[int] = []
+    products = library_backward.run
+    monkeypatch.setattr(library_backward, "run", lambda *a: (seen.append(1), products(*a))[1])
+    meaning = ir.Experts(
+        6, 200, 168, 200, ir.Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16, up_transposed=transposed, down_transposed=transposed
+    )
+    case = Case("", meaning, tokens=300, k=3, dtype=torch.bfloat16, foreign=True)
+    t = moved(tensors(case))
+    check(case, t)
+    assert seen
+    for _ in range(2):
+        leaf = {
+            n: [i.detach().requires_grad_() for i in v] if isinstance(v, list) else v.detach().requires_grad_(v.requires_grad)
+            for n, v in t.items()
+        }
+        out = torch.ops.moe_compile.experts(*leaf.values(), None, *ops.experts_args(meaning))
+        grad = torch.randn_like(out)
+        got = torch.autograd.grad(out, leaves({**leaf, "add": None}), grad)
+        for g, want in zip(got, expected(case, t, grad), strict=True):
+            close(g, want, 1e-2)

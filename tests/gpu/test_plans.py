@@ -362,11 +362,11 @@ def test_the_shared_expert_on_a_side_stream(card: Driver, monkeypatch: pytest.Mo
     """Forked before the dispatch, joined before the combine; the right values, which both streams write into memory of their own."""
     from test_side_stream import shared_call
 
-    stream = type("Stream", (), {"cuda_stream": 5})()
+    stream = type("Stream", (), {"cuda_stream": 5, "stream_id": 5, "device_index": 0, "device_type": 1})()
     for module in (plan, tape):
         monkeypatch.setattr(module, "side_stream", lambda device: stream)
     for name in ("set_stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
+        monkeypatch.setattr(plan, name, lambda *_: (3, 0, 1))
     monkeypatch.setattr(plans, "device_of", lambda tensors: torch.device("cuda", 0))
     monkeypatch.setattr(plan, "_empty", lambda shape, strides, dtype, device: torch.empty_strided(shape, strides, dtype=dtype))
     for module in (combine, experts, hopper_calls):

@@ -50,7 +50,7 @@ class Plan:
         self._kept: list[Any] = [packed]
         self._event = driver.event() if any(isinstance(s, Fork) for s in tape.steps) else 0
         self._by_torch = any(isinstance(s, (Product, GroupedProduct)) and s.side for s in tape.steps)  # on the side stream
-        self._main: Any = None  # torch's current stream, while another one is
+        self._main: Any = None  # torch's current stream, while another one is: id, device, kind
         self._made = {s.out.root for s in tape.steps if isinstance(s, GroupedProduct)}  # buffers that torch allocates
         self._run_steps = self._with_memory(tape, [self._step(s, packed.get(i)) for i, s in enumerate(tape.steps)])
         self._first = [root for root, span in self._memory.alone.items() if span.first < 0 and root not in self._made]
@@ -195,14 +195,25 @@ class Plan:
     def _begin(self) -> Any:
         """On the side stream, torch's products too."""
         if self._by_torch:
-            self._main = torch.cuda.current_stream(self._device)
-            torch.cuda.set_stream(side_stream(self._device))
+            side = side_stream(self._device)
+            self._main = current_stream(side.device_index)
+            set_stream(side.stream_id, side.device_index, side.device_type)
         return self._driver.wait(self._side, self._event, 0)
 
     def _end(self) -> None:
         if self._main is not None:
-            torch.cuda.set_stream(self._main)
+            set_stream(*self._main)
             self._main = None
+
+
+def set_stream(stream: int, device: int, kind: int) -> None:
+    """torch's current stream, as torch tells it by three numbers."""
+    torch._C._cuda_setStream(stream_id=stream, device_index=device, device_type=kind)
+
+
+def current_stream(device: int) -> tuple[int, int, int]:
+    """The three numbers of torch's current stream."""
+    return torch._C._cuda_getCurrentStream(device)
 
 
 def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

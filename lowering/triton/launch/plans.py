@@ -7,6 +7,7 @@ tiles are not: `forget` drops the plans when they change.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -98,10 +99,15 @@ def device_of(tensors: Sequence[Tensor | None]) -> torch.device:
 
 def hooked() -> bool:
     """Whether someone listens to Triton's launches: then Triton does them."""
+    hook = _knobs().runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+@functools.cache
+def _knobs() -> Any:
     from triton import knobs
 
-    hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
+    return knobs
 
 
 def forget() -> None:

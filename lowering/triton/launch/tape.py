@@ -57,7 +57,7 @@ class Product:
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """out = a b[e] for the rows of every expert e, by torch, which allocates it."""
+    """out = a b[e] for the rows of every expert e, or out[e] = a b over them, by torch, which allocates it."""
 
     a: Later
     b: Later
@@ -169,12 +169,16 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """[N, n]: rows [ends[e - 1], ends[e]) of a [N, k] times b[e], of b [E, k, n]; what lies behind the last expert's rows is anything."""
+    """[N, n]: rows [ends[e - 1], ends[e]) of a [N, k] times b[e], of b [E, k, n]; what lies behind the last expert's rows is anything.
+
+    Or [E, m, n]: columns [ends[e - 1], ends[e]) of a [m, N] times the rows of b [N, n].
+    """
     if not isinstance(a, Later):
         found: Tensor = torch._grouped_mm(a, b, offs=ends)
         return found
     tape = _recorder()
-    out = tape.empty((a.shape[0], b.shape[2]), a.dtype)
+    shape = (a.shape[0], b.shape[2]) if b.ndim == 3 else (ends.shape[0], a.shape[0], b.shape[1])
+    out = tape.empty(shape, a.dtype)
     tape.steps.append(GroupedProduct(a, cast(Later, b), cast(Later, ends), out, tape.side))
     return cast(Tensor, out)
 

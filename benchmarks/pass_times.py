@@ -1,0 +1,186 @@
+"""Processor seconds of the passes on every zoo model at its real widths: nothing is computed, all tensors are on the meta device.
+
+A model is its default configuration with few layers, compiled with one MoE layer and with three: the first block of a kind is what the one
+costs, an equal block half of the rest. `tokens`: a plain number, and one that equals the model's hidden size, which is what sizes that
+are told by value would be confused by. Each model is a process of its own, forked after a small model has been compiled, so that modules
+loaded on first use count for nobody. Plans kept on disk are not replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN_TOKENS = 1000
+LIMIT = 60  # processor seconds after which a model is given up
+BARS = {"first": 2.0, "validate": 0.7, "equal": 0.15}
+FIRST, MORE = 1, 3  # MoE layers compiled
+KEPT = ("n_group", "topk_group", "shared_expert_intermediate_size")  # sizes whose default makes no model
+EVERY_LAYER = {  # what makes every layer one with experts
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "expert_layer_offset", "pad_token_id"), 0),
+    **dict.fromkeys(("decoder_sparse_step", "expert_layer_period", "interleave_moe_layer_step", "moe_layer_freq"), 1),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
+    "mlp_only_layers": [],
+}
+HEAD = f"{'model':<26}{'tokens':>7}  {'sizes':<8}{'blocks':>7}{'left':>5}{'first':>8}{'validate':>9}{'equal':>7}  over the bar"
+
+
+def zoo() -> Any:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import zoo
+
+    return zoo
+
+
+def real_config(entry: Any, layers: int) -> Any:
+    """The default configuration of an architecture with `layers` layers, all of them MoE; what is no size is the zoo's."""
+    z = zoo()
+    cls = getattr(z._module(entry.package, "configuration"), entry.config)
+    known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
+    given = entry.kwargs
+    values = {k: v for k, v in given.items() if isinstance(v, (str, bool)) or k in KEPT}
+    blocks = given.get("layers_block_type", ())
+    if len(set(blocks)) > 1:  # layers of attention alone stand between those with experts
+        values["layers_block_type"] = blocks[:2] * layers
+    else:
+        values |= dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), layers)
+    values |= {k: v[:1] * layers for k, v in given.items() if isinstance(v, list) and k != "layers_block_type" and isinstance(v[0], str)}
+    return cls(**{k: v for k, v in {**EVERY_LAYER, **values}.items() if k in known or k in given})
+
+
+def build(entry: Any, layers: int) -> tuple[Any, int]:
+    """The model on the meta device in bf16, and its hidden size."""
+    import torch
+
+    config = real_config(entry, layers)
+    with torch.device("meta"):
+        model = getattr(zoo()._module(entry.package, "modeling"), entry.model)(config).to(torch.bfloat16).eval()
+    hidden = next(v for n in ("hidden_size", "d_model") if (v := getattr(config, n, None)))
+    return model, int(hidden)
+
+
+def inputs_of(entry: Any, hidden: int, tokens: int) -> dict[str, Any]:
+    import torch
+
+    if entry.inputs == "embeds":
+        return {"inputs_embeds": torch.zeros(1, tokens, hidden, device="meta", dtype=torch.bfloat16), "use_cache": False}
+    ids = {"input_ids": torch.zeros(1, tokens, device="meta", dtype=torch.int64)}
+    return ids if entry.inputs == "tokens_only" else {**ids, "use_cache": False}
+
+
+def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
+    """Processor seconds of the passes in one compilation, and what they found."""
+    import torch
+
+    import moe_compile
+    from moe_compile.passes import pipeline
+
+    torch._dynamo.reset()
+    real, seconds = pipeline.run, []
+
+    def timed(*args: Any) -> Any:
+        start = time.process_time()
+        try:
+            return real(*args)
+        finally:
+            seconds.append(time.process_time() - start)
+
+    pipeline.run = timed
+    start = time.process_time()
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
+    finally:
+        pipeline.run = real
+    report = moe_compile.last_report()
+    return {
+        "passes": sum(seconds), "total": time.process_time() - start, "blocks": len(report.blocks),
+        "left": [r.reason for r in report.rejected if r.stage != "find"],
+        "parts": {k: round(v, 3) for k, v in report.seconds.items()}, "validate": report.seconds.get("validate", 0.0),
+    }  # fmt: skip
+
+
+def row_of(entry: Any, at_hidden: bool, dynamic: bool) -> dict[str, Any]:
+    models = {n: build(entry, n) for n in (FIRST, MORE)}
+    hidden = models[FIRST][1]
+    tokens = hidden if at_hidden else PLAIN_TOKENS
+    one, three = (spent(m, inputs_of(entry, hidden, tokens), dynamic) for m, hidden in models.values())
+    more = max(len(three["left"]) + three["blocks"] - len(one["left"]) - one["blocks"], 1)
+    row = {"model": entry.name, "tokens": tokens, "dynamic": dynamic, "hidden": hidden}
+    row |= {"first": one["passes"], "validate": one["validate"], "equal": (three["passes"] - one["passes"]) / more}
+    return {**row, "blocks": three["blocks"], "left": len(three["left"]), "one": one, "three": three}
+
+
+def told(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['model']:<26}{row['failed']}"
+    over = ", ".join(k for k, bar in BARS.items() if row[k] > bar)
+    cells = f"{row['tokens']:>7}  {'dynamic' if row['dynamic'] else 'static':<8}{row['blocks']:>7}{row['left']:>5}"
+    return f"{row['model']:<26}{cells}{row['first']:>8.2f}{row['validate']:>9.2f}{row['equal']:>7.2f}  {over}".rstrip()
+
+
+def in_a_fork(entry: Any, *case: Any) -> dict[str, Any]:
+    """`row_of(entry, *case)`, computed in a child process that ends after LIMIT seconds: nothing proved for one row helps another."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        used = int(time.process_time())
+        resource.setrlimit(resource.RLIMIT_CPU, (used + LIMIT, used + LIMIT))
+        with os.fdopen(write, "w") as out:
+            try:
+                row = row_of(entry, *case)
+            except BaseException as e:
+                last = traceback.extract_tb(e.__traceback__)[-1]
+                row = {"model": entry.name, "failed": f"{type(e).__name__}: {str(e)[:150]} ({last.name})"}
+            json.dump(row, out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"model": entry.name, "failed": f"not done in {LIMIT} s"}
+
+
+def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
+    import torch
+
+    from moe_compile.passes import pipeline
+
+    torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True
+    pipeline.time = SimpleNamespace(perf_counter=time.process_time)  # what it tells of each pass are processor seconds here
+    entries = [e for e in zoo().ENTRIES if not names or e.name in names]
+    warm_up()
+    print(HEAD, flush=True)
+    rows = []
+    for e in entries:
+        for case in itertools.product((False, True), (False, True)):
+            rows.append(in_a_fork(e, *case))
+            print(told(rows[-1]), flush=True)
+            out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": rows}, indent=1) + "\n")
+    over = sum("failed" in r or any(r[k] > bar for k, bar in BARS.items()) for r in rows)
+    print(f"{len(rows)} rows, {over} over the bar; written to {out}")
+    return 0
+
+
+def warm_up() -> None:
+    """Loads what compiling loads on first use."""
+    import torch
+
+    from moe_compile.tiny import build as small
+
+    model, inputs = small("qwen3_moe")
+    with torch.no_grad():
+        torch.compile(model, backend="moe_fused", options={"inner": "eager"})(**inputs)

@@ -1,0 +1,99 @@
+"""Weights that the model makes of others on every call: W + s b a, as an adapter is added to the weight before the product.
+
+Reading them for what they are made of spares the sum, which is as large as the weights: the pair stands beside the product instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from .. import terms as T
+from ..aten import names
+from ..aten.names import op_name
+from ..aten.node import schema_of
+from ..terms import Term
+from ..terms.ops import OPS
+from .rows import factors
+
+_PRODUCT = names.CONTRACTION & {"mm", "bmm", "matmul", "einsum"}
+_WITH_PRODUCT = frozenset({"addmm", "baddbmm"})
+
+
+def merged_pairs(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes from such sums down to what is given: the sum, the product and its factor, views in between."""
+    found: set[fx.Node] = set()
+    for n in graph.nodes:
+        if not _matrix(n):
+            continue
+        name = op_name(n)
+        if name in _WITH_PRODUCT:
+            parts = [_down(x) for x in n.args[:3]]
+            if all(p is not None for p in parts):
+                found.update([n], *(p for p in parts if p is not None))
+        elif name == "add" and len(n.args) > 1:
+            for base, low in (n.args[:2], n.args[1::-1]):
+                plain, made = _down(base), _low(low)
+                if plain is not None and made is not None:
+                    found.update([n], plain, made)
+    return found
+
+
+def _low(n: Any) -> list[fx.Node] | None:
+    """The nodes of s · b a; None where n is something else."""
+    seen: list[fx.Node] = []
+    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST | {"mul", "div"}:
+        seen.append(n)
+        tensors = [x for x in n.all_input_nodes if _tensor(x)]
+        numbers = [x for x in tensors if x.meta["val"].ndim == 0]
+        n = next((x for x in tensors if x not in numbers), None)
+        if len(tensors) - len(numbers) > 1:
+            return None
+    if not isinstance(n, fx.Node) or op_name(n) not in _PRODUCT:
+        return None
+    parts = [_down(x) for x in n.all_input_nodes]
+    if len(parts) != 2 or any(p is None for p in parts):
+        return None
+    return [*seen, n, *(x for p in parts if p is not None for x in p)]
+
+
+def _down(n: Any) -> list[fx.Node] | None:
+    """Views and casts from n down to something given; None where it is computed."""
+    seen: list[fx.Node] = []
+    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST and schema_of(n) is not None:
+        seen.append(n)
+        n = n.args[0]
+    return seen if isinstance(n, fx.Node) and n.op in ("placeholder", "get_attr") else None
+
+
+def _tensor(n: fx.Node) -> bool:
+    return isinstance(n.meta.get("val"), torch.Tensor)
+
+
+def _matrix(n: fx.Node) -> bool:
+    return _tensor(n) and n.meta["val"].ndim > 1 and n.meta["val"].is_floating_point()
+
+
+def apart(t: Term, expert: Term) -> Term:
+    """Σ_m x (W + s Σ_r b a) = Σ_m x W + s Σ_m x Σ_r b a wherever a matrix of an expert stands in a sum with others."""
+    memo: dict[Term, Term] = {}
+    for x in T.walk(t):
+        y = x if OPS[x.op].leaf else T.rebuild(x, lambda c: memo.get(c, c))
+        memo[x] = _distributed(y, expert) if y.op == "sum" else y
+    return memo[t]
+
+
+def _distributed(t: Term, expert: Term) -> Term:
+    v, body = t.args
+    for f in factors(body):
+        if f.op == "add" and any(_is_matrix(T.coefficient(a)[1], v, expert) for a in f.args):
+            rest = [g for g in factors(body) if g is not f]
+            return T.add(*(T.reduce_("sum", v, T.mul(*rest, a)) for a in f.args))
+    return t
+
+
+def _is_matrix(a: Term, v: Term, expert: Term) -> bool:
+    """Whether an atom is read at an expert, at v and at something else: no bias, which is read at two."""
+    return a.op == "a" and T.uses(a, v) and T.uses(a, expert) and len(a.atoms - {v, expert}) > 0

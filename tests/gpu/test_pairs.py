@@ -1,0 +1,81 @@
+"""Experts with low-rank pairs by the kernels: values and gradients of the float64 oracle, in every layout that they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_ops import close
+
+pytest.importorskip("triton")
+
+from calls import DEVICE, DTYPES, TOLERANCE
+from test_adapted import BY_NAME, MEANINGS, leaves, tensors
+
+from moe_compile import ops
+from moe_compile.ir.operands import ADAPTED
+from moe_compile.lowering.reference import generic
+from moe_compile.lowering.triton import adapted
+
+
+def moved(name: str, dtype: torch.dtype, pairs: torch.dtype | None = None) -> dict[str, Any]:
+    t = tensors(MEANINGS[name], dtype, pairs)
+    t["weights"] = t["weights"].float()
+
+    def to(v: Any) -> Any:
+        return [to(i) for i in v] if isinstance(v, list) else v.to(DEVICE)
+
+    return {n: to(v) if v is not None else None for n, v in t.items()}
+
+
+def run(name: str, t: dict[str, Any], needs: list[bool] | None = None) -> tuple[Any, Any]:
+    """(result and gradients by the kernels, those of the oracle)."""
+    e = MEANINGS[name]
+    layout = ops.adapted_of(ops.experts_args(e))
+    for x in leaves(t):
+        x.requires_grad_()
+    want = e.evaluate(**t)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, t["x"].dtype)
+    theirs = torch.autograd.grad(want, leaves(t), grad.double(), allow_unused=True, materialize_grads=True)
+    x, ids, weights, p, rest = ops.bundled([*t.values()], ADAPTED)
+    with torch.no_grad():
+        out, pre = adapted.forward(x, ids, weights, p, *rest, layout)
+        needs = [True] * (2 + len([*p])) if needs is None else needs
+        ours = adapted.backward(grad, pre, x, ids, weights, p, layout, needs)
+    return [out, *ours], [want, *(g for g, n in zip(theirs, needs, strict=True) if n)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BY_NAME
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    for got, want in zip(*run(name, moved(name, dtype)), strict=True):
+        close(got, want, 4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["list", "stacked"])
+def test_the_kernels_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not plain torch, which would be right as well; frozen weights have no gradient made."""
+    monkeypatch.setattr(generic, "forward", None)
+    monkeypatch.setattr(generic, "backward", None)
+    made: list[str] = []
+    room = adapted.Gradients.empty
+    monkeypatch.setattr(adapted.Gradients, "empty", lambda self, n, part: (made.append(n), room(self, n, part))[1])
+    t = moved(name, torch.float32)
+    p = ops.bundled([*t.values()], ADAPTED)[3]
+    needs = [True, True, *(n.endswith(("_a", "_b")) for n, group in p.by_name().items() for _ in group)]
+    for got, want in zip(*run(name, t, needs), strict=True):
+        close(got, want, 4e-5)
+    assert set(made) == {"up_a", "up_b", "down_a", "down_b"}
+
+
+def test_pairs_in_float32_beside_halves() -> None:
+    for got, want in zip(*run("list", moved("list", torch.float16, torch.float32)), strict=True):
+        close(got, want, 1e-2)
+
+
+def test_no_tokens() -> None:
+    t = moved("stacked", torch.float32)
+    t = {**t, "x": t["x"][:0], "ids": t["ids"][:0], "weights": t["weights"][:0]}
+    x, ids, weights, p, rest = ops.bundled([*t.values()], ADAPTED)
+    assert adapted.forward(x, ids, weights, p, *rest, ops.adapted_of(ops.experts_args(MEANINGS["stacked"])))[0].shape == (0, 12)

@@ -1,0 +1,151 @@
+"""Layers of real libraries, as their wheels have them: fused, exact, with eager's gradients. docs/libraries.md is written from this run.
+
+`make test-libraries` installs the wheels beside the main environment; where a library is missing its rows are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_compile.report import Report, collecting
+
+DOC = Path(__file__).parents[2] / "docs" / "libraries.md"
+WRITE = os.environ.get("DOCS_WRITE") == "1"
+H = 16
+
+
+class Layer(NamedTuple):
+    """A module of a library: how it is made, the shape of its tokens, and what is to come of it ("" or words of the reason)."""
+
+    library: str
+    module: str
+    what: str
+    make: Callable[[Any], nn.Module]
+    shape: tuple[int, ...] = (2, 7, H)
+    left: str = ""
+
+
+def _litgpt(**more: Any) -> Callable[[Any], nn.Module]:
+    def make(m: Any) -> nn.Module:
+        sizes = dict(n_embd=H, moe_intermediate_size=8, n_expert=8, n_expert_per_token=2, mlp_class_name="LLaMAMoE")
+        return m.LLaMAMoE(m.Config(n_layer=1, n_head=2, block_size=16, padded_vocab_size=32, bias=False, **(sizes | more)))
+
+    return make
+
+
+def _mistral(m: Any) -> nn.Module:
+    class Expert(nn.Module):
+        """The package's FeedForward, whose own file needs xformers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w3, self.w2 = nn.Linear(H, 8, bias=False), nn.Linear(H, 8, bias=False), nn.Linear(8, H, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+    gate, args = nn.Linear(H, 4, bias=False), m.MoeArgs(num_experts=4, num_experts_per_tok=2)
+    return m.MoeLayer([Expert() for _ in range(4)], gate, args)
+
+
+LAYERS = (
+    Layer("litgpt", "litgpt.model", "LLaMAMoE, softmax over the selected", _litgpt()),
+    Layer("litgpt", "litgpt.model", "LLaMAMoE, shared expert, scale 2.5", _litgpt(n_shared_expert=1, routed_scaling_factor=2.5)),
+    Layer("mistral_inference", "mistral_inference.moe", "MoeLayer", _mistral, (9, H)),
+    Layer(
+        "mixture-of-experts",
+        "mixture_of_experts",
+        "MoE (capacity)",
+        lambda m: m.MoE(dim=H, num_experts=4, hidden_dim=8),
+        left="",
+    ),
+    Layer(
+        "soft-moe-pytorch",
+        "soft_moe_pytorch",
+        "SoftMoE",
+        lambda m: m.SoftMoE(dim=H, seq_len=8, num_experts=4, is_distributed=False),
+        (2, 8, H),
+        left="soft MoE",
+    ),
+)
+# By design: nothing is to be fused here, whatever the reason that is told
+BY_DESIGN = {"MoE (capacity)", "SoftMoE"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+
+
+def _tensor(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def _run(layer: Layer, m: nn.Module) -> SimpleNamespace:
+    x = torch.randn(layer.shape)
+    with torch.no_grad(), collecting() as report:
+        compiled = torch.compile(m, backend="moe_fused", options={"inner": "aot_eager"})
+        torch.manual_seed(1)
+        mine = _tensor(compiled(x))
+        torch.manual_seed(1)
+        exact = _error(mine, _tensor(m(x)))
+    torch._dynamo.reset()
+    grads = []
+    for f in (m, torch.compile(m, backend="moe_fused", options={"inner": "aot_eager"})):
+        m.zero_grad()
+        torch.manual_seed(1)
+        _tensor(f(x)).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]))
+    return SimpleNamespace(report=report, exact=exact, gradients=_error(grads[1], grads[0]))
+
+
+def _row(layer: Layer, report: Report, exact: float, gradients: float) -> str:
+    verdict = (
+        "yes" if report.blocks and not report.rejected else f"no: {'; '.join(dict.fromkeys(r.reason for r in report.rejected)) or '–'}"
+    )
+    version = importlib.metadata.version(layer.library)
+    near = ["yes" if e < 1e-5 else f"{e:.0e}" for e in (exact, gradients)]
+    return f"| {layer.library} {version} | {layer.what} | {verdict} | {near[0]} | {near[1]} | {report.graph_count} |"
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda x: f"{x.library}: {x.what}")
+def test_a_layer_of_a_library(layer: Layer) -> None:
+    try:
+        module = importlib.import_module(layer.module)
+    except ImportError as e:
+        pytest.skip(f"{layer.library} is not installed: {e}")
+    torch.manual_seed(0)
+    m = layer.make(module).eval()
+    for p in m.parameters():
+        nn.init.normal_(p, std=0.3)
+    run = _run(layer, m)
+    assert run.exact < 1e-5 and run.gradients < 1e-4
+    if layer.what in BY_DESIGN:
+        assert not run.report.blocks
+        assert any(layer.left in r.reason for r in run.report.rejected) if layer.left else True, str(run.report)
+    else:
+        assert run.report.fused and run.report.graph_count == 1, str(run.report)
+    row = _row(layer, run.report, run.exact, run.gradients)
+    text = DOC.read_text(encoding="utf-8")
+    if WRITE:
+        start = re.escape(row.split("|")[1].split()[0])
+        pattern = re.compile(rf"^\| {start} \S+ \| {re.escape(layer.what)} \|.*$", re.M)
+        text = pattern.sub(lambda _: row, text) if pattern.search(text) else text.replace("<!-- end -->", f"{row}\n<!-- end -->")
+        DOC.write_text(text, encoding="utf-8")
+    assert row in text, row
