@@ -130,13 +130,15 @@ def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
         raise No(f"expert parameter {n} has shape {shape_of(n)}, used as the scale of {rows} channels")
 
 
-_OF_MORE = frozenset({"mul", "stack", "sub", "add", "ldexp"})  # read more tensors than one
+_OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
+_OF_PACKED = frozenset({"sub", "add", "ldexp"})  # the same, of what packed codes stand for
 _SPREAD = names.VIEW | names.CAST | frozenset({"kron", "index", "index_select"})  # what scales go through on their way to their weight
 
 
 def made_floats(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that hold weights stored in few bits, or what casts, views and products with scales make of them; and those scales."""
-    found = cuts(graph)
+    unpacked = cuts(graph)
+    found = set(unpacked)
     for n in graph.nodes:
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor):
@@ -147,6 +149,10 @@ def made_floats(graph: fx.Graph) -> set[fx.Node]:
         elif op_name(n) in names.VIEW | names.CAST | _OF_MORE:
             if any(x in found for x in n.all_input_nodes[: None if op_name(n) in _OF_MORE else 1]):
                 found.add(n)
+        elif op_name(n) in _OF_PACKED and any(x in unpacked for x in n.all_input_nodes):
+            found.add(n)
+        if n in found and any(x in unpacked for x in n.all_input_nodes):
+            unpacked.add(n)
     return found | {x for n in found if op_name(n) == "mul" for s in n.all_input_nodes if s not in found for x in _spread(s)}
 
 
