@@ -94,6 +94,12 @@ def beside_others(total: Term, out: Term, expert: Term) -> dict[Term, Pair]:
     return pairs if others else {}
 
 
+def why_no_pair(part: Term, out: Term, expert: Term) -> str | None:
+    """What is wrong with an addend that holds a pair and is none itself."""
+    inside = any(read(x, out, expert) is not None for x in T.walk(part) if x.op == "sum")
+    return "a low-rank pair (LoRA) has a bias of its own: merge the adapter, or leave its bias out" if inside else None
+
+
 def only(pairs: Mapping[Term, Pair]) -> Pair | None:
     """Raises No where there are several."""
     if len(pairs) > 1:

@@ -24,7 +24,14 @@ L, B, C = sp.symbols("l b c", real=True)
 S = sp.Symbol("s", positive=True)
 PER_EXPERT = (L, B, C, S)
 
-_SAID = {"not": "a comparison", "lt": "a comparison (lt)", "eq": "a comparison (eq)", "rank": "a place in a queue", "a": "another tensor"}
+_SAID = {
+    "ite": "a condition",
+    "not": "a comparison",
+    "lt": "a comparison (lt)",
+    "eq": "a comparison (eq)",
+    "rank": "a place in a queue",
+    "a": "another tensor",
+}
 
 
 class Unknown(Exception):

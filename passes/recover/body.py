@@ -86,7 +86,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            raise No(f"an expert adds to its output what is no projection of its own{reads(part)}")
+            raise No(adapters.why_no_pair(part, h, expert) or f"an expert adds to its output what is no projection of its own{reads(part)}")
     if len(sums) != 1:
         raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]

@@ -24,7 +24,7 @@ from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
-from .odd import between
+from .odd import between, combined
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats
@@ -130,9 +130,11 @@ class Finder:
         """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
         if (by_name := named(source)) is not None:
             return by_name
-        if (odd := between(source, self.walls)) is not None:
+        tried = list(tried)
+        told = between if tried else combined  # a selection of keys in attention is tried nowhere
+        if (odd := told(source, self.walls)) is not None:
             return odd
-        for r in reversed(list(tried)):
+        for r in reversed(tried):
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")

@@ -44,29 +44,37 @@ def merged_pairs(graph: fx.Graph) -> set[fx.Node]:
 
 def _low(n: Any) -> list[fx.Node] | None:
     """The nodes of s · b a; None where n is something else."""
-    seen: list[fx.Node] = []
-    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST | {"mul", "div"}:
-        seen.append(n)
-        tensors = [x for x in n.all_input_nodes if _tensor(x)]
-        numbers = [x for x in tensors if x.meta["val"].ndim == 0]
-        n = next((x for x in tensors if x not in numbers), None)
-        if len(tensors) - len(numbers) > 1:
-            return None
-    if not isinstance(n, fx.Node) or op_name(n) not in _PRODUCT:
+    seen, product = _through(n)
+    if not isinstance(product, fx.Node) or op_name(product) not in _PRODUCT:
         return None
-    parts = [_down(x) for x in n.all_input_nodes]
+    parts = [_down(x) for x in product.all_input_nodes]
     if len(parts) != 2 or any(p is None for p in parts):
         return None
-    return [*seen, n, *(x for p in parts if p is not None for x in p)]
+    return [*seen, product, *(x for p in parts if p is not None for x in p)]
 
 
 def _down(n: Any) -> list[fx.Node] | None:
-    """Views and casts from n down to something given; None where it is computed."""
+    """What stands between n and something given; None where it is computed."""
+    seen, source = _through(n)
+    return seen if isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr") else None
+
+
+def _through(n: Any) -> tuple[list[fx.Node], Any]:
+    """Views, casts and factors from n down, and where they start."""
     seen: list[fx.Node] = []
-    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST and schema_of(n) is not None:
+    while isinstance(n, fx.Node) and schema_of(n) is not None:
+        if op_name(n) in ("mul", "div"):
+            tensors = [x for x in n.all_input_nodes if _tensor(x) and x.meta["val"].ndim > 0]
+            if len(tensors) != 1 or op_name(n) == "div" and n.args[0] is not tensors[0]:
+                break
+            below = tensors[0]
+        elif op_name(n) in names.VIEW | names.CAST:
+            below = n.args[0]
+        else:
+            break
         seen.append(n)
-        n = n.args[0]
-    return seen if isinstance(n, fx.Node) and n.op in ("placeholder", "get_attr") else None
+        n = below
+    return seen, n
 
 
 def _tensor(n: fx.Node) -> bool:

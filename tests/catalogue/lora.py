@@ -245,7 +245,7 @@ class LoraSomeExperts(LoraLinears):
 class LoraRanks(LoraLinears):
     """Verdict: rejected. One step from LoraLinears: the experts' adapters have different ranks."""
 
-    expect = Rejected("not the same function")
+    expect = Rejected("other sizes")
     near = "LoraLinears"
     routes_all = False
 

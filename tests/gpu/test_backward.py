@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import norm_error
 from conftest import bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -153,7 +154,7 @@ def test_when_a_librarys_products_are_taken(monkeypatch: pytest.MonkeyPatch) -> 
         return library_backward.better(call, bundle(t)[-1])
 
     assert taken(40, 72, 64) and taken(40, 64, 40) and taken(40, 72, 40, up_transposed=True, down_transposed=True)
-    assert not taken(40, 64, 64) and not taken(4, 72, 64) and not taken(40, 70, 64) and not taken(40, 72, 64, torch.float16)
+    assert not taken(40, 64, 64) and not taken(3, 72, 64) and not taken(40, 70, 64) and not taken(40, 72, 64, torch.float16)
     assert not taken(40, 72, 64, up_bias=True) and not taken(40, 72, 64, weight_on_input=True)
 
 
@@ -397,9 +398,7 @@ def test_widths_of_no_whole_tiles(transposed: bool, monkeypatch: pytest.MonkeyPa
     )
     case = Case("", meaning, tokens=300, k=3, dtype=torch.bfloat16, foreign=True)
     t = moved(tensors(case))
-    check(case, t)
-    assert seen
-    for _ in range(2):
+    for _ in range(3):
         leaf = {
             n: [i.detach().requires_grad_() for i in v] if isinstance(v, list) else v.detach().requires_grad_(v.requires_grad)
             for n, v in t.items()
@@ -408,4 +407,5 @@ def test_widths_of_no_whole_tiles(transposed: bool, monkeypatch: pytest.MonkeyPa
         grad = torch.randn_like(out)
         got = torch.autograd.grad(out, leaves({**leaf, "add": None}), grad)
         for g, want in zip(got, expected(case, t, grad), strict=True):
-            close(g, want, 1e-2)
+            assert norm_error(g, want) < 1e-2  # rounded to bf16 between products, as torch's come
+    assert len(seen) == 1, "recorded once"

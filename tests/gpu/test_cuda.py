@@ -174,7 +174,7 @@ def test_tiles_are_claimed_again_and_again() -> None:
     t = operands(case)
     first = kernel(case, t, Choice(WARP, WARP, None))[0]
     rows = dispatch.dispatch(t["ids"], case.experts.num_experts, (128,))
-    call = call_of.read(t["x"], t["ids"], t["weights"], t["up"], t["down"], [], [], None, ops.layout_of(ops.experts_args(case.experts)))
+    call = call_of.read(*bundle(t), layout_of(case))
     assert call is not None
     outs = [torch.empty(call.slots, call.up.n, device="cuda", dtype=case.dtype) for _ in range(3)]
     for out in outs:
