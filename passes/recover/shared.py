@@ -17,6 +17,7 @@ from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .body import Core, parse_core
+from .coded import stored
 from .experts import params
 from .forms import layout
 from .match import ExpertsMatch, Param
@@ -142,8 +143,8 @@ def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term] |
     if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
         return None
     parsed = parse_core(core, t, h, one)
-    if any(x.channel is not None for x in (parsed.down, *parsed.linears.values())):
-        return None  # the IR of a shared expert has no scales
+    if any(stored([x]) is not None for x in (parsed.down, *parsed.linears.values())):
+        return None  # the weights of the IR's shared expert are floats
     if parsed.on_input is not None or {x.args[0] for x in parsed.tokens} != {m.tokens}:
         return None
     return parsed, gate
