@@ -222,7 +222,7 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
 
 
 def _role(name: str) -> str:
-    """"weight" of a projection and of its low-rank pair; else what stands behind its name."""
+    """ "weight" of a projection and of its low-rank pair; else what stands behind its name."""
     what = name.rpartition("_")[2]
     return what if what in ("bias", "scale", "zero", "table") else "weight"
 

@@ -22,9 +22,7 @@ from ..terms import Term
 from .rows import WORDS, No, reads
 
 _WORDS = (torch.uint8, torch.int32, torch.int8)
-_BITS = frozenset(
-    "bitwise_and __and__ bitwise_or __or__ bitwise_xor bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split()
-)
+_BITS = frozenset("bitwise_and __and__ bitwise_or __or__ bitwise_xor bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split())
 _POINTWISE = frozenset("add sub rsub mul div neg ldexp exp2 pow eq ne lt le gt ge where floor_divide remainder".split())
 _MADE_OF_WORDS = names.VIEW | names.CAST | names.JOIN | names.LOOKUP | frozenset({"index_select", "getitem"}) | _BITS | _POINTWISE
 _TABLES = (16, 256)
@@ -127,7 +125,7 @@ def read(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading
     for turn in range(_turns(words, stacked)):
         given[leaf] = _words(tuple(words.shape), words.dtype, stacked, turn)
         out = _value(n, dict(given))
-        for e in ((0, words.shape[0] - 1) if expert is None else (expert,)):
+        for e in (0, words.shape[0] - 1) if expert is None else (expert,):
             runs.append(((given[leaf][e] if stacked else given[leaf]).flatten(1), out[e] if expert is None else out))
     found = _looked_at(runs)
     if found is None:

@@ -187,5 +187,3 @@ class Mxfp4OtherBias(Mxfp4Table):
     def weights(self) -> dict[str, list[Tensor]]:
         stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
         return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}
-
-
