@@ -18,6 +18,7 @@ from .places import Place
 from .probe import Probe, Windows, candidates
 from .rows import UNEVEN, Listener
 from .sealed import containers
+from .widened import Widened
 
 
 class NoExperts(Rejection):
@@ -39,6 +40,7 @@ class Bench:
         fewer: Fewer | None = None,
     ) -> None:
         self.call, self.dtype = call, dtype
+        self.widened = False  # whether casts to the tokens' own type go to `dtype` too
         self.device = device or torch.device("cpu")
         self.generator = torch.Generator().manual_seed(20 + seed)
         self.probe = Probe(call.module, self.device, seed, dtype, listening=listening, biases=self.biases, fewer=fewer)
@@ -54,10 +56,38 @@ class Bench:
         self.probe.reads = reads
 
     def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None, listener: Listener | None = None) -> Any:
-        """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects."""
+        """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects.
+
+        Where it raises because it casts to the type of its tokens by name, that name is taken for `dtype` from then on.
+        """
+        try:
+            return self._run(arguments, autocast, listener)
+        except RuntimeError:
+            if self.widened or self._narrow() is None:
+                raise
+            self.widened = True
+            try:
+                return self._run(arguments, autocast, listener)
+            except BaseException:
+                self.widened = False
+                raise
+
+    def _run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None, listener: Listener | None) -> Any:
         cast = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
-        with neutral(self.call.grad), cast, listener or contextlib.nullcontext():
+        with neutral(self.call.grad), cast, self.types(), listener or contextlib.nullcontext():
             return self.call_user(arguments)
+
+    def _narrow(self) -> torch.dtype | None:
+        """The tokens' own type, where the bench has a wider one."""
+        own = {s.dtype for s in self.call.tensors.values() if s.dtype in (torch.bfloat16, torch.float16)}
+        return own.pop() if self.dtype is not None and len(own) == 1 and self.dtype not in own else None
+
+    def types(self) -> contextlib.AbstractContextManager[Any]:
+        """What code of the call is to run under, beside `neutral`."""
+        narrow = self._narrow()
+        if not self.widened or narrow is None or self.dtype is None:
+            return contextlib.nullcontext()
+        return Widened(narrow, self.dtype)
 
     def follow(self, some: Mapping[str, Any], others: Mapping[str, Any], tokens: Sequence[tuple[int, int]]) -> None:
         """Raise `Rejection` if what the function does may hang on how many rows there are: on `some` arguments and on `others` of as many

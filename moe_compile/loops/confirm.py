@@ -65,7 +65,7 @@ def _compare(
         if may_raise:
             return
         raise Rejection(f"it fails on {what}: {type(e).__name__}: {str(e)[:200]}", stage="confirm") from e
-    with neutral(bench.call.grad), torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None):
+    with neutral(bench.call.grad), torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None), bench.types():
         got = written.by_oracle(*_given(written, bench, arguments))
     if not _same_results(got, expected, autocast, f32=bench.dtype is torch.float32):
         raise Rejection(f"what was read does not hold for {what}", stage="confirm")
@@ -98,7 +98,9 @@ def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[st
     for t in leaves:
         t.requires_grad_(True)
     try:
-        results = bench.run(arguments), written.by_oracle(*_given(written, bench, arguments))
+        theirs = bench.run(arguments)
+        with bench.types():
+            results = theirs, written.by_oracle(*_given(written, bench, arguments))
         both = [[t for t in pytree.tree_leaves(r) if _is_float(t) and t.requires_grad] for r in results]
         cotangents = [torch.randn(t.shape, generator=bench.generator).to(t.device, t.dtype) for t in both[1]]
         if [t.shape for t in both[0]] != [t.shape for t in both[1]]:

@@ -157,7 +157,8 @@ class Block(_Reader):
         # each of few experts is to get two tokens and more, also where a token has one expert only
         most = min(self.experts or self.all, 512)
         self.known = self.own.sizes() | {most, most + 1, self.all + 1, 1}
-        self.lead = primes(max(most + 1, -(-max(4 * most, min(16 * most, 256)) // 5 ** (rank - 1))), self.known - {1}, rank)
+        usual = max(4 * most, min(16 * most, 256 if self._cheap(256) else 128))
+        self.lead = primes(max(most + 1, -(-usual // 5 ** (rank - 1))), self.known - {1}, rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
 
     def record(self) -> fx.GraphModule:
@@ -193,9 +194,9 @@ class Block(_Reader):
                     raise
 
     def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
-        *first, last = self.lead
+        *first, last = self._tried()
         yield "other tokens", b.arguments([*(p + 1 for p in first), last + 4])
-        yield "few experts", b.arguments(self.lead, alike=True)
+        yield "few experts", b.arguments([*first, last], alike=True)
         yield "one token", b.arguments([1] * len(self.lead))
         many = _affordable(b, 8)
         if many > self.lead[-1]:
@@ -208,7 +209,16 @@ class Block(_Reader):
         return None
 
     def usual(self, b: BlockBench) -> dict[str, Any]:
-        return b.arguments(self.lead)
+        return b.arguments(self._tried())
+
+    def _cheap(self, tokens: int) -> bool:
+        """Whether so many tokens are worked on in a moment."""
+        return _affordable(self.sharp, 8) >= tokens
+
+    def _tried(self) -> list[int]:
+        """Tokens of a trial: those of the recording, or fewer where the experts are large, but more than there are experts."""
+        *first, last = self.lead
+        return [*first, last if self._cheap(math.prod(self.lead)) else min(last, self.all + 1)]
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:

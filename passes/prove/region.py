@@ -25,6 +25,7 @@ from .literals import Literals
 from .sizes import SMALL, Unfree
 
 TROUBLE = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError, KeyError, AttributeError)
+_FREE = names.PART | names.PERMUTE
 _unlike = count()  # a constant too large to compare is like no other
 
 
@@ -205,7 +206,9 @@ def _call(n: fx.Node, args: Any, kwargs: Any, work: Work) -> Any:
 
 
 def effort(name: str, args: Any) -> int:
-    """About how many multiplications a call takes, or elements it reads."""
+    """About how many multiplications a call takes, or elements it reads: a view reads none."""
+    if name in _FREE:
+        return 0
     lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
     tensors = [t for ts in lists for t in ts if isinstance(t, Tensor)]
     if name == "einsum":

@@ -138,6 +138,8 @@ def _run(
         likely = [computed[d]] if d in computed else [*beside, *(sizes.candidates(p) if isinstance(p, int) else [sizes.of(p)])]
         options.append(dict.fromkeys(likely))
     found = [c for c in itertools.islice(itertools.product(*options), _COMBINATIONS) if math.prod(c) == total]
+    if len(found) > 1 and len(set(old_out)) < len(old_out):  # 32 groups of 32 become 2 groups of 32: it is inner dims that stay
+        found.sort(key=lambda c: [a == b for a, b in zip(c[::-1], old_out[::-1], strict=True)], reverse=True)
     if not found:
         known = [next(iter(o)) for o in options]
         for d, p in enumerate(old_out):
