@@ -22,6 +22,7 @@ from .rewrites import fold_masks, split_stacks
 
 _COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
+_FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
 DRAWS = 4  # tries to choose every expert
 
 
@@ -194,8 +195,9 @@ class Block(_Reader):
                     raise
 
     def trials(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
-        *first, last = self._tried()
-        yield "other tokens", b.arguments([*(p + 1 for p in first), last + 4])
+        *first, last = self.lead
+        last = last if self._cheap(math.prod(self.lead)) else _FEW
+        yield "other tokens", b.arguments([*(p + 1 for p in first), last + 1])
         yield "few experts", b.arguments([*first, last], alike=True)
         yield "one token", b.arguments([1] * len(self.lead))
         many = _affordable(b, 8)
@@ -209,16 +211,11 @@ class Block(_Reader):
         return None
 
     def usual(self, b: BlockBench) -> dict[str, Any]:
-        return b.arguments(self._tried())
+        return b.arguments(self.lead)
 
     def _cheap(self, tokens: int) -> bool:
         """Whether so many tokens are worked on in a moment."""
         return _affordable(self.sharp, 8) >= tokens
-
-    def _tried(self) -> list[int]:
-        """Tokens of a trial: those of the recording, or fewer where the experts are large, but more than there are experts."""
-        *first, last = self.lead
-        return [*first, last if self._cheap(math.prod(self.lead)) else min(last, self.all + 1)]
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:
