@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...ops import bundled, layout_of, routing_of
 from ...ops.anywhere import with_copies
 from ..target import Target
-from . import experts, frozen, native, route, told
+from . import experts, frozen, native, route, stored, told
 
 
 def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -42,11 +42,16 @@ TARGET = Target(
     refuses=experts.refuses,
     says=experts.says,
     dispatch_key="CPU",
-    kernels={"route": _route, "experts_fwd": with_copies(_experts_fwd), "experts_bwd": _experts_bwd},  # and `experts`: `native`
+    kernels={  # and `experts`: `native`
+        "route": _route,
+        "experts_fwd": with_copies(_experts_fwd),
+        "experts_bwd": _experts_bwd,
+        "experts_stored": stored.experts_stored,
+    },
     prepare=experts.prepare,
     rearrange=_rearrange,
     lacks=told.lacks,
     remarks=told.packed,
     missing=told.missing,
-    coded=True,  # weights in few bits run in plain torch, made floats one touched expert at a time
+    coded=True,  # weights in few bits are made floats, those of touched experts alone
 )

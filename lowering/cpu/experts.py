@@ -92,6 +92,24 @@ def forward(
     return out, pre
 
 
+def once(
+    x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout
+) -> Tensor | None:
+    """As `forward` for parameters that are there for one call; None where no kernel takes them."""
+    p = _as_read(p)
+    library = _library("forward", x, layout, p)
+    if library is None:
+        return None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    prepared = Call(layout, x.shape[1], p.down)
+    prepared.parameters("", p)
+    call = prepared.on(x, ids.long().contiguous(), weights.float().contiguous())
+    out = x.new_empty(x.shape[0], layout.out_features(p.down))
+    call.tensors(out=out, add=None if add is None else add.to(x.dtype).contiguous(), pre=x.new_empty(0, layout.pre_width(p.down)))
+    call.run(library.moe_experts_forward)
+    return out
+
+
 def _as_read(p: Operands[Tensor]) -> Operands[Tensor]:
     """The kernels read contiguous biases."""
     return replace(p, up_bias=tuple([t.contiguous() for t in p.up_bias]), down_bias=tuple([t.contiguous() for t in p.down_bias]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 ALL = 0  # rows (or columns) of a block: as many as there are
 
 
@@ -88,10 +89,17 @@ class Stored:
     def value(self, code: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What codes stand for."""
         if self.values:
-            return torch.tensor(self.values, dtype=dtype, device=code.device)[code.long()]
+            return _looked_up(torch.tensor(self.values, dtype=dtype, device=code.device), code)
         if table is not None:
-            return table.to(dtype)[code.long()]
+            return _looked_up(table.to(dtype), code)
+        if code.is_cpu and code.dtype in _BYTES and type(code) in (Tensor, torch.nn.Parameter):  # a cast takes five times as long
+            return _looked_up(torch.arange(256, dtype=torch.uint8).view(code.dtype).to(dtype), code.view(torch.uint8))
         return code.to(dtype) + self.offset if self.offset else code.to(dtype)
+
+
+def _looked_up(table: Tensor, code: Tensor) -> Tensor:
+    """table[code]."""
+    return table.index_select(0, code.flatten().int()).view(code.shape)
 
 
 def times(value: Tensor, s: Tensor, rows: int, columns: int) -> Tensor:
