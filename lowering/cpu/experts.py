@@ -92,9 +92,7 @@ def forward(
     return out, pre
 
 
-def once(
-    x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout
-) -> Tensor | None:
+def once(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout) -> Tensor | None:
     """As `forward` for parameters that are there for one call; None where no kernel takes them."""
     p = _as_read(p)
     library = _library("forward", x, layout, p)
