@@ -17,8 +17,9 @@ from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.lowering.cpu import build
 from moe_compile.lowering.cpu import stored as on_cpu
+from moe_compile.passes.prove.literals import Literals
 from moe_compile.passes.prove.region import effort
-from moe_compile.passes.prove.sizes import Sizes, regroup
+from moe_compile.passes.prove.sizes import Script, Sizes, regroup
 
 E, H, I, K, B = 4, 16, 8, 2, 4
 
@@ -145,6 +146,15 @@ def test_as_many_groups_as_a_group_is_wide() -> None:
     """16 inputs are 4 groups of 4; 8 of them on a probe are 2 groups of 4."""
     sizes = Sizes(atoms=((16, 8), (4, 2)), kept=frozenset({4}))
     assert regroup(sizes, (16,), (8,), (4, 4))[0][0] == (2, 4)
+
+
+def test_an_experts_number_is_itself() -> None:
+    """40 is five times 8, which is 2 on a probe: the number that ids are compared with stays 40."""
+    graph = torch.fx.symbolic_trace(lambda ids: torch.ops.aten.eq.Scalar(ids, 40)).graph
+    ids, n, _ = graph.nodes
+    ids.meta["val"], n.meta["val"] = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    literals = Literals(Sizes(atoms=((1024, 256), (8, 2)), kept=frozenset({64})), Script())
+    assert literals.sizes.candidates(40)[0] == 10 and literals.of(n, {ids: ids.meta["val"]})[0][1] == 40
 
 
 def test_a_view_is_no_work() -> None:

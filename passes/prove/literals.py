@@ -64,6 +64,12 @@ class Literals:
             return value
         return self.script.choose((n, place), self.sizes.candidates(value))
 
+    def itself(self, n: fx.Node, place: Any, value: Any) -> Any:
+        """As `number`, for one that is itself first where it may be an expert's."""
+        if type(value) is not int or not 1 < value <= max(self.sizes.kept, default=0):
+            return self.number(n, place, value)
+        return self.script.choose((n, place), (value, *self.sizes.candidates(value)))
+
     def view(
         self, n: fx.Node, old_in: tuple[Dim, ...], new_in: tuple[int, ...], old_out: tuple[Dim, ...], given: Args, env: Env
     ) -> list[int]:
@@ -92,6 +98,8 @@ def _sizes_and_scalars(t: Literals, n: fx.Node, env: Env, given: dict[str, Any])
     """Any other op: numbers that are sizes by their type (`SymInt`), and those that meet whole numbers; dims and counts stay."""
     out = dict(given)
     whole = _whole(n)
+    if whole and op_name(n) in ("eq", "ne"):  # `ids == 40` is expert 40, whatever 40 is a multiple of
+        return {k: t.itself(n, k, v) for k, v in given.items()}
     for spec in schema_of(n).arguments:
         kind = _kind(spec.real_type)
         if spec.name in given and (kind == "SymIntType" or whole and kind == "NumberType"):

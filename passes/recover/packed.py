@@ -162,7 +162,7 @@ def _function(fields: Sequence[Tensor], bits: int, out: Tensor) -> tuple[int, tu
     for place, codes in enumerate(fields):
         table = torch.zeros(1 << bits, dtype=torch.float64)
         table[codes.flatten()] = out.flatten()
-        if torch.equal(table[codes].nan_to_num(nan=_NAN), out.nan_to_num(nan=_NAN)) and len(codes.unique()) == 1 << bits:
+        if torch.equal(table[codes].nan_to_num(nan=_NAN), out.nan_to_num(nan=_NAN)) and bool(codes.flatten().bincount(minlength=1 << bits).all()):
             return place, tuple(table.tolist())
     return None
 
