@@ -7,12 +7,11 @@ never comes here on its steady path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import Form
@@ -20,7 +19,8 @@ from ...ir import scalar as act
 from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
-from .pairs import Pair
+from .pairs import Pair, accumulate, store
+from .rows import Rows, group_rows
 
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
@@ -37,40 +37,8 @@ def check_rows(x: Tensor, ids: Tensor, weights: Tensor) -> None:
         raise ValueError(f"moe_compile::experts: {x.shape[0]} tokens, {ids.shape[0]} rows of ids, {weights.shape[0]} of weights")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The (token, slot) pairs ordered by expert; pairs of no expert are left out."""
-
-    slots: Tensor  # [N] position t * k + j
-    tokens: Tensor  # [N]
-    counts: list[int]  # rows per expert
-    identity: Tensor | None  # [M] slots of identity experts
-
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Experts that have rows, and where these are."""
-        start = 0
-        for e, count in enumerate(self.counts):
-            if count:
-                yield e, slice(start, start + count)
-            start += count
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def group_rows(ids: Tensor, layout: Layout) -> Rows:
-    """Order the pairs of ids [T, k] by expert."""
-    n = layout.num_experts
-    flat = ids.reshape(-1).long()
-    known = torch.where((flat >= 0) & (flat < n), flat, n)
-    slots = known.argsort(stable=True)
-    counts: list[int] = torch.bincount(known, minlength=n + 1)[:n].tolist()
-    slots = slots[: sum(counts)]
-    identity = None
-    if layout.num_identity:
-        identity = ((flat >= n) & (flat < n + layout.num_identity)).nonzero().squeeze(-1)
-    return Rows(slots, slots // max(ids.shape[1], 1), counts, identity)
 
 
 def up_matrices(layout: Layout, up: Sequence[Tensor], e: int, dtype: torch.dtype) -> list[Tensor]:
@@ -88,11 +56,11 @@ def split_pre(layout: Layout, h: Tensor) -> tuple[Tensor, ...]:
     return (h,)
 
 
-def join_pre(layout: Layout, pre: Tensor) -> list[Tensor]:
-    """[N, (g | u)] back in the column order of the up tensors."""
+def as_stored(layout: Layout, pre: Tensor) -> Sequence[Tensor]:
+    """[N, (g | u)] in the column order of the up tensors, one for each of them."""
     if layout.form == Form.INTERLEAVED:
         return [torch.stack(pre.chunk(2, -1), -1).flatten(-2)]
-    return list(pre.chunk(2, -1)) if layout.form == Form.SEPARATE else [pre]
+    return pre.chunk(2, -1) if layout.form == Form.SEPARATE else [pre]
 
 
 def forward(
@@ -110,37 +78,54 @@ def forward(
     """
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
-    w = weights.reshape(-1, 1).to(acc)
-    inputs = x[rows.tokens]
-    if layout.weight_on_input:
-        inputs = (inputs.to(acc) * w[rows.slots]).to(x.dtype)
-    pre = x.new_zeros(ids.numel(), layout.pre_width(p.down))
-    outs = x.new_zeros(ids.numel(), layout.out_features(p.down), dtype=acc)
+    w, early = weights.to(acc), layout.weight_on_input
+    n = len(rows.slots)
+    inputs = x.index_select(0, rows.tokens)
+    if early:
+        inputs = (inputs.to(acc) * _by_row(w, rows.slots)).to(x.dtype)
+    pre = x.new_empty(ids.numel(), layout.pre_width(p.down))
+    pre[n:].zero_()
+    _up(layout, p, rows, inputs, pre[:n])
+    a = _activate(layout, pre[:n], acc).to(x.dtype)
+    y = rows.results(layout.out_features(p.down), x, acc)
+    _down(layout, p, rows, a if inner is None else inner(a), y)
+    if len(rows.identity):
+        kept = x.index_select(0, rows.identity // ids.shape[1]).to(acc)
+        y[n : rows.placed] = kept * _by_row(w, rows.identity) if early else kept
+    out = rows.summed(y, None if early else w)
+    return (out if add is None else out.add_(add)).to(x.dtype), pre
+
+
+def _by_row(w: Tensor, slots: Tensor) -> Tensor:
+    """Routing weights [T, k] of slots, as a column."""
+    return w.reshape(-1).index_select(0, slots).unsqueeze(-1)
+
+
+def _up(layout: Layout, p: Operands[Tensor], rows: Rows, inputs: Tensor, pre: Tensor) -> None:
+    """pre [N, (g | u)] = x W_upᵀ + s (x aᵀ) bᵀ + b_up"""
+    mixed = layout.form == Form.INTERLEAVED
+    parts = [torch.empty_like(pre)] if mixed else as_stored(layout, pre)
     for e, here in rows.spans():
-        torch.cat(_up(layout, p, e, inputs[here]), -1, out=pre[here])
-        a = _activate(layout, pre[here], acc).to(x.dtype)
-        y = _down(layout, p, e, a if inner is None else inner(a), acc)
-        slots = rows.slots[here]
-        outs[slots] = y if layout.weight_on_input else y * w[slots]
-    if rows.identity is not None:
-        outs[rows.identity] = x[rows.identity // ids.shape[1]].to(acc) * w[rows.identity]
-    out = outs.view(*ids.shape, outs.shape[-1]).sum(1)
-    return (out if add is None else out + add.to(acc)).to(x.dtype), pre
+        mine = inputs[here]
+        for part, m in enumerate(up_matrices(layout, p.up, e, inputs.dtype)):
+            out = parts[part][here]
+            if p.up_bias:
+                torch.addmm(layout.at(p.up_bias, part, e).to(inputs.dtype), mine, m.t(), out=out)
+            else:
+                torch.mm(mine, m.t(), out=out)
+            Pair.of(layout, p, "up", part, e).add_result(out, mine)
+    if mixed:
+        torch.cat(split_pre(layout, parts[0]), -1, out=pre)
 
 
-def _up(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor) -> list[Tensor]:
-    """Pre-activations (g, u) or (g,) of expert e's rows."""
-    products: list[Tensor] = []
-    for part, m in enumerate(up_matrices(layout, p.up, e, rows.dtype)):
-        bias = layout.at(p.up_bias, part, e).to(rows.dtype) if p.up_bias else None
-        products.extend(split_pre(layout, Pair.of(layout, p, "up", part, e).result(F.linear(rows, m, bias), rows)))
-    return products
-
-
-def _down(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor, acc: torch.dtype) -> Tensor:
-    y = F.linear(rows, _down_matrix(layout, p.down, e, rows.dtype))
-    y = Pair.of(layout, p, "down", 0, e).result(y, rows).to(acc)
-    return y + layout.at(p.down_bias, 0, e).to(acc) if p.down_bias else y
+def _down(layout: Layout, p: Operands[Tensor], rows: Rows, inputs: Tensor, out: Tensor) -> None:
+    """out = h W_downᵀ + s (h aᵀ) bᵀ + b_down"""
+    for e, here in rows.spans():
+        mine, y = inputs[here], out[here]
+        store(y, mine, _down_matrix(layout, p.down, e, inputs.dtype).t())
+        Pair.of(layout, p, "down", 0, e).add_result(y, mine)
+        if p.down_bias:
+            y.add_(layout.at(p.down_bias, 0, e))
 
 
 def _down_matrix(layout: Layout, down: Sequence[Tensor], e: int, dtype: torch.dtype) -> Tensor:
@@ -156,13 +141,22 @@ def _activate(layout: Layout, pre: Tensor, acc: torch.dtype) -> Tensor:
 class Grads:
     """Gradients asked for, in the order x, weights, the parameters in theirs; nothing else is computed."""
 
-    def __init__(self, needs: Sequence[bool], x: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> None:
+    def __init__(self, needs: Sequence[bool], p: Operands[Tensor], layout: Layout, counts: Sequence[int]) -> None:
         self.x, self.weights, *asked = needs
         self.of_x: Tensor | None = None
         self.of_weights: Tensor | None = None
-        wanted = zip(p, asked, strict=True)
-        self.of_parameters: Operands[Tensor | None] = p.filled(_zeros(t) if n else None for t, n in wanted)
         self.layout = layout
+        places = ((t, i) for group in p.groups() for i, t in enumerate(group))
+        wanted = zip(places, asked, strict=True)
+        self.of_parameters: Operands[Tensor | None] = p.filled(self._room(t, i, counts) if n else None for (t, i), n in wanted)
+
+    def _room(self, t: Tensor, i: int, counts: Sequence[int]) -> Tensor:
+        """Where a parameter's gradient goes: zeros where no rows will write."""
+        whole = all(counts) and t.shape[0] == len(counts) if self.layout.stacked else counts[i % len(counts)]
+        return (torch.empty_like if whole else torch.zeros_like)(t, memory_format=torch.contiguous_format)
+
+    def wants(self, *names: str) -> bool:
+        return any(g is not None for name in names for g in getattr(self.of_parameters, name))
 
     def of(self, name: str, part: int, e: int) -> Tensor | None:
         """Where expert e's gradient of a parameter goes, or None when nobody asks."""
@@ -181,61 +175,46 @@ class Grads:
         return [g for g in (self.of_x, self.of_weights, *self.of_parameters) if g is not None]
 
 
-def _zeros(t: Tensor) -> Tensor:
-    return torch.zeros_like(t, memory_format=torch.contiguous_format)
-
-
 @dataclass(frozen=True)
 class _Backward:
-    """One backward pass: what was given, and where gradients go. grad_x [T * k, H] and grad_w [T * k] by slot."""
+    """One backward pass: what was given, the rows, and where gradients of parameters go."""
 
-    grad: Tensor
-    x: Tensor
-    w: Tensor
     p: Operands[Tensor]
     layout: Layout
+    rows: Rows
     grads: Grads
-    grad_x: Tensor | None
-    grad_w: Tensor
 
-    def expert(self, e: int, slots: Tensor, tokens: Tensor, pre: Tensor) -> None:
-        """One expert's share of every gradient, from its rows."""
-        layout, acc, dtype = self.layout, self.w.dtype, self.x.dtype
-        g_out, row_w, inputs = self.grad[tokens].to(dtype), self.w[slots], self.x[tokens]
-        value, *slopes = _activate_dual(layout, pre, acc)
-        down = Pair.of(layout, self.p, "down", 0, e)
-        grad_a = down.input_gradient(g_out @ _down_matrix(layout, self.p.down, e, dtype), g_out).to(acc)
-        if layout.weight_on_input:
-            inputs, grad_y = (inputs.to(acc) * row_w).to(dtype), g_out
-        else:
-            of_bias = g_out.to(acc) @ layout.at(self.p.down_bias, 0, e).to(acc) if self.p.down_bias else 0.0
-            self.grad_w[slots] = (grad_a * value).sum(-1) + of_bias
-            grad_a, grad_y = grad_a * row_w, (g_out.to(acc) * row_w).to(dtype)
-        _store_product(self.grads.of("down", 0, e), grad_y, value.to(dtype), layout.down_transposed)
-        _store_sum(self.grads.of("down_bias", 0, e), grad_y)
-        down.store(self.grads.pair("down", 0, e), grad_y, value.to(dtype))
-        through = [torch.zeros_like(grad_a) if d is None else grad_a * d for d in slopes[: 2 if layout.gated else 1]]
-        grad_in = self._up(e, torch.cat(through, -1).to(dtype), inputs)
-        if grad_in is None:
-            return
-        if layout.weight_on_input:
-            self.grad_w[slots] = (grad_in * self.x[tokens].to(acc)).sum(-1)
-            grad_in = grad_in * row_w
-        if self.grad_x is not None:
-            self.grad_x[slots] = grad_in
+    def down(self, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
+        """out = g W + s (g b) a; of the parameters, with the activations `weighted` by w and `grad` not."""
+        layout, grads = self.layout, self.grads
+        for e, here in self.rows.spans():
+            g, mine, d = grad[here], weighted[here], out[here]
+            store(d, g, _down_matrix(layout, self.p.down, e, grad.dtype))
+            Pair.of(layout, self.p, "down", 0, e).backward(g, mine, d, grads.pair("down", 0, e))
+            _store_product(grads.of("down", 0, e), g, mine, layout.down_transposed)
 
-    def _up(self, e: int, grad_pre: Tensor, inputs: Tensor) -> Tensor | None:
-        """Gradients of the up projection from those of its results [N, (g | u)]; the rows', where somebody needs them."""
-        layout, found = self.layout, None
-        for part, (g, m) in enumerate(zip(join_pre(layout, grad_pre), up_matrices(layout, self.p.up, e, self.x.dtype), strict=True)):
-            _store_product(self.grads.of("up", part, e), g, inputs, layout.up_transposed)
-            _store_sum(self.grads.of("up_bias", part, e), g)
-            pair = Pair.of(layout, self.p, "up", part, e)
-            pair.store(self.grads.pair("up", part, e), g, inputs)
-            if self.grad_x is not None or layout.weight_on_input:
-                product = pair.input_gradient(g @ m, g).to(self.w.dtype)
-                found = product if found is None else found + product
-        return found
+    def biases(self, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
+        """Of the biases of the down projection, and their share of the gradients of routing weights, by row."""
+        layout, acc = self.layout, of_rows.dtype
+        for e, here in self.rows.spans():
+            g = grad[here].to(acc)
+            if w is not None:
+                of_rows[here] += g @ layout.at(self.p.down_bias, 0, e).to(acc)
+            _store_sum(self.grads.of("down_bias", 0, e), g if w is None else g * w[here])
+
+    def up(self, grad_pre: Tensor, inputs: Tensor, out: Tensor | None) -> None:
+        """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [N, (g | u)] of their results."""
+        layout, grads = self.layout, self.grads
+        parts = as_stored(layout, grad_pre)
+        for e, here in self.rows.spans():
+            mine, d = inputs[here], None if out is None else out[here]
+            for part, m in enumerate(up_matrices(layout, self.p.up, e, inputs.dtype)):
+                g = parts[part][here]
+                if d is not None:
+                    (accumulate if part else store)(d, g, m)
+                Pair.of(layout, self.p, "up", part, e).backward(g, mine, d, grads.pair("up", part, e))
+                _store_product(grads.of("up", part, e), g, mine, layout.up_transposed)
+                _store_sum(grads.of("up_bias", part, e), g)
 
 
 def backward(
@@ -249,32 +228,55 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of what `needs` flags among x, weights, and the parameters in their order, in that order."""
-    acc = accumulate_dtype(x.dtype)
-    grads = Grads(needs, x, weights, p, layout)
     rows = group_rows(ids, layout)
-    w = weights.reshape(-1, 1).to(acc)
-    grad_w = w.new_zeros(w.shape[0])
-    grad_x = x.new_zeros(ids.numel(), x.shape[1], dtype=acc) if grads.x else None
-    one = _Backward(grad, x, w, p, layout, grads, grad_x, grad_w)
-    for e, here in rows.spans():
-        one.expert(e, rows.slots[here], rows.tokens[here], pre[here])
-    if rows.identity is not None:
-        tokens = rows.identity // ids.shape[1]
-        grad_w[rows.identity] = (grad[tokens].to(acc) * x[tokens].to(acc)).sum(-1)
-        if grad_x is not None:
-            grad_x[rows.identity] = grad[tokens].to(acc) * w[rows.identity]
-    if grad_x is not None:
-        grads.of_x = grad_x.view(*ids.shape, grad_x.shape[-1]).sum(1).to(x.dtype)
+    grads = Grads(needs, p, layout, rows.counts)
+    one = _Backward(p, layout, rows, grads)
+    w, early, n = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input, len(rows.slots)
+    by_row, inputs = _by_row(w, rows.slots), x.index_select(0, rows.tokens)
+    grad_pre, of_rows = _through_down(one, grad, pre[:n], None if early else by_row, x.dtype)
+    d = rows.results(x.shape[1], x, w.dtype) if grads.x or early and grads.weights else None
+    one.up(grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
+    if early and d is not None:
+        of_rows = (d[:n] * inputs).sum(-1)
+    tokens = rows.identity // max(ids.shape[1], 1)
+    kept = grad.index_select(0, tokens).to(w.dtype)
+    if grads.x and d is not None:
+        d[n : rows.placed] = kept if early else kept * _by_row(w, rows.identity)
+        grads.of_x = rows.summed(d, w if early else None).to(x.dtype)
     if grads.weights:
-        grads.of_weights = grad_w.view_as(ids).to(weights.dtype)
+        of_slots = w.new_zeros(ids.numel()).index_copy_(0, rows.slots, of_rows)
+        of_slots[rows.identity] = (kept * x.index_select(0, tokens).to(w.dtype)).sum(-1)
+        grads.of_weights = of_slots.view_as(ids).to(weights.dtype)
     return grads.asked()
+
+
+def _through_down(one: _Backward, grad: Tensor, pre: Tensor, w: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(gradients of the pre-activations [N, (g | u)], those of the routing weights by row [N]); w is None where it is on the input."""
+    layout, acc = one.layout, accumulate_dtype(dtype)
+    value, *slopes = _activate_dual(layout, pre, acc)
+    hidden = value.to(dtype)
+    weighted = (value * w).to(dtype) if w is not None and one.grads.wants("down", "down_a", "down_b") else hidden
+    g_out = grad.to(dtype).index_select(0, one.rows.tokens)
+    d = torch.empty_like(value)
+    one.down(g_out, weighted, d)
+    of_rows = (d * value).sum(-1) if w is not None else d.new_empty(0)
+    if one.p.down_bias:
+        one.biases(g_out, w, of_rows)
+    if w is not None:
+        d.mul_(w)
+    grad_pre = torch.empty_like(pre)
+    for slope, half in zip(slopes, grad_pre.chunk(2, -1) if layout.gated else (grad_pre,), strict=False):
+        if slope is None:
+            half.zero_()
+        else:
+            torch.mul(d, slope, out=half)
+    return grad_pre, of_rows
 
 
 def _store_product(out: Tensor | None, rows: Tensor, inputs: Tensor, transposed: bool) -> None:
     """out [n, k] (or [k, n]) = Σ over rows of rows [N, n] x inputs [N, k]."""
     if out is not None:
-        left, right = (inputs, rows) if transposed else (rows, inputs)
-        out.copy_(left.t() @ right)
+        store(out, *((inputs.t(), rows) if transposed else (rows.t(), inputs)))
 
 
 def _store_sum(out: Tensor | None, rows: Tensor) -> None:
