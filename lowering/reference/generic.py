@@ -1,6 +1,7 @@
 """The routed experts in plain torch: any device, any float dtype. What runs where no kernel does.
 
-One matrix product per active expert over its rows, rows ordered by expert with a stable sort, so results are deterministic.
+One matrix product per active expert over its rows, rows ordered by expert with a stable sort; what stands between products is done for
+a block of experts at a time. On the CPU results are deterministic (elsewhere as far as `index_add_` is).
 It reads the row counts on the host (on an accelerator: one synchronisation), which is why a target with kernels of its own
 never comes here on its steady path.
 """
@@ -20,7 +21,7 @@ from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
 from .pairs import Pair, accumulate, store
-from .rows import Rows, group_rows
+from .rows import Block, group_rows
 
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
@@ -79,33 +80,35 @@ def forward(
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
     w, early = weights.to(acc), layout.weight_on_input
-    n = len(rows.slots)
-    inputs = x.index_select(0, rows.tokens)
-    if early:
-        inputs = (inputs.to(acc) * _by_row(w, rows.slots)).to(x.dtype)
     pre = x.new_empty(ids.numel(), layout.pre_width(p.down))
-    pre[n:].zero_()
-    _up(layout, p, rows, inputs, pre[:n])
-    a = _activate(layout, pre[:n], acc).to(x.dtype)
-    y = rows.results(layout.out_features(p.down), x, acc)
-    _down(layout, p, rows, a if inner is None else inner(a), y)
-    if len(rows.identity):
-        kept = x.index_select(0, rows.identity // ids.shape[1]).to(acc)
-        y[n : rows.placed] = kept * _by_row(w, rows.identity) if early else kept
-    out = rows.summed(y, None if early else w)
-    return (out if add is None else out.add_(add)).to(x.dtype), pre
+    pre[len(rows.slots) :].zero_()
+    width = layout.out_features(p.down)
+    out = x.new_zeros(x.shape[0], width, dtype=acc) if add is None else add.to(acc, copy=True)
+    for block in rows.blocks(_widest(x, pre)):
+        inputs, mine = x.index_select(0, block.tokens), pre[block.here]
+        if early:
+            inputs = (inputs.to(acc) * block.by_row(w)).to(x.dtype)
+        _up(layout, p, block, inputs, mine)
+        a = _activate(layout, mine, acc).to(x.dtype)
+        y = x.new_empty(len(mine), width, dtype=acc)
+        _down(layout, p, block, a if inner is None else inner(a), y)
+        out.index_add_(0, block.tokens, y if early else y.mul_(block.by_row(w)))
+    if layout.num_identity:
+        same = rows.identity
+        out.index_add_(0, same.tokens, x.index_select(0, same.tokens).to(acc) * same.by_row(w))
+    return out.to(x.dtype), pre
 
 
-def _by_row(w: Tensor, slots: Tensor) -> Tensor:
-    """Routing weights [T, k] of slots, as a column."""
-    return w.reshape(-1).index_select(0, slots).unsqueeze(-1)
+def _widest(x: Tensor, pre: Tensor) -> int:
+    """Bytes of one row of the widest matrix."""
+    return max(x.shape[1], pre.shape[1]) * max(x.element_size(), 4)
 
 
-def _up(layout: Layout, p: Operands[Tensor], rows: Rows, inputs: Tensor, pre: Tensor) -> None:
+def _up(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, pre: Tensor) -> None:
     """pre [N, (g | u)] = x W_upᵀ + s (x aᵀ) bᵀ + b_up"""
     mixed = layout.form == Form.INTERLEAVED
     parts = [torch.empty_like(pre)] if mixed else as_stored(layout, pre)
-    for e, here in rows.spans():
+    for e, here in block.spans:
         mine = inputs[here]
         for part, m in enumerate(up_matrices(layout, p.up, e, inputs.dtype)):
             out = parts[part][here]
@@ -118,9 +121,9 @@ def _up(layout: Layout, p: Operands[Tensor], rows: Rows, inputs: Tensor, pre: Te
         torch.cat(split_pre(layout, parts[0]), -1, out=pre)
 
 
-def _down(layout: Layout, p: Operands[Tensor], rows: Rows, inputs: Tensor, out: Tensor) -> None:
+def _down(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, out: Tensor) -> None:
     """out = h W_downᵀ + s (h aᵀ) bᵀ + b_down"""
-    for e, here in rows.spans():
+    for e, here in block.spans:
         mine, y = inputs[here], out[here]
         store(y, mine, _down_matrix(layout, p.down, e, inputs.dtype).t())
         Pair.of(layout, p, "down", 0, e).add_result(y, mine)
@@ -177,17 +180,17 @@ class Grads:
 
 @dataclass(frozen=True)
 class _Backward:
-    """One backward pass: what was given, the rows, and where gradients of parameters go."""
+    """The backward pass of a block: what was given, the rows, and where gradients of parameters go."""
 
     p: Operands[Tensor]
     layout: Layout
-    rows: Rows
+    block: Block
     grads: Grads
 
     def down(self, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
         """out = g W + s (g b) a; of the parameters, with the activations `weighted` by w and `grad` not."""
         layout, grads = self.layout, self.grads
-        for e, here in self.rows.spans():
+        for e, here in self.block.spans:
             g, mine, d = grad[here], weighted[here], out[here]
             store(d, g, _down_matrix(layout, self.p.down, e, grad.dtype))
             Pair.of(layout, self.p, "down", 0, e).backward(g, mine, d, grads.pair("down", 0, e))
@@ -196,7 +199,7 @@ class _Backward:
     def biases(self, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
         """Of the biases of the down projection, and their share of the gradients of routing weights, by row."""
         layout, acc = self.layout, of_rows.dtype
-        for e, here in self.rows.spans():
+        for e, here in self.block.spans:
             g = grad[here].to(acc)
             if w is not None:
                 of_rows[here] += g @ layout.at(self.p.down_bias, 0, e).to(acc)
@@ -206,7 +209,7 @@ class _Backward:
         """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [N, (g | u)] of their results."""
         layout, grads = self.layout, self.grads
         parts = as_stored(layout, grad_pre)
-        for e, here in self.rows.spans():
+        for e, here in self.block.spans:
             mine, d = inputs[here], None if out is None else out[here]
             for part, m in enumerate(up_matrices(layout, self.p.up, e, inputs.dtype)):
                 g = parts[part][here]
@@ -230,36 +233,39 @@ def backward(
     """Gradients of what `needs` flags among x, weights, and the parameters in their order, in that order."""
     rows = group_rows(ids, layout)
     grads = Grads(needs, p, layout, rows.counts)
-    one = _Backward(p, layout, rows, grads)
-    w, early, n = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input, len(rows.slots)
-    by_row, inputs = _by_row(w, rows.slots), x.index_select(0, rows.tokens)
-    grad_pre, of_rows = _through_down(one, grad, pre[:n], None if early else by_row, x.dtype)
-    d = rows.results(x.shape[1], x, w.dtype) if grads.x or early and grads.weights else None
-    one.up(grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
-    if early and d is not None:
-        of_rows = (d[:n] * inputs).sum(-1)
-    tokens = rows.identity // max(ids.shape[1], 1)
-    kept = grad.index_select(0, tokens).to(w.dtype)
-    if grads.x and d is not None:
-        d[n : rows.placed] = kept if early else kept * _by_row(w, rows.identity)
-        grads.of_x = rows.summed(d, w if early else None).to(x.dtype)
-    if grads.weights:
-        of_slots = w.new_zeros(ids.numel()).index_copy_(0, rows.slots, of_rows)
-        of_slots[rows.identity] = (kept * x.index_select(0, tokens).to(w.dtype)).sum(-1)
-        grads.of_weights = of_slots.view_as(ids).to(weights.dtype)
+    w, early = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input
+    grad, of_slots = grad.to(x.dtype), w.new_zeros(ids.numel())
+    grad_x = torch.zeros_like(x, dtype=w.dtype) if grads.x else None
+    for block in rows.blocks(_widest(x, pre)):
+        one = _Backward(p, layout, block, grads)
+        by_row, inputs = block.by_row(w), x.index_select(0, block.tokens)
+        grad_pre, of_rows = _through_down(one, grad, pre[block.here], None if early else by_row)
+        d = torch.empty_like(inputs, dtype=w.dtype) if grads.x or early and grads.weights else None
+        one.up(grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
+        of_slots[block.slots] = (d * inputs).sum(-1) if early and d is not None else of_rows
+        if grad_x is not None and d is not None:
+            grad_x.index_add_(0, block.tokens, d.mul_(by_row) if early else d)
+    if layout.num_identity:
+        same = rows.identity
+        kept = grad.index_select(0, same.tokens).to(w.dtype)
+        of_slots[same.slots] = (kept * x.index_select(0, same.tokens).to(w.dtype)).sum(-1)
+        if grad_x is not None:
+            grad_x.index_add_(0, same.tokens, kept * same.by_row(w))
+    grads.of_x = None if grad_x is None else grad_x.to(x.dtype)
+    grads.of_weights = of_slots.view_as(ids).to(weights.dtype) if grads.weights else None
     return grads.asked()
 
 
-def _through_down(one: _Backward, grad: Tensor, pre: Tensor, w: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(gradients of the pre-activations [N, (g | u)], those of the routing weights by row [N]); w is None where it is on the input."""
-    layout, acc = one.layout, accumulate_dtype(dtype)
+def _through_down(one: _Backward, grad: Tensor, pre: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gradients of the pre-activations [n, (g | u)], those of the routing weights by row [n]); w is None where it is on the input."""
+    layout, acc = one.layout, accumulate_dtype(grad.dtype)
     value, *slopes = _activate_dual(layout, pre, acc)
-    hidden = value.to(dtype)
-    weighted = (value * w).to(dtype) if w is not None and one.grads.wants("down", "down_a", "down_b") else hidden
-    g_out = grad.to(dtype).index_select(0, one.rows.tokens)
+    weighted = value if w is None or not one.grads.wants("down", "down_a", "down_b") else value * w
+    weighted = weighted.to(grad.dtype)
+    g_out = grad.index_select(0, one.block.tokens)
     d = torch.empty_like(value)
     one.down(g_out, weighted, d)
-    of_rows = (d * value).sum(-1) if w is not None else d.new_empty(0)
+    of_rows = (d * value).sum(-1) if w is not None else d.new_zeros(len(d))
     if one.p.down_bias:
         one.biases(g_out, w, of_rows)
     if w is not None:

@@ -1,4 +1,4 @@
-"""The dispatch in plain torch: (token, slot) pairs ordered by expert, and sums of their rows by token."""
+"""The dispatch in plain torch: (token, slot) pairs ordered by expert."""
 
 from __future__ import annotations
 
@@ -6,52 +6,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir.records import Layout
+
+# Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
+_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of consecutive experts. `spans`: experts that have rows, and where these are among the block's."""
+
+    here: slice
+    slots: Tensor  # [n] position t * k + j
+    tokens: Tensor  # [n]
+    spans: list[tuple[int, slice]]
+
+    def by_row(self, w: Tensor) -> Tensor:
+        """Routing weights [T, k] as a column, one for each row."""
+        return w.reshape(-1).index_select(0, self.slots).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Rows:
     """The (token, slot) pairs ordered by expert; pairs of no expert are left out."""
 
-    slots: Tensor  # [N] position t * k + j
-    tokens: Tensor  # [N]
+    slots: Tensor  # [N]
+    k: int
     counts: list[int]  # rows per expert
-    identity: Tensor  # [M] slots of identity experts
-    ids: Tensor  # [T, k]
+    identity: Block  # pairs of identity experts
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Experts that have rows, and where these are."""
-        start = 0
+    def blocks(self, row_bytes: int) -> Iterator[Block]:
+        """Experts that have rows, as many at a time as fit; an expert is never divided."""
+        most = max(_BLOCK // max(row_bytes, 1), 1)
+        start = end = 0
+        spans: list[tuple[int, slice]] = []
         for e, count in enumerate(self.counts):
+            if spans and count and end - start + count > most:
+                yield self._block(start, end, spans)
+                start, spans = end, []
             if count:
-                yield e, slice(start, start + count)
-            start += count
+                spans.append((e, slice(end - start, end - start + count)))
+                end += count
+        if spans:
+            yield self._block(start, end, spans)
 
-    @property
-    def placed(self) -> int:
-        """Slots of any expert."""
-        return len(self.slots) + len(self.identity)
-
-    def results(self, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for the rows' results: experts' in their order, then identity experts', then zeros for slots of none."""
-        room = like.new_empty(self.placed + (self.placed < self.ids.numel()), width, dtype=dtype)
-        room[self.placed :].zero_()
-        return room
-
-    def summed(self, results: Tensor, weights: Tensor | None) -> Tensor:
-        """out[t] = Σ_j w[t, j] results[row of slot (t, j)], in the order of the slots; w [T, k] is 1 where None."""
-        if not self.ids.numel():
-            return results.new_zeros(self.ids.shape[0], results.shape[1])
-        n, none = len(self.slots), self.placed < self.ids.numel()
-        at = torch.full_like(self.ids.reshape(-1), self.placed, dtype=torch.int64)
-        at[self.slots] = torch.arange(n, device=at.device)
-        if len(self.identity):
-            at[self.identity] = torch.arange(n, self.placed, device=at.device)
-        padding = self.placed if none else None
-        return F.embedding_bag(at.view_as(self.ids), results, per_sample_weights=weights, mode="sum", padding_idx=padding)
+    def _block(self, start: int, end: int, spans: list[tuple[int, slice]]) -> Block:
+        slots = self.slots[start:end]
+        return Block(slice(start, end), slots, slots // self.k, spans)
 
 
 def group_rows(ids: Tensor, layout: Layout) -> Rows:
@@ -65,4 +68,4 @@ def group_rows(ids: Tensor, layout: Layout) -> Rows:
     identity = slots[:0]
     if layout.num_identity:
         identity = ((flat >= n) & (flat < n + layout.num_identity)).nonzero().squeeze(-1)
-    return Rows(slots, slots // k, counts, identity, ids)
+    return Rows(slots, k, counts, Block(slice(0, len(identity)), identity, identity // k, []))
