@@ -44,8 +44,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def up_matrices(layout: Layout, up: Sequence[Tensor], e: int, dtype: torch.dtype) -> list[Tensor]:
     """The up projection of expert e as [out, in]: one tensor, or gate and up."""
-    mats = [layout.at(up, p, e).to(dtype) for p in range(layout.halves())]
+    mats = [_as(layout.at(up, p, e), dtype) for p in range(layout.halves())]
     return [m.t() for m in mats] if layout.up_transposed else mats
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to` costs a microsecond even where it has nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def split_pre(layout: Layout, h: Tensor) -> tuple[Tensor, ...]:
@@ -108,10 +113,8 @@ def _up(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, pre: 
     """pre [N, (g | u)] = x W_upᵀ + s (x aᵀ) bᵀ + b_up"""
     mixed = layout.form == Form.INTERLEAVED
     parts = [torch.empty_like(pre)] if mixed else as_stored(layout, pre)
-    for e, here in block.spans:
-        mine = inputs[here]
-        for part, m in enumerate(up_matrices(layout, p.up, e, inputs.dtype)):
-            out = parts[part][here]
+    for e, mine, *outs in block.each(inputs, *parts):
+        for part, (m, out) in enumerate(zip(up_matrices(layout, p.up, e, inputs.dtype), outs, strict=True)):
             if p.up_bias:
                 torch.addmm(layout.at(p.up_bias, part, e).to(inputs.dtype), mine, m.t(), out=out)
             else:
@@ -123,8 +126,7 @@ def _up(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, pre: 
 
 def _down(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, out: Tensor) -> None:
     """out = h W_downᵀ + s (h aᵀ) bᵀ + b_down"""
-    for e, here in block.spans:
-        mine, y = inputs[here], out[here]
+    for e, mine, y in block.each(inputs, out):
         store(y, mine, _down_matrix(layout, p.down, e, inputs.dtype).t())
         Pair.of(layout, p, "down", 0, e).add_result(y, mine)
         if p.down_bias:
@@ -132,7 +134,7 @@ def _down(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, out
 
 
 def _down_matrix(layout: Layout, down: Sequence[Tensor], e: int, dtype: torch.dtype) -> Tensor:
-    m = layout.at(down, 0, e).to(dtype)
+    m = _as(layout.at(down, 0, e), dtype)
     return m.t() if layout.down_transposed else m
 
 
@@ -190,8 +192,7 @@ class _Backward:
     def down(self, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
         """out = g W + s (g b) a; of the parameters, with the activations `weighted` by w and `grad` not."""
         layout, grads = self.layout, self.grads
-        for e, here in self.block.spans:
-            g, mine, d = grad[here], weighted[here], out[here]
+        for e, g, mine, d in self.block.each(grad, weighted, out):
             store(d, g, _down_matrix(layout, self.p.down, e, grad.dtype))
             Pair.of(layout, self.p, "down", 0, e).backward(g, mine, d, grads.pair("down", 0, e))
             _store_product(grads.of("down", 0, e), g, mine, layout.down_transposed)
@@ -199,20 +200,18 @@ class _Backward:
     def biases(self, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
         """Of the biases of the down projection, and their share of the gradients of routing weights, by row."""
         layout, acc = self.layout, of_rows.dtype
-        for e, here in self.block.spans:
-            g = grad[here].to(acc)
+        weighted = grad.to(acc) if w is None else grad.to(acc) * w
+        for e, g, sums, mine in self.block.each(grad.to(acc), of_rows, weighted):
             if w is not None:
-                of_rows[here] += g @ layout.at(self.p.down_bias, 0, e).to(acc)
-            _store_sum(self.grads.of("down_bias", 0, e), g if w is None else g * w[here])
+                sums += g @ layout.at(self.p.down_bias, 0, e).to(acc)
+            _store_sum(self.grads.of("down_bias", 0, e), mine)
 
     def up(self, grad_pre: Tensor, inputs: Tensor, out: Tensor | None) -> None:
         """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [N, (g | u)] of their results."""
         layout, grads = self.layout, self.grads
-        parts = as_stored(layout, grad_pre)
-        for e, here in self.block.spans:
-            mine, d = inputs[here], None if out is None else out[here]
-            for part, m in enumerate(up_matrices(layout, self.p.up, e, inputs.dtype)):
-                g = parts[part][here]
+        for e, mine, *given in self.block.each(inputs, *as_stored(layout, grad_pre), *([] if out is None else [out])):
+            d = None if out is None else given.pop()
+            for part, (m, g) in enumerate(zip(up_matrices(layout, self.p.up, e, inputs.dtype), given, strict=True)):
                 if d is not None:
                     (accumulate if part else store)(d, g, m)
                 Pair.of(layout, self.p, "up", part, e).backward(g, mine, d, grads.pair("up", part, e))

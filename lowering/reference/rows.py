@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +12,22 @@ from torch import Tensor
 from ...ir.records import Layout
 
 # Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of consecutive experts. `spans`: experts that have rows, and where these are among the block's."""
+    """Rows of consecutive experts. `experts`: those that have rows; `counts`: how many each."""
 
     here: slice
     slots: Tensor  # [n] position t * k + j
     tokens: Tensor  # [n]
-    spans: list[tuple[int, slice]]
+    experts: list[int]
+    counts: list[int]
+
+    def each(self, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
+        """(e, its part of each matrix of the block's rows) for every expert that has rows."""
+        return zip(self.experts, *(r.split(self.counts) for r in rows), strict=True)
 
     def by_row(self, w: Tensor) -> Tensor:
         """Routing weights [T, k] as a column, one for each row."""
@@ -41,20 +47,20 @@ class Rows:
         """Experts that have rows, as many at a time as fit; an expert is never divided."""
         most = max(_BLOCK // max(row_bytes, 1), 1)
         start = end = 0
-        spans: list[tuple[int, slice]] = []
+        experts: list[int] = []
         for e, count in enumerate(self.counts):
-            if spans and count and end - start + count > most:
-                yield self._block(start, end, spans)
-                start, spans = end, []
+            if experts and count and end - start + count > most:
+                yield self._block(start, end, experts)
+                start, experts = end, []
             if count:
-                spans.append((e, slice(end - start, end - start + count)))
+                experts.append(e)
                 end += count
-        if spans:
-            yield self._block(start, end, spans)
+        if experts:
+            yield self._block(start, end, experts)
 
-    def _block(self, start: int, end: int, spans: list[tuple[int, slice]]) -> Block:
+    def _block(self, start: int, end: int, experts: list[int]) -> Block:
         slots = self.slots[start:end]
-        return Block(slice(start, end), slots, slots // self.k, spans)
+        return Block(slice(start, end), slots, slots // self.k, experts, [self.counts[e] for e in experts])
 
 
 def group_rows(ids: Tensor, layout: Layout) -> Rows:
@@ -68,4 +74,4 @@ def group_rows(ids: Tensor, layout: Layout) -> Rows:
     identity = slots[:0]
     if layout.num_identity:
         identity = ((flat >= n) & (flat < n + layout.num_identity)).nonzero().squeeze(-1)
-    return Rows(slots, k, counts, Block(slice(0, len(identity)), identity, identity // k, []))
+    return Rows(slots, k, counts, Block(slice(0, len(identity)), identity, identity // k, [], []))
