@@ -9,7 +9,6 @@ never comes here on its steady path.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ...ir import scalar as act
 from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
-from .pairs import Pair, accumulate, store
+from .pairs import Pairs, accumulate, store
 from .rows import Block, group_rows
 
 
@@ -113,22 +112,26 @@ def _up(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, pre: 
     """pre [N, (g | u)] = x W_upᵀ + s (x aᵀ) bᵀ + b_up"""
     mixed = layout.form == Form.INTERLEAVED
     parts = [torch.empty_like(pre)] if mixed else as_stored(layout, pre)
+    pairs = [Pairs.of(layout, p, "up", part) for part in range(layout.halves())]
     for e, mine, *outs in block.each(inputs, *parts):
         for part, (m, out) in enumerate(zip(up_matrices(layout, p.up, e, inputs.dtype), outs, strict=True)):
             if p.up_bias:
                 torch.addmm(layout.at(p.up_bias, part, e).to(inputs.dtype), mine, m.t(), out=out)
             else:
                 torch.mm(mine, m.t(), out=out)
-            Pair.of(layout, p, "up", part, e).add_result(out, mine)
+            if (pair := pairs[part]) is not None:
+                pair.add_result(e, out, mine)
     if mixed:
         torch.cat(split_pre(layout, parts[0]), -1, out=pre)
 
 
 def _down(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, out: Tensor) -> None:
     """out = h W_downᵀ + s (h aᵀ) bᵀ + b_down"""
+    pairs = Pairs.of(layout, p, "down", 0)
     for e, mine, y in block.each(inputs, out):
         store(y, mine, _down_matrix(layout, p.down, e, inputs.dtype).t())
-        Pair.of(layout, p, "down", 0, e).add_result(y, mine)
+        if pairs is not None:
+            pairs.add_result(e, y, mine)
         if p.down_bias:
             y.add_(layout.at(p.down_bias, 0, e))
 
@@ -163,60 +166,65 @@ class Grads:
     def wants(self, *names: str) -> bool:
         return any(g is not None for name in names for g in getattr(self.of_parameters, name))
 
-    def of(self, name: str, part: int, e: int) -> Tensor | None:
-        """Where expert e's gradient of a parameter goes, or None when nobody asks."""
+    def of(self, name: str, part: int) -> Sequence[Tensor | None]:
+        """Where the gradients of a part go, by expert; None when nobody asks."""
         group = getattr(self.of_parameters, name)
-        if not group:
-            return None
-        whole: Tensor | None = group[part if self.layout.stacked else part * self.layout.num_experts + e]
-        return whole[e] if whole is not None and self.layout.stacked else whole
-
-    def pair(self, name: str, part: int, e: int) -> tuple[Tensor | None, Tensor | None]:
-        """As `of`, of the low-rank pair of a part."""
-        before = sum(bool(self.layout.pair(name, i)) for i in range(part))
-        return self.of(f"{name}_a", before, e), self.of(f"{name}_b", before, e)
+        whole = self.layout.by_expert(group, part) if group else None
+        return (None,) * self.layout.num_experts if whole is None else whole
 
     def asked(self) -> list[Tensor]:
         return [g for g in (self.of_x, self.of_weights, *self.of_parameters) if g is not None]
 
 
-@dataclass(frozen=True)
+class _Part:
+    """The backward pass of a part of `up`, or of `down`: its pairs, and where gradients go by expert."""
+
+    def __init__(self, p: Operands[Tensor], layout: Layout, grads: Grads, name: str, part: int) -> None:
+        self.pairs, place = Pairs.of(layout, p, name, part), layout.pairs_before(name, part)
+        self.of_weight, self.of_bias = grads.of(name, part), grads.of(f"{name}_bias", part)
+        self.of_a, self.of_b = grads.of(f"{name}_a", place), grads.of(f"{name}_b", place)
+        self.transposed = layout.up_transposed if name == "up" else layout.down_transposed
+
+    def run(self, e: int, grad: Tensor, rows: Tensor, of_rows: Tensor | None) -> None:
+        """of_rows += s (g b) a, and the gradients of the weight and of the pair, from the rows and the gradient of their results."""
+        if self.pairs is not None:
+            self.pairs.backward(e, grad, rows, of_rows, self.of_a[e], self.of_b[e])
+        if (out := self.of_weight[e]) is not None:
+            store(out, *((rows.t(), grad) if self.transposed else (grad.t(), rows)))
+
+
 class _Backward:
-    """The backward pass of a block: what was given, the rows, and where gradients of parameters go."""
+    """One backward pass: what was given, and where gradients of parameters go."""
 
-    p: Operands[Tensor]
-    layout: Layout
-    block: Block
-    grads: Grads
+    def __init__(self, p: Operands[Tensor], layout: Layout, grads: Grads) -> None:
+        self.p, self.layout, self.grads = p, layout, grads
+        self.ups = [_Part(p, layout, grads, "up", part) for part in range(layout.halves())]
+        self.downs = _Part(p, layout, grads, "down", 0)
 
-    def down(self, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
+    def down(self, block: Block, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
         """out = g W + s (g b) a; of the parameters, with the activations `weighted` by w and `grad` not."""
-        layout, grads = self.layout, self.grads
-        for e, g, mine, d in self.block.each(grad, weighted, out):
-            store(d, g, _down_matrix(layout, self.p.down, e, grad.dtype))
-            Pair.of(layout, self.p, "down", 0, e).backward(g, mine, d, grads.pair("down", 0, e))
-            _store_product(grads.of("down", 0, e), g, mine, layout.down_transposed)
+        for e, g, mine, d in block.each(grad, weighted, out):
+            store(d, g, _down_matrix(self.layout, self.p.down, e, grad.dtype))
+            self.downs.run(e, g, mine, d)
 
-    def biases(self, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
+    def biases(self, block: Block, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
         """Of the biases of the down projection, and their share of the gradients of routing weights, by row."""
-        layout, acc = self.layout, of_rows.dtype
-        weighted = grad.to(acc) if w is None else grad.to(acc) * w
-        for e, g, sums, mine in self.block.each(grad.to(acc), of_rows, weighted):
+        layout, wide = self.layout, grad.to(of_rows.dtype)
+        weighted = wide if w is None else wide * w
+        for e, g, sums, mine in block.each(wide, of_rows, weighted):
             if w is not None:
-                sums += g @ layout.at(self.p.down_bias, 0, e).to(acc)
-            _store_sum(self.grads.of("down_bias", 0, e), mine)
+                sums.add_(g @ layout.at(self.p.down_bias, 0, e).to(g.dtype))
+            _store_sum(self.downs.of_bias[e], mine)
 
-    def up(self, grad_pre: Tensor, inputs: Tensor, out: Tensor | None) -> None:
-        """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [N, (g | u)] of their results."""
-        layout, grads = self.layout, self.grads
-        for e, mine, *given in self.block.each(inputs, *as_stored(layout, grad_pre), *([] if out is None else [out])):
+    def up(self, block: Block, grad_pre: Tensor, inputs: Tensor, out: Tensor | None) -> None:
+        """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [n, (g | u)] of their results."""
+        for e, mine, *given in block.each(inputs, *as_stored(self.layout, grad_pre), *([] if out is None else [out])):
             d = None if out is None else given.pop()
-            for part, (m, g) in enumerate(zip(up_matrices(layout, self.p.up, e, inputs.dtype), given, strict=True)):
+            for i, (part, m, g) in enumerate(zip(self.ups, up_matrices(self.layout, self.p.up, e, inputs.dtype), given, strict=True)):
                 if d is not None:
-                    (accumulate if part else store)(d, g, m)
-                Pair.of(layout, self.p, "up", part, e).backward(g, mine, d, grads.pair("up", part, e))
-                _store_product(grads.of("up", part, e), g, mine, layout.up_transposed)
-                _store_sum(grads.of("up_bias", part, e), g)
+                    (accumulate if i else store)(d, g, m)
+                part.run(e, g, mine, d)
+                _store_sum(part.of_bias[e], g)
 
 
 def backward(
@@ -232,15 +240,15 @@ def backward(
     """Gradients of what `needs` flags among x, weights, and the parameters in their order, in that order."""
     rows = group_rows(ids, layout)
     grads = Grads(needs, p, layout, rows.counts)
+    one = _Backward(p, layout, grads)
     w, early = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input
     grad, of_slots = grad.to(x.dtype), w.new_zeros(ids.numel())
     grad_x = torch.zeros_like(x, dtype=w.dtype) if grads.x else None
     for block in rows.blocks(_widest(x, pre)):
-        one = _Backward(p, layout, block, grads)
         by_row, inputs = block.by_row(w), x.index_select(0, block.tokens)
-        grad_pre, of_rows = _through_down(one, grad, pre[block.here], None if early else by_row)
+        grad_pre, of_rows = _through_down(one, block, grad, pre[block.here], None if early else by_row)
         d = torch.empty_like(inputs, dtype=w.dtype) if grads.x or early and grads.weights else None
-        one.up(grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
+        one.up(block, grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
         of_slots[block.slots] = (d * inputs).sum(-1) if early and d is not None else of_rows
         if grad_x is not None and d is not None:
             grad_x.index_add_(0, block.tokens, d.mul_(by_row) if early else d)
@@ -255,18 +263,18 @@ def backward(
     return grads.asked()
 
 
-def _through_down(one: _Backward, grad: Tensor, pre: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+def _through_down(one: _Backward, block: Block, grad: Tensor, pre: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gradients of the pre-activations [n, (g | u)], those of the routing weights by row [n]); w is None where it is on the input."""
     layout, acc = one.layout, accumulate_dtype(grad.dtype)
     value, *slopes = _activate_dual(layout, pre, acc)
     weighted = value if w is None or not one.grads.wants("down", "down_a", "down_b") else value * w
     weighted = weighted.to(grad.dtype)
-    g_out = grad.index_select(0, one.block.tokens)
+    g_out = grad.index_select(0, block.tokens)
     d = torch.empty_like(value)
-    one.down(g_out, weighted, d)
+    one.down(block, g_out, weighted, d)
     of_rows = (d * value).sum(-1) if w is not None else d.new_zeros(len(d))
     if one.p.down_bias:
-        one.biases(g_out, w, of_rows)
+        one.biases(block, g_out, w, of_rows)
     if w is not None:
         d.mul_(w)
     grad_pre = torch.empty_like(pre)
@@ -276,12 +284,6 @@ def _through_down(one: _Backward, grad: Tensor, pre: Tensor, w: Tensor | None) -
         else:
             torch.mul(d, slope, out=half)
     return grad_pre, of_rows
-
-
-def _store_product(out: Tensor | None, rows: Tensor, inputs: Tensor, transposed: bool) -> None:
-    """out [n, k] (or [k, n]) = Σ over rows of rows [N, n] x inputs [N, k]."""
-    if out is not None:
-        store(out, *((inputs.t(), rows) if transposed else (rows.t(), inputs)))
 
 
 def _store_sum(out: Tensor | None, rows: Tensor) -> None:

@@ -6,6 +6,7 @@ rows, as adapters in float32 beside weights in bfloat16: its products are comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,40 +17,36 @@ from ...ir.records import Layout
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One expert's pair: a [r, in], b [out, r]; `scale` 0 where there is none."""
+class Pairs:
+    """The pairs of a projection by expert: a[e] [r, in], b[e] [out, r]."""
 
     scale: float
-    a: Tensor | None = None
-    b: Tensor | None = None
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
 
     @classmethod
-    def of(cls, layout: Layout, p: Operands[Tensor], name: str, part: int, e: int) -> Pair:
+    def of(cls, layout: Layout, p: Operands[Tensor], name: str, part: int) -> Pairs | None:
+        """Those of a part of `up`, or of `down`; None where it has none."""
         scale = layout.pair(name, part)
-        return cls(scale, *layout.pair_of(p, name, part, e)) if scale else NONE
+        place = layout.pairs_before(name, part)
+        return cls(scale, *(layout.by_expert(getattr(p, f"{name}_{which}"), place) for which in "ab")) if scale else None
 
-    def add_result(self, out: Tensor, rows: Tensor) -> None:
+    def add_result(self, e: int, out: Tensor, rows: Tensor) -> None:
         """out += s (x aᵀ) bᵀ"""
-        if self.a is not None and self.b is not None:
-            accumulate(out, _product(rows, self.a.t()), self.b.t(), self.scale)
+        accumulate(out, _product(rows, self.a[e].t()), self.b[e].t(), self.scale)
 
-    def backward(self, grad: Tensor, rows: Tensor, of_rows: Tensor | None, of: tuple[Tensor | None, Tensor | None]) -> None:
-        """of_rows += s (g b) a,  of = s (g b)ᵀ x, s gᵀ (x aᵀ), where somebody asks."""
-        of_a, of_b = of
-        if self.a is None or self.b is None:
-            return
+    def backward(self, e: int, grad: Tensor, rows: Tensor, of_rows: Tensor | None, of_a: Tensor | None, of_b: Tensor | None) -> None:
+        """of_rows += s (g b) a,  of_a = s (g b)ᵀ x,  of_b = s gᵀ (x aᵀ), where somebody asks."""
+        a = self.a[e]
         if of_b is not None:
-            store(of_b, grad.t(), _product(rows, self.a.t()), self.scale)
+            store(of_b, grad.t(), _product(rows, a.t()), self.scale)
         if of_a is None and of_rows is None:
             return
-        low = _product(grad, self.b)
+        low = _product(grad, self.b[e])
         if of_a is not None:
             store(of_a, low.t(), rows, self.scale)
         if of_rows is not None:
-            accumulate(of_rows, low, self.a, self.scale)
-
-
-NONE = Pair(0.0)
+            accumulate(of_rows, low, a, self.scale)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
