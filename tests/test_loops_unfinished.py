@@ -1,4 +1,4 @@
-"""Frames of a module whose `__init__` is at work: it has no table of submodules yet. Verdict: the frame compiles, and nothing is read of it."""
+"""Frames of a module whose `__init__` is at work: it has no table of submodules yet. Verdict: they compile, and nothing is read of it."""
 
 from __future__ import annotations
 
