@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import nn
 
 from ..ir import MoeBlock
+from ..ir.text import stored_text
 from ..ops import sources
 
 
@@ -62,7 +63,7 @@ class Target:
     lacks: where a block's kernels cannot be had, (what runs it in place of what `says` tells, why); waits so many seconds at most.
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
-    scaled: whether experts with scales (integer weights) are known to `refuses` at all. router_tokens: for up to how many tokens the
+    coded: whether weights in few bits (`ir.Stored`) are known to `refuses` at all. router_tokens: for up to how many tokens the
     routing op takes the router's product in. missing: what keeps it from running on this machine, "" for nothing.
     homes: folders of its sources, set where a target is found.
     """
@@ -80,7 +81,7 @@ class Target:
     rearrange: Callable[[nn.Module, bool, str], dict[str, int]] | None = None
     lacks: Callable[[MoeBlock, float | None], tuple[str, str] | None] | None = None
     remarks: Callable[[fx.GraphModule, Sequence[Any]], Sequence[str]] | None = None
-    scaled: bool = False
+    coded: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""
     homes: tuple[str, ...] = ()
@@ -97,9 +98,9 @@ class Target:
 
     def reason(self, ir: MoeBlock) -> str | None:
         """None where the target can run a block, else the reason, one sentence for the report."""
-        if ir.experts.scaled and not self.scaled:
-            kind = "scaled" if ir.experts.weight_dtype is None else str(ir.experts.weight_dtype).removeprefix("torch.")
-            return f"{kind} expert weights: target {self.name!r} has no kernel for them"
+        if ir.experts.coded and not self.coded:
+            kinds = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+            return f"{' and '.join(kinds)} expert weights: target {self.name!r} has no kernel for them"
         return self.refuses(ir)
 
     def begin(self, ir: MoeBlock) -> None:

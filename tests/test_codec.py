@@ -15,7 +15,7 @@ from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.codec import decode, encode, path, place, record_of, schema
 from moe_compile.ir.operands import Operands
-from moe_compile.ir.records import Layout, Rounding, Routing, SharedLayout
+from moe_compile.ir.records import Layout, Routing, SharedLayout, Storage
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 NUMBERS = st.floats(0.001953125, 64, width=32)
@@ -38,6 +38,21 @@ GATINGS = st.builds(
 )
 ACTIVATIONS = st.sampled_from([act.G, act.SWIGLU, act.G * act.U, act.G + 2 * act.U])
 SIZES = st.integers(1, 1024)
+STORED = st.builds(
+    ir.Stored,
+    st.sampled_from([4, 8]),
+    st.sampled_from([torch.int8, torch.uint8, torch.float8_e4m3fn]),
+    st.booleans(),
+    st.integers(0, 128),
+    st.integers(0, 128),
+    axis=st.integers(0, 2),
+    order=st.permutations([0, 1]).map(tuple),
+    offset=NUMBERS,
+    values=st.lists(NUMBERS, max_size=4).map(tuple),
+    tabled=st.booleans(),
+    zeroed=st.booleans(),
+    exponents=st.booleans(),
+)
 EXPERTS = st.builds(
     ir.Experts,
     SIZES,
@@ -51,6 +66,8 @@ EXPERTS = st.builds(
     down_transposed=st.booleans(),
     weight_on_input=st.booleans(),
     num_identity=st.integers(0, 8),
+    up_stored=st.none() | STORED,
+    down_stored=st.none() | STORED,
     row_bits=st.sampled_from([0, 8]),
     row_floor=NUMBERS,
 )
@@ -70,7 +87,7 @@ def test_a_gating_comes_back(gating):
 
 @given(EXPERTS)
 def test_experts_come_back(experts):
-    assert all(there_and_back(record, experts) == experts for record in (Layout, Rounding, SharedLayout))
+    assert all(there_and_back(record, experts) == experts for record in (Layout, Storage, SharedLayout))
 
 
 @given(GATINGS, GATINGS)
@@ -84,7 +101,7 @@ def test_different_gatings_are_different_arguments(one, other):
 def test_arguments_have_the_types_of_the_schema(gating, experts):
     """What Python would take for the other (True for 1, 1 for 1.0) is what the op's text form tells apart."""
     kinds = {"bool": bool, "int": int, "float": float, "ScalarType": torch.dtype, "int[]": list, "float[]": list}
-    for record, meaning in ((Routing, gating), (Layout, experts), (Rounding, experts), (SharedLayout, experts)):
+    for record, meaning in ((Routing, gating), (Layout, experts), (Storage, experts), (SharedLayout, experts)):
         types = [argument.split()[0] for argument in schema(record).split(", ")]
         assert [type(v) for v in encode(record, meaning)] == [kinds[t] for t in types]
 

@@ -121,8 +121,8 @@ def test_a_target_that_cannot_be_had_is_left_out(monkeypatch, caplog, target, wh
 def test_what_a_target_says():
     cpu = lowering.target("cpu")
     assert cpu.reason(BLOCK) is None and not cpu.shares and lowering.target("cuda").shares
-    scaled = ir.MoeBlock(None, replace(BLOCK.experts, up_scale=True, weight_dtype=torch.int8))
-    assert replace(cpu, scaled=False).reason(scaled) == "int8 expert weights: target 'cpu' has no kernel for them"
+    scaled = ir.MoeBlock(None, replace(BLOCK.experts, up_stored=ir.Stored(8, torch.int8, rows=1)))
+    assert replace(cpu, coded=False).reason(scaled) == "int8 × scale expert weights: target 'cpu' has no kernel for them"
     assert lowering.target("mps").reason(BLOCK) == "no lowering for target 'mps' is installed"
 
 

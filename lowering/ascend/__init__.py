@@ -38,5 +38,5 @@ TARGET = Target(
     finish=_finish,
     rearrange=_rearrange,
     missing=capability.missing,
-    scaled=True,  # int8 weights with scales: npu_grouped_matmul takes both
+    coded=True,  # int8 weights with scales: npu_grouped_matmul takes both
 )

@@ -6,8 +6,10 @@ import importlib.util
 
 import torch
 
-from ...ir import MoeBlock
+from ...ir import MoeBlock, Stored
 from ...ir import scalar as act
+from ...ir.stored import ALL
+from ...ir.text import stored_text
 from ...ops import route_args
 from ..reference.routing import Routing
 from . import int8, law
@@ -27,9 +29,11 @@ def missing() -> str:
 def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
-    if e.scaled and (e.weight_dtype != torch.int8 or e.dtype not in (torch.float16, torch.bfloat16)):
-        stored = e.dtype if e.weight_dtype is None else e.weight_dtype
-        return f"scaled expert weights of {stored} with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
+    if e.coded and not (_in_channels(e.up_stored, e.up_transposed) and _in_channels(e.down_stored, e.down_transposed)):
+        told = " and ".join(dict.fromkeys(stored_text(s) for s in (e.up_stored, e.down_stored)))
+        return f"expert weights stored as {told}: npu_grouped_matmul takes int8 with a scale for each output channel"
+    if e.coded and e.dtype not in (torch.float16, torch.bfloat16):
+        return f"int8 expert weights with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
     if e.adapted:
         return "low-rank pairs (LoRA) beside expert weights: no chain of npu ops for them; merge the adapter into the weights"
     if e.dtype not in FLOATS:
@@ -45,6 +49,14 @@ def refuses(ir: MoeBlock) -> str | None:
     if e.num_identity and e.hidden != e.out_features:
         return "identity experts need as many outputs as inputs"
     return None
+
+
+def _in_channels(stored: Stored | None, transposed: bool) -> bool:
+    """Whether weights are int8 with scales of output channels, or of a whole matrix."""
+    if stored is None or stored.dtype is not torch.int8 or not stored.plain:
+        return False
+    out, inner = (stored.columns, stored.rows) if transposed else (stored.rows, stored.columns)
+    return out in (1, ALL) and inner == ALL
 
 
 def _refuses_rounded(ir: MoeBlock) -> str | None:
@@ -73,5 +85,5 @@ def says(ir: MoeBlock) -> str:
         chain, _ = int8.choose(_problem(ir))
         assert chain is not None
         return f"{routing}; {chain.calls}"
-    product = "grouped_matmul (int8 × scale)" if ir.experts.scaled else "grouped_matmul"
+    product = "grouped_matmul (int8 × scale)" if ir.experts.coded else "grouped_matmul"
     return f"{routing}; {product}, {law.activation_call(ir.experts.activation, ir.experts.form)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...ir import scalar as act
 from ...ir.codec import record_of
+from ...ir.operands import CODED, PLAIN
+from ...ir.records import Storage
 from ..reference import generic
 from . import calls, int8
 from .formats import refuses_nz
@@ -20,7 +22,7 @@ from .record import recording
 from .weights import Recipe, trace_back
 
 ops = torch.ops.moe_compile
-EXPERTS = (ops.experts.default, ops.experts_scaled.default)
+EXPERTS = (ops.experts.default, ops.experts_stored.default)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """A call of `experts` or `experts_scaled`: nodes, and the plain arguments."""
+    """A call of `experts` or `experts_stored`: nodes, and the plain arguments."""
 
     x: fx.Node
     ids: fx.Node
@@ -56,13 +58,15 @@ class ExpertsCall:
 
     @classmethod
     def of(cls, n: fx.Node) -> ExpertsCall:
-        scaled = n.target is ops.experts_scaled.default
-        tensors, (base, *plain) = list(n.args[: 9 if scaled else 7]), n.args[9 if scaled else 7 :]
-        plain, rows = (plain[:-2], plain[-2:]) if scaled else (plain, [0, 0.0])
-        layout = record_of(generic.Layout, plain)
+        scaled = n.target is ops.experts_stored.default
+        end = 3 + len(CODED if scaled else PLAIN)
+        tensors, (base, *plain) = list(n.args[:end]), n.args[end:]
+        size = len(fields(generic.Layout))
+        layout = record_of(generic.Layout, plain[:size])
+        row_bits = record_of(Storage, plain[size:]).row_bits if scaled else 0
         x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
-        up_scale, down_scale = scales or ((), ())
-        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, rows[0])
+        up_scale, down_scale = scales[:2] or ((), ())
+        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, row_bits)
         return cls(*every)
 
     @property

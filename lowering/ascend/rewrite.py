@@ -42,7 +42,7 @@ def lower(gm: fx.GraphModule, choices: Choices) -> Lowered:
         if n.target is ops.route.default:
             run.route(n)
     for n in list(run.graph.nodes):
-        if n.target is ops.experts_scaled.default and choices.train:
+        if n.target is ops.experts_stored.default and choices.train:
             run.notes.append("int8 experts: the npu ops have no gradient to their rows, the fused op runs as it is")
         elif n.target in EXPERTS:
             run.experts(n)

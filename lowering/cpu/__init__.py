@@ -48,5 +48,5 @@ TARGET = Target(
     lacks=told.lacks,
     remarks=told.packed,
     missing=told.missing,
-    scaled=True,  # integer weights run in plain torch, made floats one touched expert at a time
+    coded=True,  # weights in few bits run in plain torch, made floats one touched expert at a time
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...ir import MoeBlock
 from ...ir import scalar as act
 from ...ir.operands import Operands
+from ...ir.text import stored_text
 from ..reference import generic
 from ..reference.generic import Layout
 from . import build, frozen, route
@@ -30,7 +31,7 @@ def refuses(ir: MoeBlock) -> str | None:
     """None when the CPU ops can run this block, else the reason."""
     if ir.experts.row_bits:
         return f"rows rounded to {ir.experts.row_bits} bits: no CPU kernel, and another order of sums may round another way"
-    if ir.experts.scaled and ir.experts.weight_dtype is None:
+    if any(s is not None and s.bits > 8 for s in (ir.experts.up_stored, ir.experts.down_stored)):
         return "float expert weights with scales have no CPU lowering"
     if ir.experts.dtype not in _FLOATS:
         return f"expert weights of {ir.experts.dtype} have no CPU lowering"
@@ -46,8 +47,9 @@ def refuses(ir: MoeBlock) -> str | None:
 def says(ir: MoeBlock) -> str:
     """What runs the block, a kernel or plain torch, and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
-    if ir.experts.weight_dtype is not None:
-        return f"cpu torch ({dtype}, weights {str(ir.experts.weight_dtype).removeprefix('torch.')})"
+    stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+    if stored:
+        return f"cpu torch ({dtype}, weights {', '.join(stored)})"
     if ir.experts.adapted:
         return f"cpu torch ({dtype}, low-rank pairs)"
     ops, _ = act.encode(ir.experts.activation)
@@ -58,7 +60,7 @@ def says(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     route.prepare()
-    if not ir.experts.scaled and not ir.experts.adapted:
+    if not ir.experts.coded and not ir.experts.adapted:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

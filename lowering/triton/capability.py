@@ -6,10 +6,12 @@ import importlib.util
 
 import torch
 
-from ...ir import MoeBlock
+from ...ir import Experts, MoeBlock
 from ...ir import scalar as act
+from ...ir.text import stored_text
 
 ROUTER_TOKENS = 4  # as the few-token kernels of the experts
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # that a kernel makes floats of
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,14 +33,30 @@ def refuses(ir: MoeBlock) -> str | None:
         act.encode(experts.activation)
     except act.UnknownActivation as e:
         return f"activation: {e}"
+    if experts.coded and (why := _refuses_stored(experts)) is not None:
+        return why
     if experts.num_identity and experts.hidden != experts.out_features:
         return "identity experts need as many outputs as inputs"
+    return None
+
+
+def _refuses_stored(e: Experts) -> str | None:
+    """Why weights in few bits have no kernel here, None where they have."""
+    if any(s is not None and s.bits > 8 for s in (e.up_stored, e.down_stored)):
+        return "float expert weights with scales have no CUDA lowering"
+    if e.row_bits:
+        return f"rows rounded to {e.row_bits} bits have no CUDA lowering"
+    if e.dtype not in _KERNEL_DTYPES or e.num_identity:
+        return f"expert weights in few bits with {'identity experts' if e.num_identity else f'rows of {e.dtype}'} have no CUDA lowering"
     return None
 
 
 def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
+    stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+    if stored:
+        return f"triton ({dtype}, {', '.join(stored)} made floats for the experts that are hit)"
     if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:
         return f"triton ({dtype}, low-rank pairs)"
     return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

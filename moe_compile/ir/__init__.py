@@ -32,6 +32,7 @@ from .gating import W as W
 from .gating import normalise as normalise
 from .score import Score as Score
 from .score import score as score
+from .stored import Stored as Stored
 
 
 @dataclass(frozen=True)

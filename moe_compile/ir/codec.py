@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
+import sympy as sp
 import torch
 
 from . import scalar
@@ -61,7 +62,7 @@ def decode(meaning: type[T], record: Any, **others: Any) -> T:
         value = getattr(record, f.name)
         if inner:
             parts.setdefault(name, {})[inner] = value
-        elif str(f.type) in _PROGRAM:
+        elif str(f.type) in _PROGRAM and hints[name] is sp.Expr:
             programs.setdefault(name, []).append(value)
         else:
             others[name] = _typed(hints[name], value)
@@ -81,11 +82,11 @@ def _read(record: type, f: Field[Any], meaning: Any) -> Any:
         value = getattr(value, name)
         if value is None:
             return getattr(record, "ABSENT", {}).get(f.name, 0)
-    return scalar.encode(value)[_PROGRAM[str(f.type)]] if str(f.type) in _PROGRAM else value
+    return scalar.encode(value)[_PROGRAM[str(f.type)]] if isinstance(value, sp.Expr) else value
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    return value if isinstance(value, torch.dtype) else hint(value)
+    return value if isinstance(value, (torch.dtype, tuple)) else hint(value)
 
 
 def _part(hint: Any, values: dict[str, Any]) -> Any:

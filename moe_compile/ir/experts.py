@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import scalar as act
 from .operands import Operands
+from .stored import Stored
 
 
 class Form(enum.IntEnum):
@@ -42,8 +43,7 @@ class Experts:
     `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
     `ids_mapped`: ids go through a table or a mask after the top-k (logical to physical experts, padding tokens).
-    `up_scale`, `down_scale`: the projection's sum is multiplied, before its bias, by a number for each output channel (or one for each
-    expert): s[e,i] Σ_m x[m] W[e,i,m]. `weight_dtype`: what such weights are stored in when it is no float.
+    `up_stored`, `down_stored`: how the projection's weights lie in memory where they are no plain floats.
     `up_pair`, `second_pair`, `down_pair`: s where a low-rank pair is added to a projection as it is stored, W x + s · b (a x); 0 where
     there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
     `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
@@ -64,9 +64,8 @@ class Experts:
     num_identity: int = 0
     ids_mapped: bool = False
     dtype: torch.dtype = torch.float32
-    up_scale: bool = False
-    down_scale: bool = False
-    weight_dtype: torch.dtype | None = None
+    up_stored: Stored | None = None
+    down_stored: Stored | None = None
     row_bits: int = 0
     row_floor: float = 0.0
     up_pair: float = 0.0
@@ -74,17 +73,20 @@ class Experts:
     down_pair: float = 0.0
 
     @property
-    def scaled(self) -> bool:
-        """Whether a projection has scales."""
-        return self.up_scale or self.down_scale
+    def coded(self) -> bool:
+        """Whether a projection's weights are no plain floats."""
+        return self.up_stored is not None or self.down_stored is not None
 
     @property
     def adapted(self) -> bool:
         """Whether a projection has a low-rank pair."""
         return bool(self.up_pair or self.second_pair or self.down_pair)
 
-    def expert(self, e: int, p: Operands[Tensor]) -> dict[str, Any]:
-        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down; the biases, scales and low-rank pairs or None."""
+    def expert(self, e: int, p: Operands[Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """The matrices of one expert as [out, in]: gate, up (None for SINGLE), down; the biases and low-rank pairs or None.
+
+        Codes become floats of `dtype`.
+        """
         n = self.num_experts
 
         def pick(ts: Sequence[Tensor], part: int) -> Tensor | None:
@@ -95,30 +97,30 @@ class Experts:
         def split(t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if t is None or self.form is Form.SINGLE:
                 return t, None
-            if t.ndim == 1 and t.shape[0] == 1:  # one scale for all channels
-                return t, t
             if self.form is Form.CONCAT:
                 return t[: self.intermediate], t[self.intermediate :]
             return t[0::2], t[1::2]
 
-        def orient(t: Tensor | None, transposed: bool) -> Tensor | None:
-            return t.t() if transposed and t is not None else t
+        def matrix(name: str, how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
+            t, scale, zero = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero"))
+            assert t is not None
+            table = next(iter(getattr(p, f"{name}_table")), None)
+            t = t if how is None else how.matrix(t, scale, dtype, zero, table)
+            return t.t() if transposed else t
 
+        up = ("up", self.up_stored, self.up_transposed)
         if self.form is Form.SEPARATE:
-            g, u = orient(pick(p.up, 0), self.up_transposed), orient(pick(p.up, 1), self.up_transposed)
+            g, u = matrix(*up), matrix(*up, part=1)
             gb, ub = pick(p.up_bias, 0), pick(p.up_bias, 1)
-            gs, us = pick(p.up_scale, 0), pick(p.up_scale, 1)
         else:
-            g, u = split(orient(pick(p.up, 0), self.up_transposed))
-            gb, ub = split(pick(p.up_bias, 0))
-            gs, us = split(pick(p.up_scale, 0))
-        d, db, ds = orient(pick(p.down, 0), self.down_transposed), pick(p.down_bias, 0), pick(p.down_scale, 0)
+            (g, u), (gb, ub) = split(matrix(*up)), split(pick(p.up_bias, 0))
+        d, db = matrix("down", self.down_stored, self.down_transposed), pick(p.down_bias, 0)
         first, second = self._pair(p.up_a, p.up_b, 0, e, self.up_pair), self._pair(p.up_a, p.up_b, bool(self.up_pair), e, self.second_pair)
         if self.form is not Form.SEPARATE and first is not None:
             a, b = first
             first, second = ((a, half) if half is not None else None for half in split(b))
         low = dict(gl=first, ul=second, dl=self._pair(p.down_a, p.down_b, 0, e, self.down_pair))
-        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, gs=gs, us=us, ds=ds, **low)
+        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low)
 
     def _pair(self, a: Sequence[Tensor], b: Sequence[Tensor], part: int, e: int, scale: float) -> tuple[Tensor, Tensor] | None:
         """An expert's (a [r, in], scale · b [out, r]), the `part`-th of those that are there."""
@@ -131,11 +133,10 @@ class Experts:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
 
         def project(rows: Tensor, name: str) -> Tensor:
-            w, b, s = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"], m[name + "s"]))
+            w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
             rows = self.round_rows(rows) if self.row_bits else rows
             out = F.linear(rows, w)
-            out = out if s is None else out * s
             if (pair := m[name + "l"]) is not None:
                 low, high = (t.to(x.dtype) for t in pair)
                 out = out + F.linear(F.linear(rows, low), high)
@@ -165,8 +166,8 @@ class Experts:
     ) -> Tensor:
         """x [T, H], ids [T, k], weights [T, k] -> [T, H] in `dtype`; `add` [T, H] is added to the result.
 
-        others: more of `Operands` by name. Scales are stored as biases are, [E, out] (a list: [out]), or [E, 1] ([1]) for one number an
-        expert. Raises TypeError for a name that is none of theirs.
+        others: more of `Operands` by name. Scales are as `Stored` says, behind a dim of E (a list: without). Raises TypeError for a name
+        that is none of theirs.
         """
         return self.run(x, ids, weights, Operands.named(up=up, down=down, up_bias=up_bias, down_bias=down_bias, **others), add, dtype)
 
@@ -179,7 +180,7 @@ class Experts:
             if not len(t):
                 continue
             w = weights[t, j, None]
-            m = self.expert(e, p)
+            m = self.expert(e, p, dtype)
             y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)
             out = out.index_add(0, t, y)
         if self.num_identity:

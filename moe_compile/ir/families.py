@@ -7,8 +7,8 @@ from typing import Any
 
 from . import Experts
 from .codec import encode
-from .operands import ADAPTED, PLAIN, SCALED
-from .records import AdaptedLayout, Layout, Rounding
+from .operands import ADAPTED, CODED, PLAIN
+from .records import AdaptedLayout, Layout, Storage
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Family:
 
 
 EXPERTS = Family("experts", PLAIN, (Layout,))
-EXPERTS_SCALED = Family("experts_scaled", SCALED, (Layout, Rounding))
+EXPERTS_STORED = Family("experts_stored", CODED, (Layout, Storage))
 EXPERTS_ADAPTED = Family("experts_adapted", ADAPTED, (AdaptedLayout,))
-FAMILIES = (EXPERTS, EXPERTS_SCALED, EXPERTS_ADAPTED)
+FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED)
 
 
 def family_of(experts: Experts) -> Family:
     """Whose op runs them."""
-    return EXPERTS_SCALED if experts.scaled else EXPERTS_ADAPTED if experts.adapted else EXPERTS
+    return EXPERTS_STORED if experts.coded else EXPERTS_ADAPTED if experts.adapted else EXPERTS

@@ -11,7 +11,7 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-SCALED = (*PLAIN, "up_scale", "down_scale")
+CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 
 
@@ -19,7 +19,8 @@ ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored.
+    A table is one for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
+    the weights are stored.
     """
 
     up: tuple[T, ...]
@@ -28,6 +29,10 @@ class Operands(Generic[T]):
     down_bias: tuple[T, ...] = ()
     up_scale: tuple[T, ...] = ()
     down_scale: tuple[T, ...] = ()
+    up_zero: tuple[T, ...] = ()
+    down_zero: tuple[T, ...] = ()
+    up_table: tuple[T, ...] = ()
+    down_table: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()

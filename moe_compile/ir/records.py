@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from . import Form
+from . import Form, Stored
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -115,11 +115,45 @@ class AdaptedLayout(Layout):
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """Of experts that round their rows, for `experts_scaled`."""
+class Storage:
+    """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
+    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)}
+    ABSENT: ClassVar = {
+        f"{name}_{what}": none for name in ("up", "down") for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()))
+    }
+
+    up_bits: int
+    up_dtype: torch.dtype
+    up_scaled: bool
+    up_rows: int
+    up_columns: int
+    up_axis: int
+    up_order: tuple[int, ...]
+    up_offset: float
+    up_values: tuple[float, ...]
+    up_tabled: bool
+    up_zeroed: bool
+    up_exponents: bool
+    down_bits: int
+    down_dtype: torch.dtype
+    down_scaled: bool
+    down_rows: int
+    down_columns: int
+    down_axis: int
+    down_order: tuple[int, ...]
+    down_offset: float
+    down_values: tuple[float, ...]
+    down_tabled: bool
+    down_zeroed: bool
+    down_exponents: bool
     row_bits: int
     row_floor: float
+
+    def stored(self) -> tuple[Stored | None, Stored | None]:
+        """Of the up projection and of the down projection."""
+        up, down = ([getattr(self, f"{name}_{f.name}") for f in fields(Stored)] for name in ("up", "down"))
+        return Stored(*up) if self.up_bits else None, Stored(*down) if self.down_bits else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
+from .stored import ALL, Stored
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -144,9 +145,9 @@ def experts_text(e: Experts) -> str:
         parts.append("gate and up apart")
     if e.up_bias or e.down_bias:
         parts.append("biases" if e.up_bias and e.down_bias else "up bias" if e.up_bias else "down bias")
-    if e.scaled:
-        stored = "weights" if e.weight_dtype is None else dtype_text(e.weight_dtype)
-        parts.append(f"{stored} × scale" + ("" if e.up_scale and e.down_scale else " (up)" if e.up_scale else " (down)"))
+    if e.coded:
+        both = {"up": e.up_stored, "down": e.down_stored}
+        parts += [stored_text(e.up_stored)] if e.up_stored == e.down_stored else [f"{stored_text(s)} ({n})" for n, s in both.items() if s]
     if e.adapted:
         at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
         parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
@@ -161,6 +162,22 @@ def experts_text(e: Experts) -> str:
     if e.dtype != torch.float32:
         parts.append(dtype_text(e.dtype))
     return ", ".join(parts)
+
+
+def stored_text(s: Stored | None) -> str:
+    """How weights lie in memory, such as ``float8_e4m3fn × scale of 128 × 128``."""
+    if s is None:
+        return "floats"
+    codes = f"{s.bits} bits in {dtype_text(s.dtype)}" if s.axis else dtype_text(s.dtype)
+    codes = f"({codes} − zero point)" if s.zeroed else codes
+    if not s.scaled:
+        return codes
+    if s.columns == s.rows == ALL:
+        return f"{codes} × scale of an expert"
+    if not s.grid:
+        several = max(s.rows, s.columns)
+        return f"{codes} × scale" + (f" of {several} channels" if several > 1 else "")
+    return f"{codes} × scale of {s.rows} × {s.columns}"
 
 
 def _layout(e: Experts) -> str:

@@ -23,13 +23,16 @@ _WHOLE = (1 << 20, 1 << 26)  # elements up to which a parameter (3-D and more, 2
 _PERIOD = (1 << 20) - 3  # a prime: rows of any usual length start at different places of the repeated block
 _TABLE = 1 << 22  # elements: integer buffers are copied up to this size
 _ALIGN = 16  # bytes
+# Types of one byte whose tensors are weights or their scales where they have rows and columns
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+WORDS = (torch.uint8, torch.int32)  # of packed codes, where each expert has rows and columns of them
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Windows:
     """Random tensors of given shapes as windows over one growing random buffer; entries are normal with deviation `scale`.
 
-    Bytes are small whole numbers.
+    Codes of one byte are small numbers of deviation 1, powers of two (e8m0) lie about 1.
     """
 
     def __init__(self, device: torch.device, generator: torch.Generator, scale: float) -> None:
@@ -53,10 +56,19 @@ class Windows:
         old = self.buffers.get(dtype)
         if old is None or old.numel() < size:
             size = max(size, 1 << 16, 0 if old is None else 2 * old.numel())
-            block = torch.randn(min(size, _PERIOD), generator=self.generator) * (self.scale if dtype.is_floating_point else 1)
-            block = (block if dtype.is_floating_point else block.round()).to(self.device, dtype)
-            self.buffers[dtype] = block.repeat(-(-size // block.numel()))
+            block = self._noise(min(size, _PERIOD), dtype)
+            self.buffers[dtype] = block.repeat(-(-size // block.numel())).to(self.device, dtype)
         return self.buffers[dtype]
+
+    def _noise(self, size: int, dtype: torch.dtype) -> Tensor:
+        if dtype is torch.uint8:  # moderate powers of two, where they are exponents
+            return torch.randint(112, 144, (size,), generator=self.generator)
+        if dtype is torch.int32:
+            return torch.randint(-(1 << 31), 1 << 31, (size,), generator=self.generator)
+        block = torch.randn(size, generator=self.generator) * (1 if dtype.itemsize == 1 else self.scale)
+        if dtype is torch.float8_e8m0fnu:
+            return torch.exp2(block.round())
+        return block if dtype.is_floating_point else block.round()
 
 
 class Probe(Sealed):
@@ -65,7 +77,7 @@ class Probe(Sealed):
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: every place that the code read so far beside its arguments.
     Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values,
-    but for matrices of bytes, which are weights.
+    but for matrices of bytes, which are weights (as floats of one byte are).
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
@@ -142,8 +154,8 @@ class Probe(Sealed):
             raise Rejection(f"{path} is not strided", stage="tensors")
         single = self.fewer is None or path.rpartition(".")[0] in self._single
         shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
-        weight = t.dtype is torch.int8 and t.ndim > 1
-        if t.is_floating_point():
+        weight = t.dtype in CODES and t.ndim > 1 or t.dtype in WORDS and t.ndim > 2
+        if t.is_floating_point() and not weight:
             new = self._float(t, shape)
         else:
             new = self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
@@ -171,7 +183,7 @@ def _place(path: str) -> Place:
 
 def _scale(module: nn.Module) -> float:
     """So that products over the usual inner dim stay of order one."""
-    weights = [*module.parameters(), *(b for b in module.buffers() if b.dtype is torch.int8)]
+    weights = [*module.parameters(), *(b for b in module.buffers() if b.dtype in CODES)]
     dims = sorted(min(p.shape[-2:]) for p in weights if p.ndim >= 2 and p.numel())
     return 1.5 / math.sqrt(dims[len(dims) // 2]) if dims else 0.2
 

@@ -177,7 +177,7 @@ class Regenerated:
         return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
 
     def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
-        return env[n] if n not in self.views else f"{env[n]}.view({', '.join(self._extent(int(s)) for s in self.views[n])})"
+        return env[n] if n not in self.views else f"{env[n]}.reshape({', '.join(self._extent(int(s)) for s in self.views[n])})"
 
     def _extent(self, size: int) -> str:
         """A size of a weight: that of all experts for that of the few."""

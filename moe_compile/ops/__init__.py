@@ -8,15 +8,15 @@ that the forward ops return. Gradients of gradients are those of plain torch (`l
 `experts_shared` adds the shared expert's MLP, so that a device can run it beside the routed experts; it is for inference, and
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
 inference with few of them.
-`experts_scaled` is `experts` with a scale for each output channel, for weights that are stored as integers; where a gradient is asked
-for it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
+`experts_stored` is `experts` for weights that lie in memory as codes of few bits with scales (`ir.Stored`); where a gradient is asked for
+it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
 A device without kernels of its own runs `moe_compile.lowering.reference`.
 """
 
 from __future__ import annotations
 
 from . import anywhere, autocast, autograd, shapes, sources
-from .records import adapted_of, bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args
+from .records import adapted_of, bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
 from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "shapes",
     "shared_args",
     "sources",
+    "storage_of",
     "straight_on_cuda",
 ]

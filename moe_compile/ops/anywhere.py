@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, SCALED
-from ..lowering.reference import generic, routing, scaled
-from .records import adapted_of, bundled, layout_of, routing_of
+from ..ir.operands import ADAPTED, CODED
+from ..lowering.reference import generic, routing, stored
+from .records import adapted_of, bundled, layout_of, routing_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
@@ -101,18 +102,19 @@ def experts_shared(*args: Any) -> Tensor:
     return _ops.experts(x, ids, weights, *p.lists(), shared, *routed)  # type: ignore[no-any-return]
 
 
-def experts_scaled(*args: Any) -> Tensor:
-    x, ids, weights, p, (add, *plain, row_bits, row_floor) = bundled(args, SCALED)
-    return scaled.forward(x, ids, weights, p, add, layout_of(plain), row_bits, row_floor)
+def experts_stored(*args: Any) -> Tensor:
+    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
+    return stored.forward(x, ids, weights, p, add, *storage_of(plain))
 
 
 def experts_as_floats(*args: Any) -> Tensor:
-    """`experts` on the weights times their scales."""
-    x, ids, weights, p, (add, *plain, row_bits, _) = bundled(args, SCALED)
-    if row_bits:
-        raise NotImplementedError("moe_compile::experts_scaled has no gradient through rounded rows")
-    layout, wide = layout_of(plain), generic.accumulate_dtype(x.dtype)
-    out: Tensor = _ops.experts(x.to(wide), ids, weights, *scaled.as_floats(p, layout, wide).lists(), add, *plain)
+    """`experts` on the floats that codes and scales stand for."""
+    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
+    (layout, storage), wide = storage_of(plain), generic.accumulate_dtype(x.dtype)
+    if storage.row_bits:
+        raise NotImplementedError("moe_compile::experts_stored has no gradient through rounded rows")
+    floats = stored.as_floats(p, storage, wide).lists()
+    out: Tensor = _ops.experts(x.to(wide), ids, weights, *floats, add, *plain[: len(fields(layout))])
     return out.to(x.dtype)
 
 
@@ -128,7 +130,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts_adapted_fwd": with_copies(experts_adapted_fwd),
     "experts_adapted_bwd": experts_adapted_bwd,
     "experts_shared": experts_shared,
-    "experts_scaled": experts_scaled,
+    "experts_stored": experts_stored,
 }
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")

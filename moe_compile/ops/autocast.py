@@ -18,7 +18,7 @@ _ops = torch.ops.moe_compile
 
 def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.dtype.itemsize > 1  # or codes
         return t.to(dtype) if eligible and t is not None else t
 
     def experts(*args: Any) -> Tensor:
@@ -43,5 +43,5 @@ for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
         library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
         library.impl("experts_adapted", _autocast(_device, _key, "experts_adapted"), _key)
-        library.impl("experts_scaled", _autocast(_device, _key, "experts_scaled"), _key)
+        library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
         library.impl("experts", _autocast(_device, _key), _key)

@@ -58,7 +58,7 @@ for _name, _run in (
     ("experts", experts),
     ("experts_adapted", _with_backward(EXPERTS_ADAPTED)),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
-    ("experts_scaled", _or_differentiable("experts_scaled", anywhere.experts_as_floats)),
+    ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),
     ("route", _route_autograd),
     ("route_linear", _or_differentiable("route_linear", anywhere.route_linear)),
 ):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
 from ..ir.families import family_of as family_of
 from ..ir.operands import PLAIN, Operands
-from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
+_same_storage = functools.lru_cache(maxsize=1024)(Storage)
 _same_adapted = functools.lru_cache(maxsize=1024)(AdaptedLayout)
 
 
@@ -23,6 +24,12 @@ def layout_of(args: Sequence[Any]) -> Layout:
     """The record of the plain arguments of `experts`, after the tensors."""
     act_ops, act_consts, *rest = args
     return _same_layout(tuple(act_ops), tuple(act_consts), *rest)
+
+
+def storage_of(args: Sequence[Any]) -> tuple[Layout, Storage]:
+    """The records of the plain arguments of `experts_stored`, after the tensors."""
+    rest = args[len(fields(Layout)) :]
+    return layout_of(args[: len(fields(Layout))]), _same_storage(*[tuple(a) if isinstance(a, (list, tuple)) else a for a in rest])
 
 
 def adapted_of(args: Sequence[Any]) -> AdaptedLayout:

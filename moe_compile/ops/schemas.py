@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ir.codec import place, schema
-from ..ir.operands import ADAPTED, PLAIN, SCALED
-from ..ir.records import AdaptedLayout, Layout, Rounding, Routing, SharedLayout
+from ..ir.operands import ADAPTED, CODED, PLAIN
+from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
 ROUTED = 4 + len(PLAIN) + len(fields(Layout))  # arguments of `experts`, before those of the shared one
@@ -42,7 +42,7 @@ SCHEMAS = (
     f"experts_adapted_fwd({_ROUTED}, {lists(ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}) "
     "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_adapted_bwd(Tensor grad, Tensor pre, {_ROUTED}, {lists(ADAPTED)}, {schema(AdaptedLayout)}, bool[] needs) -> Tensor[]",
-    f"experts_scaled({_ROUTED}, {lists(SCALED)}, Tensor? add, {_LAYOUT}, {schema(Rounding)}) -> Tensor",
+    f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
 )
 
 

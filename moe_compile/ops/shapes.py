@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, SCALED, Operands
+from ..ir.operands import ADAPTED, CODED, Operands
 from ..ir.records import Layout
-from .records import adapted_of, bundled, layout_of
+from .records import adapted_of, bundled, layout_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -41,9 +41,12 @@ def experts(*args: Any) -> Tensor:
     return x.new_empty(x.shape[0], layout_of(plain).out_features(p.down))  # type: ignore[no-any-return]
 
 
-def experts_scaled(*args: Any) -> Tensor:
-    x, _, _, p, (_, *plain) = bundled(args, SCALED)
-    return x.new_empty(x.shape[0], layout_of(plain[:-2]).out_features(p.down))  # type: ignore[no-any-return]
+def experts_stored(*args: Any) -> Tensor:
+    x, _, _, p, (_, *plain) = bundled(args, CODED)
+    layout, storage = storage_of(plain)
+    down, matrix = storage.stored()[1], p.down[0].shape[-2:]
+    out, inner = matrix if down is None else down.shape(matrix)
+    return x.new_empty(x.shape[0], inner if layout.down_transposed else out)  # type: ignore[no-any-return]
 
 
 def experts_adapted(*args: Any) -> Tensor:
@@ -101,7 +104,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_adapted_fwd": experts_adapted_fwd,
     "experts_adapted_bwd": experts_adapted_bwd,
     "experts_shared": experts_shared,
-    "experts_scaled": experts_scaled,
+    "experts_stored": experts_stored,
 }
 for _name, _shape in SHAPES.items():
     torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)

@@ -114,6 +114,11 @@ for _names, _spelling in _SPELLED.items():
     rule(*_names)(_spelled(_spelling))
 
 
+@rule("ldexp")
+def _ldexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.mul(p.broadcast(n.args[0], idx), T.fn("exp2", p.broadcast(n.args[1], idx)))
+
+
 @rule("round")
 def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if getattr(a, "decimals", 0):

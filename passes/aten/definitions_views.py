@@ -247,6 +247,16 @@ def _repeat_interleave(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(src, replace(idx, d, T.fdiv(idx[d], a.repeats)))
 
 
+@rule("kron")
+def _kron(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """Of tensors of one rank: a[i // |b|] · b[i mod |b|] in every dim."""
+    inner = shape_of(a.other)
+    if not len(inner) == len(shape_of(n.args[0])) == len(idx):  # type: ignore[arg-type]
+        raise Opaque("a Kronecker product of tensors of other ranks")
+    outer = tuple(T.fdiv(i, s) for i, s in zip(idx, inner, strict=True))
+    return T.mul(p.at(n.args[0], outer), p.at(a.other, tuple(T.mod(i, s) for i, s in zip(idx, inner, strict=True))))
+
+
 # ---- creation ----------------------------------------------------------------------------------------------------------
 
 

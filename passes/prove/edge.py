@@ -10,8 +10,9 @@ from typing import Any
 import sympy as sp
 import torch.fx as fx
 
-from ...ir import Experts, Gating
+from ...ir import Experts, Gating, Stored
 from ...ir.operands import Operands
+from ...ir.stored import ALL
 from .. import terms as T
 from ..aten.element import shape_of
 from ..aten.places import never_negative
@@ -25,8 +26,18 @@ PROBES = 3  # of the usual kinds: together they are to hit every expert
 _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
+_FEW_EXPERTS = 64  # with blocks of scales, of which more than these get fewer
 _PER_EXPERT = ("selection bias", "expert scale")
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A dim of a parameter: a multiple of `width`, or a number for every `block` of a `whole` that is one."""
+
+    width: int
+    whole: int = 0
+    block: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Edge:
     """Roles of the tensors that regions of a block start at.
 
     `rows`: node -> its width, for tensors with a row for each token (tokens, ids, weights, logits, base, a gate). `groups`: the
-    experts' parameters with the widths that their last dims have. `roles`: node -> what it is. `mapped`: ids may be any numbers
+    experts' parameters with what their last dims are. `roles`: node -> what it is. `mapped`: ids may be any numbers
     `within` (least, largest; None: not known). `wraps`: those below zero count from the last expert.
     """
 
@@ -53,7 +64,7 @@ class Edge:
     k: int
     roles: Mapping[fx.Node, str]
     rows: Mapping[fx.Node, int]
-    groups: tuple[tuple[Param, tuple[int, ...]], ...]
+    groups: tuple[tuple[Param, tuple[Extent, ...]], ...]
     twins: Mapping[fx.Node, fx.Node]
     gating: Gating | None = None
     mapped: bool = False
@@ -74,9 +85,14 @@ class Edge:
         e = self.experts
         atoms: dict[int, int] = {}
         free = iter(_WIDTHS)
-        for old in sorted({e.hidden, e.intermediate, e.out_features}, reverse=True):
-            if old > 2 * SMALL:
+        widths: dict[int, int] = {}
+        for old, block in zip((e.hidden, e.intermediate, e.out_features), _blocks(e), strict=True):
+            widths[old] = math.lcm(widths.get(old, 1), block)
+        for i, old in enumerate(sorted(widths, reverse=True)):
+            if widths[old] == 1 and old > 2 * SMALL:
                 atoms[old] = _beside(old, atoms) or next(free)
+            elif widths[old] > 1:
+                atoms.update(_in_blocks(old, widths[old], i + 1 + (self.total <= _FEW_EXPERTS)))
         few = min(max(FEW, -(-self.total // (PROBES * self.k)) | 1), _MOST)
         symbols = sorted({x for s in self.lead if isinstance(s, sp.Expr) for x in s.free_symbols}, key=str)
         values = {x: few if i == len(symbols) - 1 else 2 for i, x in enumerate(symbols)}
@@ -88,7 +104,7 @@ class Edge:
             for i in range(len(known)):
                 for j in range(i + 2, len(known) + 1):
                     atoms.setdefault(math.prod(known[i:j]), math.prod(atoms[s] for s in known[i:j]))
-        kept = {e.num_experts, self.total, self.k}
+        kept = {e.num_experts, self.total, self.k, *widths.values()}
         return Sizes(values, tuple(p for p in atoms.items() if p[0] > 1), frozenset(kept))
 
     def small(self, sizes: Sizes) -> Small:
@@ -103,10 +119,10 @@ class Edge:
         for n, width in self.rows.items():
             shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))
         views: dict[Param, tuple[int, ...] | None] = {}
-        for q, widths in self.groups:
+        for q, extents in self.groups:
             stored = q.stored()
-            at = len(stored) - len(widths)
-            after = tuple(_scaled(s, w, known, sizes) if i >= at else s for i, (s, w) in enumerate(zip(stored, (*stored[:at], *widths))))
+            at = len(stored) - len(extents)
+            after = (*stored[:at], *(_scaled(s, x, known, sizes) for s, x in zip(stored[at:], extents, strict=True)))
             views[q] = None if q.view is None else after
             shapes.setdefault(q.node, after if q.view is None else _one(sizes, stored, after, shape_of(q.node)))
         for n, role in self.roles.items():
@@ -114,6 +130,11 @@ class Edge:
                 shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
             shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
         return Small(sizes, shapes, views, resized(self.experts, sizes))
+
+
+def _in_blocks(old: int, block: int, few: int) -> dict[int, int]:
+    """A width as so few blocks, where it is whole blocks and more; and how many there are."""
+    return {old: few * block, old // block: few} if old % block == 0 and old > few * block else {}
 
 
 def resized(e: Experts, sizes: Sizes) -> Experts:
@@ -135,13 +156,19 @@ def _beside(old: int, known: Mapping[int, int]) -> int | None:
 
 def _one(sizes: Sizes, old: Iterable[Dim], new: Iterable[int], shape: tuple[Dim, ...]) -> tuple[int, ...]:
     """The same elements in another shape."""
-    return tuple(s for options in regroup(sizes, tuple(old), tuple(new), shape) for s in options[0])
+    runs = regroup(sizes, tuple(old), tuple(new), shape)
+    out: list[int] = []
+    for options in runs:  # of several ways the one that leaves the inner dims as they are: how many codes a word or a group has
+        here = shape[len(out) : len(out) + len(options[0])]
+        out += sorted(options, key=lambda way: [a == b for a, b in zip(tuple(way)[::-1], here[::-1], strict=True)])[-1]
+    return tuple(out)
 
 
-def _scaled(stored: Any, width: int, known: Mapping[int, int], sizes: Sizes) -> int:
+def _scaled(stored: Any, x: Extent, known: Mapping[int, int], sizes: Sizes) -> int:
     """A stored dim: a multiple of a width (gate and up), or one number for several channels."""
-    if stored >= width and stored % width == 0:
-        return int(stored // width * known.get(width, width))
+    whole, width = x.whole or stored, x.width
+    if whole >= width and whole % width == 0:
+        return -(-int(whole // width * known.get(width, width)) // x.block)
     return int(sizes.candidates(stored)[0])
 
 
@@ -166,7 +193,7 @@ def edge_of(b: Block, mapped: bool) -> Edge:
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
     groups = _groups(m.experts, m.operands)
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
-    pairs = tuple((q, widths) for q, widths, _ in groups)
+    pairs = tuple((q, extents) for q, extents, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
     return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, within, b.wraps)
 
@@ -178,24 +205,65 @@ def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
         roles[o.gate], rows[o.gate] = "weights", 1
     groups = _groups(o.experts, o.operands)
     roles.update({q.node: role for q, _, role in groups})
-    return Edge(tokens, o.experts, 1, roles, rows, tuple((q, widths) for q, widths, _ in groups), {})
+    return Edge(tokens, o.experts, 1, roles, rows, tuple((q, extents) for q, extents, _ in groups), {})
 
 
-def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[int, ...], str]]:
-    """(parameter, widths of its last dims as they are stored, role); a width of 1 is that of a dim that stays as it is."""
-    up, down = (e.intermediate, e.hidden), (e.out_features, e.intermediate)
-    widths: dict[str, tuple[tuple[int, ...], str]] = {
-        "up": (up[::-1] if e.up_transposed else up, "weight"),
-        "down": (down[::-1] if e.down_transposed else down, "weight"),
-        **{f"{name}_{what}": (out[:1], what) for name, out in (("up", up), ("down", down)) for what in ("bias", "scale")},
-        **{f"{name}_a": ((1, inner), "weight") for name, (_, inner) in (("up", up), ("down", down))},
-        **{f"{name}_b": ((out, 1), "weight") for name, (out, _) in (("up", up), ("down", down))},
-    }
-    return [(q, _as_stored(q, widths[name][0]), widths[name][1]) for name, qs in operands.by_name().items() for q in qs]
+def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Extent, ...], str]]:
+    """(parameter, what its last dims are as they are stored, role); an extent of 1 is that of a dim that stays as it is."""
+    both = {"up": (e.intermediate, e.hidden), "down": (e.out_features, e.intermediate)}
+    extents: dict[str, tuple[Extent, ...]] = {}
+    for name, how, transposed in (("up", e.up_stored, e.up_transposed), ("down", e.down_stored, e.down_transposed)):
+        (out, inner), codes = both[name], getattr(operands, name)
+        widths = (inner, out) if transposed else (out, inner)
+        extents |= {name: _of_words(how, codes, widths), f"{name}_bias": (Extent(out),), f"{name}_table": ()}
+        extents |= {f"{name}_a": (Extent(1), Extent(inner)), f"{name}_b": (Extent(out), Extent(1))}
+        extents[f"{name}_scale"] = extents[f"{name}_zero"] = _of_scales(how, codes, widths)
+    return [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() for q in qs]
 
 
-def _as_stored(q: Param, widths: tuple[int, ...]) -> tuple[int, ...]:
+def _role(name: str) -> str:
+    """ "weight" of a projection and of its low-rank pair; else what stands behind its name."""
+    what = name.rpartition("_")[2]
+    return what if what in ("bias", "scale", "zero", "table") else "weight"
+
+
+def _as_stored(q: Param, extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
     if q.order is None:
-        return widths
-    ordered = (*(1 for _ in q.order[: -len(widths)]), *widths)
+        return extents
+    ordered = (*(Extent(1) for _ in q.order[: -len(extents)]), *extents)
     return tuple(ordered[q.order.index(d)] for d in range(len(q.order)))
+
+
+def _codes(stored: Stored, words: tuple[Param, ...]) -> tuple[int, int]:
+    """Rows and columns of the codes in a projection's tensors."""
+    r, c = words[0].stored()[-2:]
+    return stored.shape((r, c))
+
+
+def _of_words(stored: Stored | None, words: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
+    if stored is None or not stored.axis:
+        return tuple(map(Extent, widths))
+    whole = _codes(stored, words)
+    return tuple(Extent(w, n, len(stored.order) if stored.axis == d + 1 else 1) for d, (w, n) in enumerate(zip(widths, whole, strict=True)))
+
+
+def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
+    if stored is None or not stored.scaled:
+        return ()
+    shape = _codes(stored, codes)
+    both = [Extent(w, n, b) for w, n, b in zip(widths, shape, (stored.rows, stored.columns), strict=True)]
+    running = [x for x in both if x.block != ALL]
+    return tuple(both) if stored.grid else tuple(running) or (Extent(widths[0]),)
+
+
+def _blocks(e: Experts) -> tuple[int, int, int]:
+    """What hidden, intermediate and out features are to be multiples of: the blocks that share a scale."""
+
+    def block(s: Stored | None, transposed: bool) -> tuple[int, int]:
+        if s is None:
+            return 1, 1
+        both = [math.lcm(b or 1, len(s.order) if s.axis == d + 1 else 1) for d, b in enumerate((s.rows, s.columns))]
+        return (both[1], both[0]) if transposed else (both[0], both[1])
+
+    up, down = block(e.up_stored, e.up_transposed), block(e.down_stored, e.down_transposed)
+    return up[1], math.lcm(up[0], down[1]), down[0]

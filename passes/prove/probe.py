@@ -87,6 +87,10 @@ class _Draw:
             return self._logits(shape)
         if role in ("selection bias", "expert scale"):
             return self._table(shape, role)
+        if role == "scale" and dtype is torch.uint8:  # exponents: numbers about 2^-7
+            return torch.randint(118, 123, shape, generator=self.generator).to(dtype)
+        if role == "weight" and dtype in (torch.uint8, torch.int32):
+            return word_windows(shape, dtype, self.generator)
         if not dtype.is_floating_point:
             return whole_windows(shape, dtype, self.generator) if role == "weight" else self._integers(shape).to(dtype)
         if role == "scale":  # so that products of bytes come out of order one
@@ -178,6 +182,9 @@ def laid_out(x: Tensor, n: fx.Node, small: Small) -> Tensor:
     if v.layout is not torch.strided or x.ndim != v.ndim or x.ndim < 2 or x.numel() > _LARGE:
         return x
     strides = [small.sizes.of(s) for s in v.stride()]
+    if all(isinstance(s, int) for s in (*v.shape, *v.stride())) and 0 not in v.stride():
+        if 1 + sum((n - 1) * s for n, s in zip(v.shape, v.stride(), strict=True)) < v.numel():  # a window of a probe that lies over itself
+            return x
     order = sorted(range(x.ndim), key=lambda d: -strides[d])
     large = [d for d in order if x.shape[d] > 1]
     if large != sorted(large):
@@ -195,6 +202,15 @@ def whole_windows(shape: tuple[int, ...], dtype: torch.dtype, gen: torch.Generat
     """As `windows`, for weights stored as integers: of all values that a byte can have, and beyond where the type is wider."""
     least, most = max(torch.iinfo(dtype).min, -4096), min(torch.iinfo(dtype).max, 4096)
     return _windows(shape, gen, lambda t: (t * (most / 2)).round().clamp(least, most).to(dtype))
+
+
+def word_windows(shape: tuple[int, ...], dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    """As `windows`, for words that codes are packed in: all their bits are in use."""
+    info = torch.iinfo(dtype)
+    lead, rest = (shape[0], shape[1:]) if len(shape) > 2 else (0, shape)
+    flat = torch.randint(info.min, info.max + 1, (math.prod(rest) + 8 * lead,), generator=gen).to(dtype)
+    strides = torch.empty(rest, device="meta").stride()
+    return flat.as_strided(shape, (8, *strides)) if lead else flat.reshape(shape)
 
 
 def _windows(shape: tuple[int, ...], gen: torch.Generator, made: Callable[[Tensor], Tensor]) -> Tensor:

@@ -160,6 +160,9 @@ def value_of(n: fx.Node, env: Mapping[fx.Node, Any], literals: Literals, work: W
         return torch.device("cpu") if isinstance(a, torch.device) else a
 
     args, kwargs = literals.of(n, env)
+    if op_name(n) == "view" and isinstance(args[1], torch.dtype):  # bits as another type: the type is the graph's
+        bits = env[args[0]].view(args[1])
+        return bits.to(torch.float64) if bits.is_floating_point() else bits
     if op_name(n) == "type_as":
         return _cast(n, env[n.args[0]])  # type: ignore[index]
     return _call(n, load(args), {k: load(v) for k, v in kwargs.items()}, work)

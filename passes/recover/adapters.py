@@ -138,7 +138,8 @@ def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     """Gate and up in one weight have one pair; raises No for pairs that no op takes."""
     if form in (Form.CONCAT, Form.INTERLEAVED) and len({_of_all_rows(x.pair) for x in ups}) != 1:
         raise No("a low-rank pair (LoRA) stands beside a part of a weight")
-    if any(x.pair is not None for x in (*ups, down)) and any(x.channel is not None for x in (*ups, down)):
+    scaled = any(found is not None for x in (*ups, down) for found in (x.channel, x.grid, x.words))
+    if scaled and any(x.pair is not None for x in (*ups, down)):
         raise No("low-rank pairs (LoRA) beside weights that have scales")
 
 

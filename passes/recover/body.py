@@ -11,10 +11,11 @@ from .. import terms as T
 from ..aten import names
 from ..aten.names import op_name
 from ..terms import Term
-from . import adapters
+from . import adapters, grids
 from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
+from .packed import nodes_of
 from .rounding import ROUNDED
 from .rows import No, factors, reads
 
@@ -42,11 +43,12 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     """
     scale, total, bias, channel, pair = _output(core, h, expert)
     i, inner = total.args
-    downs = [f for f in factors(inner) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
-    if len(downs) != 1:
+    downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
+    parts = grids.split(downs)
+    if parts is None:
         raise No(_why_no_matrix(factors(inner), h, i, expert) or _why_not_own(factors(inner), h, i, len(downs)))
-    rest = T.mul(*(f for f in factors(inner) if f is not downs[0]))
-    down = linear_of(downs[0], h, i, expert)
+    rest = T.mul(*(f for f in factors(inner) if f not in parts.factors))
+    down = linear_of(parts, h, i, expert)
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
@@ -55,7 +57,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
         down.pair = adapters.beside(pair, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
-    reader = Reader(t, i, expert, channels.integer_weights(core, expert))
+    reader = Reader(t, i, expert, channels.coded_weights(core, expert))
     expr = reader.read(rest) * reader.read(scale) * (sp.S.One if tables is None else reader.read(tables))
     if reader.routed() and outside is not None:
         if bias is not None and outside.op != "c":
@@ -104,9 +106,10 @@ def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> 
     if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
         return "an integer weight has a zero point"
     read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
-    if len(read) < 2 or not any(channels.is_integer(f) for f in read):
+    if len(read) < 2 or not any(channels.is_coded(f) for f in read):
         return None
-    return "a scale is over an input channel" if any(not T.uses(f, out) for f in read) else "a scale is in groups along the inner dim"
+    own = all(T.uses(f, out) for f in read)
+    return "a weight has more than one scale along its inputs" if own else "a scale is over an input channel"
 
 
 def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
@@ -125,7 +128,7 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
             powers = weight.as_powers_dict()
             term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
             return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
-    if any(_rounded(n) for x in reader.tokens for n in channels.nodes_of(x)):
+    if any(_rounded(n) for x in reader.tokens for n in nodes_of(x)):
         raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
 
@@ -285,20 +288,21 @@ class Reader(Bridge):
         """Σ_m c x[t,m] W[e,i,m]: the projection, and the number c as a symbol (1 if there is none)."""
         m, inner = s.args
         fs = factors(inner)
-        ws = [f for f in fs if f.op == "a" and T.uses(f, self.expert)]
+        ws = [f for f in fs if grids.belongs(f, self.expert)]
         numbers = [f for f in fs if f.op == "c"]
         xs = [f for f in fs if f not in ws and f not in numbers]
-        if len(ws) != 1 or len(xs) != 1 or xs[0].op != "a":
+        parts = grids.split(ws)
+        if parts is None or len(xs) != 1 or xs[0].op != "a":
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
             if any(f.op == "sum" for x in xs for f in T.walk(x)):
                 raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
             raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
-        return linear_of(ws[0], self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
+        return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

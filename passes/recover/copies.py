@@ -13,7 +13,7 @@ from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
 from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_row
-from .scales import is_integer
+from .scales import is_coded
 
 EXPERT = "expert"
 
@@ -108,7 +108,7 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     mapping = {}
     body = _without_range(part.body, core)
     atoms = outer_atoms(body)
-    whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_integer(a) for a in atoms)  # then one number an expert may be a scale
+    whole = any(len(a.args[1]) > 2 and not plain_row(a) and is_coded(a) for a in atoms)  # then one number an expert may be a scale
     for a in atoms:
         if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))

@@ -11,7 +11,7 @@ from ..aten import names
 from ..aten.element import Puller
 from ..aten.names import op_name
 from ..terms import Term
-from .rows import data_dependent, is_row, outer_atoms
+from .rows import WORDS, data_dependent, is_row, outer_atoms
 
 
 class DenseReader:
@@ -28,7 +28,7 @@ class DenseReader:
     def inner(self) -> Puller:
         if self._inner is None:
             edge = self.router_inputs()
-            self._inner = Puller(lambda n: n in edge, self.walls, self.limit)
+            self._inner = Puller(lambda n: n in edge or WORDS in n.meta, self.walls, self.limit)
             self._inner.given = self.given
         return self._inner
 
@@ -55,7 +55,7 @@ class DenseReader:
     def hides_experts(self, a: Term) -> bool:
         nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
         n = nodes[0]
-        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION:
+        if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION or WORDS in n.meta:
             return False
         row = (
             any(is_row(a, d) for d in range(len(a.args[1])))

@@ -15,7 +15,7 @@ from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from . import adapters
+from . import adapters, coded
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
@@ -27,7 +27,6 @@ from .match import ExpertsMatch, Param
 from .merged import apart
 from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
-from .scales import Channel
 
 
 def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejection:
@@ -85,13 +84,12 @@ def _assemble(
         num_identity=len(identity),
         ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
         dtype=compute_dtype(p, tokens, out),
-        up_scale=ups[0].channel is not None,
-        down_scale=parsed.down.channel is not None,
-        weight_dtype=_integers([*ups, parsed.down]),
+        up_stored=coded.stored(ups),
+        down_stored=coded.stored([parsed.down]),
     )
     experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
-    stored = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, stored, base_node(p, base, out, t, h))
+    params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, params, base_node(p, base, out, t, h))
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -111,7 +109,7 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
 
 
 def _rounded(e: Experts, rounding: Rounding) -> Experts:
-    if not e.scaled:
+    if not e.coded:
         raise No("rows are rounded to fewer bits and weights are not")
     return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
 
@@ -125,49 +123,34 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
         raise No("some expert weights are stacked and some are not")
     if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
         raise No("of the experts' weights and biases some are stacked and some are not")
-    _check_scales(ups, form)
+    coded.check(ups, down, form)
     adapters.check(ups, down, form)
 
 
 def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
     """The nodes of every parameter. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
+    up_shape, down_shape = (width, e.hidden), (e.out_features, e.intermediate)
+
+    def weights(x: Linear, shape: tuple[int, int]) -> list[Param]:
+        return coded.words(x, count, shape) if x.words is not None else params(x.weight, (count, *shape), x.transposed, x.flat)
+
     return Operands.named(
-        up=[q for x in store for q in params(x.weight, (count, width, e.hidden), x.transposed, x.flat)],
-        down=params(down.weight, (count, e.out_features, e.intermediate), down.transposed, down.flat),
+        up=[q for x in store for q in weights(x, up_shape)],
+        down=weights(down, down_shape),
         up_bias=[q for x in store if x.bias is not None for q in params(x.bias, (count, width), False, False)],
         down_bias=params(down.bias, (count, e.out_features), False, False) if down.bias is not None else [],
-        up_scale=[q for x in store if x.channel is not None for q in channels.params(x.channel, count, width)],
-        down_scale=channels.params(down.channel, count, e.out_features) if down.channel is not None else [],
+        up_scale=[q for x in store for q in coded.scales(x, count, up_shape)],
+        down_scale=coded.scales(down, count, down_shape),
+        up_zero=[q for x in store for q in coded.zeros(x, count, up_shape)],
+        down_zero=coded.zeros(down, count, down_shape),
+        up_table=coded.table(store[0]),
+        down_table=coded.table(down),
         up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
         up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
         down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
         down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
     )
-
-
-def _check_scales(ups: list[Linear], form: Form) -> None:
-    """Gate and up both have a scale or none; stored in one weight they have one scale tensor."""
-    found: list[Channel | None] = [x.channel for x in ups]
-    if len({c is None for c in found}) != 1 or len({c.dim is None for c in found if c is not None}) > 1:
-        raise No("gate and up projections are scaled differently")
-    if form is not Form.SEPARATE and len({c for c in found if c is not None}) > 1:
-        raise No("the scales of gate and up are not stored as their weights are")
-    if len({isinstance(c.node, tuple) for c in found if c is not None} | {isinstance(x.weight, tuple) for x in ups}) > 1:
-        raise No("scales are not stored as their weights are")
-
-
-def _integers(linears: list[Linear]) -> torch.dtype | None:
-    """The integer type that scaled weights are stored in; None where nothing is scaled or weights are floats."""
-    if all(x.channel is None for x in linears):
-        return None
-    if any(x.channel is not None and isinstance(x.channel.node, tuple) != isinstance(x.weight, tuple) for x in linears):
-        raise No("scales are not stored as their weights are")
-    dtypes = {dtype_of(n) for x in linears for n in (x.weight if isinstance(x.weight, tuple) else (x.weight,))}
-    if len(dtypes) > 1:
-        raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
-    (dtype,) = dtypes
-    return None if dtype.is_floating_point else dtype
 
 
 def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:

@@ -24,9 +24,9 @@ from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
-from .odd import between
+from .odd import between, combined
 from .rounding import rounded_nodes
-from .rows import NO_EXPERTS
+from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .soft import soft_mixtures
@@ -64,11 +64,12 @@ class Finder:
         self.within = Counter(self.static.values())  # how many nodes carry a label
         self.left: dict[int, int] = {}  # elements that may still be asked for around a selection, all attempts together
         self.steps: dict[int, T.Budget] = {}  # and the work on terms
-        integers = made_floats(graph)
-        if integers:
-            integers |= rounded_nodes(graph)
-        self.opened = integers | merged_pairs(graph)  # weights that are looked into for what they are made of
-        self.fallbacks = [set(s) for s in {frozenset(integers): None, frozenset(): None} if s != self.opened]
+        codes = made_floats(graph)
+        self.packed = any(WORDS in n.meta for n in codes)
+        if codes:
+            codes |= rounded_nodes(graph)
+        self.opened = codes | merged_pairs(graph)  # weights that are looked into for what they are made of
+        self.fallbacks = [set(s) for s in {frozenset(codes): None, frozenset(): None} if s != self.opened]
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
@@ -130,7 +131,8 @@ class Finder:
         if (by_name := named(source)) is not None:
             return by_name
         tried = list(tried)
-        if tried and (odd := between(source, self.walls)) is not None:  # a selection of keys in attention is tried nowhere
+        told = between if tried else combined  # a selection of keys in attention is tried nowhere
+        if (odd := told(source, self.walls)) is not None:
             return odd
         for r in reversed(tried):
             if r.code != NO_EXPERTS:
@@ -189,11 +191,11 @@ class Finder:
         return label > 0 and is_table(self.sources[label - 1])
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
-        """What weights are made of (integers, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
+        """What weights are made of (codes, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
         out = again = self._attempt(n, label)
         kept = self.opened
         for fewer in self.fallbacks:
-            if not isinstance(again, Rejection) or out.code == NO_EXPERTS:  # type: ignore[union-attr]
+            if not isinstance(again, Rejection) or out.code == NO_EXPERTS and not self.packed:  # type: ignore[union-attr]
                 break
             self.opened = fewer
             again = self._attempt(n, label)
@@ -235,6 +237,8 @@ class Finder:
 
     def stops(self, n: fx.Node, label: int) -> bool:
         """Whether the experts' pass takes a node as a given tensor."""
+        if n in self.opened and WORDS in n.meta:
+            return True
         if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.opened:

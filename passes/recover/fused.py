@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Rejection, Stored
 from ...ir.codec import decode, record_of
 from ...ir.families import FAMILIES, Family
 from ...ir.operands import Operands
+from ...ir.records import Storage
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -39,31 +40,28 @@ def zero_gradients(m: ExpertsMatch, graph: fx.Graph) -> str:
 
 
 def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
-    """The match that an existing `moe_compile::experts` (or `experts_scaled`) call stands for; `out` is the call itself."""
+    """The match that an existing `moe_compile::experts` call (or one of its kin) stands for; `out` is the call itself."""
     a, family = call_args(n), _family(n)
     assert family is not None
     x, ids, weights = a.x, a.ids, a.weights
-    form = Form(a.form)
-    rows = _inner(a, form)
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
     operands: Operands[Param] = Operands.of(a).map(Param)
-    scaled = bool(operands.up_scale or operands.down_scale)
-    stored = dtype_of(a.up[0])
+    coded = Storage in family.records
+    up_stored, down_stored = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]).stored() if coded else (None, None)
     experts = decode(
         Experts,
         record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
         hidden=shape_of(x)[-1],
-        intermediate=rows,
+        intermediate=_inner(a, down_stored),
         out_features=shape_of(n)[-1],
         up_bias=bool(operands.up_bias),
         down_bias=bool(operands.down_bias),
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
-        up_scale=bool(operands.up_scale),
-        down_scale=bool(operands.down_scale),
-        weight_dtype=stored if scaled and not stored.is_floating_point else None,
+        up_stored=up_stored,
+        down_stored=down_stored,
         row_bits=getattr(a, "row_bits", 0),
         row_floor=getattr(a, "row_floor", 0.0),
     )
@@ -125,6 +123,8 @@ def _unviewed(x: fx.Node) -> fx.Node:
     return x
 
 
-def _inner(a: Any, form: Form) -> int:
+def _inner(a: Any, stored: Stored | None) -> int:
     """Intermediate size, off the down projection: [.., out, I], or [.., I, out] when transposed."""
-    return int(shape_of(a.down[0])[-2 if a.down_transposed else -1])
+    matrix = shape_of(a.down[0])[-2:]
+    out, inner = matrix if stored is None else stored.shape(matrix)  # type: ignore[arg-type]
+    return int(out if a.down_transposed else inner)

@@ -10,7 +10,10 @@ import sympy as sp
 from .. import terms as T
 from ..terms import Term
 from ..terms.arithmetic import constant_part
+from . import grids, packed
+from .grids import Grid, Parts
 from .matrices import LowRank
+from .packed import Reading
 from .rows import No, reads
 from .scales import Channel
 
@@ -20,7 +23,8 @@ class Linear:
     """Σ_m x[t,m] W[e, row(i), m] + b[e, row(i)]: `stride`, `offset` of row(i); `bias` an atom or None.
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
-    multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias.
+    multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
+    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of two.
     """
 
     weight: Any
@@ -32,11 +36,19 @@ class Linear:
     scale: sp.Expr = sp.S.One
     channel: Channel | None = None
     pair: LowRank | None = None
+    grid: Grid | None = None
+    zero: Grid | None = None
+    words: Reading | None = None
+    exponents: bool = False
 
 
-def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight atom is laid out, from its index: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
+    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+    a, weight, words = parts.codes, parts.codes.args[0], None
     idx = list(a.args[1])
+    if packed.is_packed(a):
+        found = packed.place(a, expert)
+        weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
     flat = False
     if idx and idx[0] is expert:
         idx = idx[1:]
@@ -52,7 +64,11 @@ def linear_of(a: Term, out: Term, inp: Term, expert: Term) -> Linear:
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
-            return Linear(a.args[0], stride, offset, transposed, flat)
+            scale, zero = (None if s is None else grids.grid(s, idx, expert) for s in (parts.scale, parts.zero))
+            if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
+                raise No("zero points are not laid out as the scales")
+            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
+            return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
     raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 
 

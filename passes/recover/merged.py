@@ -17,6 +17,7 @@ from ..aten.node import schema_of
 from ..terms import Term
 from ..terms.ops import OPS
 from .rows import factors
+from .scales import is_coded
 
 _PRODUCT = names.CONTRACTION & {"mm", "bmm", "matmul", "einsum"}
 _WITH_PRODUCT = frozenset({"addmm", "baddbmm"})
@@ -96,6 +97,8 @@ def apart(t: Term, expert: Term) -> Term:
 def _distributed(t: Term, expert: Term) -> Term:
     v, body = t.args
     for f in factors(body):
+        if f.op == "add" and any(x.op == "a" and is_coded(x) for x in T.walk(f)):
+            continue  # codes less their zero points are one matrix
         if f.op == "add" and any(_is_matrix(T.coefficient(a)[1], v, expert) for a in f.args):
             rest = [g for g in factors(body) if g is not f]
             return T.add(*(T.reduce_("sum", v, T.mul(*rest, a)) for a in f.args))

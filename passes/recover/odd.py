@@ -45,6 +45,12 @@ def between(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
     return None
 
 
+def combined(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
+    """A maximum or the like in place of the sum over experts: nothing is tried as the result of such a block."""
+    found = (n for n in _rows_of_experts(choice, walls) if op_name(n) in _COMBINED)
+    return next((Rejection(what, n, "experts", code="inside") for n in found if (what := _odd(n, walls)) is not None), None)
+
+
 def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
     """A rejection that says where tensors could not be found or disagree, by what stands inside the experts, where that is the cause."""
     if r.stage not in ("region", "record", "rewrite", "recover", "validate"):

@@ -14,6 +14,7 @@ from ..aten.sources import code_of
 from ..terms import Term
 from ..terms.text import said
 
+WORDS = "moe_words"  # in a node's meta: the tensor of packed words that it is made of alone (`packed`)
 NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
 
 
@@ -42,8 +43,8 @@ def rows(n: fx.Node) -> Any:
 
 def is_row(a: Term, d: int) -> bool:
     """Whether dim d of an atom is read at the token itself."""
-    i = a.args[1][d]
-    if data_dependent(i):
+    i, n = a.args[1][d], a.args[0]
+    if data_dependent(i) or isinstance(n, fx.Node) and WORDS in n.meta:
         return False
     if any(v.args[0] == "t" for v in i.atoms):
         return True
@@ -62,9 +63,9 @@ def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:
 
 
 def ids_atom(x: Term) -> bool:
-    """Whether an atom may be an expert id: whole numbers, but not bytes, which are weights."""
+    """Whether an atom may be an expert id: whole numbers, but not bytes or what is unpacked of words, which are weights."""
     n = x.args[0]
-    if not isinstance(n, fx.Node) or not hasattr(n.meta.get("val"), "dtype"):
+    if not isinstance(n, fx.Node) or WORDS in n.meta or not hasattr(n.meta.get("val"), "dtype"):
         return False
     return not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype not in (torch.int8, torch.uint8)
 

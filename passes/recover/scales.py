@@ -1,7 +1,7 @@
-"""Scales of output channels, as weights stored in integers have them: Σ_m x[t,m] q[e,i,m] s[e,i] = s[e,i] Σ_m x[t,m] q[e,i,m].
+"""Scales of output channels, as weights stored in few bits have them: Σ_m x[t,m] q[e,i,m] s[e,i] = s[e,i] Σ_m x[t,m] q[e,i,m].
 
-In an expert's inside every scale is a symbol. It belongs to the projection whose symbol L it can be put into: the activation must be a
-function of s · L alone.
+Scales that differ along the inputs stay in the sum (`grids`). In an expert's inside every other scale is a symbol. It belongs to the
+projection whose symbol L it can be put into: the activation must be a function of s · L alone.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from ..aten.names import op_name
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
+from .packed import cuts, is_packed, nodes_of
 from .rows import No, factors, reads
 
 
 @dataclass(frozen=True)
 class Channel:
-    """The scale s[e, row(i)] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows (None: no dim does)."""
+    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if any."""
 
     node: Any
     dim: int | None
+    rows: int = 1
 
 
-def nodes_of(a: Term) -> tuple[fx.Node, ...]:
-    return a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+def is_coded(a: Term) -> bool:
+    """Whether an atom reads weights that are stored in few bits: whole numbers (truth values are none) or floats of one byte."""
+    if is_packed(a):
+        return True
+    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes_of(a)]
+    return all(isinstance(v, torch.Tensor) and (is_whole(v.dtype) or is_small_float(v.dtype)) for v in values)
 
 
 def is_integer(a: Term) -> bool:
-    """Whether an atom reads weights that are stored as integers (truth values are none)."""
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes_of(a)]
-    return all(isinstance(v, torch.Tensor) and is_whole(v.dtype) for v in values)
+    """Whether an atom reads whole numbers."""
+    return is_coded(a) and not is_packed(a) and all(is_whole(n.meta["val"].dtype) for n in nodes_of(a))
 
 
 def is_whole(dtype: torch.dtype) -> bool:
@@ -47,14 +52,19 @@ def is_whole(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
-def integer_weights(t: Term, expert: Term) -> bool:
-    """Whether an expert's inside reads a matrix of integers."""
-    return any(x.op == "a" and len(x.args[1]) > 2 and T.uses(x, expert) and is_integer(x) for x in T.walk(t))
+def is_small_float(dtype: torch.dtype) -> bool:
+    """Whether a type holds floats of one byte with a mantissa; powers of two (e8m0) are scales."""
+    return dtype.is_floating_point and dtype.itemsize == 1 and dtype is not torch.float8_e8m0fnu
+
+
+def coded_weights(t: Term, expert: Term) -> bool:
+    """Whether an expert's inside reads a matrix in few bits."""
+    return any(x.op == "a" and len(x.args[1]) > 2 and T.uses(x, expert) and is_coded(x) for x in T.walk(t))
 
 
 def for_expert(a: Term, expert: Term) -> bool:
     """One number for each expert: s[e], s[e, 0], s[e, 0, 0]."""
-    if a.op != "a" or not a.args[1] or a.args[1][0] is not expert or is_integer(a):
+    if a.op != "a" or not a.args[1] or a.args[1][0] is not expert or is_coded(a):
         return False
     return all(T.is_c(i, 0) for i in a.args[1][1:]) and all(s == 1 for s in shape_of(nodes_of(a)[0])[1 - isinstance(a.args[0], tuple) :])
 
@@ -62,9 +72,9 @@ def for_expert(a: Term, expert: Term) -> bool:
 def tables(core: Term, weight: Term, expert: Term) -> tuple[Term, Term]:
     """(what stands beside the routing weight as one number for each expert, the routing weight without it).
 
-    Where weights are integers these are scales that came out of the experts' sums; a factor of the routing may be among them.
+    Where weights are in few bits these are scales that came out of the experts' sums; a factor of the routing may be among them.
     """
-    if not integer_weights(core, expert):
+    if not coded_weights(core, expert):
         return T.const(1), weight
     found = [f for f in factors(weight) if for_expert(f.args[0] if f.op == "pow" else f, expert)]
     return T.mul(*found), T.mul(*(f for f in factors(weight) if f not in found))
@@ -83,15 +93,25 @@ def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel
         raise No("a scale is an integer")
     if not running:
         return Channel(a.args[0], None)
-    rest_offset, rest = constant_part(idx[running[0]])
-    if (*T.coefficient(rest), rest_offset) != (stride, i, offset):
+    rows = block_of(idx[running[0]], T.add(T.mul(T.const(stride), i), T.const(offset)))
+    if rows is None:
         raise No("a scale is not laid out like the rows of its projection: it may be another one's")
-    return Channel(a.args[0], running[0])
+    return Channel(a.args[0], running[0], rows)
+
+
+def block_of(index: Term, row: Term) -> int | None:
+    """b where index = row // b; None where there is no such number."""
+    if index is row:
+        return 1
+    steps = {x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}
+    strides = {T.coefficient(constant_part(row)[1])[0]}
+    found = (b * s for b in steps for s in (1, *strides) if isinstance(b, int) and isinstance(s, int))
+    return next((b for b in found if T.fdiv(row, b) is index), None)
 
 
 def params(c: Channel, experts: int, width: int) -> list[Param]:
     """The scale as an operand [E, width], or [E, 1] for one number an expert; a list: [width] or [1]."""
-    rows = width if c.dim is not None else 1
+    rows = -(-width // c.rows) if c.dim is not None else 1
     if isinstance(c.node, tuple):
         for n in c.node:
             _check_size(n, c.dim, rows)
@@ -105,28 +125,44 @@ def params(c: Channel, experts: int, width: int) -> list[Param]:
     return [Param(c.node, (experts, rows))]
 
 
-_OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
-
-
 def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
     if dim is not None and shape_of(n)[dim] != rows:
         raise No(f"expert parameter {n} has shape {shape_of(n)}, used as the scale of {rows} channels")
 
 
+_OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
+_OF_PACKED = frozenset({"sub", "add", "ldexp"})  # the same, of what packed codes stand for
+_SPREAD = names.VIEW | names.CAST | frozenset({"kron", "index", "index_select"})  # what scales go through on their way to their weight
+
+
 def made_floats(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that hold weights stored as integers, or what casts, views and products with scales make of them."""
-    found: set[fx.Node] = set()
+    """Nodes that hold weights stored in few bits, or what casts, views and products with scales make of them; and those scales."""
+    unpacked = cuts(graph)
+    found = set(unpacked)
     for n in graph.nodes:
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor):
             continue
         if n.op in ("placeholder", "get_attr"):
-            if v.ndim > 1 and is_whole(v.dtype) and v.dtype.itemsize == 1:
+            if v.ndim > 1 and v.dtype.itemsize == 1 and (is_whole(v.dtype) or is_small_float(v.dtype)):
                 found.add(n)
         elif op_name(n) in names.VIEW | names.CAST | _OF_MORE:
             if any(x in found for x in n.all_input_nodes[: None if op_name(n) in _OF_MORE else 1]):
                 found.add(n)
-    return found
+        elif op_name(n) in _OF_PACKED and any(x in unpacked for x in n.all_input_nodes):
+            found.add(n)
+        if n in found and any(x in unpacked for x in n.all_input_nodes):
+            unpacked.add(n)
+    return found | {x for n in found if op_name(n) == "mul" for s in n.all_input_nodes if s not in found for x in _spread(s)}
+
+
+def _spread(n: fx.Node) -> list[fx.Node]:
+    """Nodes through which a scale goes before it is multiplied."""
+    out: list[fx.Node] = []
+    while op_name(n) in _SPREAD and n.args and isinstance(n.args[0], fx.Node):
+        out.append(n)
+        n = n.args[0]
+    return out
 
 
 # ---- which projection a scale belongs to -------------------------------------------------------------------------------

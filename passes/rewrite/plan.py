@@ -50,7 +50,7 @@ class RoutePlan:
 
 @dataclass(frozen=True)
 class ExpertsPlan:
-    """out = experts(tokens, ids, weights, ...), or experts_scaled(...); ids or weights None: those of the route op.
+    """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
     `wraps`: ids below zero count from the last expert.
@@ -262,9 +262,9 @@ class Executor:
         return n if example_value(source).dtype == dtype else method(self.graph, "to", (n, dtype), n)
 
     def parameter(self, name: str, q: Operand, experts: Experts) -> fx.Node:
-        """A weight or bias in the dtype of the products; scales, and integers that have some, stay as they are stored."""
+        """A weight or bias in the dtype of the products; codes and their scales stay as they are stored."""
         source = self.names[q[0]]
-        stays = name not in PLAIN or (experts.scaled and not example_value(source).dtype.is_floating_point)
+        stays = name not in PLAIN or getattr(experts, f"{name}_stored", None) is not None
         return self.operand(q) if stays else self.cast(self.operand(q), source, experts.dtype)
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ir import Norm, Rejection
 from ...ops import route_args
@@ -121,6 +122,11 @@ class Planner:
         )
 
     def _check(self, m: ExpertsMatch, inputs: list[fx.Node], out: fx.Node) -> None:
+        kinds = [type(v) for v in map(example_value, inputs) if is_traceable_wrapper_subclass(v)]
+        kind = next((k for k in kinds if not k.__module__.startswith("torch.")), None)  # torch's own (DTensor) know the ops
+        if kind is not None:
+            what = f"a parameter of the block is a {kind.__name__}: it holds other tensors, and it alone knows what they stand for"
+            raise Rejection(what, m.out, "rewrite", code="subclass")
         devices = {m.out.meta["val"].device, *(example_value(n).device for n in inputs)}
         if len(devices) > 1:
             raise Rejection(f"the block's tensors are on different devices: {', '.join(sorted(map(str, devices)))}", m.out, "rewrite")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import sympy as sp
 import torch
 from torch import Tensor
 
-from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, SumK
+from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, Stored, SumK
 
 Rows = Sequence[float]
 
@@ -36,8 +35,12 @@ class Parts:
     add: Tensor | None = None
     table: Tensor | None = None  # new id of each id the router gives
     padding: Tensor | None = None  # [T] bool: tokens that go to no expert
-    up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1]
+    up_scale: list[Tensor] = field(default_factory=list)  # of each output channel, [E, out] or [E, 1], or of each block
     down_scale: list[Tensor] = field(default_factory=list)
+    up_zero: list[Tensor] = field(default_factory=list)  # laid out as the scales
+    down_zero: list[Tensor] = field(default_factory=list)
+    up_table: list[Tensor] = field(default_factory=list)  # what each code stands for
+    down_table: list[Tensor] = field(default_factory=list)
     up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
@@ -143,26 +146,53 @@ def array(t: Tensor) -> np.ndarray:
     return t.detach().double().numpy()
 
 
+def code(how: Stored, words: np.ndarray, i: int, j: int) -> int:
+    """The code at (i, j), dug out of the word that it lies in."""
+    per = len(how.order)
+    (a, b), n = ((i // per, j), i) if how.axis == 1 else ((i, j // per), j)
+    return int(words[a, b]) // 2 ** (how.bits * how.order[n % per]) % 2**how.bits
+
+
+def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None, table: np.ndarray | None) -> np.ndarray:
+    """[R, C]: what is stored, element by element."""
+    per, table = len(how.order), np.array(how.values) if how.values else table
+    rows, columns = words.shape[0] * (per if how.axis == 1 else 1), words.shape[1] * (per if how.axis == 2 else 1)
+    out = np.empty((rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            q = code(how, words, i, j) if how.axis else words[i, j]
+            at = tuple([n // b for n, b in ((i, how.rows), (j, how.columns)) if b] or [0])
+            value = (q if table is None else table[int(q)]) + how.offset - (0 if zeros is None else zeros[at])
+            scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
+            out[i, j] = value * scale
+    return out
+
+
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
 
     def at(ts: list[Tensor], part: int = 0) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
 
-    def product(weight: Any, transposed: bool, v: np.ndarray, bias: np.ndarray | None, scale: np.ndarray | float) -> np.ndarray:
-        y = (v @ weight if transposed else weight @ v) * scale
+    def product(weight: np.ndarray, transposed: bool, v: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        y = v @ weight if transposed else weight @ v
         return y if bias is None else y + bias
 
     def bias(ts: list[Tensor], part: int = 0) -> np.ndarray | None:
         return at(ts, part) if (e.down_bias if ts is p.down_bias else e.up_bias) else None
 
-    def scale(ts: list[Tensor], part: int = 0) -> np.ndarray | float:
-        return at(ts, part) if (e.down_scale if ts is p.down_scale else e.up_scale) else 1.0
+    def matrix(name: str, part: int = 0) -> np.ndarray:
+        how, words = getattr(e, f"{name}_stored"), at(getattr(p, name), part)
+        if how is None:
+            return words
+        scales, zeros = (at(ts, part) if (ts := getattr(p, f"{name}_{what}")) else None for what in ("scale", "zero"))
+        table = getattr(p, f"{name}_table")
+        return decoded(how, words, scales, zeros, array(table[0]) if table else None)
 
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0
 
-    up = product(at(p.up), e.up_transposed, x, bias(p.up_bias), scale(p.up_scale)) + pair(e.up_pair, p.up_a, p.up_b, x)
+    up = product(matrix("up"), e.up_transposed, x, bias(p.up_bias)) + pair(e.up_pair, p.up_a, p.up_b, x)
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
         Form.CONCAT: (up[: e.intermediate], up[e.intermediate :]),
@@ -170,11 +200,11 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     }
     if e.form is Form.SEPARATE:
         second = pair(e.second_pair, p.up_a, p.up_b, x, int(e.up_pair != 0))
-        g, u = up, product(at(p.up, 1), e.up_transposed, x, bias(p.up_bias, 1), scale(p.up_scale, 1)) + second
+        g, u = up, product(matrix("up", 1), e.up_transposed, x, bias(p.up_bias, 1)) + second
     else:
         g, u = halves[e.form]
     a = activation(e.activation, g, u)
-    y = product(at(p.down), e.down_transposed, a, bias(p.down_bias), scale(p.down_scale))
+    y = product(matrix("down"), e.down_transposed, a, bias(p.down_bias))
     return y + pair(e.down_pair, p.down_a, p.down_b, a)
 
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile.ir import Form
+from moe_compile.ir import Form, Stored
 from moe_compile.ir import scalar as act
 
 from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected
 from .dispatch import GroupedSorted
 
-INT8 = replace(SWIGLU_EXPERTS, up_scale=True, down_scale=True, weight_dtype=torch.int8)
+CHANNELS, COLUMNS, WHOLE = Stored(8, torch.int8, rows=1), Stored(8, torch.int8, columns=1), Stored(8, torch.int8)
+INT8 = replace(SWIGLU_EXPERTS, up_stored=CHANNELS, down_stored=CHANNELS)
 
 
 def stored(*shape: int) -> Tensor:
@@ -62,7 +63,7 @@ class Int8WeightTimesScale(_Int8):
 class Int8SumTimesScale(Int8WeightTimesScale):
     """Verdict: fused as Int8WeightTimesScale. The product's result is scaled."""
 
-    near, differs = "StackedOutIn", ("experts.down_scale", "experts.up_scale", "experts.weight_dtype")
+    near, differs = "StackedOutIn", ("experts.down_stored", "experts.up_stored")
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         g, u = (F.linear(x, self.up[e].to(x.dtype)) * self.up_scale[e]).chunk(2, -1)
@@ -113,8 +114,9 @@ class Int8Gathered(Int8WeightTimesScale):
 class Int8InOut(_Int8):
     """Verdict: fused, both weights transposed: [E, in, out] with scales [E, 1, out]."""
 
-    expect = Fused(RENORM, replace(INT8, up_transposed=True, down_transposed=True))
-    near, differs = "Int8WeightTimesScale", ("experts.down_transposed", "experts.up_transposed")
+    expect = Fused(RENORM, replace(SWIGLU_EXPERTS, up_transposed=True, down_transposed=True, up_stored=COLUMNS, down_stored=COLUMNS))
+    near = "Int8WeightTimesScale"
+    differs = tuple(f"experts.{p}_{what}" for p in ("down", "up") for what in ("stored.columns", "stored.rows", "transposed"))
 
     def build_experts(self, n: int) -> None:
         self.register_buffer("up", stored(n, H, 2 * I))
@@ -137,7 +139,7 @@ class Int8InOut(_Int8):
 class Int8ScaleOfTheExpert(_Int8):
     """Verdict: fused. One number for each expert, [E, 1, 1] and [E]."""
 
-    expect = Fused(RENORM, INT8)
+    expect = Fused(RENORM, replace(INT8, up_stored=WHOLE, down_stored=WHOLE))
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
@@ -264,13 +266,17 @@ class ZeroPoint(_Near):
 
 
 class ScaleInGroups(_Near):
-    """Verdict: rejected. A scale for every four inputs of a channel."""
+    """Verdict: fused, another storage: a scale for every four inputs of a channel, and one for each channel of the down projection."""
 
-    expect = Rejected("groups along the inner dim")
+    expect = Fused(RENORM, replace(INT8, up_stored=Stored(8, torch.int8, rows=1, columns=4)))
+    differs = ("experts.up_stored.columns",)
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
         self.by_group = scales(n, 2 * I, H // 4)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_scale": [self.by_group]}
 
     def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         up = self.up.to(x.dtype).view(E, 2 * I, H // 4, 4) * self.by_group[..., None]
@@ -377,7 +383,7 @@ class Int8LoopWithZeroPoint(_Int8):
     """Verdict: fused, the weights being floats that the graph computes: how they are stored is not recovered."""
 
     expect = Fused(RENORM, replace(SWIGLU_EXPERTS, stacked=False))
-    near, differs = "Int8SumTimesScale", ("experts.down_scale", "experts.stacked", "experts.up_scale", "experts.weight_dtype")
+    near, differs = "Int8SumTimesScale", ("experts.down_stored", "experts.stacked", "experts.up_stored")
 
     def floats(self, e: int) -> tuple[Tensor, Tensor]:
         up, down = self.up[e].to(torch.float32), self.down[e].to(torch.float32)

@@ -1,0 +1,114 @@
+"""Experts whose weights lie in memory as codes with scales, in plain torch: any device.
+
+Weights become floats one expert at a time, and only for experts that tokens were sent to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir import Stored
+from ...ir.operands import Operands
+from ...ir.records import Storage
+from . import generic
+from .generic import Layout, accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Held:
+    """The tensors of one projection, and how weights lie in them."""
+
+    codes: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    zeros: Sequence[Tensor]
+    table: Tensor | None
+    how: Stored
+
+    @classmethod
+    def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
+        codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
+        return cls(codes, scales, zeros, table[0] if table else None, how)
+
+    def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
+        """Matrix `e` of tensor i; `...` for all that it holds."""
+        scale, zero = (ts[i][e] if ts else None for ts in (self.scales, self.zeros))
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table)
+
+
+class _Stacked:
+    """A stacked weight that gives expert e's matrix as floats when it is asked for."""
+
+    def __init__(self, held: Held, i: int, dtype: torch.dtype) -> None:
+        self.held, self.i, self.dtype = held, i, dtype
+        words = held.codes[i].shape
+        self.shape = (words[0], *held.how.shape((words[-2], words[-1])))
+
+    def __getitem__(self, e: int) -> Tensor:
+        return self.held.floats(self.i, e, self.dtype)
+
+
+class _Listed(Sequence[Any]):
+    """A list of weights, each made floats when it is asked for."""
+
+    def __init__(self, held: Held, dtype: torch.dtype) -> None:
+        self.held, self.dtype = held, dtype
+
+    def __len__(self) -> int:
+        return len(self.held.codes)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.held.floats(i, ..., self.dtype)
+
+
+def lazy(p: Operands[Tensor], name: str, stored: Stored | None, stacked: bool, dtype: torch.dtype) -> Sequence[Any]:
+    """Weights as `generic` takes them, made floats expert by expert."""
+    if stored is None:
+        return getattr(p, name)  # type: ignore[no-any-return]
+    held = Held.of(p, name, stored)
+    return tuple(_Stacked(held, i, dtype) for i in range(len(held.codes))) if stacked else _Listed(held, dtype)
+
+
+def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
+    """As `generic.forward`, without pre-activations, rounded to x.dtype once, at the end.
+
+    Raises ValueError where a parameter holds fewer experts than the call says.
+    """
+    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    wide = accumulate_dtype(x.dtype)
+    both = zip(("up", "down"), storage.stored(), strict=True)
+    ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
+    floats: Operands[Any] = Operands(ups, downs, p.up_bias, p.down_bias)  # type: ignore[arg-type]
+    if not storage.row_bits:
+        return generic.forward(x.to(wide), ids, weights, floats, add, layout)[0].to(x.dtype)
+    if layout.weight_on_input or layout.num_identity:
+        raise ValueError("moe_compile::experts_stored: rows are not rounded with weights on the input or identity experts")
+
+    def rounded(rows: Tensor) -> Tensor:
+        return round_rows(rows, storage.row_bits, storage.row_floor)
+
+    return generic.forward(rounded(x.to(wide)), ids, weights, floats, add, layout, rounded)[0].to(x.dtype)
+
+
+def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
+    """s · round(x / s) with s = max|x| / (2^(bits - 1) - 1) of each row, at least `floor`; a row of zeros stays one."""
+    s = (rows.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=floor)
+    return (rows / torch.where(s == 0, 1.0, s)).round() * s
+
+
+def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Operands[Tensor]:
+    """All weights as floats, with gradients to the scales."""
+
+    def floats(name: str, stored: Stored | None) -> tuple[Tensor, ...]:
+        if stored is None:
+            return tuple(w.to(dtype) for w in getattr(p, name))
+        held = Held.of(p, name, stored)
+        return tuple(held.floats(i, ..., dtype) for i in range(len(held.codes)))
+
+    up, down = storage.stored()
+    biases = (tuple([b.to(dtype) for b in group]) for group in (p.up_bias, p.down_bias))
+    return Operands(floats("up", up), floats("down", down), *biases)

@@ -1,0 +1,106 @@
+"""How weights lie in memory: codes of few bits, a scale for each block of them, and what a code stands for.
+
+    w[i, j] = (value(code[i, j]) - z[i // rows, j // columns]) · s[i // rows, j // columns]
+
+i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
+(1, all) of them, one for the whole matrix a block of (all, all), DeepSeek's FP8 (128, 128), MXFP4 (1, 32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALL = 0  # rows (or columns) of a block: as many as there are
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A projection's weights in memory.
+
+    bits: of a code. dtype: what codes lie in. scaled: whether there are scales. rows, columns: of the matrix as stored, that share a scale;
+    `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one number: [.., 1]),
+    [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
+    axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order: the
+    place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
+    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: there are zero points z, laid out as scales.
+    exponents: scales are bytes b that stand for 2^(b - 127).
+    """
+
+    bits: int
+    dtype: torch.dtype
+    scaled: bool = True
+    rows: int = ALL
+    columns: int = ALL
+    axis: int = 0
+    order: tuple[int, ...] = ()
+    offset: float = 0.0
+    values: tuple[float, ...] = ()
+    tabled: bool = False
+    zeroed: bool = False
+    exponents: bool = False
+
+    @property
+    def grid(self) -> bool:
+        """Whether scales have both dims."""
+        return self.rows != ALL and self.columns != ALL
+
+    @property
+    def plain(self) -> bool:
+        """Whether a code lies alone and is the number that it stands for."""
+        return not (self.axis or self.offset or self.values or self.tabled or self.zeroed or self.exponents)
+
+    def shape(self, words: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of codes in a matrix of words."""
+        r, c = words
+        return r * (len(self.order) if self.axis == 1 else 1), c * (len(self.order) if self.axis == 2 else 1)
+
+    def scales_of(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of one matrix's scales, for a matrix of codes of `shape` as stored."""
+        r, c = (1 if b == ALL else -(-n // b) for n, b in zip(shape, (self.rows, self.columns), strict=True))
+        return (r, c) if self.grid else (max(r, c),)
+
+    def matrix(
+        self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
+        """codes [.., R, C], scales (and zero points) as above -> the weights [.., R, C] in `dtype`, computed in it."""
+        value = self.value(self.unpacked(code), table, dtype)
+        if not self.scaled or scale is None:
+            return value
+        s = torch.exp2(scale.to(dtype) - 127) if self.exponents else scale.to(dtype)
+        if not self.grid:
+            s = s.unsqueeze(-2 if self.columns != ALL else -1)
+        rows, columns = max(self.rows, 1), max(self.columns, 1)
+        if zero is not None:
+            value = value - times(torch.ones_like(value), zero.to(dtype), rows, columns)
+        return times(value, s, rows, columns)
+
+    def unpacked(self, words: Tensor) -> Tensor:
+        """The codes of words, as whole numbers where several lie in one."""
+        if not self.axis:
+            return words
+        mask, wide = (1 << self.bits) - 1, words.to(torch.int32)
+        codes = [(wide >> (self.bits * place)) & mask for place in self.order]
+        return torch.stack(codes, -1).flatten(-2, -1) if self.axis == 2 else torch.stack(codes, -2).flatten(-3, -2)
+
+    def value(self, code: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What codes stand for."""
+        if self.values:
+            return torch.tensor(self.values, dtype=dtype, device=code.device)[code.long()]
+        if table is not None:
+            return table.to(dtype)[code.long()]
+        return code.to(dtype) + self.offset if self.offset else code.to(dtype)
+
+
+def times(value: Tensor, s: Tensor, rows: int, columns: int) -> Tensor:
+    """value[.., i, j] · s[.., i // rows, j // columns]; a dim of s of size 1 is for all."""
+    *_, r, c = value.shape
+    own = [b if n > 1 else size for b, n, size in zip((rows, columns), s.shape[-2:], (r, c), strict=True)]
+    if r % own[0] or c % own[1]:
+        for d, b, size in ((-2, own[0], r), (-1, own[1], c)):
+            s = s.repeat_interleave(b, d).narrow(d, 0, size)
+        return value * s
+    blocks = value.unflatten(-1, (-1, own[1])).unflatten(-3, (-1, own[0]))
+    return (blocks * s[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)

@@ -1,0 +1,100 @@
+"""How a projection's weights lie in memory (`ir.Stored`), from the atoms of its codes and of its scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...ir import Form
+from ...ir.stored import ALL, Stored
+from ..aten.element import dtype_of, shape_of
+from . import grids
+from . import scales as channels
+from .linear import Linear
+from .match import Param
+from .rows import No
+
+
+def stored(linears: Sequence[Linear]) -> Stored | None:
+    """The record of one projection, gate and up being alike; None for plain floats."""
+    found = {_stored(x) for x in linears}
+    if len(found) > 1:
+        raise No("gate and up projections are stored differently")
+    (one,) = found
+    return one
+
+
+def _stored(x: Linear) -> Stored | None:
+    dtypes = {dtype_of(n) for n in _nodes(x.weight)}
+    if len(dtypes) > 1:
+        raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
+    (dtype,) = dtypes
+    scaled = x.grid is not None or x.channel is not None
+    if not scaled and dtype.is_floating_point and dtype.itemsize > 1:
+        return None
+    how = Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
+    if x.words is None:
+        return how
+    w, tabled = x.words, x.words.table is not None
+    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, zeroed=x.zero is not None, exponents=x.exponents)
+    return how if tabled else replace(how, values=w.values) if w.offset is None else replace(how, offset=w.offset)
+
+
+def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The packed codes as operands [E, R, C] of words (a list: [R, C]); `shape`: (out, in) of the projection. Raises No for other sizes."""
+    assert x.words is not None
+    matrix = shape[::-1] if x.transposed else shape
+    if x.words.shape != matrix:
+        raise No(f"packed weights are {x.words.shape[0]} x {x.words.shape[1]} codes, used as {matrix[0]} x {matrix[1]}")
+    per = len(x.words.order)
+    own = (matrix[0] // (per if x.words.axis == 1 else 1), matrix[1] // (per if x.words.axis == 2 else 1))
+    lead = () if isinstance(x.weight, tuple) else (experts,)
+    if lead and any(shape_of(n)[0] != experts for n in _nodes(x.weight)):
+        raise No(f"packed weights of other than {experts} experts")
+    return [Param(n, None if shape_of(n) == (*lead, *own) else (*lead, *own)) for n in _nodes(x.weight)]
+
+
+def table(x: Linear) -> list[Param]:
+    """The table that codes are looked up in."""
+    return [] if x.words is None or x.words.table is None else [Param(x.words.table)]
+
+
+def zeros(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The zero points as operands, laid out as the scales."""
+    return [] if x.zero is None else grids.params(x.zero, experts, shape[::-1] if x.transposed else shape)
+
+
+def _block(x: Linear) -> tuple[int, int]:
+    """Rows and columns, of the matrix as it is stored, that share a scale."""
+    if x.grid is not None:
+        return x.grid.rows, x.grid.columns
+    if x.channel is None or x.channel.dim is None:
+        return ALL, ALL
+    return (ALL, x.channel.rows) if x.transposed else (x.channel.rows, ALL)
+
+
+def scales(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The scales as operands; `shape`: (out, in) of the projection."""
+    if x.grid is not None:
+        return grids.params(x.grid, experts, shape[::-1] if x.transposed else shape)
+    return [] if x.channel is None else channels.params(x.channel, experts, shape[0])
+
+
+def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
+    """Scales are stored as the weights are that they belong to, and gate and up of one weight have one scale tensor."""
+    for x in (*ups, down):
+        if x.grid is not None and (x.channel is not None or x.flat):
+            raise No("a weight has scales of blocks, and " + ("is no stack of matrices" if x.flat else "of channels beside them"))
+        if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel, x.zero)):
+            raise No("scales are not stored as their weights are")
+    if len({(x.channel is None, x.grid is None) for x in ups}) > 1:
+        raise No("gate and up projections are scaled differently")
+    if form is not Form.SEPARATE and len({x.zero for x in ups}) > 1:
+        raise No("the zero points of gate and up are not stored as their weights are")
+    if form is not Form.SEPARATE and any(len(set(found)) > 1 for found in ([x.channel for x in ups], [x.grid for x in ups])):
+        raise No("the scales of gate and up are not stored as their weights are")
+
+
+def _nodes(weight: Any) -> tuple[Any, ...]:
+    return weight if isinstance(weight, tuple) else (weight,)

@@ -1,0 +1,122 @@
+"""Scales of blocks of a weight, which stay in the sum over the inputs: Σ_m x[t,m] q[e,i,m] s[e, i // rows, m // columns]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from .. import terms as T
+from ..aten.element import shape_of
+from ..terms import Term
+from .match import Param
+from .packed import is_packed, nodes_of, place
+from .rows import No, outer_atoms, reads
+from .scales import block_of, is_coded
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scales of a weight: an atom's node (or E nodes), and how many rows and columns of the matrix as stored share one.
+
+    `dims`: those of one matrix's scales that run over its rows and over its columns; None where there is one for all of them.
+    """
+
+    node: Any
+    rows: int
+    columns: int
+    dims: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of two."""
+
+    factors: tuple[Term, ...]
+    codes: Term
+    scale: Term | None = None
+    zero: Term | None = None
+    exponents: bool = False
+
+
+def belongs(f: Term, expert: Term) -> bool:
+    """Whether a factor is a weight or a part of one: a parameter's element, or something that is made of packed codes."""
+    if f.op == "a" or not T.uses(f, expert):
+        return f.op == "a" and T.uses(f, expert)
+    return f.op in ("add", "fn") and any(is_packed(x) for x in outer_atoms(f))
+
+
+def split(weights: Sequence[Term]) -> Parts | None:
+    """The parts of a weight; None where a product reads other things."""
+    whole = tuple(weights)
+    if len(whole) == 1 and whole[0].op == "a":
+        return Parts(whole, whole[0])
+    scale = zero = None
+    codes: list[Term] = []
+    exponents = False
+    for f in whole:
+        if f.op == "fn" and f.args[0] == "exp2" and is_packed(f.args[1][0]) and scale is None:
+            scale, exponents = f.args[1][0], True
+        elif f.op == "add" and (taken := _less_zero(f)) is not None and zero is None:
+            codes.append(taken[0])
+            zero = taken[1]
+        elif f.op == "a" and is_coded(f):
+            codes.append(f)
+        elif f.op == "a" and scale is None:
+            scale = f
+        else:
+            return None
+    if len(codes) == 2 and scale is None:  # the scales are made of words too
+        codes.sort(key=lambda a: math.prod(shape_of(nodes_of(a)[0])))
+        scale = codes.pop(0)
+        exponents = is_packed(scale)
+    return Parts(whole, codes[0], scale, zero, exponents) if len(codes) == 1 else None
+
+
+def _less_zero(f: Term) -> tuple[Term, Term] | None:
+    """(codes, zero points) of codes - zero points."""
+    parts = [T.coefficient(a) for a in f.args]
+    codes = [a for c, a in parts if c == 1 and is_packed(a)]
+    zeros = [a for c, a in parts if c == -1 and a.op == "a" and not is_coded(a)]
+    return (codes[0], zeros[0]) if len(parts) == 2 and codes and zeros else None
+
+
+def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
+    """An atom as the scales of the blocks of a weight that is read at `matrix`, (row, column) as stored. Raises No where it is none."""
+    if is_packed(a):
+        p = place(a, expert)
+        node, idx, sizes = p.words, [p.row, p.column], p.reading.shape
+        if not p.reading.powers:
+            raise No("scales are made of bytes in an unknown way")
+    else:
+        first, *idx = a.args[1]
+        if first is not expert:
+            raise No(f"a scale is not indexed by its expert first{reads(a)}")
+        node, sizes = a.args[0], shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
+    running = [d for d, x in enumerate(idx) if not (T.is_c(x, 0) and sizes[d] == 1)]
+    blocks = [[block_of(idx[d], at) for at in matrix] for d in running]
+    if len(running) == 2 and None not in (blocks[0][0], blocks[1][1]):
+        return Grid(node, blocks[0][0] or 1, blocks[1][1] or 1, (running[0], running[1]))
+    if len(running) == 2 and None not in (blocks[0][1], blocks[1][0]):
+        raise No("the scales of a weight's blocks lie with rows and columns exchanged")
+    if len(running) == 1 and any(block_of(idx[running[0]], at) is not None for at in matrix):
+        raise No("a scale is over an input channel, or in groups of them, for all output channels")
+    raise No(f"a scale belongs to no block of its weight{reads(a)}")
+
+
+def params(g: Grid, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The scales as an operand [E, R / rows, C / columns] of matrices of `shape`; a list: without E."""
+    want = (-(-shape[0] // g.rows), -(-shape[1] // g.columns))
+    nodes: tuple[fx.Node, ...] = g.node if isinstance(g.node, tuple) else (g.node,)
+    lead = () if isinstance(g.node, tuple) else (experts,)
+    for n in nodes:
+        own = shape_of(n)
+        sizes = own[len(lead) :]
+        if tuple(sizes[d] for d in g.dims if d is not None) != want or lead and own[0] < experts:
+            raise No(f"expert parameter {n} has shape {own}, used as the scales of {want[0]} x {want[1]} blocks")
+        if len(sizes) != 2 and lead and own[0] != experts:
+            raise No(f"expert parameter {n} has shape {own}, used for {experts} experts")
+    return [Param(n, None if len(shape_of(n)) == len(lead) + 2 else (*lead, *want)) for n in nodes]

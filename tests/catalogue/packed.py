@@ -1,0 +1,189 @@
+"""Expert weights packed several codes a word, and what a code stands for: numbers less an offset, tables, bits of a float."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compile.ir import Stored
+
+from .base import E, H, I
+from .stored import FLOATS, RENORM, BlocksBatched, Fused, _Blocks, storing
+
+G = 4  # inputs that share a scale, where checkpoints have 32 or 128
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = (*E2M1, *(-v for v in E2M1))
+MXFP4 = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), values=VALUES, exponents=True)
+INT4 = Stored(4, torch.int32, True, 1, G, 2, tuple(range(8)), offset=-8.0)
+
+
+class _Packed(_Blocks):
+    """Words [E, N, K / codes a word] and scales [E, N, K / G] in a loop over all experts."""
+
+    near, differs = "", ()
+    how = INT4
+
+    def build_experts(self, n: int) -> None:
+        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
+            words = (n, shape[0], shape[1] // len(self.how.order))
+            info = torch.iinfo(self.how.dtype)
+            self.register_buffer(name, torch.randint(info.min, info.max + 1, words).to(self.how.dtype))
+            self.register_buffer(f"{name}_scale_inv", self.scales(n, *self.how.scales_of(shape)))
+
+    def scales(self, *shape: int) -> Tensor:
+        return (torch.rand(*shape) + 0.3) / 16
+
+    def grouped(self, v: Tensor, s: Tensor) -> Tensor:
+        return (v.unflatten(-1, (-1, G)) * s[..., None]).flatten(-2)
+
+
+class Int4Offset(_Packed):
+    """Verdict: fused. Eight codes an int32 along the inputs, less 8 (compressed-tensors)."""
+
+    expect = storing(INT4)
+
+    def codes(self, q: Tensor) -> Tensor:
+        return (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).flatten(-2)
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return self.grouped((self.codes(q) - 8).float(), s)
+
+
+class Int4OffsetHit(Int4Offset):
+    """Verdict: fused as Int4Offset. A loop over the experts that were hit, read by example."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        for hit in (mask.sum(dim=(-1, -2)) > 0).nonzero():
+            e = hit[0]
+            slot, token = torch.where(mask[e])
+            out.index_add_(0, token, self.expert(e, x[token]) * w[token, slot, None])
+        return out
+
+
+class Int4OffByOne(Int4Offset):
+    """Verdict: fused, another function: less 7."""
+
+    expect = storing(replace(INT4, offset=-7.0))
+    near, differs = "Int4Offset", ("experts.down_stored.offset", "experts.up_stored.offset")
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return self.grouped((self.codes(q) - 7).float(), s)
+
+
+class Int4OtherOrder(Int4Offset):
+    """Verdict: fused, another function: codes lie in the order 0 2 4 6 1 3 5 7 (AWQ's)."""
+
+    expect = storing(replace(INT4, order=(0, 4, 1, 5, 2, 6, 3, 7)))
+    near, differs = "Int4Offset", ("experts.down_stored.order", "experts.up_stored.order")
+
+    def codes(self, q: Tensor) -> Tensor:
+        return (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15)[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2)
+
+
+class Int4FloatZero(_Packed):
+    """Verdict: fused. Two codes a byte, a float zero point of each group (hqq, tinygemm)."""
+
+    how = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), zeroed=True)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
+            self.register_buffer(f"{name}_zero", torch.rand(n, *self.how.scales_of(shape)) * 8)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_zero": [self.up_zero], "down_zero": [self.down_zero]}
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        b = getattr(self, name)[e].int()
+        q = torch.stack([b & 15, b >> 4], -1).flatten(-2).float().unflatten(-1, (-1, G))
+        return ((q - getattr(self, f"{name}_zero")[e][..., None]) * getattr(self, f"{name}_scale_inv")[e][..., None]).flatten(-2)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.matrix("up", e)).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.matrix("down", e))
+
+
+class Mxfp4Table(_Packed):
+    """Verdict: fused. e2m1 pairs, low nibble first, looked up in a table of numbers; exponents by ldexp (gpt-oss)."""
+
+    how = MXFP4
+    expect = storing(MXFP4)
+
+    def scales(self, *shape: int) -> Tensor:
+        return torch.randint(118, 124, shape).to(torch.uint8)
+
+    def values(self, q: Tensor) -> Tensor:
+        table = torch.tensor(VALUES)
+        return torch.stack([table[(q & 15).long()], table[(q >> 4).long()]], -1).flatten(-2)
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return torch.ldexp(self.values(q).unflatten(-1, (-1, G)), s.int()[..., None] - 127).flatten(-2)
+
+
+class Mxfp4Bits(Mxfp4Table):
+    """Verdict: fused as Mxfp4Table. Values and exponents are put together as bits of float32."""
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        b = q.int()
+        c = torch.stack([b & 15, b >> 4], -1).flatten(-2)
+        v = (((c & 8) << 28) | ((c & 7) << 22)).view(torch.float32) * 2.0**126
+        return self.grouped(v, (s.int() << 23).view(torch.float32))
+
+
+class Mxfp4Buffer(Mxfp4Table):
+    """Verdict: fused. The table is a buffer, whose values may be others: it stays an operand."""
+
+    how = replace(MXFP4, values=(), tabled=True)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.register_buffer("table", torch.tensor(VALUES))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_table": [self.table], "down_table": [self.table]}
+
+    def values(self, q: Tensor) -> Tensor:
+        return torch.stack([self.table[(q & 15).long()], self.table[(q >> 4).long()]], -1).flatten(-2)
+
+
+class Mxfp4Batched(Mxfp4Table):
+    """Verdict: fused as Mxfp4Table. All experts' floats at once, bmm, dense weights."""
+
+    run_experts = BlocksBatched.run_experts
+
+    def all_floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return self.floats(q, s)
+
+
+class Mxfp4HighFirst(Mxfp4Table):
+    """Verdict: fused, another function: the high nibble comes first."""
+
+    expect = storing(replace(MXFP4, order=(1, 0)))
+    near, differs = "Mxfp4Table", ("experts.down_stored.order", "experts.up_stored.order")
+
+    def values(self, q: Tensor) -> Tensor:
+        table = torch.tensor(VALUES)
+        return torch.stack([table[(q >> 4).long()], table[(q & 15).long()]], -1).flatten(-2)
+
+
+class Mxfp4OtherBias(Mxfp4Table):
+    """Verdict: fused, the weights being floats: exponents are less 128, which no storage says."""
+
+    expect = Fused(RENORM, FLOATS)
+    near, differs = "Mxfp4Table", ("experts.down_stored", "experts.stacked", "experts.up_stored")
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        v = torch.ldexp(self.values(q).unflatten(-1, (-1, G)), s.int()[..., None] - 128)
+        return v.flatten(-2) + torch.zeros(())
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
+        return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}

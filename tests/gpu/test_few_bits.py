@@ -1,0 +1,108 @@
+"""Experts in few bits on CUDA: every code, every block, the workspace by either way, against the IR's float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_stored import MEANINGS, tensors
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from calls import DEVICE
+
+from moe_compile import ir, ops
+from moe_compile.ir.operands import CODED
+from moe_compile.lowering import target as target_of
+from moe_compile.lowering.triton import stored, stored_kernels
+
+F8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+E8 = torch.float8_e8m0fnu
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, *F8], ids=str)
+def test_every_code(dtype: torch.dtype) -> None:
+    """All 256 bytes, not-a-numbers and infinities among them, are what torch says they are."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 16, 16).view(dtype)
+    out = torch.empty(1, 16, 16, device=DEVICE)
+    stored_kernels.dequantise(codes, None, ir.Stored(8, dtype, scaled=False), torch.tensor([0], device=DEVICE), out)
+    torch.testing.assert_close(out, codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_power_of_two() -> None:
+    """All 256 bytes of e8m0 as scales of one row each."""
+    scales = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 256).view(E8)
+    codes, out = torch.ones(1, 256, 2, dtype=torch.int8, device=DEVICE), torch.empty(1, 256, 2, device=DEVICE)
+    stored_kernels.dequantise(codes, scales, ir.Stored(8, torch.int8, rows=1), torch.tensor([0], device=DEVICE), out)
+    torch.testing.assert_close(out[..., 0], scales.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("block", [(0, 0), (1, 0), (0, 1), (16, 16), (1, 32), (7, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["one matrix", "a stack"])
+def test_blocks(block: tuple[int, int], lead: tuple[int, ...]) -> None:
+    """Any block, ragged ones too, of matrices with strides; an expert that is not wanted is left alone."""
+    how = ir.Stored(8, F8[0], True, *block)
+    codes = (torch.randn(*lead, 150, 40, device=DEVICE) * 20).to(F8[0]).transpose(-2, -1)
+    scales = torch.rand(*lead, *how.scales_of((40, 150)), device=DEVICE) + 0.3
+    wanted = [2, -1, 0] if lead else [0]
+    out = torch.full((len(wanted), 40, 150), 7.0, device=DEVICE)
+    stored_kernels.dequantise(codes, scales, how, torch.tensor(wanted, device=DEVICE), out)
+    for n, e in enumerate(wanted):
+        q, s = (codes[e], scales[e]) if lead else (codes, scales)
+        want = torch.full_like(out[n], 7.0) if e < 0 else how.matrix(q, s, torch.float32)
+        torch.testing.assert_close(out[n], want, rtol=1e-6, atol=0)
+
+
+def on_device(e: ir.Experts) -> dict[str, Any]:
+    return {k: [x.detach().to(DEVICE) for x in v] if isinstance(v, list) else v.detach().to(DEVICE) for k, v in tensors(e).items()}
+
+
+def call(e: ir.Experts, t: dict[str, Any]) -> Tensor:
+    x, ids, weights, p, (add,) = ops.bundled([*t.values()], CODED)
+    return stored.forward(x, ids, weights, p, add, *ops.storage_of(ops.experts_args(e)))
+
+
+@pytest.mark.parametrize("few", [0, 32], ids=["in turn", "few tokens"])
+@pytest.mark.parametrize("name", [n for n, e in MEANINGS.items() if not e.num_identity])
+def test_the_oracle(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 within 1e-5 of float64, whoever holds the matrices; ids of no expert count nothing."""
+    monkeypatch.setattr(stored, "FEW", few)
+    monkeypatch.setattr(stored, "CHUNK", 3)  # of four experts
+    e = MEANINGS[name]
+    t = on_device(e)
+    t["ids"][0, 0], t["ids"][1, 1] = -1, e.num_experts
+    want = e.evaluate(**t)
+    got = call(e, t)
+    assert float((got.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+def test_no_floats_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace never holds more matrices than there are turns for, however many experts there are."""
+    made: list[int] = []
+    right = stored._dequantise
+
+    def counted(*args: Any) -> None:
+        made.append(args[-1].shape[0])
+        right(*args)
+
+    monkeypatch.setattr(stored, "_dequantise", counted)
+    e = replace(MEANINGS["blocks"], num_experts=40)
+    t = on_device(e)
+    t["ids"] = torch.arange(40, device=DEVICE).view(5, 8)
+    t["weights"] = torch.rand(5, 8, device=DEVICE)
+    call(e, t)
+    assert made and max(made) <= stored.CHUNK
+
+
+def test_what_cuda_takes() -> None:
+    """Any codes; rounded rows, identity experts and float weights with scales have their own reasons."""
+    cuda, blocks = target_of("cuda"), replace(MEANINGS["blocks"], dtype=torch.bfloat16)
+    assert cuda.reason(ir.MoeBlock(None, blocks)) is None
+    assert "float8_e4m3fn × scale of 2 × 2" in cuda.says(ir.MoeBlock(None, blocks))
+    other = replace(blocks, up_stored=ir.Stored(32, torch.float32, rows=1))
+    rounded, identity = replace(blocks, row_bits=8), replace(blocks, num_identity=1)
+    for e, why in ((other, "float expert weights"), (rounded, "rounded"), (identity, "identity")):
+        assert why in str(cuda.reason(ir.MoeBlock(None, e)))
