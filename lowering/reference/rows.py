@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ir.records import Layout
 
 # Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
-_BLOCK = 1 << 20
+_BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)
