@@ -10,18 +10,19 @@ from torch import Tensor
 from ...ir import scalar as act
 
 Dual = tuple[Tensor, Tensor | None, Tensor | None]  # value, d/dg, d/du; None is a derivative of zero
+_Carried = tuple[Tensor, Tensor | float | None, Tensor | float | None]  # as `Dual`; a number is one derivative for all elements
 
 
 def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None) -> Dual:
     """A postfix activation program with its two derivatives carried along: (value, d/dg, d/du)."""
-    stack: list[Dual] = []
+    stack: list[_Carried] = []
     const = iter(consts)
     for op in ops:
         if op == act.OP_G:
-            stack.append((g, torch.ones_like(g), None))
+            stack.append((g, 1.0, None))
         elif op == act.OP_U:
             assert u is not None
-            stack.append((u, None, torch.ones_like(u)))
+            stack.append((u, None, 1.0))
         elif op == act.OP_CONST:
             stack.append((torch.full_like(g, next(const)), None, None))
         elif op == act.OP_ADD:
@@ -49,19 +50,24 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
             value = act.FUNCTIONS[op - act.OP_UNARY].torch(v)
             slope = SLOPES[op - act.OP_UNARY](v, value)
             stack.append((value, _times(vg, slope), _times(vu, slope)))
-    return stack[-1]
+    value, by_g, by_u = stack[-1]
+    return value, _whole(by_g, value), _whole(by_u, value)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _whole(d: Tensor | float | None, like: Tensor) -> Tensor | None:
+    return torch.full_like(like, d) if isinstance(d, float) else d
+
+
+def _sum(a: Tensor | float | None, b: Tensor | float | None) -> Tensor | float | None:
     return b if a is None else a if b is None else a + b
 
 
-def _over(a: Tensor | None, b: Tensor) -> Tensor | None:
+def _over(a: Tensor | float | None, b: Tensor) -> Tensor | float | None:
     return None if a is None else a / b
 
 
-def _times(a: Tensor | None, b: Tensor) -> Tensor | None:
-    return None if a is None else a * b
+def _times(a: Tensor | float | None, b: Tensor) -> Tensor | float | None:
+    return None if a is None else b if isinstance(a, float) and a == 1.0 else a * b
 
 
 def _gelu_tanh_slope(v: Tensor, _: Tensor) -> Tensor:

@@ -1,18 +1,17 @@
 """The routed experts in plain torch: any device, any float dtype. What runs where no kernel does.
 
-One matrix product per active expert over its rows, rows ordered by expert with a stable sort, so results are deterministic.
+One matrix product per active expert over its rows, rows ordered by expert with a stable sort; what stands between products is done for
+a block of experts at a time. On the CPU results are deterministic (elsewhere as far as `index_add_` is).
 It reads the row counts on the host (on an accelerator: one synchronisation), which is why a target with kernels of its own
 never comes here on its steady path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import Form
@@ -20,7 +19,8 @@ from ...ir import scalar as act
 from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
-from .pairs import Pair
+from .pairs import Pairs, accumulate, store
+from .rows import Block, group_rows
 
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
@@ -37,46 +37,19 @@ def check_rows(x: Tensor, ids: Tensor, weights: Tensor) -> None:
         raise ValueError(f"moe_compile::experts: {x.shape[0]} tokens, {ids.shape[0]} rows of ids, {weights.shape[0]} of weights")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The (token, slot) pairs ordered by expert; pairs of no expert are left out."""
-
-    slots: Tensor  # [N] position t * k + j
-    tokens: Tensor  # [N]
-    counts: list[int]  # rows per expert
-    identity: Tensor | None  # [M] slots of identity experts
-
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Experts that have rows, and where these are."""
-        start = 0
-        for e, count in enumerate(self.counts):
-            if count:
-                yield e, slice(start, start + count)
-            start += count
-
-
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def group_rows(ids: Tensor, layout: Layout) -> Rows:
-    """Order the pairs of ids [T, k] by expert."""
-    n = layout.num_experts
-    flat = ids.reshape(-1).long()
-    known = torch.where((flat >= 0) & (flat < n), flat, n)
-    slots = known.argsort(stable=True)
-    counts: list[int] = torch.bincount(known, minlength=n + 1)[:n].tolist()
-    slots = slots[: sum(counts)]
-    identity = None
-    if layout.num_identity:
-        identity = ((flat >= n) & (flat < n + layout.num_identity)).nonzero().squeeze(-1)
-    return Rows(slots, slots // max(ids.shape[1], 1), counts, identity)
-
-
 def up_matrices(layout: Layout, up: Sequence[Tensor], e: int, dtype: torch.dtype) -> list[Tensor]:
     """The up projection of expert e as [out, in]: one tensor, or gate and up."""
-    mats = [layout.at(up, p, e).to(dtype) for p in range(layout.halves())]
+    mats = [_as(layout.at(up, p, e), dtype) for p in range(layout.halves())]
     return [m.t() for m in mats] if layout.up_transposed else mats
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to` costs a microsecond even where it has nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def split_pre(layout: Layout, h: Tensor) -> tuple[Tensor, ...]:
@@ -88,11 +61,11 @@ def split_pre(layout: Layout, h: Tensor) -> tuple[Tensor, ...]:
     return (h,)
 
 
-def join_pre(layout: Layout, pre: Tensor) -> list[Tensor]:
-    """[N, (g | u)] back in the column order of the up tensors."""
+def as_stored(layout: Layout, pre: Tensor) -> Sequence[Tensor]:
+    """[N, (g | u)] in the column order of the up tensors, one for each of them."""
     if layout.form == Form.INTERLEAVED:
         return [torch.stack(pre.chunk(2, -1), -1).flatten(-2)]
-    return list(pre.chunk(2, -1)) if layout.form == Form.SEPARATE else [pre]
+    return pre.chunk(2, -1) if layout.form == Form.SEPARATE else [pre]
 
 
 def forward(
@@ -110,41 +83,61 @@ def forward(
     """
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
-    w = weights.reshape(-1, 1).to(acc)
-    inputs = x[rows.tokens]
-    if layout.weight_on_input:
-        inputs = (inputs.to(acc) * w[rows.slots]).to(x.dtype)
-    pre = x.new_zeros(ids.numel(), layout.pre_width(p.down))
-    outs = x.new_zeros(ids.numel(), layout.out_features(p.down), dtype=acc)
-    for e, here in rows.spans():
-        torch.cat(_up(layout, p, e, inputs[here]), -1, out=pre[here])
-        a = _activate(layout, pre[here], acc).to(x.dtype)
-        y = _down(layout, p, e, a if inner is None else inner(a), acc)
-        slots = rows.slots[here]
-        outs[slots] = y if layout.weight_on_input else y * w[slots]
-    if rows.identity is not None:
-        outs[rows.identity] = x[rows.identity // ids.shape[1]].to(acc) * w[rows.identity]
-    out = outs.view(*ids.shape, outs.shape[-1]).sum(1)
-    return (out if add is None else out + add.to(acc)).to(x.dtype), pre
+    w, early = weights.to(acc), layout.weight_on_input
+    pre = x.new_empty(ids.numel(), layout.pre_width(p.down))
+    pre[len(rows.slots) :].zero_()
+    width = layout.out_features(p.down)
+    out = x.new_zeros(x.shape[0], width, dtype=acc) if add is None else add.to(acc, copy=True)
+    for block in rows.blocks(_widest(x, pre)):
+        inputs, mine = x.index_select(0, block.tokens), pre[block.here]
+        if early:
+            inputs = (inputs.to(acc) * block.by_row(w)).to(x.dtype)
+        _up(layout, p, block, inputs, mine)
+        a = _activate(layout, mine, acc).to(x.dtype)
+        y = x.new_empty(len(mine), width, dtype=acc)
+        _down(layout, p, block, a if inner is None else inner(a), y)
+        out.index_add_(0, block.tokens, y if early else y.mul_(block.by_row(w)))
+    if layout.num_identity:
+        same = rows.identity
+        out.index_add_(0, same.tokens, x.index_select(0, same.tokens).to(acc) * same.by_row(w))
+    return out.to(x.dtype), pre
 
 
-def _up(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor) -> list[Tensor]:
-    """Pre-activations (g, u) or (g,) of expert e's rows."""
-    products: list[Tensor] = []
-    for part, m in enumerate(up_matrices(layout, p.up, e, rows.dtype)):
-        bias = layout.at(p.up_bias, part, e).to(rows.dtype) if p.up_bias else None
-        products.extend(split_pre(layout, Pair.of(layout, p, "up", part, e).result(F.linear(rows, m, bias), rows)))
-    return products
+def _widest(x: Tensor, pre: Tensor) -> int:
+    """Bytes of one row of the widest matrix."""
+    return max(x.shape[1], pre.shape[1]) * max(x.element_size(), 4)
 
 
-def _down(layout: Layout, p: Operands[Tensor], e: int, rows: Tensor, acc: torch.dtype) -> Tensor:
-    y = F.linear(rows, _down_matrix(layout, p.down, e, rows.dtype))
-    y = Pair.of(layout, p, "down", 0, e).result(y, rows).to(acc)
-    return y + layout.at(p.down_bias, 0, e).to(acc) if p.down_bias else y
+def _up(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, pre: Tensor) -> None:
+    """pre [N, (g | u)] = x W_upᵀ + s (x aᵀ) bᵀ + b_up"""
+    mixed = layout.form == Form.INTERLEAVED
+    parts = [torch.empty_like(pre)] if mixed else as_stored(layout, pre)
+    pairs = [Pairs.of(layout, p, "up", part) for part in range(layout.halves())]
+    for e, mine, *outs in block.each(inputs, *parts):
+        for part, (m, out) in enumerate(zip(up_matrices(layout, p.up, e, inputs.dtype), outs, strict=True)):
+            if p.up_bias:
+                torch.addmm(layout.at(p.up_bias, part, e).to(inputs.dtype), mine, m.t(), out=out)
+            else:
+                torch.mm(mine, m.t(), out=out)
+            if (pair := pairs[part]) is not None:
+                pair.add_result(e, out, mine)
+    if mixed:
+        torch.cat(split_pre(layout, parts[0]), -1, out=pre)
+
+
+def _down(layout: Layout, p: Operands[Tensor], block: Block, inputs: Tensor, out: Tensor) -> None:
+    """out = h W_downᵀ + s (h aᵀ) bᵀ + b_down"""
+    pairs = Pairs.of(layout, p, "down", 0)
+    for e, mine, y in block.each(inputs, out):
+        store(y, mine, _down_matrix(layout, p.down, e, inputs.dtype).t())
+        if pairs is not None:
+            pairs.add_result(e, y, mine)
+        if p.down_bias:
+            y.add_(layout.at(p.down_bias, 0, e))
 
 
 def _down_matrix(layout: Layout, down: Sequence[Tensor], e: int, dtype: torch.dtype) -> Tensor:
-    m = layout.at(down, 0, e).to(dtype)
+    m = _as(layout.at(down, 0, e), dtype)
     return m.t() if layout.down_transposed else m
 
 
@@ -156,86 +149,82 @@ def _activate(layout: Layout, pre: Tensor, acc: torch.dtype) -> Tensor:
 class Grads:
     """Gradients asked for, in the order x, weights, the parameters in theirs; nothing else is computed."""
 
-    def __init__(self, needs: Sequence[bool], x: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> None:
+    def __init__(self, needs: Sequence[bool], p: Operands[Tensor], layout: Layout, counts: Sequence[int]) -> None:
         self.x, self.weights, *asked = needs
         self.of_x: Tensor | None = None
         self.of_weights: Tensor | None = None
-        wanted = zip(p, asked, strict=True)
-        self.of_parameters: Operands[Tensor | None] = p.filled(_zeros(t) if n else None for t, n in wanted)
         self.layout = layout
+        places = ((t, i) for group in p.groups() for i, t in enumerate(group))
+        wanted = zip(places, asked, strict=True)
+        self.of_parameters: Operands[Tensor | None] = p.filled(self._room(t, i, counts) if n else None for (t, i), n in wanted)
 
-    def of(self, name: str, part: int, e: int) -> Tensor | None:
-        """Where expert e's gradient of a parameter goes, or None when nobody asks."""
+    def _room(self, t: Tensor, i: int, counts: Sequence[int]) -> Tensor:
+        """Where a parameter's gradient goes: zeros where no rows will write."""
+        whole = all(counts) and t.shape[0] == len(counts) if self.layout.stacked else counts[i % len(counts)]
+        return (torch.empty_like if whole else torch.zeros_like)(t, memory_format=torch.contiguous_format)
+
+    def wants(self, *names: str) -> bool:
+        return any(g is not None for name in names for g in getattr(self.of_parameters, name))
+
+    def of(self, name: str, part: int) -> Sequence[Tensor | None]:
+        """Where the gradients of a part go, by expert; None when nobody asks."""
         group = getattr(self.of_parameters, name)
-        if not group:
-            return None
-        whole: Tensor | None = group[part if self.layout.stacked else part * self.layout.num_experts + e]
-        return whole[e] if whole is not None and self.layout.stacked else whole
-
-    def pair(self, name: str, part: int, e: int) -> tuple[Tensor | None, Tensor | None]:
-        """As `of`, of the low-rank pair of a part."""
-        before = sum(bool(self.layout.pair(name, i)) for i in range(part))
-        return self.of(f"{name}_a", before, e), self.of(f"{name}_b", before, e)
+        whole = self.layout.by_expert(group, part) if group else None
+        return (None,) * self.layout.num_experts if whole is None else whole
 
     def asked(self) -> list[Tensor]:
         return [g for g in (self.of_x, self.of_weights, *self.of_parameters) if g is not None]
 
 
-def _zeros(t: Tensor) -> Tensor:
-    return torch.zeros_like(t, memory_format=torch.contiguous_format)
+class _Part:
+    """The backward pass of a part of `up`, or of `down`: its pairs, and where gradients go by expert."""
+
+    def __init__(self, p: Operands[Tensor], layout: Layout, grads: Grads, name: str, part: int) -> None:
+        self.pairs, place = Pairs.of(layout, p, name, part), layout.pairs_before(name, part)
+        self.of_weight, self.of_bias = grads.of(name, part), grads.of(f"{name}_bias", part)
+        self.of_a, self.of_b = grads.of(f"{name}_a", place), grads.of(f"{name}_b", place)
+        self.transposed = layout.up_transposed if name == "up" else layout.down_transposed
+
+    def run(self, e: int, grad: Tensor, rows: Tensor, of_rows: Tensor | None) -> None:
+        """of_rows += s (g b) a, and the gradients of the weight and of the pair, from the rows and the gradient of their results."""
+        if self.pairs is not None:
+            self.pairs.backward(e, grad, rows, of_rows, self.of_a[e], self.of_b[e])
+        if (out := self.of_weight[e]) is not None:
+            store(out, *((rows.t(), grad) if self.transposed else (grad.t(), rows)))
 
 
-@dataclass(frozen=True)
 class _Backward:
-    """One backward pass: what was given, and where gradients go. grad_x [T * k, H] and grad_w [T * k] by slot."""
+    """One backward pass: what was given, and where gradients of parameters go."""
 
-    grad: Tensor
-    x: Tensor
-    w: Tensor
-    p: Operands[Tensor]
-    layout: Layout
-    grads: Grads
-    grad_x: Tensor | None
-    grad_w: Tensor
+    def __init__(self, p: Operands[Tensor], layout: Layout, grads: Grads) -> None:
+        self.p, self.layout, self.grads = p, layout, grads
+        self.ups = [_Part(p, layout, grads, "up", part) for part in range(layout.halves())]
+        self.downs = _Part(p, layout, grads, "down", 0)
 
-    def expert(self, e: int, slots: Tensor, tokens: Tensor, pre: Tensor) -> None:
-        """One expert's share of every gradient, from its rows."""
-        layout, acc, dtype = self.layout, self.w.dtype, self.x.dtype
-        g_out, row_w, inputs = self.grad[tokens].to(dtype), self.w[slots], self.x[tokens]
-        value, *slopes = _activate_dual(layout, pre, acc)
-        down = Pair.of(layout, self.p, "down", 0, e)
-        grad_a = down.input_gradient(g_out @ _down_matrix(layout, self.p.down, e, dtype), g_out).to(acc)
-        if layout.weight_on_input:
-            inputs, grad_y = (inputs.to(acc) * row_w).to(dtype), g_out
-        else:
-            of_bias = g_out.to(acc) @ layout.at(self.p.down_bias, 0, e).to(acc) if self.p.down_bias else 0.0
-            self.grad_w[slots] = (grad_a * value).sum(-1) + of_bias
-            grad_a, grad_y = grad_a * row_w, (g_out.to(acc) * row_w).to(dtype)
-        _store_product(self.grads.of("down", 0, e), grad_y, value.to(dtype), layout.down_transposed)
-        _store_sum(self.grads.of("down_bias", 0, e), grad_y)
-        down.store(self.grads.pair("down", 0, e), grad_y, value.to(dtype))
-        through = [torch.zeros_like(grad_a) if d is None else grad_a * d for d in slopes[: 2 if layout.gated else 1]]
-        grad_in = self._up(e, torch.cat(through, -1).to(dtype), inputs)
-        if grad_in is None:
-            return
-        if layout.weight_on_input:
-            self.grad_w[slots] = (grad_in * self.x[tokens].to(acc)).sum(-1)
-            grad_in = grad_in * row_w
-        if self.grad_x is not None:
-            self.grad_x[slots] = grad_in
+    def down(self, block: Block, grad: Tensor, weighted: Tensor, out: Tensor) -> None:
+        """out = g W + s (g b) a; of the parameters, with the activations `weighted` by w and `grad` not."""
+        for e, g, mine, d in block.each(grad, weighted, out):
+            store(d, g, _down_matrix(self.layout, self.p.down, e, grad.dtype))
+            self.downs.run(e, g, mine, d)
 
-    def _up(self, e: int, grad_pre: Tensor, inputs: Tensor) -> Tensor | None:
-        """Gradients of the up projection from those of its results [N, (g | u)]; the rows', where somebody needs them."""
-        layout, found = self.layout, None
-        for part, (g, m) in enumerate(zip(join_pre(layout, grad_pre), up_matrices(layout, self.p.up, e, self.x.dtype), strict=True)):
-            _store_product(self.grads.of("up", part, e), g, inputs, layout.up_transposed)
-            _store_sum(self.grads.of("up_bias", part, e), g)
-            pair = Pair.of(layout, self.p, "up", part, e)
-            pair.store(self.grads.pair("up", part, e), g, inputs)
-            if self.grad_x is not None or layout.weight_on_input:
-                product = pair.input_gradient(g @ m, g).to(self.w.dtype)
-                found = product if found is None else found + product
-        return found
+    def biases(self, block: Block, grad: Tensor, w: Tensor | None, of_rows: Tensor) -> None:
+        """Of the biases of the down projection, and their share of the gradients of routing weights, by row."""
+        layout, wide = self.layout, grad.to(of_rows.dtype)
+        weighted = wide if w is None else wide * w
+        for e, g, sums, mine in block.each(wide, of_rows, weighted):
+            if w is not None:
+                sums.add_(g @ layout.at(self.p.down_bias, 0, e).to(g.dtype))
+            _store_sum(self.downs.of_bias[e], mine)
+
+    def up(self, block: Block, grad_pre: Tensor, inputs: Tensor, out: Tensor | None) -> None:
+        """out = g W + s (g b) a of the up projections, and of their parameters, from gradients [n, (g | u)] of their results."""
+        for e, mine, *given in block.each(inputs, *as_stored(self.layout, grad_pre), *([] if out is None else [out])):
+            d = None if out is None else given.pop()
+            for i, (part, m, g) in enumerate(zip(self.ups, up_matrices(self.layout, self.p.up, e, inputs.dtype), given, strict=True)):
+                if d is not None:
+                    (accumulate if i else store)(d, g, m)
+                part.run(e, g, mine, d)
+                _store_sum(part.of_bias[e], g)
 
 
 def backward(
@@ -249,32 +238,52 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of what `needs` flags among x, weights, and the parameters in their order, in that order."""
-    acc = accumulate_dtype(x.dtype)
-    grads = Grads(needs, x, weights, p, layout)
     rows = group_rows(ids, layout)
-    w = weights.reshape(-1, 1).to(acc)
-    grad_w = w.new_zeros(w.shape[0])
-    grad_x = x.new_zeros(ids.numel(), x.shape[1], dtype=acc) if grads.x else None
-    one = _Backward(grad, x, w, p, layout, grads, grad_x, grad_w)
-    for e, here in rows.spans():
-        one.expert(e, rows.slots[here], rows.tokens[here], pre[here])
-    if rows.identity is not None:
-        tokens = rows.identity // ids.shape[1]
-        grad_w[rows.identity] = (grad[tokens].to(acc) * x[tokens].to(acc)).sum(-1)
+    grads = Grads(needs, p, layout, rows.counts)
+    one = _Backward(p, layout, grads)
+    w, early = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input
+    grad, of_slots = grad.to(x.dtype), w.new_zeros(ids.numel())
+    grad_x = torch.zeros_like(x, dtype=w.dtype) if grads.x else None
+    for block in rows.blocks(_widest(x, pre)):
+        by_row, inputs = block.by_row(w), x.index_select(0, block.tokens)
+        grad_pre, of_rows = _through_down(one, block, grad, pre[block.here], None if early else by_row)
+        d = torch.empty_like(inputs, dtype=w.dtype) if grads.x or early and grads.weights else None
+        one.up(block, grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
+        of_slots[block.slots] = (d * inputs).sum(-1) if early and d is not None else of_rows
+        if grad_x is not None and d is not None:
+            grad_x.index_add_(0, block.tokens, d.mul_(by_row) if early else d)
+    if layout.num_identity:
+        same = rows.identity
+        kept = grad.index_select(0, same.tokens).to(w.dtype)
+        of_slots[same.slots] = (kept * x.index_select(0, same.tokens).to(w.dtype)).sum(-1)
         if grad_x is not None:
-            grad_x[rows.identity] = grad[tokens].to(acc) * w[rows.identity]
-    if grad_x is not None:
-        grads.of_x = grad_x.view(*ids.shape, grad_x.shape[-1]).sum(1).to(x.dtype)
-    if grads.weights:
-        grads.of_weights = grad_w.view_as(ids).to(weights.dtype)
+            grad_x.index_add_(0, same.tokens, kept * same.by_row(w))
+    grads.of_x = None if grad_x is None else grad_x.to(x.dtype)
+    grads.of_weights = of_slots.view_as(ids).to(weights.dtype) if grads.weights else None
     return grads.asked()
 
 
-def _store_product(out: Tensor | None, rows: Tensor, inputs: Tensor, transposed: bool) -> None:
-    """out [n, k] (or [k, n]) = Σ over rows of rows [N, n] x inputs [N, k]."""
-    if out is not None:
-        left, right = (inputs, rows) if transposed else (rows, inputs)
-        out.copy_(left.t() @ right)
+def _through_down(one: _Backward, block: Block, grad: Tensor, pre: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gradients of the pre-activations [n, (g | u)], those of the routing weights by row [n]); w is None where it is on the input."""
+    layout, acc = one.layout, accumulate_dtype(grad.dtype)
+    value, *slopes = _activate_dual(layout, pre, acc)
+    weighted = value if w is None or not one.grads.wants("down", "down_a", "down_b") else value * w
+    weighted = weighted.to(grad.dtype)
+    g_out = grad.index_select(0, block.tokens)
+    d = torch.empty_like(value)
+    one.down(block, g_out, weighted, d)
+    of_rows = (d * value).sum(-1) if w is not None else d.new_zeros(len(d))
+    if one.p.down_bias:
+        one.biases(block, g_out, w, of_rows)
+    if w is not None:
+        d.mul_(w)
+    grad_pre = torch.empty_like(pre)
+    for slope, half in zip(slopes, grad_pre.chunk(2, -1) if layout.gated else (grad_pre,), strict=False):
+        if slope is None:
+            half.zero_()
+        else:
+            torch.mul(d, slope, out=half)
+    return grad_pre, of_rows
 
 
 def _store_sum(out: Tensor | None, rows: Tensor) -> None:

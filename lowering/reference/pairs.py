@@ -6,6 +6,7 @@ rows, as adapters in float32 beside weights in bfloat16: its products are comput
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,47 +17,58 @@ from ...ir.records import Layout
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One expert's pair: a [r, in], b [out, r]; `scale` 0 where there is none."""
+class Pairs:
+    """The pairs of a projection by expert: a[e] [r, in], b[e] [out, r]."""
 
     scale: float
-    a: Tensor | None = None
-    b: Tensor | None = None
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
 
     @classmethod
-    def of(cls, layout: Layout, p: Operands[Tensor], name: str, part: int, e: int) -> Pair:
+    def of(cls, layout: Layout, p: Operands[Tensor], name: str, part: int) -> Pairs | None:
+        """Those of a part of `up`, or of `down`; None where it has none."""
         scale = layout.pair(name, part)
-        return cls(scale, *layout.pair_of(p, name, part, e)) if scale else cls(0.0)
+        place = layout.pairs_before(name, part)
+        return cls(scale, *(layout.by_expert(getattr(p, f"{name}_{which}"), place) for which in "ab")) if scale else None
 
-    def result(self, base: Tensor, rows: Tensor) -> Tensor:
-        """W x + s b (a x), for base = W x."""
-        if self.a is None or self.b is None:
-            return base
-        return _plus(base, _product(rows, self.a.t()), self.b.t(), self.scale)
+    def add_result(self, e: int, out: Tensor, rows: Tensor) -> None:
+        """out += s (x aᵀ) bᵀ"""
+        accumulate(out, _product(rows, self.a[e].t()), self.b[e].t(), self.scale)
 
-    def input_gradient(self, base: Tensor, grad: Tensor) -> Tensor:
-        """g W + s (g b) a, for base = g W."""
-        if self.a is None or self.b is None:
-            return base
-        return _plus(base, _product(grad, self.b), self.a, self.scale)
-
-    def store(self, out: tuple[Tensor | None, Tensor | None], grad: Tensor, rows: Tensor) -> None:
-        """The gradients of a and b into `out`, where somebody asks."""
-        of_a, of_b = out
-        if self.a is None or self.b is None:
-            return
-        if of_a is not None:
-            of_a.copy_(_product(_product(grad, self.b).t(), rows) * self.scale)
+    def backward(self, e: int, grad: Tensor, rows: Tensor, of_rows: Tensor | None, of_a: Tensor | None, of_b: Tensor | None) -> None:
+        """of_rows += s (g b) a,  of_a = s (g b)ᵀ x,  of_b = s gᵀ (x aᵀ), where somebody asks."""
+        a = self.a[e]
         if of_b is not None:
-            of_b.copy_(_product(grad.t(), _product(rows, self.a.t())) * self.scale)
+            store(of_b, grad.t(), _product(rows, a.t()), self.scale)
+        if of_a is None and of_rows is None:
+            return
+        low = _product(grad, self.b[e])
+        if of_a is not None:
+            store(of_a, low.t(), rows, self.scale)
+        if of_rows is not None:
+            accumulate(of_rows, low, a, self.scale)
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
+    if x.dtype == y.dtype:
+        return torch.mm(x, y)
     wide = torch.promote_types(x.dtype, y.dtype)
-    return x.to(wide) @ y.to(wide)
+    return torch.mm(x.to(wide), y.to(wide))
 
 
-def _plus(base: Tensor, x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """base + scale · x y, in base's type."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), base.dtype)
-    return torch.addmm(base.to(wide), x.to(wide), y.to(wide), alpha=scale).to(base.dtype)
+def store(out: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    """out = s x y, rounded to out's type."""
+    if not x.dtype == y.dtype == out.dtype:
+        out.copy_(_product(x, y).mul_(scale))
+    elif scale == 1.0:
+        torch.mm(x, y, out=out)
+    else:
+        out.addmm_(x, y, beta=0, alpha=scale)
+
+
+def accumulate(out: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    """out += s x y, the sum rounded to out's type once."""
+    if x.dtype == y.dtype == out.dtype:
+        out.addmm_(x, y, alpha=scale)
+    else:
+        out.add_(_product(x, y), alpha=scale)

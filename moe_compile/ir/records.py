@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import Form, Stored
-from .operands import Operands
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -93,10 +92,14 @@ class Layout:
         """s of the low-rank pair of a part of `up` or of `down`; 0 where there is none."""
         return 0.0
 
-    def pair_of(self, p: Operands[Tensor], name: str, part: int, e: int) -> tuple[Tensor, Tensor]:
-        """Expert e's a [r, in] and b [out, r] of a part that has a pair."""
-        before = sum(bool(self.pair(name, i)) for i in range(part))
-        return self.at(getattr(p, f"{name}_a"), before, e), self.at(getattr(p, f"{name}_b"), before, e)
+    def pairs_before(self, name: str, part: int) -> int:
+        """How many parts before this one have a pair."""
+        return sum(bool(self.pair(name, i)) for i in range(part))
+
+    def by_expert(self, tensors: Sequence[Tensor], part: int) -> Sequence[Tensor]:
+        """One part's matrices or biases, as stored, by expert."""
+        each = self.num_experts
+        return tensors[part] if self.stacked else tensors[part * each : (part + 1) * each]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

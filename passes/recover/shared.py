@@ -145,9 +145,17 @@ def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term] |
     parsed = parse_core(core, t, h, one)
     if any(stored([x]) is not None for x in (parsed.down, *parsed.linears.values())):
         return None  # the weights of the IR's shared expert are floats
-    if parsed.on_input is not None or {x.args[0] for x in parsed.tokens} != {m.tokens}:
+    if parsed.on_input is not None or not all(_is_own_row(x, m.tokens, t) for x in parsed.tokens):
         return None
     return parsed, gate
+
+
+def _is_own_row(x: Term, tokens: fx.Node, t: Term) -> bool:
+    """Whether what a projection reads is tokens[t, m], and not another row of them (x.flip(0), x[order])."""
+    if x.args[0] is not tokens:
+        return False
+    own = T.atom(tokens, (*row_index(t, shape_of(tokens)[:-1]), x.args[1][-1]))
+    return T.canonical(own) is T.canonical(x)
 
 
 def _gate_node(p: Puller, other: fx.Node, term: Term, t: Term, h: Term, edge: int, order: dict[fx.Node, int]) -> fx.Node | None:

@@ -321,7 +321,7 @@ class ZeroWeights(ZeroExperts):
 class ZeroWeightsOfTheLast(ZeroExperts):
     """Verdict: experts fused, the weights as written: those of the last expert that is one are 0 too."""
 
-    expect = AsWritten(SWIGLU_EXPERTS, "lt in the router")
+    expect = AsWritten(SWIGLU_EXPERTS, "a comparison (lt) in the router")
     near, differs = "ZeroExperts", ()
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
