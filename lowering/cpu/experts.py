@@ -24,6 +24,7 @@ from . import build, frozen, route
 from .call import Call
 
 _MAX_DEPTH = 8  # stack entries of the kernels' activation programs (act.h)
+CODED_TYPES = (torch.float32, torch.bfloat16)  # of rows, for weights in few bits
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +50,10 @@ def says(ir: MoeBlock) -> str:
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
     if stored:
-        return f"cpu torch ({dtype}, weights {', '.join(stored)})"
+        kernel = (
+            ir.experts.dtype in CODED_TYPES and not ir.experts.num_identity and _depth(act.encode(ir.experts.activation)[0]) <= _MAX_DEPTH
+        )
+        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)})"
     if ir.experts.adapted:
         return f"cpu torch ({dtype}, low-rank pairs)"
     ops, _ = act.encode(ir.experts.activation)
