@@ -162,7 +162,8 @@ def _function(fields: Sequence[Tensor], bits: int, out: Tensor) -> tuple[int, tu
     for place, codes in enumerate(fields):
         table = torch.zeros(1 << bits, dtype=torch.float64)
         table[codes.flatten()] = out.flatten()
-        if torch.equal(table[codes].nan_to_num(nan=_NAN), out.nan_to_num(nan=_NAN)) and bool(codes.flatten().bincount(minlength=1 << bits).all()):
+        every = bool(codes.flatten().bincount(minlength=1 << bits).all())
+        if every and torch.equal(table[codes].nan_to_num(nan=_NAN), out.nan_to_num(nan=_NAN)):
             return place, tuple(table.tolist())
     return None
 
