@@ -114,7 +114,7 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
         return f"random numbers are drawn {INSIDE}"
     if name in _FEATURES:
         return f"{_FEATURES[name]} stands {INSIDE}: activations must work on each number by itself"
-    if name in _COMBINED and _is_tensor_reduction(n):
+    if name in _COMBINED and _is_tensor_reduction(n) and not _over_features(n):  # of a row, such a number is a scale
         return f"the outputs of a token's experts are combined by their {_COMBINED[name]}, not by a weighted sum"
     if n.op == "call_function" and name and name not in RULES and name not in TUPLES and name not in names.SIZE and name != "getitem":
         return f"`{code_of(n) or name}` stands {INSIDE}: {name} is no operation that experts are read through"

@@ -185,7 +185,7 @@ class OneBiasForAll(_Loop):
 class OtherTokens(_Loop):
     """Verdict: rejected. Expert 2 reads the tokens in reverse order."""
 
-    expect = Rejected("token")
+    expect = Rejected("expert 2 is not the same function")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
