@@ -386,6 +386,7 @@ class LoraMergedActivated(LoraMerged):
     """Verdict: fused, and not as LoraMerged: the delta goes through a function, so what is added is no pair and the sum is the weight."""
 
     expect = Fused(RENORM, LIST_EXPERTS)
+    group = ""
     near, differs = "LoraMerged", ("experts.down_pair", "experts.second_pair", "experts.up_pair")
     routes_all = False
 
