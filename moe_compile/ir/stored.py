@@ -3,7 +3,7 @@
     w[i, j] = (value(code[i, j]) - z[i // rows, j // columns]) · s[i // rows, j // columns]
 
 i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
-(1, all) of them, one for the whole matrix a block of (all, all), DeepSeek's FP8 (128, 128), MXFP4 (1, 32).
+(1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from .fused import is_fused, read_fused, with_identity
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
-from .odd import between, combined
+from .odd import COMBINED, between
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats
@@ -131,8 +131,8 @@ class Finder:
         if (by_name := named(source)) is not None:
             return by_name
         tried = list(tried)
-        told = between if tried else combined  # a selection of keys in attention is tried nowhere
-        if (odd := told(source, self.walls)) is not None:
+        looked_for = None if tried else COMBINED  # a selection of keys in attention, with a norm or softmax behind it, is tried nowhere
+        if (odd := between(source, self.walls, looked_for)) is not None:
             return odd
         for r in reversed(tried):
             if r.code != NO_EXPERTS:

@@ -5,7 +5,7 @@ Looked for only where a block is left as written, to say why: a norm, dropout, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 import torch.fx as fx
@@ -32,23 +32,18 @@ _FEATURES = {
     "sort": "a sort of features",
     "scaled_dot_product_attention": "attention",
 }
-_COMBINED = {"amax": "maximum", "max": "maximum", "amin": "minimum", "min": "minimum", "prod": "product", "median": "median"}
+# What may stand in place of the sum over experts
+COMBINED = {"amax": "maximum", "max": "maximum", "amin": "minimum", "min": "minimum", "prod": "product", "median": "median"}
 _RANDOM = frozenset("rand_like randn_like bernoulli rand randn normal normal_functional uniform multinomial".split())
 _MOST = 4_000
 
 
-def between(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
-    """The first such operation after a selection, in graph order; None if there is none."""
+def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = None) -> Rejection | None:
+    """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
-        if (what := _odd(n, walls)) is not None:
+        if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
             return Rejection(what, n, "experts", code="inside")
     return None
-
-
-def combined(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
-    """A maximum or the like in place of the sum over experts: nothing is tried as the result of such a block."""
-    found = (n for n in _rows_of_experts(choice, walls) if op_name(n) in _COMBINED)
-    return next((Rejection(what, n, "experts", code="inside") for n in found if (what := _odd(n, walls)) is not None), None)
 
 
 def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
@@ -114,8 +109,8 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
         return f"random numbers are drawn {INSIDE}"
     if name in _FEATURES:
         return f"{_FEATURES[name]} stands {INSIDE}: activations must work on each number by itself"
-    if name in _COMBINED and _is_tensor_reduction(n) and not _over_features(n):  # of a row, such a number is a scale
-        return f"the outputs of a token's experts are combined by their {_COMBINED[name]}, not by a weighted sum"
+    if name in COMBINED and _is_tensor_reduction(n) and not _over_features(n):  # of a row, such a number is a scale
+        return f"the outputs of a token's experts are combined by their {COMBINED[name]}, not by a weighted sum"
     if n.op == "call_function" and name and name not in RULES and name not in TUPLES and name not in names.SIZE and name != "getitem":
         return f"`{code_of(n) or name}` stands {INSIDE}: {name} is no operation that experts are read through"
     return None
