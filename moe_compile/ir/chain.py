@@ -149,6 +149,16 @@ def elements_of(t: Tensor, p: Vector, width: int) -> Tensor:
     return t[..., p.offset : p.offset + p.stride * (width - 1) + 1 : p.stride]
 
 
+class _Rows(scalar.Tensors):
+    """Of a root the gradient at 0 is 0, as that of a vector's norm is."""
+
+    def power(self, a: Any, p: float) -> Any:
+        if not isinstance(a, Tensor) or not 0 < p < 1:
+            return a**p
+        zero = a == 0
+        return torch.where(zero, 0.0, torch.where(zero, 1.0, a) ** p)
+
+
 def run(s: Stage, ys: Sequence[Tensor], ps: Sequence[Tensor], x: Tensor) -> Tensor:
     """A stage's map on rows: ys [N, width] each, ps [width] or [N, width] each, x [N, H] -> [N, width]; differentiable."""
     values: dict[int, Any] = {_PRODUCT + i: y for i, y in enumerate(ys)} | {_VECTOR + i: p for i, p in enumerate(ps)}
@@ -158,7 +168,7 @@ def run(s: Stage, ys: Sequence[Tensor], ps: Sequence[Tensor], x: Tensor) -> Tens
         return torch.broadcast_to(v, shape) if isinstance(v, Tensor) else x.new_full(shape, v)
 
     over = {_MEAN: lambda v: wide(v).mean(-1, keepdim=True), _TOTAL: lambda v: wide(v).sum(-1, keepdim=True)}
-    return wide(scalar.interpret(*program(s), values | {_ROW: x}, scalar.Tensors(), over))
+    return wide(scalar.interpret(*program(s), values | {_ROW: x}, _Rows(), over))
 
 
 # ---- as plain numbers ------------------------------------------------------------------------------------------------------

@@ -180,13 +180,16 @@ def chain_text(c: Chain, hidden: int) -> str:
 
 
 def _stage_text(s: Stage) -> str:
-    named = {product(0): G, product(1): U}
-    plain = s.map.subs(named, simultaneous=True)
-    if len(s.matrices) and not s.vectors and describe(plain).isalnum():
-        return describe(plain)
+    for first, second in ((G, U), (U, G)):
+        name = describe(s.map.subs({product(0): first, product(1): second}, simultaneous=True))
+        if s.matrices and not s.vectors and name.removesuffix(" (tanh)").isalnum() and name not in ("g", "u"):
+            return name
     letters = {product(i): sp.Symbol("yzuv"[i]) for i in range(min(len(s.matrices), 4))}
     letters |= {vector(i): sp.Symbol("pqrs"[i]) for i in range(min(len(s.vectors), 4))}
-    return _signs(describe(s.map.subs(letters, simultaneous=True))).replace("sqrt(", "√(")
+    expr = s.map.subs(letters, simultaneous=True)
+    root = sp.Function("√")
+    expr = expr.replace(lambda e: e.is_Pow and abs(e.exp) == sp.S.Half, lambda e: root(e.base) ** (1 if e.exp > 0 else -1))
+    return _signs(describe(expr)).replace("^2", "²")
 
 
 def stored_text(s: Stored | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import sympy as sp
 
 from ...ir import chain as ir
+from ...ir import scalar
 from .. import terms as T
 from ..terms import Term
 from . import grids
@@ -161,12 +162,19 @@ class Stage(Bridge):
         if len(sums) != 1 or abs(abs(whole) - 1) > _NEAR:
             return self.arithmetic(x, self.read)
         others = [self.read(f) for f in factors(rest) if f is not sums[0]]
-        return sp.Mul(sp.Integer(round(whole)), ir.mean(self.read(sums[0]).args[0]), *others)
+        return sp.Mul(sp.Integer(round(whole)), ir.mean(self._summed(sums[0])), *others)
 
     def _reduction(self, x: Term) -> sp.Expr:
         if x.op != "sum":
             raise No(f"an expert's function holds a {x.op} over features{reads(x)}")
-        return ir.total(self.read(self._at_feature(x)))
+        return ir.total(self._summed(x))
+
+    def _summed(self, x: Term) -> sp.Expr:
+        """f of Σ_v f(v), at the feature. A softmax is none: it is only safe from overflow as the op that it was written as."""
+        f = self.read(self._at_feature(x))
+        if f.has(sp.exp, scalar.exp2):
+            raise No(f"a softmax over features stands inside the expert: activations must work on each number by itself{reads(x)}")
+        return f
 
     def _at_feature(self, s: Term) -> Term:
         v, body = s.args
