@@ -53,7 +53,8 @@ def test_the_page_is_whole_and_loads_nothing(report: Report) -> None:
     tags.feed(page)
     assert not tags.open and not tags.loads and "script" not in tags.seen
     assert tags.seen.count("figure") == 2 and "w = softmax(l)[top2]" in page
-    for words in ("router", "selection", "dispatch", "3 experts", "combine", "a softmax over features stands inside the expert", "softmax(-1)", "[inside]"):
+    drawn = ("router", "selection", "dispatch", "3 experts", "combine")
+    for words in (*drawn, "a softmax over features stands inside the expert", "F.softmax(g, -1)", "[inside]"):
         assert words in page, words
     assert report._repr_html_() and "<html" not in report._repr_html_()
 
