@@ -50,7 +50,7 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     operands: Operands[Param] = Operands.of(a).map(Param)
     coded = Storage in family.records
     up_stored, down_stored = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]).stored() if coded else (None, None)
-    record = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
+    record: Any = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
     others = record.others if isinstance(record, ChainedLayout) else {"intermediate": _inner(a, down_stored)}
     experts = decode(
         Experts,

@@ -114,6 +114,8 @@ class Stage(Bridge):
         m, inner = s.args
         w = matrix_of(inner, m, self.expert, self.out)
         rest = [f for f in factors(inner) if f is not w]
+        if w is None and next(products(inner, self.expert), None) is not None:
+            raise No(f"numbers of parts of a row (a norm over groups of features) stand inside the expert{reads(s)}")
         if w is None or any(T.uses(f, self.out) for f in rest):
             raise No(f"an expert's function holds a product that does not read one weight of its own{reads(s)}")
         lin = linear_of(grids.Parts((w,), w), self.out, m, self.expert)
@@ -184,7 +186,11 @@ class Stage(Bridge):
     def _of_this_stage(self, x: Term) -> bool:
         """Whether it is computed from this stage's own row."""
         for s in T.walk(x):
-            if s.op in ("sum", "max", "min", "prod") and s.args[0].args[1] == self.width and matrix_of(*s.args[::-1], self.expert) is None:
+            if (
+                s.op in ("sum", "max", "min", "prod")
+                and s.args[0].args[1] == self.width
+                and matrix_of(s.args[1], s.args[0], self.expert) is None
+            ):
                 body = self._at_feature(s)
                 if any(T.canonical(y) in self.own for y, _ in products(body, self.expert, self.out)):
                     return True
