@@ -6,10 +6,10 @@ import importlib.util
 
 import torch
 
-from ...ir import MoeBlock, Stored
+from ...ir import MoeBlock, Rows, Stored
 from ...ir import scalar as act
 from ...ir.stored import ALL
-from ...ir.text import stored_text
+from ...ir.text import rows_text, stored_text
 from ...ops import route_args
 from ..reference.routing import Routing
 from . import int8, law
@@ -44,8 +44,8 @@ def refuses(ir: MoeBlock) -> str | None:
         act.encode(e.activation)
     except act.UnknownActivation as error:
         return f"activation: {error}"
-    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
-        return f"rows rounded to {e.row_bits} bits: {why}"
+    if e.rounded and (why := _refuses_rounded(ir)) is not None:
+        return f"{rows_text(e.down_rows or e.up_rows)}: {why}"
     if e.num_identity and e.hidden != e.out_features:
         return "identity experts need as many outputs as inputs"
     return None
@@ -64,8 +64,13 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
     e = ir.experts
     if e.num_identity:
         return "identity experts take rows that are not rounded"
-    if e.row_floor > MAX_FLOOR:
-        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
+    if e.up_rows != e.down_rows:
+        return "rows are rounded before one product as they are not before the other"
+    assert e.up_rows is not None
+    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor):
+        return "npu_dynamic_quant rounds rows to int8 by max / 127 of each"
+    if e.up_rows.floor > MAX_FLOOR:
+        return f"a row's scale is at least {e.up_rows.floor}, the op's may be anything"
     return int8.why_not(_problem(ir))
 
 
@@ -81,7 +86,7 @@ def says(ir: MoeBlock) -> str:
         g = ir.gating
         row, _ = law.choose_routing(law.Case(Routing(*route_args(g)), g.num_experts))
         routing = row.calls
-    if ir.experts.row_bits:
+    if ir.experts.rounded:
         chain, _ = int8.choose(_problem(ir))
         assert chain is not None
         return f"{routing}; {chain.calls}"

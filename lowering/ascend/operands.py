@@ -54,7 +54,7 @@ class ExpertsCall:
     base: fx.Node | None
     layout: generic.Layout
     scaled: bool
-    row_bits: int
+    rows: bool
 
     @classmethod
     def of(cls, n: fx.Node) -> ExpertsCall:
@@ -63,10 +63,10 @@ class ExpertsCall:
         tensors, (base, *plain) = list(n.args[:end]), n.args[end:]
         size = len(fields(generic.Layout))
         layout = record_of(generic.Layout, plain[:size])
-        row_bits = record_of(Storage, plain[size:]).row_bits if scaled else 0
+        rows = scaled and any(record_of(Storage, plain[size:]).rows())
         x, ids, weights, up, down, up_bias, down_bias, *scales = tensors
         up_scale, down_scale = scales[:2] or ((), ())
-        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, row_bits)
+        every: Any = (x, ids, weights, up, down, up_bias, down_bias, up_scale, down_scale, base, layout, scaled, rows)
         return cls(*every)
 
     @property
@@ -134,7 +134,7 @@ class Operands:
 
         A model that rounds its rows itself is W8A8 without being asked; clipping them would be another function.
         """
-        chain = "w8a8" if c.row_bits else int8.chain_of(self.choices.quantize)[0]
+        chain = "w8a8" if c.rows else int8.chain_of(self.choices.quantize)[0]
         if chain is None:
             return None
         problem = c.problem(chain, self.choices.nz)
@@ -142,8 +142,8 @@ class Operands:
         every = (*c.up, *c.down, *c.up_scale, *c.down_scale)
         if why is None and any(trace_back(n, self.placeholders) is None for n in every):
             why = "the weights are computed in the graph"
-        if why is not None and c.row_bits:
-            raise ValueError(f"rows are rounded to {c.row_bits} bits: {why}")
+        if why is not None and c.rows:
+            raise ValueError(f"rows are rounded to 8 bits: {why}")
         if row is None or why is not None:
             self.notes.append(f"a block is not quantised: {why}")
             return None

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import Form, Stored
+from . import Form, Rows, Stored
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -118,9 +118,13 @@ class AdaptedLayout(Layout):
 class Storage:
     """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
-    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)}
+    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)} | {
+        f"{name}_row_{f.name}": f"{name}_rows.{f.name}" for name in ("up", "down") for f in fields(Rows)
+    }
     ABSENT: ClassVar = {
-        f"{name}_{what}": none for name in ("up", "down") for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()))
+        f"{name}_{what}": none
+        for name in ("up", "down")
+        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("row_dtype", torch.float32))
     }
 
     up_bits: int
@@ -147,13 +151,28 @@ class Storage:
     down_tabled: bool
     down_zeroed: bool
     down_exponents: bool
-    row_bits: int
-    row_floor: float
+    up_row_bits: int
+    up_row_dtype: torch.dtype
+    up_row_group: int
+    up_row_floor: float
+    up_row_power: bool
+    up_row_floored: bool
+    down_row_bits: int
+    down_row_dtype: torch.dtype
+    down_row_group: int
+    down_row_floor: float
+    down_row_power: bool
+    down_row_floored: bool
 
     def stored(self) -> tuple[Stored | None, Stored | None]:
         """Of the up projection and of the down projection."""
         up, down = ([getattr(self, f"{name}_{f.name}") for f in fields(Stored)] for name in ("up", "down"))
         return Stored(*up) if self.up_bits else None, Stored(*down) if self.down_bits else None
+
+    def rows(self) -> tuple[Rows | None, Rows | None]:
+        """What is done to rows before the up projection and before the down projection."""
+        up, down = ([getattr(self, f"{name}_row_{f.name}") for f in fields(Rows)] for name in ("up", "down"))
+        return Rows(*up) if self.up_row_bits else None, Rows(*down) if self.down_row_bits else None
 
 
 @dataclass(frozen=True)

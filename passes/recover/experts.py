@@ -25,7 +25,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
-from .rounding import Rounding, unrounded
+from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
 
@@ -59,7 +59,7 @@ def _assemble(
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, rounding = unrounded(apart(body, expert))
+    body, up_rows, down_rows = unrounded(apart(body, expert), expert)
     parsed, weight = _core_and_weight(body, t, h, expert)
     weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
     _check_identity(identity, count, weight, parsed, t, h)
@@ -86,8 +86,12 @@ def _assemble(
         dtype=compute_dtype(p, tokens, out),
         up_stored=coded.stored(ups),
         down_stored=coded.stored([parsed.down]),
+        up_rows=up_rows,
+        down_rows=down_rows,
     )
-    experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
+    if experts.rounded and not experts.coded:
+        raise No("rows are rounded to fewer bits and weights are not")
+    experts = replace(experts, **adapters.scales(ups, parsed.down, form))
     params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, params, base_node(p, base, out, t, h))
 
@@ -106,12 +110,6 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
     elif parsed.table is not None:
         weight = T.mul(weight, parsed.table)
     return parsed, weight if parsed.on_input is None else parsed.on_input
-
-
-def _rounded(e: Experts, rounding: Rounding) -> Experts:
-    if not e.coded:
-        raise No("rows are rounded to fewer bits and weights are not")
-    return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
 
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
