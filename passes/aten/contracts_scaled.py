@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .contracts import Contract, own
 
@@ -20,7 +21,7 @@ class _Unknown(Exception):
 def _spread(scale: Tensor, size: int, d: int) -> Tensor:
     """A dim of scales as that of what they scale: one for all, one each, or one for every 128."""
     own = scale.shape[d]
-    if own in (1, size):
+    if statically_known_true(own == size) or statically_known_true(own == 1):
         return scale
     if own != -(-size // _BLOCK):
         raise _Unknown
@@ -32,7 +33,7 @@ def _scaled(t: Tensor, scale: Tensor) -> Tensor:
     if scale.dtype is not torch.float32 and scale.dtype is not torch.float8_e8m0fnu:
         raise _Unknown
     scale = scale.float()
-    if scale.numel() == 1:
+    if statically_known_true(scale.numel() == 1):
         return t.float() * scale.reshape(())
     if scale.ndim != 2:
         raise _Unknown

@@ -26,11 +26,12 @@ _TYPES = {"round": torch.int8} | {name: dtype for dtype, name in SMALL.items()}
 
 @dataclass(frozen=True)
 class _Scale:
-    """What a rounding divides by: `base`, which is factor · s; `bare`, the same without its floor, where it has one."""
+    """What a rounding divides by: `base`, which is factor · s; `bare`, which is bare_factor · s but for the floor, where there is one."""
 
     base: Term
     factor: float
     bare: Term | None
+    bare_factor: float
     rows: Rows
 
 
@@ -93,7 +94,7 @@ def _without(body: Term, rounds: list[Term]) -> tuple[Term, Rows]:
     (how,) = hows
     steps = {base: T.var(1, "s") for base in scales}  # base = factor · s: numbers go out where they came in
     plain = {base: T.mul(T.const(s.factor), steps[base]) for base, s in scales.items()}
-    bare = {s.bare: T.mul(T.const(s.factor), steps[base]) for base, s in scales.items() if s.bare is not None}
+    bare = {s.bare: T.mul(T.const(s.bare_factor), steps[base]) for base, s in scales.items() if s.bare is not None}
     for floored, mapping in ((True, plain), (False, plain | bare)):
         out = _cancelled(body, rounds, mapping)
         if not any(s in out.atoms for s in steps.values()):
@@ -109,7 +110,15 @@ def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term]) -> Ter
     for x in T.walk(body):
         if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
             mapping[x] = mapping[x.args[1][0]] if _beyond(x, _largest_of(x.args[1][0])) else x
-    return T.canonical(_snapped(T.subst(body, mapping)))
+    return T.canonical(_snapped(_numbers_out(T.subst(body, mapping))))
+
+
+def _numbers_out(t: Term) -> Term:
+    """Σ c f = c Σ f, so that numbers meet what they cancel with."""
+    inside = {x: T.coefficient(x.args[1]) for x in T.walk(t) if x.op == "sum"}
+    out = {x: T.mul(T.const(c), T.reduce_("sum", x.args[0], rest)) for x, (c, rest) in inside.items() if c != 1}
+    inner = {x: y for x, y in out.items() if not any(z in out for z in T.walk(x.args[1]))}
+    return _numbers_out(T.subst(t, inner)) if inner else t
 
 
 def _clamped(arg: Term) -> Term:
@@ -166,13 +175,16 @@ def _scale(r: Term) -> _Scale:
 def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None:
     """base = k · s, where s is max|y| / largest, with a floor or as a power of two or both."""
     inner, power = _power(base)
-    unfloored, bound = inner, -math.inf
+    floored, bound = False, -math.inf
     c, core = T.coefficient(inner)
     if core.op == "fn" and core.args[0] == "clamp" and core.args[2][1] == math.inf:
         bound = core.args[2][0] * float(c)
         own, core = T.coefficient(core.args[1][0])
+        c, floored = float(c) * float(own), True
+    if core.op == "ite" and _is_not_zero(core.args[0], core.args[1]) and core.args[2].op == "c":  # a group of zeros stays one
+        core, bound = core.args[1], torch.finfo(torch.float32).tiny * k
+        own, core = T.coefficient(core)
         c = float(c) * float(own)
-        unfloored = T.mul(T.const(c), core)
     found = _largest(core, y)
     if found is None or power and k != 1:
         return None
@@ -180,7 +192,15 @@ def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None
     if not math.isclose(k / (float(c) * times), largest, rel_tol=1e-6):
         return None
     rows = Rows(8, _TYPES[r.args[0]], group, max(0.0, float(bound) / k), power)
-    return _Scale(base, k, None if inner is unfloored or power else unfloored, rows)
+    return _Scale(base, k, core if floored and not power else None, k / float(c), rows)
+
+
+def _is_not_zero(condition: Term, most: Term) -> bool:
+    """0 < most or most != 0, of what is never negative."""
+    _, most = T.coefficient(most)
+    if condition.op == "lt":
+        return T.is_c(condition.args[0], 0) and T.coefficient(condition.args[1])[1] is most
+    return condition.op == "not" and condition.args[0].op == "eq" and {most, T.const(0)} == set(condition.args[0].args)
 
 
 def _power(base: Term) -> tuple[Term, bool]:
@@ -227,6 +247,8 @@ def rounded_nodes(graph: fx.Graph) -> set[fx.Node]:
             found |= {n, *_between(quotient)}
         elif op_name(n) in _SHOWN | names.CLAMP and n.args and n.args[0] in found:
             found.add(n)
+        elif op_name(n) == "mul" and len(n.all_input_nodes) == 2 and all(x in found for x in n.all_input_nodes):
+            found.add(n)  # rounded rows times their scales
     return found
 
 
