@@ -53,6 +53,15 @@ STORED = st.builds(
     zeroed=st.booleans(),
     exponents=st.booleans(),
 )
+ROWS = st.builds(
+    ir.Rows,
+    st.just(8),
+    st.sampled_from([torch.int8, torch.float8_e4m3fn]),
+    group=st.integers(0, 128),
+    floor=NUMBERS,
+    power=st.booleans(),
+    floored=st.booleans(),
+)
 EXPERTS = st.builds(
     ir.Experts,
     SIZES,
@@ -68,8 +77,8 @@ EXPERTS = st.builds(
     num_identity=st.integers(0, 8),
     up_stored=st.none() | STORED,
     down_stored=st.none() | STORED,
-    row_bits=st.sampled_from([0, 8]),
-    row_floor=NUMBERS,
+    up_rows=st.none() | ROWS,
+    down_rows=st.none() | ROWS,
 )
 
 

@@ -147,7 +147,8 @@ def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts) -> None:
 
 def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
     """In float64, where no sum comes close to the edge of a step; a row of zeros stays one."""
-    e = replace(CONCAT, row_bits=8, row_floor=1e-6)
+    rows = ir.Rows(8, torch.int8, floor=1e-6)
+    e = replace(CONCAT, up_rows=rows, down_rows=rows)
     t = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in tensors(e).items()}
     t["x"] = t["x"].detach().index_fill(0, torch.tensor([1]), 0.0)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Form, Rejection, Rows
 from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
@@ -86,12 +86,8 @@ def _assemble(
         dtype=compute_dtype(p, tokens, out),
         up_stored=coded.stored(ups),
         down_stored=coded.stored([parsed.down]),
-        up_rows=up_rows,
-        down_rows=down_rows,
     )
-    if experts.rounded and not experts.coded:
-        raise No("rows are rounded to fewer bits and weights are not")
-    experts = replace(experts, **adapters.scales(ups, parsed.down, form))
+    experts = replace(_with_rows(experts, up_rows, down_rows), **adapters.scales(ups, parsed.down, form))
     params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, params, base_node(p, base, out, t, h))
 
@@ -110,6 +106,12 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
     elif parsed.table is not None:
         weight = T.mul(weight, parsed.table)
     return parsed, weight if parsed.on_input is None else parsed.on_input
+
+
+def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
+    if not e.coded and (up or down):
+        raise No("rows are rounded to fewer bits and weights are not")
+    return replace(e, up_rows=up, down_rows=down)
 
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:

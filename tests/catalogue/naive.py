@@ -15,6 +15,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from moe_compile import ir
 from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, Stored, SumK
 
 Rows = Sequence[float]
@@ -168,6 +169,25 @@ def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np
     return out
 
 
+def rounded(how: ir.Rows | None, x: np.ndarray) -> np.ndarray:
+    """One row as a product reads it, group by group."""
+    if how is None:
+        return x
+    out = np.empty_like(x)
+    size = how.group or len(x)
+    largest = torch.finfo(how.dtype).max if how.dtype.is_floating_point else 127
+    for i in range(0, len(x), size):
+        group = x[i : i + size]
+        bare = float(np.abs(group).max()) / largest
+        s = max(bare, how.floor)
+        if how.power:
+            bare = s = 2.0 ** math.ceil(math.log2(s))
+        q = torch.from_numpy(np.divide(group, s))
+        q = q.to(how.dtype).double() if how.dtype.is_floating_point else q.round()
+        out[i : i + size] = q.numpy() * (s if how.floored else bare)
+    return out
+
+
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
 
@@ -192,6 +212,7 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0
 
+    x = rounded(e.up_rows, x)
     up = product(matrix("up"), e.up_transposed, x, bias(p.up_bias)) + pair(e.up_pair, p.up_a, p.up_b, x)
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
@@ -203,7 +224,7 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         g, u = up, product(matrix("up", 1), e.up_transposed, x, bias(p.up_bias, 1)) + second
     else:
         g, u = halves[e.form]
-    a = activation(e.activation, g, u)
+    a = rounded(e.down_rows, activation(e.activation, g, u))
     y = product(matrix("down"), e.down_transposed, a, bias(p.down_bias))
     return y + pair(e.down_pair, p.down_a, p.down_b, a)
 
