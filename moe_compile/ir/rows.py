@@ -19,7 +19,7 @@ class Rows:
 
     bits, dtype: of what they are rounded to: int8 (whole numbers up to 127), or a float of one byte, whose largest number is that of its
     type. group: inputs that share a scale, `ALL` for a row's. floor: the least that is divided by; 0: no such limit, and a group of zeros
-    is 0 / 0. power: s is rounded up to a power of two. floored: whether the product has max(s, floor), and not s.
+    is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has max(s, floor), and not s.
     """
 
     bits: int
@@ -41,8 +41,10 @@ class Rows:
         least = s.clamp(min=self.floor) if self.floor else s
         if self.power:
             s = least = torch.exp2(torch.ceil(torch.log2(least)))
-        q = x / least
-        q = q.to(self.dtype).to(rows.dtype) if self.dtype.is_floating_point else q.round()
+        if self.dtype.is_floating_point:
+            q = (x / least).to(self.dtype).to(rows.dtype)
+        else:
+            q = (x / torch.where(least == 0, 1.0, least)).round()
         return q, least if self.floored else s
 
     def rounded(self, rows: Tensor) -> Tensor:

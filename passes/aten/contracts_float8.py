@@ -25,10 +25,18 @@ _LIBRARY.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -
 
 def _grouped(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """input [S, K], weight [E, K, N], rows of expert e end at offs[e]; any dtype, where torch's own takes bfloat16."""
-    return input.new_empty(input.shape[0], weight.shape[-1])
+    out = input.new_zeros(input.shape[0], weight.shape[-1])
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        out[start:end] = input[start:end] @ weight[e]
+        start = end
+    return out
 
 
-torch.library.register_fake("moe_compile_reference::grouped_mm_fallback", _grouped, lib=_LIBRARY)
+_LIBRARY.impl("grouped_mm_fallback", _grouped, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "moe_compile_reference::grouped_mm_fallback", lambda input, weight, offs: input.new_empty(input.shape[0], weight.shape[-1]), lib=_LIBRARY
+)
 
 
 # ---- rows and weights as the floats that they stand for ------------------------------------------------------------------
