@@ -124,12 +124,12 @@ class Storage:
     ABSENT: ClassVar = {
         f"{name}_{what}": none
         for name in ("up", "down")
-        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("row_dtype", torch.float32))
+        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("zero_order", ()), ("row_dtype", torch.float32))
     }
 
     up_bits: int
     up_dtype: torch.dtype
-    up_scaled: bool
+    up_scaled: int
     up_rows: int
     up_columns: int
     up_axis: int
@@ -137,11 +137,13 @@ class Storage:
     up_offset: float
     up_values: tuple[float, ...]
     up_tabled: bool
-    up_zeroed: bool
-    up_exponents: bool
+    up_zeroed: int
+    up_exponents: int
+    up_zero_order: tuple[int, ...]
+    up_zero_offset: float
     down_bits: int
     down_dtype: torch.dtype
-    down_scaled: bool
+    down_scaled: int
     down_rows: int
     down_columns: int
     down_axis: int
@@ -149,8 +151,10 @@ class Storage:
     down_offset: float
     down_values: tuple[float, ...]
     down_tabled: bool
-    down_zeroed: bool
-    down_exponents: bool
+    down_zeroed: int
+    down_exponents: int
+    down_zero_order: tuple[int, ...]
+    down_zero_offset: float
     up_row_bits: int
     up_row_dtype: torch.dtype
     up_row_group: int

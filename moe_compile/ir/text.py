@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -12,7 +13,7 @@ from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, Sh
 from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
-from .stored import ALL, Stored
+from .stored import ALL, Scale, Stored
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -174,6 +175,9 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.scaled == Scale.DIVIDES:
+        codes = stored_text(replace(s, scaled=Scale.TIMES)).partition(" × ")
+        return f"{codes[0]} ÷ {codes[2]}"
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:

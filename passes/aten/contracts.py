@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -134,7 +133,12 @@ def unlike(target: Any) -> str:
 
 def foreign(graph: fx.Graph) -> bool:
     """Whether a graph has ops whose contract is not this package's: what is read of it is not told by the graph."""
-    return any(c is not None and not c.own for n in graph.nodes if n.op == "call_function" for c in [contract_of(n.target)])
+    return any(c is not None and not c.own for n in graph.nodes if n.op == "call_function" for c in map(contract_of, _overloads(n.target)))
+
+
+def _overloads(target: Any) -> list[Any]:
+    """A graph of Dynamo's calls an op by its name alone."""
+    return [getattr(target, name) for name in target.overloads()] if isinstance(target, torch._ops.OpOverloadPacket) else [target]
 
 
 # ---- in a graph --------------------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.N
     given = {a.name: v for a, v in zip(schema_of(n).arguments, n.args, strict=False)} | dict(n.kwargs)
     leaves, spec = pytree.tree_flatten(given)
     nodes = [v for v in leaves if isinstance(v, fx.Node)]
-    written = [a.name for a in schema_of(n).arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(given.get(a.name), fx.Node)]
+    written = [a.name for a in schema_of(n).arguments if _is_written(a) and isinstance(given.get(a.name), fx.Node)]
 
     def run(*values: Any) -> Any:
         rest = iter(values)
@@ -179,6 +183,10 @@ def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.N
     (out, after), = (x.args[0] for x in traced.graph.nodes if x.op == "output")
     _rename(n, {given[name]: env[a] for name, a in zip(written, after, strict=True)})
     return _replaced(n, fx.map_arg(out, env.__getitem__))
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _traced(run: Callable[..., Any], values: list[Any]) -> fx.GraphModule | None:

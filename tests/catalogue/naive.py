@@ -154,9 +154,20 @@ def code(how: Stored, words: np.ndarray, i: int, j: int) -> int:
     return int(words[a, b]) // 2 ** (how.bits * how.order[n % per]) % 2**how.bits
 
 
+def unpacked_zeros(how: Stored, zeros: np.ndarray | None) -> np.ndarray | None:
+    """Zero points one by one."""
+    if zeros is None or not how.zero_order:
+        return zeros
+    axis, per = int(how.zeroed) - 1, len(how.zero_order)
+    one = Stored(how.bits, torch.int32, axis=axis, order=how.zero_order)
+    rows, columns = zeros.shape[0] * (per if axis == 1 else 1), zeros.shape[1] * (per if axis == 2 else 1)
+    return np.array([[code(one, zeros, i, j) + how.zero_offset for j in range(columns)] for i in range(rows)])
+
+
 def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None, table: np.ndarray | None) -> np.ndarray:
     """[R, C]: what is stored, element by element."""
     per, table = len(how.order), np.array(how.values) if how.values else table
+    zeros = unpacked_zeros(how, zeros)
     rows, columns = words.shape[0] * (per if how.axis == 1 else 1), words.shape[1] * (per if how.axis == 2 else 1)
     out = np.empty((rows, columns))
     for i in range(rows):
@@ -165,7 +176,9 @@ def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np
             at = tuple([n // b for n, b in ((i, how.rows), (j, how.columns)) if b] or [0])
             value = (q if table is None else table[int(q)]) + how.offset - (0 if zeros is None else zeros[at])
             scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
-            out[i, j] = value * scale
+            if how.exponents == ir.stored.Exponent.BITS and scales[at] == 0:
+                scale = 0.0
+            out[i, j] = value / scale if how.scaled == ir.stored.Scale.DIVIDES else value * scale
     return out
 
 

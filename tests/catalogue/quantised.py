@@ -328,9 +328,9 @@ class ScaleBehindTheActivation(ScaleOfUpOnGate):
 
 
 class RowsRounded(_Near):
-    """Verdict: rejected. The rows are rounded to 8 bits before the product: another function of the tokens."""
+    """Verdict: rejected. The rows are rounded to 8 bits before the first product, and a row of zeros is 0 / 0: no number."""
 
-    expect = Rejected("rounded to fewer bits")
+    expect = Rejected("disagree")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         s = x.abs().amax(-1, keepdim=True) / 127
@@ -338,9 +338,9 @@ class RowsRounded(_Near):
 
 
 class HiddenRowsRounded(_Near):
-    """Verdict: rejected. The activations are rounded to 8 bits, by a scale of each row's own, before the second product."""
+    """Verdict: rejected. The activations are rounded to 8 bits before the second product, and a row of zeros is 0 / 0: no number."""
 
-    expect = Rejected("rounded to fewer bits")
+    expect = Rejected("disagree")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         up, down = self.matrices(x)
