@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .antiquant import unpacked
 from .emulate_common import per_row, undefined
 from .schemas import DTYPES
 
@@ -40,7 +41,7 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """Rows of group e times weight[e] (group_type 0), or columns of group e times rows of group e (group_type 2).
 
-    With antiquant the weight is (weight + offset) · scale, in the dtype of the rows.
+    With antiquant the weight is (weight + offset) · scale, in the dtype of the rows; an int32 holds eight of 4 bits, the first lowest.
     """
     assert group_list is not None and len(x) == len(weight) == 1
     (a,), (w,) = x, weight
@@ -49,17 +50,27 @@ def grouped_matmul(
         parts = zip(a.split(counts + [a.shape[1] - sum(counts)], 1), w.split(counts + [w.shape[0] - sum(counts)]))
         return [torch.stack([_product(left, right) for left, right in list(parts)[: len(counts)]]).to(a.dtype)]
     rows, wide = a.shape[0], a.dtype == torch.int8
+    w = unpacked(w) if w.dtype == torch.int32 else w
     out = undefined(torch.empty(rows, w.shape[2], dtype=torch.int32 if wide else torch.promote_types(a.dtype, torch.float32)))
     start = 0
     for e, n in enumerate(counts):
         m = w[e]
-        if antiquant_scale and antiquant_offset:
-            m = ((m.float() + antiquant_offset[0][e].float()) * antiquant_scale[0][e].float()).to(a.dtype)
+        if antiquant_scale:
+            m = _dequantised(m, antiquant_scale[0][e], antiquant_offset[0][e] if antiquant_offset else None).to(a.dtype)
         out[start : start + n] = _product(a[start : start + n], m)
         if bias:
             out[start : start + n] += bias[0][e].to(out.dtype)
         start += n
     return [_scaled(out, scale, per_token_scale, counts, a.dtype, output_dtype)]
+
+
+def _dequantised(m: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(m + offset) · scale for m [K, N]; scale and offset [N], or [G, N] of K / G rows each."""
+
+    def rows(t: Tensor) -> Tensor:
+        return t.float() if t.ndim == 1 else t.float().repeat_interleave(m.shape[0] // t.shape[0], 0)
+
+    return (m.float() + (0 if offset is None else rows(offset))) * rows(scale)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rules import columns
 from .schemas import CUSTOM, DTYPES
 
 
@@ -63,7 +64,7 @@ def grouped_matmul(
     if group_type == 2:
         assert group_list is not None
         return [a.new_empty(group_list.shape[0], a.shape[0], w.shape[1], dtype=dtype)]
-    return [a.new_empty(a.shape[0], w.shape[2], dtype=dtype)]
+    return [a.new_empty(a.shape[0], columns(w), dtype=dtype)]
 
 
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:

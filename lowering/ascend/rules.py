@@ -16,8 +16,11 @@ from torch import Tensor
 from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .antiquant import NIBBLES
+
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
+FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class ArgumentError(ValueError):
@@ -78,6 +81,25 @@ def _shape(t: Tensor | None, *sizes: Any) -> bool:
 
 def _expected_rows(config: Sequence[int] | None, rows: Tensor) -> bool:
     return not config or (len(config) == 1 and config[0] >= 0 and not statically_known_true(config[0] > rows.shape[0]))
+
+
+def columns(weight: Tensor) -> Any:
+    """N of a weight [E, K, N], or [E, K, N / 8] where an int32 holds eight of 4 bits."""
+    return weight.shape[2] * (NIBBLES if weight.dtype == torch.int32 else 1)
+
+
+def _codes(a: Any) -> tuple[torch.dtype, ...]:
+    """What weights under rows of floats may be in."""
+    return (torch.int8, torch.int32) if a.antiquant_offset else (torch.int8, torch.int32, *FLOAT8S)
+
+
+def _is_antiquant(given: Sequence[Tensor], a: Any) -> bool:
+    (s, *more), w = given, a.weight[0]
+    if more or s.dtype != a.x[0].dtype:
+        return False
+    if s.ndim != 3:
+        return _shape(s, w.shape[0], columns(w))
+    return w.dtype == torch.int32 and _shape(s, w.shape[0], None, columns(w)) and w.shape[1] % s.shape[1] == 0
 
 
 def _is_index(t: Tensor) -> bool:
@@ -157,14 +179,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
         Rule("split_item", "must be 2 or 3: one output", lambda a: a.split_item in (2, 3)),
         Rule("weight", "must be [E, K, N] (rows) or [M, N] (inner dim)", lambda a: a.weight[0].ndim == (3 if a.group_type == 0 else 2)),
-        Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale", lambda a: a.weight[0].dtype == (
-            torch.int8 if a.antiquant_scale else a.x[0].dtype)),
+        Rule("weight", "must have the dtype of x, or be int8 or int32 (eight of 4 bits) with antiquant_scale, float8 without an offset",
+             lambda a: a.weight[0].dtype in (_codes(a) if a.antiquant_scale else (a.x[0].dtype,))),
         Rule("antiquant_scale", "is for fp16 and bf16 rows, without scale and per_token_scale", lambda a: not a.antiquant_scale or (
             a.x[0].dtype in HALVES and a.group_type == 0 and not a.scale and not a.per_token_scale)),
-        Rule("antiquant_scale", "and antiquant_offset come together", lambda a: bool(a.antiquant_scale) == bool(a.antiquant_offset)),
-        Rule("antiquant_scale", "and antiquant_offset must be [E, N] in the dtype of x", lambda a: all(
-            len(s) == 1 and s[0].dtype == a.x[0].dtype and _shape(s[0], a.weight[0].shape[0], a.weight[0].shape[2])
-            for s in (a.antiquant_scale, a.antiquant_offset) if s)),
+        Rule("antiquant_scale", "and antiquant_offset come together for int8 and 4 bits", lambda a: (
+            bool(a.antiquant_scale) == bool(a.antiquant_offset) or a.weight[0].dtype in FLOAT8S)),
+        Rule("antiquant_scale", "and antiquant_offset must be [E, N], of 4 bits [E, G, N] too with G a divisor of K, in the dtype of x",
+             lambda a: all(_is_antiquant(s, a) for s in (a.antiquant_scale, a.antiquant_offset) if s)),
+        Rule("antiquant_offset", "of groups must be zeros, which only the shape says here: [E, G, N] goes with a scale [E, G, N]",
+             lambda a: not a.antiquant_offset or a.antiquant_offset[0].ndim == a.antiquant_scale[0].ndim),
         Rule("weight", "may hold 1024 experts at most", lambda a: a.group_type == 2 or a.weight[0].shape[0] <= 1024),
         Rule("x", "must be [M, K] with the K of weight, in fp16, bf16, fp32 or int8", lambda a: a.x[0].ndim == 2 and
              a.x[0].dtype in (*FLOATS, torch.int8) and (a.group_type == 2 or same(a.x[0].shape[1], a.weight[0].shape[1]))),
@@ -172,7 +196,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list", "must have an entry for each expert",
              lambda a: a.group_type == 2 or same(a.group_list.shape[0], a.weight[0].shape[0])),
         Rule("bias", "must be [E, N]: one tensor for one weight", lambda a: not a.bias or (
-            len(a.bias) == 1 and _shape(a.bias[0], a.weight[0].shape[0], a.weight[0].shape[2]))),
+            len(a.bias) == 1 and _shape(a.bias[0], a.weight[0].shape[0], columns(a.weight[0])))),
         Rule("bias", "must be fp16 for fp16, fp32 for bf16 and fp32, int32 for int8",
              lambda a: not a.bias or a.bias[0].dtype == _bias_dtype(a.x[0].dtype)),
         Rule("group_type", "2 takes neither bias nor scales, and no bytes", lambda a: a.group_type == 0 or (

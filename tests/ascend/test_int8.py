@@ -202,7 +202,7 @@ def test_the_models_own_int8_in_the_w8a8_chain(cls: type[nn.Module]) -> None:
         out = compiled(module, quantize="w8a8", strict=True)(x)
     assert seen.calls()[1:] == CHAIN
     assert error(module(x), exact) < error(out, exact) <= 0.03
-    assert sorted(r.part for r in operands(seen).values()) == ["", "", "channel", "channel"]
+    assert sorted(r.part for r in operands(seen).values()) == ["", "", "factors", "factors"]
     assert {r.dtype for r in operands(seen).values() if not r.part} == {torch.int8}
 
 

@@ -370,14 +370,14 @@ def test_the_joint_graph_of_training() -> None:
 
     from moe_compile.ir import scalar as act
     from moe_compile.lowering.ascend import calls, training
-    from moe_compile.lowering.ascend.calls import Packed, generic
+    from moe_compile.lowering.ascend.calls import Packed, Weight, generic
 
     ops, consts = act.encode(act.SWIGLU)
     layout = generic.Layout(tuple(ops), tuple(consts), 1, 4, True, True, True, False, 0)
 
     def step(x: Any, ids: Any, w: Any, up: Any, down: Any) -> Any:
         leaves = [t.detach().requires_grad_() for t in (x, w, up, down)]
-        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([leaves[2]], leaves[3]), layout, True)
+        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([Weight(leaves[2])], Weight(leaves[3])), layout, True)
         return torch.autograd.grad(calls.finish(*rows, own, [], fused=False).sum(), leaves)
 
     with FakeTensorMode():
