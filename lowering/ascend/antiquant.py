@@ -141,20 +141,22 @@ def _only_950(p: Problem) -> str | None:
 
 
 _COMMON: tuple[Check, ...] = (_halves, _no_310, _plain_scales)
+# of rows that come equally far the last is the one whose objection is told
 FORMS: tuple[Row, ...] = (
+    Row(
+        "float8 by channel",
+        0,
+        "grouped_matmul (float8 × scale)",
+        "q · s with a scale for each output channel, no offset, the codes as they are",
+        (*_COMMON, _float8, _only_950, _float8_by_channel),
+        verified=False,
+    ),
     Row(
         "4 bits by channel",
         4,
         "grouped_matmul (int4 × scale)",
         "(q - z) · s with a scale and a zero point for each output channel: the offset is the shift into 4 bits less z",
         (*_COMMON, _whole, _within_4, _by_channel, _eights),
-    ),
-    Row(
-        "4 bits by group",
-        4,
-        "grouped_matmul (int4 × scale of groups)",
-        "q · s with a scale for each group of inputs and each output channel: whole numbers in -8 .. 7 need no offset",
-        (*_COMMON, _whole, _within_4, _by_group, _symmetric, _eights, _no_950),
     ),
     Row(
         "8 bits by channel",
@@ -164,12 +166,11 @@ FORMS: tuple[Row, ...] = (
         (*_COMMON, _whole, _within_8, _by_channel),
     ),
     Row(
-        "float8 by channel",
-        0,
-        "grouped_matmul (float8 × scale)",
-        "q · s with a scale for each output channel, no offset, the codes as they are",
-        (*_COMMON, _float8, _only_950, _float8_by_channel),
-        verified=False,
+        "4 bits by group",
+        4,
+        "grouped_matmul (int4 × scale of groups)",
+        "q · s with a scale for each group of inputs and each output channel: whole numbers in -8 .. 7 need no offset",
+        (*_COMMON, _whole, _within_4, _by_group, _symmetric, _eights, _no_950),
     ),
 )
 

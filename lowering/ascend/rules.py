@@ -179,7 +179,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
         Rule("split_item", "must be 2 or 3: one output", lambda a: a.split_item in (2, 3)),
         Rule("weight", "must be [E, K, N] (rows) or [M, N] (inner dim)", lambda a: a.weight[0].ndim == (3 if a.group_type == 0 else 2)),
-        Rule("weight", "must have the dtype of x, or be int8 or int32 (eight of 4 bits) with antiquant_scale, float8 without an offset",
+        Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale (int32: eight of 4 bits; float8: no offset)",
              lambda a: a.weight[0].dtype in (_codes(a) if a.antiquant_scale else (a.x[0].dtype,))),
         Rule("antiquant_scale", "is for fp16 and bf16 rows, without scale and per_token_scale", lambda a: not a.antiquant_scale or (
             a.x[0].dtype in HALVES and a.group_type == 0 and not a.scale and not a.per_token_scale)),
@@ -187,7 +187,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             bool(a.antiquant_scale) == bool(a.antiquant_offset) or a.weight[0].dtype in FLOAT8S)),
         Rule("antiquant_scale", "and antiquant_offset must be [E, N], of 4 bits [E, G, N] too with G a divisor of K, in the dtype of x",
              lambda a: all(_is_antiquant(s, a) for s in (a.antiquant_scale, a.antiquant_offset) if s)),
-        Rule("antiquant_offset", "of groups must be zeros, which only the shape says here: [E, G, N] goes with a scale [E, G, N]",
+        Rule("antiquant_offset", "must have the shape of antiquant_scale",
              lambda a: not a.antiquant_offset or a.antiquant_offset[0].ndim == a.antiquant_scale[0].ndim),
         Rule("weight", "may hold 1024 experts at most", lambda a: a.group_type == 2 or a.weight[0].shape[0] <= 1024),
         Rule("x", "must be [M, K] with the K of weight, in fp16, bf16, fp32 or int8", lambda a: a.x[0].ndim == 2 and

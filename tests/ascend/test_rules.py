@@ -48,6 +48,10 @@ GOOD: dict[str, dict[str, Any]] = {
 W8A16 = dict(
     weight=[t(4, 8, 6, dtype=I8)], antiquant_scale=[t(4, 6, dtype=BF)], antiquant_offset=[t(4, 6, dtype=BF)],
 )  # fmt: skip
+W4A16 = dict(
+    weight=[t(4, 8, 2, dtype=I32)], bias=None,
+    antiquant_scale=[t(4, 2, 16, dtype=BF)], antiquant_offset=[t(4, 2, 16, dtype=BF)],
+)  # fmt: skip
 INT8 = dict(
     x=[t(15, 8, dtype=I8)], weight=[t(4, 8, 6, dtype=I8)], bias=None, scale=[t(4, 6, dtype=BF)], per_token_scale=[t(15)], output_dtype=15,
 )  # fmt: skip
@@ -107,6 +111,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("npu_grouped_matmul", {**W8A16, "antiquant_offset": [t(4, 1, dtype=BF)]}, "[E, N]"),
     ("npu_grouped_matmul", {**W8A16, "x": [t(15, 8)], "bias": None}, "fp16 and bf16 rows"),
     ("npu_grouped_matmul", {**W8A16, "per_token_scale": [t(15)]}, "without scale and per_token_scale"),
+    ("npu_grouped_matmul", {**W8A16, "weight": [t(4, 8, 6, dtype=torch.float8_e4m3fn)]}, "float8: no offset"),
+    ("npu_grouped_matmul", {**W4A16, "antiquant_scale": [t(4, 2, 2, dtype=BF)]}, "[E, G, N]"),
+    ("npu_grouped_matmul", {**W4A16, "antiquant_scale": [t(4, 3, 16, dtype=BF)]}, "divisor of K"),
+    ("npu_grouped_matmul", {**W4A16, "antiquant_offset": [t(4, 16, dtype=BF)]}, "shape of antiquant_scale"),
+    ("npu_grouped_matmul", {**W8A16, "antiquant_scale": [t(4, 2, 6, dtype=BF)]}, "of 4 bits [E, G, N]"),
     ("npu_grouped_matmul", {**INT8, "tuning_config": [16]}, "not above all rows"),
     ("npu_grouped_matmul", {**INT8, "tuning_config": [1, 2]}, "one number"),
     ("npu_grouped_matmul_swiglu_quant_v2", dict(tuning_config=[-1]), "expected to have"),
@@ -175,6 +184,9 @@ def test_other_good_calls_pass() -> None:
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **INT8})
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **K_SPLIT})
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W8A16})
+    check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W4A16})
+    check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W4A16, **{
+        f"antiquant_{what}": [t(4, 16, dtype=BF)] for what in ("scale", "offset")}})
     check("npu_moe_init_routing_v2", **{**GOOD["npu_moe_init_routing_v2"], "quant_mode": 1, "scale": t(4, 8)})
 
 

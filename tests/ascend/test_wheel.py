@@ -59,6 +59,9 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("npu_grouped_matmul", ([_meta(15, 8, dtype=F16)], [_meta(4, 8, 6, dtype=I8)]), dict(
         antiquant_scale=[_meta(4, 6, dtype=F16)], antiquant_offset=[_meta(4, 6, dtype=F16)], group_list=_meta(4, dtype=I64), group_type=0,
         split_item=3, group_list_type=1)),
+    ("npu_grouped_matmul", ([_meta(15, 8, dtype=F16)], [_meta(4, 8, 2, dtype=I32)]), dict(
+        antiquant_scale=[_meta(4, 2, 16, dtype=F16)], antiquant_offset=[_meta(4, 2, 16, dtype=F16)], group_list=_meta(4, dtype=I64),
+        group_type=0, split_item=3, group_list_type=1)),
     ("npu_swiglu", (_meta(15, 8), -1), {}),
     ("npu_swiglu_backward", (_meta(15, 4), _meta(15, 8), -1), {}),
     ("npu_clipped_swiglu", (_meta(15, 8),), {}),
