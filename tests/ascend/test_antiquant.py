@@ -86,7 +86,8 @@ def test_what_only_documents_say_is_marked() -> None:
 
 @pytest.mark.parametrize(("how", "transposed"), [
     (INT4, False), (but(INT4, columns=0), False), (but(INT4, columns=0, offset=0.0, zeroed=True), False), (INT8, False),
-    (but(INT8, zeroed=True), False), (but(INT8, dtype=torch.uint8, zeroed=True), False), (but(INT8, rows=4), False), (but(INT8, rows=0), False),
+    (but(INT8, zeroed=True), False), (but(INT8, dtype=torch.uint8, zeroed=True), False), (but(INT8, rows=4), False),
+    (but(INT8, rows=0), False),
     (but(INT8, rows=0, columns=1), True), (but(INT4, rows=32, columns=1, axis=1), True), (but(INT4, rows=2), False),
     (but(INT4, offset=0.0, values=(*range(8), *range(-8, 0)), order=(0, 4, 1, 5, 2, 6, 3, 7)), False),
 ])  # fmt: skip
