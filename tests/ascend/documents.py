@@ -1,7 +1,7 @@
 """The npu ops a second time, number by number in Python, from the documents that come with torch_npu (`torch_npu._op_plugin_docs`).
 
-No line is shared with `lowering/ascend/emulate*`: lists of Python floats, loops over tokens, slots and channels, no tensor arithmetic. Where
-the documents leave a value open it is NaN. Where they say less than this, the sentence is marked.
+No line is shared with `lowering/ascend/emulate*`: lists of Python floats, loops over tokens, slots and channels, no tensor arithmetic.
+Where the documents leave a value open it is NaN. Where they say less than this, the sentence is marked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gating_top_k(
     x: Tensor, k: int, *, bias: Tensor | None = None, k_group: int = 1, group_count: int = 1, group_select_mode: int = 0, renorm: int = 0,
     norm_type: int = 0, out_flag: bool = False, routed_scaling_factor: float = 1.0, eps: float = 1e-20,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """norm, then groups and top-k of norm + bias; the weights are the norm's, divided by their sum + eps after a sigmoid, times the factor."""
+    """norm, then groups and top-k of norm + bias; weights are the norm's, after a sigmoid divided by their sum + eps, times the factor."""
     assert renorm == 0
     t, e = x.shape
     ys, ids, norms = [], [], []
@@ -175,8 +175,8 @@ def _int4(words: Tensor) -> list[Any]:
 
 def grouped_matmul(
     x: list[Tensor], weight: list[Tensor], *, bias: Any = None, scale: Any = None, antiquant_scale: Any = None,
-    antiquant_offset: Any = None, per_token_scale: Any = None, group_list: Tensor, split_item: int = 0, group_type: int = 0, group_list_type: int = 0,
-    output_dtype: int | None = None, tuning_config: Any = None,
+    antiquant_offset: Any = None, per_token_scale: Any = None, group_list: Tensor, split_item: int = 0, group_type: int = 0,
+    group_list_type: int = 0, output_dtype: int | None = None, tuning_config: Any = None,
 ) -> list[Tensor]:  # fmt: skip
     """y = x (weight + antiquant_offset) · antiquant_scale + bias; of bytes y = x weight · scale · per_token_scale."""
     assert split_item == 3 and group_type == 0 and (not scale or not bias)
