@@ -146,6 +146,23 @@ _PERMUTED = (
     Rule("padded_mode", "is not supported", lambda a: not a.padded_mode),
 )
 
+# experts over ranks: what dispatch and combine must be told alike
+_EXCHANGE = (
+    Rule("expert_ids", "must be [T, k] in int32, k up to 16", lambda a: a.expert_ids.dtype == torch.int32 and a.expert_ids.ndim == 2
+         and 1 <= a.expert_ids.shape[1] <= 16),
+    Rule("ep_rank_id", "must be one of ep_world_size ranks, 2 to 768", lambda a: 2 <= a.ep_world_size <= 768
+         and 0 <= a.ep_rank_id < a.ep_world_size),
+    Rule("group_ep", "must be a name of 1 to 127 characters", lambda a: 1 <= len(a.group_ep) < 128),
+    Rule("moe_expert_num", "must be 1024 at most, as many on each rank",
+         lambda a: a.moe_expert_num <= 1024 and a.moe_expert_num % a.ep_world_size == 0),
+    Rule("x_active_mask", "must be bool [T]", lambda a: a.x_active_mask is None or (
+        a.x_active_mask.dtype == torch.bool and _shape(a.x_active_mask, a.expert_ids.shape[0]))),
+    Rule("shared_expert_num", "must be 0: it is added behind", lambda a: a.shared_expert_num == a.shared_expert_rank_num == 0),
+    Rule("expert_scales", "must be [T, k] in fp32", lambda a: a.expert_scales is None or (
+        a.expert_scales.dtype == torch.float32 and _shape(a.expert_scales, a.expert_ids.shape[0], a.expert_ids.shape[1]))),
+    Rule("zero_expert_num", "and const_expert_num must be 0", lambda a: a.zero_expert_num == a.const_expert_num == 0),
+)  # fmt: skip
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "npu_moe_gating_top_k": _GATING,
     "npu_moe_gating_top_k_softmax": _GATING_SOFTMAX,
@@ -252,6 +269,29 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *_PERMUTED,
         Rule("probs", "must be [T, k] in the dtype of the rows: fp32 weights of bf16 rows give NaN gradients",
              lambda a: a.probs is None or (a.probs.ndim == 2 and a.probs.dtype == a.permuted_tokens.dtype)),
+    ),
+    "npu_moe_distribute_dispatch_v2": (
+        Rule("x", "must be [T, H] in fp16 or bf16", lambda a: a.x.dtype in HALVES and _shape(a.x, a.expert_ids.shape[0], None)),
+        Rule("x", "must have a fixed number of rows, 512 at most", lambda a: type(a.x.shape[0]) is int and 0 < a.x.shape[0] <= 512),
+        Rule("quant_mode", "must be 0 (none) or 2 (dynamic)", lambda a: a.quant_mode in (0, 2)),
+        Rule("expert_token_nums_type", "must be 1 (counts)", lambda a: a.expert_token_nums_type == 1),
+        *_EXCHANGE,
+    ),
+    "npu_moe_distribute_combine_v2": (
+        Rule("expand_x", "must be [A, H] in fp16 or bf16", lambda a: a.expand_x.ndim == 2 and a.expand_x.dtype in HALVES),
+        Rule("ori_x", "must be [T, H] where there are copy experts", lambda a: not a.copy_expert_num or (
+            a.ori_x is not None and _shape(a.ori_x, a.expert_ids.shape[0], a.expand_x.shape[1]))),
+        Rule("comm_quant_mode", "must be 0", lambda a: a.comm_quant_mode == 0),
+        *_EXCHANGE,
+    ),
+    "npu_moe_update_expert": (
+        Rule("expert_ids", "must be [T, k] in int32", lambda a: a.expert_ids.dtype == torch.int32 and a.expert_ids.ndim == 2),
+        Rule("eplb_table", "must be [E, 1 + places] in int32", lambda a: (
+            a.eplb_table.dtype == torch.int32 and a.eplb_table.ndim == 2 and a.eplb_table.shape[1] >= 2)),
+        Rule("balance_mode", "must be 0 (by rank) or 1 (by token)", lambda a: a.balance_mode in (0, 1)),
+        Rule("local_rank_id", "must be one of world_size ranks, 2 to 768, in balance_mode 0", lambda a: a.balance_mode == 1 or (
+            2 <= a.world_size <= 768 and 0 <= a.local_rank_id < a.world_size)),
+        Rule("expert_scales", "and pruning_threshold are not used", lambda a: a.expert_scales is None and a.pruning_threshold is None),
     ),
     "npu_dynamic_quant": (
         Rule("input", "must be fp16 or bf16", lambda a: a.input.dtype in HALVES),

@@ -261,6 +261,18 @@ def grouped_matmul_swiglu_quant_v2(
     )
 
 
+def update_expert(
+    expert_ids: Tensor, eplb_table: Tensor, *, local_rank_id: int = -1, world_size: int = -1, balance_mode: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Row e of the table: in how many places expert e is, then the places. Ranks (mode 0) or tokens (mode 1) share them out."""
+    out = []
+    for t, row in enumerate(expert_ids.tolist()):
+        entries = [eplb_table[e].tolist() for e in row]
+        turns = [local_rank_id // math.ceil(world_size / e[0]) if balance_mode == 0 else t % e[0] for e in entries]
+        out.append([e[turn + 1] for e, turn in zip(entries, turns)])
+    return _tensor(out, expert_ids.dtype, expert_ids.shape), torch.zeros(expert_ids.shape, dtype=torch.bool)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": gating_top_k,
     "npu_moe_gating_top_k_softmax": gating_top_k_softmax,
@@ -274,6 +286,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "npu_dynamic_quant": dynamic_quant,
     "npu_dequant_swiglu_quant": dequant_swiglu_quant,
     "npu_grouped_matmul_swiglu_quant_v2": grouped_matmul_swiglu_quant_v2,
+    "npu_moe_update_expert": update_expert,
 }
 
 

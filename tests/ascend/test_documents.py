@@ -16,6 +16,7 @@ register.ensure()
 T, E, K, H = 5, 8, 3, 6
 TRAINING = {"npu_swiglu_backward", "npu_moe_token_permute", "npu_moe_token_permute_grad_v2", "_npu_moe_token_unpermute",
             "npu_moe_token_unpermute_grad_v2"}  # fmt: skip
+EXCHANGE = {"npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2"}  # against a whole block: test_exchange.py
 ROUTING = dict(active_num=-1, expert_num=E, expert_tokens_num_type=1, expert_tokens_num_flag=True, drop_pad_mode=0, row_idx_type=0)
 LIST = dict(split_item=3, group_type=0, group_list_type=1)
 
@@ -34,6 +35,11 @@ def words(*shape: int) -> Tensor:
 
 def counts(n: int = 3) -> Tensor:
     return torch.tensor([2, 0, 4][:n])
+
+
+def places() -> Tensor:
+    """[E, 1 + 3]: one to three places of each expert."""
+    return torch.cat([torch.randint(1, 4, (E, 1)), torch.randint(0, 12, (E, 3))], 1).int()
 
 
 def half(*shape: int) -> Tensor:
@@ -86,11 +92,13 @@ CALLS: dict[str, list[Any]] = {
     "npu_grouped_matmul_swiglu_quant_v2": [
         lambda: ((int8(6, H), [int8(3, H, 8)], [torch.rand(3, 8)], torch.rand(6), counts()), dict(group_list_type=1)),
         lambda: ((int8(6, H), [int8(3, H, 8)], [torch.rand(3, 8)], torch.rand(6), counts().cumsum(0)), dict(group_list_type=0))],
+    "npu_moe_update_expert": [
+        lambda: ((ids(), places()), dict(balance_mode=1)), lambda: ((ids(), places()), dict(local_rank_id=3, world_size=6))],
 }  # fmt: skip
 
 
 def test_every_op_of_inference_is_written_twice() -> None:
-    assert set(CALLS) == set(documents.OPS) == set(emulate.KERNELS) - TRAINING
+    assert set(CALLS) == set(documents.OPS) == set(emulate.KERNELS) - TRAINING - EXCHANGE
     assert set(CALLS) <= set(rules.RULES)
 
 

@@ -66,6 +66,12 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("npu_swiglu_backward", (_meta(15, 4), _meta(15, 8), -1), {}),
     ("npu_clipped_swiglu", (_meta(15, 8),), {}),
     ("npu_moe_finalize_routing", (_meta(15, 8), _meta(5, 8), None, None, _meta(5, 3), _meta(15, dtype=I32), None, 2), {}),
+    *[("npu_moe_distribute_dispatch_v2", (_meta(5, 8, dtype=F16), _meta(5, 3, dtype=I32), "ep", 16, 1, 32), dict(
+        shared_expert_num=0, **more)) for more in ({}, {"quant_mode": 2}, {"expert_scales": _meta(5, 3)}, {"global_bs": 160})],
+    ("npu_moe_distribute_combine_v2", (
+        _meta(40, 8, dtype=F16), _meta(5, 3, dtype=I32), _meta(5120, dtype=I32), _meta(8, dtype=I32), _meta(5, 3), "ep", 4, 1, 8), dict(
+            shared_expert_num=0)),
+    ("npu_moe_update_expert", (_meta(5, 3, dtype=I32), _meta(8, 3, dtype=I32)), dict(balance_mode=1)),
     ("npu_moe_token_permute", (_meta(5, 8), _meta(5, 3, dtype=I32)), {}),
     ("npu_moe_token_permute_grad_v2", (_meta(15, 8), _meta(15, dtype=I32), 5, torch.float32, 3), {}),
     ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
