@@ -72,7 +72,8 @@ class Stored:
             return value
         s = torch.exp2(scale.to(dtype) - 127) if self.exponents else scale.to(dtype)
         if not self.grid:
-            s = s.unsqueeze(-2 if self.columns != ALL else -1)
+            lone = -2 if self.columns != ALL else -1
+            s, zero = s.unsqueeze(lone), None if zero is None else zero.unsqueeze(lone)
         rows, columns = max(self.rows, 1), max(self.columns, 1)
         if zero is not None:
             value = value - times(torch.ones_like(value), zero.to(dtype), rows, columns)
