@@ -29,7 +29,7 @@ from .work import Candidate, Recovered, Work
 
 
 def shadow(work: Work) -> None:
-    work.read = Shadow(work.gm)
+    work.read = Shadow(work.gm, work.seen)
 
 
 def find(work: Work) -> None:

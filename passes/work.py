@@ -83,11 +83,15 @@ class Candidate:
 
 @dataclass
 class Work:
-    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: whose kernels do it."""
+    """One Dynamo graph, and what the passes made of it so far.
+
+    `options`: `moe_compile.options.Options`; `target`: whose kernels do it; `seen`: where something is selected, perhaps.
+    """
 
     gm: fx.GraphModule
     options: Any
     target: Target
+    seen: list[fx.Node] = field(default_factory=list)
     out: Outcome = field(default_factory=Outcome)
     candidates: list[Candidate] = field(default_factory=list)
     plans: list[BlockPlan] = field(default_factory=list)
