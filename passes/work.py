@@ -12,6 +12,7 @@ from ..ir import MoeBlock, Rejection
 from .aten.element import Puller
 from .aten.shadow import Shadow
 from .aten.sources import source_of
+from .recover.glance import Places
 from .recover.match import ExpertsMatch
 from .recover.region import Block
 from .rewrite import recall
@@ -91,7 +92,7 @@ class Work:
     gm: fx.GraphModule
     options: Any
     target: Target
-    seen: list[fx.Node] = field(default_factory=list)
+    seen: Places
     out: Outcome = field(default_factory=Outcome)
     candidates: list[Candidate] = field(default_factory=list)
     plans: list[BlockPlan] = field(default_factory=list)

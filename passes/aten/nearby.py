@@ -23,13 +23,16 @@ _SAME = names.VIEW | names.CAST | names.MOVE | names.CREATION | {"stack"}
 _FAR = names.CONTRACTION | {"scaled_dot_product_attention"}
 
 
-def nodes_near(graph: fx.Graph, selections: Iterable[fx.Node]) -> set[fx.Node] | None:
-    """The nodes to be read; None: all of them, for who depends on whom is not to be told from the graph, or nothing would be left out."""
+def nodes_near(graph: fx.Graph, selections: Iterable[fx.Node], routers: Iterable[fx.Node]) -> set[fx.Node] | None:
+    """The nodes to be read; None: all of them, for who depends on whom is not to be told from the graph, or nothing would be left out.
+
+    `routers`: products that may weigh experts without a selection; they count where products for as many experts stand beside them.
+    """
     if any(is_transform(n) or is_write(n) and any(storage_of(t) is None for t in targets_of(n)) for n in graph.nodes):
         return None
     flow = _Flow(graph)
     near = 0
-    for s in selections:
+    for s in (*selections, *filter(flow.has_beside, routers)):
         near |= flow.around(s)
     read = flow.closed(flow.of(near))
     return read if len(read) < len(flow.nodes) else None
@@ -97,6 +100,17 @@ class _Flow:
             upper |= self.above[self.at[n]]
         return (upper | inside) & ~beyond
 
+    def has_beside(self, router: fx.Node) -> bool:
+        """Whether what a product with a column for each expert reads goes into products for all experts as well, not by way of it."""
+        r = self.at[router]
+        beside = 0
+        for x in self._tensors(r):
+            beside |= self.below[x]
+        v = example_value(router)
+        count = v.shape[-1] if isinstance(v, torch.Tensor) else 0
+        products = [n for n in self.of(beside & ~self.below[r]) if op_name(n) in names.CONTRACTION]
+        return len(products) > count or any(_reads_stack(n, count) for n in products)
+
     def _scores(self, s: int) -> tuple[int, list[int]]:
         """A selection's scores down from the products that make them, and what these products read, through views and casts."""
         seen, tokens = self._up([s], stops=_FAR)
@@ -147,10 +161,10 @@ class _Flow:
         stream = 0
         for x in tokens:
             stream |= self.above[x] | 1 << x
+        found = (i for i in self.sums if i > s and self.below[s] >> i & 1 and self._adds(i, s, stream))
         widths = {self._width(x) for x in tokens} - {None}
-        found = (i for i in self.sums if i > s and self.below[s] >> i & 1 and self._width(i) in widths and self._adds(i, s, stream))
         for i, _ in zip(found, range(_SUMS), strict=False):
-            if not self._passed_by(s, i):
+            if not self._passed_by(s, i, {self._width(i), *widths}):
                 return i
         return None
 
@@ -159,16 +173,16 @@ class _Flow:
         a, b = self._tensors(i)
         return any(self.below[s] >> y & 1 and stream >> h & 1 and self._width(h) == self._width(i) for h, y in ((a, b), (b, a)))
 
-    def _passed_by(self, s: int, end: int) -> bool:
+    def _passed_by(self, s: int, end: int, widths: set[str | None]) -> bool:
         """Whether rows of features behind `end` are made of what the selection gave, but not by way of `end`."""
         behind = self.below[end]
         beside = self.of(self.below[s] & ~behind & ~self.above[end] & ~(1 << end))
         used = (u for n in beside for u in self.readers[self.at[n]])
-        return any(behind >> u & 1 and self._width(u) == self._width(end) for u in used)
+        return any(behind >> u & 1 and self._width(u) in widths for u in used)
 
-    def _width(self, i: int) -> object:
+    def _width(self, i: int) -> str | None:
         v = example_value(self.nodes[i])
-        return v.shape[-1] if isinstance(v, torch.Tensor) and v.ndim > 1 else None
+        return str(v.shape[-1]) if isinstance(v, torch.Tensor) and v.ndim > 1 else None
 
     def _floats(self, i: int) -> bool:
         v = example_value(self.nodes[i])
@@ -198,6 +212,18 @@ class _Flow:
                 if s in named:
                     named[s].append(n)
         return named
+
+
+def _reads_stack(n: fx.Node, count: int) -> bool:
+    """Whether a product reads a given tensor with a matrix for each of `count` experts, in one view or another."""
+    seen = list(n.all_input_nodes)
+    for x in seen:
+        v = example_value(x)
+        if x.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3 and v.shape[0] == count:
+            return True
+        if op_name(x) in names.VIEW | names.CAST:
+            seen += x.all_input_nodes
+    return False
 
 
 def _is_read_through(n: fx.Node) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from ..terms.text import SAID
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
-from .nearby import nodes_near
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -30,6 +28,7 @@ from .sources import input_name
 class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
 
+    `read`: the Dynamo nodes that it holds, None for all; what they take from others is `given`.
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
     `transformed`: shadow nodes made under a transform of torch.func (vmap, grad, jvp, ...): walls too, for the ops have no rule for it.
@@ -37,9 +36,8 @@ class Shadow:
     never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
 
-    def __init__(self, gm: fx.GraphModule, selections: Iterable[fx.Node] | None = None) -> None:
-        self.dynamo = gm
-        self.read = None if selections is None else nodes_near(gm.graph, selections)
+    def __init__(self, gm: fx.GraphModule, read: set[fx.Node] | None = None) -> None:
+        self.dynamo, self.read = gm, read
         self.origin: dict[fx.Node, list[fx.Node]] = {}
         self.image: dict[fx.Node, fx.Node] = {}
         self.statement: dict[fx.Node, fx.Node] = {}

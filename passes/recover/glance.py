@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.fx as fx
 
@@ -13,10 +15,20 @@ from .selections import unviewed
 from .soft import soft
 
 
-def places(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes that choose, look up or mix experts, perhaps; in order."""
-    mixed = {*routers(graph), *(n for pair in soft(graph) for n in pair)}
-    return [n for n in graph.nodes if selects(n) or _looks_up_ids(n) or n in mixed]
+@dataclass(frozen=True)
+class Places:
+    """Nodes that choose or look up experts, perhaps (`chosen`), and products that may weigh all of them (`routers`)."""
+
+    chosen: list[fx.Node]
+    routers: list[fx.Node]
+
+    def __bool__(self) -> bool:
+        return bool(self.chosen or self.routers)
+
+
+def places(graph: fx.Graph) -> Places:
+    mixed = {n for pair in soft(graph) for n in pair}
+    return Places([n for n in graph.nodes if selects(n) or _looks_up_ids(n) or n in mixed], list(routers(graph)))
 
 
 def selects(n: fx.Node) -> bool:
