@@ -119,7 +119,7 @@ def _step(model: nn.Module, loss_of: Callable[[Tensor], Tensor], ids: Tensor) ->
         loss = loss_of(ids)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
