@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ir.operands import ADAPTED, CODED
 from ..lowering.reference import generic, routing, stored
-from .records import adapted_of, bundled, layout_of, routing_of, storage_of
+from .records import adapted_of, bundled, layout_of, product_of, routing_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
@@ -22,8 +22,10 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gat
 
 
 def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    """route(x routerᵀ + router_bias, ...)."""
-    return _ops.route(torch.nn.functional.linear(x, router, router_bias), *rest)  # type: ignore[no-any-return]
+    """route(x routerᵀ + router_bias, ...); `wide`: of the operands in float32."""
+    gating, wide = product_of(rest[2:])
+    operands = [t.float() if wide and t is not None else t for t in (x, router, router_bias)]
+    return _ops.route(torch.nn.functional.linear(*operands), *rest[:2], *gating)  # type: ignore[no-any-return, arg-type]
 
 
 def route_fwd(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ir.operands import ADAPTED, CODED, Operands
 from ..ir.records import Layout
-from .records import adapted_of, bundled, layout_of, storage_of
+from .records import adapted_of, bundled, layout_of, product_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -20,7 +20,7 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: i
 
 
 def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return route(x, *rest)  # type: ignore[no-any-return]
+    return route(x, *rest[:2], *product_of(rest[2:])[0])  # type: ignore[no-any-return]
 
 
 def route_fwd(
