@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scalar as act
+from .chain import Chain
 from .operands import Operands
 from .stored import Stored
 
@@ -46,6 +47,8 @@ class Experts:
     `up_stored`, `down_stored`: how the projection's weights lie in memory where they are no plain floats.
     `up_pair`, `second_pair`, `down_pair`: s where a low-rank pair is added to a projection as it is stored, W x + s · b (a x); 0 where
     there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
+    `chain`: the function of one expert where it is more than down act(up x); its parameters are `Operands.parts`, and what is said here of
+    projections says nothing. `intermediate` is the width behind its first product.
     `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
     """
 
@@ -71,6 +74,7 @@ class Experts:
     up_pair: float = 0.0
     second_pair: float = 0.0
     down_pair: float = 0.0
+    chain: Chain | None = None
 
     @property
     def coded(self) -> bool:
@@ -129,6 +133,12 @@ class Experts:
         low, high = (ts[part][e] if self.stacked else ts[part * self.num_experts + e] for ts in (a, b))
         return low, scale * high
 
+    def one(self, e: int, x: Tensor, p: Operands[Tensor]) -> Tensor:
+        """Expert e on rows x [N, H] -> [N, out] in x's dtype."""
+        if self.chain is not None:
+            return self.chain.apply(x, self.chain.of_expert(p.parts, self.num_experts, e))
+        return self.apply(x, self.expert(e, p, x.dtype))
+
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
 
@@ -180,8 +190,7 @@ class Experts:
             if not len(t):
                 continue
             w = weights[t, j, None]
-            m = self.expert(e, p, dtype)
-            y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)
+            y = self.one(e, x[t] * w, p) if self.weight_on_input else w * self.one(e, x[t], p)
             out = out.index_add(0, t, y)
         if self.num_identity:
             t, j = torch.where((ids >= self.num_experts) & (ids < self.num_experts + self.num_identity))
