@@ -20,6 +20,7 @@ from .aten.conditions import no_saving_hooks
 from .aten.names import op_name
 from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
+from .recover.given_ids import choosers
 from .recover.mixture import may_mix
 from .recover.odd import explained
 from .recover.selections import unviewed
@@ -155,7 +156,7 @@ def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 def might_route(graph: fx.Graph) -> bool:
     """Whether a graph selects anything at all: a cheap look, so that other graphs cost nothing."""
-    return any(_selects(n) or _looks_up_ids(n) for n in graph.nodes)
+    return any(_selects(n) or _looks_up_ids(n) for n in graph.nodes) or next(choosers(graph), None) is not None
 
 
 def _selects(n: fx.Node) -> bool:
