@@ -159,6 +159,8 @@ def experts_text(e: Experts) -> str:
         parts.append(f"+ {e.num_identity} identity")
     if e.ids_mapped:
         parts.append("ids mapped")
+    if e.first:
+        parts.append(f"ids − {e.first}")
     if e.dtype != torch.float32:
         parts.append(dtype_text(e.dtype))
     return ", ".join(parts)

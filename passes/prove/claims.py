@@ -139,7 +139,7 @@ def graph_choice(b: Block, env: Env) -> tuple[Tensor, Tensor, Tensor]:
     valid = torch.ones_like(ids, dtype=torch.bool)
     if b.masked and b.ids is not None:
         mapped, e = env[b.ids].reshape(-1, k), b.match.experts
-        valid = (mapped >= 0) & (mapped < e.num_experts + e.num_identity)
+        valid = (mapped >= e.first) & (mapped < e.first + e.num_experts + e.num_identity)
     return ids, weights, valid
 
 

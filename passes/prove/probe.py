@@ -48,8 +48,10 @@ MAPPED = (  # ids that are no selection's own
 
 def kinds(edge: Edge) -> tuple[Kind, ...]:
     least, largest = edge.within
-    never = {"below" if least is not None else "", "beyond" if largest is not None and largest < edge.total else ""}
-    return (*USUAL, *(k for k in (MAPPED if edge.mapped else ()) if k.ids not in never))
+    first = edge.experts.first
+    below, beyond = least is None or least < first, largest is None or largest >= first + edge.total
+    never = {"" if below else "below", "" if beyond else "beyond"}
+    return (*USUAL, *(k for k in (MAPPED if edge.mapped or first else ()) if k.ids not in never))
 
 
 def values(edge: Edge, small: Small, wanted: Sequence[fx.Node], kind: Kind, turn: int) -> dict[fx.Node, Any]:
@@ -120,6 +122,9 @@ class _Draw:
 
     def ids(self, tokens: int) -> Tensor:
         """ids [tokens, k]: distinct in a row, each expert in its turn over all probes; the same few; some twice; some of no expert."""
+        return self._ids(tokens) + self.edge.experts.first
+
+    def _ids(self, tokens: int) -> Tensor:
         total, k = self.edge.total, self.edge.k
         if self.kind.ids == "alike":
             return torch.arange(k).flip(0).expand(tokens, k).clone() % total

@@ -48,12 +48,12 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
         raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
-    body, ids, foreign = one_body(parts, j)
-    return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+    body, ids, foreign, first = one_body(parts, j)
+    return _assemble(p, out, body, ids, base, t, h, j, k, foreign, first)
 
 
 def _assemble(
-    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term]
+    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term], first: int
 ) -> ExpertsMatch:
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
@@ -86,6 +86,7 @@ def _assemble(
         dtype=compute_dtype(p, tokens, out),
         up_stored=coded.stored(ups),
         down_stored=coded.stored([parsed.down]),
+        first=first,
     )
     experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
     params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)

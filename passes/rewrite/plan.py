@@ -210,6 +210,7 @@ class Executor:
                 **{name: [self.parameter(name, q, p.experts) for q in group] for name, group in p.operands.by_name().items()}
             )
             ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
+            ids = call(g, operator.sub, (ids, p.experts.first), out) if p.experts.first else ids
             routed = (
                 self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
                 rows(g, ids, p.k),
