@@ -41,7 +41,7 @@ class Claims:
         routed = b.gating is not None and b.raw_ids is not None
         if is_fused(b.match.out):
             return [self.routing()] if routed and b.weights is not None else []
-        if b.ids is not None and b.weights is not None:
+        if b.ids is not None and (b.weights is not None or b.constant is not None):
             return [self.experts(), *([self.routing()] if routed else [])]
         return [self.whole()]
 
@@ -88,9 +88,12 @@ def shared_claim(tokens: fx.Node, s: SharedMatch, o: SharedOperands) -> Claim | 
 
 def _experts_of_graph(b: Block, env: Env) -> Tensor:
     """The formula on the ids and weights that the graph has."""
-    assert b.ids is not None and b.weights is not None
-    ids = env[b.ids].remainder(b.match.experts.num_experts) if b.wraps else env[b.ids]
-    return _formula(b, env, ids.reshape(-1, b.match.k), env[b.weights].reshape(-1, b.match.k))
+    assert b.ids is not None
+    ids = (env[b.ids].remainder(b.match.experts.num_experts) if b.wraps else env[b.ids]).reshape(-1, b.match.k)
+    if b.weights is None:
+        assert b.constant is not None
+        return _formula(b, env, ids, torch.full(ids.shape, b.constant, dtype=torch.float64))
+    return _formula(b, env, ids, env[b.weights].reshape(-1, b.match.k))
 
 
 def _formula(b: Block, env: Env, ids: Tensor, w: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class Block:
     masked: bool = False
     wraps: bool = False
 
+    @property
+    def constant(self) -> float | None:
+        """The weight of every row, where it is a number that no tensor of the graph is looked for to hold."""
+        return constant_weight(self.match)
+
     def params(self) -> list[fx.Node]:
         return [q.node for q in self.match.operands]
 
@@ -75,10 +80,18 @@ class RoutingNodes:
     wraps: bool = False
 
 
+def constant_weight(m: ExpertsMatch) -> float | None:
+    """The number that weighs every row of experts whose ids are given: any tensor full of it could be any other one's rows."""
+    given = m.weight.op == "c" and not any(x.op == "topk" for x in T.walk(m.ids))
+    return float(m.weight.args[0]) if given and not is_fused(m.out) else None
+
+
 def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     slot = m.j if m.j.op == "v" else T.const(0)
     raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
     want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
+    if not p.given and constant_weight(m) is not None:
+        del want["weights"]
     found: dict[str, fx.Node] = {}
     holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}

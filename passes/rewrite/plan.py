@@ -53,7 +53,7 @@ class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
-    `wraps`: ids below zero count from the last expert.
+    `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
     """
 
@@ -68,6 +68,7 @@ class ExpertsPlan:
     experts: Experts
     lead: tuple[Any, ...] | None
     wraps: bool = False
+    constant: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Executor:
             p = plan.experts
             ids = self.node(p.ids) if p.ids is not None else ids
             weights = self.node(p.weights) if p.weights is not None else weights
-            assert ids is not None and weights is not None
+            assert ids is not None and (weights is not None or p.constant is not None)
             op = self.experts(p, ids, weights)
         if plan.reader is not None and weights is not None:
             self.names[plan.reader].update_arg(2, weights)
@@ -197,7 +198,7 @@ class Executor:
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 
-    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> fx.Node:
+    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node | None) -> fx.Node:
         """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
         out, tokens = self.names[p.out], self.node(p.tokens)
         aliases = [self.names[n] for n in p.same_tensor]
@@ -211,6 +212,8 @@ class Executor:
             )
             ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
             ids = call(g, operator.sub, (ids, p.experts.first), out) if p.experts.first else ids
+            if weights is None:
+                weights = call(g, torch.full_like, (self.cast_to(ids, dtype, out), p.constant), out)
             routed = (
                 self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
                 rows(g, ids, p.k),

@@ -100,7 +100,7 @@ class Planner:
         params = {n: self.locate(n, m.out) for n in b.params()}
         base = None if m.base is None else self.locate(m.base, m.out)
         ids = self._required(b.ids, m.out, "expert ids") if not routed or b.ids is not b.raw_ids else None
-        weights = None if routed else self._required(b.weights, m.out, "routing weights")
+        weights = None if routed or b.constant is not None else self._required(b.weights, m.out, "routing weights")
         inputs = [tokens, *params.values(), *(n for n in (base, ids, weights) if n is not None)]
         inputs += [self.locate(n, n) for n in b.routing_inputs()]
         self._check(m, inputs, out)
@@ -113,6 +113,7 @@ class Planner:
             tokens=tokens.name,
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,
+            constant=None if routed else b.constant,
             k=m.k,
             operands=m.operands.map(lambda q: Operand(params[q.node].name, q.view, q.order)),
             base=None if base is None else base.name,
