@@ -19,10 +19,11 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
 from ..terms.text import SAID
-from . import sharded
+from . import sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
+from .merge import merge_casts
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -46,9 +47,11 @@ class Shadow:
         self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
+        sorted_rows.mark(self.graph)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
+        merge_casts(self.graph, self.memory, self.walls | self.no_grad)
         self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:

@@ -56,7 +56,8 @@ class Claims:
     def experts(self) -> Claim:
         b = self.block
         says = "the experts and the recovered formula disagree"
-        return self.claim("experts", says, b.expert_inputs(), [b.match.out], lambda env: env[b.match.out], partial(_experts_of_graph, b))
+        outs = [b.match.out] if b.ends is None or b.ids is None else [b.match.out, b.ids]
+        return self.claim("experts", says, b.expert_inputs(), outs, lambda env: env[b.match.out], partial(_experts_of_graph, b))
 
     def routing(self) -> Claim:
         b = self.block

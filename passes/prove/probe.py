@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Gating
-from .edge import Edge, Small
+from .edge import ENDS, Edge, Small
 
 _TRIES = 8  # draws of a row of logits until no two candidates tie
 _LARGE = 1 << 22  # elements of a window that is left as it is
@@ -81,6 +81,8 @@ class _Draw:
             if self.edge.wraps:
                 ids = ids.remainder(self.edge.total) - self.edge.total * self._integers(tuple(ids.shape))
             return ids.reshape(shape).to(dtype)
+        if role == ENDS:
+            return self._ends(shape[0]).to(dtype)
         if role == "weights":
             return torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.1
         if role in ("tokens", "base"):
@@ -98,6 +100,12 @@ class _Draw:
         if role == "scale":  # so that products of bytes come out of order one
             return self._normal(shape) / (32 * self.small.experts.hidden**0.5)
         return self._bias(windows(shape, self.generator)) if role == "bias" else windows(shape, self.generator)
+
+    def _ends(self, experts: int) -> Tensor:
+        """Group ends [E] of the rows of tokens, some groups empty; where zeros are wanted, rows stay behind the last one."""
+        rows = math.prod(self.small.shapes[self.edge.tokens][:-1])
+        ids = self._ids(rows - 2 if self.kind.zeros and rows > 2 else rows).reshape(-1) % experts
+        return torch.bincount(ids, minlength=experts).cumsum(0)
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)

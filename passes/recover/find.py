@@ -21,7 +21,7 @@ from .counted import named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
-from .given_ids import given_ids
+from .given_ids import given_ids, is_last
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
@@ -148,7 +148,8 @@ class Finder:
         return Rejection("selection found, no block: the selected indices choose no experts in this graph", source, FIND, code="no block")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
-        if op_name(n) not in names.COMBINE and not self._weighed(n, label) or n in self.walls:
+        in_order = self.sources[label - 1] in self.opaque and is_last(n)
+        if op_name(n) not in names.COMBINE and not in_order and not self._weighed(n, label) or n in self.walls:
             return False
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:

@@ -16,6 +16,8 @@ from ..aten.element import RULES
 from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.sharded import leaf
+from ..aten.sorted_rows import is_mark
+from ..terms import Term
 from .selections import is_selection
 
 _MOST = 200  # nodes looked at behind one product
@@ -88,3 +90,22 @@ def _has_rule(n: fx.Node) -> bool:
 def _inputs(n: fx.Node) -> Iterable[fx.Node]:
     """What an element's value depends on."""
     return () if op_name(n) in names.CREATION | names.SIZE else n.all_input_nodes
+
+
+def is_last(n: fx.Node) -> bool:
+    """Whether a grouped product is the last one of its groups: rows that came in order are done with there."""
+    if op_name(n) not in names.GROUPED:
+        return False
+    seen, waiting = {n}, [n]
+    while waiting and len(seen) < _MOST:
+        new = [u for u in waiting.pop().users if u not in seen]
+        if any(op_name(u) in names.GROUPED for u in new):
+            return False
+        seen.update(new)
+        waiting += new
+    return True
+
+
+def ends_of(ids: Term) -> fx.Node | None:
+    """The group ends of rows that came in the order of their experts, where that is what says their ids."""
+    return ids.args[0].args[0] if ids.op == "a" and is_mark(ids.args[0]) else None

@@ -15,6 +15,7 @@ from ..aten.element import Puller, call_args, fixed_number, shape_of
 from ..aten.names import op_name
 from ..terms.text import said
 from .fused import is_fused
+from .given_ids import ends_of
 from .match import ExpertsMatch
 from .output_scale import Fold
 from .routing import GatingMatch
@@ -48,6 +49,11 @@ class Block:
         """The weight of every row, where it is a number that no tensor of the graph is looked for to hold."""
         return constant_weight(self.match)
 
+    @property
+    def ends(self) -> fx.Node | None:
+        """The group ends [E] that say the experts of rows which came in order; then nothing else holds their ids."""
+        return ends_of(self.match.ids)
+
     def params(self) -> list[fx.Node]:
         return [q.node for q in self.match.operands]
 
@@ -58,7 +64,7 @@ class Block:
     def expert_inputs(self) -> list[fx.Node]:
         """Boundary of the experts' own region, given ids and weights."""
         m = self.match
-        given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
+        given = [n for n in (m.tokens, self.ids if self.ends is None else self.ends, self.weights, m.base) if n is not None]
         return list(dict.fromkeys([*given, *self.params(), *self.twins]))
 
     def fixed_numbers(self) -> list[fx.Node]:
@@ -96,7 +102,9 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}
     for name, term in (("ids", m.ids), ("weights", m.weight)):
-        if term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
+        if name == "ids" and ends_of(term) is not None and term.args[1] == (m.t,):
+            found[name] = term.args[0]
+        elif term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
             found[name] = term.args[0]
     if is_fused(m.out):
         a = call_args(m.out)
