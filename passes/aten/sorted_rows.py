@@ -14,7 +14,7 @@ import torch.fx as fx
 from .. import terms as T
 from ..terms import Term
 from . import names
-from .element import Puller, rule
+from .element import Puller, rule, size_of
 from .names import op_name
 
 MARK = "expert_of_row"
@@ -36,8 +36,8 @@ def mark(graph: fx.Graph) -> None:
 
 def marked(ends: fx.Node, product: fx.Node) -> fx.Node | None:
     """The line that says of which expert each row of a product is."""
-    rows = product.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
-    return next((u for u in ends.users if is_mark(u) and u.meta["val"].shape[0] is rows or is_mark(u) and u.meta["val"].shape[0] == rows), None)
+    rows = size_of(product.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+    return next((u for u in ends.users if is_mark(u) and T.same_size(size_of(u.meta["val"].shape[0]), rows)), None)
 
 
 def is_mark(n: object) -> bool:

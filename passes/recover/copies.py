@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
@@ -19,15 +19,24 @@ from .scales import is_coded
 EXPERT = "expert"
 
 
-def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term], int]:
-    """(body in the variable `expert`, the ids term, parts of experts that are another function, the id of the first expert)."""
+class OneBody(NamedTuple):
+    """A body in the variable `expert`, the ids term, parts of experts that are another function, the id of the first expert."""
+
+    body: Term
+    ids: Term
+    identity: dict[int, Term]
+    first: int = 0
+
+
+def one_body(parts: list[Part]) -> OneBody:
+    """Raises No where the parts are no function of one expert each."""
     named = [q for q in parts if q.expert is not None]
     if named and len(named) != len(parts):
         raise No("some experts are named by number and some are looked up")
     if not named:
         if len(parts) > 1:
             raise No("more than one term looks experts up", NO_EXPERTS)
-        return *_looked_up(parts[0]), 0
+        return _looked_up(parts[0])
     ids = {q.ids for q in named}
     if len(ids) > 1:
         raise No("the experts are chosen by different ids")
@@ -51,7 +60,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term], i
         raise No(_left_out(real))
     (the_ids,) = ids
     assert the_ids is not None
-    return body, the_ids, {e - first: c for e, c in identity.items()}, first
+    return OneBody(body, the_ids, {e - first: c for e, c in identity.items()}, first)
 
 
 def _passes_over(x: Term, expert: Term) -> bool:
@@ -91,7 +100,7 @@ def _is_identity(c: Term) -> bool:
     return not any(x.op == "sum" and any(v.args[0] == "h" for v in x.atoms) for x in T.walk(c))
 
 
-def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
+def _looked_up(part: Part) -> OneBody:
     """Weights are indexed by the ids themselves: name that index `expert`."""
     found: dict[Term, None] = {}
     sizes = []
@@ -121,7 +130,7 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     for a in atoms:
         if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
-    return T.canonical(supposed(T.subst(body, mapping), ids, range(sizes[0]))), ids, {}
+    return OneBody(T.canonical(supposed(T.subst(body, mapping), ids, range(sizes[0]))), ids, {})
 
 
 def _without_range(body: Term, core: Term) -> Term:

@@ -20,7 +20,7 @@ from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
-from .copies import EXPERT, one_body
+from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
@@ -48,13 +48,11 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
         raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
-    body, ids, foreign, first = one_body(parts, j)
-    return _assemble(p, out, body, ids, base, t, h, j, k, foreign, first)
+    return _assemble(p, out, one_body(parts), base, t, h, j, k)
 
 
-def _assemble(
-    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term], first: int
-) -> ExpertsMatch:
+def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, h: Term, j: Term, k: int) -> ExpertsMatch:
+    ids, identity, body = one.ids, one.identity, one.body
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
@@ -86,7 +84,7 @@ def _assemble(
         dtype=compute_dtype(p, tokens, out),
         up_stored=coded.stored(ups),
         down_stored=coded.stored([parsed.down]),
-        first=first,
+        first=one.first,
     )
     experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
     params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)

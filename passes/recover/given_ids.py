@@ -58,12 +58,14 @@ def _holds_integers(n: object) -> bool:
 
 def _is_stack(n: object) -> bool:
     """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given."""
-    v = example_value(n) if isinstance(n, fx.Node) else None
-    if not isinstance(n, fx.Node) or not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
+    if not isinstance(n, fx.Node):
         return False
-    while op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n.op in ("placeholder", "get_attr") or n.target is leaf or op_name(n) == "to_local"
+    v, source = example_value(n), n
+    if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
+        return False
+    while op_name(source) in names.VIEW | names.CAST and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    return source.op in ("placeholder", "get_attr") or source.target is leaf or op_name(source) == "to_local"
 
 
 def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:

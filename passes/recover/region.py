@@ -102,10 +102,9 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}
     for name, term in (("ids", m.ids), ("weights", m.weight)):
-        if name == "ids" and ends_of(term) is not None and term.args[1] == (m.t,):
-            found[name] = term.args[0]
-        elif term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
-            found[name] = term.args[0]
+        at: tuple[T.Term, ...] | None = (m.t,) if ends_of(term) is not None else None
+        if term.op == "a" and isinstance(term.args[0], fx.Node):
+            found |= {name: term.args[0]} if term.args[1] == (at or (*row_index(m.t, shape_of(term.args[0])[:-1]), slot)) else {}
     if is_fused(m.out):
         a = call_args(m.out)
         found.update(ids=a.ids, weights=a.weights)
