@@ -37,9 +37,10 @@ class Overlap(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Experts:
-    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j]; ids outside [0, E) contribute nothing.
+    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j] - first; ids outside [first, first + E) contribute nothing.
 
-    With `num_identity` = z > 0 ids E .. E+z-1 are identity experts, contributing w · x[t].
+    `first`: which expert of the router's is the first one here, where others are another device's. The ops know nothing of it: they get
+    ids less it. With `num_identity` = z > 0 ids E .. E+z-1 (from `first` on) are identity experts, contributing w · x[t].
     `up_transposed`: the up weight is stored [..., in, out] instead of [..., out, in]; `down_transposed` likewise.
     `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
@@ -75,6 +76,7 @@ class Experts:
     second_pair: float = 0.0
     down_pair: float = 0.0
     chain: Chain | None = None
+    first: int = 0
 
     @property
     def coded(self) -> bool:
@@ -183,7 +185,7 @@ class Experts:
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As `evaluate`, on the parameters in one bundle."""
-        x, weights = x.to(dtype), weights.to(dtype)
+        x, weights, ids = x.to(dtype), weights.to(dtype), ids - self.first
         out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
         for e in range(self.num_experts):
             t, j = torch.where(ids == e)

@@ -169,7 +169,8 @@ def experts_text(e: Experts) -> str:
 
 def _beside(e: Experts) -> list[str]:
     """What is said of any experts."""
-    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, dtype_text(e.dtype): e.dtype != torch.float32}
+    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, f"ids − {e.first}": e.first}
+    told[dtype_text(e.dtype)] = e.dtype != torch.float32
     return [what for what, there in told.items() if there]
 
 

@@ -28,7 +28,8 @@ _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
 _FEW_EXPERTS = 64  # with blocks of scales, of which more than these get fewer
-_PER_EXPERT = ("selection bias", "expert scale")
+ENDS = "group ends"
+_PER_EXPERT = ("selection bias", "expert scale", ENDS)
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
 
 
@@ -187,10 +188,12 @@ def edge_of(b: Block, mapped: bool) -> Edge:
 
     row(m.tokens, "tokens", m.experts.hidden)
     row(m.base, "base", m.experts.out_features)
-    row(b.ids, "ids", m.k)
+    row(b.ids if b.ends is None else None, "ids", m.k)
     row(b.weights, "weights", m.k)
     for n in b.twins:
         row(n, "twin", m.k)
+    if b.ends is not None:
+        roles[b.ends] = ENDS
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})

@@ -22,7 +22,7 @@ from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
 from .chain import holds_rows_of_experts, read_chain
-from .copies import EXPERT, one_body
+from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
@@ -50,13 +50,11 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
         raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
-    body, ids, foreign = one_body(parts, j)
-    return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+    return _assemble(p, out, one_body(parts), base, t, h, j, k)
 
 
-def _assemble(
-    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term]
-) -> ExpertsMatch:
+def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, h: Term, j: Term, k: int) -> ExpertsMatch:
+    ids, identity, body = one.ids, one.identity, one.body
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
@@ -74,6 +72,7 @@ def _assemble(
         num_identity=len(identity),
         ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
         dtype=compute_dtype(p, tokens, out),
+        first=one.first,
         **f.fields,
     )
     experts = experts if rounding is None else _rounded(experts, rounding)
