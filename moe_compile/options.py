@@ -24,8 +24,8 @@ class Options:
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
     overlap_shared: run the shared expert on a side stream ("auto": on Ascend, and on CUDA for few tokens).
-    activations: what experts whose weights are in few bits do to their rows at inference: as the model does ("model"), or rounded to "fp8" or
-        "int8" before each product, which is another function; the report says what it changes.
+    activations: what experts whose weights are in few bits do to their rows at inference: as the model does ("model"), or rounded to "fp8"
+        or "int8" before each product, which is another function; the report says what it changes.
     own: target name -> the options that only this target has, where any was given. A user writes them beside the others; what Ascend has
         (mode, quantize, weight_format, combine, core_limit) is told in `moe_compile.lowering.ascend.options.AscendOptions`.
     """

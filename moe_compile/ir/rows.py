@@ -1,6 +1,6 @@
 """How rows are rounded before a product, where a model does that: W8A8.
 
-    q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
+q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Rows:
 
     bits, dtype: of what they are rounded to: int8 (whole numbers up to 127), or a float of one byte, whose largest number is that of its
     type. group: inputs that share a scale, `ALL` for a row's. floor: the least that is divided by; 0: no such limit, and a group of zeros
-    is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has max(s, floor), and not s.
+    is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has
+    max(s, floor), and not s.
     """
 
     bits: int

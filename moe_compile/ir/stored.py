@@ -47,13 +47,14 @@ class Zero(enum.IntEnum):
 class Stored:
     """A projection's weights in memory.
 
-    bits: of a code. dtype: what codes lie in. scaled: whether there are scales, and what they do. rows, columns: of the matrix as stored, that share a scale;
-    `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one number: [.., 1]),
-    [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
+    bits: of a code. dtype: what codes lie in. scaled: whether there are scales, and what they do. rows, columns: of the matrix as stored,
+    that share a scale; `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one
+    number: [.., 1]), [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
     axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order: the
     place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
-    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: there are zero points z, laid out as scales.
-    exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`; zero_offset is added to each.
+    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
+    scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
+    zero_offset is added to each.
     """
 
     bits: int
@@ -100,7 +101,8 @@ class Stored:
             return value
         s = self.factor(scale, dtype)
         if not self.grid:
-            s = s.unsqueeze(-2 if self.columns != ALL else -1)
+            lone = -2 if self.columns != ALL else -1
+            s, zero = s.unsqueeze(lone), None if zero is None else zero.unsqueeze(lone)
         rows, columns = max(self.rows, 1), max(self.columns, 1)
         if zero is not None:
             value = value - times(torch.ones_like(value), self.zeros(zero, dtype), rows, columns)

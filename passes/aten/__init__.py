@@ -4,6 +4,7 @@ from . import (  # noqa: F401  (they fill element.RULES and the table of contrac
     contracts_float8,
     contracts_scaled,
     definitions_gather,
+    definitions_norms,
     definitions_pointwise,
     definitions_products,
     definitions_select,

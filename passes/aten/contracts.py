@@ -180,7 +180,7 @@ def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.N
             elif x.op == "call_function":
                 env[x] = gm.graph.node_copy(x, env.__getitem__)
                 env[x].meta |= {k: v for k, v in n.meta.items() if k not in ("val", "tensor_meta")}
-    (out, after), = (x.args[0] for x in traced.graph.nodes if x.op == "output")
+    ((out, after),) = (x.args[0] for x in traced.graph.nodes if x.op == "output")
     _rename(n, {given[name]: env[a] for name, a in zip(written, after, strict=True)})
     return _replaced(n, fx.map_arg(out, env.__getitem__))
 

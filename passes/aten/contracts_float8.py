@@ -35,7 +35,9 @@ def _grouped(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 _LIBRARY.impl("grouped_mm_fallback", _grouped, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "moe_compile_reference::grouped_mm_fallback", lambda input, weight, offs: input.new_empty(input.shape[0], weight.shape[-1]), lib=_LIBRARY
+    "moe_compile_reference::grouped_mm_fallback",
+    lambda input, weight, offs: input.new_empty(input.shape[0], weight.shape[-1]),
+    lib=_LIBRARY,
 )
 
 

@@ -36,7 +36,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Parts:
-    """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of two, or divide."""
+    """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of
+    two, or divide."""
 
     factors: tuple[Term, ...]
     codes: Term

@@ -24,7 +24,8 @@ class Linear:
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
     multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
-    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of two. `divided`: they divide.
+    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of
+    two. `divided`: they divide.
     """
 
     weight: Any

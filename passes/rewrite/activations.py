@@ -1,6 +1,6 @@
 """Rows in few bits because the user asked for it (`options={"activations": ...}`): W8A16 becomes W8A8, which is another function.
 
-    W x  ->  W (q · s),   q = round(x / s),   s = max|x| / largest over each group of a row
+W x  ->  W (q · s),   q = round(x / s),   s = max|x| / largest over each group of a row
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ class Stack(nn.Module):
         return x
 
 
+@functools.cache
+def of_stack(name: str) -> fx.GraphModule:
+    return aten_graph(Stack(name))
+
+
+def stack(name: str = "afmoe") -> fx.GraphModule:
+    """The graph of two layers, compiled once, to be changed."""
+    return copy.deepcopy(of_stack(name))
+
+
 def aten_graph(module: nn.Module) -> fx.GraphModule:
     """The ATen graph that a graph mode gets to see."""
     found: list[fx.GraphModule] = []
@@ -58,7 +69,7 @@ def aten_graph(module: nn.Module) -> fx.GraphModule:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "llama4", "qwen2_moe"])
 def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
-    gm = aten_graph(Stack(name))
+    gm = stack(name)
     assert streams.overlap(gm.graph, DIALECTS[dialect], (8, 16)) == 2
     assert hazards(gm.graph) == [] and stages(gm.graph) == []
     program = simulate(gm.graph)
@@ -71,7 +82,7 @@ def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
 @pytest.mark.parametrize("which", ["0_in", "0_mid", "0_out", "1_in", "1_mid", "1_out"])
 def test_a_missing_event_is_found(planted: str, which: str) -> None:
     """Each of the six events of two layers, its record or its wait taken out. Without the middle one the program is sound, in one stage."""
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     layer, where = which.split("_")
     tags = [n.args[0] for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_wait" and str(n.args[0]).endswith(where)]
@@ -85,7 +96,7 @@ def test_a_missing_event_is_found(planted: str, which: str) -> None:
 def test_an_event_at_the_wrong_place_is_found() -> None:
     """The middle event recorded behind the second GEMM, the first one behind the dispatch: sound, and nothing overlaps."""
     for where, op in (("mid", "npu_grouped_matmul"), ("in", "npu_moe_init_routing_v2")):
-        gm = aten_graph(Stack("afmoe"))
+        gm = stack()
         streams.overlap(gm.graph, streams.NpugraphEx)
         record = next(n for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_record" and str(n.args[0]).endswith(where))
         record.prev.append(record)
@@ -110,7 +121,7 @@ def test_a_gate_on_the_tokens_is_no_second_stage(dialect: type[streams.Dialect])
 
 def test_an_early_side_scope_is_found() -> None:
     """Why the side's nodes are issued late: issued early, its input may be written over while it reads."""
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     graph = gm.graph
     for n in [n for n in graph.nodes if "event" in streams.name_of(n) and n.args[0].endswith("_mid")]:
@@ -128,7 +139,7 @@ def test_an_early_side_scope_is_found() -> None:
 
 
 def test_one_side_stream_for_all_layers() -> None:
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     enters = [n for n in gm.graph.nodes if streams.name_of(n) == "scope_enter"]
     assert {tuple(n.args[1]) for n in enters} == {(streams.LABEL, "0")} and len(enters) == 2
@@ -137,7 +148,7 @@ def test_one_side_stream_for_all_layers() -> None:
 
 
 def test_ge_gets_scopes_and_two_stages() -> None:
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     assert streams.overlap(gm.graph, streams.Ge, (8, 16)) == 2
     waits = [n for n in gm.graph.nodes if streams.name_of(n) == "wait_tensor"]
     ids, activated = waits[0].args[1], waits[1].args[1]

@@ -59,10 +59,19 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("npu_grouped_matmul", ([_meta(15, 8, dtype=F16)], [_meta(4, 8, 6, dtype=I8)]), dict(
         antiquant_scale=[_meta(4, 6, dtype=F16)], antiquant_offset=[_meta(4, 6, dtype=F16)], group_list=_meta(4, dtype=I64), group_type=0,
         split_item=3, group_list_type=1)),
+    ("npu_grouped_matmul", ([_meta(15, 8, dtype=F16)], [_meta(4, 8, 2, dtype=I32)]), dict(
+        antiquant_scale=[_meta(4, 2, 16, dtype=F16)], antiquant_offset=[_meta(4, 2, 16, dtype=F16)], group_list=_meta(4, dtype=I64),
+        group_type=0, split_item=3, group_list_type=1)),
     ("npu_swiglu", (_meta(15, 8), -1), {}),
     ("npu_swiglu_backward", (_meta(15, 4), _meta(15, 8), -1), {}),
     ("npu_clipped_swiglu", (_meta(15, 8),), {}),
     ("npu_moe_finalize_routing", (_meta(15, 8), _meta(5, 8), None, None, _meta(5, 3), _meta(15, dtype=I32), None, 2), {}),
+    *[("npu_moe_distribute_dispatch_v2", (_meta(5, 8, dtype=F16), _meta(5, 3, dtype=I32), "ep", 16, 1, 32), dict(
+        shared_expert_num=0, **more)) for more in ({}, {"quant_mode": 2}, {"expert_scales": _meta(5, 3)}, {"global_bs": 160})],
+    ("npu_moe_distribute_combine_v2", (
+        _meta(40, 8, dtype=F16), _meta(5, 3, dtype=I32), _meta(5120, dtype=I32), _meta(8, dtype=I32), _meta(5, 3), "ep", 4, 1, 8), dict(
+            shared_expert_num=0)),
+    ("npu_moe_update_expert", (_meta(5, 3, dtype=I32), _meta(8, 3, dtype=I32)), dict(balance_mode=1)),
     ("npu_moe_token_permute", (_meta(5, 8), _meta(5, 3, dtype=I32)), {}),
     ("npu_moe_token_permute_grad_v2", (_meta(15, 8), _meta(15, dtype=I32), 5, torch.float32, 3), {}),
     ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
@@ -370,14 +379,14 @@ def test_the_joint_graph_of_training() -> None:
 
     from moe_compile.ir import scalar as act
     from moe_compile.lowering.ascend import calls, training
-    from moe_compile.lowering.ascend.calls import Packed, generic
+    from moe_compile.lowering.ascend.calls import Packed, Weight, generic
 
     ops, consts = act.encode(act.SWIGLU)
     layout = generic.Layout(tuple(ops), tuple(consts), 1, 4, True, True, True, False, 0)
 
     def step(x: Any, ids: Any, w: Any, up: Any, down: Any) -> Any:
         leaves = [t.detach().requires_grad_() for t in (x, w, up, down)]
-        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([leaves[2]], leaves[3]), layout, True)
+        *rows, own = training.start(leaves[0], ids, leaves[1], Packed([Weight(leaves[2])], Weight(leaves[3])), layout, True)
         return torch.autograd.grad(calls.finish(*rows, own, [], fused=False).sum(), leaves)
 
     with FakeTensorMode():

@@ -112,7 +112,7 @@ class Int4FloatZero(_Packed):
 
 
 class Int4PackedZeros(_Packed):
-    """Verdict: fused. AWQ: codes and zero points along the outputs in the order 0 2 4 6 1 3 5 7, weights [in, out], zero points of each group."""
+    """Verdict: fused. AWQ: codes along the outputs in the order 0 2 4 6 1 3 5 7, weights [in, out], packed zero points of each group."""
 
     order = (0, 4, 1, 5, 2, 6, 3, 7)
     how = Stored(4, torch.int32, True, G, 1, 2, order, zeroed=Zero.COLUMNS, zero_order=order)
