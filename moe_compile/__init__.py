@@ -10,7 +10,7 @@ _CHECKOUT = Path(__file__).parent.parent
 if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "target.py").is_file():
     __path__.append(str(_CHECKOUT))
 
-from . import ir  # noqa: E402
+from . import entry, ir  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .ahead import prepare  # noqa: E402
 from .errors import NotFused, OptionError  # noqa: E402
@@ -36,3 +36,5 @@ __all__ = [
     "prepare",
     "trace",
 ]
+
+entry.register()

@@ -9,6 +9,7 @@ import torch.fx as fx
 from ..ir import MoeBlock, Rejection
 from . import trace
 from .aten.element import Puller, dtype_of
+from .aten.nearby import nodes_near
 from .aten.shadow import Shadow
 from .aten.sources import block_source
 from .prove.claims import Claims, shared_claim
@@ -29,7 +30,7 @@ from .work import Candidate, Recovered, Work
 
 
 def shadow(work: Work) -> None:
-    work.read = Shadow(work.gm)
+    work.read = Shadow(work.gm, nodes_near(work.gm.graph, work.seen.chosen, work.seen.routers))
 
 
 def find(work: Work) -> None:

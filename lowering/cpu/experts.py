@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ir import MoeBlock
 from ...ir import scalar as act
+from ...ir.chain import program
 from ...ir.operands import Operands
 from ...ir.text import stored_text
 from ..reference import generic
@@ -38,6 +39,7 @@ def refuses(ir: MoeBlock) -> str | None:
         return f"expert weights of {ir.experts.dtype} have no CPU lowering"
     try:
         act.encode(ir.experts.activation)
+        [program(s) for s in (ir.experts.chain.stages if ir.experts.chain is not None else ())]
     except act.UnknownActivation as e:
         return f"activation: {e}"
     if ir.experts.num_identity and ir.experts.hidden != ir.experts.out_features:
@@ -56,6 +58,8 @@ def says(ir: MoeBlock) -> str:
         return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)})"
     if ir.experts.adapted:
         return f"cpu torch ({dtype}, low-rank pairs)"
+    if ir.experts.chain is not None:
+        return f"cpu torch ({dtype}, maps of whole rows)"
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
@@ -64,7 +68,7 @@ def says(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     route.prepare()
-    if not ir.experts.coded and not ir.experts.adapted:
+    if not ir.experts.coded and not ir.experts.adapted and ir.experts.chain is None:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

@@ -10,7 +10,7 @@ from ...ir import Experts, MoeBlock
 from ...ir import scalar as act
 from ...ir.text import stored_text
 
-ROUTER_TOKENS = 4  # as the few-token kernels of the experts
+ROUTER_TOKENS = 8  # a program of `router` reads a row of the matrix for each: beyond, a library's product is as fast
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # that a kernel makes floats of
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

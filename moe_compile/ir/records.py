@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import Form, Stored
+from .chain import Chain, decode
+from .scalar import G
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -112,6 +115,29 @@ class AdaptedLayout(Layout):
 
     def pair(self, name: str, part: int) -> float:
         return self.down_pair if name == "down" else (self.up_pair, self.second_pair)[part]
+
+
+@dataclass(frozen=True)
+class ChainedLayout:
+    """Of experts that are a chain, for `experts_chained` and its kin."""
+
+    AT: ClassVar = {"chain_ints": "chain", "chain_consts": "chain"}
+
+    chain_ints: tuple[int, ...]
+    chain_consts: tuple[float, ...]
+    num_experts: int
+    num_identity: int
+
+    @cached_property
+    def chain(self) -> Chain:
+        return decode(self.chain_ints, self.chain_consts)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Fields of `Experts` that follow from the chain."""
+        widths = [s.width for s in self.chain.stages]
+        first = next((s.width for s in self.chain.stages if s.matrices), widths[0])
+        return {"intermediate": first, "out_features": widths[-1], "form": Form.SINGLE, "activation": G}
 
 
 @dataclass(frozen=True)

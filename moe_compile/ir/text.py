@@ -9,6 +9,7 @@ import sympy as sp
 import torch
 
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
+from .chain import Chain, Stage, product, vector
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
 from .stored import ALL, Stored
@@ -130,6 +131,11 @@ def activation_text(expr: object) -> str:
     text = describe(expr)
     if "(" not in text or text.endswith(("(tanh)", "(up first)")):
         return text
+    return _signs(text)
+
+
+def _signs(text: str) -> str:
+    """σ, ∞ and · for sigmoid, oo and *."""
     written = [(f"{f.head.__name__}(", f"{f.text}(") for f in FUNCTIONS if f.text]
     for a, b in (*written, ("-oo", "−∞"), ("oo", "∞"), ("*", "·")):
         text = text.replace(a, b)
@@ -138,6 +144,9 @@ def activation_text(expr: object) -> str:
 
 def experts_text(e: Experts) -> str:
     """One line on the experts, such as ``128 × SwiGLU 2048→1024→2048, stacked [E,out,in]``."""
+    if e.chain is not None:
+        parts = [f"{e.num_experts} × {chain_text(e.chain, e.hidden)}", "stacked" if e.stacked else "list of matrices"]
+        return ", ".join([*parts, *_beside(e)])
     parts = [f"{e.num_experts} × {activation_text(e.activation)} {e.hidden}→{e.intermediate}→{e.out_features}", _layout(e)]
     if e.form is Form.INTERLEAVED:
         parts.append("gate/up interleaved")
@@ -155,13 +164,33 @@ def experts_text(e: Experts) -> str:
         parts.append(f"rows in {e.row_bits} bits")
     if e.weight_on_input:
         parts.append("w on input")
-    if e.num_identity:
-        parts.append(f"+ {e.num_identity} identity")
-    if e.ids_mapped:
-        parts.append("ids mapped")
-    if e.dtype != torch.float32:
-        parts.append(dtype_text(e.dtype))
-    return ", ".join(parts)
+    return ", ".join([*parts, *_beside(e)])
+
+
+def _beside(e: Experts) -> list[str]:
+    """What is said of any experts."""
+    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, f"ids − {e.first}": e.first}
+    told[dtype_text(e.dtype)] = e.dtype != torch.float32
+    return [what for what, there in told.items() if there]
+
+
+def chain_text(c: Chain, hidden: int) -> str:
+    """Such as ``32→24→32: SwiGLU; y/√(mean(y^2) + 1e-05)``; y, z are a stage's products, p, q its vectors, x the expert's input."""
+    widths = "→".join(map(str, [hidden, *(s.width for s in c.stages if s.matrices)]))
+    return f"{widths}: {'; '.join(map(_stage_text, c.stages))}"
+
+
+def _stage_text(s: Stage) -> str:
+    for first, second in ((G, U), (U, G)):
+        name = describe(s.map.subs({product(0): first, product(1): second}, simultaneous=True))
+        if s.matrices and not s.vectors and name.removesuffix(" (tanh)").isalnum() and name not in ("g", "u"):
+            return name
+    letters = {product(i): sp.Symbol("yzuv"[i]) for i in range(min(len(s.matrices), 4))}
+    letters |= {vector(i): sp.Symbol("pqrs"[i]) for i in range(min(len(s.vectors), 4))}
+    expr = s.map.subs(letters, simultaneous=True)
+    root = sp.Function("√")
+    expr = expr.replace(lambda e: e.is_Pow and abs(e.exp) == sp.S.Half, lambda e: root(e.base) ** (1 if e.exp > 0 else -1))
+    return _signs(describe(expr)).replace("^2", "²")
 
 
 def stored_text(s: Stored | None) -> str:

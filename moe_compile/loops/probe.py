@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir import Rejection
+from ..passes.aten.sharded import is_sharded
 from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, why_not
 from .places import HOOKS, MODULE, Place
@@ -148,6 +149,7 @@ class Probe(Sealed):
     def _probe(self, t: Tensor, path: str) -> Tensor:
         if id(t) in self._path_of:  # the experts of another module need not share theirs
             raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="shared")
+        t, whole = own_part(t), t
         if not isinstance(t, nn.Buffer) and type(t) not in (Tensor, nn.Parameter):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:
@@ -159,10 +161,10 @@ class Probe(Sealed):
             new = self._float(t, shape)
         else:
             new = self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
-        if isinstance(t, nn.Parameter):
+        if isinstance(whole, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
-        self._path_of[id(t)], self.tensors[path] = path, new
-        self.memo[id(t)] = t, new
+        self._path_of[id(whole)], self.tensors[path] = path, new
+        self.memo[id(whole)] = whole, new
         return new
 
     def _float(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -175,6 +177,14 @@ class Probe(Sealed):
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
         return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
+
+
+def own_part(t: Tensor) -> Tensor:
+    """This device's part of a tensor that is spread over several (DTensor): what code sees that runs on `to_local()` of its parameters."""
+    if not is_sharded(t):
+        return t
+    local: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def _place(path: str) -> Place:

@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  (they fill element.RULES)
     definitions_gather,
+    definitions_norms,
     definitions_pointwise,
     definitions_products,
     definitions_select,

@@ -61,7 +61,8 @@ def _boundary(b: Block) -> list[fx.Node]:
     """What the subgraph is computed from."""
     if is_fused(b.match.out):
         return b.routing_inputs()
-    routed = b.routing_inputs() if b.gating is not None else [n for n in (b.ids, b.weights, *b.twins) if n is not None]
+    given = (b.ids if b.ends is None else b.ends, b.weights, *b.twins)
+    routed = b.routing_inputs() if b.gating is not None else [n for n in given if n is not None]
     if b.gating is not None and b.ids is not b.raw_ids and not b.masked:
         routed = [*routed, b.ids]  # mapped by the user's own nodes, which stay: their result is an input of the experts
     return list(dict.fromkeys(n for n in (b.match.tokens, b.match.base, *b.params(), *routed) if n is not None))

@@ -11,7 +11,7 @@ from ...ir import Experts, Rejection, Stored
 from ...ir.codec import decode, record_of
 from ...ir.families import FAMILIES, Family
 from ...ir.operands import Operands
-from ...ir.records import Storage
+from ...ir.records import ChainedLayout, Storage
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -50,12 +50,13 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     operands: Operands[Param] = Operands.of(a).map(Param)
     coded = Storage in family.records
     up_stored, down_stored = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]).stored() if coded else (None, None)
+    record = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
+    others = record.others if isinstance(record, ChainedLayout) else {"intermediate": _inner(a, down_stored)}
     experts = decode(
         Experts,
-        record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
+        record,
         hidden=shape_of(x)[-1],
-        intermediate=_inner(a, down_stored),
-        out_features=shape_of(n)[-1],
+        **{"out_features": shape_of(n)[-1]} | others,
         up_bias=bool(operands.up_bias),
         down_bias=bool(operands.down_bias),
         ids_mapped=mapped(ids_term),

@@ -28,6 +28,7 @@ _MADE_OF_WORDS = names.VIEW | names.CAST | names.JOIN | names.LOOKUP | frozenset
 _TABLES = (16, 256)
 _MOST = 1 << 25  # elements of a node that is looked at
 _APART = 7  # words between the matrices of a stack
+_READ = "readings of words"  # in a node's notes
 _NAN = 1e300  # what stands for it where values are compared
 
 
@@ -219,6 +220,33 @@ def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return env[n]
 
 
+def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
+    """How a node is made of its words: nodes with one spelling have one reading, whichever expert's words they are made of."""
+    made = _made_of(n)
+    number = {x: i for i, x in enumerate(made)}
+
+    def told(x: fx.Node) -> object:
+        if x is leaf:
+            return tuple(x.meta["val"].shape), x.meta["val"].dtype
+        if x.op == "get_attr":
+            v = getattr(x.graph.owning_module, str(x.target))
+            return (v.tolist(), v.dtype) if isinstance(v, Tensor) and v.numel() <= max(_TABLES) else id(v)
+        how = fx.map_arg((x.args, dict(x.kwargs)), lambda a: ("node", number[a]))
+        return (x.name,) if x.op == "placeholder" else (str(x.target), how)
+
+    own = expert if leaf.meta["val"].ndim > 2 else None
+    return repr((own, [told(x) for x in made]))
+
+
+def _read_once(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading | None:
+    """`read`, remembered: an element of the same weights is asked for in many places."""
+    known: dict[tuple[fx.Node, int | None, int], Reading | None] = n.meta.setdefault(_READ, {})
+    key = (leaf, expert, experts)
+    if key not in known:
+        known[key] = read(n, leaf, expert, experts)
+    return known[key]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an element made of words is: the words (or E tensors of them), row and column of the matrix of codes, what the codes mean."""
@@ -238,7 +266,8 @@ def place(a: Term, expert: Term) -> Place:
         raise No(f"packed weights are not indexed by their expert first{reads(a)}")
     stack = not isinstance(a.args[0], tuple)
     experts = [None] if stack else range(count)
-    readings = {read(n, leaf, e, count) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
+    alike = {_spelling(n, leaf, e): (n, leaf, e) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
+    readings = {_read_once(*case, count) for case in alike.values()}
     if len(readings) != 1 or None in readings:
         raise No("packed weights are unpacked in an unknown way")
     (reading,) = readings

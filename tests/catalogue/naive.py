@@ -214,6 +214,7 @@ def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float
     out = np.zeros((len(ids), e.out_features)) if p.add is None else array(p.add).copy()
     for t, (row_ids, row_weights) in enumerate(zip(ids, weights)):
         for i, w in zip(row_ids, row_weights):
+            i -= e.first
             if e.num_experts <= i < e.num_experts + e.num_identity:
                 out[t] += w * x[t]
             elif 0 <= i < e.num_experts:
