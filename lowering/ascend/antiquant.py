@@ -22,7 +22,10 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Problem:
-    """One projection: how it is stored, [in, out] or not (`transposed`), its sizes, the rows' dtype, the family of the device."""
+    """One projection: how it is stored, [in, out] or not (`transposed`), its sizes, the rows' dtype, the family of the device.
+
+    float8_rows: the model rounds each block of a row's inputs to float8 before the product, by the blocks of the weights.
+    """
 
     stored: Stored
     transposed: bool
@@ -30,6 +33,7 @@ class Problem:
     out: int
     dtype: torch.dtype
     device: str = ""
+    float8_rows: bool = False
 
     def blocks(self) -> tuple[int, int]:
         """Inputs and outputs that share a scale."""
@@ -81,16 +85,14 @@ def _whole(p: Problem) -> str | None:
     return None if p.values() is not None else "codes stand for no whole numbers, and npu_grouped_matmul takes int8 and int4"
 
 
-def _plain_scales(p: Problem) -> str | None:
+def _multiplied(p: Problem) -> str | None:
     if p.stored.scaled == Scale.DIVIDES:
         return "scales divide, npu_grouped_matmul multiplies by them"
-    if p.stored.zero_order:
-        return "zero points lie several in a word, npu_grouped_matmul takes them one by one"
-    if not p.stored.exponents:
-        return None
-    if p.device == "950":
-        return "scales are exponents (MX): the 950 takes them with rows in float8 only, which would be another function"
-    return "scales are exponents (MX): A2 and A3 have int8 and int4 only"
+    return "zero points lie several in a word, npu_grouped_matmul takes them one by one" if p.stored.zero_order else None
+
+
+def _plain_scales(p: Problem) -> str | None:
+    return "scales are exponents (MX): A2 and A3 have int8 and int4 only" if p.stored.exponents else None
 
 
 def _within(bits: int) -> Check:
@@ -109,9 +111,25 @@ def _by_channel(p: Problem) -> str | None:
 
 
 def _float8_by_channel(p: Problem) -> str | None:
-    if p.blocks()[0] >= p.inner:
-        return None
-    return "the 950 takes float8 under rows of floats with a scale for each output channel only; blocks want rows in float8"
+    return None if p.blocks()[0] >= p.inner else "the 950 takes float8 under rows of floats with a scale for each output channel only"
+
+
+def _square_blocks(p: Problem) -> str | None:
+    return None if p.blocks() == (128, 128) else "the 950 takes blocks of 128 x 128"
+
+
+def _mx(p: Problem) -> str | None:
+    mx = p.stored.exponents and p.blocks() == (32, 1)
+    return None if mx else "scales are no exponents of 32 inputs (MX)"
+
+
+def _mx_codes(p: Problem) -> str | None:
+    e2m1 = p.stored.bits == 4 and sorted(set(map(abs, p.stored.values))) == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    return None if e2m1 or p.stored.dtype in _FLOAT8 else "codes are neither float8 nor e2m1"
+
+
+def _rows_too(p: Problem) -> str | None:
+    return None if p.float8_rows else "the 950 multiplies these with rows in float8, another function than rows of floats"
 
 
 def _by_group(p: Problem) -> str | None:
@@ -145,9 +163,26 @@ def _only_950(p: Problem) -> str | None:
     return None if p.device == "950" else "A2 and A3 have int8 and int4 only"
 
 
-_COMMON: tuple[Check, ...] = (_halves, _no_310, _plain_scales)
+_ALWAYS: tuple[Check, ...] = (_halves, _no_310, _multiplied)
+_COMMON: tuple[Check, ...] = (*_ALWAYS, _plain_scales)
 # of rows that come equally far the last is the one whose objection is told
 FORMS: tuple[Row, ...] = (
+    Row(
+        "float8 in blocks",
+        0,
+        "grouped_matmul (float8 blocks × rows in float8)",
+        "Σ over blocks of 128 inputs of (Σ q x) · s of the row's block · s of the weight's, as G-B of the documents",
+        (*_COMMON, _float8, _only_950, _square_blocks, _rows_too),
+        verified=False,
+    ),
+    Row(
+        "MX",
+        0,
+        "grouped_matmul (MX × MX rows)",
+        "the same over blocks of 32 inputs with powers of two; float8 under float8, e2m1 under e2m1",
+        (*_ALWAYS, _mx, _mx_codes, _only_950, _rows_too),
+        verified=False,
+    ),
     Row(
         "float8 by channel",
         0,

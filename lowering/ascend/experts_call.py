@@ -16,7 +16,7 @@ from ...ops import bundled
 from . import antiquant, device, int8
 
 ops = torch.ops.moe_compile
-FAMILIES = {getattr(ops, f.op).default: f for f in families.FAMILIES}
+FAMILIES = {getattr(ops, f.op).default: f for f in (families.EXPERTS, families.EXPERTS_STORED, families.EXPERTS_ADAPTED)}
 EXPERTS = tuple(FAMILIES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,9 +56,10 @@ class Operands:
         found: Nodes = {}
         for name in ("up", "down"):
             found |= self._weights(n, c, name) if c.stored(name) is None else self._coded(n, c, name)
-            found[f"{name}_bias"] = self._group(n, c, f"{name}_bias", False, calls.bias_dtype(c.dtype))
-            if getattr(c.p, f"{name}_a"):
-                found |= {f"{name}_{which}": self._pairs(n, c, f"{name}_{which}") for which in "ab"}
+        for name in ("up_bias", "down_bias"):
+            found[name] = self._group(n, c, name, False, calls.bias_dtype(c.dtype))
+        for name in ("up_a", "up_b", "down_a", "down_b"):
+            found[name] = self._pairs(n, c, name)
         return found
 
     def quantised(self, c: ExpertsCall) -> tuple[int8.Row, Nodes] | None:
@@ -123,9 +125,8 @@ class Operands:
 
     def _pairs(self, at: fx.Node, c: ExpertsCall, name: str) -> list[fx.Node]:
         """a [E, in, r] or b [E, r, out] of each part that has a pair, in the wider type of the pair's and the rows'."""
-        nodes = getattr(c.p, name)
-        dtype = torch.promote_types(c.dtype, nodes[0].meta["example_value"].dtype)
-        return self._group(at, c, name, True, dtype, "pair")
+        dtypes = [n.meta["example_value"].dtype for n in getattr(c.p, name)[:1]]
+        return self._group(at, c, name, True, functools.reduce(torch.promote_types, dtypes, c.dtype), "pair")
 
     def _group(
         self, at: fx.Node, c: ExpertsCall, name: str, swapped: bool, dtype: torch.dtype, part: str = "",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import Form, Rows, Stored
-from .chain import Chain, decode
+from .chain import Chain, Kind, decode
 from .scalar import G
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
@@ -137,7 +137,8 @@ class ChainedLayout:
         """Fields of `Experts` that follow from the chain."""
         widths = [s.width for s in self.chain.stages]
         first = next((s.width for s in self.chain.stages if s.matrices), widths[0])
-        return {"intermediate": first, "out_features": widths[-1], "form": Form.SINGLE, "activation": G}
+        stacked = Kind.LISTED not in self.chain.kinds
+        return {"intermediate": first, "out_features": widths[-1], "form": Form.SINGLE, "activation": G, "stacked": stacked}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ register.ensure()
 INT4 = Stored(4, torch.int32, True, 1, 32, 2, tuple(range(8)), offset=-8.0)  # compressed-tensors
 INT8, E4M3 = Stored(8, torch.int8, True, 1), torch.float8_e4m3fn
 MXFP4 = dataclasses.replace(packed.MXFP4, columns=32)
-FLOAT8, BY_CHANNEL, BYTES, BY_GROUP = antiquant.FORMS
+BLOCKS, MX, FLOAT8, BY_CHANNEL, BYTES, BY_GROUP = antiquant.FORMS
 
 
 def problem(how: Stored, **changes: Any) -> antiquant.Problem:
@@ -62,9 +62,15 @@ CASES: list[tuple[Stored, dict[str, Any], antiquant.Row | str]] = [
     (but(INT4, offset=0.0, tabled=True), {}, "no whole numbers"),
     (but(MXFP4, exponents=False), {}, "no whole numbers"),
     (MXFP4, {}, "A2 and A3 have int8 and int4 only"),
-    (MXFP4, {"device": "950"}, "rows in float8 only"),
-    (Stored(8, E4M3, rows=128, columns=128), {}, "A2 and A3 have int8 and int4 only"),
-    (Stored(8, E4M3, rows=128, columns=16), {"device": "950"}, "blocks want rows in float8"),
+    (MXFP4, {"device": "950"}, "rows in float8, another function"),
+    (MXFP4, {"device": "950", "float8_rows": True}, MX),
+    (but(MXFP4, columns=16), {"device": "950", "float8_rows": True}, "MX"),
+    (Stored(8, E4M3, rows=128, columns=128), {"inner": 256}, "A2 and A3 have int8 and int4 only"),
+    (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950"}, "rows in float8, another function"),
+    (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, BLOCKS),
+    (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "A3", "float8_rows": True}, "A2 and A3 have int8 and int4 only"),
+    (Stored(8, E4M3, rows=64, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, "128 x 128"),
+    (Stored(8, E4M3, rows=1, columns=32, exponents=True), {"device": "950", "float8_rows": True}, MX),
     (Stored(8, E4M3, rows=1), {}, "A2 and A3 have int8 and int4 only"),
     (Stored(8, E4M3, rows=1), {"device": "950"}, FLOAT8),
 ]  # fmt: skip
@@ -81,7 +87,7 @@ def test_each_row_takes_what_it_can_express(how: Stored, changes: dict[str, Any]
 
 
 def test_what_only_documents_say_is_marked() -> None:
-    assert [row.name for row in antiquant.FORMS if not row.verified] == ["float8 by channel"]
+    assert [row.name for row in antiquant.FORMS if not row.verified] == ["float8 in blocks", "MX", "float8 by channel"]
 
 
 @pytest.mark.parametrize(("how", "transposed"), [

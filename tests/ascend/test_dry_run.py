@@ -44,7 +44,7 @@ def example(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_example_runs_dry() -> None:
-    done = example("--target", "ascend", "--dry-run", "--windows", "1", "--threads", "1")
+    done = example("--target", "ascend", "--dry-run", "--windows", "1", "--threads", "1", "--max-new-tokens", "2", "--prompt", "A")
     assert done.returncode == 0, done.stderr
     assert all(c in done.stdout for c in CALLS)
     assert "prefill graph: 3 of 3" in done.stdout and "decode graph: 3 of 3" in done.stdout and "Emulated on the CPU" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.fx as fx
 from ascend_blocks import ENTRIES, Seen, block, compiled, first, relative, zoo
 from functorch.compile import make_boxed_func
 from hazards import hazards, simulate, stages
+from test_quant import block as sized
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -51,7 +53,7 @@ def stack(name: str = "afmoe") -> fx.GraphModule:
     return copy.deepcopy(of_stack(name))
 
 
-def aten_graph(module: nn.Module) -> fx.GraphModule:
+def aten_graph(module: nn.Module, tolerance: float = 1e-5, **options: Any) -> fx.GraphModule:
     """The ATen graph that a graph mode gets to see."""
     found: list[fx.GraphModule] = []
 
@@ -59,10 +61,11 @@ def aten_graph(module: nn.Module) -> fx.GraphModule:
         found.append(copy.deepcopy(gm))
         return make_boxed_func(gm.forward)
 
-    x = torch.randn(2, 5, zoo.HIDDEN)
+    x = torch.randn(2, 5, zoo.HIDDEN, dtype=next(module.parameters()).dtype)
     with torch.no_grad():
-        out = first(compiled(module, inner=aot_autograd(fw_compiler=keep, inference_compiler=keep), overlap_shared=False)(x))
-        assert relative(out, first(module(x))) <= 1e-5
+        inner = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+        out = first(compiled(module, inner=inner, overlap_shared=False, **options)(x))
+        assert relative(out, first(module(x))) <= tolerance
     return found[0]
 
 
@@ -76,6 +79,19 @@ def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
     on_side = [n for n in program.order if program.steps[n].stream == "moe_shared"]
     assert sum(map(streams.is_product, on_side)) >= 6
     assert not any("npu_" in str(n.target) for n in on_side), "the routed branch stays on the main stream"
+
+
+@pytest.mark.parametrize(("options", "first_product"), [
+    ({"quantize": "w8a8"}, "npu_grouped_matmul"),
+    ({"quantize": "w8a8", "weight_format": "nz"}, "npu_grouped_matmul_swiglu_quant_v2"),
+])  # fmt: skip
+def test_int8_chains_run_beside_the_shared_expert(options: dict[str, str], first_product: str) -> None:
+    """In both stages: the event in the middle is recorded behind the activation, whichever op that is in."""
+    module = sized("afmoe", moe_intermediate_size=256).to(torch.bfloat16)
+    gm = aten_graph(module, 0.1, **options)
+    assert streams.overlap(gm.graph, streams.NpugraphEx) == 1
+    assert hazards(gm.graph) == [] and stages(gm.graph) == []
+    assert first_product in map(streams.name_of, gm.graph.nodes)
 
 
 @pytest.mark.parametrize("planted", ["tagged_event_record", "tagged_event_wait"])

@@ -108,6 +108,41 @@ def ge_of(name: str, dynamic: bool = False, dtype: torch.dtype = torch.float32, 
     return found[0]
 
 
+def converted(module: torch.nn.Module, x: torch.Tensor, tolerance: float) -> list[dry_run.GeNode]:
+    """The GE graph of a module of the catalogue's."""
+    found: list[list[dry_run.GeNode]] = []
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        out = compiled(module, strict=True, inner=dry_run.ge_backend(Options(), found.append))(x)
+        assert relative(out, module(x)) <= tolerance
+    return found[0]
+
+
+def test_low_rank_pairs_in_ge() -> None:
+    """Three products a projection, weights and pairs as they come in."""
+    from catalogue import lora
+
+    nodes = converted(lora.LoraStacks(), torch.randn(7, 16), 1e-5)
+    data = {n.name for n in nodes if n.type == "Data"}
+    products = [n for n in nodes if n.type == "GroupedMatmul"]
+    assert len(products) == 6 and all(n.inputs[1].split(":")[0] in data for n in products)
+
+
+def test_4_bits_in_ge() -> None:
+    """The wheel's converter sees eight codes in an int32: the words become int4 by a bit cast, which copies nothing."""
+    from test_antiquant import HalfRows
+
+    module = HalfRows().to(torch.bfloat16)
+    nodes = {n.name: n for n in converted(module, module.example_inputs()[0], 0.03)}
+    products = [n for n in nodes.values() if n.type == "GroupedMatmul"]
+    assert len(products) == 2
+    for n in products:
+        chain = [nodes[n.inputs[1].split(":")[0]]]
+        while chain[-1].type != "Data":
+            chain.append(nodes[chain[-1].inputs[0].split(":")[0]])
+        assert [c.type for c in chain] == ["Reshape", "Bitcast", "Data"]
+        assert all(nodes[i.split(":")[0]].type == "Data" for i in n.inputs[5:7]), "scales and offsets"
+
+
 def plain(nodes: list[dry_run.GeNode]) -> list[dict[str, Any]]:
     """The MoE nodes for a golden: placeholders of absent lists as one word."""
 

@@ -9,6 +9,7 @@ import torch
 
 from . import (
     base,
+    chains,
     combine,
     constant_near_misses,
     dispatch,
@@ -54,6 +55,7 @@ FILES: tuple[ModuleType, ...] = (
     tokens,
     weights,
     lora,
+    chains,
     quantised,
     stored,
     rounded,

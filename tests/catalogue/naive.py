@@ -46,6 +46,7 @@ class Parts:
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
     down_b: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)  # of experts that are a chain
 
 
 def sigmoid(v: float) -> float:
@@ -128,7 +129,14 @@ def divided(a: float, b: float) -> float:
 
 def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray:
     """The activation expression through sympy's own code printer."""
+    return through_printer(expr, {"g": g, "u": g if u is None else u}, g.shape)
+
+
+def through_printer(expr: sp.Expr, values: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """An expression of arrays through sympy's own code printer; `mean` and `total` are over all that there is."""
     functions = {
+        "mean": lambda v: np.broadcast_to(v, shape).mean(),
+        "total": lambda v: np.broadcast_to(v, shape).sum(),
         "sigmoid": lambda v: 1.0 / (1.0 + np.exp(-v)),
         "relu": lambda v: np.maximum(v, 0.0),
         "softplus": lambda v: np.logaddexp(v, 0.0),
@@ -139,8 +147,28 @@ def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray
         "expm1": np.expm1,
         "exp2": np.exp2,
     }
-    f = sp.lambdify(sp.symbols("g u", real=True), expr, [functions, "numpy"])
-    return np.broadcast_to(f(g, g if u is None else u), g.shape)
+    f = sp.lambdify([sp.Symbol(name, real=True) for name in values], expr, [functions, "numpy"])
+    return np.broadcast_to(f(*values.values()), shape)
+
+
+def chain_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
+    """One expert that is a chain, on one token."""
+    assert e.chain is not None
+    own, at = [], 0
+    for kind in e.chain.kinds:
+        mine = array(p.parts[at + index * (kind == 1)])
+        own.append(mine[index] if kind == 0 else mine)
+        at += e.num_experts if kind == 1 else 1
+    v = x
+    for s in e.chain.stages:
+        values = {"x": x}
+        for i, m in enumerate(s.matrices):
+            weight = own[m.operand].T if m.transposed else own[m.operand]
+            values[f"y{i}"] = np.array([weight[m.offset + m.stride * r] @ v for r in range(s.width)])
+        for i, q in enumerate(s.vectors):
+            values[f"p{i}"] = np.array([own[q.operand][q.offset + q.stride * r] for r in range(s.width)])
+        v = through_printer(s.map, values, (s.width,))
+    return v
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -203,6 +231,8 @@ def rounded(how: ir.Rows | None, x: np.ndarray) -> np.ndarray:
 
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
+    if e.chain is not None:
+        return chain_row(e, p, index, x)
 
     def at(ts: list[Tensor], part: int = 0) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
