@@ -10,7 +10,6 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 
 import moe_compile
-from transformers.integrations import moe as _  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 
 E, K, H, I, T = 4, 2, 16, 16, 10
 Model = nn.Module

@@ -66,7 +66,13 @@ def cell(path: str, config: dict[str, Any], spelling: str, train: bool, rank: in
             loss(out).backward()
             (sum(loss(y) for y in want) / len(want)).backward()  # type: ignore[union-attr]
     left = [r.reason for r in moe_compile.last_report().rejected]
-    return {"fused": sum(ops), "graphs": len(ops), "out": cells.worst(out, want[rank]), "grad": gradients(model, one) if train else 0.0, "left": left}
+    return {
+        "fused": sum(ops),
+        "graphs": len(ops),
+        "out": cells.worst(out, want[rank]),
+        "grad": gradients(model, one) if train else 0.0,
+        "left": left,
+    }
 
 
 def loss(logits: Tensor) -> Tensor:
