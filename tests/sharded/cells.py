@@ -16,12 +16,12 @@ import torch
 import torch._dynamo.config
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 
 import moe_compile
 
