@@ -49,6 +49,8 @@ def compiled(block: Any, backend: str, name: str) -> Any:
     """The block through a backend, entered by a function of its own: what Dynamo keeps of one does not lengthen the other's guards."""
     import torch
 
+    import moe_compile  # noqa: F401 (a checkout that is not installed registers the backend)
+
     space: dict[str, Any] = {"block": block}
     exec(f"def {name}(x):\n    return block(x)", space)
     return torch.compile(space[name], backend=backend, dynamic=False)

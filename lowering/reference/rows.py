@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.records import Layout
+from ...ir.records import ChainedLayout, Layout
 
 # Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
 _BLOCK = 1 << 19
@@ -63,7 +63,7 @@ class Rows:
         return Block(slice(start, end), slots, slots // self.k, experts, [self.counts[e] for e in experts])
 
 
-def group_rows(ids: Tensor, layout: Layout) -> Rows:
+def group_rows(ids: Tensor, layout: Layout | ChainedLayout) -> Rows:
     """Order the pairs of ids [T, k] by expert."""
     n, k = layout.num_experts, max(ids.shape[1], 1)
     flat = ids.reshape(-1).long()
@@ -75,3 +75,32 @@ def group_rows(ids: Tensor, layout: Layout) -> Rows:
     if layout.num_identity:
         identity = ((flat >= n) & (flat < n + layout.num_identity)).nonzero().squeeze(-1)
     return Rows(slots, k, counts, Block(slice(0, len(identity)), identity, identity // k, [], []))
+
+
+class TokenSums:
+    """out [T, n] += Σ of the rows put for each token.
+
+    On the CPU they are added as they come, experts in order. Elsewhere `index_add_` adds in any order: rows wait at their slots, [T·k, n],
+    and are added slot by slot at the end.
+    """
+
+    def __init__(self, out: Tensor, ids: Tensor) -> None:
+        self.out, self.k = out, max(ids.shape[1], 1)
+        self.waiting = None if in_order(out.device) else out.new_zeros(ids.numel(), out.shape[1])
+
+    def add(self, block: Block, rows: Tensor) -> None:
+        """Rows of a block; a slot has one at most."""
+        if self.waiting is None:
+            self.out.index_add_(0, block.tokens, rows)
+        else:
+            self.waiting[block.slots] = rows
+
+    def result(self) -> Tensor:
+        if self.waiting is not None:
+            self.out += self.waiting.view(-1, self.k, self.out.shape[1]).sum(1)
+        return self.out
+
+
+def in_order(device: torch.device) -> bool:
+    """Whether `index_add_` adds rows one after the other."""
+    return device.type == "cpu"

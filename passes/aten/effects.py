@@ -131,7 +131,12 @@ def is_assertion(n: fx.Node) -> bool:
     return n.op == "call_function" and any(s in str(n.target) for s in _ASSERTIONS)
 
 
-def _has_effect(n: fx.Node) -> bool:
+def is_transform(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph enters or leaves a transform of torch.func, or changes what is batched."""
+    return n.op == "call_function" and any(s in str(n.target) for s in ("nesting", "batch_dim"))
+
+
+def has_effect(n: fx.Node) -> bool:
     if n.op in ("placeholder", "output", "call_module"):
         return True
     if n.op != "call_function" or is_write(n) or is_assertion(n):
@@ -150,7 +155,7 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if n.op in ("placeholder", "get_attr"):
             outside.add(storage_of(n))
     live: set[fx.Node] = set()
-    work = [n for n in graph.nodes if _has_effect(n)]
+    work = [n for n in graph.nodes if has_effect(n)]
     for storage, ws in writes.items():
         if storage is None or storage in outside:
             work.extend(ws)
