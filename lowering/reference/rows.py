@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.records import Layout
+from ...ir.records import ChainedLayout, Layout
 
 # Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
 _BLOCK = 1 << 19
@@ -63,7 +63,7 @@ class Rows:
         return Block(slice(start, end), slots, slots // self.k, experts, [self.counts[e] for e in experts])
 
 
-def group_rows(ids: Tensor, layout: Layout) -> Rows:
+def group_rows(ids: Tensor, layout: Layout | ChainedLayout) -> Rows:
     """Order the pairs of ids [T, k] by expert."""
     n, k = layout.num_experts, max(ids.shape[1], 1)
     flat = ids.reshape(-1).long()
