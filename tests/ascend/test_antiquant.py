@@ -69,7 +69,7 @@ CASES: list[tuple[Stored, dict[str, Any], antiquant.Row | str]] = [
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950"}, "rows in float8, another function"),
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, BLOCKS),
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "A3", "float8_rows": True}, "A2 and A3 have int8 and int4 only"),
-    (Stored(8, E4M3, rows=64, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, "128 x 128"),
+    (Stored(8, E4M3, rows=64, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, "each output channel only"),
     (Stored(8, E4M3, rows=1, columns=32, exponents=True), {"device": "950", "float8_rows": True}, MX),
     (Stored(8, E4M3, rows=1), {}, "A2 and A3 have int8 and int4 only"),
     (Stored(8, E4M3, rows=1), {"device": "950"}, FLOAT8),
