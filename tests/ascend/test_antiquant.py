@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moe_compile
 from moe_compile.ir import Stored
-from moe_compile.lowering.ascend import antiquant, device, register
+from moe_compile.lowering.ascend import antiquant, device, register, weights
 from moe_compile.passes.rewrite import recall
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -118,6 +118,20 @@ def test_codes_scales_and_offsets_are_the_weights_they_stand_for(how: Stored, tr
         [eye], [q.contiguous()], antiquant_scale=[s], antiquant_offset=[o], group_list=counts, split_item=3, group_type=0, group_list_type=1
     )
     assert torch.equal(got.float().view(e, k, n), want if transposed else want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float8_lies_as_the_950_wants_it(transposed: bool) -> None:
+    """[E, out, in] in memory; a model that has it so costs nothing, int8 is the other way round."""
+    channel = dict(rows=0, columns=1) if transposed else dict(rows=1, columns=0)
+    for how in (Stored(8, E4M3, **channel), Stored(8, torch.int8, **channel)):
+        p = problem(how, transposed=transposed, device="950")
+        recipe = weights.Recipe((weights.Source(0),), 3, True, False, p.dtype, "codes", antiquant.Coding.of(p))
+        code = torch.zeros((3, 64, 48) if transposed else (3, 48, 64), dtype=how.dtype)
+        packed = recipe.pack([code])
+        out_in = how.dtype == E4M3
+        assert packed.shape == (3, 64, 48) and (packed.transpose(1, 2) if out_in else packed).is_contiguous()
+        assert recipe.is_free([code]) == (transposed != out_in)
 
 
 def test_packing_is_undone() -> None:
