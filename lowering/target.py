@@ -64,7 +64,8 @@ class Target:
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
     coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
-    router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this machine, "" for nothing.
+    router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
+    machine, "" for nothing.
     homes: folders of its sources, set where a target is found.
     """
 

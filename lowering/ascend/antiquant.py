@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ir import Stored
+from ...ir.stored import Scale
 from ...ir.text import stored_text
 
 NIBBLES = 8  # whole numbers of 4 bits in an int32, the first in the lowest bits
@@ -82,6 +83,12 @@ def _halves(p: Problem) -> str | None:
 
 def _whole(p: Problem) -> str | None:
     return None if p.values() is not None else "codes stand for no whole numbers, and npu_grouped_matmul takes int8 and int4"
+
+
+def _multiplied(p: Problem) -> str | None:
+    if p.stored.scaled == Scale.DIVIDES:
+        return "scales divide, npu_grouped_matmul multiplies by them"
+    return "zero points lie several in a word, npu_grouped_matmul takes them one by one" if p.stored.zero_order else None
 
 
 def _plain_scales(p: Problem) -> str | None:
@@ -156,7 +163,7 @@ def _only_950(p: Problem) -> str | None:
     return None if p.device == "950" else "A2 and A3 have int8 and int4 only"
 
 
-_ALWAYS: tuple[Check, ...] = (_halves, _no_310)
+_ALWAYS: tuple[Check, ...] = (_halves, _no_310, _multiplied)
 _COMMON: tuple[Check, ...] = (*_ALWAYS, _plain_scales)
 # of rows that come equally far the last is the one whose objection is told
 FORMS: tuple[Row, ...] = (

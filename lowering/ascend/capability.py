@@ -6,8 +6,9 @@ import importlib.util
 
 import torch
 
-from ...ir import Experts, Form, MoeBlock
+from ...ir import Experts, Form, MoeBlock, Rows
 from ...ir import scalar as act
+from ...ir.text import rows_text
 from ...ops import route_args
 from ..reference.routing import Routing
 from . import antiquant, device, int8, law
@@ -28,7 +29,7 @@ def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
     for p in _stored(e):
-        if (why := antiquant.why_not(p) if not e.row_bits else antiquant.int8_by_channel(p)) is not None:
+        if (why := antiquant.why_not(p) if not e.rounded else antiquant.int8_by_channel(p)) is not None:
             return why
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
@@ -38,8 +39,8 @@ def refuses(ir: MoeBlock) -> str | None:
         act.encode(e.activation)
     except act.UnknownActivation as error:
         return f"activation: {error}"
-    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
-        return f"rows rounded to {e.row_bits} bits: {why}"
+    if e.rounded and (why := _refuses_rounded(ir)) is not None:
+        return f"{rows_text(e.down_rows or e.up_rows)}: {why}"
     if e.num_identity and e.hidden != e.out_features:
         return "identity experts need as many outputs as inputs"
     return None
@@ -58,8 +59,13 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
     e = ir.experts
     if e.num_identity:
         return "identity experts take rows that are not rounded"
-    if e.row_floor > MAX_FLOOR:
-        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
+    if e.up_rows != e.down_rows:
+        return "rows are rounded before one product as they are not before the other"
+    assert e.up_rows is not None
+    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor):
+        return "npu_dynamic_quant rounds rows to int8 by max / 127 of each"
+    if e.up_rows.floor > MAX_FLOOR:
+        return f"a row's scale is at least {e.up_rows.floor}, the op's may be anything"
     return int8.why_not(_problem(ir))
 
 
@@ -75,7 +81,7 @@ def says(ir: MoeBlock) -> str:
         g = ir.gating
         row, _ = law.choose_routing(law.Case(Routing(*route_args(g)), g.num_experts))
         routing = row.calls
-    if ir.experts.row_bits:
+    if ir.experts.rounded:
         chain, _ = int8.choose(_problem(ir))
         assert chain is not None
         return f"{routing}; {chain.calls}"

@@ -41,8 +41,8 @@ class ExpertsCall:
         return cls(x, ids, weights, p, base, layout, record_of(Storage, plain[size:]) if Storage in family.records else None)
 
     @property
-    def row_bits(self) -> int:
-        return 0 if self.storage is None else self.storage.row_bits
+    def rows(self) -> bool:
+        return self.storage is not None and any(self.storage.rows())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -67,7 +67,7 @@ class Operands:
 
         A model that rounds its rows itself is W8A8 without being asked; clipping them would be another function.
         """
-        chain = "w8a8" if c.row_bits else int8.chain_of(self.choices.quantize)[0]
+        chain = "w8a8" if c.rows else int8.chain_of(self.choices.quantize)[0]
         if chain is None:
             return None
         problem = c.problem(chain, self.choices.nz)
@@ -77,8 +77,8 @@ class Operands:
         every = (*c.p.up, *c.p.down, *c.p.up_scale, *c.p.down_scale)
         if why is None and any(trace_back(n, self.placeholders) is None for n in every):
             why = "the weights are computed in the graph"
-        if why is not None and c.row_bits:
-            raise ValueError(f"rows are rounded to {c.row_bits} bits: {why}")
+        if why is not None and c.rows:
+            raise ValueError(f"rows are rounded to 8 bits: {why}")
         if row is None or why is not None:
             self.notes.append(f"a block is not quantised: {why}")
             return None

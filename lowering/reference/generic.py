@@ -75,11 +75,12 @@ def forward(
     p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
+    outer: Callable[[Tensor], Tensor] | None = None,
     inner: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [T, H] -> (out [T, H_out] in x.dtype, pre-activations [T * k, (g | u)] in x.dtype, ordered by expert, zeros behind).
 
-    `inner`: done to the activations before the down projection.
+    `outer`: done to the rows before the up projection. `inner`: done to the activations before the down projection.
     """
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
@@ -92,7 +93,7 @@ def forward(
         inputs, mine = x.index_select(0, block.tokens), pre[block.here]
         if early:
             inputs = (inputs.to(acc) * block.by_row(w)).to(x.dtype)
-        _up(layout, p, block, inputs, mine)
+        _up(layout, p, block, inputs if outer is None else outer(inputs), mine)
         a = _activate(layout, mine, acc).to(x.dtype)
         y = x.new_empty(len(mine), width, dtype=acc)
         _down(layout, p, block, a if inner is None else inner(a), y)

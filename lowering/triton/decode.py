@@ -178,11 +178,12 @@ def up_decode(
         vector = x + (slot // slots_per_token).to(tl.int64) * stride_x
         columns = n0 + tl.arange(0, BN)
         base0 = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+        base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
         first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
+        # asked for before the first sum, which all warps wait for
+        first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN) if MODE == DUAL else first0
         g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         if MODE == DUAL:
-            base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
             u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         else:
             u = g

@@ -23,7 +23,7 @@ def _on_its_device(f: Callable[..., Any], of: str) -> Callable[..., Any]:
         if importlib.util.find_spec("triton") is None:
             return IMPLEMENTATIONS[of](*args)
         with torch.cuda.device(args[0].device):
-            return f(importlib.import_module(f"{__package__}.adapted"), *args)
+            return f(importlib.import_module(f"{__package__}.adapted_calls"), *args)
 
     return functools.wraps(f)(call)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import scalar as act
 from .chain import Chain
 from .operands import Operands
+from .rows import Rows
 from .stored import Stored
 
 
@@ -50,7 +51,7 @@ class Experts:
     there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
     `chain`: the function of one expert where it is more than down act(up x); its parameters are `Operands.parts`, and what is said here of
     projections says nothing. `intermediate` is the width behind its first product.
-    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
+    `up_rows`, `down_rows`: how rows are rounded before the projection; None: they are not.
     """
 
     num_experts: int
@@ -70,8 +71,8 @@ class Experts:
     dtype: torch.dtype = torch.float32
     up_stored: Stored | None = None
     down_stored: Stored | None = None
-    row_bits: int = 0
-    row_floor: float = 0.0
+    up_rows: Rows | None = None
+    down_rows: Rows | None = None
     up_pair: float = 0.0
     second_pair: float = 0.0
     down_pair: float = 0.0
@@ -82,6 +83,11 @@ class Experts:
     def coded(self) -> bool:
         """Whether a projection's weights are no plain floats."""
         return self.up_stored is not None or self.down_stored is not None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether rows are rounded before a product."""
+        return self.up_rows is not None or self.down_rows is not None
 
     @property
     def adapted(self) -> bool:
@@ -147,7 +153,8 @@ class Experts:
         def project(rows: Tensor, name: str) -> Tensor:
             w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
-            rows = self.round_rows(rows) if self.row_bits else rows
+            how = self.down_rows if name == "d" else self.up_rows
+            rows = rows if how is None else how.rounded(rows)
             out = F.linear(rows, w)
             if (pair := m[name + "l"]) is not None:
                 low, high = (t.to(x.dtype) for t in pair)
@@ -156,12 +163,6 @@ class Experts:
 
         u = None if m["u"] is None else project(x, "u")
         return project(act.evaluate(self.activation, project(x, "g"), u), "d")
-
-    def round_rows(self, rows: Tensor) -> Tensor:
-        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
-        steps = 2 ** (self.row_bits - 1) - 1
-        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
-        return (rows / torch.where(s == 0, 1, s)).round() * s
 
     def evaluate(
         self,

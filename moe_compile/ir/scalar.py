@@ -143,9 +143,17 @@ def call(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> sp.Expr:
     """A function by the name that terms have for it, of an expression. Raises KeyError for a name that has no row."""
     if name == "clamp":
         return clamp(x, *(number(c) for c in consts))
-    if name == "erf" and abs(float(x.as_coeff_Mul()[0]) - 0.5**0.5) < 1e-9:  # as gelu has it
-        return sp.erf(x.as_coeff_Mul()[1] / sp.sqrt(2))
+    if name == "erf":
+        c, rest = _common_factor(x)
+        return sp.erf(rest / sp.sqrt(2)) if abs(float(c) - 0.5**0.5) < 1e-9 else sp.erf(x)  # as gelu has it
     return BY_NAME[name].head(x)
+
+
+def _common_factor(x: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
+    """c (a + b) of c a + c b."""
+    parts = [a.as_coeff_Mul() for a in sp.Add.make_args(x)]
+    same = len({c for c, _ in parts}) == 1
+    return (parts[0][0], sp.Add(*(a for _, a in parts))) if same else (sp.S.One, x)
 
 
 # ---- one walk over expressions, one over programs --------------------------------------------------------------------------
@@ -243,7 +251,7 @@ class Expressions:
         return clamp(a, number(lo), number(hi))
 
     def apply(self, f: Scalar, a: Any) -> Any:
-        return f.head(a)
+        return call(f.name, a)
 
 
 OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV = range(8)

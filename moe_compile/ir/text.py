@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -10,9 +11,10 @@ import torch
 
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
 from .chain import Chain, Stage, product, vector
+from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
-from .stored import ALL, Stored
+from .stored import ALL, Scale, Stored
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -160,8 +162,9 @@ def experts_text(e: Experts) -> str:
     if e.adapted:
         at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
         parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
-    if e.row_bits:
-        parts.append(f"rows in {e.row_bits} bits")
+    if e.rounded:
+        both = {"up": e.up_rows, "down": e.down_rows}
+        parts += [rows_text(e.up_rows)] if e.up_rows == e.down_rows else [f"{rows_text(r)} ({n})" for n, r in both.items() if r]
     if e.weight_on_input:
         parts.append("w on input")
     return ", ".join([*parts, *_beside(e)])
@@ -201,12 +204,23 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.scaled == Scale.DIVIDES:
+        codes = stored_text(replace(s, scaled=Scale.TIMES)).partition(" × ")
+        return f"{codes[0]} ÷ {codes[2]}"
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:
         several = max(s.rows, s.columns)
         return f"{codes} × scale" + (f" of {several} channels" if several > 1 else "")
     return f"{codes} × scale of {s.rows} × {s.columns}"
+
+
+def rows_text(r: Rows | None) -> str:
+    """How rows are rounded, such as ``rows in float8_e4m3fn by 128``."""
+    if r is None:
+        return "rows as they are"
+    groups = f" by {r.group}" if r.group else ""
+    return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}"
 
 
 def _layout(e: Experts) -> str:

@@ -7,6 +7,7 @@ buffer, shifted by 16 bytes per expert, so they cost about one expert's memory. 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -118,7 +119,7 @@ class Probe(Sealed):
             return
         if path and any(getattr(module, h, None) for h in HOOKS):
             raise Rejection(f"module {path} has hooks", stage="hooks")
-        cls, place = type(module), _place(path)
+        cls, place = before_sharding(type(module)), _place(path)
         new_cls = self.code.watched(cls) if is_library(home(cls)) and not why_not(cls, "") else self.copy(cls, place.type())
         if type(new_cls) is Forbidden:
             raise Rejection(f"module {path} is a {cls.__name__}, which cannot be copied", stage="effects")
@@ -177,6 +178,13 @@ class Probe(Sealed):
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
         return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
+
+
+def before_sharding(cls: type) -> type:
+    """The class of a module before `fully_shard` put one of its own in front: its hooks run around `forward`, and none of its methods in it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    first, *rest = cls.__bases__
+    return rest[0] if fsdp is not None and first is getattr(fsdp, "FSDPModule", None) and rest else cls
 
 
 def own_part(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ that the forward ops return. Gradients of gradients are those of plain torch (`l
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
 inference with few of them.
 `experts_stored` is `experts` for weights that lie in memory as codes of few bits with scales (`ir.Stored`); where a gradient is asked for
-it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
+it runs as `experts` on the weights as floats. Where rows are rounded before a product (`ir.Rows`) there is no gradient.
 `experts_sorted` is `experts` of rows that stand in the order of their experts already, one expert a row; it is made of `experts`.
 A device without kernels of its own runs `moe_compile.lowering.reference`.
 `experts_chained` runs experts that are a chain of products and maps of whole rows (`ir.Chain`); its gradient computes the rows again.

@@ -127,7 +127,7 @@ def experts_as_floats(*args: Any) -> Tensor:
     """`experts` on the floats that codes and scales stand for."""
     x, ids, weights, p, (add, *plain) = bundled(args, CODED)
     (layout, storage), wide = storage_of(plain), generic.accumulate_dtype(x.dtype)
-    if storage.row_bits:
+    if any(storage.rows()):
         raise NotImplementedError("moe_compile::experts_stored has no gradient through rounded rows")
     floats = stored.as_floats(p, storage, wide).lists()
     out: Tensor = _ops.experts(x.to(wide), ids, weights, *floats, add, *plain[: len(fields(layout))])

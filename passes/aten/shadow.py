@@ -19,7 +19,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
 from ..terms.text import SAID
-from . import sharded, sorted_rows
+from . import contracts, sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
@@ -68,7 +68,9 @@ class Shadow:
         with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
         # make_fx copies its graph once more when it builds the module: names survive, node objects do not
-        by_name = {n.name: n for n in traced.graph.nodes}
+        with mode if mode is not None else contextlib.nullcontext():
+            stands = {n.name: new for n, new in contracts.expand(traced).items()}
+        by_name = {n.name: n for n in traced.graph.nodes} | stands
         for dynamo_node, recorded in records:
             s = by_name.get(recorded.name)
             if s is not None and dynamo_node.target is operator.setitem:

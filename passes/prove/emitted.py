@@ -152,7 +152,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
 
 
 def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Node]) -> list[Tensor]:
-    """Run a small graph in float64, its ops as they are registered; every float type stands for float64."""
+    """Run a small graph in float64, its ops as they are registered; every float type of 16 bits and more is float64."""
     env: dict[fx.Node, Any] = {}
 
     def load(a: Any) -> Any:
@@ -160,7 +160,8 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
             return env[a]
         if isinstance(a, (list, tuple)):
             return type(a)(load(x) for x in a)
-        return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
+        wide = isinstance(a, torch.dtype) and a.is_floating_point and a.itemsize > 1  # what codes and rounded rows are stays
+        return torch.float64 if wide else a
 
     for n in graph.nodes:
         if n.op == "placeholder":

@@ -93,7 +93,7 @@ class _Draw:
             return self._table(shape, role)
         if role == "scale" and dtype is torch.uint8:  # exponents: numbers about 2^-7
             return torch.randint(118, 123, shape, generator=self.generator).to(dtype)
-        if role == "weight" and dtype in (torch.uint8, torch.int32):
+        if role in ("weight", "zero") and dtype in (torch.uint8, torch.int32):
             return word_windows(shape, dtype, self.generator)
         if not dtype.is_floating_point:
             return whole_windows(shape, dtype, self.generator) if role == "weight" else self._integers(shape).to(dtype)

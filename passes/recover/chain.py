@@ -6,6 +6,7 @@ came in may stand outside of the sum, r Σ_m W F(m) = Σ_m W (r F(m)): it goes t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,11 @@ from .rows import No, data_dependent, factors, outer_atoms, reads
 from .stages import Read, Stage, Tokens, products
 
 _MOST = 8  # stages
+_FEW = 5  # vectors
+
+
+class Telling(No):
+    """Why experts are no chain, where that says more than why they are no two products."""
 
 
 @dataclass
@@ -47,10 +53,7 @@ class Chained:
 def holds_rows_of_experts(weight: Term, expert: Term, tokens: Iterable[Term]) -> bool:
     """Whether what was taken for a routing weight is a number of the experts' own rows, as a norm's is."""
     xs = {x.args[0] for x in tokens}
-    for f in factors(weight):
-        if any(True for _ in products(f, expert)) or any(_of_rows(s, xs) for s in T.walk(f) if s.op == "sum"):
-            return True
-    return False
+    return next(products(weight, expert), None) is not None or any(_of_rows(s, xs) for s in T.walk(weight) if s.op == "sum")
 
 
 def _of_rows(s: Term, xs: set[Any]) -> bool:
@@ -106,7 +109,7 @@ def _without_scalars(stage: Stage, expr: sp.Expr) -> tuple[sp.Expr, list[Term]]:
         if w not in expr.free_symbols:
             continue
         if any(data_dependent(i) for a in outer_atoms(term) for i in a.args[1]):
-            raise No(f"a routing value enters an expert's function{reads(term)}")
+            raise Telling(f"a routing value enters an expert's function{reads(term)}")
         powers = _powers(expr, w, {ir.product(i) for i in range(len(stage.linears))})
         for p in powers:
             out = _scaled_inputs(expr, w, p, len(stage.linears))
@@ -202,14 +205,32 @@ class _Operands:
         self.params += params
 
 
+def _ordered(s: Stage, expr: sp.Expr) -> tuple[list[Linear], list[Read], sp.Expr]:
+    """Products and vectors in an order that does not depend on how they were written: rows of one weight as they lie, gates first."""
+    inside = {y for f in expr.atoms(sp.Function) if f.func not in (ir.mean, ir.total) for y in f.free_symbols}
+    count = len(s.linears)
+    halves = len({lin.weight for lin in s.linears}) == 1
+
+    def place(i: int) -> Any:
+        return (s.linears[i].offset if halves else ir.product(i) not in inside, i)
+
+    order = sorted(range(count), key=place)
+    expr = expr.subs({ir.product(i): ir.product(order.index(i)) for i in range(count)}, simultaneous=True)
+    ways = itertools.permutations(range(len(s.vectors))) if len(s.vectors) < _FEW else [tuple(range(len(s.vectors)))]
+    named = [(way, expr.subs({ir.vector(i): ir.vector(way.index(i)) for i in way}, simultaneous=True)) for way in ways]
+    way, expr = min(named, key=lambda one: str(one[1]))
+    return [s.linears[i] for i in order], [s.vectors[i] for i in way], expr
+
+
 def _assembled(stages: list[Stage], maps: list[sp.Expr], expert: Term, tokens: Tokens, weight: Term) -> Chained:
     held = _Operands(expert)
     out = []
     for s, m in zip(stages, maps, strict=True):
         if not isinstance(s.width, int):
             raise No("the expert's inner size is not a fixed number")
-        matrices = tuple(held.matrix(lin, s.width) for lin in s.linears)
-        out.append(ir.Stage(s.width, matrices, tuple(held.vector(v) for v in s.vectors), m))
+        linears, vectors, m = _ordered(s, m)
+        matrices = tuple(held.matrix(lin, s.width) for lin in linears)
+        out.append(ir.Stage(s.width, matrices, tuple(held.vector(v) for v in vectors), m))
     if not any(s.matrices for s in out):
         raise No("no product of an expert reads the tokens")
     listed = ir.Kind.LISTED in held.kinds

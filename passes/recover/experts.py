@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Form, Rejection, Rows
 from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
@@ -21,13 +21,13 @@ from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
-from .chain import holds_rows_of_experts, read_chain
+from .chain import Telling, holds_rows_of_experts, read_chain
 from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
-from .rounding import Rounding, unrounded
+from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
 
@@ -59,7 +59,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, rounding = unrounded(apart(body, expert))
+    body, up_rows, down_rows = unrounded(apart(body, expert), expert)
     f = _function(body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -75,7 +75,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         first=one.first,
         **f.fields,
     )
-    experts = experts if rounding is None else _rounded(experts, rounding)
+    experts = _with_rows(experts, up_rows, down_rows)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
 
 
@@ -101,7 +101,7 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
-        raise (why or e) from None
+        raise (e if why is None or isinstance(e, Telling) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 
@@ -144,10 +144,10 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
     return parsed, weight if parsed.on_input is None else parsed.on_input
 
 
-def _rounded(e: Experts, rounding: Rounding) -> Experts:
-    if not e.coded:
+def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
+    if not e.coded and (up or down):
         raise No("rows are rounded to fewer bits and weights are not")
-    return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
+    return replace(e, up_rows=up, down_rows=down)
 
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:

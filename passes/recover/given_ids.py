@@ -76,13 +76,20 @@ def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:
         n = waiting.pop()
         if is_selection(n) or len(seen) > _MOST:
             return set()
-        if n.op in ("placeholder", "get_attr") or n in walls or not _has_rule(n):
+        ends = n.op in ("placeholder", "get_attr") or n in walls or _is_collective(n)
+        if ends or not _has_rule(n):
             found |= {n} if _holds_integers(n) else set()
+        if ends:
             continue
         new = [x for x in _inputs(n) if x not in seen]
         seen.update(new)
         waiting += new
     return found
+
+
+def _is_collective(n: fx.Node) -> bool:
+    """Whether other devices have a part in a value: even a selection's indices are other ones behind it."""
+    return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
 
 
 def _has_rule(n: fx.Node) -> bool:

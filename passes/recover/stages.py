@@ -107,7 +107,7 @@ class Stage(Bridge):
     # ---- at a feature ----------------------------------------------------------------------------------------------------
 
     def _product(self, s: Term) -> sp.Expr:
-        """c Σ_m W[e, out, m] F(m): the product as a symbol, times the number c."""
+        """Σ_m W[e, out, m] F(m): the product as a symbol."""
         key = T.canonical(s)
         if key in self.symbols:
             return self.symbols[key]
@@ -116,12 +116,11 @@ class Stage(Bridge):
         rest = [f for f in factors(inner) if f is not w]
         if w is None or any(T.uses(f, self.out) for f in rest):
             raise No(f"an expert's function holds a product that does not read one weight of its own{reads(s)}")
-        number, given = T.coefficient(T.mul(*rest))
         lin = linear_of(grids.Parts((w,), w), self.out, m, self.expert)
         self.at = T.named("m", m.args[1])
-        self.inputs.append(T.canonical(T.subst(given, {m: self.at})))
+        self.inputs.append(T.canonical(T.subst(T.mul(*rest), {m: self.at})))
         self.linears.append(lin)
-        self.symbols[key] = self.number(number) * ir.product(len(self.linears) - 1)
+        self.symbols[key] = ir.product(len(self.linears) - 1)
         return self.symbols[key]
 
     def _is_parameter(self, x: Term) -> bool:
@@ -155,12 +154,14 @@ class Stage(Bridge):
         return self._reduction(x) if x.op in ("sum", "max", "min", "prod") else self.arithmetic(x, self.read)
 
     def _with_mean(self, x: Term) -> sp.Expr:
-        """c Σ_v f(v) with |c| = 1 / |v| as a mean."""
+        """c Σ_v f(v) with |c| = 1 / |v| as a mean; c (Σ_v f(v) + Σ_v g(v)) as one, of f + g."""
         number, rest = T.coefficient(x)
         sums = [f for f in factors(rest) if f.op == "sum" and self._of_this_stage(f)]
         whole = number * self.width if isinstance(self.width, int) else 0
-        if len(sums) != 1 or abs(abs(whole) - 1) > _NEAR:
+        if abs(abs(whole) - 1) > _NEAR or rest.op != "add" and len(sums) != 1:
             return self.arithmetic(x, self.read)
+        if rest.op == "add":
+            return _one_mean([self._same_for_all(T.mul(T.const(number), a)) for a in rest.args])
         others = [self.read(f) for f in factors(rest) if f is not sums[0]]
         return sp.Mul(sp.Integer(round(whole)), ir.mean(self._summed(sums[0])), *others)
 
@@ -187,8 +188,10 @@ class Stage(Bridge):
                 body = self._at_feature(s)
                 if any(T.canonical(y) in self.own for y, _ in products(body, self.expert, self.out)):
                     return True
-                of_tokens = any(y.op == "a" and self.tokens.reads(y, self.out) for y in outer_atoms(body))
-                if of_tokens and (self.residual or not self.own):
+                atoms = outer_atoms(body)
+                if all(map(self._is_parameter, atoms)):
+                    return True
+                if any(self.tokens.reads(y, self.out) for y in atoms) and (self.residual or not self.own):
                     return True
         return False
 
@@ -199,3 +202,11 @@ class Stage(Bridge):
         symbol = sp.Symbol(f"w{len(self.scalars)}", positive=True)
         self.scalars[symbol] = x
         return symbol
+
+
+def _one_mean(parts: list[sp.Expr]) -> sp.Expr:
+    """c mean(f) + d mean(g) = mean(c f + d g)   where c and d are numbers"""
+    means = [(c, m.args[0]) for c, m in (e.as_coeff_Mul() for e in parts) if m.func is ir.mean]
+    rest = [e for e in parts if e.as_coeff_Mul()[1].func is not ir.mean]
+    sign = -1 if means and all(c < 0 for c, _ in means) else 1
+    return sp.Add(sign * ir.mean(sp.Add(*(sign * c * f for c, f in means))) if means else sp.S.Zero, *rest)
