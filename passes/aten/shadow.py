@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
 
+from .. import terms as T
 from ..terms.text import SAID
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
@@ -125,6 +126,7 @@ class _Tracer(fx.Interpreter):
         return value
 
     def run_node(self, n: fx.Node) -> Any:
+        T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
         self.level += _change_of_level(n)

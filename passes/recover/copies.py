@@ -44,7 +44,7 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     expert = T.named(EXPERT, len(real))
     body = unify(real, expert)
     if isinstance(body, str):
-        raise No(_other_sizes(real) or body)
+        raise No(_other_sizes(real) or body, "unlike")
     (the_ids,) = ids
     assert the_ids is not None
     return body, the_ids, identity
