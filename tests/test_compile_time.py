@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import moe_compile
 from moe_compile.passes.prove.engine import forget
+from moe_compile.passes.rewrite import recall
 from moe_compile.passes.terms import budget
 
 
@@ -145,7 +146,7 @@ class Clock:
 @pytest.mark.parametrize("slow", [1, 30])
 def test_processor_time_is_bounded(monkeypatch, tmp_path, slow):
     """Whichever pass is slow: the graph is given up with that reason, runs as written, and nothing of it is remembered."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(recall, "folder", lambda: tmp_path)
     forget()
     torch._dynamo.reset()
     model, x = Moe(), torch.randn(T, H)
