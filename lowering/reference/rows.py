@@ -80,6 +80,35 @@ def group_rows(ids: Tensor, layout: Layout | ChainedLayout) -> Rows:
     return Rows(slots, k, counts, Block(slice(0, len(identity)), identity, identity // k, [], []))
 
 
+class TokenSums:
+    """out [T, n] += Σ of the rows put for each token.
+
+    On the CPU they are added as they come, experts in order. Elsewhere `index_add_` adds in any order: rows wait at their slots, [T·k, n],
+    and are added slot by slot at the end.
+    """
+
+    def __init__(self, out: Tensor, ids: Tensor) -> None:
+        self.out, self.k = out, max(ids.shape[1], 1)
+        self.waiting = None if in_order(out.device) else out.new_zeros(ids.numel(), out.shape[1])
+
+    def add(self, block: Block, rows: Tensor) -> None:
+        """Rows of a block; a slot has one at most."""
+        if self.waiting is None:
+            self.out.index_add_(0, block.tokens, rows)
+        else:
+            self.waiting[block.slots] = rows
+
+    def result(self) -> Tensor:
+        if self.waiting is not None:
+            self.out += self.waiting.view(-1, self.k, self.out.shape[1]).sum(1)
+        return self.out
+
+
+def in_order(device: torch.device) -> bool:
+    """Whether `index_add_` adds rows one after the other."""
+    return device.type == "cpu"
+
+
 def _few_rows(ids: Tensor, n: int, k: int) -> Rows:
     """As `group_rows`: for a few pairs Python is faster than calls of torch."""
     chosen = ids.reshape(-1).tolist()

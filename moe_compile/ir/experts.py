@@ -15,6 +15,7 @@ from torch import Tensor
 from . import scalar as act
 from .chain import Chain
 from .operands import Operands
+from .rows import Rows
 from .stored import Stored
 
 
@@ -37,9 +38,10 @@ class Overlap(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Experts:
-    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j]; ids outside [0, E) contribute nothing.
+    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j] - first; ids outside [first, first + E) contribute nothing.
 
-    With `num_identity` = z > 0 ids E .. E+z-1 are identity experts, contributing w · x[t].
+    `first`: which expert of the router's is the first one here, where others are another device's. The ops know nothing of it: they get
+    ids less it. With `num_identity` = z > 0 ids E .. E+z-1 (from `first` on) are identity experts, contributing w · x[t].
     `up_transposed`: the up weight is stored [..., in, out] instead of [..., out, in]; `down_transposed` likewise.
     `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
@@ -49,7 +51,7 @@ class Experts:
     there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
     `chain`: the function of one expert where it is more than down act(up x); its parameters are `Operands.parts`, and what is said here of
     projections says nothing. `intermediate` is the width behind its first product.
-    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
+    `up_rows`, `down_rows`: how rows are rounded before the projection; None: they are not.
     """
 
     num_experts: int
@@ -69,17 +71,23 @@ class Experts:
     dtype: torch.dtype = torch.float32
     up_stored: Stored | None = None
     down_stored: Stored | None = None
-    row_bits: int = 0
-    row_floor: float = 0.0
+    up_rows: Rows | None = None
+    down_rows: Rows | None = None
     up_pair: float = 0.0
     second_pair: float = 0.0
     down_pair: float = 0.0
     chain: Chain | None = None
+    first: int = 0
 
     @property
     def coded(self) -> bool:
         """Whether a projection's weights are no plain floats."""
         return self.up_stored is not None or self.down_stored is not None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether rows are rounded before a product."""
+        return self.up_rows is not None or self.down_rows is not None
 
     @property
     def adapted(self) -> bool:
@@ -145,7 +153,8 @@ class Experts:
         def project(rows: Tensor, name: str) -> Tensor:
             w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
-            rows = self.round_rows(rows) if self.row_bits else rows
+            how = self.down_rows if name == "d" else self.up_rows
+            rows = rows if how is None else how.rounded(rows)
             out = F.linear(rows, w)
             if (pair := m[name + "l"]) is not None:
                 low, high = (t.to(x.dtype) for t in pair)
@@ -154,12 +163,6 @@ class Experts:
 
         u = None if m["u"] is None else project(x, "u")
         return project(act.evaluate(self.activation, project(x, "g"), u), "d")
-
-    def round_rows(self, rows: Tensor) -> Tensor:
-        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
-        steps = 2 ** (self.row_bits - 1) - 1
-        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
-        return (rows / torch.where(s == 0, 1, s)).round() * s
 
     def evaluate(
         self,
@@ -183,7 +186,7 @@ class Experts:
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As `evaluate`, on the parameters in one bundle."""
-        x, weights = x.to(dtype), weights.to(dtype)
+        x, weights, ids = x.to(dtype), weights.to(dtype), ids - self.first
         out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
         for e in range(self.num_experts):
             t, j = torch.where(ids == e)

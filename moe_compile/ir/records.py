@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import Form, Stored
+from . import Form, Rows, Stored
 from .chain import Chain, Kind, decode
 from .scalar import G
 
@@ -145,14 +145,18 @@ class ChainedLayout:
 class Storage:
     """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
-    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)}
+    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)} | {
+        f"{name}_row_{f.name}": f"{name}_rows.{f.name}" for name in ("up", "down") for f in fields(Rows)
+    }
     ABSENT: ClassVar = {
-        f"{name}_{what}": none for name in ("up", "down") for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()))
+        f"{name}_{what}": none
+        for name in ("up", "down")
+        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("zero_order", ()), ("row_dtype", torch.float32))
     }
 
     up_bits: int
     up_dtype: torch.dtype
-    up_scaled: bool
+    up_scaled: int
     up_rows: int
     up_columns: int
     up_axis: int
@@ -160,11 +164,13 @@ class Storage:
     up_offset: float
     up_values: tuple[float, ...]
     up_tabled: bool
-    up_zeroed: bool
-    up_exponents: bool
+    up_zeroed: int
+    up_exponents: int
+    up_zero_order: tuple[int, ...]
+    up_zero_offset: float
     down_bits: int
     down_dtype: torch.dtype
-    down_scaled: bool
+    down_scaled: int
     down_rows: int
     down_columns: int
     down_axis: int
@@ -172,15 +178,32 @@ class Storage:
     down_offset: float
     down_values: tuple[float, ...]
     down_tabled: bool
-    down_zeroed: bool
-    down_exponents: bool
-    row_bits: int
-    row_floor: float
+    down_zeroed: int
+    down_exponents: int
+    down_zero_order: tuple[int, ...]
+    down_zero_offset: float
+    up_row_bits: int
+    up_row_dtype: torch.dtype
+    up_row_group: int
+    up_row_floor: float
+    up_row_power: bool
+    up_row_floored: bool
+    down_row_bits: int
+    down_row_dtype: torch.dtype
+    down_row_group: int
+    down_row_floor: float
+    down_row_power: bool
+    down_row_floored: bool
 
     def stored(self) -> tuple[Stored | None, Stored | None]:
         """Of the up projection and of the down projection."""
         up, down = ([getattr(self, f"{name}_{f.name}") for f in fields(Stored)] for name in ("up", "down"))
         return Stored(*up) if self.up_bits else None, Stored(*down) if self.down_bits else None
+
+    def rows(self) -> tuple[Rows | None, Rows | None]:
+        """What is done to rows before the up projection and before the down projection."""
+        up, down = ([getattr(self, f"{name}_row_{f.name}") for f in fields(Rows)] for name in ("up", "down"))
+        return Rows(*up) if self.up_row_bits else None, Rows(*down) if self.down_row_bits else None
 
 
 @dataclass(frozen=True)

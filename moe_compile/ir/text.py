@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
@@ -10,9 +11,10 @@ import torch
 
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
 from .chain import Chain, Stage, product, vector
+from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
-from .stored import ALL, Stored
+from .stored import ALL, Scale, Stored
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -160,8 +162,9 @@ def experts_text(e: Experts) -> str:
     if e.adapted:
         at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
         parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
-    if e.row_bits:
-        parts.append(f"rows in {e.row_bits} bits")
+    if e.rounded:
+        told = {"up": e.up_rows, "down": e.down_rows}
+        parts += [rows_text(e.up_rows)] if e.up_rows == e.down_rows else [f"{rows_text(r)} ({n})" for n, r in told.items() if r]
     if e.weight_on_input:
         parts.append("w on input")
     return ", ".join([*parts, *_beside(e)])
@@ -169,7 +172,8 @@ def experts_text(e: Experts) -> str:
 
 def _beside(e: Experts) -> list[str]:
     """What is said of any experts."""
-    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, dtype_text(e.dtype): e.dtype != torch.float32}
+    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, f"ids − {e.first}": e.first}
+    told[dtype_text(e.dtype)] = e.dtype != torch.float32
     return [what for what, there in told.items() if there]
 
 
@@ -200,12 +204,22 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.scaled == Scale.DIVIDES:
+        return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:
         several = max(s.rows, s.columns)
         return f"{codes} × scale" + (f" of {several} channels" if several > 1 else "")
     return f"{codes} × scale of {s.rows} × {s.columns}"
+
+
+def rows_text(r: Rows | None) -> str:
+    """How rows are rounded, such as ``rows in float8_e4m3fn by 128``."""
+    if r is None:
+        return "rows as they are"
+    groups = f" by {r.group}" if r.group else ""
+    return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}"
 
 
 def _layout(e: Experts) -> str:

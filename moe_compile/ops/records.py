@@ -51,6 +51,12 @@ def route_args(gating: Gating) -> list[Any]:
     return encode(Routing, replace(gating, norm=None) if outside else gating)
 
 
+def product_of(args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+    """The plain arguments of `route_linear` -> those of `route`, and whether the product is one in float32 of narrower operands."""
+    own = len(fields(Routing))
+    return args[:own], bool(args[own:] and args[own])
+
+
 def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any, Any, Operands[Any], Sequence[Any]]:
     """(x, ids, weights, *lists, *rest) of an op with those parameters -> x, ids, weights, the lists in one bundle, the rest."""
     end = 3 + len(names)

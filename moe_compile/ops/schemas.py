@@ -30,7 +30,7 @@ _SHARED = f"{lists(PLAIN, 'shared_')}, Tensor? shared_gate, {schema(SharedLayout
 
 SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
-    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}, bool wide=False) "
     "-> (Tensor weights, Tensor ids)",
     f"route_fwd(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) "
     "-> (Tensor weights, Tensor ids, Tensor kept_logits, Tensor kept_ids, Tensor kept_bias, Tensor kept_scale)",

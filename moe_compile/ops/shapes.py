@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ir.operands import ADAPTED, CHAINED, CODED, Operands
 from ..ir.records import Layout
-from .records import adapted_of, bundled, chained_of, layout_of, storage_of
+from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -20,7 +20,7 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: i
 
 
 def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return route(x, *rest)  # type: ignore[no-any-return]
+    return route(x, *rest[:2], *product_of(rest[2:])[0])  # type: ignore[no-any-return]
 
 
 def route_fwd(
@@ -124,5 +124,22 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }
+_watching: dict[str, Callable[[Sequence[Any]], None]] = {}
+
+
+def watch(name: str, look: Callable[[Sequence[Any]], None]) -> None:
+    """Let `look` see the arguments of an op, tensors without values, where a compiler traces it: a target may begin to compile kernels."""
+    _watching[name] = look
+
+
+def _traced(name: str, shape: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if name in _watching:
+            _watching[name](args)
+        return shape(*args)
+
+    return run
+
+
 for _name, _shape in SHAPES.items():
-    torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)
+    torch.library.register_fake(f"moe_compile::{_name}", _traced(_name, _shape), lib=library)

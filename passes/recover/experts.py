@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Form, Rejection, Rows
 from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
@@ -22,12 +22,12 @@ from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
 from .chain import Telling, holds_rows_of_experts, holds_statistics, read_chain
-from .copies import EXPERT, one_body
+from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
-from .rounding import Rounding, unrounded
+from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
 
@@ -50,18 +50,16 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
         raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
-    body, ids, foreign = one_body(parts, j)
-    return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+    return _assemble(p, out, one_body(parts), base, t, h, j, k)
 
 
-def _assemble(
-    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term]
-) -> ExpertsMatch:
+def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, h: Term, j: Term, k: int) -> ExpertsMatch:
+    ids, identity, body = one.ids, one.identity, one.body
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, rounding = unrounded(apart(body, expert))
+    body, up_rows, down_rows = unrounded(apart(body, expert), expert)
     f = _function(body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -74,9 +72,10 @@ def _assemble(
         num_identity=len(identity),
         ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
         dtype=compute_dtype(p, tokens, out),
+        first=one.first,
         **f.fields,
     )
-    experts = experts if rounding is None else _rounded(experts, rounding)
+    experts = _with_rows(experts, up_rows, down_rows)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
 
 
@@ -145,10 +144,10 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
     return parsed, weight if parsed.on_input is None else parsed.on_input
 
 
-def _rounded(e: Experts, rounding: Rounding) -> Experts:
-    if not e.coded:
+def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
+    if not e.coded and (up or down):
         raise No("rows are rounded to fewer bits and weights are not")
-    return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
+    return replace(e, up_rows=up, down_rows=down)
 
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
