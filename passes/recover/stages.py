@@ -114,6 +114,8 @@ class Stage(Bridge):
         m, inner = s.args
         w = matrix_of(inner, m, self.expert, self.out)
         rest = [f for f in factors(inner) if f is not w]
+        if any(f.op == "a" and T.uses(f, m) and T.uses(f, self.out) and not T.uses(f, self.expert) for f in rest):
+            raise No(f"all experts have one and the same weight in a product{reads(s)}: a weight must be each expert's own")
         if w is None and next(products(inner, self.expert), None) is not None:
             raise No(f"numbers of parts of a row (a norm over groups of features) stand inside the expert{reads(s)}")
         if w is None or any(T.uses(f, self.out) for f in rest):
