@@ -118,7 +118,7 @@ def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) ->
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        queued = any(x.op == "rank" or x.op == "a" and op_name(x.args[0]) == "cumsum" for y in (m.weight, m.ids) for x in T.walk(y))
+        queued = any(_counts_places(x) for y in (m.weight, m.ids) for x in T.walk(y))
         return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 
@@ -238,3 +238,8 @@ def _tables(tr: Translator, select: sp.Expr, value: sp.Expr) -> tuple[fx.Node | 
                 raise Unknown("two tensors scale the weights")
             table = node
     return bias, table
+
+
+def _counts_places(x: T.Term) -> bool:
+    """Whether a term is a place in a queue: tokens are dropped by it."""
+    return x.op == "rank" or x.op == "a" and isinstance(x.args[0], fx.Node) and op_name(x.args[0]) == "cumsum"

@@ -57,9 +57,9 @@ class SwappedPair(_Loop):
 
 
 class StackedBiasesOfAList(ListCase):
-    """Verdict: rejected. Weights in a list, biases in one tensor."""
+    """Verdict: fused as a chain, whose parameters may each be stored in another way. Weights in a list, biases in one tensor."""
 
-    expect = Rejected("biases stacked")
+    expect = Sound()
     near = "LoopWhereStacked"
 
     def build_experts(self, n: int) -> None:
