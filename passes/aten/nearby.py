@@ -221,8 +221,8 @@ def _reads_stack(n: fx.Node, count: int) -> bool:
         v = example_value(x)
         if x.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3 and v.shape[0] == count:
             return True
-        if op_name(x) in names.VIEW | names.CAST:
-            seen += x.all_input_nodes
+        if op_name(x) in names.VIEW | names.CAST | names.LOOKUP | {"getitem"}:
+            seen += (y for y in x.all_input_nodes if y not in seen)
     return False
 
 
