@@ -78,6 +78,8 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
         raise Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
     if nodes.wraps:
         raise Rejection("ids that index expert weights may be negative", m.out, "record")
+    if m.experts.first:
+        raise Rejection(f"experts before number {m.experts.first} were not hit when it was recorded", m.out, "record")
     count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
     if possible is not None and possible >= count:
         raise Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")

@@ -33,7 +33,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
     hit = ids[(ids >= 0) & (ids < layout.num_experts)].unique()
-    if storage.row_bits or layout.num_identity or x.dtype not in experts.CODED_TYPES or not len(hit):
+    if any(storage.rows()) or layout.num_identity or x.dtype not in experts.CODED_TYPES or not len(hit):
         return stored.forward(x, ids, weights, p, add, layout, storage)
     out = add
     for some in hit.split(CHUNK):

@@ -19,6 +19,7 @@ from ...ir.operands import CODED, Operands
 from ...ir.records import Layout, Storage
 from ...ops import bundled, storage_of
 from ..reference import generic
+from ..reference import stored as reference
 from ..reference.stored import Held
 from . import capability
 
@@ -36,6 +37,8 @@ def experts_stored(*args: Any) -> Tensor:
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    if any(storage.rows()):
+        return reference.forward(x, ids, weights, p, add, layout, storage)
     experts = layout.num_experts
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)
     if layout.stacked and ids.numel() <= FEW:

@@ -15,6 +15,7 @@ import torch.fx as fx
 from ...calls import is_write
 from . import names
 from .node import example_value, named_args, schema_of
+from .sharded import leaf
 
 # ---- the shadow --------------------------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ class Memory:
         self.writers: dict[fx.Node, list[fx.Node]] = {}
         inputs: dict[int, fx.Node] = {}
         for n in graph.nodes:
-            storage = storage_of(n) if n.op in ("placeholder", "get_attr") else None
+            storage = storage_of(n) if n.op in ("placeholder", "get_attr") or n.target is leaf else None
             base = aliased_arg(n)
             base = None if base is None or _converts(n, base) else base
             first = n if storage is None else inputs.setdefault(storage, n)

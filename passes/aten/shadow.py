@@ -16,12 +16,15 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves
 
 from .. import terms as T
 from ..terms.text import SAID
+from . import contracts, sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
+from .merge import merge_casts
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -46,9 +49,11 @@ class Shadow:
         self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
+        sorted_rows.mark(self.graph)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
+        merge_casts(self.graph, self.memory, self.walls | self.no_grad)
         self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -64,7 +69,9 @@ class Shadow:
         with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
         # make_fx copies its graph once more when it builds the module: names survive, node objects do not
-        by_name = {n.name: n for n in traced.graph.nodes}
+        with mode if mode is not None else contextlib.nullcontext():
+            stands = {n.name: new for n, new in contracts.expand(traced).items()}
+        by_name = {n.name: n for n in traced.graph.nodes} | stands
         for dynamo_node, recorded in records:
             s = by_name.get(recorded.name)
             if s is not None and dynamo_node.target is operator.setitem:
@@ -134,7 +141,7 @@ class _Tracer(fx.Interpreter):
         before = {x.name for x in tracer.graph.nodes} if watched else set()
         target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
         old = None if tracer is None or target is None else get_proxy_slot(target, tracer, None, lambda p: p.proxy)
-        out = super().run_node(n)
+        out = self._region(n, tracer) if sharded.is_region(n) else super().run_node(n)
         if tracer is None:
             return out
         if watched:
@@ -147,6 +154,17 @@ class _Tracer(fx.Interpreter):
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
                     self.opaque.add(proxy.node.name)
+        return out
+
+    def _region(self, n: fx.Node, tracer: Any) -> Any:
+        """The value of a node that computes on tensors spread over devices: every plain tensor in it is a leaf."""
+        value = example_value(n)
+        out = sharded.opened(value)
+        for new, old in zip(tree_leaves(out), tree_leaves(value), strict=True):
+            if new is not old and isinstance(new, Tensor):
+                made = get_proxy_slot(new, tracer, None, lambda p: p.proxy).node
+                sharded.as_leaf(made, old)
+                self.opaque.add(made.name)
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import torch.fx as fx
 from ..aten import names
 from ..aten.names import op_name
 from ..aten.node import example_value
+from .given_ids import choosers
 from .mixture import routers
 from .selections import unviewed
 from .soft import soft
@@ -31,7 +32,8 @@ class Places:
 
 def places(graph: fx.Graph) -> Places:
     mixed = {n for pair in soft(graph) for n in pair}
-    return Places([n for n in graph.nodes if selects(n) or _looks_up_ids(n) or n in mixed], list(routers(graph)))
+    given = set(choosers(graph))
+    return Places([n for n in graph.nodes if selects(n) or _looks_up_ids(n) or n in mixed or n in given], list(routers(graph)))
 
 
 def selects(n: fx.Node) -> bool:

@@ -46,6 +46,8 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
                 fixed.add(n)
         elif n.op == "call_function" and all(x in leaf or x in fixed for x in n.all_input_nodes):
             of = {leaf[x] for x in n.all_input_nodes if x in leaf}
+            if op_name(n) in names.REPEAT and any(x in packed for x in n.all_input_nodes):
+                continue  # zero points spread over their groups: terms say that
             if not of and (n.all_input_nodes or op_name(n) in names.CREATION):
                 fixed.add(n)
             elif len(of) == 1 and op_name(n) in _MADE_OF_WORDS:
@@ -97,10 +99,13 @@ class Reading:
 
     @property
     def powers(self) -> bool:
-        """Whether bytes b are exponents b - 127, or 2^(b - 127); 0 and 255, which no scale has, may be something else."""
-        inner = self.values[1:-1]
-        ways = ([b - 127 for b in range(1, 255)], [2.0 ** (b - 127) for b in range(1, 255)])
-        return self.axis == 0 and self.bits == 8 and list(inner) in [list(map(float, way)) for way in ways]
+        """Whether bytes b are exponents b - 127, or 2^(b - 127) where 0 may be 0; 255, which no scale has, may be something else."""
+        inner = list(self.values[1:-1])
+        if self.axis or self.bits != 8:
+            return False
+        if inner == [float(b - 127) for b in range(1, 255)]:
+            return self.values[0] == -127
+        return inner == [2.0 ** (b - 127) for b in range(1, 255)] and self.values[0] in (0.0, 2.0**-127)
 
     @property
     def offset(self) -> float | None:

@@ -20,6 +20,7 @@ import torch.fx as fx
 
 from ... import ir as _ir
 from ...ops import sources
+from ..aten import contracts
 from ..aten.shadow import example_value
 from ..aten.sources import frames
 
@@ -32,6 +33,8 @@ class _Unkeyable(Exception):
 
 def key_of(graph: fx.Graph, salt: tuple[Any, ...]) -> str | None:
     """A digest of the graph, or None when some part of it has no stable description."""
+    if contracts.foreign(graph):  # what is read of it is not told by the graph
+        return None
     h = hashlib.sha256(repr((_sources(), torch.__version__, salt, torch.is_grad_enabled())).encode())
     try:
         for n in graph.nodes:
