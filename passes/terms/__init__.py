@@ -77,6 +77,8 @@ __all__ = [
     "Rules",
     "Term",
     "TooLarge",
+    "limited",
+    "look",
     "Trace",
     "add",
     "at_key",
