@@ -120,8 +120,7 @@ class Finder:
                 found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
             elif i not in closed | matched and not only_counted(s, self.walls):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
-        found.rejected.extend(mixtures(self.graph, self.walls, self.sources))
-        found.rejected.extend(soft_mixtures(self.graph))
+        found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
         return found
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
