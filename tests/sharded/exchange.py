@@ -46,17 +46,14 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     n = E // world
     local = Local(up[rank * n :][:n].clone(), down[rank * n :][:n].clone())
     ops: list[int] = []
-    run = torch.compile(
-        GatherEP(local, mesh["ep"], mesh["tp"]), backend="moe_fused", options={"inner": cells.counting(ops)}, fullgraph=True
-    )
+    options = {"inner": cells.counting(ops)}
+    run = torch.compile(GatherEP(local, mesh["ep"], mesh["tp"]), backend="moe_fused", options=options, fullgraph=True)
     x, w = xs[rank].clone().requires_grad_(), ws[rank].clone().requires_grad_()
     out = run(x, ids[rank], w)
     (out * torch.arange(H)).sum().backward()
     again = run(x, ids[rank], w)
-    yield (
-        "gathered",
-        {"fused": ops, "same": bool(torch.equal(out, again)), **beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)},
-    )
+    off = beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)
+    yield "gathered", {"fused": ops, "same": bool(torch.equal(out, again)), **off}
     yield "uneven", failure(lambda: run(x[: T - rank], ids[rank][: T - rank], w[: T - rank]))
     if rank == world - 1:
         os._exit(0)  # dies while the others are in the exchange
