@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compile import ir, ops
@@ -97,6 +97,7 @@ def test_a_gating_comes_back(gating):
     assert there_and_back(Routing, gating) == gating
 
 
+@settings(deadline=None)
 @given(EXPERTS)
 def test_experts_come_back(experts):
     assert all(there_and_back(record, experts) == experts for record in (Layout, Storage, SharedLayout))

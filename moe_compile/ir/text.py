@@ -163,8 +163,8 @@ def experts_text(e: Experts) -> str:
         at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
         parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
     if e.rounded:
-        both = {"up": e.up_rows, "down": e.down_rows}
-        parts += [rows_text(e.up_rows)] if e.up_rows == e.down_rows else [f"{rows_text(r)} ({n})" for n, r in both.items() if r]
+        told = {"up": e.up_rows, "down": e.down_rows}
+        parts += [rows_text(e.up_rows)] if e.up_rows == e.down_rows else [f"{rows_text(r)} ({n})" for n, r in told.items() if r]
     if e.weight_on_input:
         parts.append("w on input")
     return ", ".join([*parts, *_beside(e)])
@@ -205,8 +205,7 @@ def stored_text(s: Stored | None) -> str:
     if not s.scaled:
         return codes
     if s.scaled == Scale.DIVIDES:
-        codes = stored_text(replace(s, scaled=Scale.TIMES)).partition(" × ")
-        return f"{codes[0]} ÷ {codes[2]}"
+        return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:

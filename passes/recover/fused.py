@@ -52,7 +52,7 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     storage = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]) if coded else None
     up_stored, down_stored = (None, None) if storage is None else storage.stored()
     up_rows, down_rows = (None, None) if storage is None else storage.rows()
-    record = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
+    record: Any = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
     others = record.others if isinstance(record, ChainedLayout) else {"intermediate": _inner(a, down_stored)}
     experts = decode(
         Experts,

@@ -110,15 +110,41 @@ def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term]) -> Ter
     for x in T.walk(body):
         if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
             mapping[x] = mapping[x.args[1][0]] if _beyond(x, _largest_of(x.args[1][0])) else x
-    return T.canonical(_snapped(_numbers_out(T.subst(body, mapping))))
+    return T.canonical(_snapped(_cancelled_numbers(T.subst(body, mapping), _largest_of(rounds[0]))))
 
 
-def _numbers_out(t: Term) -> Term:
-    """Σ c f = c Σ f, so that numbers meet what they cancel with."""
-    inside = {x: T.coefficient(x.args[1]) for x in T.walk(t) if x.op == "sum"}
-    out = {x: T.mul(T.const(c), T.reduce_("sum", x.args[0], rest)) for x, (c, rest) in inside.items() if c != 1}
-    inner = {x: y for x, y in out.items() if not any(z in out for z in T.walk(x.args[1]))}
-    return _numbers_out(T.subst(t, inner)) if inner else t
+def _cancelled_numbers(t: Term, largest: float) -> Term:
+    """c Σ d f = (c n) Σ (d / n) f: the largest number of a type goes out of a sum where it meets what it cancels with."""
+    for _ in range(16):
+        change = next((found for x in T.walk(t) if x.op == "mul" and (found := _moved(x, largest)) is not None), None)
+        if change is None:
+            break
+        t = T.subst(t, {change[0]: change[1]})
+    return t
+
+
+def _moved(product: Term, largest: float) -> tuple[Term, Term] | None:
+    """A product with a number and one sum, and the same with the largest number of a type moved between them; None where it is not."""
+    outside, _ = T.coefficient(product)
+    sums = [(f, *T.coefficient(f.args[1])) for f in factors(product) if f.op == "sum" and T.coefficient(f.args[1])[0] != 1]
+    for f, inside, rest in sums:
+        moves = [(_size(float(outside) * n) + _size(float(inside) / n), n) for n in (1.0, largest, 1 / largest)]
+        n = min(moves)[1]
+        if n != 1:
+            others = [g for g in factors(product) if g is not f and g.op != "c"]
+            inner = T.reduce_("sum", f.args[0], T.mul(T.const(_near(float(inside) / n)), rest))
+            return product, T.mul(T.const(_near(float(outside) * n)), inner, *others)
+    return None
+
+
+def _size(c: float) -> float:
+    """How far a number is from 1."""
+    return abs(math.log(abs(c))) if c else math.inf
+
+
+def _near(c: float) -> float | int:
+    """1 for what is 1 but for its last digits."""
+    return 1 if abs(c - 1) < 1e-12 else c
 
 
 def _clamped(arg: Term) -> Term:
@@ -173,26 +199,27 @@ def _scale(r: Term) -> _Scale:
 
 
 def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None:
-    """base = k · s, where s is max|y| / largest, with a floor or as a power of two or both."""
+    """base = own · s, where s is max|y| / largest, with a floor or as a power of two or both; k / own is a number of y's."""
+    own = largest if _size(k / largest) < _size(k) else 1.0
     inner, power = _power(base)
     floored, bound = False, -math.inf
     c, core = T.coefficient(inner)
     if core.op == "fn" and core.args[0] == "clamp" and core.args[2][1] == math.inf:
         bound = core.args[2][0] * float(c)
-        own, core = T.coefficient(core.args[1][0])
-        c, floored = float(c) * float(own), True
+        inside, core = T.coefficient(core.args[1][0])
+        c, floored = float(c) * float(inside), True
     if core.op == "ite" and _is_not_zero(core.args[0], core.args[1]) and core.args[2].op == "c":  # a group of zeros stays one
-        core, bound = core.args[1], torch.finfo(torch.float32).tiny * k
-        own, core = T.coefficient(core)
-        c = float(c) * float(own)
+        core, bound = core.args[1], torch.finfo(torch.float32).tiny * own
+        inside, core = T.coefficient(core)
+        c = float(c) * float(inside)
     found = _largest(core, y)
     if found is None or power and k != 1:
         return None
     times, group = found
     if not math.isclose(k / (float(c) * times), largest, rel_tol=1e-6):
         return None
-    rows = Rows(8, _TYPES[r.args[0]], group, max(0.0, float(bound) / k), power)
-    return _Scale(base, k, core if floored and not power else None, k / float(c), rows)
+    rows = Rows(8, _TYPES[r.args[0]], group, max(0.0, float(bound) / own), power)
+    return _Scale(base, own, core if floored and not power else None, own / float(c), rows)
 
 
 def _is_not_zero(condition: Term, most: Term) -> bool:

@@ -104,6 +104,7 @@ def block_of(index: Term, row: Term) -> int | None:
     if index is row:
         return 1
     steps = {x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}
+    steps |= {v.args[1] for v in row.atoms} if index.op == "c" else set()  # all rows that are read lie in one block
     strides = {T.coefficient(constant_part(row)[1])[0]}
     found = (b * s for b in steps for s in (1, *strides) if isinstance(b, int) and isinstance(s, int))
     return next((b for b in found if T.fdiv(row, b) is index), None)

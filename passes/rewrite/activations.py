@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, MoeBlock, Rows, Stored
-from ...ir.codec import path
+from ...ir.codec import path, record_of
 from ...ir.records import Layout, Storage
 from ...ir.stored import ALL
 from ...ir.text import rows_text
@@ -84,7 +84,7 @@ def apply(graph: fx.Graph, kind: str) -> None:
 def _ask(n: fx.Node, kind: str) -> None:
     names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, n.args, strict=True))
-    storage = Storage(*[tuple(v) if isinstance(v := given[f.name], (list, tuple)) else v for f in fields(Storage)])
+    storage = record_of(Storage, [given[f.name] for f in fields(Storage)])
     if any(storage.rows()):
         return
     (up, down), layout = storage.stored(), {f.name: given[f.name] for f in fields(Layout)}

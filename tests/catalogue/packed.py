@@ -151,6 +151,27 @@ class Int4ZerosLessOne(Int4PackedZeros):
     less = 1
 
 
+class Int4GroupsByIndex(Int4PackedZeros):
+    """Verdict: fused, the weights being floats. `g_idx` says which group an input is in, which may be any (GPTQ's desc_act)."""
+
+    expect = Fused(RENORM, replace(FLOATS, up_transposed=True, down_transposed=True))
+    near = "Int4PackedZeros"
+    differs = ("experts.down_stored", "experts.stacked", "experts.up_stored")
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name, inner in (("up", H), ("down", I)):
+            self.register_buffer(f"{name}_group", (torch.arange(inner) // G)[torch.randperm(inner)])
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        group = getattr(self, f"{name}_group")
+        z, s = self.codes(getattr(self, f"{name}_zero")[e]), getattr(self, f"{name}_scale_inv")[e]
+        return ((self.codes(getattr(self, name)[e]) - z[group]) * s[group]).t()
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return {name: [self.matrix(name, e).t() for e in range(E)] for name in ("up", "down")}
+
+
 class Mxfp4Table(_Packed):
     """Verdict: fused. e2m1 pairs, low nibble first, looked up in a table of numbers; exponents by ldexp (gpt-oss)."""
 
