@@ -119,7 +119,7 @@ class Finder:
         return found
 
     def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
-        """What is told of a selection that no experts were found for; of numbers that may be no choice at all only where experts were seen."""
+        """What is told of a selection without experts; of numbers that may be no choice at all only where experts were seen."""
         if source in self.silent:
             return []
         if source in self.opaque:
