@@ -8,8 +8,8 @@ _MODULE, _FUNCTION = "torch._dynamo.backends.distributed", "compile_submod"
 _FRAMES = 80
 
 ADVICE = (
-    "this graph is a part: the optimizer of DistributedDataParallel cuts where its buckets end; set torch._dynamo.config.optimize_ddp = False, "
-    "or shard with FSDP2 (fully_shard)"
+    "this graph is a part: the optimizer of DistributedDataParallel cuts where its buckets end; set "
+    "torch._dynamo.config.optimize_ddp = False, or shard with FSDP2 (fully_shard)"
 )
 
 

@@ -52,7 +52,7 @@ class Pass:
             try:
                 out = self.each(work, c)
             except (Rejection, T.TooLarge) as e:
-                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out))
+                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out, code="budget"))
                 work.reject([r])
                 entry.refused(work.out.rejected[-1])
                 return None
@@ -113,12 +113,17 @@ def _searched(work: Work) -> None:
         key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), options.activations, overlap.mode(gm.graph, options, target)))
         if not trace.on() and work.recall(recall.load(key)):
             return
-    with deep_recursion(), no_saving_hooks(), _no_collector():
+    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:
         _fresh_terms()
-        for p in SEARCH:
-            p(work)
+        try:
+            for p in SEARCH:
+                p(work)
+        except T.TooLarge as e:  # in a pass over the whole graph
+            work.candidates = []
+            work.reject([Rejection(str(e), work.seen.first(), "budget")])
         _fresh_terms()
-    recall.save(key, work.kept())
+    if not limit.over:  # what another machine, or this one on another day, may have time for is not kept
+        recall.save(key, work.kept())
 
 
 @contextmanager

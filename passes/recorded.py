@@ -29,7 +29,7 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    with deep_recursion(), trace.loop(gm):
+    with deep_recursion(), trace.loop(gm), T.limited():
         try:
             with trace.phase("find", "experts at every node that could be their combined result: what is one element of it?"):
                 block = _block(*_read(gm))
@@ -38,6 +38,8 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
                     raise refusal
         except Rejection as r:
             return _explained(gm, r)
+        except T.TooLarge as e:
+            return Rejection(str(e), None, "record", code="budget")
         return Recovered(block.ir, "", True, "")
 
 

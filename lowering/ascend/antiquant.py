@@ -253,6 +253,11 @@ class Coding:
         assert row is not None
         return cls(p, row.bits)
 
+    @property
+    def out_in(self) -> bool:
+        """Whether the memory lies as [E, out, in]: the 950 takes float8 under rows of floats no other way."""
+        return self.bits == 0
+
     def codes(self, words: Tensor) -> Tensor:
         """Words as stored [E, ., .] -> int8 (float8) [E, in, out], or int32 [E, in, out / 8]."""
         s, p = self.problem.stored, self.problem

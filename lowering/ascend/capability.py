@@ -29,7 +29,7 @@ def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
     for p in _stored(e):
-        if (why := antiquant.why_not(p) if not e.rounded else antiquant.int8_by_channel(p)) is not None:
+        if (why := _refuses_stored(p, e.rounded)) is not None:
             return why
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
@@ -46,12 +46,24 @@ def refuses(ir: MoeBlock) -> str | None:
     return None
 
 
+def _refuses_stored(p: antiquant.Problem, rounded: bool) -> str | None:
+    if rounded and not p.float8_rows:
+        return antiquant.int8_by_channel(p)
+    why, row = antiquant.why_not(p), antiquant.choose(p)
+    if why is None and p.float8_rows:
+        assert row is not None
+        return f"{row.calls}: known from documents only, no calls are emitted"
+    return why
+
+
 def _stored(e: Experts) -> list[antiquant.Problem]:
     """The projections that are no plain floats."""
     family, halves = device.family(), 2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1
     up = (e.up_stored, e.up_transposed, e.hidden, e.intermediate * halves)
     down = (e.down_stored, e.down_transposed, e.intermediate, e.out_features)
-    return [antiquant.Problem(how, t, k, n, e.dtype, family) for how, t, k, n in (up, down) if how is not None]
+    rows = {r.dtype for r in (e.up_rows, e.down_rows) if r is not None}
+    float8 = bool(rows) and all(d.is_floating_point for d in rows)
+    return [antiquant.Problem(how, t, k, n, e.dtype, family, float8) for how, t, k, n in (up, down) if how is not None]
 
 
 def _refuses_rounded(ir: MoeBlock) -> str | None:

@@ -104,14 +104,20 @@ class Recipe:
         return make(given, t, self.dtype)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.view(tensors).contiguous()
+        t = self.view(tensors)
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if self._out_in else t.contiguous()
+
+    @property
+    def _out_in(self) -> bool:
+        """Whether the op wants the memory [E, out, in] under a view [E, in, out]."""
+        return self.part == "codes" and self.coding is not None and self.coding.out_in
 
     def is_free(self, tensors: Sequence[Tensor]) -> bool:
         """Whether packing copies nothing: the operand is a view of the first tensor, in order, in its format."""
         if self.part not in ("", "codes") or self.nz:
             return False
         t = self.view(tensors)
-        return t.is_contiguous() and _shares(t, tensors[0])
+        return (t.transpose(-1, -2) if self._out_in else t).is_contiguous() and _shares(t, tensors[0])
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:

@@ -32,8 +32,9 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, parts: Sequence[Tensor], ad
     out = x.new_zeros(x.shape[0], width, dtype=acc) if add is None else add.to(acc, copy=True)
     parameter = _as_stored(layout, parts)
     for block in rows.blocks(_widest(x, layout)):
-        y = _block(layout, block, x.index_select(0, block.tokens), parameter)
-        out.index_add_(0, block.tokens, y * block.by_row(w))
+        with torch.no_grad():
+            y = _block(layout, block, x.index_select(0, block.tokens), parameter)
+            out.index_add_(0, block.tokens, y * block.by_row(w))
     if layout.num_identity:
         same = rows.identity
         out.index_add_(0, same.tokens, x.index_select(0, same.tokens).to(acc) * same.by_row(w))
@@ -80,9 +81,20 @@ def _products(s: Stage, block: Block, rows: Tensor, parameter: Parameter, acc: t
     whole: dict[tuple[int, bool], Tensor] = {}
     for m in s.matrices:
         if (key := (m.operand, m.transposed)) not in whole:
-            pieces = [mine @ _matrix(parameter(m.operand, e), m, rows.dtype).t() for e, mine in block.each(rows)]
-            whole[key] = torch.cat(pieces).to(acc)
+            weights = [_matrix(parameter(m.operand, e), m, rows.dtype).t() for e in block.experts]
+            whole[key] = _product(block, rows, weights).to(acc)
     return [rows_of(whole[m.operand, m.transposed].t(), Matrix(0, m.stride, m.offset), s.width).t() for m in s.matrices]
+
+
+def _product(block: Block, rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Each expert's rows times its weight."""
+    pieces = rows.split(block.counts)
+    if torch.is_grad_enabled():
+        return torch.cat([mine @ w for mine, w in zip(pieces, weights, strict=True)])
+    out = rows.new_empty(len(rows), weights[0].shape[1])
+    for mine, w, into in zip(pieces, weights, out.split(block.counts), strict=True):
+        torch.mm(mine, w, out=into)
+    return out
 
 
 def _matrix(weight: Tensor, m: Matrix, dtype: torch.dtype) -> Tensor:

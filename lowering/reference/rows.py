@@ -13,6 +13,7 @@ from ...ir.records import ChainedLayout, Layout
 
 # Bytes of a block's widest rows: what is made for one block stays in the caches, and the allocator has the same memory for the next
 _BLOCK = 1 << 19
+_FEW = 32  # pairs
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Rows:
 def group_rows(ids: Tensor, layout: Layout | ChainedLayout) -> Rows:
     """Order the pairs of ids [T, k] by expert."""
     n, k = layout.num_experts, max(ids.shape[1], 1)
+    if ids.numel() <= _FEW and ids.device.type == "cpu" and not layout.num_identity:
+        return _few_rows(ids, n, k)
     flat = ids.reshape(-1).long()
     known = torch.where((flat >= 0) & (flat < n), flat, n)
     slots = known.argsort(stable=True)
@@ -104,3 +107,14 @@ class TokenSums:
 def in_order(device: torch.device) -> bool:
     """Whether `index_add_` adds rows one after the other."""
     return device.type == "cpu"
+
+
+def _few_rows(ids: Tensor, n: int, k: int) -> Rows:
+    """As `group_rows`: for a few pairs Python is faster than calls of torch."""
+    chosen = ids.reshape(-1).tolist()
+    counts = [0] * n
+    for e in chosen:
+        if 0 <= e < n:
+            counts[e] += 1
+    slots = torch.tensor(sorted((i for i, e in enumerate(chosen) if 0 <= e < n), key=chosen.__getitem__), dtype=torch.int64)
+    return Rows(slots, k, counts, Block(slice(0, 0), slots[:0], slots[:0], [], []))

@@ -1,7 +1,8 @@
 """Expert parallelism for transformers: `DistributedConfig(ep_size=..., ep_implementation="moe_compile")` once this module is imported.
 
     import moe_compile.integrations.transformers
-    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(ep_size=2, ..., ep_implementation="moe_compile"))
+    config = DistributedConfig(tp_size=2, tp_plan="auto", ep_size=2, ep_implementation="moe_compile")
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=config)
     model = torch.compile(model, backend="moe_fused")
 
 Placement, loading, saving and FSDP stay transformers'. What is brought is how rows reach the experts: every rank gathers ids, weights and

@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import scalar
@@ -155,6 +156,8 @@ class _Rows(scalar.Tensors):
     def power(self, a: Any, p: float) -> Any:
         if not isinstance(a, Tensor) or not 0 < p < 1:
             return a**p
+        if not torch.is_grad_enabled():
+            return a.sqrt() if p == 0.5 else a**p
         zero = a == 0
         return torch.where(zero, 0.0, torch.where(zero, 1.0, a) ** p)
 
@@ -167,13 +170,13 @@ def run(s: Stage, ys: Sequence[Tensor], ps: Sequence[Tensor], x: Tensor) -> Tens
     def wide(v: Any) -> Tensor:
         return torch.broadcast_to(v, shape) if isinstance(v, Tensor) else x.new_full(shape, v)
 
-    over = {_MEAN: lambda v: wide(v).mean(-1, keepdim=True), _TOTAL: lambda v: wide(v).sum(-1, keepdim=True)}
+    over = {_MEAN: lambda v: wide(v).mean(-1, keepdim=True), _TOTAL: lambda v: wide(v).sum(-1, keepdim=True), _SILU: F.silu}
     return wide(scalar.interpret(*program(s), values | {_ROW: x}, _Rows(), over))
 
 
 # ---- as plain numbers ------------------------------------------------------------------------------------------------------
 
-_MEAN, _TOTAL, _ROW, _PRODUCT, _VECTOR = 8, 9, 10, 1_000, 2_000  # opcodes beside those of `scalar`
+_MEAN, _TOTAL, _ROW, _SILU, _PRODUCT, _VECTOR = 8, 9, 10, 11, 1_000, 2_000  # opcodes beside those of `scalar`
 
 
 def encode(chain: Chain) -> tuple[list[int], list[float]]:
@@ -202,6 +205,10 @@ def _code(s: Stage, e: Any, go: Callable[[Any], Any]) -> Any:
     if e.func in (mean, total):
         ops, consts = go(e.args[0])
         return [*ops, _MEAN if e.func is mean else _TOTAL], consts
+    if e.is_Mul and (gate := next((a.args[0] for a in e.args if a.func is scalar.sigmoid and a.args[0] in e.args), None)) is not None:
+        ops, consts = go(gate)  # x σ(x) in one pass over memory
+        rest, more = go(sp.Mul(*(a for a in e.args if a not in (gate, scalar.sigmoid(gate)))))
+        return ([*ops, _SILU], consts) if rest == [scalar.OP_CONST] else ([*ops, _SILU, *rest, scalar.OP_MUL], [*consts, *more])
     ys, ps = ({make(i): first + i for i in range(n)} for make, first, n in _symbols(s))
     op = (ys | ps | {ROW: _ROW}).get(e)
     return None if op is None else ([op], [])
@@ -234,4 +241,4 @@ def _expression(ops: Sequence[int], consts: Iterator[float]) -> sp.Expr:
     for op in ops:
         if op >= _PRODUCT:
             values[op] = vector(op - _VECTOR) if op >= _VECTOR else product(op - _PRODUCT)
-    return scalar.interpret(ops, consts, values, scalar.Expressions(), {_MEAN: mean, _TOTAL: total})
+    return scalar.interpret(ops, consts, values, scalar.Expressions(), {_MEAN: mean, _TOTAL: total, _SILU: scalar.silu})

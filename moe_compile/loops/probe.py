@@ -181,7 +181,7 @@ class Probe(Sealed):
 
 
 def before_sharding(cls: type) -> type:
-    """The class of a module before `fully_shard` put one of its own in front: its hooks run around `forward`, and none of its methods in it."""
+    """The class of a module before `fully_shard` put one of its own in front, whose hooks run around `forward`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     first, *rest = cls.__bases__
     return rest[0] if fsdp is not None and first is getattr(fsdp, "FSDPModule", None) and rest else cls

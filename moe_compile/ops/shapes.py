@@ -124,5 +124,22 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }
+_watching: dict[str, Callable[[Sequence[Any]], None]] = {}
+
+
+def watch(name: str, look: Callable[[Sequence[Any]], None]) -> None:
+    """Let `look` see the arguments of an op, tensors without values, where a compiler traces it: a target may begin to compile kernels."""
+    _watching[name] = look
+
+
+def _traced(name: str, shape: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if name in _watching:
+            _watching[name](args)
+        return shape(*args)
+
+    return run
+
+
 for _name, _shape in SHAPES.items():
-    torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)
+    torch.library.register_fake(f"moe_compile::{_name}", _traced(_name, _shape), lib=library)

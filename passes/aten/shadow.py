@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx, track_te
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._pytree import tree_leaves
 
+from .. import terms as T
 from ..terms.text import SAID
 from . import contracts, sharded, sorted_rows
 from .effects import Memory
@@ -132,6 +133,7 @@ class _Tracer(fx.Interpreter):
         return value
 
     def run_node(self, n: fx.Node) -> Any:
+        T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
         self.level += _change_of_level(n)

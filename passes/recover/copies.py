@@ -55,7 +55,7 @@ def one_body(parts: list[Part]) -> OneBody:
     expert = T.named(EXPERT, len(real))
     body = unify({e - first: c for e, c in real.items()}, expert)
     if isinstance(body, str):
-        raise No(_other_sizes(real) or body)
+        raise No(_other_sizes(real) or body, "unlike")
     if first and any(_passes_over(x, expert) for x in T.walk(body)):
         raise No(_left_out(real))
     (the_ids,) = ids

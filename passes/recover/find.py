@@ -55,9 +55,9 @@ class Finder:
     def __init__(self, graph: fx.Graph, walls: set[fx.Node], memory: Memory, id_inputs: bool = False) -> None:
         self.graph, self.walls, self.memory = graph, walls, memory
         self.order = memory.order
-        opaque = set() if id_inputs else set(given_ids(graph, walls))
-        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else n in opaque or is_selection(n))]
-        self.opaque = opaque
+        self.opaque, readers = (set(), set()) if id_inputs else given_ids(graph, walls)
+        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else n in self.opaque or is_selection(n))]
+        self.silent = self.opaque - readers  # numbers that are compared: of the experts, or for reasons of their own
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
             if is_joined(n) and n not in self.memory.stale and (most := choices(n)) is not None:
@@ -112,6 +112,8 @@ class Finder:
                         break
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
+            if s in self.silent:
+                continue
             if s in self.opaque and i not in matched:
                 found.rejected.extend([r for r in tried.get(i, ()) if r.code != NO_EXPERTS][-1:])
             elif is_table(s) and i not in matched:

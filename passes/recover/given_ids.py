@@ -24,27 +24,34 @@ _MOST = 200  # nodes looked at behind one product
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def given_ids(graph: fx.Graph, walls: set[fx.Node]) -> list[fx.Node]:
-    """Nodes of a shadow that hold such ids, in the graph's order."""
-    found: set[fx.Node] = set()
-    for chooser in choosers(graph):
-        found |= _sources(chooser, walls)
-    return [n for n in graph.nodes if n in found]
+def given_ids(graph: fx.Graph, walls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes of a shadow that hold such ids, and those of them that weights are read by; others may be compared for other reasons."""
+    readers = {s for n in _readers(graph) for s in _sources(n, walls)}
+    return readers | {s for n in _compared(graph) for s in _sources(n, walls)}, readers
 
 
 def choosers(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Whole numbers that choose experts, whatever made them: of Dynamo's graph or of a shadow.
+    """Whole numbers that choose experts, perhaps, whatever made them: of Dynamo's graph or of a shadow."""
+    yield from _readers(graph)
+    yield from _compared(graph)
 
-    offs of a grouped product; i of W[i] where W [E, ·, ·] is given; ids where [ids = e] is asked for several e, or for all of them.
-    """
-    compared: dict[fx.Node, set[object]] = {}
+
+def _readers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """offs of a grouped product; i of W[i] where W [E, ·, ·] is given."""
     for n in graph.nodes:
         name = op_name(n)
         if name in names.GROUPED:
             yield from (x for x in (n.kwargs.get("offs"), *n.args[2:3]) if _holds_integers(x))
         elif name in names.LOOKUP | {"index_select", "getitem"} and n.args and _is_stack(n.args[0]):
             yield from (x for x in n.all_input_nodes if x is not n.args[0] and _holds_integers(x))
-        elif name == "one_hot" and _holds_integers(n.args[0]):
+
+
+def _compared(graph: fx.Graph) -> Iterator[fx.Node]:
+    """ids where [ids = e] is asked for several e, or for all of them."""
+    compared: dict[fx.Node, set[object]] = {}
+    for n in graph.nodes:
+        name = op_name(n)
+        if name == "one_hot" and _holds_integers(n.args[0]):
             yield n.args[0]  # type: ignore[misc]
         elif name == "eq" and len(n.args) == 2 and _holds_integers(n.args[0]) and type(n.args[1]) is int:
             compared.setdefault(n.args[0], set()).add(n.args[1])  # type: ignore[arg-type]

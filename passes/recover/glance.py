@@ -23,6 +23,9 @@ class Places:
     chosen: list[fx.Node]
     routers: list[fx.Node]
 
+    def first(self) -> fx.Node:
+        return (self.chosen or self.routers)[0]
+
     def __bool__(self) -> bool:
         return bool(self.chosen or self.routers)
 

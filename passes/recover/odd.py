@@ -42,7 +42,7 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code="inside")
+            return Rejection(what, n, "experts", code="opaque" if n in walls else "inside")
     return None
 
 

@@ -86,10 +86,11 @@ def _before_widening(p: fx.Node, route: fx.Node) -> tuple[Any, Any, Any] | None:
     if not all(isinstance(n, fx.Node) and names.op_name(n) in names.CAST and n.args for n in made):
         return None
     before = [n.args[0] for n in made]
-    values = [example_value(n) if isinstance(n, fx.Node) else None for n in before]
-    place = example_value(p)
-    alike = all(isinstance(v, torch.Tensor) and v.device == place.device for v in values) and len({v.dtype for v in values}) == 1
-    if not alike or values[0].dtype not in _NARROW or place.dtype != torch.float32 or any(written_between(n, route) for n in made):
+    values: list[Any] = [example_value(n) if isinstance(n, fx.Node) else None for n in before]
+    place: Any = example_value(p)
+    if not all(isinstance(v, torch.Tensor) and v.device == place.device and v.dtype in _NARROW for v in values):
+        return None
+    if len({v.dtype for v in values}) != 1 or place.dtype != torch.float32 or any(written_between(n, route) for n in made):
         return None
     return before[0], before[1], before[2] if len(before) > 2 else None
 

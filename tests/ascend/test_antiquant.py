@@ -13,8 +13,10 @@ from ascend_blocks import Seen, compiled
 from torch import Tensor
 
 import moe_compile
-from moe_compile.ir import Stored
-from moe_compile.lowering.ascend import antiquant, device, register
+from moe_compile.ir import Experts, Form, MoeBlock, Rows, Stored
+from moe_compile.ir import scalar as act
+from moe_compile.ir.stored import Scale
+from moe_compile.lowering.ascend import antiquant, capability, device, register, weights
 from moe_compile.passes.rewrite import recall
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -54,6 +56,8 @@ CASES: list[tuple[Stored, dict[str, Any], antiquant.Row | str]] = [
     (but(INT4, offset=-7.0), {}, "zero points"),
     (but(INT4, columns=24), {}, "groups of 24"),
     (INT4, {"out": 44}, "eight of 4 bits"),
+    (but(INT8, scaled=Scale.DIVIDES), {}, "scales divide"),
+    (but(INT4, columns=0, zeroed=True, zero_order=tuple(range(8))), {}, "several in a word"),
     (but(INT4, columns=0), {}, BY_CHANNEL),
     (but(INT4, columns=0, offset=0.0, zeroed=True), {}, BY_CHANNEL),
     (but(INT4, columns=0, offset=0.0, zeroed=True), {"device": "950"}, BY_CHANNEL),
@@ -69,7 +73,7 @@ CASES: list[tuple[Stored, dict[str, Any], antiquant.Row | str]] = [
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950"}, "rows in float8, another function"),
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, BLOCKS),
     (Stored(8, E4M3, rows=128, columns=128), {"inner": 256, "device": "A3", "float8_rows": True}, "A2 and A3 have int8 and int4 only"),
-    (Stored(8, E4M3, rows=64, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, "128 x 128"),
+    (Stored(8, E4M3, rows=64, columns=128), {"inner": 256, "device": "950", "float8_rows": True}, "each output channel only"),
     (Stored(8, E4M3, rows=1, columns=32, exponents=True), {"device": "950", "float8_rows": True}, MX),
     (Stored(8, E4M3, rows=1), {}, "A2 and A3 have int8 and int4 only"),
     (Stored(8, E4M3, rows=1), {"device": "950"}, FLOAT8),
@@ -84,6 +88,16 @@ def test_each_row_takes_what_it_can_express(how: Stored, changes: dict[str, Any]
         assert antiquant.choose(p) is None and why is not None and expected in why
     else:
         assert antiquant.choose(p) is expected and why is None
+
+
+@pytest.mark.parametrize(("family", "told"), [("A3", "A2 and A3 have int8 and int4 only"), ("950", "known from documents only")])
+def test_blocks_of_float8_under_rows_in_float8(family: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' FP8Experts: the 950 has the product, and nothing emits it."""
+    monkeypatch.setattr(device, "family", lambda: family)
+    blocks, rows = Stored(8, E4M3, rows=128, columns=128), Rows(8, E4M3, group=128)
+    experts = Experts(4, 256, 256, 256, Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16, up_stored=blocks, down_stored=blocks, up_rows=rows,
+                      down_rows=rows)  # fmt: skip
+    assert told in str(capability.refuses(MoeBlock(None, experts)))
 
 
 def test_what_only_documents_say_is_marked() -> None:
@@ -118,6 +132,20 @@ def test_codes_scales_and_offsets_are_the_weights_they_stand_for(how: Stored, tr
         [eye], [q.contiguous()], antiquant_scale=[s], antiquant_offset=[o], group_list=counts, split_item=3, group_type=0, group_list_type=1
     )
     assert torch.equal(got.float().view(e, k, n), want if transposed else want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float8_lies_as_the_950_wants_it(transposed: bool) -> None:
+    """[E, out, in] in memory; a model that has it so costs nothing, int8 is the other way round."""
+    channel = dict(rows=0, columns=1) if transposed else dict(rows=1, columns=0)
+    for how in (Stored(8, E4M3, **channel), Stored(8, torch.int8, **channel)):
+        p = problem(how, transposed=transposed, device="950")
+        recipe = weights.Recipe((weights.Source(0),), 3, True, False, p.dtype, "codes", antiquant.Coding.of(p))
+        code = torch.zeros((3, 64, 48) if transposed else (3, 48, 64), dtype=how.dtype)
+        packed = recipe.pack([code])
+        out_in = how.dtype == E4M3
+        assert packed.shape == (3, 64, 48) and (packed.transpose(1, 2) if out_in else packed).is_contiguous()
+        assert recipe.is_free([code]) == (transposed != out_in)
 
 
 def test_packing_is_undone() -> None:

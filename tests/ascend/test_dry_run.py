@@ -52,7 +52,10 @@ def test_the_example_runs_dry() -> None:
 
 
 @pytest.mark.parametrize("args", [("--dry-run",), ("--target", "ascend"), ("--graph-mode", "ge")])
-def test_what_does_not_go_together_is_said(args: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_go_together_is_said(
+    args: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "examples/run_trinity.py"))["main"]([*args])
     assert stopped.value.code == 2 and "goes with" in capsys.readouterr().err

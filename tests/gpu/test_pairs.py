@@ -18,7 +18,7 @@ from moe_compile import ops
 from moe_compile.ir.operands import ADAPTED
 from moe_compile.lowering.reference import generic
 from moe_compile.lowering.triton import adapted, adapted_calls
-from moe_compile.lowering.triton.launch import plans
+from moe_compile.lowering.triton.launch import plans, warm
 from moe_compile.lowering.triton.launch.tape import Fill, Launch
 
 
@@ -130,3 +130,18 @@ def test_ops_run_by_plans() -> None:
         got = torch.ops.moe_compile.experts_adapted(*t.values(), *ops.experts_args(e))
     close(got, e.evaluate(**t), 4 * TOLERANCE[torch.bfloat16])
     assert len(plans._plans) == 1 and None not in plans._plans.values()
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's")
+def test_kernels_are_begun_when_the_op_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without values, forward and backward: what a call will launch is known before it comes."""
+    e = MEANINGS["concat"]
+    args = [*moved("concat", torch.float32).values(), *ops.experts_args(e)]
+    begun: list[str] = []
+    with interpreted(monkeypatch):
+        monkeypatch.setattr(warm, "start", lambda build, how, tensors: begun.append(build.__name__))
+        adapted_calls.compile_ahead("experts_adapted_fwd", args)
+        out, pre, *_ = ops.shapes.experts_adapted_fwd(*args)
+        rest = [a for a in args if a is not None]  # the backward op has no `add`
+        adapted_calls.compile_ahead("experts_adapted_bwd", [out, pre, *rest, [True] * 8])
+    assert begun == ["_forward", "_backward"]

@@ -10,13 +10,13 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo.config
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import moe_compile
-from transformers.integrations import moe as _  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 
 E, K, H, I, T = 4, 2, 16, 16, 10
 Model = nn.Module
