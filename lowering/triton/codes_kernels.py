@@ -1,0 +1,229 @@
+"""Codes to numbers inside a kernel, and few tokens' products on them: every byte of a weight is read once, no floats of a matrix exist.
+
+    up    a[s] = act(W_g[e] x[t] + b_g, W_u[e] x[t] + b_u)
+    down  out[t] = add[t] + Σ_j w[t, j] (W_d[e_j] a[t·k + j] + b_d)
+    W[i, :] · v = Σ_g s[i, g] (Σ_{j in g} value(code[i, j]) v[j] - z[i, g] Σ_{j in g} v[j])
+
+Programs are as small and as many as in `decode`. A group g is what a thread loads at once of a row, 16 bytes, whatever a block of scales is:
+sums over it stay in the thread, and a scale costs one multiplication a group, not one a weight.
+"""
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import _by_slot, _slots
+from .gemm import DUAL
+
+INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # as `codes` numbers them
+NO_SCALE, PLAIN, EXPONENT = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def number(b, table, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """What bytes (or half bytes, as int32) stand for, in fp32; e2m1 by a factor of 2^-126 less, which `magnified` gives back.
+
+    NATIVE: the card converts e4m3. Else its bits are put in place: the same digits are an fp32 of 2^-120 times the value.
+    """
+    if KIND == INT8:
+        return b.to(tl.int8, bitcast=True).to(tl.float32)
+    if KIND == E4M3:
+        if NATIVE:
+            return b.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        c = b.to(tl.int32)
+        small = (((c & 0x80) << 24) | ((c & 0x7F) << 20)).to(tl.float32, bitcast=True)
+        return tl.where((c & 0x7F) == 0x7F, float("nan"), small * 1.329227995784916e36)
+    if KIND == E5M2:
+        return (b.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if KIND == E2M1:
+        return (((b & 8) << 28) | ((b & 7) << 22)).to(tl.float32, bitcast=True)
+    if KIND == TABLED:
+        return tl.load(table + b).to(tl.float32)
+    return b.to(tl.float32)
+
+
+@triton.jit
+def magnified(v, KIND: tl.constexpr):
+    """A sum of `number`s times numbers, as it should be."""
+    return v * 8.507059173023462e37 if KIND == E2M1 else v
+
+
+@triton.jit
+def halves(b, HIGH: tl.constexpr):
+    """The first and the second code of bytes."""
+    c = b.to(tl.int32)
+    if HIGH:
+        return c >> 4, c & 15
+    else:
+        return c & 15, c >> 4
+
+
+@triton.jit
+def scaling(s, SCALE: tl.constexpr):
+    """Scales in fp32: numbers, or exponents: 2^(b - 127), 255 is no number."""
+    if SCALE == EXPONENT:
+        b = s.to(tl.int32)
+        two = (b << 23).to(tl.float32, bitcast=True)
+        return tl.where(b == 0, 5.877471754111438e-39, tl.where(b == 255, float("nan"), two))
+    else:
+        return s.to(tl.float32)
+
+
+@triton.jit
+def base_of(p, e, stride_e, TABLE: tl.constexpr, DTYPE: tl.constexpr):
+    """Where expert e's begin: of a stack, or by a table of pointers."""
+    if TABLE:
+        return tl.load(p + e).to(tl.pointer_type(DTYPE), bitcast=False)
+    else:
+        return p + e.to(tl.int64) * stride_e
+
+
+@triton.jit
+def block_of(i, SIZE: tl.constexpr):
+    """The block that an index lies in; all in one where the size is 0."""
+    return i // SIZE if SIZE != 0 else i * 0
+
+
+@triton.jit
+def _vector(v, row, k0, k, live, BB: tl.constexpr, PACKED: tl.constexpr):
+    """Elements of some rows of v that meet bytes [k0, k0 + BB) of codes: of the first codes, of the second ones."""
+    at = k0 + tl.arange(0, BB)
+    if PACKED:
+        both = 2 * at[:, None] + tl.arange(0, 2)[None, :]
+        inside = live[:, None, None] & (both < k)[None, :, :]
+        return tl.split(tl.load(v + row[:, None, None] + both[None, :, :], mask=inside, other=0.0).to(tl.float32))
+    else:
+        one = tl.load(v + row[:, None] + at[None, :], mask=live[:, None] & (at < k)[None, :], other=0.0).to(tl.float32)
+        return one, one
+
+
+@triton.jit
+def coded_products(
+    codes, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset,
+    stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, FIRST: tl.constexpr, STEP: tl.constexpr,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Of several experts e [J]: Σ_J weight[J] W[e][n0:n0+BN, bytes k0:k0+BB] · v[row[J]], apart for each group of bytes: [BN, BB / GROUP]."""
+    J: tl.constexpr = e.shape[0]
+    GROUPS: tl.constexpr = BB // GROUP
+    PER: tl.constexpr = 2 if PACKED else 1
+    at_n = n0 + tl.arange(0, BN)
+    at_b = k0 + tl.arange(0, BB)
+    base = base_of(codes, e, stride_e, WEIGHTS, tl.uint8)
+    at = at_n[:, None] * stride_n + at_b[None, :] * stride_k
+    if EVEN:
+        mask = live[:, None, None]
+    else:
+        mask = live[:, None, None] & ((at_n < n)[:, None] & (at_b * PER < k)[None, :])[None, :, :]
+    b = tl.load(base[:, None, None] + at[None, :, :], mask=mask, other=0)
+    first, second = _vector(v, row, k0, k, live, BB, PACKED)
+    if PACKED:
+        lo, hi = halves(b, HIGH)
+        product = number(lo, table, KIND, NATIVE) * first[:, None, :] + number(hi, table, KIND, NATIVE) * second[:, None, :]
+    else:
+        product = number(b, table, KIND, NATIVE) * first[:, None, :]
+    part = magnified(tl.sum(product.reshape(J, BN, GROUPS, GROUP), 3), KIND)
+    g = (k0 // GROUP + tl.arange(0, GROUPS)) * (GROUP * PER)
+    place = (block_of(at_n * STEP + FIRST, ROWS) * scale_n)[:, None] + (block_of(g, COLUMNS) * scale_k)[None, :]
+    inside = live[:, None, None] & ((at_n < n)[:, None] & (g < k)[None, :])[None, :, :]
+    if ZERO or KIND == NUMBER:
+        total = tl.sum((first + second if PACKED else first).reshape(J, 1, GROUPS, GROUP), 3)
+        part += offset * total
+        if ZERO:
+            z = base_of(zeros, e, scale_e, WEIGHTS, ZDTYPE)[:, None, None] + place[None, :, :]
+            part -= tl.load(z, mask=inside, other=0.0).to(tl.float32) * total
+    if SCALE != NO_SCALE:
+        s = base_of(scales, e, scale_e, WEIGHTS, SDTYPE)[:, None, None] + place[None, :, :]
+        part *= scaling(tl.load(s, mask=inside, other=0), SCALE)
+    return tl.sum(part * weight[:, None, None], 0)
+
+
+@triton.jit
+def up_coded(
+    x, ids, weights, codes0, codes1, scales0, scales1, zeros0, zeros1, table, bias0, bias1, out,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset, stride_x: tl.constexpr,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
+    scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn,
+    FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
+    ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program per (token, slot) pair and block of columns."""
+    slot = tl.program_id(0)
+    n0 = tl.program_id(1) * BN
+    columns = n0 + tl.arange(0, BN)
+    PER: tl.constexpr = 2 if PACKED else 1
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    known = tl.load(ids + slot)
+    if (known >= 0) & (known < num_experts):
+        e = known + tl.zeros((1,), tl.int32)
+        live = e >= 0
+        row = (slot // slots_per_token).to(tl.int64) * stride_x + tl.zeros((1,), tl.int64)
+        one = tl.full((1,), 1.0, tl.float32)
+        g = tl.zeros((BN, BB // GROUP), tl.float32)
+        u = tl.zeros((BN, BB // GROUP), tl.float32)
+        for k0 in range(0, tl.cdiv(k, PER), BB):
+            g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
+                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE, ZERO, ZDTYPE,
+                                ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+            if MODE == DUAL:
+                u += coded_products(codes1, scales1, zeros1, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n,
+                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE,
+                                    ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+        g = tl.sum(g, 1)
+        u = tl.sum(u, 1) if MODE == DUAL else g
+        if WEIGHTED:
+            scale = tl.load(weights + slot).to(tl.float32)
+            g, u = g * scale, u * scale
+        if BIAS:
+            at = known.to(tl.int64) * stride_be + columns * stride_bn
+            g += tl.load(bias0 + at, mask=columns < n, other=0.0).to(tl.float32)
+            if MODE == DUAL:
+                u += tl.load(bias1 + at, mask=columns < n, other=0.0).to(tl.float32)
+        tl.store(out + slot.to(tl.int64) * n + columns, ACT(g, u).to(out.dtype.element_ty), mask=columns < n)
+
+
+@triton.jit
+def down_coded(
+    a, ids, weights, codes, scales, zeros, table, bias, add, out,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset,
+    stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
+    scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_add,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, AT_ONCE: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A program per token and block of columns; AT_ONCE slots have their codes under way together."""
+    t = tl.program_id(0)
+    n0 = tl.program_id(1) * BN
+    columns = n0 + tl.arange(0, BN)
+    PER: tl.constexpr = 2 if PACKED else 1
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    depth = tl.cdiv(tl.cdiv(k, PER), BB)
+    acc = tl.zeros((BN, BB // GROUP), tl.float32)
+    for step in range(0, tl.cdiv(slots_per_token, AT_ONCE) * depth):
+        slot, e, known = _slots(ids, t, step // depth * AT_ONCE + tl.arange(0, AT_ONCE), slots_per_token, num_experts)
+        if WEIGHTED:
+            weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
+        else:
+            weight = known.to(tl.float32)
+        acc += coded_products(codes, scales, zeros, table, e, known, a, slot * k, weight, n0, step % depth * BB, n, k, offset,
+                              stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH,
+                              SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+    total = tl.sum(acc, axis=1)
+    if BIAS:
+        total = _by_slot(total, ids, weights, bias, a, t, columns, n, slots_per_token, num_experts, 0, stride_be, stride_bn, 0,
+                         True, WEIGHTED, False)  # fmt: skip
+    if ADD:
+        total += tl.load(add + t.to(tl.int64) * stride_add + columns, mask=columns < n, other=0.0).to(tl.float32)
+    tl.store(out + t.to(tl.int64) * n + columns, total.to(out.dtype.element_ty), mask=columns < n)
