@@ -23,7 +23,7 @@ INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = range(6)
 # SCALE: what scales are
 NO_SCALE, PLAIN, EXPONENT = range(3)
 
-_KINDS = {torch.int8: INT8, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
+_KINDS = {torch.int8: INT8, torch.uint8: NUMBER, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = (*_HALF, *(-v for v in _HALF))
 _LOAD = 16  # bytes of a row that a thread loads at once

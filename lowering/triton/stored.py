@@ -15,26 +15,21 @@ import torch
 from torch import Tensor
 
 from ...ir import Stored
-from ...ir.operands import CODED, Operands
+from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
-from ...ops import bundled, storage_of
 from ..reference import generic
 from ..reference.stored import Held
 from . import capability
+from .launch.later import Later, NotRecorded
 
 CHUNK = 16  # experts whose matrices are floats at the same time
 FEW = 32  # (token, slot) pairs that have a matrix each
 
 
-def experts_stored(*args: Any) -> Tensor:
-    """As the op of this name, for what `capability.refuses` does not."""
-    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
-    with torch.cuda.device(x.device):
-        return forward(x, ids, weights, p, add, *storage_of(plain))
-
-
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
+    if isinstance(x, Later):
+        raise NotRecorded("a workspace of floats")
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
     experts = layout.num_experts
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)
@@ -125,5 +120,3 @@ def _dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tens
 
     stored_kernels.dequantise(codes, scales, how, experts, out)
 
-
-KERNELS = {"experts_stored": experts_stored}
