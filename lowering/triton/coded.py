@@ -206,7 +206,7 @@ def depth(w: Codes, bk: int) -> tuple[Any, int]:
     if not w.columns:
         return coded_gemm.STEPS, bk
     step = bk
-    while step > 32 and w.columns % step:
+    while step > 64 and w.columns % step:
         step //= 2
     return (coded_gemm.STEPS, step) if w.columns % step == 0 else (coded_gemm.BEFORE, bk)
 
