@@ -47,7 +47,10 @@ class Coded:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together."""
+    """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together.
+
+    early: scales go to the numbers even where they could go to the sums.
+    """
 
     bm: int
     bn: int
@@ -55,6 +58,7 @@ class Tile:
     warps: int
     stages: int
     group: int = 1
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,18 +129,31 @@ def operands(
 
 
 def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
-    layout = c.layout
     a = empty(c.x, c.ids.numel(), c.up.at.n)
+    few_up(c, a, up)
+    few_down(c, a, out, down)
+    return out
+
+
+def few_up(c: Coded, a: Tensor, up: Vector) -> None:
+    """a [T·k, I] = act(up x)."""
+    layout = c.layout
     fns = activation.functions(layout.act_ops, layout.act_consts)
     pdl = {"launch_pdl": True} if early_launch(c.x) else {}
-    slots, mode = c.ids.shape[1], gemm.DUAL if layout.gated else gemm.SINGLE
+    mode = gemm.DUAL if layout.gated else gemm.SINGLE
     launch(
         codes_kernels.up_coded, (c.ids.numel(), cdiv(c.up.at.n, up.bn)),
         c.x, c.ids, c.weights, *_twice(c.up), c.up.table, *_bias_args(c.up_bias, c.x), a,
-        c.up.at.n, c.up.k, slots, layout.num_experts, c.up.offset, c.x.stride(0), *_at(c.up), *_bias_strides(c.up_bias),
+        c.up.at.n, c.up.k, c.ids.shape[1], layout.num_experts, c.up.offset, c.x.stride(0), *_at(c.up), *_bias_strides(c.up_bias),
         FIRST0=c.up.first[0], FIRST1=c.up.first[-1], STEP=c.up.step, MODE=mode, ACT=fns.act, **_how(c.up, c.x),
         BIAS=c.up_bias is not None, WEIGHTED=layout.weight_on_input, **_extents(c.up, up), PDL=bool(pdl), num_warps=up.warps, **pdl,
     )  # fmt: skip
+
+
+def few_down(c: Coded, a: Tensor, out: Tensor, down: Vector) -> None:
+    """out [T, H] = add + Σ_j w down a."""
+    layout, slots = c.layout, c.ids.shape[1]
+    pdl = {"launch_pdl": True} if early_launch(c.x) else {}
     launch(
         codes_kernels.down_coded, (c.ids.shape[0], cdiv(c.down.at.n, down.bn)),
         a, c.ids, c.weights, c.down.at.parts[0], _first(c.down.scales), _first(c.down.zeros), c.down.table,
@@ -146,7 +163,6 @@ def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
         **_how(c.down, c.x), BIAS=c.down_bias is not None, WEIGHTED=not layout.weight_on_input, ADD=c.add is not None,
         AT_ONCE=at_once(slots, down.bn, down.bb, down.warps), **_extents(c.down, down), PDL=bool(pdl), num_warps=down.warps, **pdl,
     )  # fmt: skip
-    return out
 
 
 def _extents(w: Codes, v: Vector) -> dict[str, Any]:
@@ -164,27 +180,27 @@ def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
-    _gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
-    _gemm(a, c.down, c.down_bias, rows, y, choice.down, None, 0, None)
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
+    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down)
     return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input)
 
 
-def _gemm(
+def grouped_gemm(
     a: Tensor,
     w: Codes,
     bias: Biases | None,
     rows: Dispatch,
     out: Tensor,
     tile: Tile,
-    layout: Layout | None,
-    gather: int,
-    row_weights: Tensor | None,
+    layout: Layout | None = None,
+    gather: int = 0,
+    row_weights: Tensor | None = None,
 ) -> None:
     """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots."""
     mode = gemm.PLAIN if layout is None else gemm.DUAL if layout.gated else gemm.SINGLE
     act = activation.functions(layout.act_ops, layout.act_consts).act if layout is not None else None
     tiles, pdl = rows.tiles[tile.bm], {"launch_pdl": True} if early_launch(a) else {}
-    grouping, bk = depth(w, tile.bk)
+    grouping, bk = depth(w, tile.bk, tile.early)
     launch(
         coded_gemm.coded_gemm, (tiles.shape[1] * cdiv(w.at.n, tile.bn),),
         a, *_twice(w), w.table, *_bias_args(bias, a), row_weights, out, rows.order, rows.offsets, tiles, rows.num_tiles[tile.bm],
@@ -197,7 +213,7 @@ def _gemm(
     )  # fmt: skip
 
 
-def depth(w: Codes, bk: int) -> tuple[Any, int]:
+def depth(w: Codes, bk: int, early: bool = False) -> tuple[Any, int]:
     """Where scales are applied, and the depth of a step that makes it possible."""
     if w.scale == NO_SCALE:
         return coded_gemm.NONE, bk
@@ -208,6 +224,8 @@ def depth(w: Codes, bk: int) -> tuple[Any, int]:
     step = bk
     while step > 64 and w.columns % step:
         step //= 2
+    if early and w.columns % step == 0:
+        return coded_gemm.BEFORE, step
     return (coded_gemm.STEPS, step) if w.columns % step == 0 else (coded_gemm.BEFORE, bk)
 
 

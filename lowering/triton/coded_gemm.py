@@ -4,7 +4,7 @@
 
 The product is taken the other way round, Cᵀ = W Aᵀ: the operand that comes from registers is then the one that was decoded, each code is
 decoded once a program, and few rows of an expert are few columns of the product. GROUPING says where scales go: behind all (one a
-row of W), to the partial sum of each step of depth, which is also where fp32 sums are promoted to, or to the numbers before the product.
+row of W), to the partial sum of each step of depth, or to the numbers before the product.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -63,7 +63,8 @@ def _step(
         b = tl.load(pointers, mask=(at_b * PER < k)[None, :], other=0)
     LATER: tl.constexpr = (GROUPING == BEFORE) | ZERO
     row = block_of(at_n * STEP + FIRST, ROWS) * scale_n
-    if GROUPING == BEFORE:
+    MANY: tl.constexpr = (GROUPING == BEFORE) & (COLUMNS < BK)  # blocks in a step
+    if MANY:
         SIZE: tl.constexpr = COLUMNS
         column = (k0 // SIZE + tl.arange(0, BK // SIZE)) * scale_k
         place = row[:, None] + column[None, :]
@@ -73,11 +74,11 @@ def _step(
         inside = None
     if ZERO:
         z = tl.load(base_of(zeros, e, scale_e, WEIGHTS, ZDTYPE) + place, mask=inside).to(tl.float32)
-        if GROUPING == BEFORE:
+        if MANY:
             z = _spread(z, BB)
     if SCALE != 0 and (GROUPING == BEFORE or GROUPING == STEPS):
         s = scaling(tl.load(base_of(scales, e, scale_e, WEIGHTS, SDTYPE) + place, mask=inside), SCALE)
-        if GROUPING == BEFORE:
+        if MANY:
             s = _spread(s, BB)
     if PACKED:
         lo, hi = halves(b, HIGH)
