@@ -256,6 +256,7 @@ def _how(w: Codes, like: Tensor) -> dict[str, Any]:
     card = capability(like.device)
     return {
         "WEIGHTS": w.at.table, "KIND": w.kind, "NATIVE": not like.is_cuda or card >= (8, 9), "PACKED": w.packed, "HIGH": w.high,
+        "ASSEMBLY": like.is_cuda and torch.version.hip is None,
         "SCALE": w.scale, "SDTYPE": _NUMBERS[w.scale_dtype], "ZERO": bool(w.zeros), "ZDTYPE": _NUMBERS[w.zero_dtype],
         "ROWS": w.rows, "COLUMNS": w.columns,
     }  # fmt: skip

@@ -13,21 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes_kernels import E2M1, E4M3, base_of, block_of, halves, number, scaling
+from .codes_kernels import E4M3, EXPONENT, base_of, block_of, halves, number, scaling
 from .gemm import DUAL, PLAIN, _place
 
 NONE, BEHIND, STEPS, BEFORE = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def _numbers(b, table, offset, KIND: tl.constexpr, NATIVE: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """What codes stand for; in fp32 where WIDE, for they are not done yet."""
-    TYPE: tl.constexpr = tl.float32 if WIDE else DTYPE
+def _numbers(b, offset, KIND: tl.constexpr, NATIVE: tl.constexpr, OFFSET: tl.constexpr, TYPE: tl.constexpr):
+    """What bytes stand for."""
     if KIND == E4M3 and NATIVE:
         return b.to(tl.float8e4nv, bitcast=True).to(TYPE)
-    v = number(b, table, KIND, NATIVE)
-    if KIND == E2M1:
-        v = v * 8.507059173023462e37
+    v = number(b, KIND, NATIVE)
     if OFFSET:
         v = v + offset
     return v.to(TYPE)
@@ -44,7 +41,7 @@ def _spread(s, BB: tl.constexpr):
 def _step(
     acc, tile, codes, scales, zeros, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k,
     FIRST: tl.constexpr, STEP: tl.constexpr, WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
-    PACKED: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr,
+    PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr,
     OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPING: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +57,7 @@ def _step(
     if EVEN_K:
         b = tl.load(pointers)
     else:
-        b = tl.load(pointers, mask=(at_b * PER < k)[None, :], other=0)
+        b = tl.load(pointers, mask=(at_b < k // PER)[None, :], other=0)
     LATER: tl.constexpr = (GROUPING == BEFORE) | ZERO
     row = block_of(at_n * STEP + FIRST, ROWS) * scale_n
     MANY: tl.constexpr = (GROUPING == BEFORE) & (COLUMNS < BK)  # blocks in a step
@@ -80,21 +77,24 @@ def _step(
         s = scaling(tl.load(base_of(scales, e, scale_e, WEIGHTS, SDTYPE) + place, mask=inside), SCALE)
         if MANY:
             s = _spread(s, BB)
+    # bf16 times a power of two is exact
+    TYPE: tl.constexpr = tl.float32 if LATER and (ZERO or SCALE != EXPONENT or DTYPE != tl.bfloat16) else DTYPE
     if PACKED:
-        lo, hi = halves(b, HIGH)
-        w0 = _numbers(lo, table, offset, KIND, NATIVE, OFFSET, DTYPE, LATER)
-        w1 = _numbers(hi, table, offset, KIND, NATIVE, OFFSET, DTYPE, LATER)
+        w0, w1 = halves(b, table, KIND, HIGH, ASSEMBLY)
+        if OFFSET:
+            w0, w1 = w0 + offset, w1 + offset
+        w0, w1 = w0.to(TYPE), w1.to(TYPE)
         if ZERO:
             w0, w1 = w0 - z, w1 - z
         if SCALE != 0 and GROUPING == BEFORE:
-            w0, w1 = w0 * s, w1 * s
+            w0, w1 = w0 * s.to(TYPE), w1 * s.to(TYPE)
         w = tl.join(w0.to(DTYPE), w1.to(DTYPE)).reshape(BN, BK)
     else:
-        w = _numbers(b, table, offset, KIND, NATIVE, OFFSET, DTYPE, LATER)
+        w = _numbers(b, offset, KIND, NATIVE, OFFSET, TYPE)
         if ZERO:
             w = w - z
         if SCALE != 0 and GROUPING == BEFORE:
-            w = w * s
+            w = w * s.to(TYPE)
         w = w.to(DTYPE)
     if SCALE != 0 and GROUPING == STEPS:
         return acc + tl.dot(w, tile, input_precision=PRECISION) * s
@@ -117,7 +117,7 @@ def coded_gemm(
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_out: tl.constexpr,
     FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
     ZERO: tl.constexpr, ZDTYPE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPING: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,11 +153,11 @@ def coded_gemm(
             else:
                 tile_a = tl.load(pointers, mask=(at_k < k)[:, None], other=0.0)
             g = _step(g, tile_a, codes0, scales0, zeros0, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e, scale_n,
-                      scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS, COLUMNS,
+                      scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS, COLUMNS,
                       GROUPING, EVEN_N, EVEN_K, PRECISION, BN, BK)  # fmt: skip
             if MODE == DUAL:
                 u = _step(u, tile_a, codes1, scales1, zeros1, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e,
-                          scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS,
+                          scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS,
                           COLUMNS, GROUPING, EVEN_N, EVEN_K, PRECISION, BN, BK)  # fmt: skip
         columns = n0 + tl.arange(0, BN)
         if GROUPING == BEHIND:

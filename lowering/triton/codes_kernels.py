@@ -21,12 +21,23 @@ INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # 
 NO_SCALE, PLAIN, EXPONENT = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
-def number(b, table, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """What bytes (or half bytes, as int32) stand for, in fp32; e2m1 by a factor of 2^-126 less, which `magnified` gives back.
+# Four bytes to two pairs of bf16 from low halves and two from high ones. A byte permutation looks up both bytes of |e2m1| for four codes at
+# once, and their signs; plain codes are digits of 128 + q
+_E2M1 = tl.constexpr("""{ .reg .b32 s, g, t, n, h, l, k;
+and.b32 s, $4, 0x77777777; shr.u32 g, $4, 3; and.b32 g, g, 0x11111111; mov.b32 k, 0;
+prmt.b32 h, 0x3F3F3F00, 0x40404040, s; prmt.b32 l, 0xC0800000, 0xC0804000, s; prmt.b32 n, 0x00008000, k, g;
+or.b32 h, h, n; prmt.b32 $0, l, h, 0x6240; prmt.b32 $2, l, h, 0x7351; shr.u32 t, s, 16; shr.u32 g, g, 16;
+prmt.b32 h, 0x3F3F3F00, 0x40404040, t; prmt.b32 l, 0xC0800000, 0xC0804000, t; prmt.b32 n, 0x00008000, k, g;
+or.b32 h, h, n; prmt.b32 $1, l, h, 0x6240; prmt.b32 $3, l, h, 0x7351; }""")
+_PLAIN = tl.constexpr("""{ .reg .b32 t, k;
+mov.b32 k, 0; prmt.b32 t, $4, k, 0x4140; lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA;
+shr.u32 t, t, 4; lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA; prmt.b32 t, $4, k, 0x4342;
+lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA; shr.u32 t, t, 4; lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA; }""")
 
-    NATIVE: the card converts e4m3. Else its bits are put in place: the same digits are an fp32 of 2^-120 times the value.
-    """
+
+@triton.jit
+def number(b, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """What bytes stand for, in fp32. NATIVE: the card converts e4m3. Else its digits are an fp32 of 2^-120 times the value."""
     if KIND == INT8:
         return b.to(tl.int8, bitcast=True).to(tl.float32)
     if KIND == E4M3:
@@ -37,29 +48,35 @@ def number(b, table, KIND: tl.constexpr, NATIVE: tl.constexpr):
         return tl.where((c & 0x7F) == 0x7F, float("nan"), small * 1.329227995784916e36)
     if KIND == E5M2:
         return (b.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    if KIND == E2M1:
-        return (((b & 8) << 28) | ((b & 7) << 22)).to(tl.float32, bitcast=True)
-    if KIND == TABLED:
-        return tl.load(table + b).to(tl.float32)
-    if b.dtype == tl.int32:  # half bytes: the digits of 2^23 + q, which is quicker than a conversion
-        return (b | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return b.to(tl.float32)
 
 
 @triton.jit
-def magnified(v, KIND: tl.constexpr):
-    """A sum of `number`s times numbers, as it should be."""
-    return v * 8.507059173023462e37 if KIND == E2M1 else v
+def _half(q, table, KIND: tl.constexpr):
+    """What half bytes stand for, in fp32."""
+    if KIND == E2M1:
+        return (((q & 8) << 28) | ((q & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+    if KIND == TABLED:
+        return tl.load(table + q).to(tl.float32)
+    return q.to(tl.float32)
 
 
 @triton.jit
-def halves(b, HIGH: tl.constexpr):
-    """The first and the second code of bytes."""
-    c = b.to(tl.int32)
-    if HIGH:
-        return c >> 4, c & 15
+def halves(b, table, KIND: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """What the first and the second code of bytes stand for: in bf16, which has them all, or in fp32."""
+    if ASSEMBLY and KIND != TABLED:
+        lo, hi = tl.inline_asm_elementwise(
+            _E2M1 if KIND == E2M1 else _PLAIN, "=r,=r,=r,=r,r", [b], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+        if KIND != E2M1:
+            lo, hi = lo - 128.0, hi - 128.0
     else:
-        return c & 15, c >> 4
+        c = b.to(tl.int32)
+        lo, hi = _half(c & 15, table, KIND), _half(c >> 4, table, KIND)
+    if HIGH:
+        return hi, lo
+    else:
+        return lo, hi
 
 
 @triton.jit
@@ -105,7 +122,7 @@ def _vector(v, row, k0, k, live, BB: tl.constexpr, PACKED: tl.constexpr):
 def coded_products(
     codes, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset,
     stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, FIRST: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -120,18 +137,19 @@ def coded_products(
     if EVEN:
         mask = live[:, None, None]
     else:
-        mask = live[:, None, None] & ((at_n < n)[:, None] & (at_b * PER < k)[None, :])[None, :, :]
+        mask = live[:, None, None] & ((at_n < n)[:, None] & (at_b < k // PER)[None, :])[None, :, :]
     b = tl.load(base[:, None, None] + at[None, :, :], mask=mask, other=0)
     first, second = _vector(v, row, k0, k, live, BB, PACKED)
     if PACKED:
-        lo, hi = halves(b, HIGH)
-        product = number(lo, table, KIND, NATIVE) * first[:, None, :] + number(hi, table, KIND, NATIVE) * second[:, None, :]
+        lo, hi = halves(b, table, KIND, HIGH, ASSEMBLY)
+        product = lo.to(tl.float32) * first[:, None, :] + hi.to(tl.float32) * second[:, None, :]
     else:
-        product = number(b, table, KIND, NATIVE) * first[:, None, :]
-    part = magnified(tl.sum(product.reshape(J, BN, GROUPS, GROUP), 3), KIND)
-    g = (k0 // GROUP + tl.arange(0, GROUPS)) * (GROUP * PER)
-    place = (block_of(at_n * STEP + FIRST, ROWS) * scale_n)[:, None] + (block_of(g, COLUMNS) * scale_k)[None, :]
-    inside = live[:, None, None] & ((at_n < n)[:, None] & (g < k)[None, :])[None, :, :]
+        product = number(b, KIND, NATIVE) * first[:, None, :]
+    part = tl.sum(product.reshape(J, BN, GROUPS, GROUP), 3)
+    g = k0 // GROUP + tl.arange(0, GROUPS)
+    column = g if COLUMNS == GROUP * PER else block_of(g * (GROUP * PER), COLUMNS)
+    place = (block_of(at_n * STEP + FIRST, ROWS) * scale_n)[:, None] + (column * scale_k)[None, :]
+    inside = live[:, None, None] & ((at_n < n)[:, None] & (g < tl.cdiv(k, GROUP * PER))[None, :])[None, :, :]
     if ZERO or KIND == NUMBER:
         total = tl.sum((first + second if PACKED else first).reshape(J, 1, GROUPS, GROUP), 3)
         part += offset * total
@@ -151,7 +169,7 @@ def up_coded(
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn,
     FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
     ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -173,11 +191,11 @@ def up_coded(
         u = tl.zeros((BN, BB // GROUP), tl.float32)
         for k0 in range(0, tl.cdiv(k, PER), BB):
             g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
-                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE, ZERO, ZDTYPE,
+                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE,
                                 ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
             if MODE == DUAL:
                 u += coded_products(codes1, scales1, zeros1, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n,
-                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, SCALE, SDTYPE,
+                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE,
                                     ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
         g = tl.sum(g, 1)
         u = tl.sum(u, 1) if MODE == DUAL else g
@@ -198,7 +216,7 @@ def down_coded(
     n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_add,
-    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
     SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, AT_ONCE: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
@@ -220,7 +238,7 @@ def down_coded(
         else:
             weight = known.to(tl.float32)
         acc += coded_products(codes, scales, zeros, table, e, known, a, slot * k, weight, n0, step % depth * BB, n, k, offset,
-                              stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH,
+                              stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
                               SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
     total = tl.sum(acc, axis=1)
     if BIAS:
