@@ -1,6 +1,6 @@
 """The routed experts on weights in few bits, decoded where they are used: two launches for few tokens, the grouped GEMM for more.
 
-Operands that these kernels do not take, and so many rows an expert that decoding once for all of them is cheaper, run in `stored`'s workspace.
+Operands that these kernels do not take run in `stored`'s workspace.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def forward(
     storage: Storage,
     choice: Choice | None = None,
 ) -> Tensor | None:
-    """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype; None where operands or sizes are not for these kernels.
+    """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype; None where operands are not for these kernels.
 
     Raises ValueError where a parameter holds too few experts.
     """
@@ -263,31 +263,45 @@ def _how(w: Codes, like: Tensor) -> dict[str, Any]:
 
 
 def choose(c: Coded) -> Choice | None:
-    """By the rows an expert sees on average; None where a workspace of floats is faster, or no tile has these blocks."""
+    """By the rows an expert sees on average, as measured on an H200; None where no tile has these blocks of scales."""
     tokens, rows = c.ids.shape[0], c.ids.numel() / c.layout.num_experts
     if not c.x.is_cuda:
         tile = Tile(16, 16, 16, 4, 1)
         choice = Choice(tile, tile, (Vector(16, 16, 4), Vector(16, 16, 4)) if tokens <= 2 else None)
     else:
-        tile = _rule(rows, c.up)
-        choice = Choice(tile, _rule(rows, c.down), _vectors(c) if tokens <= FEW else None)
+        up, down = _packed(rows) if c.up.packed else _bytes(rows)
+        choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):
         return None
     return choice
 
 
-def _rule(rows: float, w: Codes) -> Tile:
-    bk = 128 if not w.columns or w.columns % 128 == 0 or w.columns < 64 else 64
-    if rows <= 12:
-        return Tile(16, 64, bk, 4, 4)
+def _bytes(rows: float) -> tuple[Tile, Tile]:
+    """Tiles of codes of a byte."""
     if rows <= 40:
-        return Tile(32, 64, bk, 4, 3)
-    if rows <= 80:
-        return Tile(64, 128, bk, 8, 3, group=8)
-    return Tile(128, 128, min(bk, 64), 8, 3, group=8)
+        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3, early=True)
+        return tile, tile
+    if rows <= 100:
+        return Tile(64, 64, 128, 4, 3, 8, early=True), Tile(64, 128, 128, 8, 3, 8, early=True)
+    tile = Tile(128, 128, 64, 8, 3, 8, early=True)
+    return tile, tile
+
+
+def _packed(rows: float) -> tuple[Tile, Tile]:
+    """Tiles of codes of half a byte."""
+    if rows <= 40:
+        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3)
+        return tile, tile
+    return Tile(64 if rows <= 90 else 128, 64, 64, 4, 3, 8), Tile(64, 128, 64, 8, 3, 8)
 
 
 def _vectors(c: Coded) -> tuple[Vector, Vector]:
-    return Vector(4, 2048, 4), Vector(2, 1024, 4)
+    if c.up.packed:
+        return Vector(8, _span(c.up, 1024), 4), Vector(4, _span(c.down, 512), 2)
+    return Vector(4, _span(c.up, 2048), 2), Vector(4, _span(c.down, 1024), 4)
 
 
+def _span(w: Codes, most: int) -> int:
+    """Bytes of a row at a time: so many, or half of them where that leaves less of the last load empty."""
+    row = w.k // w.per_byte
+    return min((most, most // 2), key=lambda n: (cdiv(row, n) * n, -n))

@@ -37,7 +37,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
         own = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         return _run(x, torch.where(ids < 0, -1, own), weights, p, add, layout, storage, ids.flatten(), 0)
     hit = torch.zeros(experts + 1, dtype=torch.bool, device=ids.device)
-    hit[ids.flatten()] = True  # -1 is the one behind the last
+    hit.index_fill_(0, torch.where(ids < 0, experts, ids).flatten(), True)  # no copy from the host: a graph may be captured
     numbers = torch.where(hit[:experts], torch.arange(experts, device=ids.device), -1)
     out: Any = 0.0 if add is None else add
     for first in range(0, experts, CHUNK):
