@@ -1,14 +1,14 @@
-"""Routed experts on weights in few bits on a GPU, beside bf16 of the same shape, Inductor on the model as written, and torch's grouped product.
+"""Routed experts on weights in few bits on a GPU, beside bf16 of the same shape, Inductor on floats made as written, torch's grouped product.
 
 Times are CUDA graphs of one call on each of several rotating input sets, median over replays. `inductor`: a loop over experts that makes
-each matrix of floats before it multiplies is data-dependent, so what is compiled is what a user writes for all experts at once: dequantise, then
-grouped product. `scaled`: `F.scaled_grouped_mm` with a scale a row, both projections alone (no gathering, no activation, no combine).
+each matrix of floats before it multiplies is data-dependent, so what is compiled makes floats of all experts and takes grouped products
+(no biases). `scaled`: `F.scaled_grouped_mm` with a scale a row, both projections alone: no gathering, no activation, no combine.
+`workspace`: what runs where no kernel has these codes.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +142,8 @@ def written(s: Shape, w: Weights) -> Callable[..., Tensor]:
         up, down = w.floats()
         order = ids.flatten().argsort(stable=True)
         ends = torch.bincount(ids.flatten(), minlength=s.experts).cumsum(0).int()
-        g, u = torch._grouped_mm(x[order // s.k], up.transpose(1, 2), offs=ends).chunk(2, -1)
+        h = torch._grouped_mm(x[order // s.k], up.transpose(1, 2), offs=ends)
+        g, u = (h[:, 0::2], h[:, 1::2]) if w.up_bias else h.chunk(2, -1)
         y = torch._grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends)
         y = y * ws.flatten()[order].unsqueeze(-1).to(y.dtype)
         return torch.zeros_like(x).index_add(0, order // s.k, y)
@@ -156,7 +157,8 @@ def scaled(s: Shape, w: Weights, args: Routing) -> Callable[..., Tensor] | None:
     if mm is None:
         return None
     kind = F.ScalingType.RowWise
-    rows, (x, ids, _) = args[1].numel(), args
+    _, ids, _ = args
+    rows = ids.numel()
     ends = torch.bincount(ids.flatten(), minlength=s.experts).cumsum(0).int()
     a, b = (torch.randn(rows, n, device=DEVICE).to(F8) for n in (s.hidden, s.intermediate))
     one = torch.ones(rows, device=DEVICE)
@@ -193,9 +195,6 @@ def measured(scheme: str, name: str, tokens: list[int], bandwidth: float, peak: 
                 figures["inductor_us"] = attempt("inductor", lambda sets=sets: microseconds(written(s, w), sets))
         points.append(on_cuda.point(f"stored {scheme}", name, t, **figures))
         print(points[-1], flush=True)
-    del f, w
-    gc.collect()
-    torch.cuda.empty_cache()
     return points
 
 
@@ -205,9 +204,6 @@ def floats(name: str, tokens: list[int]) -> dict[int, float]:
     up, down = on_cuda.weights_of(s)
     f = on_cuda.fused(s, up, down)
     found = {t: microseconds(f, input_sets(s, t)) for t in tokens}
-    del up, down, f
-    gc.collect()
-    torch.cuda.empty_cache()
     return found
 
 
@@ -238,7 +234,9 @@ def main() -> None:
         for name in (n for n in CASES[scheme] if n in args.models):
             start = time.perf_counter()
             found = measured(scheme, name, args.tokens, **limits, peers=args.peers_at)
+            on_cuda.free()
             plain = {} if args.no_floats else floats(name, args.tokens)
+            on_cuda.free()
             for point in found:
                 point["bf16_us"] = plain.get(point["tokens"])
             every += found
