@@ -1,4 +1,4 @@
-"""Routed experts on weights in few bits on a GPU, beside bf16 of the same shape, Inductor on floats made as written, torch's grouped product.
+"""Routed experts on weights in few bits on a GPU, beside bf16 of the same shape, Inductor on floats of all experts, torch's grouped product.
 
 Times are CUDA graphs of one call on each of several rotating input sets, median over replays. `inductor`: a loop over experts that makes
 each matrix of floats before it multiplies is data-dependent, so what is compiled makes floats of all experts and takes grouped products
@@ -9,9 +9,10 @@ each matrix of floats before it multiplies is data-dependent, so what is compile
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import on_cuda
 import torch
 import torch.nn.functional as F
 from on_cuda import BF16, DEVICE, SHAPES, Routing, Shape, attempt, hits, input_sets, microseconds
-from roofline import Point, store
+from roofline import Point
 from torch import Tensor
 
 import moe_compile.ops
@@ -70,10 +71,6 @@ class Weights:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.up, self.down, self.up_scale, self.down_scale))
-
-    def floats(self) -> list[Tensor]:
-        """[E, out, in] in bf16, as a model makes them: in fp32, rounded once."""
-        return [self.how.matrix(q, s, torch.float32).to(BF16) for q, s in ((self.up, self.up_scale), (self.down, self.down_scale))]
 
     def lists(self) -> list[list[Tensor]]:
         return [[self.up], [self.down], [*self.up_bias], [*self.down_bias], [self.up_scale], [self.down_scale], [], [], [], []]
@@ -138,10 +135,14 @@ def workspace(s: Shape, scheme: str, w: Weights) -> Callable[..., Tensor]:
 def written(s: Shape, w: Weights) -> Callable[..., Tensor]:
     """The model as written for all experts at once: floats of all of them, then grouped products."""
 
+    how, table = w.how, None
+    if how.values:
+        how, table = replace(how, values=(), tabled=True), torch.tensor(how.values, device=DEVICE)
+
     def block(x: Tensor, ids: Tensor, ws: Tensor) -> Tensor:
-        up, down = w.floats()
+        up, down = (how.matrix(q, t, torch.float32, table=table).to(BF16) for q, t in ((w.up, w.up_scale), (w.down, w.down_scale)))
         order = ids.flatten().argsort(stable=True)
-        ends = torch.bincount(ids.flatten(), minlength=s.experts).cumsum(0).int()
+        ends = torch.histc(ids.float(), s.experts, 0, s.experts - 1).cumsum(0).int()
         h = torch._grouped_mm(x[order // s.k], up.transpose(1, 2), offs=ends)
         g, u = (h[:, 0::2], h[:, 1::2]) if w.up_bias else h.chunk(2, -1)
         y = torch._grouped_mm(F.silu(g) * u, down.transpose(1, 2), offs=ends)
@@ -240,7 +241,7 @@ def main() -> None:
             for point in found:
                 point["bf16_us"] = plain.get(point["tokens"])
             every += found
-            store(args.json, {"machine": on_cuda.machine(), "limits": limits, "points": found})
+            args.json.write_text(json.dumps({"machine": on_cuda.machine(), "limits": limits, "points": every}, indent=1) + "\n")
             print(f"  {scheme} {name}: {time.perf_counter() - start:.0f} s", flush=True)
     show(every)
 
