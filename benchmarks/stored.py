@@ -1,4 +1,4 @@
-"""Routed experts on weights in few bits on a GPU, beside bf16 of the same shape, Inductor on floats of all experts, torch's grouped product.
+"""Routed experts on weights in few bits on a GPU, beside bf16, Inductor on floats of all experts, and torch's grouped product.
 
 Times are CUDA graphs of one call on each of several rotating input sets, median over replays. `inductor`: a loop over experts that makes
 each matrix of floats before it multiplies is data-dependent, so what is compiled makes floats of all experts and takes grouped products
