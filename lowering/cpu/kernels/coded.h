@@ -49,10 +49,8 @@ struct CodedMatrix {
   i64 stride, first, k;
   const stored* operator()(i64, i64) const { return nullptr; }
 
-  i64 place(i64 row, i64 at) const {
-    const i64 i = row * c.step + first;
-    return (c.rows ? i / c.rows : 0) * c.scale_n + (c.columns ? at / c.columns : 0) * c.scale_k;
-  }
+  // Where the scales of a row begin.
+  i64 place(i64 row) const { return c.rows ? (row * c.step + first) / c.rows * c.scale_n : 0; }
 };
 
 // One code of a row.
@@ -64,53 +62,80 @@ static inline float code_value(const Coding& c, const uint8_t* row, i64 k) {
   return c.table[word >> c.order[k % 16] & 15];
 }
 
-// VL codes of a row, from a multiple of VL on. E4M3 comes smaller by a factor of 2^8: bits of a half float.
+// What decoding keeps in registers, and VL codes of a row from a multiple of VL on. E4M3 comes smaller by a factor of 2^8: bits of a half
+// float.
 #if defined(__AVX2__) && defined(__F16C__)
 #define CODED_VECTORS
-template <i64 KIND>
-static inline vf code_vector(const Coding& c, const uint8_t* row, i64 k) {
 #if defined(WIDE_VECTORS)
-  if constexpr (KIND == INT8) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + k))));
-  if constexpr (KIND == E4M3) {
-    __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(row + k)));
-    __m256i h = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(short(0x8000))),
-                                _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3f80)));
-    __m256i digits = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
-    __m256i nan = _mm256_cmpeq_epi16(digits, _mm256_set1_epi16(0x7f));
-    return (vf)_mm512_cvtph_ps(_mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00))));
+static inline vf from_halves(__m256i x) { return (vf)_mm512_cvtph_ps(x); }
+// Bits of half floats from bytes in 16 bits each; no number stays none.
+static inline __m512i e4m3_halves(__m512i x) {
+  __m512i h = _mm512_ternarylogic_epi32(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(short(0x8000)),
+                                        _mm512_and_si512(_mm512_slli_epi16(x, 7), _mm512_set1_epi16(0x3f80)), 0xEA);
+  __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
+  return _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
+}
+#else
+static inline vf from_halves(__m128i x) { return (vf)_mm256_cvtph_ps(x); }
+#endif
+
+template <i64 KIND>
+struct Decoder {
+  const float* every;
+#if defined(WIDE_VECTORS)
+  __m512 table;
+  __m512i shift, lane;
+  explicit Decoder(const Coding& c) : every(c.table) {
+    if constexpr (KIND == HALVES) {
+      alignas(64) int bits[16], word[16];
+      for (int i = 0; i < 16; i++) bits[i] = int(c.order[i]), word[i] = i / 8;
+      shift = _mm512_load_si512(bits), lane = _mm512_load_si512(word), table = _mm512_loadu_ps(c.table);
+    }
   }
-  if constexpr (KIND == HALVES) {
-    uint32_t word[2];
-    memcpy(word, row + k / 2, 8);
-    __m512i w = _mm512_inserti64x4(_mm512_set1_epi32(int(word[0])), _mm256_set1_epi32(int(word[1])), 1);
-    __m512i shift = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_loadu_si512(c.order))),
-                                       _mm512_cvtepi64_epi32(_mm512_loadu_si512(c.order + 8)), 1);
-    return (vf)_mm512_permutexvar_ps(_mm512_srlv_epi32(w, shift), _mm512_loadu_ps(c.table));
+  inline vf operator()(const uint8_t* row, i64 k) const {
+    if constexpr (KIND == INT8) return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + k))));
+    if constexpr (KIND == E4M3)
+      return from_halves(_mm512_castsi512_si256(e4m3_halves(_mm512_cvtepu8_epi16(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(row + k)))))));
+    if constexpr (KIND == HALVES) {
+      __m512i w = _mm512_permutexvar_epi32(lane, _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)(row + k / 2))));
+      return (vf)_mm512_permutexvar_ps(_mm512_srlv_epi32(w, shift), table);
+    }
+    vf v;
+    for (int i = 0; i < VL; i++) v[i] = every[row[k + i]];
+    return v;
   }
 #else
-  if constexpr (KIND == INT8) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + k))));
-  if constexpr (KIND == E4M3) {
-    __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(row + k)));
-    __m128i h = _mm_or_si128(_mm_and_si128(_mm_slli_epi16(x, 8), _mm_set1_epi16(short(0x8000))),
-                             _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3f80)));
-    __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
-    return (vf)_mm256_cvtph_ps(_mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
+  __m256 low, high;
+  __m256i shift[2];
+  explicit Decoder(const Coding& c) : every(c.table) {
+    if constexpr (KIND == HALVES) {
+      alignas(32) int bits[16];
+      for (int i = 0; i < 16; i++) bits[i] = int(c.order[i]);
+      shift[0] = _mm256_load_si256((const __m256i*)bits), shift[1] = _mm256_load_si256((const __m256i*)(bits + 8));
+      low = _mm256_loadu_ps(c.table), high = _mm256_loadu_ps(c.table + 8);
+    }
   }
-  if constexpr (KIND == HALVES) {
-    uint32_t word;
-    memcpy(&word, row + k / 2, 4);
-    const i64* order = c.order + k % 16;
-    __m256i shift = _mm256_setr_epi32(
-        int(order[0]), int(order[1]), int(order[2]), int(order[3]), int(order[4]), int(order[5]), int(order[6]), int(order[7]));
-    __m256i i = _mm256_srlv_epi32(_mm256_set1_epi32(int(word)), shift);
-    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(c.table), i), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(c.table + 8), i);
-    return (vf)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(i, 28));
+  inline vf operator()(const uint8_t* row, i64 k) const {
+    if constexpr (KIND == INT8) return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + k))));
+    if constexpr (KIND == E4M3) {
+      __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(row + k)));
+      __m128i h = _mm_or_si128(_mm_and_si128(_mm_slli_epi16(x, 8), _mm_set1_epi16(short(0x8000))),
+                               _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3f80)));
+      __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
+      return from_halves(_mm_or_si128(h, _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
+    }
+    if constexpr (KIND == HALVES) {
+      int word;
+      memcpy(&word, row + k / 2, 4);
+      __m256i i = _mm256_srlv_epi32(_mm256_set1_epi32(word), shift[k / 8 % 2]);
+      return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), (__m256)_mm256_slli_epi32(i, 28));
+    }
+    vf v;
+    for (int i = 0; i < VL; i++) v[i] = every[row[k + i]];
+    return v;
   }
 #endif
-  vf v;
-  for (int i = 0; i < VL; i++) v[i] = c.table[row[k + i]];
-  return v;
-}
+};
 #endif
 
 static inline void put_vector(vf v, element* to) {
@@ -121,35 +146,60 @@ static inline void put_vector(vf v, element* to) {
 #endif
 }
 
-// Row i of a matrix as elements, zeros up to a whole unit.
-template <i64 KIND>
-static void decode_row(const CodedMatrix& m, i64 i, element* to) {
-  const Coding& c = m.c;
-  const uint8_t* row = m.base + i * m.stride;
-  const i64 span = c.columns ? c.columns : m.k;
-  for (i64 k0 = 0; k0 < m.k; k0 += span) {
-    const i64 k1 = std::min(m.k, k0 + span), at = m.place(i, k0);
-    const float s = c.scale_kind ? number_at(m.scales, at, c.scale_kind) : 1.f;
-    const float z = c.zero_kind ? number_at(m.zeros, at, c.zero_kind) : 0.f;
-    i64 k = k0;
+// Codes k .. k1 of a row, as far as they are whole vectors, less z and times s; tells where the rest begins.
 #if defined(CODED_VECTORS)
-    if (k0 % VL == 0) {
-      const vf by = vf{} + (KIND == E4M3 ? 256.f : 1.f), less = vf{} + z, times = vf{} + s;
-      for (; k + VL <= k1; k += VL) {
-        __builtin_prefetch(row + (KIND == HALVES ? k / 2 : k) + AHEAD / 4, 0, 2);
-        put_vector((code_vector<KIND>(c, row, k) * by - less) * times, to + k);
-      }
+template <i64 KIND, bool ZERO>
+static inline i64 decode_vectors(const Decoder<KIND>& decode, const uint8_t* row, i64 k, i64 k1, float z, float s, element* to) {
+  constexpr float GAIN = KIND == E4M3 ? 256.f : 1.f;
+  const vf less = vf{} + z / GAIN, times = vf{} + s * GAIN;
+  auto done = [&](vf v) { return ZERO ? (v - less) * times : v * times; };
+#if defined(PAIRS)
+  for (; k + 2 * VL <= k1; k += 2 * VL) {
+    vf v, u;
+    if constexpr (KIND == E4M3) {
+      __m512i h = e4m3_halves(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(row + k))));
+      v = from_halves(_mm512_castsi512_si256(h)), u = from_halves(_mm512_extracti64x4_epi64(h, 1));
+    } else {
+      v = decode(row, k), u = decode(row, k + VL);
     }
-#endif
-    for (; k < k1; k++) to[k] = to_element((code_value(c, row, k) - z) * s);
+    _mm512_storeu_si512(to + k, (__m512i)_mm512_cvtne2ps_pbh((__m512)done(u), (__m512)done(v)));
   }
-  for (i64 k = m.k; k < units(m.k) * PER; k++) to[k] = element(0);
+#endif
+  for (; k + VL <= k1; k += VL) put_vector(done(decode(row, k)), to + k);
+  return k;
+}
+#endif
+
+// Rows n .. n + nb of a matrix as elements, zeros up to a whole unit.
+template <i64 KIND, bool ZERO>
+static void decode(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 stride) {
+  const Coding& c = m.c;
+  const i64 span = c.columns ? c.columns : m.k;
+#if defined(CODED_VECTORS)
+  const Decoder<KIND> vectors(c);
+#endif
+  for (i64 r = 0; r < nb; r++, to += stride) {
+    const uint8_t* row = m.base + (n + r) * m.stride;
+    i64 at = m.place(n + r);
+    for (i64 k0 = 0; k0 < m.k; k0 += span, at += c.scale_k) {
+      const i64 k1 = std::min(m.k, k0 + span);
+      const float s = c.scale_kind ? number_at(m.scales, at, c.scale_kind) : 1.f, z = ZERO ? number_at(m.zeros, at, c.zero_kind) : 0.f;
+      i64 k = k0;
+#if defined(CODED_VECTORS)
+      if (k0 % VL == 0) k = decode_vectors<KIND, ZERO>(vectors, row, k, k1, z, s, to);
+#endif
+      for (; k < k1; k++) to[k] = to_element((code_value(c, row, k) - z) * s);
+    }
+    for (i64 k = m.k; k < units(m.k) * PER; k++) to[k] = element(0);
+  }
 }
 
 static void decode_rows(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 stride) {
-  typedef void (*Decode)(const CodedMatrix&, i64, element*);
-  static constexpr Decode kinds[] = {decode_row<HALVES>, decode_row<INT8>, decode_row<E4M3>, decode_row<BYTES>};
-  for (i64 r = 0; r < nb; r++) kinds[m.c.kind](m, n + r, to + r * stride);
+  typedef void (*Decode)(const CodedMatrix&, i64, i64, element*, i64);
+  static constexpr Decode kinds[][2] = {
+      {decode<HALVES, false>, decode<HALVES, true>}, {decode<INT8, false>, decode<INT8, true>},
+      {decode<E4M3, false>, decode<E4M3, true>}, {decode<BYTES, false>, decode<BYTES, true>}};
+  kinds[m.c.kind][m.c.zero_kind != 0](m, n, nb, to, stride);
 }
 
 struct CodedForward : Phases<CodedForward> {
