@@ -49,6 +49,8 @@ def compiled(block: Any, backend: str, name: str) -> Any:
     """The block through a backend, entered by a function of its own: what Dynamo keeps of one does not lengthen the other's guards."""
     import torch
 
+    import moe_compile  # noqa: F401 (a checkout that is not installed registers the backend)
+
     space: dict[str, Any] = {"block": block}
     exec(f"def {name}(x):\n    return block(x)", space)
     return torch.compile(space[name], backend=backend, dynamic=False)
@@ -193,17 +195,16 @@ def measured(sides: dict[str, Any], seconds: float) -> Point:
 
 
 def run(args: argparse.Namespace, card: str) -> list[Point]:
-    """A process for every block, dtype and kind: they compile at the same time and are timed one after the other. What is measured is
-    kept after every such round."""
+    """A process for every block, dtype and kind: they compile at the same time and are timed one after the other. What a process has
+    measured is kept when it is done, so that a run cut short loses one."""
     jobs = list(itertools.product(args.blocks, args.dtypes, args.kinds))
     points: list[Point] = []
     for i in range(0, len(jobs), args.jobs):
-        points += together(jobs[i : i + args.jobs], args)
-        store(points, card)
+        together(jobs[i : i + args.jobs], args, points, lambda: store(points, card))
     return points
 
 
-def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> list[Point]:
+def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace, points: list[Point], done: Callable[[], object]) -> None:
     rest = ["--tokens", *map(str, args.tokens), "--backends", *args.backends, "--seconds", str(args.seconds), "--worker"]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     started = [
@@ -213,7 +214,6 @@ def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> list
         )
         for block, dtype, kind in jobs
     ]  # fmt: skip
-    points: list[Point] = []
     for process in started:  # all compile meanwhile
         for point in until_ready(process):
             points.append(point)
@@ -230,7 +230,7 @@ def together(jobs: list[tuple[str, str, str]], args: argparse.Namespace) -> list
                 points.append(json.loads(line))
                 print(row(points[-1]), flush=True)
         process.wait()
-    return points
+        done()
 
 
 def until_ready(process: Any) -> Iterator[Point]:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import moe_compile  # noqa: F401 (a checkout that is not installed registers the backend)
+
 RESULTS = Path(__file__).parent / "results"
 MODES = ("default", "reduce-overhead")
 STEPS, ROUNDS, PAST = 16, 24, 64

@@ -21,19 +21,18 @@ TOKENS, HIDDEN, INNER, EXPERTS, K = 12, 16, 8, 4, 2
 
 
 class Found(nn.Module):
-    """As it was found: token by token, loads counted on the way, a norm in each expert."""
+    """As it was found: token by token, loads counted on the way, a softmax in each expert."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.norm = nn.RMSNorm(HIDDEN)
         self.up = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) * 0.3)
         self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
         self.register_buffer("load", torch.zeros(EXPERTS))
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        g, u = F.linear(self.norm(x), self.up[e]).chunk(2, -1)
+        g, u = F.linear(x.softmax(-1), self.up[e]).chunk(2, -1)
         return F.linear(F.silu(g) * u, self.down[e])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,8 +77,8 @@ class ByExpert(CountedBefore):
         return out
 
 
-class NormInFront(ByExpert):
-    """Take the norm out of the experts: it is the same for all of them, and can be done once for each token."""
+class SoftmaxInFront(ByExpert):
+    """Take the softmax out of the experts: it is the same for all of them, and can be done once for each token."""
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.up[e]).chunk(2, -1)
@@ -88,10 +87,10 @@ class NormInFront(ByExpert):
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
         self.load += F.one_hot(ids, EXPERTS).sum((0, 1))
-        return self.experts(self.norm(x), w, ids)
+        return self.experts(x.softmax(-1), w, ids)
 
 
-class Fused(NormInFront):
+class Fused(SoftmaxInFront):
     """Start at expert 0: step 3 had forgotten it, and the report found that."""
 
     def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class Fused(NormInFront):
         return out
 
 
-STEPS = (Found, CountedBefore, ByExpert, NormInFront, Fused)
+STEPS = (Found, CountedBefore, ByExpert, SoftmaxInFront, Fused)
 
 
 def told(report: moe_compile.Report) -> str:

@@ -63,8 +63,9 @@ class Target:
     lacks: where a block's kernels cannot be had, (what runs it in place of what `says` tells, why); waits so many seconds at most.
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
-    coded: whether weights in few bits (`ir.Stored`) are known to `refuses` at all. router_tokens: for up to how many tokens the
-    routing op takes the router's product in. missing: what keeps it from running on this machine, "" for nothing.
+    coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
+    router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
+    machine, "" for nothing.
     homes: folders of its sources, set where a target is found.
     """
 
@@ -82,6 +83,7 @@ class Target:
     lacks: Callable[[MoeBlock, float | None], tuple[str, str] | None] | None = None
     remarks: Callable[[fx.GraphModule, Sequence[Any]], Sequence[str]] | None = None
     coded: bool = False
+    chained: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""
     homes: tuple[str, ...] = ()
@@ -101,6 +103,8 @@ class Target:
         if ir.experts.coded and not self.coded:
             kinds = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
             return f"{' and '.join(kinds)} expert weights: target {self.name!r} has no kernel for them"
+        if ir.experts.chain is not None and not self.chained:
+            return f"norms, residuals or more than two products in an expert: target {self.name!r} has no kernel for them"
         return self.refuses(ir)
 
     def begin(self, ir: MoeBlock) -> None:

@@ -10,13 +10,14 @@ _CHECKOUT = Path(__file__).parent.parent
 if (_CHECKOUT / "passes" / "pipeline.py").is_file() and (_CHECKOUT / "lowering" / "target.py").is_file():
     __path__.append(str(_CHECKOUT))
 
-from . import ir  # noqa: E402
+from . import entry, ir  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .ahead import prepare  # noqa: E402
 from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
 from .findings import BlockReport, GraphBreak  # noqa: E402
 from .options import Options  # noqa: E402
+from .passes.aten.contracts import register_contract  # noqa: E402
 from .report import last_report  # noqa: E402
 from .reported import Report  # noqa: E402
 from .trace import Traced, trace  # noqa: E402
@@ -34,5 +35,8 @@ __all__ = [
     "ir",
     "last_report",
     "prepare",
+    "register_contract",
     "trace",
 ]
+
+entry.register()

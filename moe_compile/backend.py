@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import artifact, lowering
+from . import artifact, buckets, lowering
 from . import report as reports
 from .errors import NotFused, OptionError
 from .inner import compile_with
@@ -153,8 +153,11 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
     blocks = [r for r in seen if r.code != LEFT_GRAPH]
     places = [p for r in blocks for p in (r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node))))]
     loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and r.reason not in {b.reason for b in blocks}]
+    told = blocks + loops if loops else seen
+    if told and buckets.is_part():
+        return [Rejection(f"{r.reason} ({buckets.ADVICE})", r.node, r.stage, r.source, code=r.code) for r in told]
     if loops:
-        return blocks + loops
+        return told
     cut = graph_break_of(gm)
     why = "" if cut is None else f" ({cut.reason})"
     return [r if r.code != LEFT_GRAPH else Rejection(r.reason + why, r.node, r.stage, r.source, code=r.code) for r in seen]

@@ -1,4 +1,5 @@
-"""What the entry point names: torch.compile loads it on the first `backend="moe_fused"` of a process.
+"""What the entry point names: torch.compile loads it on the first `backend="moe_fused"` of a process. Where the package is not installed,
+as in a bare checkout, nobody names it, and `import moe_compile` registers the backend.
 
 torch.compile hands a backend its options only with the first graph, long after the line that holds the mistake. Here they are checked
 inside `torch.compile()` itself. `torch._TorchCompileWrapper` is the object through which every backend but Inductor goes: its
@@ -11,9 +12,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
+from torch._dynamo.backends import registry
 
 from . import backend
 from .options import Options
@@ -30,6 +33,21 @@ def __getattr__(name: str) -> Any:
             Options.parse(frame.f_locals.get("options"), frame.f_locals.get("mode"))
             break
     return backend.moe_fused
+
+
+def register() -> None:
+    """Give torch.compile the backend's name where no installed package does, nor anybody before."""
+    if not _named() and "moe_fused" not in registry._COMPILER_FNS:
+        _wrap_constructor()
+        registry.register_backend(backend.moe_fused, name="moe_fused")
+
+
+def _named() -> bool:
+    """Whether an installed package has the entry point. (torch would register it a second time.)"""
+    try:
+        return any(e.group == "torch_dynamo_backends" and e.name == "moe_fused" for e in metadata.distribution("moe-compile").entry_points)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 @functools.cache

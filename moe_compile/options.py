@@ -24,6 +24,8 @@ class Options:
     validate: run every recovered block against its own subgraph before it replaces it.
     strict: raise `NotFused` where a block is left as written.
     overlap_shared: run the shared expert on a side stream ("auto": on Ascend, and on CUDA for few tokens).
+    activations: what experts whose weights are in few bits do to their rows at inference: as the model does ("model"), or rounded to "fp8"
+        or "int8" before each product, which is another function; the report says what it changes.
     own: target name -> the options that only this target has, where any was given. A user writes them beside the others; what Ascend has
         (mode, quantize, weight_format, combine, core_limit) is told in `moe_compile.lowering.ascend.options.AscendOptions`.
     """
@@ -34,6 +36,7 @@ class Options:
     validate: bool = True
     strict: bool = False
     overlap_shared: bool | str = "auto"
+    activations: str = "model"
     own: Mapping[str, Any] = field(init=False, hash=False)
 
     def __init__(self, **given: Any) -> None:
@@ -124,6 +127,7 @@ def _check_values(options: Options) -> None:
     one_of("validate", options.validate, (True, False))
     one_of("strict", options.strict, (True, False))
     one_of("overlap_shared", options.overlap_shared, ("auto", True, False))
+    one_of("activations", options.activations, ("model", "fp8", "int8"))
     if not isinstance(options.inner_options, Mapping):
         raise OptionError(f"option 'inner_options' must be a dict, got {type(options.inner_options).__name__}")
 

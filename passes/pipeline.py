@@ -9,21 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
 
 from ..ir import Rejection
 from . import steps, trace
 from . import terms as T
-from .aten import names
 from .aten.conditions import no_saving_hooks
-from .aten.names import op_name
-from .aten.node import example_value
 from .recorded import recover_recorded as recover_recorded
-from .recover.mixture import may_mix
+from .recover.glance import places
 from .recover.odd import explained
-from .recover.selections import unviewed
-from .recover.soft import soft_mixtures
 from .rewrite import overlap, recall
 from .rewrite.target import Target
 from .terms import unify
@@ -58,7 +52,7 @@ class Pass:
             try:
                 out = self.each(work, c)
             except (Rejection, T.TooLarge) as e:
-                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out))
+                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out, code="budget"))
                 work.reject([r])
                 entry.refused(work.out.rejected[-1])
                 return None
@@ -99,10 +93,11 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     out = Outcome()
     for body in bodies(gm):
         out.add(run(body, options.with_(overlap_shared=False), target))
-    if not might_route(gm.graph) and not may_mix(gm.graph) and next(soft_mixtures(gm.graph), None) is None:
+    seen = places(gm.graph)
+    if not seen:
         return out
     with trace.unit(gm):
-        work = Work(gm, options, target)
+        work = Work(gm, options, target, seen)
         _searched(work)
         for b in work.out.blocks:
             target.begin(b.ir)
@@ -115,15 +110,20 @@ def _searched(work: Work) -> None:
     """Plans, blocks and rejections: those of an equal graph, or what the passes find; a trace shows the passes themselves."""
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
-        key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), overlap.mode(gm.graph, options, target)))
+        key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), options.activations, overlap.mode(gm.graph, options, target)))
         if not trace.on() and work.recall(recall.load(key)):
             return
-    with deep_recursion(), no_saving_hooks(), _no_collector():
+    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:
         _fresh_terms()
-        for p in SEARCH:
-            p(work)
+        try:
+            for p in SEARCH:
+                p(work)
+        except T.TooLarge as e:  # in a pass over the whole graph
+            work.candidates = []
+            work.reject([Rejection(str(e), work.seen.first(), "budget")])
         _fresh_terms()
-    recall.save(key, work.kept())
+    if not limit.over:  # what another machine, or this one on another day, may have time for is not kept
+        recall.save(key, work.kept())
 
 
 @contextmanager
@@ -151,31 +151,3 @@ def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
         if isinstance(body, fx.GraphModule) and any("checkpoint" in str(u.target) for u in n.users):
             found.append(body)
     return found
-
-
-def might_route(graph: fx.Graph) -> bool:
-    """Whether a graph selects anything at all: a cheap look, so that other graphs cost nothing."""
-    return any(_selects(n) or _looks_up_ids(n) for n in graph.nodes)
-
-
-def _selects(n: fx.Node) -> bool:
-    name = op_name(n)
-    if name == "max":  # the largest of all elements, or of two, says nothing of where it is
-        return not isinstance(example_value(n), torch.Tensor)
-    return name in names.ROUTED or "moe_compile" in str(n.target)
-
-
-def _looks_up_ids(n: fx.Node) -> bool:
-    """Whether a node reads rows of integers from a given table: expert ids perhaps."""
-    if op_name(n) not in names.LOOKUP | {"getitem", "take_along_dim"}:
-        return False
-    return len(n.all_input_nodes) > 1 and _holds_ids(n) and any(_holds_ids(unviewed(x)) and _given(unviewed(x)) for x in n.all_input_nodes)
-
-
-def _holds_ids(n: fx.Node) -> bool:
-    v = example_value(n)
-    return isinstance(v, torch.Tensor) and v.ndim >= 2 and v.dtype in (torch.int64, torch.int32)
-
-
-def _given(n: fx.Node) -> bool:
-    return n.op in ("placeholder", "get_attr")

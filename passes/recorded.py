@@ -29,7 +29,7 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     The result's `ir.boundary` maps tokens, ids, weights, up, down, up_bias, down_bias, base to nodes of `gm`, `views` to the
     shapes in which flattened parameters are read.
     """
-    with deep_recursion(), trace.loop(gm):
+    with deep_recursion(), trace.loop(gm), T.limited():
         try:
             with trace.phase("find", "experts at every node that could be their combined result: what is one element of it?"):
                 block = _block(*_read(gm))
@@ -38,6 +38,8 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
                     raise refusal
         except Rejection as r:
             return _explained(gm, r)
+        except T.TooLarge as e:
+            return Rejection(str(e), None, "record", code="budget")
         return Recovered(block.ir, "", True, "")
 
 
@@ -76,6 +78,8 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
         raise Rejection("no tensor of the recorded function holds its ids or weights", m.out, "record")
     if nodes.wraps:
         raise Rejection("ids that index expert weights may be negative", m.out, "record")
+    if m.experts.first:
+        raise Rejection(f"experts before number {m.experts.first} were not hit when it was recorded", m.out, "record")
     count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
     if possible is not None and possible >= count:
         raise Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")

@@ -9,6 +9,7 @@ import torch.fx as fx
 from ..ir import MoeBlock, Rejection
 from . import trace
 from .aten.element import Puller, dtype_of
+from .aten.nearby import nodes_near
 from .aten.shadow import Shadow
 from .aten.sources import block_source
 from .prove.claims import Claims, shared_claim
@@ -23,13 +24,13 @@ from .recover.output_scale import Fold, fold_of, scaled
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
 from .recover.shared import match_shared
-from .rewrite import overlap, router
+from .rewrite import activations, overlap, router
 from .rewrite.plan import execute
 from .work import Candidate, Recovered, Work
 
 
 def shadow(work: Work) -> None:
-    work.read = Shadow(work.gm)
+    work.read = Shadow(work.gm, nodes_near(work.gm.graph, work.seen.chosen, work.seen.routers))
 
 
 def find(work: Work) -> None:
@@ -179,8 +180,9 @@ def keep(work: Work, c: Candidate) -> Candidate:
     """What is told of the block, and its plan among those that are carried out."""
     b = c.block
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph))))
-    told = Recovered(b.ir, source, bool(work.options.validate), work.target.says(b.ir), note, c.plan.shared is not None)
+    ir, rows = activations.requested(b.ir, work.options.activations, work.target)
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows)))
+    told = Recovered(ir, source, bool(work.options.validate), work.target.says(ir), note, c.plan.shared is not None)
     work.plans.append(c.plan)
     work.out.blocks.append(told)
     return replace(c, told=told)
@@ -189,4 +191,5 @@ def keep(work: Work, c: Candidate) -> Candidate:
 def rewrite(work: Work) -> None:
     if work.plans:
         execute(work.gm, work.plans)
+        activations.apply(work.gm.graph, work.options.activations)
         router.take_products(work.gm, work.target)

@@ -12,6 +12,7 @@ from ..ir import MoeBlock, Rejection
 from .aten.element import Puller
 from .aten.shadow import Shadow
 from .aten.sources import source_of
+from .recover.glance import Places
 from .recover.match import ExpertsMatch
 from .recover.region import Block
 from .rewrite import recall
@@ -83,11 +84,15 @@ class Candidate:
 
 @dataclass
 class Work:
-    """One Dynamo graph, and what the passes made of it so far. `options`: `moe_compile.options.Options`; `target`: whose kernels do it."""
+    """One Dynamo graph, and what the passes made of it so far.
+
+    `options`: `moe_compile.options.Options`; `target`: whose kernels do it; `seen`: where something is selected, perhaps.
+    """
 
     gm: fx.GraphModule
     options: Any
     target: Target
+    seen: Places
     out: Outcome = field(default_factory=Outcome)
     candidates: list[Candidate] = field(default_factory=list)
     plans: list[BlockPlan] = field(default_factory=list)

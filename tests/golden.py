@@ -52,6 +52,8 @@ def _text(value: Any) -> str:
         return f"{type(value).__name__}({', '.join(f'{n}={_text(v)}' for n, v, default in shown if v is not default and v != default)})"
     if isinstance(value, enum.Enum):
         return value.name
+    if isinstance(value, tuple) and any(dataclasses.is_dataclass(v) or isinstance(v, enum.Enum) for v in value):
+        return f"({', '.join(map(_text, value))})"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, sp.Expr):  # sympy writes 15 digits of every number

@@ -111,6 +111,28 @@ def test_import_needs_neither_transformers_nor_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+BARE = """
+import importlib.metadata as m
+found = m.Distribution.discover
+m.Distribution.discover = classmethod(lambda cls, **kw: (d for d in found(**kw) if "moe" not in d.metadata["Name"]))
+import torch, moe_compile
+assert "moe_fused" in torch._dynamo.list_backends()
+c = torch.compile(torch.nn.Linear(2, 2), backend="moe_fused", options={"inner": "eager"})
+assert c(torch.ones(1, 2)).shape == (1, 2)
+try:
+    torch.compile(torch.nn.Linear(2, 2), backend="moe_fused", options={"iner": "eager"})
+except moe_compile.OptionError:
+    pass
+else:
+    raise AssertionError("a wrong option is told by torch.compile itself")
+"""
+
+
+def test_a_bare_checkout_registers_the_backend_on_import():
+    """Without an installed package nobody names the backend to torch: importing moe_compile does."""
+    subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True)
+
+
 # -- safe -------------------------------------------------------------------------------------------------------------------
 
 

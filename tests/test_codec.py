@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compile import ir, ops
@@ -16,6 +16,7 @@ from moe_compile.ir import scalar as act
 from moe_compile.ir.codec import decode, encode, path, place, record_of, schema
 from moe_compile.ir.operands import Operands
 from moe_compile.ir.records import Layout, Routing, SharedLayout, Storage
+from moe_compile.ir.stored import Exponent, Scale, Zero
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 NUMBERS = st.floats(0.001953125, 64, width=32)
@@ -42,7 +43,7 @@ STORED = st.builds(
     ir.Stored,
     st.sampled_from([4, 8]),
     st.sampled_from([torch.int8, torch.uint8, torch.float8_e4m3fn]),
-    st.booleans(),
+    st.sampled_from(Scale),
     st.integers(0, 128),
     st.integers(0, 128),
     axis=st.integers(0, 2),
@@ -50,8 +51,19 @@ STORED = st.builds(
     offset=NUMBERS,
     values=st.lists(NUMBERS, max_size=4).map(tuple),
     tabled=st.booleans(),
-    zeroed=st.booleans(),
-    exponents=st.booleans(),
+    zeroed=st.sampled_from(Zero),
+    exponents=st.sampled_from(Exponent),
+    zero_order=st.permutations([0, 1]).map(tuple),
+    zero_offset=NUMBERS,
+)
+ROWS = st.builds(
+    ir.Rows,
+    st.just(8),
+    st.sampled_from([torch.int8, torch.float8_e4m3fn]),
+    group=st.integers(0, 128),
+    floor=NUMBERS,
+    power=st.booleans(),
+    floored=st.booleans(),
 )
 EXPERTS = st.builds(
     ir.Experts,
@@ -68,8 +80,8 @@ EXPERTS = st.builds(
     num_identity=st.integers(0, 8),
     up_stored=st.none() | STORED,
     down_stored=st.none() | STORED,
-    row_bits=st.sampled_from([0, 8]),
-    row_floor=NUMBERS,
+    up_rows=st.none() | ROWS,
+    down_rows=st.none() | ROWS,
 )
 
 
@@ -85,6 +97,7 @@ def test_a_gating_comes_back(gating):
     assert there_and_back(Routing, gating) == gating
 
 
+@settings(deadline=None)
 @given(EXPERTS)
 def test_experts_come_back(experts):
     assert all(there_and_back(record, experts) == experts for record in (Layout, Storage, SharedLayout))

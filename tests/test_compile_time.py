@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import Outcome
 from test_bad_input import H, K, Moe, T
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile.passes.prove.engine import forget
+from moe_compile.passes.rewrite import recall
+from moe_compile.passes.terms import budget
 
 
 class Layers(nn.Module):
@@ -126,6 +130,38 @@ def test_seconds_are_reported():
         torch.compile(Moe(), backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
     seconds = moe_compile.last_report().seconds
     assert 0 < seconds["validate"] < seconds["passes"] <= seconds["total"]
+
+
+class Clock:
+    """Processor seconds that pass at each look from the `slow`th on."""
+
+    def __init__(self, slow: int) -> None:
+        self.looks, self.slow = 0, slow
+
+    def thread_time(self) -> float:
+        self.looks += 1
+        return 1000.0 * max(self.looks - self.slow, 0)
+
+
+@pytest.mark.parametrize("slow", [1, 30])
+def test_processor_time_is_bounded(monkeypatch, tmp_path, slow):
+    """Whichever pass is slow: the graph is given up with that reason, runs as written, and nothing of it is remembered."""
+    monkeypatch.setattr(recall, "folder", lambda: tmp_path)
+    forget()
+    torch._dynamo.reset()
+    model, x = Moe(), torch.randn(T, H)
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(budget, "time", clock := Clock(slow))
+            got = torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+            report = moe_compile.last_report()
+            assert clock.looks > slow and not report.blocks
+            assert [r.code for r in report.rejected] == ["budget"] and "processor time" in report.rejected[0].reason
+            assert report.rejected[0].source
+        torch.testing.assert_close(got, model(x))
+        torch._dynamo.reset()
+        torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+    assert len(moe_compile.last_report().blocks) == 1
 
 
 def test_passes_run_once_per_graph(fake_passes):

@@ -85,35 +85,38 @@ class Hit(Odd):
 # ---- inside an expert ----------------------------------------------------------------------------------------------------
 
 
-class NormInFront(Odd):
-    """A layer norm on each expert's input."""
+class NormOverTokens(Odd):
+    """A batch norm on each expert's input: its statistics are those of the tokens that an expert happens to get."""
 
-    code, says, at = "inside", ("a norm stands inside the expert",), "self.norm(x)"
+    training_mode, code, says, at = True, "inside", ("batch_norm stands inside the expert", "not those of one row"), "def loop"
 
     def make(self) -> None:
-        self.norm = nn.LayerNorm(H)
+        self.norm = nn.BatchNorm1d(H)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return super().expert(e, self.norm(x))
 
 
-class NormBehind(Odd):
-    """An RMS norm, written out, on each expert's output."""
+class NormOfWeighted(Odd):
+    """An RMS norm of rows that the routing weight has multiplied."""
 
-    code, says, at = "inside", ("a norm stands inside the expert",), "y.pow(2).mean"
+    code, says, at = "experts", ("a routing value enters an expert's function",), "index_add_"
 
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        y = super().expert(e, x)
-        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, F.rms_norm(self.expert(e, x[t]) * w[t, j, None], (H,), None, 0.1))
+        return out
 
 
 class NormInLoop(Hit):
-    """A norm in a loop over the experts that were hit."""
+    """A norm over groups of features in a loop over the experts that were hit."""
 
-    code, says, at = "inside", ("a norm stands inside the expert",), "def loop"
+    code, says, at = "inside", ("group_norm stands inside the expert",), "def loop"
 
     def make(self) -> None:
-        self.norm = nn.LayerNorm(H)
+        self.norm = nn.GroupNorm(2, H)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return self.norm(super().expert(e, x))
@@ -196,13 +199,13 @@ class CustomFunction(Odd):
         return _Twice.apply(super().expert(e, x))
 
 
-class Residual(Odd):
-    """The token itself is added inside the expert."""
+class Reversed(Odd):
+    """The token's features in another order are added inside the expert."""
 
     code, says, at = "experts", ("adds to its output", "the input"), "index_add_"
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        return x + super().expert(e, x)
+        return x.flip(-1) + super().expert(e, x)
 
 
 class Tied(Odd):
@@ -217,16 +220,16 @@ class Tied(Odd):
         return F.linear(self.inner(e, x), self.one)
 
 
-class ThreeProducts(Odd):
-    """down, mid, up."""
+class SharedMiddle(Odd):
+    """down, mid, up, and one mid for all experts."""
 
     code, says, at = "experts", ("more than two products", "self.mid"), "index_add_"
 
     def make(self) -> None:
-        self.mid = nn.Parameter(torch.randn(E, I, I) * 0.3)
+        self.mid = nn.Parameter(torch.randn(I, I) * 0.3)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(self.inner(e, x), self.mid[e])), self.down[e])
+        return F.linear(F.relu(F.linear(self.inner(e, x), self.mid)), self.down[e])
 
 
 class Widths(Odd):

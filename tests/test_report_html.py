@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_declined import Hit, NormInFront, T, told
+from test_declined import Hit, SoftmaxInside, T, told
 
 from moe_compile.__main__ import main
 from moe_compile.report import Report
@@ -24,7 +24,7 @@ def report() -> Report:
     torch._dynamo.reset()
     both = told(Hit())
     torch._dynamo.reset()
-    both.add(told(NormInFront()))
+    both.add(told(SoftmaxInside()))
     return both
 
 
@@ -53,7 +53,8 @@ def test_the_page_is_whole_and_loads_nothing(report: Report) -> None:
     tags.feed(page)
     assert not tags.open and not tags.loads and "script" not in tags.seen
     assert tags.seen.count("figure") == 2 and "w = softmax(l)[top2]" in page
-    for words in ("router", "selection", "dispatch", "3 experts", "combine", "a norm stands inside the expert", "self.norm(x)", "[inside]"):
+    drawn = ("router", "selection", "dispatch", "3 experts", "combine")
+    for words in (*drawn, "a softmax over features stands inside the expert", "F.softmax(g, -1)", "[inside]"):
         assert words in page, words
     assert report._repr_html_() and "<html" not in report._repr_html_()
 

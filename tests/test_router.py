@@ -155,12 +155,12 @@ def taken(graphs: list[torch.fx.GraphModule]) -> bool:
     return ops.route_linear.default in targets
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [Block, Cast, Stacked, Full, Changed])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_few_tokens(kind: type[Block], dtype: torch.dtype, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One to four tokens: the product is in the op, and the result is the module's own."""
+    """One to eight tokens: the product is in the op, and the result is the module's own."""
     model = kind(dtype, bias)
     x = torch.randn(1, tokens, H, dtype=dtype)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_few_tokens(kind: type[Block], dtype: torch.dtype, bias: bool, tokens: i
 
 
 STAYS: list[tuple[str, type[Block], dict[str, Any]]] = [
-    ("five tokens", Block, {"tokens": 5}),
+    ("nine tokens", Block, {"tokens": 9}),
     ("a gradient may be wanted", Block, {"grad": True}),
     ("autocast chooses the product's dtype", Block, {"autocast": True}),
     ("for the CPU", Block, {"target": "cpu"}),
@@ -195,6 +195,75 @@ def test_stays(why: str, kind: type[Block], options: dict[str, Any], monkeypatch
     assert not taken(graphs), why
     got, want = (v[0] if isinstance(v, tuple) else v for v in (got, want))
     assert float((got - want).detach().norm()) <= 2e-2 * float(want.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_in_float32_read_the_operands_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x and W that are made float32 for the product: the op has them as they were, and says that the logits are float32."""
+    _, graphs = graphs_of(Full(dtype), torch.randn(1, 2, H, dtype=dtype), monkeypatch)
+    (node,) = [n for g in graphs for n in g.graph.nodes if n.target is torch.ops.moe_compile.route_linear.default]
+    assert node.args[-1] is (dtype != torch.float32)
+    assert {n.meta["example_value"].dtype for n in node.args[:2]} == {dtype}
+
+
+class Mixed(Block):
+    """Near miss: only the tokens are made wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.randn(E, H))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.wide)
+
+
+class Rewritten(Block):
+    """Near miss: the matrix is written after it was made float32."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        w = self.gate.weight.float()
+        self.gate.weight.mul_(3.0)
+        return F.linear(x.float(), w)
+
+
+@pytest.mark.parametrize("kind", [Mixed, Rewritten])
+def test_products_in_float32_of_what_was_made_for_them(kind: type[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is in the op, of the operands that the user gave it."""
+    model = kind().to(torch.bfloat16)
+    if isinstance(model, Mixed):
+        model.wide.data = model.wide.data.float()
+    x = torch.randn(1, 2, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        want = copy.deepcopy(model)(x).double()
+    got, graphs = graphs_of(model, x, monkeypatch)
+    (node,) = [n for g in graphs for n in g.graph.nodes if n.target is torch.ops.moe_compile.route_linear.default]
+    assert node.args[-1] is False
+    assert float((got.double() - want).norm()) <= 2e-2 * float(want.norm())
+
+
+class Gated(Block):
+    """A shared expert behind a gate of one linear map."""
+
+    def __init__(self, rows: int = 1) -> None:
+        super().__init__()
+        self.one, self.first, self.second = nn.Linear(H, rows, bias=False), nn.Linear(H, 2 * H, bias=False), nn.Linear(H, H, bias=False)
+
+    def forward(self, hidden: Tensor) -> Any:
+        x = hidden.reshape(-1, H)
+        g, u = self.first(x).chunk(2, -1)
+        return super().forward(hidden) + (torch.sigmoid(self.one(x)) * self.second(F.silu(g) * u)).view_as(hidden)
+
+
+@pytest.mark.parametrize(("rows", "tokens", "yes"), [(1, 2, True), (1, 9, False), (H, 2, False)])
+def test_gates_become_sums(rows: int, tokens: int, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate of few tokens, one number each, is no product of a library's; near misses: many tokens, a gate of every column."""
+    model, x = Gated(rows), torch.randn(1, tokens, H)
+    with torch.no_grad():
+        want = model(x)
+    got, graphs = graphs_of(model, x, monkeypatch)
+    products = [n for g in graphs for n in g.graph.nodes if n.target in router._LINEAR]
+    assert any(router.example_value(n).shape[-1] == rows for n in products) is not yes
+    torch.testing.assert_close(got, want)
 
 
 def test_unknown_number_of_tokens_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.stored import Exponent, Scale, Zero
 from moe_compile.ir.text import experts_text
 from moe_compile.lowering import target as target_of
 from moe_compile.passes.rewrite import planner as rewrite
@@ -23,8 +24,9 @@ from moe_compile.report import collecting
 CHANNELS, COLUMNS = ir.Stored(8, torch.int8, rows=1), ir.Stored(8, torch.int8, columns=1)
 BLOCKS, RAGGED = ir.Stored(8, torch.float8_e4m3fn, rows=2, columns=2), ir.Stored(8, torch.float8_e5m2, rows=5, columns=3)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-MX4 = ir.Stored(4, torch.uint8, True, 1, 4, 2, (0, 1), values=(*E2M1, *(-v for v in E2M1)), exponents=True)
-INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset=-8.0, zeroed=True)
+MX4 = ir.Stored(4, torch.uint8, True, 1, 4, 2, (0, 1), values=(*E2M1, *(-v for v in E2M1)), exponents=Exponent.VALUE)
+INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset=-8.0, zeroed=Zero.PLAIN)
+AWQ = ir.Stored(4, torch.int32, True, 4, 1, 2, INT4.order, zeroed=Zero.COLUMNS, zero_order=INT4.order, zero_offset=1.0)
 ROWS = ir.Stored(4, torch.uint8, True, 4, 1, 1, (1, 0), tabled=True)
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
@@ -52,6 +54,15 @@ MEANINGS = {
     "words along rows, a table, transposed": replace(
         CONCAT, intermediate=8, up_transposed=True, down_transposed=True, up_stored=ROWS, down_stored=ROWS
     ),
+    "eight codes a word, packed zero points": replace(
+        CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=AWQ, down_stored=AWQ
+    ),
+    "blocks that divide": replace(
+        CONCAT, up_stored=replace(BLOCKS, scaled=Scale.DIVIDES), down_stored=replace(BLOCKS, scaled=Scale.DIVIDES)
+    ),
+    "bits of exponents": replace(
+        CONCAT, up_stored=replace(MX4, exponents=Exponent.BITS), down_stored=replace(MX4, columns=3, exponents=Exponent.BITS)
+    ),
     "weight on input": replace(CONCAT, weight_on_input=True),
 }
 
@@ -75,13 +86,20 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         return many(exponents if how.exponents else scale, parts, *how.scales_of(shape))
 
     def of_zeros(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
-        return many(leaf, parts, *how.scales_of(shape)) if how is not None and how.zeroed else []
+        if how is None or not how.zeroed:
+            return []
+        r, c = how.scales_of(shape)
+        return many(leaf, parts, r, c) if how.zeroed == Zero.PLAIN else many(packed, parts, r, c // len(how.zero_order))
 
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
 
+    def packed(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=gen).int()
+
     def exponents(*shape: int) -> Tensor:
-        return torch.randint(120, 125, shape, generator=gen).to(torch.uint8)
+        some = torch.randint(120, 125, shape, generator=gen)
+        return torch.where(torch.rand(shape, generator=gen) < 0.1, 0, some).to(torch.uint8)
 
     def codes(how: ir.Stored | None) -> Any:
         if how is None:
@@ -147,7 +165,8 @@ def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts) -> None:
 
 def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
     """In float64, where no sum comes close to the edge of a step; a row of zeros stays one."""
-    e = replace(CONCAT, row_bits=8, row_floor=1e-6)
+    rows = ir.Rows(8, torch.int8, floor=1e-6)
+    e = replace(CONCAT, up_rows=rows, down_rows=rows)
     t = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in tensors(e).items()}
     t["x"] = t["x"].detach().index_fill(0, torch.tensor([1]), 0.0)
     with torch.no_grad():

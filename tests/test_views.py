@@ -17,7 +17,7 @@ import moe_compile.passes.terms as T
 from moe_compile.passes.aten import names
 from moe_compile.passes.aten.definitions_views import MOVES
 from moe_compile.passes.aten.element import Puller
-from moe_compile.passes.pipeline import might_route
+from moe_compile.passes.recover.glance import places
 from moe_compile.passes.terms.evaluate import World, evaluate
 
 CALLS: dict[str, list[Callable[[Tensor], Tensor]]] = {
@@ -106,4 +106,4 @@ LOOKED_AT: dict[str, tuple[bool, Callable[[Tensor], object]]] = {
 def test_graphs_without_a_selection_are_not_looked_at(what: str) -> None:
     """The cheap look that every graph gets: `max` is no part of `softmax`."""
     expected, f = LOOKED_AT[what]
-    assert might_route(graph_of(f, torch.randn(2, 3, 4))) is expected
+    assert bool(places(graph_of(f, torch.randn(2, 3, 4)))) is expected

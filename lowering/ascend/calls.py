@@ -5,7 +5,7 @@ Every npu op goes through `call`, which checks the arguments first. Sizes are ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,22 +145,46 @@ def _finish(w: Tensor, ids: Tensor, bias: Tensor | None, table: Tensor | None, r
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Expert weights as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
+class Weight:
+    """The operands of one product, as npu_grouped_matmul wants them: [E, in, out], biases [E, out] in the dtype the op asks for.
 
-    `up` holds one tensor, or gate and up apart. Weights in int8 have a scale and an offset [E, out] each, in the dtype of the rows.
+    Weights in few bits have scales, and offsets unless they are float8, [E, out] or [E, groups, out] in the dtype of the rows; int32 holds
+    eight of 4 bits along the outputs. low [E, in, r] and high [E, r, out]: a low-rank pair, x W + s (x low) high.
+    """
+
+    matrix: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The expert weights of a block; `up` holds one, or gate and up apart.
+
     nz: of training, weights are to be used in the fractal format; elsewhere they come in their format.
     """
 
-    up: Sequence[Tensor]
-    down: Tensor
-    up_bias: Sequence[Tensor] = ()
-    down_bias: Tensor | None = None
-    up_scale: Sequence[Tensor] = ()
-    up_offset: Sequence[Tensor] = ()
-    down_scale: Tensor | None = None
-    down_offset: Tensor | None = None
+    up: Sequence[Weight]
+    down: Weight
     nz: bool = False
+
+    @classmethod
+    def of(cls, found: Mapping[str, Sequence[Tensor]], layout: generic.Layout, nz: bool) -> Packed:
+        """Of operands by name, a list each."""
+
+        def weight(name: str, part: int) -> Weight:
+            def at(what: str, i: int = part) -> Tensor | None:
+                return found[f"{name}{what}"][i] if found.get(f"{name}{what}") else None
+
+            s, place = layout.pair(name, part), layout.pairs_before(name, part)
+            pair = (at("_a", place), at("_b", place), s) if s else ()
+            return Weight(found[name][part], at("_bias"), at("_scale"), at("_offset"), *pair)
+
+        return cls([weight("up", i) for i in range(layout.halves())], weight("down", 0), nz)
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -206,12 +230,28 @@ def groups(counts: Tensor, group_type: int = 0) -> dict[str, Any]:
 def grouped(
     rows: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, scale: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
-    """rows [M, K] by expert times weight [E, K, N]; with scale and offset [E, N] times (weight + offset) · scale, the weight in int8."""
+    """rows [M, K] by expert times weight [E, K, N]; with a scale (and offset) times (weight + offset) · scale, the weight in few bits."""
     extra = {} if bias is None else {"bias": [bias]}
-    if scale is not None and offset is not None:
-        extra |= {"antiquant_scale": [scale], "antiquant_offset": [offset]}
+    if scale is not None:
+        extra |= {"antiquant_scale": [scale]}
+    if offset is not None:
+        extra |= {"antiquant_offset": [offset]}
     (out,) = call("npu_grouped_matmul", [rows], [weight], **extra, **groups(counts))
     return out  # type: ignore[no-any-return]
+
+
+def product(rows: Tensor, w: Weight, counts: Tensor) -> Tensor:
+    """rows [M, in] by expert -> [M, out]."""
+    y = grouped(rows, w.matrix, w.bias, counts, w.scale, w.offset)
+    return with_pair(y, rows, w, lambda x, m: grouped(x, m, None, counts))
+
+
+def with_pair(y: Tensor, rows: Tensor, w: Weight, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """y + s (rows low) high, in the wider of the pair's type and the rows'."""
+    if w.low is None or w.high is None:
+        return y
+    added = multiply(multiply(cast(rows, w.low.dtype), w.low), w.high)
+    return cast(torch.add(cast(y, added.dtype), added, alpha=w.s), y.dtype)
 
 
 def activate(products: Sequence[Tensor], layout: generic.Layout, differentiable: bool = False) -> Tensor:
@@ -231,15 +271,6 @@ def activate(products: Sequence[Tensor], layout: generic.Layout, differentiable:
     return cast(act.run(layout.act_ops, layout.act_consts, g, u), products[0].dtype)
 
 
-def up_rows(rows: Tensor, p: Packed, counts: Tensor) -> list[Tensor]:
-    """One product, or gate and up."""
-
-    def at(ts: Sequence[Tensor], i: int) -> Tensor | None:
-        return ts[i] if ts else None
-
-    return [grouped(rows, w, at(p.up_bias, i), counts, at(p.up_scale, i), at(p.up_offset, i)) for i, w in enumerate(p.up)]
-
-
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids [T, k] int32 within the experts -> output rows by expert, their index, and the weights that are still to be applied."""
     rows, index, counts, _ = init_routing(x, ids, layout.num_experts)
@@ -248,8 +279,7 @@ def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: gen
         by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    y = grouped(activate(up_rows(rows, p, counts), layout), p.down, p.down_bias, counts, p.down_scale, p.down_offset)
-    return y, index, weights
+    return product(activate([product(rows, w, counts) for w in p.up], layout), p.down, counts), index, weights
 
 
 def tuning(rows: Tensor, counts: Tensor) -> dict[str, list[int]]:

@@ -6,13 +6,12 @@ import importlib.util
 
 import torch
 
-from ...ir import MoeBlock, Stored
+from ...ir import Experts, Form, MoeBlock, Rows
 from ...ir import scalar as act
-from ...ir.stored import ALL
-from ...ir.text import stored_text
+from ...ir.text import rows_text
 from ...ops import route_args
 from ..reference.routing import Routing
-from . import int8, law
+from . import antiquant, device, int8, law
 
 MAX_FLOOR = 1e-5  # of a row's scale: below it a row's values are nothing beside other rows'
 MAX_GROUPED = 1024  # experts of one 3-D weight in npu_grouped_matmul
@@ -29,13 +28,9 @@ def missing() -> str:
 def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
-    if e.coded and not (_in_channels(e.up_stored, e.up_transposed) and _in_channels(e.down_stored, e.down_transposed)):
-        told = " and ".join(dict.fromkeys(stored_text(s) for s in (e.up_stored, e.down_stored)))
-        return f"expert weights stored as {told}: npu_grouped_matmul takes int8 with a scale for each output channel"
-    if e.coded and e.dtype not in (torch.float16, torch.bfloat16):
-        return f"int8 expert weights with rows of {e.dtype}: npu_grouped_matmul takes int8 with fp16 and bf16"
-    if e.adapted:
-        return "low-rank pairs (LoRA) beside expert weights: no chain of npu ops for them; merge the adapter into the weights"
+    for p in _stored(e):
+        if (why := _refuses_stored(p, e.rounded)) is not None:
+            return why
     if e.dtype not in FLOATS:
         return f"expert weights of {e.dtype}: npu_grouped_matmul takes fp16, bf16 and fp32"
     if e.num_experts > MAX_GROUPED:
@@ -44,19 +39,31 @@ def refuses(ir: MoeBlock) -> str | None:
         act.encode(e.activation)
     except act.UnknownActivation as error:
         return f"activation: {error}"
-    if e.row_bits and (why := _refuses_rounded(ir)) is not None:
-        return f"rows rounded to {e.row_bits} bits: {why}"
+    if e.rounded and (why := _refuses_rounded(ir)) is not None:
+        return f"{rows_text(e.down_rows or e.up_rows)}: {why}"
     if e.num_identity and e.hidden != e.out_features:
         return "identity experts need as many outputs as inputs"
     return None
 
 
-def _in_channels(stored: Stored | None, transposed: bool) -> bool:
-    """Whether weights are int8 with scales of output channels, or of a whole matrix."""
-    if stored is None or stored.dtype is not torch.int8 or not stored.plain:
-        return False
-    out, inner = (stored.columns, stored.rows) if transposed else (stored.rows, stored.columns)
-    return out in (1, ALL) and inner == ALL
+def _refuses_stored(p: antiquant.Problem, rounded: bool) -> str | None:
+    if rounded and not p.float8_rows:
+        return antiquant.int8_by_channel(p)
+    why, row = antiquant.why_not(p), antiquant.choose(p)
+    if why is None and p.float8_rows:
+        assert row is not None
+        return f"{row.calls}: known from documents only, no calls are emitted"
+    return why
+
+
+def _stored(e: Experts) -> list[antiquant.Problem]:
+    """The projections that are no plain floats."""
+    family, halves = device.family(), 2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1
+    up = (e.up_stored, e.up_transposed, e.hidden, e.intermediate * halves)
+    down = (e.down_stored, e.down_transposed, e.intermediate, e.out_features)
+    rows = {r.dtype for r in (e.up_rows, e.down_rows) if r is not None}
+    float8 = bool(rows) and all(d.is_floating_point for d in rows)
+    return [antiquant.Problem(how, t, k, n, e.dtype, family, float8) for how, t, k, n in (up, down) if how is not None]
 
 
 def _refuses_rounded(ir: MoeBlock) -> str | None:
@@ -64,8 +71,13 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
     e = ir.experts
     if e.num_identity:
         return "identity experts take rows that are not rounded"
-    if e.row_floor > MAX_FLOOR:
-        return f"a row's scale is at least {e.row_floor}, the op's may be anything"
+    if e.up_rows != e.down_rows:
+        return "rows are rounded before one product as they are not before the other"
+    assert e.up_rows is not None
+    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor):
+        return "npu_dynamic_quant rounds rows to int8 by max / 127 of each"
+    if e.up_rows.floor > MAX_FLOOR:
+        return f"a row's scale is at least {e.up_rows.floor}, the op's may be anything"
     return int8.why_not(_problem(ir))
 
 
@@ -81,9 +93,10 @@ def says(ir: MoeBlock) -> str:
         g = ir.gating
         row, _ = law.choose_routing(law.Case(Routing(*route_args(g)), g.num_experts))
         routing = row.calls
-    if ir.experts.row_bits:
+    if ir.experts.rounded:
         chain, _ = int8.choose(_problem(ir))
         assert chain is not None
         return f"{routing}; {chain.calls}"
-    product = "grouped_matmul (int8 × scale)" if ir.experts.coded else "grouped_matmul"
+    products = [form.calls for p in _stored(ir.experts) if (form := antiquant.choose(p)) is not None] or ["grouped_matmul"]
+    product = " and ".join(dict.fromkeys(products))
     return f"{routing}; {product}, {law.activation_call(ir.experts.activation, ir.experts.form)}"

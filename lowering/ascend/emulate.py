@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import emulate_dispatch as dispatch
+from . import emulate_exchange as exchange
 from . import emulate_experts as experts
 from . import emulate_training as training
 
@@ -26,6 +27,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "npu_clipped_swiglu": experts.clipped_swiglu,
     "npu_dynamic_quant": experts.dynamic_quant,
     "npu_dequant_swiglu_quant": experts.dequant_swiglu_quant,
+    "npu_moe_distribute_dispatch_v2": exchange.dispatch,
+    "npu_moe_distribute_combine_v2": exchange.combine,
+    "npu_moe_update_expert": exchange.update_expert,
     "npu_moe_token_permute": training.token_permute,
     "npu_moe_token_permute_grad_v2": training.token_permute_grad_v2,
     "npu_moe_token_unpermute": training.token_unpermute,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .antiquant import unpacked
 from .emulate_common import per_row, undefined
 from .schemas import DTYPES
 
@@ -40,7 +41,7 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """Rows of group e times weight[e] (group_type 0), or columns of group e times rows of group e (group_type 2).
 
-    With antiquant the weight is (weight + offset) · scale, in the dtype of the rows.
+    With antiquant the weight is (weight + offset) · scale, in the dtype of the rows; an int32 holds eight of 4 bits, the first lowest.
     """
     assert group_list is not None and len(x) == len(weight) == 1
     (a,), (w,) = x, weight
@@ -49,17 +50,27 @@ def grouped_matmul(
         parts = zip(a.split(counts + [a.shape[1] - sum(counts)], 1), w.split(counts + [w.shape[0] - sum(counts)]))
         return [torch.stack([_product(left, right) for left, right in list(parts)[: len(counts)]]).to(a.dtype)]
     rows, wide = a.shape[0], a.dtype == torch.int8
+    w = unpacked(w) if w.dtype == torch.int32 else w
     out = undefined(torch.empty(rows, w.shape[2], dtype=torch.int32 if wide else torch.promote_types(a.dtype, torch.float32)))
     start = 0
     for e, n in enumerate(counts):
         m = w[e]
-        if antiquant_scale and antiquant_offset:
-            m = ((m.float() + antiquant_offset[0][e].float()) * antiquant_scale[0][e].float()).to(a.dtype)
+        if antiquant_scale:
+            m = _dequantised(m, antiquant_scale[0][e], antiquant_offset[0][e] if antiquant_offset else None).to(a.dtype)
         out[start : start + n] = _product(a[start : start + n], m)
         if bias:
             out[start : start + n] += bias[0][e].to(out.dtype)
         start += n
     return [_scaled(out, scale, per_token_scale, counts, a.dtype, output_dtype)]
+
+
+def _dequantised(m: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(m + offset) · scale for m [K, N]; scale and offset [N], or [G, N] of K / G rows each."""
+
+    def rows(t: Tensor) -> Tensor:
+        return t.float() if t.ndim == 1 else t.float().repeat_interleave(m.shape[0] // t.shape[0], 0)
+
+    return (m.float() + (0 if offset is None else rows(offset))) * rows(scale)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -106,10 +117,7 @@ def clipped_swiglu(
     bias: float = 1.0,
     interleaved: bool = True,
 ) -> Tensor:
-    wide = x.float()
-    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim)
-    a, b = a.clamp(max=limit), b.clamp(-limit, limit)
-    y = (a * torch.sigmoid(alpha * a) * (b + bias)).to(x.dtype)
+    y = _clipped(x.float(), alpha, limit, bias, interleaved).to(x.dtype)
     if group_index is not None:
         y[int(group_index.sum()) :] = float("nan")
     return y
@@ -154,20 +162,34 @@ def dequant_swiglu_quant(
     done = x.shape[0] if group_index is None else int(group_index.sum())
     v = x[:done].float()
     if weight_scale is not None:
-        v = v * (weight_scale.float() if group_index is None else weight_scale.float().repeat_interleave(group_index, 0))
+        v = v * _by_group(weight_scale, group_index)
     if activation_scale is not None:
         v = v * activation_scale.float().reshape(-1, 1)[:done]
-    left, right = v.chunk(2, -1)
     if swiglu_mode == 0:
-        y = torch.nn.functional.silu(left) * right if activate_left else left * torch.nn.functional.silu(right)
+        y = _swiglu(v, activate_left)
     else:
-        a, b = (v[..., 0::2], v[..., 1::2]) if swiglu_mode == 1 else (left, right)
-        a, b = a.clamp(max=clamp_limit), b.clamp(-clamp_limit, clamp_limit)
-        y = a * torch.sigmoid(glu_alpha * a) * (b + glu_bias)
+        y = _clipped(v, glu_alpha, clamp_limit, glu_bias, interleaved=swiglu_mode == 1)
     if quant_scale is not None:
         many = group_index is not None and quant_scale.ndim == 2 and quant_scale.shape[0] > 1
-        y = y * (quant_scale.float().repeat_interleave(group_index, 0) if many else quant_scale.float())
+        y = y * _by_group(quant_scale, group_index if many else None)
     return _padded(*per_row(y), x.shape[0])
+
+
+def _by_group(values: Tensor, counts: Tensor | None) -> Tensor:
+    """A row of `values` for each row of its group; as they are where there is one for all."""
+    return values.float() if counts is None else values.float().repeat_interleave(counts, 0)
+
+
+def _swiglu(v: Tensor, activate_left: bool) -> Tensor:
+    left, right = v.chunk(2, -1)
+    return torch.nn.functional.silu(left) * right if activate_left else left * torch.nn.functional.silu(right)
+
+
+def _clipped(v: Tensor, alpha: float, limit: float, bias: float, interleaved: bool) -> Tensor:
+    """a σ(alpha a) (b + bias) with a <= limit, |b| <= limit."""
+    a, b = (v[..., 0::2], v[..., 1::2]) if interleaved else v.chunk(2, -1)
+    a, b = a.clamp(max=limit), b.clamp(-limit, limit)
+    return a * torch.sigmoid(alpha * a) * (b + bias)
 
 
 def _padded(q: Tensor, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -198,9 +220,8 @@ def swiglu_clip_quant(
 ) -> tuple[Tensor, Tensor]:
     """SwiGLU; by row, with m = alpha[g] · max|y|: y clipped to ±m, then int8 in steps of m / 127."""
     done = int(group_index.sum())
-    left, right = x[:done].float().chunk(2, -1)
-    y = torch.nn.functional.silu(left) * right if activate_left else left * torch.nn.functional.silu(right)
-    limit = y.abs().amax(-1) * group_alpha.float().repeat_interleave(group_index, 0)
+    y = _swiglu(x[:done].float(), activate_left)
+    limit = y.abs().amax(-1) * _by_group(group_alpha, group_index)
     step = (limit / 127.0).clamp(min=torch.finfo(torch.float32).tiny)
     q = (y.clamp(-limit[:, None], limit[:, None]) / step[:, None]).round().clamp(-128, 127)
     return _padded(q.to(torch.int8), limit / 127.0, x.shape[0])

@@ -47,7 +47,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Problem:
-    """A block whose experts are to run in int8. `nz`: whether weights may be in the fractal format."""
+    """A block whose experts are to run in int8. nz: weights may be in the fractal format; pairs: there are low-rank ones."""
 
     chain: str
     activation: sp.Expr
@@ -58,6 +58,7 @@ class Problem:
     weight_on_input: bool
     dtype: torch.dtype
     nz: bool = False
+    pairs: bool = False
 
     @property
     def swiglu(self) -> bool:
@@ -88,6 +89,8 @@ def _plain(p: Problem) -> str | None:
         return "biases would have to be quantised with the weights"
     if p.dtype not in (torch.float16, torch.bfloat16):
         return f"the quantised product gives fp16 or bf16, not {p.dtype}"
+    if p.pairs:
+        return "low-rank pairs read rows that are not rounded"
     return "the routing weight is applied to the input" if p.weight_on_input else None
 
 

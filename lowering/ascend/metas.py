@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .emulate_exchange import INFO
+from .rules import columns
 from .schemas import CUSTOM, DTYPES
 
 
@@ -63,7 +65,7 @@ def grouped_matmul(
     if group_type == 2:
         assert group_list is not None
         return [a.new_empty(group_list.shape[0], a.shape[0], w.shape[1], dtype=dtype)]
-    return [a.new_empty(a.shape[0], w.shape[2], dtype=dtype)]
+    return [a.new_empty(a.shape[0], columns(w), dtype=dtype)]
 
 
 def swiglu(input: Tensor, dim: int = -1) -> Tensor:
@@ -137,6 +139,29 @@ def token_unpermute_grad_v2(
     return grad.new_empty(rows, grad.shape[1], dtype=dtype), grad.new_empty(0) if probs is None else torch.empty_like(probs)
 
 
+def dispatch(
+    x: Tensor, ids: Tensor, group: str, world: int, rank: int, experts: int, *, expert_scales: Tensor | None = None, quant_mode: int = 0,
+    global_bs: int = 0, **_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """An A2 gets `expert_scales`, and tells of the exchange between its nodes."""
+    (tokens, hidden), local, k = x.shape, experts // world, ids.shape[1]
+    total = global_bs or tokens * world
+    rows = total * min(local, k)
+    received = world * local + (0 if expert_scales is None else total * 2 * k * (world // 8))
+    info, counts, none = (x.new_empty(n, dtype=torch.int32) for n in (rows * INFO, received, 0))
+    scales, weights = (x.new_empty(n, dtype=torch.float32) for n in (rows, 0 if expert_scales is None else rows))
+    expanded = x.new_empty(rows, hidden, dtype=torch.int8 if quant_mode else x.dtype)
+    return expanded, scales, info, x.new_empty(local, dtype=torch.int64), counts, none, weights
+
+
+def combine(expand_x: Tensor, expert_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    return expand_x.new_empty(expert_ids.shape[0], expand_x.shape[1])
+
+
+def update_expert(expert_ids: Tensor, eplb_table: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(expert_ids), torch.empty_like(expert_ids, dtype=torch.bool)
+
+
 METAS: dict[str, Callable[..., Any]] = {
     "npu_moe_gating_top_k": gating_top_k,
     "npu_moe_gating_top_k_softmax": gating_top_k_softmax,
@@ -147,6 +172,9 @@ METAS: dict[str, Callable[..., Any]] = {
     "npu_swiglu_backward": lambda grad_output, input, dim=-1: torch.empty_like(input),
     "npu_clipped_swiglu": clipped_swiglu,
     "npu_moe_finalize_routing": finalize_routing,
+    "npu_moe_distribute_dispatch_v2": dispatch,
+    "npu_moe_distribute_combine_v2": combine,
+    "npu_moe_update_expert": update_expert,
     "npu_moe_token_permute": token_permute,
     "npu_moe_token_permute_grad_v2": token_permute_grad_v2,
     "npu_moe_token_unpermute": token_unpermute,

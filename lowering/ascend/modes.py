@@ -14,7 +14,8 @@ from torch import Tensor
 from ...errors import OptionError
 from ..target import Chosen, Rest
 from . import register, schemas, sharding, streams, workarounds
-from .operands import EXPERTS, Choices, ops
+from .experts_call import EXPERTS, ops
+from .operands import Choices
 from .options import MODES, AscendOptions
 from .rewrite import Lowered, lower, needs_gradients
 from .store import STORE

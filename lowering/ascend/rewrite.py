@@ -11,11 +11,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ..reference import generic
 from ..reference.routing import Routing
 from . import calls, int8, law, quant, training
 from .calls import Packed
+from .experts_call import EXPERTS, ExpertsCall, ops
 from .known import RESHAPES, addend, all_within
-from .operands import EXPERTS, Choices, ExpertsCall, Nodes, Operands, ops
+from .operands import Choices, Nodes, Operands
 from .record import Recorder, recording
 from .weights import Recipe, trace_back
 
@@ -144,7 +146,7 @@ class _Lowering:
         with recording(n, n, c.reads) as r:
             v = [r.value(a) for a in (c.x, c.ids, c.weights)]
             known = all_within(c.ids, c.layout.num_experts, n)
-            p = self._values(nodes, r, None if quantised is None else quantised[0])
+            p = self._values(nodes, r, None if quantised is None else quantised[0], c.layout)
             *rows, own = step.start(*v, p, c.layout, known)
             if c.base is not None:
                 own.append(r.value(c.base))
@@ -173,12 +175,12 @@ class _Lowering:
                 n.meta.update(view.meta)
         return n
 
-    def _values(self, nodes: Nodes, r: Recorder, row: int8.Row | None) -> Packed | quant.Quantised:
+    def _values(self, nodes: Nodes, r: Recorder, row: int8.Row | None, layout: generic.Layout) -> Packed | quant.Quantised:
         v = {name: [r.value(n) for n in of] for name, of in nodes.items()}
+        if row is None:
+            return Packed.of(v, layout, self.train and self.choices.nz)
         one = {name: v[name][0] for name in v if name.startswith("down") and v[name]}
         up = {name: values for name, values in v.items() if name.startswith("up")}
-        if row is None:
-            return Packed(**up, **one, nz=self.train and self.choices.nz)
         return quant.Quantised(**up, **one, row=row, alpha=int8.chain_of(self.choices.quantize)[1])
 
     def done(self) -> Lowered:

@@ -16,8 +16,11 @@ from torch import Tensor
 from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .antiquant import NIBBLES
+
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
+FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class ArgumentError(ValueError):
@@ -80,6 +83,25 @@ def _expected_rows(config: Sequence[int] | None, rows: Tensor) -> bool:
     return not config or (len(config) == 1 and config[0] >= 0 and not statically_known_true(config[0] > rows.shape[0]))
 
 
+def columns(weight: Tensor) -> Any:
+    """N of a weight [E, K, N], or [E, K, N / 8] where an int32 holds eight of 4 bits."""
+    return weight.shape[2] * (NIBBLES if weight.dtype == torch.int32 else 1)
+
+
+def _codes(a: Any) -> tuple[torch.dtype, ...]:
+    """What weights under rows of floats may be in."""
+    return (torch.int8, torch.int32) if a.antiquant_offset else (torch.int8, torch.int32, *FLOAT8S)
+
+
+def _is_antiquant(given: Sequence[Tensor], a: Any) -> bool:
+    (s, *more), w = given, a.weight[0]
+    if more or s.dtype != a.x[0].dtype:
+        return False
+    if s.ndim != 3:
+        return _shape(s, w.shape[0], columns(w))
+    return w.dtype == torch.int32 and _shape(s, w.shape[0], None, columns(w)) and w.shape[1] % s.shape[1] == 0
+
+
 def _is_index(t: Tensor) -> bool:
     return t.dtype == torch.int32 and t.ndim == 1
 
@@ -124,6 +146,23 @@ _PERMUTED = (
     Rule("padded_mode", "is not supported", lambda a: not a.padded_mode),
 )
 
+# experts over ranks: what dispatch and combine must be told alike
+_EXCHANGE = (
+    Rule("expert_ids", "must be [T, k] in int32, k up to 16", lambda a: a.expert_ids.dtype == torch.int32 and a.expert_ids.ndim == 2
+         and 1 <= a.expert_ids.shape[1] <= 16),
+    Rule("ep_rank_id", "must be one of ep_world_size ranks, 2 to 768", lambda a: 2 <= a.ep_world_size <= 768
+         and 0 <= a.ep_rank_id < a.ep_world_size),
+    Rule("group_ep", "must be a name of 1 to 127 characters", lambda a: 1 <= len(a.group_ep) < 128),
+    Rule("moe_expert_num", "must be 1024 at most, as many on each rank",
+         lambda a: a.moe_expert_num <= 1024 and a.moe_expert_num % a.ep_world_size == 0),
+    Rule("x_active_mask", "must be bool [T]", lambda a: a.x_active_mask is None or (
+        a.x_active_mask.dtype == torch.bool and _shape(a.x_active_mask, a.expert_ids.shape[0]))),
+    Rule("shared_expert_num", "must be 0: it is added behind", lambda a: a.shared_expert_num == a.shared_expert_rank_num == 0),
+    Rule("expert_scales", "must be [T, k] in fp32", lambda a: a.expert_scales is None or (
+        a.expert_scales.dtype == torch.float32 and _shape(a.expert_scales, a.expert_ids.shape[0], a.expert_ids.shape[1]))),
+    Rule("zero_expert_num", "and const_expert_num must be 0", lambda a: a.zero_expert_num == a.const_expert_num == 0),
+)  # fmt: skip
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "npu_moe_gating_top_k": _GATING,
     "npu_moe_gating_top_k_softmax": _GATING_SOFTMAX,
@@ -157,14 +196,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list_type", "must be 0 for a list of one", lambda a: a.group_list_type == 0 or a.group_list.shape[0] != 1),
         Rule("split_item", "must be 2 or 3: one output", lambda a: a.split_item in (2, 3)),
         Rule("weight", "must be [E, K, N] (rows) or [M, N] (inner dim)", lambda a: a.weight[0].ndim == (3 if a.group_type == 0 else 2)),
-        Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale", lambda a: a.weight[0].dtype == (
-            torch.int8 if a.antiquant_scale else a.x[0].dtype)),
+        Rule("weight", "must have the dtype of x, or be int8 with antiquant_scale (int32: eight of 4 bits; float8: no offset)",
+             lambda a: a.weight[0].dtype in (_codes(a) if a.antiquant_scale else (a.x[0].dtype,))),
         Rule("antiquant_scale", "is for fp16 and bf16 rows, without scale and per_token_scale", lambda a: not a.antiquant_scale or (
             a.x[0].dtype in HALVES and a.group_type == 0 and not a.scale and not a.per_token_scale)),
-        Rule("antiquant_scale", "and antiquant_offset come together", lambda a: bool(a.antiquant_scale) == bool(a.antiquant_offset)),
-        Rule("antiquant_scale", "and antiquant_offset must be [E, N] in the dtype of x", lambda a: all(
-            len(s) == 1 and s[0].dtype == a.x[0].dtype and _shape(s[0], a.weight[0].shape[0], a.weight[0].shape[2])
-            for s in (a.antiquant_scale, a.antiquant_offset) if s)),
+        Rule("antiquant_scale", "and antiquant_offset come together for int8 and 4 bits", lambda a: (
+            bool(a.antiquant_scale) == bool(a.antiquant_offset) or a.weight[0].dtype in FLOAT8S)),
+        Rule("antiquant_scale", "and antiquant_offset must be [E, N], of 4 bits [E, G, N] too with G a divisor of K, in the dtype of x",
+             lambda a: all(_is_antiquant(s, a) for s in (a.antiquant_scale, a.antiquant_offset) if s)),
+        Rule("antiquant_offset", "must have the shape of antiquant_scale",
+             lambda a: not a.antiquant_offset or a.antiquant_offset[0].ndim == a.antiquant_scale[0].ndim),
         Rule("weight", "may hold 1024 experts at most", lambda a: a.group_type == 2 or a.weight[0].shape[0] <= 1024),
         Rule("x", "must be [M, K] with the K of weight, in fp16, bf16, fp32 or int8", lambda a: a.x[0].ndim == 2 and
              a.x[0].dtype in (*FLOATS, torch.int8) and (a.group_type == 2 or same(a.x[0].shape[1], a.weight[0].shape[1]))),
@@ -172,7 +213,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule("group_list", "must have an entry for each expert",
              lambda a: a.group_type == 2 or same(a.group_list.shape[0], a.weight[0].shape[0])),
         Rule("bias", "must be [E, N]: one tensor for one weight", lambda a: not a.bias or (
-            len(a.bias) == 1 and _shape(a.bias[0], a.weight[0].shape[0], a.weight[0].shape[2]))),
+            len(a.bias) == 1 and _shape(a.bias[0], a.weight[0].shape[0], columns(a.weight[0])))),
         Rule("bias", "must be fp16 for fp16, fp32 for bf16 and fp32, int32 for int8",
              lambda a: not a.bias or a.bias[0].dtype == _bias_dtype(a.x[0].dtype)),
         Rule("group_type", "2 takes neither bias nor scales, and no bytes", lambda a: a.group_type == 0 or (
@@ -228,6 +269,29 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *_PERMUTED,
         Rule("probs", "must be [T, k] in the dtype of the rows: fp32 weights of bf16 rows give NaN gradients",
              lambda a: a.probs is None or (a.probs.ndim == 2 and a.probs.dtype == a.permuted_tokens.dtype)),
+    ),
+    "npu_moe_distribute_dispatch_v2": (
+        Rule("x", "must be [T, H] in fp16 or bf16", lambda a: a.x.dtype in HALVES and _shape(a.x, a.expert_ids.shape[0], None)),
+        Rule("x", "must have a fixed number of rows, 512 at most", lambda a: type(a.x.shape[0]) is int and 0 < a.x.shape[0] <= 512),
+        Rule("quant_mode", "must be 0 (none) or 2 (dynamic)", lambda a: a.quant_mode in (0, 2)),
+        Rule("expert_token_nums_type", "must be 1 (counts)", lambda a: a.expert_token_nums_type == 1),
+        *_EXCHANGE,
+    ),
+    "npu_moe_distribute_combine_v2": (
+        Rule("expand_x", "must be [A, H] in fp16 or bf16", lambda a: a.expand_x.ndim == 2 and a.expand_x.dtype in HALVES),
+        Rule("ori_x", "must be [T, H] where there are copy experts", lambda a: not a.copy_expert_num or (
+            a.ori_x is not None and _shape(a.ori_x, a.expert_ids.shape[0], a.expand_x.shape[1]))),
+        Rule("comm_quant_mode", "must be 0", lambda a: a.comm_quant_mode == 0),
+        *_EXCHANGE,
+    ),
+    "npu_moe_update_expert": (
+        Rule("expert_ids", "must be [T, k] in int32", lambda a: a.expert_ids.dtype == torch.int32 and a.expert_ids.ndim == 2),
+        Rule("eplb_table", "must be [E, 1 + places] in int32", lambda a: (
+            a.eplb_table.dtype == torch.int32 and a.eplb_table.ndim == 2 and a.eplb_table.shape[1] >= 2)),
+        Rule("balance_mode", "must be 0 (by rank) or 1 (by token)", lambda a: a.balance_mode in (0, 1)),
+        Rule("local_rank_id", "must be one of world_size ranks, 2 to 768, in balance_mode 0", lambda a: a.balance_mode == 1 or (
+            2 <= a.world_size <= 768 and 0 <= a.local_rank_id < a.world_size)),
+        Rule("expert_scales", "and pruning_threshold are not used", lambda a: a.expert_scales is None and a.pruning_threshold is None),
     ),
     "npu_dynamic_quant": (
         Rule("input", "must be fp16 or bf16", lambda a: a.input.dtype in HALVES),

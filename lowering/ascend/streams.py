@@ -21,6 +21,7 @@ import torch.fx as fx
 from ...calls import is_write
 
 LABEL = "moe_shared"  # of the one side stream
+_PRODUCT = ("npu_grouped_matmul",)
 _PRODUCTS = ("mm", "addmm", "bmm", "linear", "matmul", "baddbmm", "npu_quant_matmul")
 _names = itertools.count()  # event names are unique in the process: graphs are captured side by side
 
@@ -262,23 +263,23 @@ def _last_getitem(n: fx.Node) -> fx.Node:
 
 def _two_stages(side: Side) -> Stages | None:
     """Gate and up run against the dispatch (they wait for the ids), down against the second GEMM (it waits for the activation)."""
-    second = _nearest(side.join.args[0], "npu_grouped_matmul")
+    second = _nearest(side.join.args[0], _PRODUCT)
     activated = None if second is None else second.args[0][0]  # type: ignore[index]
-    dispatch = _nearest(second, "npu_moe_init_routing_v2")  # its counts are the GEMM's groups: no other layer's is nearer
+    dispatch = _nearest(second, ("npu_moe_init_routing_v2",))  # its counts are the GEMM's groups: no other layer's is nearer
     first, down = next(n for n in side.nodes if is_product(n)), side.down()
-    if down is None or dispatch is None or _nearest(activated, "npu_grouped_matmul") is None:
+    if down is None or dispatch is None or _nearest(activated, (*_PRODUCT, "npu_grouped_matmul_swiglu_quant_v2")) is None:
         return None
     ids = dispatch.args[1]
     assert isinstance(ids, fx.Node) and isinstance(activated, fx.Node)
     return Stages(first, ids, down, activated)
 
 
-def _nearest(n: Any, name: str) -> fx.Node | None:
-    """The node of this name that is the fewest steps upstream."""
+def _nearest(n: Any, names: Sequence[str]) -> fx.Node | None:
+    """The node of one of these names that is the fewest steps upstream."""
     work = [n] if isinstance(n, fx.Node) else []
     seen = set(work)
     for node in work:
-        if name_of(node) == name:
+        if name_of(node) in names:
             return node
         work += [a for a in node.all_input_nodes if a not in seen]
         seen.update(node.all_input_nodes)

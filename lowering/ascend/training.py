@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..reference import generic
 from . import calls
-from .calls import Packed, call, cast
+from .calls import Packed, Weight, call, cast
 from .casts import CASTS
 
 
@@ -96,9 +96,14 @@ def start(
         by_row = torch.zeros_like(weights).reshape(-1).scatter(0, index.to(torch.int64), weights.reshape(-1))
         rows = cast(cast(rows, wide) * cast(by_row, wide)[:, None], x.dtype)
         weights = torch.ones_like(weights)
-    products = [grouped_matmul(rows, w, p.up_bias[i] if p.up_bias else None, counts, p.nz) for i, w in enumerate(p.up)]
-    y = grouped_matmul(activate(products, layout), p.down, p.down_bias, counts, p.nz)
-    return y, index, weights, own
+    products = [product(rows, w, counts, p.nz) for w in p.up]
+    return product(activate(products, layout), p.down, counts, p.nz), index, weights, own
+
+
+def product(rows: Tensor, w: Weight, counts: Tensor, nz: bool) -> Tensor:
+    """As `calls.product`, with gradients. Low-rank pairs are too narrow for the fractal format."""
+    y = grouped_matmul(rows, w.matrix, w.bias, counts, nz)
+    return calls.with_pair(y, rows, w, lambda x, m: grouped_matmul(x, m, None, counts))
 
 
 def activate(products: Sequence[Tensor], layout: generic.Layout) -> Tensor:

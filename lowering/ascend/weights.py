@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from . import int8
+from . import antiquant, int8
 
 # what may stand between a graph input and its use as a weight: views of it, casts of it
 _VIEWS = frozenset(
@@ -57,9 +57,9 @@ class Source:
 class Recipe:
     """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not.
 
-    part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself, "stored" for one that is
-    stored in int8 and multiplied by rows of floats. "channel": scales of `width` channels that the model has, `sources` [E, width] or
-    [E, 1]; "zeros" and "ones": so many for each of `experts`. nz: in the fractal format.
+    part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself, "pair" for a matrix of a low-rank
+    pair. Of weights in few bits that the model has, `coding`: "codes", "factors" of these sources or "ones", "offsets" of these sources or
+    "shifts". nz: in the fractal format.
     """
 
     sources: tuple[Source, ...]
@@ -68,7 +68,7 @@ class Recipe:
     transposed: bool
     dtype: torch.dtype
     part: str = ""
-    width: int = 0
+    coding: antiquant.Coding | None = None
     nz: bool = False
 
     def in_nz(self) -> Recipe:
@@ -77,34 +77,47 @@ class Recipe:
     def plain(self) -> tuple[Any, ...]:
         """Everything but where the sources stand among a graph's inputs: equal for equal operands of different graphs."""
         chains = tuple(s.chain for s in self.sources)
-        return (self.experts, self.stacked, self.transposed, self.dtype, self.part, self.width, self.nz, chains)
+        return (self.experts, self.stacked, self.transposed, self.dtype, self.part, self.coding, self.nz, chains)
 
     def view(self, tensors: Sequence[Tensor], differentiable: bool = False) -> Tensor:
         """The operand's value in the wanted orientation and dtype; free where no stacking and no cast is needed."""
-        if self.part in ("zeros", "ones"):
-            fill = torch.zeros if self.part == "zeros" else torch.ones
-            return fill(self.experts, self.width, dtype=self.dtype, device=tensors[0].device)
-        parts = [s.value(t) for s, t in zip(self.sources, tensors)]
-        t = parts[0] if self.stacked else torch.stack(parts) if differentiable else _together(parts)
+        return self.made([s.value(t) for s, t in zip(self.sources, tensors)], differentiable)
+
+    def made(self, parts: Sequence[Tensor], differentiable: bool = False) -> Tensor:
+        """The same, of what the sources' views and casts give."""
+        t = parts[0] if self.stacked else torch.stack(list(parts)) if differentiable else _together(parts)
         t = t if t.shape[0] == self.experts else t[: self.experts]
+        if self.coding is not None:
+            return self._decoded(t, self.coding)
         if self.transposed:
             t = t.transpose(-1, -2)
-        if self.part == "channel":
-            return t.expand(self.experts, self.width).to(self.dtype)
         if self.part in ("int8", "scale"):
             scale = int8.channel_scale(t).to(self.dtype)
             return scale if self.part == "scale" else int8.to_int8(t, scale)
         return t if t.dtype == self.dtype else t.to(self.dtype)
 
+    def _decoded(self, t: Tensor, coding: antiquant.Coding) -> Tensor:
+        if self.part == "codes":
+            return coding.codes(t)
+        given = t if self.part in ("factors", "offsets") else None
+        make = coding.factors if self.part in ("factors", "ones") else coding.offsets
+        return make(given, t, self.dtype)
+
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.view(tensors).contiguous()
+        t = self.view(tensors)
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if self._out_in else t.contiguous()
+
+    @property
+    def _out_in(self) -> bool:
+        """Whether the op wants the memory [E, out, in] under a view [E, in, out]."""
+        return self.part == "codes" and self.coding is not None and self.coding.out_in
 
     def is_free(self, tensors: Sequence[Tensor]) -> bool:
         """Whether packing copies nothing: the operand is a view of the first tensor, in order, in its format."""
-        if self.part not in ("", "stored") or self.nz:
+        if self.part not in ("", "codes") or self.nz:
             return False
         t = self.view(tensors)
-        return t.is_contiguous() and _shares(t, tensors[0])
+        return (t.transpose(-1, -2) if self._out_in else t).is_contiguous() and _shares(t, tensors[0])
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:

@@ -54,4 +54,5 @@ TARGET = Target(
     remarks=told.packed,
     missing=told.missing,
     coded=True,  # weights in few bits are made floats, those of touched experts alone
+    chained=True,  # in plain torch: a product for each expert that is hit, maps of whole rows in between
 )

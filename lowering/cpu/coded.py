@@ -1,7 +1,7 @@
 """From tensors of codes and scales to the kernels that decode them a few rows at a time (kernels/coded.h).
 
-Taken: codes of a byte (float8 of every kind, int8, uint8) and of half a byte, along the inputs, in words of any order; scales and zero points of
-any blocks, in fp32, bf16, fp16 or as exponents. The rest is for `stored`.
+Taken: codes of a byte (float8 of every kind, int8, uint8) and of half a byte, along the inputs, in words of any order; scales and zero
+points of any blocks, in fp32, bf16, fp16 or as exponents. The rest is for `stored`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor
 from ...ir import Form, Stored
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
-from ...ir.stored import ALL
+from ...ir.stored import ALL, Exponent, Scale, Zero
 from . import build, experts
 from .call import _I64, _PTR, Args, Call
 
 HALVES, INT8, E4M3, BYTES = range(4)  # Kind
 NUMBERS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.float8_e8m0fnu: 4}  # NumberKind
+_BITS = 5
 _RUN, _WORD = 16, 8  # codes of half a byte in a run, and in 32 bits
 
 
@@ -32,7 +33,8 @@ class Coding(ctypes.Structure):
 
     _fields_ = [
         *((n, _PTR) for n in ("scales", "zeros", "table")),
-        *((n, _I64) for n in ("scale_expert", "scale_n", "scale_k", "rows", "columns", "step", "second", "kind", "scale_kind", "zero_kind")),
+        *((n, _I64) for n in ("scale_expert", "scale_n", "scale_k", "rows", "columns", "step", "second")),
+        *((n, _I64) for n in ("kind", "scale_kind", "zero_kind")),
         ("order", _I64 * _RUN),
     ]
 
@@ -79,7 +81,7 @@ def forward(
 
 def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) -> Prepared | None:
     up, down = storage.stored()
-    plain = not storage.row_bits and not layout.num_identity and x.shape[1] > 0 and experts._depth(layout.act_ops) <= experts._MAX_DEPTH
+    plain = not any(storage.rows()) and not layout.num_identity and x.shape[1] > 0 and experts._depth(layout.act_ops) <= experts._MAX_DEPTH
     biases = all(b.dtype == x.dtype and b.is_contiguous() for b in (*p.up_bias, *p.down_bias))
     if up is None or down is None or not plain or not biases or x.dtype not in experts.CODED_TYPES:
         return None
@@ -101,11 +103,13 @@ def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) 
 def _taken(p: Operands[Tensor], name: str, how: Stored, transposed: bool) -> bool:
     codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
     alike = all(len({(t.dtype, t.stride()) for t in ts}) <= 1 for ts in (codes, scales, zeros))
+    if how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
+        return False
     if transposed or not alike or codes[0].stride(-1) != 1 or any(t.dtype not in NUMBERS for t in (*scales, *zeros)):
         return False
     if zeros and (not how.grid or zeros[0].stride() != scales[0].stride() or how.exponents):
         return False
-    if scales and (how.exponents or scales[0].dtype is torch.float8_e8m0fnu) != (NUMBERS[scales[0].dtype] == NUMBERS[torch.uint8]):
+    if scales and (bool(how.exponents) or scales[0].dtype is torch.float8_e8m0fnu) != (NUMBERS[scales[0].dtype] == NUMBERS[torch.uint8]):
         return False
     return _kind(how) is not None and (not table or (table[0].dtype is torch.float32 and table[0].is_contiguous()))
 
@@ -138,6 +142,7 @@ def _coding(call: Call, p: Operands[Tensor], name: str, how: Stored, layout: Lay
     parts = 2 if made.second else 1  # one tensor has both
     if scales:
         made.scales, made.scale_kind = call._array(_PTR, [t.data_ptr() for t in scales] * parts), NUMBERS[scales[0].dtype]
+        made.scale_kind = _BITS if how.exponents == Exponent.BITS else made.scale_kind
         made.scale_expert, made.scale_n, made.scale_k = _strides(scales[0], how, layout.stacked)
     if zeros:
         made.zeros, made.zero_kind = call._array(_PTR, [t.data_ptr() for t in zeros] * parts), NUMBERS[zeros[0].dtype]

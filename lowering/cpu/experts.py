@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...ir import MoeBlock
 from ...ir import scalar as act
+from ...ir.chain import program
 from ...ir.operands import Operands
-from ...ir.text import stored_text
+from ...ir.text import rows_text, stored_text
 from ..reference import generic
 from ..reference.generic import Layout
 from . import build, frozen, route
@@ -30,14 +31,13 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def refuses(ir: MoeBlock) -> str | None:
     """None when the CPU ops can run this block, else the reason."""
-    if ir.experts.row_bits:
-        return f"rows rounded to {ir.experts.row_bits} bits: no CPU kernel, and another order of sums may round another way"
     if any(s is not None and s.bits > 8 for s in (ir.experts.up_stored, ir.experts.down_stored)):
         return "float expert weights with scales have no CPU lowering"
     if ir.experts.dtype not in _FLOATS:
         return f"expert weights of {ir.experts.dtype} have no CPU lowering"
     try:
         act.encode(ir.experts.activation)
+        [program(s) for s in (ir.experts.chain.stages if ir.experts.chain is not None else ())]
     except act.UnknownActivation as e:
         return f"activation: {e}"
     if ir.experts.num_identity and ir.experts.hidden != ir.experts.out_features:
@@ -50,12 +50,17 @@ def says(ir: MoeBlock) -> str:
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
     if stored:
+        rows = f", {rows_text(ir.experts.down_rows or ir.experts.up_rows)}" if ir.experts.rounded else ""
         kernel = (
-            ir.experts.dtype in CODED_TYPES and not ir.experts.num_identity and _depth(act.encode(ir.experts.activation)[0]) <= _MAX_DEPTH
+            ir.experts.dtype in CODED_TYPES
+            and not (ir.experts.num_identity or ir.experts.rounded)
+            and _depth(act.encode(ir.experts.activation)[0]) <= _MAX_DEPTH
         )
-        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)})"
+        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)}{rows})"
     if ir.experts.adapted:
         return f"cpu torch ({dtype}, low-rank pairs)"
+    if ir.experts.chain is not None:
+        return f"cpu torch ({dtype}, maps of whole rows)"
     ops, _ = act.encode(ir.experts.activation)
     kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
@@ -66,7 +71,7 @@ def prepare(ir: MoeBlock) -> None:
     route.prepare()
     if ir.experts.coded:
         build.start("coded", ir.experts.dtype)
-    elif not ir.experts.adapted:
+    elif not ir.experts.adapted and ir.experts.chain is None:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

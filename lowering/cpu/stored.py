@@ -1,8 +1,8 @@
 """Experts in few bits on the CPU: decoded in the kernels (`coded`), or, codes that those do not take, in turns.
 
-In turns matrices of the experts that tokens were sent to become floats in torch, `CHUNK` at a time, for the kernels of floats; with more than
-one turn in fp32, so that no sum is rounded between them. What these do not take either (float16, whose range a weight may leave; float64;
-no compiler) runs in plain torch, an expert at a time.
+In turns matrices of the experts that tokens were sent to become floats in torch, `CHUNK` at a time, for the kernels of floats; with more
+than one turn in fp32, so that no sum is rounded between them. What these do not take either (float16, whose range a weight may leave;
+float64; no compiler) runs in plain torch, an expert at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     if done is not None:
         return done
     hit = ids[(ids >= 0) & (ids < layout.num_experts)].unique()
-    if storage.row_bits or layout.num_identity or x.dtype not in experts.CODED_TYPES or not len(hit):
+    if any(storage.rows()) or layout.num_identity or x.dtype not in experts.CODED_TYPES or not len(hit):
         return stored.forward(x, ids, weights, p, add, layout, storage)
     if len(hit) > CHUNK and x.dtype != torch.float32:
         wide = replace(p, up_bias=tuple(b.float() for b in p.up_bias), down_bias=tuple(b.float() for b in p.down_bias))

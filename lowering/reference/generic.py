@@ -1,7 +1,7 @@
 """The routed experts in plain torch: any device, any float dtype. What runs where no kernel does.
 
 One matrix product per active expert over its rows, rows ordered by expert with a stable sort; what stands between products is done for
-a block of experts at a time. On the CPU results are deterministic (elsewhere as far as `index_add_` is).
+a block of experts at a time. Results are deterministic: a token's rows are added in one order (`rows.TokenSums`).
 It reads the row counts on the host (on an accelerator: one synchronisation), which is why a target with kernels of its own
 never comes here on its steady path.
 """
@@ -20,7 +20,7 @@ from ...ir.operands import Operands
 from ...ir.records import Layout as Layout
 from .dual import Dual, run_dual
 from .pairs import Pairs, accumulate, store
-from .rows import Block, group_rows
+from .rows import Block, TokenSums, group_rows
 
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
@@ -75,11 +75,12 @@ def forward(
     p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
+    outer: Callable[[Tensor], Tensor] | None = None,
     inner: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [T, H] -> (out [T, H_out] in x.dtype, pre-activations [T * k, (g | u)] in x.dtype, ordered by expert, zeros behind).
 
-    `inner`: done to the activations before the down projection.
+    `outer`: done to the rows before the up projection. `inner`: done to the activations before the down projection.
     """
     acc = accumulate_dtype(x.dtype)
     rows = group_rows(ids, layout)
@@ -87,20 +88,20 @@ def forward(
     pre = x.new_empty(ids.numel(), layout.pre_width(p.down))
     pre[len(rows.slots) :].zero_()
     width = layout.out_features(p.down)
-    out = x.new_zeros(x.shape[0], width, dtype=acc) if add is None else add.to(acc, copy=True)
+    out = TokenSums(x.new_zeros(x.shape[0], width, dtype=acc) if add is None else add.to(acc, copy=True), ids)
     for block in rows.blocks(_widest(x, pre)):
         inputs, mine = x.index_select(0, block.tokens), pre[block.here]
         if early:
             inputs = (inputs.to(acc) * block.by_row(w)).to(x.dtype)
-        _up(layout, p, block, inputs, mine)
+        _up(layout, p, block, inputs if outer is None else outer(inputs), mine)
         a = _activate(layout, mine, acc).to(x.dtype)
         y = x.new_empty(len(mine), width, dtype=acc)
         _down(layout, p, block, a if inner is None else inner(a), y)
-        out.index_add_(0, block.tokens, y if early else y.mul_(block.by_row(w)))
+        out.add(block, y if early else y.mul_(block.by_row(w)))
     if layout.num_identity:
         same = rows.identity
-        out.index_add_(0, same.tokens, x.index_select(0, same.tokens).to(acc) * same.by_row(w))
-    return out.to(x.dtype), pre
+        out.add(same, x.index_select(0, same.tokens).to(acc) * same.by_row(w))
+    return out.result().to(x.dtype), pre
 
 
 def _widest(x: Tensor, pre: Tensor) -> int:
@@ -243,7 +244,7 @@ def backward(
     one = _Backward(p, layout, grads)
     w, early = weights.to(accumulate_dtype(x.dtype)), layout.weight_on_input
     grad, of_slots = grad.to(x.dtype), w.new_zeros(ids.numel())
-    grad_x = torch.zeros_like(x, dtype=w.dtype) if grads.x else None
+    grad_x = TokenSums(torch.zeros_like(x, dtype=w.dtype), ids) if grads.x else None
     for block in rows.blocks(_widest(x, pre)):
         by_row, inputs = block.by_row(w), x.index_select(0, block.tokens)
         grad_pre, of_rows = _through_down(one, block, grad, pre[block.here], None if early else by_row)
@@ -251,14 +252,14 @@ def backward(
         one.up(block, grad_pre, (inputs.to(w.dtype) * by_row).to(x.dtype) if early else inputs, d)
         of_slots[block.slots] = (d * inputs).sum(-1) if early and d is not None else of_rows
         if grad_x is not None and d is not None:
-            grad_x.index_add_(0, block.tokens, d.mul_(by_row) if early else d)
+            grad_x.add(block, d.mul_(by_row) if early else d)
     if layout.num_identity:
         same = rows.identity
         kept = grad.index_select(0, same.tokens).to(w.dtype)
         of_slots[same.slots] = (kept * x.index_select(0, same.tokens).to(w.dtype)).sum(-1)
         if grad_x is not None:
-            grad_x.index_add_(0, same.tokens, kept * same.by_row(w))
-    grads.of_x = None if grad_x is None else grad_x.to(x.dtype)
+            grad_x.add(same, kept * same.by_row(w))
+    grads.of_x = None if grad_x is None else grad_x.result().to(x.dtype)
     grads.of_weights = of_slots.view_as(ids).to(weights.dtype) if grads.weights else None
     return grads.asked()
 

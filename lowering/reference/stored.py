@@ -5,14 +5,14 @@ Weights become floats one expert at a time, and only for experts that tokens wer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ir import Stored
+from ...ir import Rows, Stored
 from ...ir.operands import Operands
 from ...ir.records import Storage
 from . import generic
@@ -83,21 +83,13 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     both = zip(("up", "down"), storage.stored(), strict=True)
     ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
     floats: Operands[Any] = Operands(ups, downs, p.up_bias, p.down_bias)  # type: ignore[arg-type]
-    if not storage.row_bits:
-        return generic.forward(x.to(wide), ids, weights, floats, add, layout)[0].to(x.dtype)
-    if layout.weight_on_input or layout.num_identity:
-        raise ValueError("moe_compile::experts_stored: rows are not rounded with weights on the input or identity experts")
-
-    def rounded(rows: Tensor) -> Tensor:
-        return round_rows(rows, storage.row_bits, storage.row_floor)
-
-    return generic.forward(rounded(x.to(wide)), ids, weights, floats, add, layout, rounded)[0].to(x.dtype)
+    outer, inner = (None if how is None else _rounding(how, x.dtype) for how in storage.rows())
+    return generic.forward(x.to(wide), ids, weights, floats, add, layout, outer, inner)[0].to(x.dtype)
 
 
-def round_rows(rows: Tensor, bits: int, floor: float) -> Tensor:
-    """s · round(x / s) with s = max|x| / (2^(bits - 1) - 1) of each row, at least `floor`; a row of zeros stays one."""
-    s = (rows.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=floor)
-    return (rows / torch.where(s == 0, 1.0, s)).round() * s
+def _rounding(how: Rows, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rows as a product reads them. They have the type of the tokens before they are rounded, as a model's have."""
+    return lambda rows: how.rounded(rows.to(dtype).to(rows.dtype))
 
 
 def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Operands[Tensor]:

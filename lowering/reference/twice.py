@@ -10,14 +10,18 @@ from torch import Tensor
 from ...ir import Experts
 from ...ir.codec import decode
 from ...ir.operands import Operands
+from ...ir.records import ChainedLayout
 from . import routing
 from .generic import Layout, accumulate_dtype
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout | ChainedLayout) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, out] in x.dtype, as the IR says it."""
-    sizes = dict(hidden=x.shape[1], intermediate=layout.intermediate(p.down), out_features=layout.out_features(p.down))
-    meaning = decode(Experts, layout, **sizes)
+    if isinstance(layout, ChainedLayout):
+        others = layout.others
+    else:
+        others = {"intermediate": layout.intermediate(p.down), "out_features": layout.out_features(p.down)}
+    meaning = decode(Experts, layout, hidden=x.shape[1], **others)
     return meaning.run(x, ids, weights, p, None, accumulate_dtype(x.dtype)).to(x.dtype)
 
 

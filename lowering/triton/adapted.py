@@ -23,12 +23,13 @@ from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
 from . import activation, tune
+from . import adapted_kernels as kernels
 from .backward import Operand, weight_grad
 from .backward_sums import bias_grads, grad_weights
 from .call import DTYPES, Call, read
 from .combine import combine
 from .dispatch import Dispatch, dispatch
-from .experts import grouped_gemm, runnable
+from .experts import grouped_gemm, precision, runnable
 from .gradients import Gradients, Pass, choose
 from .host import cdiv, power_of_2
 from .launch.tape import empty, launch
@@ -77,14 +78,15 @@ class Rows:
         grouped_gemm(rows, w, bias, self.dispatch, out, tile, None, gather=self.k if gather else 0)
         return out
 
-    def low(self, rows: Tensor, first: Matrices, second: Matrices, like: Low, gather: bool = False) -> tuple[Tensor, Tensor]:
-        """(t, t secondᵀ) with t = rows firstᵀ."""
+    def add_low(self, y: Tensor, rows: Tensor, first: Matrices, second: Matrices, like: Low, gather: bool) -> Tensor:
+        """y += s (rows firstᵀ) secondᵀ, in place."""
         t = self.product(rows.to(like.dtype), first, gather=gather)
-        return t, self.product(t, second)
+        kernels.low_add(y, t, second, like.scale, self.dispatch, self.tile.bm, precision(like.dtype))
+        return y
 
     def projected(self, p: Projection, rows: Tensor, gather: bool, out: Tensor | None = None) -> Tensor:
         y = self.product(rows, p.base, p.bias, gather, out)
-        return y if p.low is None else y.add_(self.low(rows, p.low.a, p.low.b, p.low, gather)[1], alpha=p.low.scale)
+        return y if p.low is None else self.add_low(y, rows, p.low.a, p.low.b, p.low, gather)
 
 
 def _narrow(tile: Tile, w: Matrices) -> Tile:
@@ -192,7 +194,7 @@ def _turned_product(rows: Rows, p: Projection, grad: Tensor, gather: bool) -> Te
     d = rows.product(grad, turned(p.base), gather=gather)
     if p.low is None:
         return d
-    return d.add_(rows.low(grad, turned(p.low.b), turned(p.low.a), p.low, gather)[1], alpha=p.low.scale)
+    return rows.add_low(d, grad, turned(p.low.b), turned(p.low.a), p.low, gather)
 
 
 def _through_activation(run: Pass, rows: Rows, down: Projection) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +236,10 @@ def _weights_of(run: Pass, rows: Rows, p: Projection, grad: Operand, inputs: Ope
         targets = out.empty(name, low.place)
         pair = (left, thin) if name.endswith("b") else (thin, right)
         weight_grad(run, targets, *pair, False, _thin(run.tiles.up, pair[0].width, pair[1].width))
-        torch._foreach_mul_(targets, low.scale)
+        if run.layout.stacked:
+            kernels.times(targets[0], low.scale)
+        else:
+            torch._foreach_mul_(targets, low.scale)
 
 
 def _thin(tile: Tile, m: int, n: int) -> Tile:
@@ -246,7 +251,7 @@ def _thin(tile: Tile, m: int, n: int) -> Tile:
 def _tokens_of(run: Pass, rows: Rows, ups: Sequence[Projection], d_pre: Tensor) -> Tensor:
     c, layout = run.call, run.layout
     parts = [_turned_product(rows, u, d, False) for u, d in zip(ups, d_pre.chunk(len(ups), -1))]
-    total = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    total = parts[0] if len(parts) == 1 else kernels.plus(*parts)
     identity = (layout.num_experts, layout.num_identity)
     grad_x, rank = empty(c.x, *c.x.shape), rows.dispatch.rank
     return combine(total, c.ids, c.weights, run.grad, None, grad_x, *identity, weighted=False, early=False, rank=rank)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ...ir.codec import record_of
 from ...ir.operands import CODED, PLAIN, Operands
+from ...ops.records import product_of, storage_of
 from ..reference import routing
-from ...ops.records import storage_of
 from ..reference.generic import Layout
 from . import backward as gradient
-from . import coded
+from . import coded, router, shared, stored
 from . import experts as routed
 from . import route as kernels
-from . import router, shared, stored
 from .launch import plans, warm
 from .short import plain
 
@@ -31,7 +30,7 @@ _LAYOUT = len(fields(Layout))  # plain arguments of the routed experts; those of
 
 @functools.lru_cache(maxsize=4096)
 def routing_of(how: str) -> routing.Routing:
-    return routing.Routing(*plain(how))
+    return routing.Routing(*product_of(plain(how))[0])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,7 +97,8 @@ def route_linear(
 
 def _route_linear(how: str, tensors: list[Any]) -> tuple[Tensor, Tensor]:
     x, weight, weight_bias, *rest = tensors
-    return _route(how, [router.product(x, weight, weight_bias), *rest], behind=router.fits(x, weight, weight_bias))
+    logits = router.product(x, weight, weight_bias, torch.float32 if product_of(plain(how))[1] else x.dtype)
+    return _route(how, [logits, *rest], behind=router.fits(x, weight, weight_bias))
 
 
 @_op

@@ -8,9 +8,9 @@ import torch
 
 from ...ir import Experts, MoeBlock
 from ...ir import scalar as act
-from ...ir.text import stored_text
+from ...ir.text import rows_text, stored_text
 
-ROUTER_TOKENS = 4  # as the few-token kernels of the experts
+ROUTER_TOKENS = 8  # a program of `router` reads a row of the matrix for each: beyond, a library's product is as fast
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # that a kernel makes floats of
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -44,8 +44,8 @@ def _refuses_stored(e: Experts) -> str | None:
     """Why weights in few bits have no kernel here, None where they have."""
     if any(s is not None and s.bits > 8 for s in (e.up_stored, e.down_stored)):
         return "float expert weights with scales have no CUDA lowering"
-    if e.row_bits:
-        return f"rows rounded to {e.row_bits} bits have no CUDA lowering"
+    if e.rounded:
+        return None  # in plain torch
     if e.dtype not in _KERNEL_DTYPES or e.num_identity:
         return f"expert weights in few bits with {'identity experts' if e.num_identity else f'rows of {e.dtype}'} have no CUDA lowering"
     return None
@@ -55,6 +55,8 @@ def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+    if stored and ir.experts.rounded:
+        return f"torch ({dtype}, {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:
         return f"triton ({dtype}, {', '.join(stored)} made floats for the experts that are hit)"
     if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:

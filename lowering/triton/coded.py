@@ -12,11 +12,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...ir import Form
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
-from . import activation, codes_kernels, coded_gemm, gemm
+from . import activation, coded_gemm, codes_kernels, gemm
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -111,7 +110,7 @@ def operands(
     """The operands for the kernels, None where they are beyond them."""
     up, down = storage.stored()
     floats = (*p.up_bias, *p.down_bias)
-    if x.dtype not in DTYPES or up is None or down is None or storage.row_bits or layout.num_identity or x.shape[1] == 0:
+    if x.dtype not in DTYPES or up is None or down is None or any(storage.rows()) or layout.num_identity or x.shape[1] == 0:
         return None
     if any(t.dtype != x.dtype for t in floats):
         return None

@@ -1,4 +1,4 @@
-"""The grouped GEMM on codes: as `gemm`, with the matrices' codes made numbers of the rows' type in registers, on the way to the tensor cores.
+"""The grouped GEMM on codes: as `gemm`, with codes made numbers of the rows' type in registers, on the way to the tensor cores.
 
     C[r] = epilogue(W[e] a[r]),  W[i, j] = (value(code[i, j]) - z[i, j's block]) · s[i's block, j's block]
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes_kernels import E4M3, EXPONENT, base_of, block_of, halves, number, scaling
+from .codes_kernels import BITS, E4M3, EXPONENT, base_of, block_of, halves, number, scaling
 from .gemm import DUAL, PLAIN, _place
 
 NONE, BEHIND, STEPS, BEFORE = (tl.constexpr(i) for i in range(4))
@@ -41,7 +41,8 @@ def _spread(s, BB: tl.constexpr):
 def _step(
     acc, tile, codes, scales, zeros, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k,
     FIRST: tl.constexpr, STEP: tl.constexpr, WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
-    PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr,
+    PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr,
     OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPING: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -73,12 +74,12 @@ def _step(
         z = tl.load(base_of(zeros, e, scale_e, WEIGHTS, ZDTYPE) + place, mask=inside).to(tl.float32)
         if MANY:
             z = _spread(z, BB)
-    if SCALE != 0 and (GROUPING == BEFORE or GROUPING == STEPS):
+    if SCALE != 0 and ((GROUPING == BEFORE) | (GROUPING == STEPS)):
         s = scaling(tl.load(base_of(scales, e, scale_e, WEIGHTS, SDTYPE) + place, mask=inside), SCALE)
         if MANY:
             s = _spread(s, BB)
     # bf16 times a power of two is exact
-    TYPE: tl.constexpr = tl.float32 if LATER and (ZERO or SCALE != EXPONENT or DTYPE != tl.bfloat16) else DTYPE
+    TYPE: tl.constexpr = tl.float32 if LATER and (ZERO or (SCALE != EXPONENT and SCALE != BITS) or tl.bfloat16 != DTYPE) else DTYPE
     if PACKED:
         w0, w1 = halves(b, table, KIND, HIGH, ASSEMBLY)
         if OFFSET:
@@ -117,7 +118,8 @@ def coded_gemm(
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_out: tl.constexpr,
     FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr,
     ZERO: tl.constexpr, ZDTYPE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPING: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,11 +155,13 @@ def coded_gemm(
             else:
                 tile_a = tl.load(pointers, mask=(at_k < k)[:, None], other=0.0)
             g = _step(g, tile_a, codes0, scales0, zeros0, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e, scale_n,
-                      scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS, COLUMNS,
+                      scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                      SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS, COLUMNS,
                       GROUPING, EVEN_N, EVEN_K, PRECISION, BN, BK)  # fmt: skip
             if MODE == DUAL:
                 u = _step(u, tile_a, codes1, scales1, zeros1, table, e, n0, k0, n, k, offset, stride_e, stride_n, stride_k, scale_e,
-                          scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS,
+                          scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                          SCALE, SDTYPE, ZERO, ZDTYPE, OFFSET, ROWS,
                           COLUMNS, GROUPING, EVEN_N, EVEN_K, PRECISION, BN, BK)  # fmt: skip
         columns = n0 + tl.arange(0, BN)
         if GROUPING == BEHIND:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ...ir import Form, Stored
 from ...ir.operands import Operands
-from ...ir.stored import ALL
+from ...ir.stored import ALL, Exponent, Scale, Zero
 from ..reference.generic import Layout
 from .weights import Matrices, down_matrices, up_matrices
 
 # KIND: what a code is. The kernels know them by these numbers
 INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = range(6)
 # SCALE: what scales are
-NO_SCALE, PLAIN, EXPONENT = range(3)
+NO_SCALE, PLAIN, EXPONENT, BITS = range(4)
 
 _KINDS = {torch.int8: INT8, torch.uint8: NUMBER, torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -75,6 +75,8 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
     kind = _kind(how)
     packing = _packing(how, transposed)
     held = [_bytes(t, how) for t in getattr(p, name)]
+    if how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
+        return None
     if kind is None or packing is None or any(t is None for t in held):
         return None
     matrices = (up_matrices if name == "up" else down_matrices)(layout, held)  # type: ignore[arg-type]
@@ -87,9 +89,11 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
     scales, zeros = (_by_part(_as_numbers(getattr(p, f"{name}_{what}")), layout, name) for what in ("scale", "zero"))
     if scales is None or zeros is None or (how.zeroed and how.exponents):
         return None
+    if zeros and (not scales or zeros[0][0].shape != scales[0][0].shape or zeros[0][0].stride() != scales[0][0].stride()):
+        return None
     table = getattr(p, f"{name}_table")
     step, first = _rows(layout, name, matrices.n)
-    scale = NO_SCALE if not how.scaled else EXPONENT if _exponents(p, name, how) else PLAIN
+    scale = NO_SCALE if not how.scaled else _scale(p, name, how)
     return Codes(
         matrices, matrices.k * (2 if packed else 1), kind, packed, high, how.offset, scale, tuple(t for t, _ in scales),
         tuple(t for t, _ in zeros), table[0] if table else None, rows, columns, _strides(p, name, how, layout.stacked, transposed),
@@ -130,8 +134,10 @@ def _as_numbers(tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [t.view(torch.uint8) if t.dtype is torch.float8_e8m0fnu else t for t in tensors]
 
 
-def _exponents(p: Operands[Tensor], name: str, how: Stored) -> bool:
-    return how.exponents or getattr(p, f"{name}_scale")[0].dtype is torch.float8_e8m0fnu
+def _scale(p: Operands[Tensor], name: str, how: Stored) -> int:
+    if how.exponents:
+        return BITS if how.exponents == Exponent.BITS else EXPONENT
+    return EXPONENT if getattr(p, f"{name}_scale")[0].dtype is torch.float8_e8m0fnu else PLAIN
 
 
 def _by_part(tensors: list[Tensor], layout: Layout, name: str) -> list[tuple[Tensor, torch.dtype]] | None:

@@ -4,7 +4,7 @@
     down  out[t] = add[t] + Σ_j w[t, j] (W_d[e_j] a[t·k + j] + b_d)
     W[i, :] · v = Σ_g s[i, g] (Σ_{j in g} value(code[i, j]) v[j] - z[i, g] Σ_{j in g} v[j])
 
-Programs are as small and as many as in `decode`. A group g is what a thread loads at once of a row, 16 bytes, whatever a block of scales is:
+Programs are as small and as many as in `decode`. A group g is what a thread loads at once of a row, 16 bytes, whatever a block is:
 sums over it stay in the thread, and a scale costs one multiplication a group, not one a weight.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
@@ -18,7 +18,7 @@ from .decode import _by_slot, _slots
 from .gemm import DUAL
 
 INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # as `codes` numbers them
-NO_SCALE, PLAIN, EXPONENT = (tl.constexpr(i) for i in range(3))
+NO_SCALE, PLAIN, EXPONENT, BITS = (tl.constexpr(i) for i in range(4))
 
 
 # Four bytes to two pairs of bf16 from low halves and two from high ones. A byte permutation looks up both bytes of |e2m1| for four codes at
@@ -81,7 +81,9 @@ def halves(b, table, KIND: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.conste
 
 @triton.jit
 def scaling(s, SCALE: tl.constexpr):
-    """Scales in fp32: numbers, or exponents: 2^(b - 127), 255 is no number."""
+    """Scales in fp32: numbers, or exponents: 2^(b - 127), 255 is no number; or the same bits of an fp32 whatever b is."""
+    if SCALE == BITS:
+        return (s.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     if SCALE == EXPONENT:
         b = s.to(tl.int32)
         two = (b << 23).to(tl.float32, bitcast=True)
@@ -126,7 +128,7 @@ def coded_products(
     SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Of several experts e [J]: Σ_J weight[J] W[e][n0:n0+BN, bytes k0:k0+BB] · v[row[J]], apart for each group of bytes: [BN, BB / GROUP]."""
+    """Of several experts e [J]: Σ_J weight[J] W[e][n0:n0+BN, bytes k0:k0+BB] · v[row[J]], apart for each group: [BN, BB / GROUP]."""
     J: tl.constexpr = e.shape[0]
     GROUPS: tl.constexpr = BB // GROUP
     PER: tl.constexpr = 2 if PACKED else 1
@@ -169,7 +171,8 @@ def up_coded(
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn,
     FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, ACT: tl.constexpr, WEIGHTS: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr, SCALE: tl.constexpr, SDTYPE: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr,
     ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -191,11 +194,13 @@ def up_coded(
         u = tl.zeros((BN, BB // GROUP), tl.float32)
         for k0 in range(0, tl.cdiv(k, PER), BB):
             g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
-                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE,
+                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                                SCALE, SDTYPE, ZERO, ZDTYPE,
                                 ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
             if MODE == DUAL:
                 u += coded_products(codes1, scales1, zeros1, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n,
-                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE,
+                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                                    SCALE, SDTYPE,
                                     ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
         g = tl.sum(g, 1)
         u = tl.sum(u, 1) if MODE == DUAL else g

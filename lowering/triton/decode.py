@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .gemm import DUAL, TABLE
 
+UNROLLED = tl.constexpr(8)  # loads of a row, one behind the other
+
 
 @triton.jit
 def _base(w, e, stride_e, WEIGHTS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
@@ -68,70 +70,73 @@ def _product(first, base, vector, n0, n, k, stride_n, stride_k, OUT_IN: tl.const
     BN: tl.constexpr = first.shape[0] if OUT_IN else first.shape[1]
     BK: tl.constexpr = first.shape[1] if OUT_IN else first.shape[0]
     acc = _times(first, vector, 0, k, OUT_IN, EVEN)
-    for k0 in range(BK, k, BK):
-        acc += _times(_tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN), vector, k0, k, OUT_IN, EVEN)
+    if k <= UNROLLED * BK:  # all loads of a row are under way together
+        for k0 in tl.static_range(BK, k, BK):
+            acc += _times(_tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN), vector, k0, k, OUT_IN, EVEN)
+    else:
+        for k0 in range(BK, k, BK):
+            acc += _times(_tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN), vector, k0, k, OUT_IN, EVEN)
     return tl.sum(acc, axis=1 if OUT_IN else 0)
 
 
 @triton.jit
-def _slots(ids, t, j, slots_per_token, num_experts):
-    """(slot, its expert or 0, whether it has one) of a token's slots j."""
-    slot = t * slots_per_token + j
-    e = tl.load(ids + slot, mask=j < slots_per_token, other=-1)
-    known = (e >= 0) & (e < num_experts)
-    return slot.to(tl.int64), tl.where(known, e, 0), known
-
-
-@triton.jit
-def _tiles(
-    w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k,
-    WEIGHTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+def _pieces(
+    ids, w, t, n0, at, n, k: tl.constexpr, SLOTS: tl.constexpr, num_experts, stride_e, stride_n, stride_k,
+    WEIGHTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, VEC: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`_tile` of several experts e, [., BN, BK]; zero where there is none."""
-    base = _base(w, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-    at, inside = _within(n0, k0, n, k, stride_n, stride_k, True, BN, BK)
-    live = known[:, None, None] if EVEN else known[:, None, None] & inside[None, :, :]
-    return tl.load(base[:, None, None] + at[None, :, :], mask=live, other=0.0)
+    """W[e_j][n0:n0+BN, q] at the places `at`.. of a token's slots laid one behind the other, place = j·k + q: [BN, BK / VEC, VEC].
+
+    VEC divides k: neighbours of a load are of one slot, and lie side by side in memory.
+    """
+    place = at + tl.arange(0, BK // VEC) * VEC
+    inside = place < SLOTS * k
+    e = tl.load(ids + t * SLOTS + tl.minimum(place // k, SLOTS - 1))
+    known = inside & (e >= 0) & (e < num_experts)
+    base = _base(w, tl.where(known, e, 0), stride_e, WEIGHTS, DTYPE, ALIGNED)
+    rows = base + (place % k) * stride_k
+    columns = n0 + tl.arange(0, BN)
+    pointers = rows[None, :, None] + (columns * stride_n)[:, None, None] + tl.arange(0, VEC)[None, None, :] * stride_k
+    return tl.load(pointers, mask=(columns < n)[:, None, None] & known[None, :, None], other=0.0)
 
 
 @triton.jit
-def _mixed(tiles, a, weights, slot, known, k0, k, WEIGHTED: tl.constexpr):
-    """Σ_j w[j] tiles[j] times the elements of a[slot j] they meet."""
-    BK: tl.constexpr = tiles.shape[2]
-    at_k = k0 + tl.arange(0, BK)
-    v = tl.load(a + slot[:, None] * k + at_k[None, :], mask=known[:, None] & (at_k < k)[None, :], other=0.0).to(tl.float32)
+def _mixed(pieces, a, ids, weights, t, at, k: tl.constexpr, SLOTS: tl.constexpr, num_experts, WEIGHTED: tl.constexpr):
+    """Σ over the places of `_pieces` times the elements of a [T·SLOTS, k] they meet and their slots' weights, [BN]."""
+    GROUPS: tl.constexpr = pieces.shape[1]
+    VEC: tl.constexpr = pieces.shape[2]
+    place = at + tl.arange(0, GROUPS) * VEC
+    inside = place < SLOTS * k
+    pointers = a + (t * SLOTS).to(tl.int64) * k + place[:, None] + tl.arange(0, VEC)[None, :]
+    slot = t * SLOTS + tl.minimum(place // k, SLOTS - 1)
+    e = tl.load(ids + slot)
+    known = inside & (e >= 0) & (e < num_experts)  # rows of a slot of no expert were never written
+    v = tl.load(pointers, mask=known[:, None], other=0.0).to(tl.float32)
     if WEIGHTED:
         v *= tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)[:, None]
-    return tl.sum(tiles.to(tl.float32) * v[:, None, :], 0)
+    return tl.sum(tl.sum(pieces.to(tl.float32) * v[None, :, :], 2), 1)
 
 
 @triton.jit
 def _mixture(
-    a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-    WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr, AT_ONCE: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    a, ids, weights, w, t, n0, n, k: tl.constexpr, SLOTS: tl.constexpr, num_experts, stride_e, stride_n, stride_k,
+    WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr, VEC: tl.constexpr,
+    PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w[t, j] W[e_j][n0:n0+BN, :k] · a[t·k + j] in fp32, [BN], summed over the depth once for all slots.
+    """Σ_j w[t, j] W[e_j][n0:n0+BN, :k] · a[t·SLOTS + j] in fp32, [BN]: one sum over the depths of all slots, laid one behind the other.
 
-    AT_ONCE slots have their weights under way together. Launched early, the first of them before the kernel before has ended: that one
+    BK of it are under way at first, then REST at a time. Launched early, the first weights before the kernel before has ended: that one
     is the up projection, which writes no weights and had waited for ids.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
-    at = tl.arange(0, AT_ONCE)
-    slot, e, known = _slots(ids, t, at, slots_per_token, num_experts)
-    tiles = _tiles(w, e, known, n0, 0, n, k, stride_e, stride_n, stride_k, WEIGHTS, BN, BK, EVEN, DTYPE, ALIGNED)
+    first = _pieces(ids, w, t, n0, 0, n, k, SLOTS, num_experts, stride_e, stride_n, stride_k, WEIGHTS, BN, BK, VEC, DTYPE, ALIGNED)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = _mixed(tiles, a, weights, slot, known, 0, k, WEIGHTED)
-    depth = tl.cdiv(k, BK)
-    for step in range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth):
-        k0 = step % depth * BK
-        slot, e, known = _slots(ids, t, step // depth * AT_ONCE + at, slots_per_token, num_experts)
-        tiles = _tiles(w, e, known, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, BN, BK, EVEN, DTYPE, ALIGNED)
-        acc += _mixed(tiles, a, weights, slot, known, k0, k, WEIGHTED)
-    return tl.sum(acc, axis=1)
+    total = _mixed(first, a, ids, weights, t, 0, k, SLOTS, num_experts, WEIGHTED)
+    for at in tl.static_range(BK, SLOTS * k, REST):
+        more = _pieces(ids, w, t, n0, at, n, k, SLOTS, num_experts, stride_e, stride_n, stride_k, WEIGHTS, BN, REST, VEC, DTYPE, ALIGNED)
+        total += _mixed(more, a, ids, weights, t, at, k, SLOTS, num_experts, WEIGHTED)
+    return total
 
 
 @triton.jit
@@ -173,11 +178,12 @@ def up_decode(
         vector = x + (slot // slots_per_token).to(tl.int64) * stride_x
         columns = n0 + tl.arange(0, BN)
         base0 = _base(w0, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+        base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
         first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
+        # asked for before the first sum, which all warps wait for
+        first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN) if MODE == DUAL else first0
         g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         if MODE == DUAL:
-            base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
-            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, True, BN, BK, EVEN)
             u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, True, EVEN)
         else:
             u = g
@@ -194,16 +200,16 @@ def up_decode(
 @triton.jit
 def down_decode(
     a, ids, weights, w, bias, x, add, out,
-    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token: tl.constexpr, num_experts, num_identity,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
     WEIGHTS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
-    AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr, VEC: tl.constexpr, PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
     total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-                     WEIGHTS, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+                     WEIGHTS, WEIGHTED, BN, BK, REST, VEC, PDL, ALIGNED)  # fmt: skip
     if BIAS or IDENTITY:
         total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
                          stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip

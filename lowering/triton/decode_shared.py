@@ -22,7 +22,7 @@ from . import activation
 from .call import Call
 from .combine import early_launch
 from .decode import _base, _by_slot, _mixture, _product, _tile
-from .experts import _bias_args, _bias_strides, _extents, _kind, _mode, at_once
+from .experts import _bias_args, _bias_strides, _extents, _kind, _mode, depths
 from .gemm import DUAL
 from .host import cdiv, power_of_2
 from .launch.tape import empty, launch
@@ -84,11 +84,11 @@ def up_together(
 @triton.jit
 def down_together(
     a, ids, weights, w, bias, x, add, out, shared_a, shared, shared_bias, gate,
-    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, num_identity,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token: tl.constexpr, num_experts, num_identity,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr, stride_be, stride_bn, stride_x, stride_add,
     shared_k: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr, shared_stride_bn,
     WEIGHTS: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ADD: tl.constexpr, IDENTITY: tl.constexpr,
-    AT_ONCE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, REST: tl.constexpr, VEC: tl.constexpr,
     SHARED_BIAS: tl.constexpr, GATED: tl.constexpr, SHARED_BK: tl.constexpr, SHARED_EVEN: tl.constexpr,
     PDL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def down_together(
     columns = n0 + tl.arange(0, BN)
     first = _tile(shared, n0, 0, n, shared_k, shared_stride_n, shared_stride_k, True, BN, SHARED_BK, SHARED_EVEN)
     total = _mixture(a, ids, weights, w, t, n0, n, k, slots_per_token, num_experts, stride_e, stride_n, stride_k,
-                     WEIGHTS, WEIGHTED, AT_ONCE, BN, BK, EVEN, PDL, ALIGNED)  # fmt: skip
+                     WEIGHTS, WEIGHTED, BN, BK, REST, VEC, PDL, ALIGNED)  # fmt: skip
     if BIAS or IDENTITY:
         total = _by_slot(total, ids, weights, bias, x, t, columns, n, slots_per_token, num_experts, num_identity,
                          stride_be, stride_bn, stride_x, BIAS, WEIGHTED, IDENTITY)  # fmt: skip
@@ -167,6 +167,7 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
     pdl, bias, shared = _early(c), c.down_bias, s.call.down
     bn, bk = _extents(tile, c.down)
     shared_bk = min(bk, power_of_2(shared.k))
+    depth = depths(c, bn, bk, tile.warps)
     launch(
         down_together, (c.x.shape[0], cdiv(c.down.n, bn)),
         a, c.ids, c.weights, c.down.parts[0], _bias_args(bias, c.x)[0], c.x, c.add, out,
@@ -175,8 +176,7 @@ def _down(c: Call, s: Shared, a: Tensor, b: Tensor, out: Tensor, tile: Vector) -
         c.down.stride_e, c.down.stride_n, c.down.stride_k, *_bias_strides(bias), c.x.stride(0), 0 if c.add is None else c.add.stride(0),
         shared.k, shared.stride_n, shared.stride_k, _bias_strides(s.call.down_bias)[1],
         WEIGHTS=_kind(c.down), BIAS=bias is not None, WEIGHTED=not c.layout.weight_on_input,
-        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
-        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0,
+        ADD=c.add is not None, IDENTITY=c.layout.num_identity > 0, BN=bn, **depth,
         SHARED_BIAS=s.call.down_bias is not None, GATED=s.gate is not None,
         SHARED_BK=shared_bk, SHARED_EVEN=shared.n % bn == 0 and shared.k % shared_bk == 0,
         PDL=bool(pdl), ALIGNED=c.down.aligned, num_warps=tile.warps, **pdl,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -115,18 +116,23 @@ def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, 
         c.down.n, c.down.k, c.ids.shape[1], layout.num_experts, layout.num_identity, c.down.stride_e, c.down.stride_n, c.down.stride_k,
         *_bias_strides(bias), c.x.stride(0), add.stride(0) if add is not None else 0,
         WEIGHTS=_kind(c.down), BIAS=bias is not None, WEIGHTED=not layout.weight_on_input,
-        ADD=add is not None, IDENTITY=layout.num_identity > 0, AT_ONCE=at_once(c.ids.shape[1], bn, bk, tile.warps),
-        BN=bn, BK=bk, EVEN=c.down.n % bn == 0 and c.down.k % bk == 0, PDL=bool(pdl), ALIGNED=c.down.aligned,
-        num_warps=tile.warps, **pdl,
+        ADD=add is not None, IDENTITY=layout.num_identity > 0, BN=bn, **depths(c, bn, bk, tile.warps),
+        PDL=bool(pdl), ALIGNED=c.down.aligned, num_warps=tile.warps, **pdl,
     )  # fmt: skip
 
 
 _HELD = 128  # elements of weights that a thread of the few-token down projection holds at once
 
 
-def at_once(slots: int, bn: int, bk: int, warps: int) -> int:
-    """Slots of a token whose weights a program of the few-token down projection has under way together."""
-    return min(power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bk)))
+def depths(c: Call, bn: int, bk: int, warps: int) -> dict[str, int]:
+    """How the few-token down projection walks the depths of a token's slots, laid one behind the other: BK at first, at most a power of two
+    that is full, then REST at a time, VEC that lie side by side a load."""
+    slots, k = c.ids.shape[1], c.down.k
+    whole = slots * k
+    vec = math.gcd(k, 16 // c.x.element_size())
+    held = min(power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bk))) * bk
+    first = max(vec, min(held, power_of_2(whole + 1) // 2))
+    return {"BK": first, "REST": max(vec, min(first, power_of_2(whole - first))), "VEC": vec}
 
 
 def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor:

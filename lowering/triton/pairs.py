@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ir.operands import ADAPTED
+from ...ops import shapes
 from ...ops.anywhere import IMPLEMENTATIONS, with_copies
 from ...ops.records import adapted_of, bundled
 
@@ -23,7 +24,7 @@ def _on_its_device(f: Callable[..., Any], of: str) -> Callable[..., Any]:
         if importlib.util.find_spec("triton") is None:
             return IMPLEMENTATIONS[of](*args)
         with torch.cuda.device(args[0].device):
-            return f(importlib.import_module(f"{__package__}.adapted"), *args)
+            return f(importlib.import_module(f"{__package__}.adapted_calls"), *args)
 
     return functools.wraps(f)(call)
 
@@ -52,3 +53,14 @@ KERNELS = {
     name: _on_its_device(f, name)
     for name, f in (("experts_adapted", _experts), ("experts_adapted_fwd", _with_copies), ("experts_adapted_bwd", _backward))
 }
+
+
+def _ahead(name: str, args: Sequence[Any]) -> None:
+    """Kernels are begun while the compiler that traces an op compiles the rest."""
+    on_card = args[0].device.type == "cuda" and torch.cuda.is_available()
+    if on_card and importlib.util.find_spec("triton") is not None:
+        importlib.import_module(f"{__package__}.adapted_calls").compile_ahead(name, args)
+
+
+for _name in KERNELS:
+    shapes.watch(_name, functools.partial(_ahead, _name))

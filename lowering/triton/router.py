@@ -40,12 +40,15 @@ def logits_kernel(
     tl.store(out + t * n + columns, y.to(out.dtype.element_ty), mask=columns < n)
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, H], w [E, H], bias [E] or None -> [T, E] in their dtype, summed in fp32. Beyond the kernel: torch's product."""
+def product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [T, H], w [E, H], bias [E] or None -> [T, E] in `dtype`, theirs or a wider one, summed in fp32.
+
+    Beyond the kernel: torch's product, in `dtype`.
+    """
     if not fits(x, w, bias):
-        return torch.nn.functional.linear(x, w, bias)
+        return torch.nn.functional.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
     (tokens, k), n = x.shape, w.shape[0]
-    out = empty(x, tokens, n)
+    out = empty(x, tokens, n, dtype=dtype)
     if not out.numel():
         return out
     pdl = {"launch_pdl": True} if early_launch(x) else {}

@@ -38,7 +38,8 @@ SCHEMAS = {
     "experts_stored": f"Tensor x, Tensor ids, Tensor weights, {lists(CODED)}, Tensor? add, str how) -> Tensor",
 }
 # How many arguments stand before the plain ones; for the shared expert also the second run of tensors, behind those of the routed ones
-_TENSORS = {"route": 3, "route_linear": 5, "route_fwd": 3, "route_bwd": 5, "experts": 8, "experts_fwd": 8, "experts_bwd": 9, "experts_stored": 4 + len(CODED)}
+_TENSORS = {"route": 3, "route_linear": 5, "route_fwd": 3, "route_bwd": 5, "experts": 8, "experts_fwd": 8, "experts_bwd": 9}
+_TENSORS["experts_stored"] = 4 + len(CODED)
 _SHARED_AT = (8, 8 + len(fields(Layout)), 8 + len(fields(Layout)) + 5)
 
 

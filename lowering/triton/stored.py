@@ -18,6 +18,7 @@ from ...ir import Stored
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
+from ..reference import stored as reference
 from ..reference.stored import Held
 from . import capability
 from .launch.later import Later, NotRecorded
@@ -31,6 +32,8 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     if isinstance(x, Later):
         raise NotRecorded("a workspace of floats")
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    if any(storage.rows()):
+        return reference.forward(x, ids, weights, p, add, layout, storage)
     experts = layout.num_experts
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)
     if layout.stacked and ids.numel() <= FEW:
@@ -119,4 +122,3 @@ def _dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tens
     from . import stored_kernels  # triton is looked up here
 
     stored_kernels.dequantise(codes, scales, how, experts, out)
-

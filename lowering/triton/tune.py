@@ -119,19 +119,13 @@ def rule(p: Problem, tokens: int) -> Choice:
 
 
 def _decode(p: Problem, tokens: int) -> tuple[Vector, Vector] | None:
-    """A program's weights: 4 to 8 KB a projection, in one go: a row cut in two is two waits, one after the other. But a row that leaves
-    a third of the load's width empty is better cut."""
+    """A program's weights: 4 to 8 KB a projection, all of a row under way at once. A row a little longer than a load is cut, not one that
+    fills more than half of the next longer load. Of the down projection a program has one column: the rows of all slots are as much."""
     if tokens > 4:
         return None
     scale = p.dtype.itemsize // 2
-
-    def whole(row: int, width: int) -> bool:
-        return 0.65 * width < row * scale <= width
-
-    up = Vector(1, 4096 // scale, 4) if whole(p.hidden, 4096) else Vector(2, 2048 // scale, 2)
-    if whole(p.intermediate, 2048):
-        return up, Vector(2, 2048 // scale, 8)
-    return up, Vector(1, 4096 // scale, 8) if whole(p.intermediate, 4096) else Vector(2, 1024 // scale, 4)
+    up = Vector(1, 4096 // scale, 4) if 0.6 * 4096 < p.hidden * scale <= 4096 else Vector(2, 2048 // scale, 2)
+    return up, Vector(1, 4096 // scale, 4)
 
 
 # ---- what was measured -------------------------------------------------------------------------------------------

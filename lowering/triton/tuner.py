@@ -78,7 +78,7 @@ def may_split(problem: Problem, tokens: int, tile: Tile, split: int) -> bool:
 
 def vectors(down: bool) -> list[Vector]:
     """Candidates for the few-token path."""
-    sizes = ((1, 1024), (2, 512), (2, 1024), (2, 2048), (4, 1024)) if down else ((2, 2048), (4, 1024), (4, 2048), (2, 1024), (1, 2048))
+    sizes = ((1, 1024), (1, 2048), (1, 4096), (2, 512), (2, 1024)) if down else ((2, 2048), (4, 1024), (1, 4096), (2, 1024), (1, 2048))
     return [Vector(bn, bk, warps) for (bn, bk), warps in itertools.product(sizes, (2, 4))]
 
 

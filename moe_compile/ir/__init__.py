@@ -30,6 +30,7 @@ from .gating import Normaliser as Normaliser
 from .gating import SumK as SumK
 from .gating import W as W
 from .gating import normalise as normalise
+from .rows import Rows as Rows
 from .score import Score as Score
 from .score import score as score
 from .stored import Stored as Stored

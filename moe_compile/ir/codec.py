@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import sympy as sp
 import torch
 
-from . import scalar
+from . import chain, scalar
+from .chain import Chain
 
 T = TypeVar("T")
 # type of a record's field, as written -> (type in an op's schema, what makes such a value)
@@ -26,7 +27,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tuple[int, ...]": ("int[]", lambda v: [int(i) for i in v]),
     "tuple[float, ...]": ("float[]", lambda v: [float(c) for c in v]),
 }
-_PROGRAM = {"tuple[int, ...]": 0, "tuple[float, ...]": 1}  # an expression's part in such a field: operations, constants
+_PROGRAM = {"tuple[int, ...]": 0, "tuple[float, ...]": 1}  # an expression's or a chain's part in such a field: operations, constants
+_PROGRAMS: dict[Any, Any] = {sp.Expr: scalar, Chain: chain, Chain | None: chain}  # what encodes and decodes them
 
 
 def schema(record: type, prefix: str = "") -> str:
@@ -62,13 +64,13 @@ def decode(meaning: type[T], record: Any, **others: Any) -> T:
         value = getattr(record, f.name)
         if inner:
             parts.setdefault(name, {})[inner] = value
-        elif str(f.type) in _PROGRAM and hints[name] is sp.Expr:
+        elif str(f.type) in _PROGRAM and hints[name] in _PROGRAMS:
             programs.setdefault(name, []).append(value)
         else:
             others[name] = _typed(hints[name], value)
     for name, values in parts.items():
         others[name] = _part(hints[name], values)
-    return meaning(**others, **{name: scalar.decode(*program) for name, program in programs.items()})
+    return meaning(**others, **{name: _PROGRAMS[hints[name]].decode(*program) for name, program in programs.items()})
 
 
 def path(record: Any, name: str) -> str:
@@ -82,7 +84,8 @@ def _read(record: type, f: Field[Any], meaning: Any) -> Any:
         value = getattr(value, name)
         if value is None:
             return getattr(record, "ABSENT", {}).get(f.name, 0)
-    return scalar.encode(value)[_PROGRAM[str(f.type)]] if isinstance(value, sp.Expr) else value
+    coder = next((_PROGRAMS[kind] for kind in (sp.Expr, Chain) if isinstance(value, kind)), None)
+    return value if coder is None else coder.encode(value)[_PROGRAM[str(f.type)]]
 
 
 def _typed(hint: Any, value: Any) -> Any:

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scalar as act
+from .chain import Chain
 from .operands import Operands
+from .rows import Rows
 from .stored import Stored
 
 
@@ -36,9 +38,10 @@ class Overlap(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Experts:
-    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j]; ids outside [0, E) contribute nothing.
+    """out[t] = Σ_j w[t,j] · down[e] act(up[e] x[t]) with e = ids[t,j] - first; ids outside [first, first + E) contribute nothing.
 
-    With `num_identity` = z > 0 ids E .. E+z-1 are identity experts, contributing w · x[t].
+    `first`: which expert of the router's is the first one here, where others are another device's. The ops know nothing of it: they get
+    ids less it. With `num_identity` = z > 0 ids E .. E+z-1 (from `first` on) are identity experts, contributing w · x[t].
     `up_transposed`: the up weight is stored [..., in, out] instead of [..., out, in]; `down_transposed` likewise.
     `stacked`: one 3-D tensor [E, ·, ·] (two for SEPARATE), else a list of E (2E) matrices.
     `weight_on_input`: the routing weight multiplies x instead of the expert's output.
@@ -46,7 +49,9 @@ class Experts:
     `up_stored`, `down_stored`: how the projection's weights lie in memory where they are no plain floats.
     `up_pair`, `second_pair`, `down_pair`: s where a low-rank pair is added to a projection as it is stored, W x + s · b (a x); 0 where
     there is none. `second_pair`: of the up projection that is stored apart from the gate (SEPARATE).
-    `row_bits` = 8: each row that goes into a product is rounded, to s · round(x / s) with s = max|x| / 127, at least `row_floor`.
+    `chain`: the function of one expert where it is more than down act(up x); its parameters are `Operands.parts`, and what is said here of
+    projections says nothing. `intermediate` is the width behind its first product.
+    `up_rows`, `down_rows`: how rows are rounded before the projection; None: they are not.
     """
 
     num_experts: int
@@ -66,16 +71,23 @@ class Experts:
     dtype: torch.dtype = torch.float32
     up_stored: Stored | None = None
     down_stored: Stored | None = None
-    row_bits: int = 0
-    row_floor: float = 0.0
+    up_rows: Rows | None = None
+    down_rows: Rows | None = None
     up_pair: float = 0.0
     second_pair: float = 0.0
     down_pair: float = 0.0
+    chain: Chain | None = None
+    first: int = 0
 
     @property
     def coded(self) -> bool:
         """Whether a projection's weights are no plain floats."""
         return self.up_stored is not None or self.down_stored is not None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether rows are rounded before a product."""
+        return self.up_rows is not None or self.down_rows is not None
 
     @property
     def adapted(self) -> bool:
@@ -129,13 +141,20 @@ class Experts:
         low, high = (ts[part][e] if self.stacked else ts[part * self.num_experts + e] for ts in (a, b))
         return low, scale * high
 
+    def one(self, e: int, x: Tensor, p: Operands[Tensor]) -> Tensor:
+        """Expert e on rows x [N, H] -> [N, out] in x's dtype."""
+        if self.chain is not None:
+            return self.chain.apply(x, self.chain.of_expert(p.parts, self.num_experts, e))
+        return self.apply(x, self.expert(e, p, x.dtype))
+
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
 
         def project(rows: Tensor, name: str) -> Tensor:
             w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
-            rows = self.round_rows(rows) if self.row_bits else rows
+            how = self.down_rows if name == "d" else self.up_rows
+            rows = rows if how is None else how.rounded(rows)
             out = F.linear(rows, w)
             if (pair := m[name + "l"]) is not None:
                 low, high = (t.to(x.dtype) for t in pair)
@@ -144,12 +163,6 @@ class Experts:
 
         u = None if m["u"] is None else project(x, "u")
         return project(act.evaluate(self.activation, project(x, "g"), u), "d")
-
-    def round_rows(self, rows: Tensor) -> Tensor:
-        """rows [N, ·] in 2^row_bits steps, symmetric; a row of zeros stays one."""
-        steps = 2 ** (self.row_bits - 1) - 1
-        s = (rows.abs().amax(-1, keepdim=True) / steps).clamp(min=self.row_floor)
-        return (rows / torch.where(s == 0, 1, s)).round() * s
 
     def evaluate(
         self,
@@ -173,15 +186,14 @@ class Experts:
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As `evaluate`, on the parameters in one bundle."""
-        x, weights = x.to(dtype), weights.to(dtype)
+        x, weights, ids = x.to(dtype), weights.to(dtype), ids - self.first
         out = x.new_zeros(x.shape[0], self.out_features) if add is None else add.to(dtype).clone()
         for e in range(self.num_experts):
             t, j = torch.where(ids == e)
             if not len(t):
                 continue
             w = weights[t, j, None]
-            m = self.expert(e, p, dtype)
-            y = self.apply(x[t] * w, m) if self.weight_on_input else w * self.apply(x[t], m)
+            y = self.one(e, x[t] * w, p) if self.weight_on_input else w * self.one(e, x[t], p)
             out = out.index_add(0, t, y)
         if self.num_identity:
             t, j = torch.where((ids >= self.num_experts) & (ids < self.num_experts + self.num_identity))

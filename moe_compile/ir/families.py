@@ -7,8 +7,8 @@ from typing import Any
 
 from . import Experts
 from .codec import encode
-from .operands import ADAPTED, CODED, PLAIN
-from .records import AdaptedLayout, Layout, Storage
+from .operands import ADAPTED, CHAINED, CODED, PLAIN
+from .records import AdaptedLayout, ChainedLayout, Layout, Storage
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,12 @@ class Family:
 EXPERTS = Family("experts", PLAIN, (Layout,))
 EXPERTS_STORED = Family("experts_stored", CODED, (Layout, Storage))
 EXPERTS_ADAPTED = Family("experts_adapted", ADAPTED, (AdaptedLayout,))
-FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED)
+EXPERTS_CHAINED = Family("experts_chained", CHAINED, (ChainedLayout,))
+FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED, EXPERTS_CHAINED)
 
 
 def family_of(experts: Experts) -> Family:
     """Whose op runs them."""
+    if experts.chain is not None:
+        return EXPERTS_CHAINED
     return EXPERTS_STORED if experts.coded else EXPERTS_ADAPTED if experts.adapted else EXPERTS

@@ -13,6 +13,7 @@ U = TypeVar("U")
 PLAIN = ("up", "down", "up_bias", "down_bias")
 CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
+CHAINED = ("parts",)
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
     A table is one for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
-    the weights are stored.
+    the weights are stored. `parts`: all parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
-    up: tuple[T, ...]
-    down: tuple[T, ...]
+    up: tuple[T, ...] = ()
+    down: tuple[T, ...] = ()
     up_bias: tuple[T, ...] = ()
     down_bias: tuple[T, ...] = ()
     up_scale: tuple[T, ...] = ()
@@ -37,6 +38,7 @@ class Operands(Generic[T]):
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()
     down_b: tuple[T, ...] = ()
+    parts: tuple[T, ...] = ()
 
     @classmethod
     def of(cls, holder: Any) -> Operands[T]:

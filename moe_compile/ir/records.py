@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import Form, Stored
+from . import Form, Rows, Stored
+from .chain import Chain, Kind, decode
+from .scalar import G
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -115,17 +118,45 @@ class AdaptedLayout(Layout):
 
 
 @dataclass(frozen=True)
+class ChainedLayout:
+    """Of experts that are a chain, for `experts_chained` and its kin."""
+
+    AT: ClassVar = {"chain_ints": "chain", "chain_consts": "chain"}
+
+    chain_ints: tuple[int, ...]
+    chain_consts: tuple[float, ...]
+    num_experts: int
+    num_identity: int
+
+    @cached_property
+    def chain(self) -> Chain:
+        return decode(self.chain_ints, self.chain_consts)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Fields of `Experts` that follow from the chain."""
+        widths = [s.width for s in self.chain.stages]
+        first = next((s.width for s in self.chain.stages if s.matrices), widths[0])
+        stacked = Kind.LISTED not in self.chain.kinds
+        return {"intermediate": first, "out_features": widths[-1], "form": Form.SINGLE, "activation": G, "stacked": stacked}
+
+
+@dataclass(frozen=True)
 class Storage:
     """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
-    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)}
+    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)} | {
+        f"{name}_row_{f.name}": f"{name}_rows.{f.name}" for name in ("up", "down") for f in fields(Rows)
+    }
     ABSENT: ClassVar = {
-        f"{name}_{what}": none for name in ("up", "down") for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()))
+        f"{name}_{what}": none
+        for name in ("up", "down")
+        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("zero_order", ()), ("row_dtype", torch.float32))
     }
 
     up_bits: int
     up_dtype: torch.dtype
-    up_scaled: bool
+    up_scaled: int
     up_rows: int
     up_columns: int
     up_axis: int
@@ -133,11 +164,13 @@ class Storage:
     up_offset: float
     up_values: tuple[float, ...]
     up_tabled: bool
-    up_zeroed: bool
-    up_exponents: bool
+    up_zeroed: int
+    up_exponents: int
+    up_zero_order: tuple[int, ...]
+    up_zero_offset: float
     down_bits: int
     down_dtype: torch.dtype
-    down_scaled: bool
+    down_scaled: int
     down_rows: int
     down_columns: int
     down_axis: int
@@ -145,15 +178,32 @@ class Storage:
     down_offset: float
     down_values: tuple[float, ...]
     down_tabled: bool
-    down_zeroed: bool
-    down_exponents: bool
-    row_bits: int
-    row_floor: float
+    down_zeroed: int
+    down_exponents: int
+    down_zero_order: tuple[int, ...]
+    down_zero_offset: float
+    up_row_bits: int
+    up_row_dtype: torch.dtype
+    up_row_group: int
+    up_row_floor: float
+    up_row_power: bool
+    up_row_floored: bool
+    down_row_bits: int
+    down_row_dtype: torch.dtype
+    down_row_group: int
+    down_row_floor: float
+    down_row_power: bool
+    down_row_floored: bool
 
     def stored(self) -> tuple[Stored | None, Stored | None]:
         """Of the up projection and of the down projection."""
         up, down = ([getattr(self, f"{name}_{f.name}") for f in fields(Stored)] for name in ("up", "down"))
         return Stored(*up) if self.up_bits else None, Stored(*down) if self.down_bits else None
+
+    def rows(self) -> tuple[Rows | None, Rows | None]:
+        """What is done to rows before the up projection and before the down projection."""
+        up, down = ([getattr(self, f"{name}_row_{f.name}") for f in fields(Rows)] for name in ("up", "down"))
+        return Rows(*up) if self.up_row_bits else None, Rows(*down) if self.down_row_bits else None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ routing score or a normaliser is an expression too. Everything that the compiler
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import sympy as sp
@@ -142,9 +143,17 @@ def call(name: str, x: sp.Expr, consts: tuple[Any, ...] = ()) -> sp.Expr:
     """A function by the name that terms have for it, of an expression. Raises KeyError for a name that has no row."""
     if name == "clamp":
         return clamp(x, *(number(c) for c in consts))
-    if name == "erf" and abs(float(x.as_coeff_Mul()[0]) - 0.5**0.5) < 1e-9:  # as gelu has it
-        return sp.erf(x.as_coeff_Mul()[1] / sp.sqrt(2))
+    if name == "erf":
+        c, rest = _common_factor(x)
+        return sp.erf(rest / sp.sqrt(2)) if abs(float(c) - 0.5**0.5) < 1e-9 else sp.erf(x)  # as gelu has it
     return BY_NAME[name].head(x)
+
+
+def _common_factor(x: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
+    """c (a + b) of c a + c b."""
+    parts = [a.as_coeff_Mul() for a in sp.Add.make_args(x)]
+    same = len({c for c, _ in parts}) == 1
+    return (parts[0][0], sp.Add(*(a for _, a in parts))) if same else (sp.S.One, x)
 
 
 # ---- one walk over expressions, one over programs --------------------------------------------------------------------------
@@ -221,7 +230,7 @@ class Tensors:
         return f.torch(a)
 
 
-class _Expressions:
+class Expressions:
     """Programs as expressions again."""
 
     number = staticmethod(number)
@@ -242,7 +251,7 @@ class _Expressions:
         return clamp(a, number(lo), number(hi))
 
     def apply(self, f: Scalar, a: Any) -> Any:
-        return f.head(a)
+        return call(f.name, a)
 
 
 OP_G, OP_U, OP_CONST, OP_ADD, OP_MUL, OP_POW, OP_CLAMP, OP_DIV = range(8)
@@ -252,7 +261,7 @@ _OPCODE = {f.name: OP_UNARY + i for i, f in enumerate(FUNCTIONS)}
 _Code = tuple[list[int], list[float]]
 
 
-class _Programs:
+class Programs:
     """Expressions as postfix programs: (opcodes, constants)."""
 
     def number(self, c: float) -> _Code:
@@ -283,17 +292,23 @@ def encode(expr: sp.Expr) -> tuple[list[int], list[float]]:
     Raises `UnknownActivation` naming the sub-expression that has no opcode.
     """
     symbols: dict[Any, _Code] = {G: ([OP_G], []), U: ([OP_U], [])}
-    ops, consts = fold(expr, _Programs(), lambda e, _: symbols.get(e))
+    ops, consts = fold(expr, Programs(), lambda e, _: symbols.get(e))
     return ops, consts
 
 
-def interpret(ops: Sequence[int], consts: Sequence[float], g: Any, u: Any, to: Algebra) -> Any:
-    """A postfix program on two values of an algebra."""
+def interpret(
+    ops: Iterable[int],
+    consts: Iterable[float],
+    values: Mapping[int, Any],
+    to: Algebra,
+    others: Mapping[int, Callable[[Any], Any]] = MappingProxyType({}),
+) -> Any:
+    """A postfix program in an algebra. `values`: what opcodes of symbols stand for; `others`: of further functions of one argument."""
     stack: list[Any] = []
     const = iter(consts)
     for op in ops:
-        if op in (OP_G, OP_U):
-            stack.append(g if op == OP_G else u)
+        if op in values:
+            stack.append(values[op])
         elif op == OP_CONST:
             stack.append(to.number(next(const)))
         elif op in OF_TWO:
@@ -303,6 +318,8 @@ def interpret(ops: Sequence[int], consts: Sequence[float], g: Any, u: Any, to: A
             stack.append(to.power(stack.pop(), next(const)))
         elif op == OP_CLAMP:
             stack.append(to.clamp(stack.pop(), next(const), next(const)))
+        elif op in others:
+            stack.append(others[op](stack.pop()))
         else:
             stack.append(to.apply(FUNCTIONS[op - OP_UNARY], stack.pop()))
     return stack[-1]
@@ -310,7 +327,7 @@ def interpret(ops: Sequence[int], consts: Sequence[float], g: Any, u: Any, to: A
 
 def run(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor | None = None) -> Tensor:
     """Evaluate a postfix program on tensors of one shape; differentiable, in the dtype of `g`."""
-    out = interpret(ops, consts, g, u, Tensors())
+    out = interpret(ops, consts, {OP_G: g, OP_U: u}, Tensors())
     return torch.full_like(g, out) if isinstance(out, float) else out
 
 
@@ -321,4 +338,4 @@ def evaluate(expr: sp.Expr, g: Tensor, u: Tensor | None = None) -> Tensor:
 
 def decode(ops: Sequence[int], consts: Sequence[float]) -> sp.Expr:
     """The expression that a program computes: the inverse of `encode` up to sympy's own rearrangement."""
-    return interpret(ops, consts, G, U, _Expressions())
+    return interpret(ops, consts, {OP_G: G, OP_U: U}, Expressions())

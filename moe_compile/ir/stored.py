@@ -8,6 +8,7 @@ i and j count rows and columns of a matrix as it is stored, [out, in] or [in, ou
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +18,48 @@ _BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.f
 ALL = 0  # rows (or columns) of a block: as many as there are
 
 
+class Scale(enum.IntEnum):
+    """What scales do to what they belong to."""
+
+    NONE = 0  # there are none
+    TIMES = 1
+    DIVIDES = 2
+
+
+class Exponent(enum.IntEnum):
+    """What scales are, where they are bytes b."""
+
+    NONE = 0  # numbers
+    VALUE = 1  # 2^(b - 127)
+    BITS = 2  # the same put together as bits of a float32, so that 0 is 0 (and 255 infinite)
+
+
+class Zero(enum.IntEnum):
+    """How zero points lie."""
+
+    NONE = 0  # there are none
+    PLAIN = 1  # as scales do
+    ROWS = 2  # as codes of as many bits, several in a word, the words along rows
+    COLUMNS = 3
+
+
 @dataclass(frozen=True)
 class Stored:
     """A projection's weights in memory.
 
-    bits: of a code. dtype: what codes lie in. scaled: whether there are scales. rows, columns: of the matrix as stored, that share a scale;
-    `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one number: [.., 1]),
-    [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
+    bits: of a code. dtype: what codes lie in. scaled: whether there are scales, and what they do. rows, columns: of the matrix as stored,
+    that share a scale; `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one
+    number: [.., 1]), [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
     axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order: the
     place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
-    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: there are zero points z, laid out as scales.
-    exponents: scales are bytes b that stand for 2^(b - 127).
+    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
+    scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
+    zero_offset is added to each.
     """
 
     bits: int
     dtype: torch.dtype
-    scaled: bool = True
+    scaled: Scale = Scale.TIMES
     rows: int = ALL
     columns: int = ALL
     axis: int = 0
@@ -40,8 +67,10 @@ class Stored:
     offset: float = 0.0
     values: tuple[float, ...] = ()
     tabled: bool = False
-    zeroed: bool = False
-    exponents: bool = False
+    zeroed: Zero = Zero.NONE
+    exponents: Exponent = Exponent.NONE
+    zero_order: tuple[int, ...] = ()
+    zero_offset: float = 0.0
 
     @property
     def grid(self) -> bool:
@@ -51,7 +80,7 @@ class Stored:
     @property
     def plain(self) -> bool:
         """Whether a code lies alone and is the number that it stands for."""
-        return not (self.axis or self.offset or self.values or self.tabled or self.zeroed or self.exponents)
+        return not (self.axis or self.offset or self.values or self.tabled or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES)
 
     def shape(self, words: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of codes in a matrix of words."""
@@ -70,13 +99,29 @@ class Stored:
         value = self.value(self.unpacked(code), table, dtype)
         if not self.scaled or scale is None:
             return value
-        s = torch.exp2(scale.to(dtype) - 127) if self.exponents else scale.to(dtype)
+        s = self.factor(scale, dtype)
         if not self.grid:
-            s = s.unsqueeze(-2 if self.columns != ALL else -1)
+            lone = -2 if self.columns != ALL else -1
+            s, zero = s.unsqueeze(lone), None if zero is None else zero.unsqueeze(lone)
         rows, columns = max(self.rows, 1), max(self.columns, 1)
         if zero is not None:
-            value = value - times(torch.ones_like(value), zero.to(dtype), rows, columns)
+            value = value - times(torch.ones_like(value), self.zeros(zero, dtype), rows, columns)
         return times(value, s, rows, columns)
+
+    def factor(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """What weights are multiplied by, laid out as the scales."""
+        s = scale.to(dtype)
+        if self.exponents:
+            power = torch.exp2(s - 127)
+            s = torch.where(scale == 0, 0.0, power) if self.exponents == Exponent.BITS else power
+        return 1 / s if self.scaled == Scale.DIVIDES else s
+
+    def zeros(self, zero: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zero points, laid out as the scales."""
+        if self.zeroed == Zero.PLAIN:
+            return zero.to(dtype)
+        packed = Stored(self.bits, zero.dtype, axis=int(self.zeroed) - 1, order=self.zero_order)
+        return packed.unpacked(zero).to(dtype) + self.zero_offset
 
     def unpacked(self, words: Tensor) -> Tensor:
         """The codes of words, as whole numbers where several lie in one."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
 import torch
 
 from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
+from .chain import Chain, Stage, product, vector
+from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
-from .stored import ALL, Stored
+from .stored import ALL, Scale, Stored
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -130,6 +133,11 @@ def activation_text(expr: object) -> str:
     text = describe(expr)
     if "(" not in text or text.endswith(("(tanh)", "(up first)")):
         return text
+    return _signs(text)
+
+
+def _signs(text: str) -> str:
+    """σ, ∞ and · for sigmoid, oo and *."""
     written = [(f"{f.head.__name__}(", f"{f.text}(") for f in FUNCTIONS if f.text]
     for a, b in (*written, ("-oo", "−∞"), ("oo", "∞"), ("*", "·")):
         text = text.replace(a, b)
@@ -138,6 +146,9 @@ def activation_text(expr: object) -> str:
 
 def experts_text(e: Experts) -> str:
     """One line on the experts, such as ``128 × SwiGLU 2048→1024→2048, stacked [E,out,in]``."""
+    if e.chain is not None:
+        parts = [f"{e.num_experts} × {chain_text(e.chain, e.hidden)}", "stacked" if e.stacked else "list of matrices"]
+        return ", ".join([*parts, *_beside(e)])
     parts = [f"{e.num_experts} × {activation_text(e.activation)} {e.hidden}→{e.intermediate}→{e.out_features}", _layout(e)]
     if e.form is Form.INTERLEAVED:
         parts.append("gate/up interleaved")
@@ -151,17 +162,38 @@ def experts_text(e: Experts) -> str:
     if e.adapted:
         at = (("up", e.up_pair or e.second_pair), ("down", e.down_pair))
         parts.append(f"low-rank pairs ({', '.join(name for name, s in at if s)})")
-    if e.row_bits:
-        parts.append(f"rows in {e.row_bits} bits")
+    if e.rounded:
+        told = {"up": e.up_rows, "down": e.down_rows}
+        parts += [rows_text(e.up_rows)] if e.up_rows == e.down_rows else [f"{rows_text(r)} ({n})" for n, r in told.items() if r]
     if e.weight_on_input:
         parts.append("w on input")
-    if e.num_identity:
-        parts.append(f"+ {e.num_identity} identity")
-    if e.ids_mapped:
-        parts.append("ids mapped")
-    if e.dtype != torch.float32:
-        parts.append(dtype_text(e.dtype))
-    return ", ".join(parts)
+    return ", ".join([*parts, *_beside(e)])
+
+
+def _beside(e: Experts) -> list[str]:
+    """What is said of any experts."""
+    told = {f"+ {e.num_identity} identity": e.num_identity, "ids mapped": e.ids_mapped, f"ids − {e.first}": e.first}
+    told[dtype_text(e.dtype)] = e.dtype != torch.float32
+    return [what for what, there in told.items() if there]
+
+
+def chain_text(c: Chain, hidden: int) -> str:
+    """Such as ``32→24→32: SwiGLU; y/√(mean(y^2) + 1e-05)``; y, z are a stage's products, p, q its vectors, x the expert's input."""
+    widths = "→".join(map(str, [hidden, *(s.width for s in c.stages if s.matrices)]))
+    return f"{widths}: {'; '.join(map(_stage_text, c.stages))}"
+
+
+def _stage_text(s: Stage) -> str:
+    for first, second in ((G, U), (U, G)):
+        name = describe(s.map.subs({product(0): first, product(1): second}, simultaneous=True))
+        if s.matrices and not s.vectors and name.removesuffix(" (tanh)").isalnum() and name not in ("g", "u"):
+            return name
+    letters = {product(i): sp.Symbol("yzuv"[i]) for i in range(min(len(s.matrices), 4))}
+    letters |= {vector(i): sp.Symbol("pqrs"[i]) for i in range(min(len(s.vectors), 4))}
+    expr = s.map.subs(letters, simultaneous=True)
+    root = sp.Function("√")
+    expr = expr.replace(lambda e: e.is_Pow and abs(e.exp) == sp.S.Half, lambda e: root(e.base) ** (1 if e.exp > 0 else -1))
+    return _signs(describe(expr)).replace("^2", "²")
 
 
 def stored_text(s: Stored | None) -> str:
@@ -172,12 +204,22 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.scaled == Scale.DIVIDES:
+        return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:
         several = max(s.rows, s.columns)
         return f"{codes} × scale" + (f" of {several} channels" if several > 1 else "")
     return f"{codes} × scale of {s.rows} × {s.columns}"
+
+
+def rows_text(r: Rows | None) -> str:
+    """How rows are rounded, such as ``rows in float8_e4m3fn by 128``."""
+    if r is None:
+        return "rows as they are"
+    groups = f" by {r.group}" if r.group else ""
+    return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}"
 
 
 def _layout(e: Experts) -> str:

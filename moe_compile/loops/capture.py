@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ..ir import Rejection
+from ..passes.aten.sharded import is_sharded
 from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
@@ -140,10 +141,13 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
 
     if reading.distinct is not None and not distinct(arguments.leaves[reading.distinct].as_proxy().node):
         raise Rejection("a token that had an expert twice would get another result", stage="repeats")
+    params = [attribute(tx, arguments.owner, p) for p in reading.params]
+    for path, seen in zip(reading.params, params, strict=True):
+        if is_sharded(seen.realize().as_proxy().node.meta.get("example_value")):
+            raise Rejection(f"{path} is a DTensor, no plain tensor: run the loop on `to_local()` of its parameters", stage="tensors")
     with or_unguarded():
         Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
     _note(reading, call)
-    params = [attribute(tx, arguments.owner, p) for p in reading.params]
     return UserFunctionVariable(reading.run), [*(arguments.leaves[n] for n in reading.arguments), *params]
 
 

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..passes.aten.contracts import contract_of
+
 _PURE = {
     *("builtins", "math", "cmath", "operator", "_operator", "itertools", "functools", "_functools", "collections", "_collections"),
     *("_collections_abc", "typing", "types", "enum", "dataclasses", "abc", "_abc", "numbers", "fractions", "decimal", "string", "re"),
@@ -121,7 +123,7 @@ def why_not(v: Any, label: str) -> str:
     name = getattr(v, "__name__", type(v).__name__)
     if isinstance(v, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         space = str(v).partition(".")[0].partition("::")[0]
-        return "" if space in _OPS else f"it calls torch.ops.{v}, which cannot be looked into"
+        return "" if space in _OPS or reference_of(v) is not None else f"it calls torch.ops.{v}, which cannot be looked into"
     module = v.__name__ if isinstance(v, types.ModuleType) else home(v)
     top = module.partition(".")[0]
     if top in _RANDOM or module.startswith("numpy.random") or isinstance(getattr(v, "__self__", None), _random_class()):
@@ -154,6 +156,13 @@ def _of_torch(v: Any, module: str, name: str) -> bool:
     if isinstance(v, types.BuiltinFunctionType):
         return module in _COMPUTES or getattr(torch._C._VariableFunctions, name, None) is v
     return module in _COMPUTES or module == "torch._jit_internal"
+
+
+def reference_of(v: Any) -> Any:
+    """What an op with a contract computes, in plain torch; None for everything else."""
+    op = getattr(v, "default", None) if isinstance(v, torch._ops.OpOverloadPacket) else v
+    contract = contract_of(op) if isinstance(op, torch._ops.OpOverload) else None
+    return None if contract is None else contract.reference
 
 
 def instead(module: str, name: str) -> Any:

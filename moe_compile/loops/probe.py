@@ -7,12 +7,14 @@ buffer, shifted by 16 bytes per expert, so they cost about one expert's memory. 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..ir import Rejection
+from ..passes.aten.sharded import is_sharded
 from .fewer import Fewer
 from .libraries import Forbidden, home, is_library, why_not
 from .places import HOOKS, MODULE, Place
@@ -117,7 +119,7 @@ class Probe(Sealed):
             return
         if path and any(getattr(module, h, None) for h in HOOKS):
             raise Rejection(f"module {path} has hooks", stage="hooks")
-        cls, place = type(module), _place(path)
+        cls, place = before_sharding(type(module)), _place(path)
         new_cls = self.code.watched(cls) if is_library(home(cls)) and not why_not(cls, "") else self.copy(cls, place.type())
         if type(new_cls) is Forbidden:
             raise Rejection(f"module {path} is a {cls.__name__}, which cannot be copied", stage="effects")
@@ -148,6 +150,7 @@ class Probe(Sealed):
     def _probe(self, t: Tensor, path: str) -> Tensor:
         if id(t) in self._path_of:  # the experts of another module need not share theirs
             raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="shared")
+        t, whole = own_part(t), t
         if not isinstance(t, nn.Buffer) and type(t) not in (Tensor, nn.Parameter):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:
@@ -159,10 +162,10 @@ class Probe(Sealed):
             new = self._float(t, shape)
         else:
             new = self._windows.take(shape, t.dtype) if weight else self._table(t, path, shape)
-        if isinstance(t, nn.Parameter):
+        if isinstance(whole, nn.Parameter):
             new = nn.Parameter(new, requires_grad=False)
-        self._path_of[id(t)], self.tensors[path] = path, new
-        self.memo[id(t)] = t, new
+        self._path_of[id(whole)], self.tensors[path] = path, new
+        self.memo[id(whole)] = whole, new
         return new
 
     def _float(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -175,6 +178,21 @@ class Probe(Sealed):
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
         return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
+
+
+def before_sharding(cls: type) -> type:
+    """The class of a module before `fully_shard` put one of its own in front, whose hooks run around `forward`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    first, *rest = cls.__bases__
+    return rest[0] if fsdp is not None and first is getattr(fsdp, "FSDPModule", None) and rest else cls
+
+
+def own_part(t: Tensor) -> Tensor:
+    """This device's part of a tensor that is spread over several (DTensor): what code sees that runs on `to_local()` of its parameters."""
+    if not is_sharded(t):
+        return t
+    local: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def _place(path: str) -> Place:

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
+from ..passes.aten import contracts
 from . import cleaning, thresholds
 from .neutral import neutral
 from .probe import Probe
@@ -91,6 +92,7 @@ def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Ten
     except Exception as e:
         probe.check()  # a use of what is forbidden may come out as another error
         raise Rejection(f"running it on probes raised {type(e).__name__}: {_first_line(e)}", stage="record") from e
+    contracts.expand(traced)
     probe.check()
     written = [name for name, t, v in zip((*given, *probe.tensors), flat, versions, strict=True) if t._version != v]
     if written:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ir import Rejection
 from . import rows, sealed_code
 from .fewer import Fewer
-from .libraries import Forbidden, home, is_library, is_plain_instance, safe_builtins, why_not
+from .libraries import Forbidden, home, is_library, is_plain_instance, reference_of, safe_builtins, why_not
 from .places import FUNCTION, PLAIN, Place
 
 _MOST = 50_000  # objects that are copied
@@ -108,6 +108,8 @@ class Sealed:
             return self._container(v, place)
         if type(v).__module__ == "functools" and hasattr(v, "__wrapped__"):  # functools.cache: what it keeps would be probes
             return self.copy(v.__wrapped__, place)
+        if (reference := reference_of(v)) is not None:  # the op may have no kernel for the machine that loops are read on
+            return reference
         reason = why_not(v, str(place)) if callable(v) else f"it uses {place}, a {type(v).__name__}, which cannot be copied"
         return self.forbid(reason) if reason else v
 

@@ -9,14 +9,16 @@ that the forward ops return. Gradients of gradients are those of plain torch (`l
 where a gradient is asked for it runs as `experts` twice. `route_linear` is `route` of logits that are a linear map of the tokens, for
 inference with few of them.
 `experts_stored` is `experts` for weights that lie in memory as codes of few bits with scales (`ir.Stored`); where a gradient is asked for
-it runs as `experts` on the weights as floats. With `row_bits` = 8 rows are rounded before both products, and there is no gradient.
+it runs as `experts` on the weights as floats. Where rows are rounded before a product (`ir.Rows`) there is no gradient.
+`experts_sorted` is `experts` of rows that stand in the order of their experts already, one expert a row; it is made of `experts`.
 A device without kernels of its own runs `moe_compile.lowering.reference`.
+`experts_chained` runs experts that are a chain of products and maps of whole rows (`ir.Chain`); its gradient computes the rows again.
 """
 
 from __future__ import annotations
 
-from . import anywhere, autocast, autograd, shapes, sources
-from .records import adapted_of, bundled, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
+from . import anywhere, autocast, autograd, shapes, sorted, sources
+from .records import adapted_of, bundled, chained_of, experts_args, family_of, layout_of, route_args, routing_of, shared_args, storage_of
 from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "autocast",
     "autograd",
     "bundled",
+    "chained_of",
     "experts_args",
     "family_of",
     "layout_of",
@@ -35,6 +38,7 @@ __all__ = [
     "schema_of",
     "shapes",
     "shared_args",
+    "sorted",
     "sources",
     "storage_of",
     "straight_on_cuda",

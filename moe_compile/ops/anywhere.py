@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, CODED
-from ..lowering.reference import generic, routing, stored
-from .records import adapted_of, bundled, layout_of, routing_of, storage_of
+from ..ir.operands import ADAPTED, CHAINED, CODED
+from ..lowering.reference import chained, generic, routing, stored
+from .records import adapted_of, bundled, chained_of, layout_of, product_of, routing_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
@@ -22,8 +22,10 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gat
 
 
 def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    """route(x routerᵀ + router_bias, ...)."""
-    return _ops.route(torch.nn.functional.linear(x, router, router_bias), *rest)  # type: ignore[no-any-return]
+    """route(x routerᵀ + router_bias, ...); `wide`: of the operands in float32."""
+    gating, wide = product_of(rest[2:])
+    operands = [t.float() if wide and t is not None else t for t in (x, router, router_bias)]
+    return _ops.route(torch.nn.functional.linear(*operands), *rest[:2], *gating)  # type: ignore[no-any-return, arg-type]
 
 
 def route_fwd(
@@ -91,6 +93,20 @@ def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
     return generic.backward(grad, pre, x, ids, weights, p, adapted_of(plain), needs)
 
 
+def experts_chained(*args: Any) -> Tensor:
+    x, ids, weights, p, (add, *plain) = bundled(args, CHAINED)
+    return chained.forward(x, ids, weights, p.parts, add, chained_of(plain))
+
+
+def experts_chained_fwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return experts_chained(*args), args[0].new_empty(0)
+
+
+def experts_chained_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, ids, weights, p, (*plain, needs) = bundled(args, CHAINED)
+    return chained.backward(grad, x, ids, weights, p.parts, chained_of(plain), needs)
+
+
 def experts_shared(*args: Any) -> Tensor:
     """routed + [gate ·] shared_down act(shared_up x) + add, as `experts` of one expert whose result is what the routed ones add."""
     x, ids, weights, p, (add, *routed) = bundled(args[:ROUTED])
@@ -111,7 +127,7 @@ def experts_as_floats(*args: Any) -> Tensor:
     """`experts` on the floats that codes and scales stand for."""
     x, ids, weights, p, (add, *plain) = bundled(args, CODED)
     (layout, storage), wide = storage_of(plain), generic.accumulate_dtype(x.dtype)
-    if storage.row_bits:
+    if any(storage.rows()):
         raise NotImplementedError("moe_compile::experts_stored has no gradient through rounded rows")
     floats = stored.as_floats(p, storage, wide).lists()
     out: Tensor = _ops.experts(x.to(wide), ids, weights, *floats, add, *plain[: len(fields(layout))])
@@ -129,6 +145,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts_adapted": experts_adapted,
     "experts_adapted_fwd": with_copies(experts_adapted_fwd),
     "experts_adapted_bwd": experts_adapted_bwd,
+    "experts_chained": experts_chained,
+    "experts_chained_fwd": with_copies(experts_chained_fwd),
+    "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.families import EXPERTS, EXPERTS_ADAPTED, Family
+from ..ir.families import EXPERTS, EXPERTS_ADAPTED, EXPERTS_CHAINED, Family
 from . import anywhere
 from .gradients import Experts, Route
 from .records import bundled
@@ -57,6 +57,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 for _name, _run in (
     ("experts", experts),
     ("experts_adapted", _with_backward(EXPERTS_ADAPTED)),
+    ("experts_chained", _with_backward(EXPERTS_CHAINED)),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
     ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),
     ("route", _route_autograd),

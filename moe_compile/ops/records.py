@@ -11,13 +11,14 @@ from ..ir import Experts, Gating, Norm
 from ..ir.codec import encode
 from ..ir.families import family_of as family_of
 from ..ir.operands import PLAIN, Operands
-from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
+from ..ir.records import AdaptedLayout, ChainedLayout, Layout, Routing, SharedLayout, Storage
 
 # One object for equal arguments: what kernels derive from it is looked up, not made again
 routing_of = functools.lru_cache(maxsize=1024)(Routing)
 _same_layout = functools.lru_cache(maxsize=1024)(Layout)
 _same_storage = functools.lru_cache(maxsize=1024)(Storage)
 _same_adapted = functools.lru_cache(maxsize=1024)(AdaptedLayout)
+_same_chained = functools.lru_cache(maxsize=1024)(ChainedLayout)
 
 
 def layout_of(args: Sequence[Any]) -> Layout:
@@ -38,10 +39,22 @@ def adapted_of(args: Sequence[Any]) -> AdaptedLayout:
     return _same_adapted(tuple(act_ops), tuple(act_consts), *rest)
 
 
+def chained_of(args: Sequence[Any]) -> ChainedLayout:
+    """The record of the plain arguments of `experts_chained`, after the tensors."""
+    ints, consts, *rest = args
+    return _same_chained(tuple(ints), tuple(consts), *rest)
+
+
 def route_args(gating: Gating) -> list[Any]:
     """The plain arguments of `route`, after the tensors. A normaliser that is an expression follows outside: the op has none then."""
     outside = gating.norm is not None and gating.norm.kind is Norm.EXPR
     return encode(Routing, replace(gating, norm=None) if outside else gating)
+
+
+def product_of(args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+    """The plain arguments of `route_linear` -> those of `route`, and whether the product is one in float32 of narrower operands."""
+    own = len(fields(Routing))
+    return args[:own], bool(args[own:] and args[own])
 
 
 def bundled(args: Sequence[Any], names: Sequence[str] = PLAIN) -> tuple[Any, Any, Any, Operands[Any], Sequence[Any]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ir.codec import place, schema
-from ..ir.operands import ADAPTED, CODED, PLAIN
-from ..ir.records import AdaptedLayout, Layout, Routing, SharedLayout, Storage
+from ..ir.operands import ADAPTED, CHAINED, CODED, PLAIN
+from ..ir.records import AdaptedLayout, ChainedLayout, Layout, Routing, SharedLayout, Storage
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
 ROUTED = 4 + len(PLAIN) + len(fields(Layout))  # arguments of `experts`, before those of the shared one
@@ -25,11 +25,12 @@ def lists(names: Sequence[str], prefix: str = "") -> str:
 
 _ROUTED = "Tensor x, Tensor ids, Tensor weights"
 _EXPERTS = f"{_ROUTED}, {lists(PLAIN)}, "
+_CHAINED = f"{_ROUTED}, {lists(CHAINED)}"
 _SHARED = f"{lists(PLAIN, 'shared_')}, Tensor? shared_gate, {schema(SharedLayout, 'shared_')}, int overlap"
 
 SCHEMAS = (
     f"route(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) -> (Tensor weights, Tensor ids)",
-    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}) "
+    f"route_linear(Tensor x, Tensor router, Tensor? router_bias, Tensor? bias, Tensor? expert_scale, {_GATING}, bool wide=False) "
     "-> (Tensor weights, Tensor ids)",
     f"route_fwd(Tensor logits, Tensor? bias, Tensor? expert_scale, {_GATING}) "
     "-> (Tensor weights, Tensor ids, Tensor kept_logits, Tensor kept_ids, Tensor kept_bias, Tensor kept_scale)",
@@ -42,6 +43,10 @@ SCHEMAS = (
     f"experts_adapted_fwd({_ROUTED}, {lists(ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}) "
     "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_adapted_bwd(Tensor grad, Tensor pre, {_ROUTED}, {lists(ADAPTED)}, {schema(AdaptedLayout)}, bool[] needs) -> Tensor[]",
+    f"experts_chained({_CHAINED}, Tensor? add, {schema(ChainedLayout)}) -> Tensor",
+    f"experts_chained_fwd({_CHAINED}, Tensor? add, {schema(ChainedLayout)}) "
+    "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
+    f"experts_chained_bwd(Tensor grad, Tensor pre, {_CHAINED}, {schema(ChainedLayout)}, bool[] needs) -> Tensor[]",
     f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
 )
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, CODED, Operands
+from ..ir.operands import ADAPTED, CHAINED, CODED, Operands
 from ..ir.records import Layout
-from .records import adapted_of, bundled, layout_of, storage_of
+from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -20,7 +20,7 @@ def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: i
 
 
 def route_linear(x: Tensor, router: Tensor, router_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return route(x, *rest)  # type: ignore[no-any-return]
+    return route(x, *rest[:2], *product_of(rest[2:])[0])  # type: ignore[no-any-return]
 
 
 def route_fwd(
@@ -54,6 +54,11 @@ def experts_adapted(*args: Any) -> Tensor:
     return x.new_empty(x.shape[0], adapted_of(plain).out_features(p.down))  # type: ignore[no-any-return]
 
 
+def experts_chained(*args: Any) -> Tensor:
+    x, _, _, _, (_, *plain) = bundled(args, CHAINED)
+    return x.new_empty(x.shape[0], chained_of(plain).chain.stages[-1].width)  # type: ignore[no-any-return]
+
+
 def experts_shared(*args: Any) -> Tensor:
     return experts(*args[:ROUTED])
 
@@ -66,6 +71,11 @@ def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def experts_adapted_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, ids, weights, p, (_, *plain) = bundled(args, ADAPTED)
     return _forward(x, ids, weights, p, adapted_of(plain))
+
+
+def experts_chained_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, ids, weights = args[:3]
+    return experts_chained(*args), x.new_empty(0), torch.empty_like(ids), torch.empty_like(weights)
 
 
 def _forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,6 +91,11 @@ def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
 
 def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
     x, _, weights, p, (*_, needs) = bundled(args, ADAPTED)
+    return _asked((x, weights, *p), needs)
+
+
+def experts_chained_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+    x, _, weights, p, (*_, needs) = bundled(args, CHAINED)
     return _asked((x, weights, *p), needs)
 
 
@@ -103,8 +118,28 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_adapted": experts_adapted,
     "experts_adapted_fwd": experts_adapted_fwd,
     "experts_adapted_bwd": experts_adapted_bwd,
+    "experts_chained": experts_chained,
+    "experts_chained_fwd": experts_chained_fwd,
+    "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
 }
+_watching: dict[str, Callable[[Sequence[Any]], None]] = {}
+
+
+def watch(name: str, look: Callable[[Sequence[Any]], None]) -> None:
+    """Let `look` see the arguments of an op, tensors without values, where a compiler traces it: a target may begin to compile kernels."""
+    _watching[name] = look
+
+
+def _traced(name: str, shape: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if name in _watching:
+            _watching[name](args)
+        return shape(*args)
+
+    return run
+
+
 for _name, _shape in SHAPES.items():
-    torch.library.register_fake(f"moe_compile::{_name}", _shape, lib=library)
+    torch.library.register_fake(f"moe_compile::{_name}", _traced(_name, _shape), lib=library)

@@ -1,7 +1,10 @@
 """ATen: what one element of each op is, who writes which memory, and the shadow graph that is read."""
 
-from . import (  # noqa: F401  (they fill element.RULES)
+from . import (  # noqa: F401  (they fill element.RULES and the table of contracts)
+    contracts_float8,
+    contracts_scaled,
     definitions_gather,
+    definitions_norms,
     definitions_pointwise,
     definitions_products,
     definitions_select,

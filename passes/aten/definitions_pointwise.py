@@ -126,6 +126,16 @@ def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.fn("round", p.at(n.args[0], idx))
 
 
+@rule("ceil")
+def _ceil(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.fn("ceil", p.at(n.args[0], idx))
+
+
+@rule("log2")
+def _log2(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    return T.fn("log2", p.at(n.args[0], idx))
+
+
 @rule("gelu")
 def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x = p.at(n.args[0], idx)

@@ -14,6 +14,7 @@ from .definitions_views import TUPLES
 from .element import Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
 from .places import least
+from .sorted_rows import marked
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
@@ -170,13 +171,24 @@ def group_of(p: Puller, offs: fx.Node, row: Term) -> Term:
     return T.sv(counted_key(p, node.args[0]), row)
 
 
+def _group(p: Puller, product: fx.Node, offs: fx.Node, row: Term) -> Term:
+    """`group_of`, or the expert of the row where rows came in order and nothing says by which ids."""
+    try:
+        return group_of(p, offs, row)
+    except Opaque:
+        told = marked(offs, product)
+        if told is None:
+            raise
+        return p.at(told, (row,))
+
+
 @rule(*names.GROUPED)
 def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, w, offs = n.args[0], n.args[1], getattr(a, "offs", None)
     if offs is None or getattr(a, "bias", None) is not None or len(shape_of(w)) != 3 or len(shape_of(x)) != 2:  # type: ignore[arg-type]
         raise Opaque("a grouped matmul of another form")
     m = T.var(shape_of(x)[1], "m")  # type: ignore[arg-type]
-    g = group_of(p, offs, idx[0])
+    g = _group(p, n, offs, idx[0])
     return T.reduce_("sum", m, T.mul(p.at(x, (idx[0], m)), p.at(w, (g, m, idx[1]))))
 
 

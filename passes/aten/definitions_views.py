@@ -44,9 +44,15 @@ def _same(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         return truth(t)
     if before.is_floating_point and not after.is_floating_point and not _integral(t):
         raise Opaque("a cast that rounds")
+    if before.is_floating_point and after in SMALL:
+        return T.fn(SMALL[after], t)
     if before != after and not _holds(t, before, after):
         raise Opaque(f"a cast to {str(after).removeprefix('torch.')} that may change values")
     return t
+
+
+# A cast to a float of one byte is a function; to powers of two (e8m0) none that is known
+SMALL = {d: str(d).removeprefix("torch.") for d in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)}
 
 
 def _holds(t: Term, before: torch.dtype, after: torch.dtype) -> bool:

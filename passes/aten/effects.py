@@ -15,6 +15,7 @@ import torch.fx as fx
 from ...calls import is_write
 from . import names
 from .node import example_value, named_args, schema_of
+from .sharded import leaf
 
 # ---- the shadow --------------------------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ class Memory:
         self.writers: dict[fx.Node, list[fx.Node]] = {}
         inputs: dict[int, fx.Node] = {}
         for n in graph.nodes:
-            storage = storage_of(n) if n.op in ("placeholder", "get_attr") else None
+            storage = storage_of(n) if n.op in ("placeholder", "get_attr") or n.target is leaf else None
             base = aliased_arg(n)
             base = None if base is None or _converts(n, base) else base
             first = n if storage is None else inputs.setdefault(storage, n)
@@ -130,7 +131,12 @@ def is_assertion(n: fx.Node) -> bool:
     return n.op == "call_function" and any(s in str(n.target) for s in _ASSERTIONS)
 
 
-def _has_effect(n: fx.Node) -> bool:
+def is_transform(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph enters or leaves a transform of torch.func, or changes what is batched."""
+    return n.op == "call_function" and any(s in str(n.target) for s in ("nesting", "batch_dim"))
+
+
+def has_effect(n: fx.Node) -> bool:
     if n.op in ("placeholder", "output", "call_module"):
         return True
     if n.op != "call_function" or is_write(n) or is_assertion(n):
@@ -149,7 +155,7 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if n.op in ("placeholder", "get_attr"):
             outside.add(storage_of(n))
     live: set[fx.Node] = set()
-    work = [n for n in graph.nodes if _has_effect(n)]
+    work = [n for n in graph.nodes if has_effect(n)]
     for storage, ws in writes.items():
         if storage is None or storage in outside:
             work.extend(ws)

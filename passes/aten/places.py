@@ -7,7 +7,8 @@ where rows are different places. A selection's own indices are; indices mapped b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import sympy as sp
 import torch
@@ -113,8 +114,15 @@ def never_negative(t: Term) -> bool:
     return T.never_negative(t) or lowest is not None and lowest >= 0
 
 
-def least(t: Term, given: int | None = None) -> int | None:
-    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own."""
+def least(t: Term, given: int | None = None, known: Mapping[Term, int] = MappingProxyType({})) -> int | None:
+    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own.
+    `known`: what terms are not below because of a condition around them.
+    """
+    if t in known:
+        return known[t]
+    if t.op == "ite":
+        cases = [least(c, given, {**known, **_bounds(t.args[0], i == 0)}) for i, c in enumerate(t.args[1:])]
+        return None if None in cases else min(cases)  # type: ignore[type-var]
     if t.op == "c":
         return int(t.args[0]) if isinstance(t.args[0], (int, float)) else 0 if isinstance(t.args[0], sp.Expr) else None
     if t.op == "rank":
@@ -126,16 +134,34 @@ def least(t: Term, given: int | None = None) -> int | None:
         return 0 if T.never_negative(t) or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
     if t.op == "fn":
         limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
-        return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given) if t.args[0] == "round" else None
-    if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv", "ite"):
+        return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given, known) if t.args[0] == "round" else None
+    if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv"):
         return None
-    parts = [least(c, given) for c in (t.args[1:] if t.op == "ite" else T.children(t))]
+    parts = [least(c, given, known) for c in T.children(t)]
     if None in parts:
         return None
     if t.op == "add":
         return sum(parts)  # type: ignore[arg-type]
     lowest: int = min(parts)  # type: ignore[type-var,assignment]
-    return lowest if t.op in ("ite", "max", "min", "sv") else 0 if lowest >= 0 else None
+    return lowest if t.op in ("max", "min", "sv") else 0 if lowest >= 0 else None
+
+
+def _bounds(condition: Term, true: bool) -> dict[Term, int]:
+    """What terms are not below where a condition holds, or does not: x >= n of [x < n] that does not, and of [x // d = q] that does."""
+    if condition.op == "not":
+        return _bounds(condition.args[0], not true)
+    if condition.op == "mul" and true:
+        return {x: n for f in condition.args for x, n in _bounds(f, True).items()}
+    if condition.op not in ("lt", "eq") or condition.op == "eq" and not true:
+        return {}
+    a, b = condition.args
+    if condition.op == "lt":
+        x, n, more = (b, a, 1) if true else (a, b, 0)
+        return {x: n.args[0] + more} if n.op == "c" and isinstance(n.args[0], int) else {}
+    x, n = (a, b) if b.op == "c" else (b, a)
+    if n.op != "c" or not isinstance(n.args[0], int):
+        return {}
+    return {x.args[0]: n.args[0] * x.args[1].args[0]} if x.op == "fdiv" and isinstance(x.args[1].args[0], int) else {x: n.args[0]}
 
 
 _UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)

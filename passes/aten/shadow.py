@@ -14,13 +14,17 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.traceback import preserve_node_meta
+from torch.utils._pytree import tree_leaves
 
+from .. import terms as T
 from ..terms.text import SAID
+from . import contracts, sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
+from .merge import merge_casts
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -28,6 +32,7 @@ from .sources import input_name
 class Shadow:
     """`graph`: ATen nodes with `meta["val"]`.
 
+    `read`: the Dynamo nodes that it holds, None for all; what they take from others is `given`.
     `origin[s]`: the Dynamo nodes whose value is shadow node s, earliest first. `image[d]`: the shadow node of Dynamo node d.
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
     `transformed`: shadow nodes made under a transform of torch.func (vmap, grad, jvp, ...): walls too, for the ops have no rule for it.
@@ -35,8 +40,8 @@ class Shadow:
     never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.dynamo = gm
+    def __init__(self, gm: fx.GraphModule, read: set[fx.Node] | None = None) -> None:
+        self.dynamo, self.read = gm, read
         self.origin: dict[fx.Node, list[fx.Node]] = {}
         self.image: dict[fx.Node, fx.Node] = {}
         self.statement: dict[fx.Node, fx.Node] = {}
@@ -44,16 +49,18 @@ class Shadow:
         self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
+        sorted_rows.mark(self.graph)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
+        merge_casts(self.graph, self.memory, self.walls | self.no_grad)
         self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
         mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
         records: list[tuple[fx.Node, fx.Node]] = []
-        tracer = _Tracer(gm, records)
+        tracer = _Tracer(gm, records, self.read)
 
         def run(*args: Any) -> Any:
             with preserve_node_meta():
@@ -62,7 +69,9 @@ class Shadow:
         with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
         # make_fx copies its graph once more when it builds the module: names survive, node objects do not
-        by_name = {n.name: n for n in traced.graph.nodes}
+        with mode if mode is not None else contextlib.nullcontext():
+            stands = {n.name: new for n, new in contracts.expand(traced).items()}
+        by_name = {n.name: n for n in traced.graph.nodes} | stands
         for dynamo_node, recorded in records:
             s = by_name.get(recorded.name)
             if s is not None and dynamo_node.target is operator.setitem:
@@ -81,21 +90,50 @@ class Shadow:
         return traced
 
 
+def given() -> Tensor:
+    """Stands in the shadow for a value whose making is not read."""
+    raise AssertionError("the shadow is never run")
+
+
 class _Tracer(fx.Interpreter):
     """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
+    `read`: the nodes that are run, None for all; what they take from others is a call of `given`, with the value Dynamo noted for it.
     `opaque`, `transformed`: names of what was made in a higher-order op, under a transform of torch.func.
     """
 
-    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]]) -> None:
+    def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], read: set[fx.Node] | None = None) -> None:
         super().__init__(gm)
-        self.records = records
+        self.records, self.read = records, read
         self.opaque: set[str] = set()
         self.transformed: set[str] = set()
         self.level = 0
         self.garbage_collect_values = False
 
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        if self.read is None:
+            return super().run(*args)
+        self.args_iter = iter(args)
+        for n in self.graph.nodes:
+            if n in self.read:
+                for x in n.all_input_nodes:
+                    if x not in self.env:
+                        self.env[x] = self._given(x)
+                self.env[n] = self.run_node(n)
+        ends = (n for n in self.graph.nodes if n in self.read and any(u not in self.read for u in n.users))
+        return [v for n in ends if isinstance(v := self.env[n], Tensor)]
+
+    def _given(self, n: fx.Node) -> Any:
+        """The value that Dynamo noted for a node which is not read."""
+        tracer, value = _current_tracer(), example_value(n)
+        proxy = tracer.create_proxy("call_function", given, (), {})
+        proxy.node.meta.update({k: n.meta[k] for k in ("stack_trace",) if k in n.meta})
+        track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+        self.records.append((n, proxy.node))
+        return value
+
     def run_node(self, n: fx.Node) -> Any:
+        T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
         self.level += _change_of_level(n)
@@ -103,7 +141,7 @@ class _Tracer(fx.Interpreter):
         before = {x.name for x in tracer.graph.nodes} if watched else set()
         target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
         old = None if tracer is None or target is None else get_proxy_slot(target, tracer, None, lambda p: p.proxy)
-        out = super().run_node(n)
+        out = self._region(n, tracer) if sharded.is_region(n) else super().run_node(n)
         if tracer is None:
             return out
         if watched:
@@ -116,6 +154,17 @@ class _Tracer(fx.Interpreter):
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
                     self.opaque.add(proxy.node.name)
+        return out
+
+    def _region(self, n: fx.Node, tracer: Any) -> Any:
+        """The value of a node that computes on tensors spread over devices: every plain tensor in it is a leaf."""
+        value = example_value(n)
+        out = sharded.opened(value)
+        for new, old in zip(tree_leaves(out), tree_leaves(value), strict=True):
+            if new is not old and isinstance(new, Tensor):
+                made = get_proxy_slot(new, tracer, None, lambda p: p.proxy).node
+                sharded.as_leaf(made, old)
+                self.opaque.add(made.name)
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ class Claims:
         routed = b.gating is not None and b.raw_ids is not None
         if is_fused(b.match.out):
             return [self.routing()] if routed and b.weights is not None else []
-        if b.ids is not None and b.weights is not None:
+        if b.ids is not None and (b.weights is not None or b.constant is not None):
             return [self.experts(), *([self.routing()] if routed else [])]
         return [self.whole()]
 
@@ -56,7 +56,8 @@ class Claims:
     def experts(self) -> Claim:
         b = self.block
         says = "the experts and the recovered formula disagree"
-        return self.claim("experts", says, b.expert_inputs(), [b.match.out], lambda env: env[b.match.out], partial(_experts_of_graph, b))
+        outs = [b.match.out] if b.ends is None or b.ids is None else [b.match.out, b.ids]
+        return self.claim("experts", says, b.expert_inputs(), outs, lambda env: env[b.match.out], partial(_experts_of_graph, b))
 
     def routing(self) -> Claim:
         b = self.block
@@ -88,9 +89,12 @@ def shared_claim(tokens: fx.Node, s: SharedMatch, o: SharedOperands) -> Claim | 
 
 def _experts_of_graph(b: Block, env: Env) -> Tensor:
     """The formula on the ids and weights that the graph has."""
-    assert b.ids is not None and b.weights is not None
-    ids = env[b.ids].remainder(b.match.experts.num_experts) if b.wraps else env[b.ids]
-    return _formula(b, env, ids.reshape(-1, b.match.k), env[b.weights].reshape(-1, b.match.k))
+    assert b.ids is not None
+    ids = (env[b.ids].remainder(b.match.experts.num_experts) if b.wraps else env[b.ids]).reshape(-1, b.match.k)
+    if b.weights is None:
+        assert b.constant is not None
+        return _formula(b, env, ids, torch.full(ids.shape, b.constant, dtype=torch.float64))
+    return _formula(b, env, ids, env[b.weights].reshape(-1, b.match.k))
 
 
 def _formula(b: Block, env: Env, ids: Tensor, w: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def graph_choice(b: Block, env: Env) -> tuple[Tensor, Tensor, Tensor]:
     valid = torch.ones_like(ids, dtype=torch.bool)
     if b.masked and b.ids is not None:
         mapped, e = env[b.ids].reshape(-1, k), b.match.experts
-        valid = (mapped >= 0) & (mapped < e.num_experts + e.num_identity)
+        valid = (mapped >= e.first) & (mapped < e.first + e.num_experts + e.num_identity)
     return ids, weights, valid
 
 

@@ -11,6 +11,7 @@ import sympy as sp
 import torch.fx as fx
 
 from ...ir import Experts, Gating, Stored
+from ...ir.chain import Chain, Matrix
 from ...ir.operands import Operands
 from ...ir.stored import ALL
 from .. import terms as T
@@ -27,7 +28,8 @@ _FEW_ENOUGH = 16  # tokens that stay as many as they are
 _MOST = 64  # tokens
 _WIDTHS = (24, 20, 28, 36, 44)
 _FEW_EXPERTS = 64  # with blocks of scales, of which more than these get fewer
-_PER_EXPERT = ("selection bias", "expert scale")
+ENDS = "group ends"
+_PER_EXPERT = ("selection bias", "expert scale", ENDS)
 _NEAR = (1, 2, 3, 4)  # multiples of each other that two sizes stay on a probe
 
 
@@ -86,7 +88,8 @@ class Edge:
         atoms: dict[int, int] = {}
         free = iter(_WIDTHS)
         widths: dict[int, int] = {}
-        for old, block in zip((e.hidden, e.intermediate, e.out_features), _blocks(e), strict=True):
+        inner = () if e.chain is None else tuple((s.width, 1) for s in e.chain.stages)
+        for old, block in (*zip((e.hidden, e.intermediate, e.out_features), _blocks(e), strict=True), *inner):
             widths[old] = math.lcm(widths.get(old, 1), block)
         for i, old in enumerate(sorted(widths, reverse=True)):
             if widths[old] == 1 and old > 2 * SMALL:
@@ -140,7 +143,8 @@ def _in_blocks(old: int, block: int, few: int) -> dict[int, int]:
 def resized(e: Experts, sizes: Sizes) -> Experts:
     """Experts with the widths of a probe."""
     known = dict(sizes.atoms)
-    return replace(e, **{name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(e, name),)})
+    small = replace(e, **{name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(e, name),)})
+    return small if e.chain is None else replace(small, chain=e.chain.resized(known))
 
 
 def _beside(old: int, known: Mapping[int, int]) -> int | None:
@@ -184,10 +188,12 @@ def edge_of(b: Block, mapped: bool) -> Edge:
 
     row(m.tokens, "tokens", m.experts.hidden)
     row(m.base, "base", m.experts.out_features)
-    row(b.ids, "ids", m.k)
+    row(b.ids if b.ends is None else None, "ids", m.k)
     row(b.weights, "weights", m.k)
     for n in b.twins:
         row(n, "twin", m.k)
+    if b.ends is not None:
+        roles[b.ends] = ENDS
     if g is not None:
         row(g.logits, "logits", g.gating.num_experts)
         roles.update({n: role for n, role in ((g.bias, "selection bias"), (g.expert_scale, "expert scale")) if n is not None})
@@ -217,8 +223,23 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
         widths = (inner, out) if transposed else (out, inner)
         extents |= {name: _of_words(how, codes, widths), f"{name}_bias": (Extent(out),), f"{name}_table": ()}
         extents |= {f"{name}_a": (Extent(1), Extent(inner)), f"{name}_b": (Extent(out), Extent(1))}
-        extents[f"{name}_scale"] = extents[f"{name}_zero"] = _of_scales(how, codes, widths)
-    return [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() for q in qs]
+        extents[f"{name}_scale"] = _of_scales(how, codes, widths)
+        extents[f"{name}_zero"] = _of_zeros(how, extents[f"{name}_scale"])
+    found = [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() if name != "parts" for q in qs]
+    return found if e.chain is None else [*found, *_of_chain(e, e.chain, operands.parts)]
+
+
+def _of_chain(e: Experts, chain: Chain, parts: tuple[Param, ...]) -> list[tuple[Param, tuple[Extent, ...], str]]:
+    """As `_groups`, of a chain's parameters."""
+    widths, starts = chain.widths(e.hidden), chain.starts(e.num_experts)
+    out: dict[int, tuple[tuple[Extent, ...], str]] = {}
+    for n, q, operand in chain.parameters():
+        if isinstance(q, Matrix):
+            both = (Extent(widths[n + 1]), Extent(widths[n]))
+            out[operand] = (both[::-1] if q.transposed else both), "weight"
+        else:
+            out[operand] = ((Extent(widths[n + 1]),) if q.stride else (Extent(1),)), "bias"
+    return [(q, *out[i]) for i in out for q in parts[starts[i] : starts[i + 1]]]
 
 
 def _role(name: str) -> str:
@@ -256,13 +277,26 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
     return tuple(both) if stored.grid else tuple(running) or (Extent(widths[0]),)
 
 
+def _of_zeros(stored: Stored | None, scales: tuple[Extent, ...]) -> tuple[Extent, ...]:
+    """Zero points lie as scales, several in a word where they are packed."""
+    if stored is None or not stored.zero_order:
+        return scales
+    return tuple(replace(x, block=x.block * _per(stored, d)) for d, x in enumerate(scales))
+
+
+def _per(stored: Stored, d: int) -> int:
+    """Zero points in a word, along a dim of theirs."""
+    return len(stored.zero_order) if stored.zeroed == d + 2 else 1
+
+
 def _blocks(e: Experts) -> tuple[int, int, int]:
     """What hidden, intermediate and out features are to be multiples of: the blocks that share a scale."""
 
     def block(s: Stored | None, transposed: bool) -> tuple[int, int]:
         if s is None:
             return 1, 1
-        both = [math.lcm(b or 1, len(s.order) if s.axis == d + 1 else 1) for d, b in enumerate((s.rows, s.columns))]
+        blocks = enumerate((s.rows, s.columns))
+        both = [math.lcm((b or 1) * _per(s, d), len(s.order) if s.axis == d + 1 else 1) for d, b in blocks]
         return (both[1], both[0]) if transposed else (both[0], both[1])
 
     up, down = block(e.up_stored, e.up_transposed), block(e.down_stored, e.down_transposed)

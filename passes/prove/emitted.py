@@ -61,7 +61,8 @@ def _boundary(b: Block) -> list[fx.Node]:
     """What the subgraph is computed from."""
     if is_fused(b.match.out):
         return b.routing_inputs()
-    routed = b.routing_inputs() if b.gating is not None else [n for n in (b.ids, b.weights, *b.twins) if n is not None]
+    given = (b.ids if b.ends is None else b.ends, b.weights, *b.twins)
+    routed = b.routing_inputs() if b.gating is not None else [n for n in given if n is not None]
     if b.gating is not None and b.ids is not b.raw_ids and not b.masked:
         routed = [*routed, b.ids]  # mapped by the user's own nodes, which stay: their result is an input of the experts
     return list(dict.fromkeys(n for n in (b.match.tokens, b.match.base, *b.params(), *routed) if n is not None))
@@ -151,7 +152,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
 
 
 def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Node]) -> list[Tensor]:
-    """Run a small graph in float64, its ops as they are registered; every float type stands for float64."""
+    """Run a small graph in float64, its ops as they are registered; every float type of 16 bits and more is float64."""
     env: dict[fx.Node, Any] = {}
 
     def load(a: Any) -> Any:
@@ -159,7 +160,8 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
             return env[a]
         if isinstance(a, (list, tuple)):
             return type(a)(load(x) for x in a)
-        return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
+        wide = isinstance(a, torch.dtype) and a.is_floating_point and a.itemsize > 1  # what codes and rounded rows are stays
+        return torch.float64 if wide else a
 
     for n in graph.nodes:
         if n.op == "placeholder":

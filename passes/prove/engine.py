@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Rejection
+from .. import terms as T
 from . import probe
 from .edge import Edge, Small
 from .literals import Literals
@@ -95,6 +96,7 @@ def _problem(claim: Claim) -> tuple[str, str] | None:
     work = Work(WORK)
     attempts = _Attempts(claim.edge.first_sizes())
     for literals in attempts:
+        T.look()
         try:
             small = claim.edge.small(literals.sizes)
             for turn, kind in enumerate(claim.kinds):

@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ...ir import Gating
-from .edge import Edge, Small
+from .edge import ENDS, Edge, Small
 
 _TRIES = 8  # draws of a row of logits until no two candidates tie
 _LARGE = 1 << 22  # elements of a window that is left as it is
@@ -48,8 +48,10 @@ MAPPED = (  # ids that are no selection's own
 
 def kinds(edge: Edge) -> tuple[Kind, ...]:
     least, largest = edge.within
-    never = {"below" if least is not None else "", "beyond" if largest is not None and largest < edge.total else ""}
-    return (*USUAL, *(k for k in (MAPPED if edge.mapped else ()) if k.ids not in never))
+    first = edge.experts.first
+    below, beyond = least is None or least < first, largest is None or largest >= first + edge.total
+    never = {"" if below else "below", "" if beyond else "beyond"}
+    return (*USUAL, *(k for k in (MAPPED if edge.mapped or first else ()) if k.ids not in never))
 
 
 def values(edge: Edge, small: Small, wanted: Sequence[fx.Node], kind: Kind, turn: int) -> dict[fx.Node, Any]:
@@ -79,6 +81,8 @@ class _Draw:
             if self.edge.wraps:
                 ids = ids.remainder(self.edge.total) - self.edge.total * self._integers(tuple(ids.shape))
             return ids.reshape(shape).to(dtype)
+        if role == ENDS:
+            return self._ends(shape[0]).to(dtype)
         if role == "weights":
             return torch.rand(shape, generator=self.generator, dtype=torch.float64) + 0.1
         if role in ("tokens", "base"):
@@ -89,13 +93,19 @@ class _Draw:
             return self._table(shape, role)
         if role == "scale" and dtype is torch.uint8:  # exponents: numbers about 2^-7
             return torch.randint(118, 123, shape, generator=self.generator).to(dtype)
-        if role == "weight" and dtype in (torch.uint8, torch.int32):
+        if role in ("weight", "zero") and dtype in (torch.uint8, torch.int32):
             return word_windows(shape, dtype, self.generator)
         if not dtype.is_floating_point:
             return whole_windows(shape, dtype, self.generator) if role == "weight" else self._integers(shape).to(dtype)
         if role == "scale":  # so that products of bytes come out of order one
             return self._normal(shape) / (32 * self.small.experts.hidden**0.5)
         return self._bias(windows(shape, self.generator)) if role == "bias" else windows(shape, self.generator)
+
+    def _ends(self, experts: int) -> Tensor:
+        """Group ends [E] of the rows of tokens, some groups empty; where zeros are wanted, rows stay behind the last one."""
+        rows = math.prod(self.small.shapes[self.edge.tokens][:-1])
+        ids = self._ids(rows - 2 if self.kind.zeros and rows > 2 else rows).reshape(-1) % experts
+        return torch.bincount(ids, minlength=experts).cumsum(0)
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -120,6 +130,9 @@ class _Draw:
 
     def ids(self, tokens: int) -> Tensor:
         """ids [tokens, k]: distinct in a row, each expert in its turn over all probes; the same few; some twice; some of no expert."""
+        return self._ids(tokens) + self.edge.experts.first
+
+    def _ids(self, tokens: int) -> Tensor:
         total, k = self.edge.total, self.edge.k
         if self.kind.ids == "alike":
             return torch.arange(k).flip(0).expand(tokens, k).clone() % total

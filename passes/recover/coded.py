@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from ...ir import Form
-from ...ir.stored import ALL, Stored
+from ...ir.stored import ALL, Exponent, Scale, Stored, Zero
 from ..aten.element import dtype_of, shape_of
 from . import grids
 from . import scales as channels
 from .linear import Linear
 from .match import Param
+from .packed import Reading
 from .rows import No
 
 
@@ -30,15 +31,32 @@ def _stored(x: Linear) -> Stored | None:
     if len(dtypes) > 1:
         raise No(f"expert weights are of different types: {', '.join(sorted(map(str, dtypes)))}")
     (dtype,) = dtypes
-    scaled = x.grid is not None or x.channel is not None
-    if not scaled and dtype.is_floating_point and dtype.itemsize > 1:
+    if _scaling(x) is Scale.NONE and dtype.is_floating_point and dtype.itemsize > 1:
         return None
-    how = Stored(8 * dtype.itemsize, dtype, scaled, *_block(x))
+    how = Stored(8 * dtype.itemsize, dtype, _scaling(x), *_block(x))
     if x.words is None:
         return how
     w, tabled = x.words, x.words.table is not None
-    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, zeroed=x.zero is not None, exponents=x.exponents)
+    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, **_zeroed(x, w))
+    if x.exponents:
+        how = replace(how, exponents=Exponent.BITS if x.grid is not None and x.grid.by_bits else Exponent.VALUE)
     return how if tabled else replace(how, values=w.values) if w.offset is None else replace(how, offset=w.offset)
+
+
+def _scaling(x: Linear) -> Scale:
+    if x.grid is None and x.channel is None:
+        return Scale.NONE
+    return Scale.DIVIDES if x.divided else Scale.TIMES
+
+
+def _zeroed(x: Linear, words: Reading) -> dict[str, Any]:
+    """How the zero points lie."""
+    if x.zero is None or x.zero.words is None:
+        return {"zeroed": Zero.NONE if x.zero is None else Zero.PLAIN}
+    z = x.zero.words
+    if z.bits != words.bits or not z.axis:
+        raise No("zero points have other bits than the codes")
+    return {"zeroed": Zero.ROWS if z.axis == 1 else Zero.COLUMNS, "zero_order": z.order, "zero_offset": float(z.offset or 0)}
 
 
 def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:

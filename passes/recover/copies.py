@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
@@ -12,14 +12,24 @@ from ..aten.element import shape_of
 from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
+from .identity import supposed
 from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_row
 from .scales import is_coded
 
 EXPERT = "expert"
 
 
-def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
-    """(body in the variable `expert`, the ids term, parts of experts that are another function)."""
+class OneBody(NamedTuple):
+    """A body in the variable `expert`, the ids term, parts of experts that are another function, the id of the first expert."""
+
+    body: Term
+    ids: Term
+    identity: dict[int, Term]
+    first: int = 0
+
+
+def one_body(parts: list[Part]) -> OneBody:
+    """Raises No where the parts are no function of one expert each."""
     named = [q for q in parts if q.expert is not None]
     if named and len(named) != len(parts):
         raise No("some experts are named by number and some are looked up")
@@ -39,15 +49,23 @@ def one_body(parts: list[Part], j: Term) -> tuple[Term, Term, dict[int, Term]]:
     real = {e: c for e, c in copies.items() if e not in identity}
     if not real:
         raise No("no expert is applied", NO_EXPERTS)
-    if sorted(real) != list(range(len(real))):
+    first = min(real)
+    if sorted(real) != list(range(first, first + len(real))):
         raise No(_left_out(real))
     expert = T.named(EXPERT, len(real))
-    body = unify(real, expert)
+    body = unify({e - first: c for e, c in real.items()}, expert)
     if isinstance(body, str):
-        raise No(_other_sizes(real) or body)
+        raise No(_other_sizes(real) or body, "unlike")
+    if first and any(_passes_over(x, expert) for x in T.walk(body)):
+        raise No(_left_out(real))
     (the_ids,) = ids
     assert the_ids is not None
-    return body, the_ids, identity
+    return OneBody(body, the_ids, {e - first: c for e, c in identity.items()}, first)
+
+
+def _passes_over(x: Term, expert: Term) -> bool:
+    """Whether a stack is read from a later expert than its first: it has weights for the ids before it."""
+    return x.op == "a" and any(T.uses(i, expert) and not T.is_c(T.subst(i, {v: T.const(0) for v in i.atoms}), 0) for i in x.args[1])
 
 
 def _twice(e: int) -> Term:
@@ -82,7 +100,7 @@ def _is_identity(c: Term) -> bool:
     return not any(x.op == "sum" and any(v.args[0] == "h" for v in x.atoms) for x in T.walk(c))
 
 
-def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
+def _looked_up(part: Part) -> OneBody:
     """Weights are indexed by the ids themselves: name that index `expert`."""
     found: dict[Term, None] = {}
     sizes = []
@@ -112,7 +130,7 @@ def _looked_up(part: Part) -> tuple[Term, Term, dict[int, Term]]:
     for a in atoms:
         if not plain_row(a) and len(a.args[1]) > (not whole) and any(data_dependent(i) for i in a.args[1]):
             mapping[a] = T.atom(a.args[0], tuple(T.subst(i, {ids: expert}) for i in a.args[1]))
-    return T.canonical(T.subst(body, mapping)), ids, {}
+    return OneBody(T.canonical(supposed(T.subst(body, mapping), ids, range(sizes[0]))), ids, {})
 
 
 def _without_range(body: Term, core: Term) -> Term:

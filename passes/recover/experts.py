@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from ...ir import Experts, Form, Rejection
+from ...ir import Experts, Form, Rejection, Rows
 from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
@@ -20,12 +21,13 @@ from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
-from .copies import EXPERT, one_body
+from .chain import Telling, holds_rows_of_experts, read_chain
+from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
-from .rounding import Rounding, unrounded
+from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
 
@@ -48,31 +50,68 @@ def _match(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch:
         raise No("no expert is applied", NO_EXPERTS)
     parts = rolled(parts)
     j, k = slot_variable(parts)
-    body, ids, foreign = one_body(parts, j)
-    return _assemble(p, out, body, ids, base, t, h, j, k, foreign)
+    return _assemble(p, out, one_body(parts), base, t, h, j, k)
 
 
-def _assemble(
-    p: Puller, out: fx.Node, body: Term, ids: Term, base: list[Term], t: Term, h: Term, j: Term, k: int, identity: dict[int, Term]
-) -> ExpertsMatch:
+def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, h: Term, j: Term, k: int) -> ExpertsMatch:
+    ids, identity, body = one.ids, one.identity, one.body
     expert = next((v for v in body.atoms if v.args[0] == EXPERT), None)
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, rounding = unrounded(apart(body, expert))
-    parsed, weight = _core_and_weight(body, t, h, expert)
-    weight = T.subst(weight, {expert: ids}) if T.uses(weight, expert) else weight
-    _check_identity(identity, count, weight, parsed, t, h)
+    body, up_rows, down_rows = unrounded(apart(body, expert), expert)
+    f = _function(body, t, h, expert)
+    weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
+    _check_identity(identity, count, weight, f.tokens, t, h)
     _check_rows(ids, t, j, k)
-    tokens = token_node(p, parsed.tokens, t, out)
-    form, order, expression = layout(parsed)
-    ups = [parsed.linears[s] for s in order]
-    _check_stored(ups, parsed.down, form)
+    tokens = token_node(p, f.tokens, t, out)
     experts = Experts(
         num_experts=count,
         hidden=shape_of(tokens)[-1],
-        intermediate=parsed.inner,
         out_features=shape_of(out)[-1],
+        num_identity=len(identity),
+        ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
+        dtype=compute_dtype(p, tokens, out),
+        first=one.first,
+        **f.fields,
+    )
+    experts = _with_rows(experts, up_rows, down_rows)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
+
+
+@dataclass(frozen=True)
+class _Function:
+    """One expert's function as it was read: its fields of `Experts`, the atoms x[t, m] that it reads, the weight that it is added with."""
+
+    fields: dict[str, Any]
+    tokens: list[Term]
+    weight: Term
+    operands: Callable[[Experts], Operands[Param]]
+
+
+def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
+    """Two products with an activation between them, or a chain of products and maps of rows."""
+    why: No | None = None
+    try:
+        two = _two_products(body, t, h, expert)
+        if not holds_rows_of_experts(two.weight, expert, two.tokens if two.fields["weight_on_input"] else ()):
+            return two
+    except No as e:
+        why = e
+    try:
+        c = read_chain(body, h, expert)
+    except No as e:
+        raise (e if why is None or isinstance(e, Telling) else why) from None
+    return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
+
+
+def _two_products(body: Term, t: Term, h: Term, expert: Term) -> _Function:
+    parsed, weight = _core_and_weight(body, t, h, expert)
+    form, order, expression = layout(parsed)
+    ups = [parsed.linears[s] for s in order]
+    _check_stored(ups, parsed.down, form)
+    fields = dict(
+        intermediate=parsed.inner,
         form=form,
         activation=expression,
         stacked=not isinstance(ups[0].weight, tuple),
@@ -81,15 +120,12 @@ def _assemble(
         up_bias=ups[0].bias is not None,
         down_bias=parsed.down.bias is not None,
         weight_on_input=parsed.on_input is not None,
-        num_identity=len(identity),
-        ids_mapped=mapped(ids.args[0] if ids.op == "mod" and T.is_c(ids.args[1], count) else ids),
-        dtype=compute_dtype(p, tokens, out),
         up_stored=coded.stored(ups),
         down_stored=coded.stored([parsed.down]),
+        **adapters.scales(ups, parsed.down, form),
     )
-    experts = replace(experts if rounding is None else _rounded(experts, rounding), **adapters.scales(ups, parsed.down, form))
-    params = _parameters(experts, ups if form is Form.SEPARATE else ups[:1], parsed.down)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, params, base_node(p, base, out, t, h))
+    stored = ups if form is Form.SEPARATE else ups[:1]
+    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down))
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -108,10 +144,10 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
     return parsed, weight if parsed.on_input is None else parsed.on_input
 
 
-def _rounded(e: Experts, rounding: Rounding) -> Experts:
-    if not e.coded:
+def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
+    if not e.coded and (up or down):
         raise No("rows are rounded to fewer bits and weights are not")
-    return replace(e, row_bits=rounding.bits, row_floor=rounding.floor)
+    return replace(e, up_rows=up, down_rows=down)
 
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
@@ -174,13 +210,13 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
                 raise No(f"the expert ids are not one row a token{reads(ids)}")
 
 
-def _check_identity(identity: dict[int, Term], count: int, weight: Term, parsed: Core, t: Term, h: Term) -> None:
+def _check_identity(identity: dict[int, Term], count: int, weight: Term, tokens: list[Term], t: Term, h: Term) -> None:
     """Identity experts must be w · x[t, h], with the same w and x as the others, numbered on from E."""
     if not identity:
         return
     if sorted(identity) != list(range(count, count + len(identity))):
         raise No("identity experts are not numbered on from the others")
-    (x,) = {a.args[0] for a in parsed.tokens}
+    (x,) = {a.args[0] for a in tokens}
     for e, c in identity.items():
         xs = [f for f in factors(c) if f.op == "a" and f.args[0] is x and T.uses(f, h)]
         if len(xs) != 1 or T.mul(*(f for f in factors(c) if f is not xs[0])) is not weight:

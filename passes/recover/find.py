@@ -21,6 +21,7 @@ from .counted import named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
+from .given_ids import given_ids, is_last
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
@@ -54,7 +55,9 @@ class Finder:
     def __init__(self, graph: fx.Graph, walls: set[fx.Node], memory: Memory, id_inputs: bool = False) -> None:
         self.graph, self.walls, self.memory = graph, walls, memory
         self.order = memory.order
-        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else is_selection(n))]
+        self.opaque, readers = (set(), set()) if id_inputs else given_ids(graph, walls)
+        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else n in self.opaque or is_selection(n))]
+        self.silent = self.opaque - readers  # numbers that are compared: of the experts, or for reasons of their own
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
             if is_joined(n) and n not in self.memory.stale and (most := choices(n)) is not None:
@@ -109,7 +112,11 @@ class Finder:
                         break
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
-            if is_table(s) and i not in matched:
+            if s in self.silent:
+                continue
+            if s in self.opaque and i not in matched:
+                found.rejected.extend([r for r in tried.get(i, ()) if r.code != NO_EXPERTS][-1:])
+            elif is_table(s) and i not in matched:
                 found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
             elif i not in closed | matched and not only_counted(s, self.walls):
                 found.rejected.append(self._worst(tried.get(i, ()), s, i))
@@ -143,7 +150,8 @@ class Finder:
         return Rejection("selection found, no block: the selected indices choose no experts in this graph", source, FIND, code="no block")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
-        if op_name(n) not in names.COMBINE and not self._weighed(n, label) or n in self.walls:
+        in_order = self.sources[label - 1] in self.opaque and is_last(n)
+        if op_name(n) not in names.COMBINE and not in_order and not self._weighed(n, label) or n in self.walls:
             return False
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or not v.dtype.is_floating_point:

@@ -17,7 +17,7 @@ def layout(c: Core) -> tuple[Form, list[sp.Symbol], sp.Expr]:
         lin = c.linears[symbols[0]]
         if (lin.stride, lin.offset) != (1, 0):
             raise No("a single projection reads a part of its weight")
-        return Form.SINGLE, symbols, _tidy(c.expr.subs(symbols[0], act.G))
+        return Form.SINGLE, symbols, tidy(c.expr.subs(symbols[0], act.G))
     if len(symbols) != 2:
         raise No(f"an expert has {len(symbols)} up projections")
     a, b = symbols
@@ -37,14 +37,14 @@ def layout(c: Core) -> tuple[Form, list[sp.Symbol], sp.Expr]:
         form = Form.SEPARATE
         if _is_gate(b, c.expr) and not _is_gate(a, c.expr):
             a, b = b, a
-    return form, [a, b], _tidy(c.expr.subs({a: act.G, b: act.U}, simultaneous=True))
+    return form, [a, b], tidy(c.expr.subs({a: act.G, b: act.U}, simultaneous=True))
 
 
 def _is_gate(s: sp.Symbol, expr: sp.Expr) -> bool:
     return any(s in f.free_symbols for f in expr.atoms(sp.Function))
 
 
-def _tidy(expr: sp.Expr) -> sp.Expr:
+def tidy(expr: sp.Expr) -> sp.Expr:
     """Numbers as exact as they were written: 0.5 is 1/2, 1.702 stays itself."""
     # scales of rows that were divided by and multiplied back
     expr = expr.replace(lambda e: e.is_Float and e != 1 and abs(e - 1) < 1e-12, lambda e: sp.S.One)

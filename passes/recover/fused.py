@@ -11,7 +11,7 @@ from ...ir import Experts, Rejection, Stored
 from ...ir.codec import decode, record_of
 from ...ir.families import FAMILIES, Family
 from ...ir.operands import Operands
-from ...ir.records import Storage
+from ...ir.records import ChainedLayout, Storage
 from .. import terms as T
 from ..aten import names
 from ..aten.conditions import may_train
@@ -49,21 +49,24 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
     operands: Operands[Param] = Operands.of(a).map(Param)
     coded = Storage in family.records
-    up_stored, down_stored = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]).stored() if coded else (None, None)
+    storage = record_of(Storage, [getattr(a, f.name) for f in fields(Storage)]) if coded else None
+    up_stored, down_stored = (None, None) if storage is None else storage.stored()
+    up_rows, down_rows = (None, None) if storage is None else storage.rows()
+    record: Any = record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])])
+    others = record.others if isinstance(record, ChainedLayout) else {"intermediate": _inner(a, down_stored)}
     experts = decode(
         Experts,
-        record_of(family.records[0], [getattr(a, f.name) for f in fields(family.records[0])]),
+        record,
         hidden=shape_of(x)[-1],
-        intermediate=_inner(a, down_stored),
-        out_features=shape_of(n)[-1],
+        **{"out_features": shape_of(n)[-1]} | others,
         up_bias=bool(operands.up_bias),
         down_bias=bool(operands.down_bias),
         ids_mapped=mapped(ids_term),
         dtype=dtype_of(x),
         up_stored=up_stored,
         down_stored=down_stored,
-        row_bits=getattr(a, "row_bits", 0),
-        row_floor=getattr(a, "row_floor", 0.0),
+        up_rows=up_rows,
+        down_rows=down_rows,
     )
     weight = p.at(weights, (*row_index(t, shape_of(weights)[:-1]), j))
     ids_term, weight = T.canonical(ids_term), T.canonical(weight)

@@ -13,7 +13,7 @@ from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
 from .match import Param
-from .packed import is_packed, nodes_of, place
+from .packed import Reading, is_packed, nodes_of, place
 from .rows import No, outer_atoms, reads
 from .scales import block_of, is_coded
 
@@ -23,30 +23,43 @@ class Grid:
     """The scales of a weight: an atom's node (or E nodes), and how many rows and columns of the matrix as stored share one.
 
     `dims`: those of one matrix's scales that run over its rows and over its columns; None where there is one for all of them.
+    `words`: what packed zero points mean. `by_bits`: exponents are bits of a float32.
     """
 
     node: Any
     rows: int
     columns: int
     dims: tuple[int | None, int | None]
+    words: Reading | None = None
+    by_bits: bool = False
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of two."""
+    """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of
+    two, or divide."""
 
     factors: tuple[Term, ...]
     codes: Term
     scale: Term | None = None
     zero: Term | None = None
     exponents: bool = False
+    divided: bool = False
 
 
 def belongs(f: Term, expert: Term) -> bool:
     """Whether a factor is a weight or a part of one: a parameter's element, or something that is made of packed codes."""
+    inner = _divisor(f)
+    if inner is not None:
+        return T.uses(f, expert)
     if f.op == "a" or not T.uses(f, expert):
         return f.op == "a" and T.uses(f, expert)
     return f.op in ("add", "fn") and any(is_packed(x) for x in outer_atoms(f))
+
+
+def _divisor(f: Term) -> Term | None:
+    """s of 1 / s[e, ..]."""
+    return f.args[0] if f.op == "pow" and f.args[1] == -1 and f.args[0].op == "a" else None
 
 
 def split(weights: Sequence[Term]) -> Parts | None:
@@ -56,9 +69,11 @@ def split(weights: Sequence[Term]) -> Parts | None:
         return Parts(whole, whole[0])
     scale = zero = None
     codes: list[Term] = []
-    exponents = False
+    exponents = divided = False
     for f in whole:
-        if f.op == "fn" and f.args[0] == "exp2" and is_packed(f.args[1][0]) and scale is None:
+        if (inner := _divisor(f)) is not None and scale is None:
+            scale, divided = inner, True
+        elif f.op == "fn" and f.args[0] == "exp2" and is_packed(f.args[1][0]) and scale is None:
             scale, exponents = f.args[1][0], True
         elif f.op == "add" and (taken := _less_zero(f)) is not None and zero is None:
             codes.append(taken[0])
@@ -73,24 +88,29 @@ def split(weights: Sequence[Term]) -> Parts | None:
         codes.sort(key=lambda a: math.prod(shape_of(nodes_of(a)[0])))
         scale = codes.pop(0)
         exponents = is_packed(scale)
-    return Parts(whole, codes[0], scale, zero, exponents) if len(codes) == 1 else None
+    return Parts(whole, codes[0], scale, zero, exponents, divided) if len(codes) == 1 else None
 
 
 def _less_zero(f: Term) -> tuple[Term, Term] | None:
     """(codes, zero points) of codes - zero points."""
     parts = [T.coefficient(a) for a in f.args]
     codes = [a for c, a in parts if c == 1 and is_packed(a)]
-    zeros = [a for c, a in parts if c == -1 and a.op == "a" and not is_coded(a)]
+    zeros = [a for c, a in parts if c == -1 and a.op == "a" and (is_packed(a) or not is_coded(a))]
     return (codes[0], zeros[0]) if len(parts) == 2 and codes and zeros else None
 
 
-def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
-    """An atom as the scales of the blocks of a weight that is read at `matrix`, (row, column) as stored. Raises No where it is none."""
+def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> Grid:
+    """An atom as the scales (or zero points) of the blocks of a weight that is read at `matrix`, (row, column) as stored.
+
+    Raises No where it is none.
+    """
+    words, by_bits = None, False
     if is_packed(a):
         p = place(a, expert)
         node, idx, sizes = p.words, [p.row, p.column], p.reading.shape
-        if not p.reading.powers:
-            raise No("scales are made of bytes in an unknown way")
+        if not (p.reading.powers or zeros) or zeros and p.reading.offset is None:
+            raise No(f"{'zero points' if zeros else 'scales'} are made of words in an unknown way")
+        words, by_bits = (p.reading if zeros else None), p.reading.values[0] == 0
     else:
         first, *idx = a.args[1]
         if first is not expert:
@@ -99,7 +119,7 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
     running = [d for d, x in enumerate(idx) if not (T.is_c(x, 0) and sizes[d] == 1)]
     blocks = [[block_of(idx[d], at) for at in matrix] for d in running]
     if len(running) == 2 and None not in (blocks[0][0], blocks[1][1]):
-        return Grid(node, blocks[0][0] or 1, blocks[1][1] or 1, (running[0], running[1]))
+        return Grid(node, blocks[0][0] or 1, blocks[1][1] or 1, (running[0], running[1]), words, by_bits)
     if len(running) == 2 and None not in (blocks[0][1], blocks[1][0]):
         raise No("the scales of a weight's blocks lie with rows and columns exchanged")
     if len(running) == 1 and any(block_of(idx[running[0]], at) is not None for at in matrix):
@@ -109,7 +129,8 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term) -> Grid:
 
 def params(g: Grid, experts: int, shape: tuple[int, int]) -> list[Param]:
     """The scales as an operand [E, R / rows, C / columns] of matrices of `shape`; a list: without E."""
-    want = (-(-shape[0] // g.rows), -(-shape[1] // g.columns))
+    per = [1, 1] if g.words is None else [len(g.words.order) if g.words.axis == d + 1 else 1 for d in range(2)]
+    want = (-(-shape[0] // g.rows) // per[0], -(-shape[1] // g.columns) // per[1])
     nodes: tuple[fx.Node, ...] = g.node if isinstance(g.node, tuple) else (g.node,)
     lead = () if isinstance(g.node, tuple) else (experts,)
     for n in nodes:

@@ -61,6 +61,8 @@ def split_groups(criterion: Term, e: Term, p: Puller) -> tuple[Term, Groups | No
         cond, inside, fill = criterion.args
         if inside.op == "c":
             cond, inside, fill = T.not_(cond), fill, inside
+        if keeps_all(cond, e):
+            return inside, None
         if fill.op != "c":
             raise Unknown("losing groups are filled with a tensor")
         return inside, _groups(cond, inside, float(fill.args[0]), e, p)
@@ -68,8 +70,26 @@ def split_groups(criterion: Term, e: Term, p: Puller) -> tuple[Term, Groups | No
         for f in criterion.args:
             if f.op == "any" or (f.op == "eq" and any(x.op == "topk" for x in T.walk(f))):
                 inside = T.mul(*(g for g in criterion.args if g is not f))
-                return inside, _groups(f, inside, 0.0, e, p)
+                return inside, None if keeps_all(f, e) else _groups(f, inside, 0.0, e, p)
     return criterion, None
+
+
+def keeps_all(cond: Term, e: Term) -> bool:
+    """∃ j < n: topk_n(x)[j] = v is true of every v in [0, n): of n groups all are kept, of one group that one.
+
+    v: 0, or the group of expert e, e // per_group.
+    """
+    slots, hit = cond.args if cond.op == "any" else (None, cond)
+    pick, v = hit.args if hit.op == "eq" else (hit, hit)
+    if pick.op != "topk":
+        pick, v = v, pick
+    if pick.op != "topk" or not isinstance(pick.args[0], fx.Node) or not pick.args[1]:
+        return False
+    choice, slot = pick.args[0], pick.args[1][-1]
+    count = shape_of(choice.args[0])[-1]  # type: ignore[arg-type]
+    each = slot is slots and slots.args[1] == count if slots is not None else T.is_c(slot, 0) and count == 1
+    group = v.op == "fdiv" and v.args[0] is e and v.args[1].op == "c" and e.args[1] == count * v.args[1].args[0]
+    return each and (group or T.is_c(v, 0))
 
 
 def _groups(cond: Term, inside: Term, fill: float, e: Term, p: Puller) -> Groups:

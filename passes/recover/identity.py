@@ -64,3 +64,38 @@ def among(t: Term, ids: Term, experts: Iterable[int]) -> Term:
             if len(says) == 1 and T.is_c(*says):
                 known[x] = says.pop()
     return T.subst(t, known) if known else t
+
+
+def where_experts(ids: Term, experts: Iterable[int]) -> tuple[dict[Term, Term], Term]:
+    """What is known where ids = ite(c, outside, i) are experts at all, as conditions with their values, and i there."""
+    known: dict[Term, Term] = {}
+    while ids.op == "ite":
+        cond, *cases = ids.args
+        outside = [x.op == "c" and x.args[0] not in experts for x in cases]
+        if outside[0] == outside[1]:
+            break
+        _suppose(cond, outside[1], known)
+        ids = cases[outside[0]]
+    return known, ids
+
+
+def _suppose(cond: Term, true: bool, known: dict[Term, Term]) -> None:
+    if cond.op == "not":
+        _suppose(cond.args[0], not true, known)
+    elif true and cond.op == "mul":
+        for f in cond.args:
+            _suppose(f, True, known)
+    else:
+        known[cond] = T.const(true)
+
+
+def supposed(body: Term, ids: Term, experts: Iterable[int]) -> Term:
+    """body = w · y with y where ids = ite(c, outside, i) are experts; body itself where it is not 0 for certain for those that are not.
+
+    w(c) y(c) = [not c] w(c) y(0) where w(1) y(1) = 0, and ids that are no experts contribute nothing. w, which has no features, stays:
+    it is what a tensor of the graph holds.
+    """
+    known, _ = where_experts(ids, experts)
+    if not known or any(not T.is_c(T.subst(body, {cond: T.not_(value)}), 0) for cond, value in known.items()):
+        return body
+    return T.mul(*(T.subst(f, known) if any(v.args[0] == "h" for v in f.atoms) else f for f in factors(body)))

@@ -24,7 +24,8 @@ class Linear:
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
     multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
-    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of two.
+    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of
+    two. `divided`: they divide.
     """
 
     weight: Any
@@ -40,6 +41,7 @@ class Linear:
     zero: Grid | None = None
     words: Reading | None = None
     exponents: bool = False
+    divided: bool = False
 
 
 def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
@@ -64,10 +66,11 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
     for transposed, (r, c) in ((False, idx), (True, idx[::-1])):
         if c is inp and T.uses(r, out):
             stride, offset = affine(r, out)
-            scale, zero = (None if s is None else grids.grid(s, idx, expert) for s in (parts.scale, parts.zero))
+            scale = None if parts.scale is None else grids.grid(parts.scale, idx, expert)
+            zero = None if parts.zero is None else grids.grid(parts.zero, idx, expert, zeros=True)
             if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
                 raise No("zero points are not laid out as the scales")
-            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
+            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents, "divided": parts.divided}
             return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
     raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 

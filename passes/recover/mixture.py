@@ -32,13 +32,8 @@ _STEPS_A_NODE = 100  # and for all of a graph: as many for each of its nodes, be
 _PARTS = names.PART | {"getitem", "index"}
 
 
-def may_mix(graph: fx.Graph) -> bool:
-    """A cheap look at either graph: whether a projection has as many columns as there are stacked weights, or is read column by column."""
-    return next(_routers(graph), None) is not None
-
-
-def _routers(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Products [.., E] that may weigh E experts."""
+def routers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Products [.., E] of either graph that may weigh E experts: there are as many stacked weights, or they are read column by column."""
     stacked = set()
     for n in graph.nodes:
         v = example_value(n)
@@ -81,7 +76,7 @@ def mixtures(graph: fx.Graph, walls: set[fx.Node], selections: Collection[fx.Nod
     done: set[fx.Node] = set()
     opaque = {*walls, *selections}
     budget = T.Budget(_STEPS + _STEPS_A_NODE * len(order))
-    for router in _routers(graph):
+    for router in routers(graph):
         if budget.left <= 0:
             return
         if not opaque.isdisjoint(_near(router, _NEAR)):

@@ -21,7 +21,7 @@ from .counted import indices
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
-_NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm native_batch_norm var var_mean std".split())
+_NORMS = frozenset("group_norm native_group_norm batch_norm native_batch_norm instance_norm".split())  # over more than a row's features
 _FEATURES = {
     "softmax": "a softmax over features",
     "_softmax": "a softmax over features",
@@ -42,7 +42,7 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code="inside")
+            return Rejection(what, n, "experts", code="opaque" if n in walls else "inside")
     return None
 
 
@@ -101,8 +101,8 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
     if n in walls:
         return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
-    if name in _NORMS or name in ("mean", "linalg_vector_norm", "norm") and _over_features(n):
-        return f"a norm stands {INSIDE}: it needs all features of a row at once, which the fused kernels do not have"
+    if name in _NORMS:
+        return f"{name} stands {INSIDE}: its statistics are not those of one row, as layer_norm's and rms_norm's are"
     if "dropout" in name and _active(n):
         return f"dropout is active {INSIDE}: in training mode it draws new numbers in each call"
     if name in _RANDOM:

@@ -28,6 +28,7 @@ _MADE_OF_WORDS = names.VIEW | names.CAST | names.JOIN | names.LOOKUP | frozenset
 _TABLES = (16, 256)
 _MOST = 1 << 25  # elements of a node that is looked at
 _APART = 7  # words between the matrices of a stack
+_READ = "readings of words"  # in a node's notes
 _NAN = 1e300  # what stands for it where values are compared
 
 
@@ -45,6 +46,8 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
                 fixed.add(n)
         elif n.op == "call_function" and all(x in leaf or x in fixed for x in n.all_input_nodes):
             of = {leaf[x] for x in n.all_input_nodes if x in leaf}
+            if op_name(n) in names.REPEAT and any(x in packed for x in n.all_input_nodes):
+                continue  # zero points spread over their groups: terms say that
             if not of and (n.all_input_nodes or op_name(n) in names.CREATION):
                 fixed.add(n)
             elif len(of) == 1 and op_name(n) in _MADE_OF_WORDS:
@@ -96,10 +99,13 @@ class Reading:
 
     @property
     def powers(self) -> bool:
-        """Whether bytes b are exponents b - 127, or 2^(b - 127); 0 and 255, which no scale has, may be something else."""
-        inner = self.values[1:-1]
-        ways = ([b - 127 for b in range(1, 255)], [2.0 ** (b - 127) for b in range(1, 255)])
-        return self.axis == 0 and self.bits == 8 and list(inner) in [list(map(float, way)) for way in ways]
+        """Whether bytes b are exponents b - 127, or 2^(b - 127) where 0 may be 0; 255, which no scale has, may be something else."""
+        inner = list(self.values[1:-1])
+        if self.axis or self.bits != 8:
+            return False
+        if inner == [float(b - 127) for b in range(1, 255)]:
+            return self.values[0] == -127
+        return inner == [2.0 ** (b - 127) for b in range(1, 255)] and self.values[0] in (0.0, 2.0**-127)
 
     @property
     def offset(self) -> float | None:
@@ -219,6 +225,33 @@ def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
     return env[n]
 
 
+def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
+    """How a node is made of its words: nodes with one spelling have one reading, whichever expert's words they are made of."""
+    made = _made_of(n)
+    number = {x: i for i, x in enumerate(made)}
+
+    def told(x: fx.Node) -> object:
+        if x is leaf:
+            return tuple(x.meta["val"].shape), x.meta["val"].dtype
+        if x.op == "get_attr":
+            v = getattr(x.graph.owning_module, str(x.target))
+            return (v.tolist(), v.dtype) if isinstance(v, Tensor) and v.numel() <= max(_TABLES) else id(v)
+        how = fx.map_arg((x.args, dict(x.kwargs)), lambda a: ("node", number[a]))
+        return (x.name,) if x.op == "placeholder" else (str(x.target), how)
+
+    own = expert if leaf.meta["val"].ndim > 2 else None
+    return repr((own, [told(x) for x in made]))
+
+
+def _read_once(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading | None:
+    """`read`, remembered: an element of the same weights is asked for in many places."""
+    known: dict[tuple[fx.Node, int | None, int], Reading | None] = n.meta.setdefault(_READ, {})
+    key = (leaf, expert, experts)
+    if key not in known:
+        known[key] = read(n, leaf, expert, experts)
+    return known[key]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an element made of words is: the words (or E tensors of them), row and column of the matrix of codes, what the codes mean."""
@@ -238,7 +271,8 @@ def place(a: Term, expert: Term) -> Place:
         raise No(f"packed weights are not indexed by their expert first{reads(a)}")
     stack = not isinstance(a.args[0], tuple)
     experts = [None] if stack else range(count)
-    readings = {read(n, leaf, e, count) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
+    alike = {_spelling(n, leaf, e): (n, leaf, e) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
+    readings = {_read_once(*case, count) for case in alike.values()}
     if len(readings) != 1 or None in readings:
         raise No("packed weights are unpacked in an unknown way")
     (reading,) = readings

@@ -15,6 +15,7 @@ from ..aten.element import Puller, call_args, fixed_number, shape_of
 from ..aten.names import op_name
 from ..terms.text import said
 from .fused import is_fused
+from .given_ids import ends_of
 from .match import ExpertsMatch
 from .output_scale import Fold
 from .routing import GatingMatch
@@ -43,6 +44,16 @@ class Block:
     masked: bool = False
     wraps: bool = False
 
+    @property
+    def constant(self) -> float | None:
+        """The weight of every row, where it is a number that no tensor of the graph is looked for to hold."""
+        return constant_weight(self.match)
+
+    @property
+    def ends(self) -> fx.Node | None:
+        """The group ends [E] that say the experts of rows which came in order; then nothing else holds their ids."""
+        return ends_of(self.match.ids)
+
     def params(self) -> list[fx.Node]:
         return [q.node for q in self.match.operands]
 
@@ -53,7 +64,7 @@ class Block:
     def expert_inputs(self) -> list[fx.Node]:
         """Boundary of the experts' own region, given ids and weights."""
         m = self.match
-        given = [n for n in (m.tokens, self.ids, self.weights, m.base) if n is not None]
+        given = [n for n in (m.tokens, self.ids if self.ends is None else self.ends, self.weights, m.base) if n is not None]
         return list(dict.fromkeys([*given, *self.params(), *self.twins]))
 
     def fixed_numbers(self) -> list[fx.Node]:
@@ -75,16 +86,25 @@ class RoutingNodes:
     wraps: bool = False
 
 
+def constant_weight(m: ExpertsMatch) -> float | None:
+    """The number that weighs every row of experts whose ids are given: any tensor full of it could be any other one's rows."""
+    given = m.weight.op == "c" and not any(x.op == "topk" for x in T.walk(m.ids))
+    return float(m.weight.args[0]) if given and not is_fused(m.out) else None
+
+
 def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
     slot = m.j if m.j.op == "v" else T.const(0)
     raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
     want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
+    if not p.given and constant_weight(m) is not None:
+        del want["weights"]
     found: dict[str, fx.Node] = {}
     holders: dict[str, list[fx.Node]] = {"ids": [], "weights": []}
     order = {n: i for i, n in enumerate(m.out.graph.nodes)}
     for name, term in (("ids", m.ids), ("weights", m.weight)):
-        if term.op == "a" and isinstance(term.args[0], fx.Node) and term.args[1] == (*row_index(m.t, shape_of(term.args[0])[:-1]), slot):
-            found[name] = term.args[0]
+        at: tuple[T.Term, ...] | None = (m.t,) if ends_of(term) is not None else None
+        if term.op == "a" and isinstance(term.args[0], fx.Node):
+            found |= {name: term.args[0]} if term.args[1] == (at or (*row_index(m.t, shape_of(term.args[0])[:-1]), slot)) else {}
     if is_fused(m.out):
         a = call_args(m.out)
         found.update(ids=a.ids, weights=a.weights)

@@ -1,6 +1,6 @@
-"""Rows that a model rounds to 8 bits before a product, each by its own scale: q = round(y / s), s = max|y| / 127, and s times the product.
+"""Rows that a model rounds before a product, each group of a row by its own scale: q = round(y / s), s = max|y| / largest, and s times q.
 
-With y in the place of q · s the rest is read as if nothing were rounded; that it is, stands in the IR (`Experts.row_bits`).
+With y in the place of q · s the rest is read as if nothing were rounded; that it is, stands in the IR (`Experts.up_rows`, `down_rows`).
 """
 
 from __future__ import annotations
@@ -12,50 +12,154 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ...ir import Rows
 from .. import terms as T
 from ..aten import names
+from ..aten.definitions_views import SMALL
 from ..aten.names import op_name
 from ..terms import Term
 from .rows import No, factors
 
-ROUNDED = "rows are rounded to fewer bits in a way that is not recovered: to 8 bits, before both products, by max / 127 of each row"
-_STEPS = 127
+ROUNDED = "rows are rounded to fewer bits in a way that is not recovered: by max / largest of each row or of equal groups of it"
+_TYPES = {"round": torch.int8} | {name: dtype for dtype, name in SMALL.items()}
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """`floor`: the least scale of a row."""
+class _Scale:
+    """What a rounding divides by: `base`, which is factor · s; `bare`, which is bare_factor · s but for the floor, where there is one."""
 
-    bits: int
-    floor: float
+    base: Term
+    factor: float
+    bare: Term | None
+    bare_factor: float
+    rows: Rows
 
 
-def unrounded(body: Term) -> tuple[Term, Rounding | None]:
-    """An expert's body without rounding, and how rows were rounded. Raises No for any rounding but that of both products' rows."""
-    levels = 0
-    floors: set[float] = set()
-    while _innermost(body):
+def unrounded(body: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
+    """An expert's body without rounding; how rows were rounded before the up projections, and before the down projection.
+
+    Raises No for any other rounding.
+    """
+    found: list[Rows | None] = [None, None]
+    for _ in range(3):
+        rounds = _innermost(body)
+        if not rounds:
+            return body, found[0], found[1]
         if torch.is_grad_enabled():
             raise No("rows are rounded to fewer bits where a gradient may be wanted")
-        levels += 1
-        found = {base: (k, floor) for base, k, floor in map(_scale, _innermost(body))}
-        floors |= {floor for _, floor in found.values()}
-        steps = {base: T.var(1, "s") for base in found}  # base = k · s: numbers go out where they came in
-        body = T.subst(body, {base: T.mul(T.const(k), steps[base]) for base, (k, _) in found.items()})
-        mapping = {r: r.args[1][0] for r in _innermost(body)}
-        for x in T.walk(body):
-            if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
-                if x.args[2][0] > -_STEPS or x.args[2][1] < _STEPS:
-                    raise No(ROUNDED)
-                mapping[x] = mapping[x.args[1][0]]
-        body = T.canonical(_snapped(T.subst(body, mapping)))
-        if any(s in body.atoms for s in steps.values()):
-            raise No(ROUNDED)  # what was divided by is not what the product is multiplied by
-    if not levels:
-        return body, None
-    if levels != 2 or len(floors) != 1:
-        raise No(ROUNDED)
-    return body, Rounding(8, floors.pop())
+        level = {_level(r, expert) for r in rounds}
+        if len(level) != 1 or (which := level.pop()) > 1 or found[which] is not None:
+            raise No(_told(rounds[0]))
+        _check_every(body, which, expert)
+        body, found[which] = _without(body, rounds)
+    raise No(_told(_innermost(body)[0]))
+
+
+def _told(r: Term) -> str:
+    return f"{ROUNDED} ({_TYPES[r.args[0]]})".replace("torch.", "")
+
+
+def _level(r: Term, expert: Term) -> int:
+    """How many products with weights stand inside what is rounded."""
+    return max((_products(x, expert) for x in r.args[1]), default=0)
+
+
+def _products(t: Term, expert: Term) -> int:
+    """Products with an expert's weights, one inside the other."""
+    found: dict[Term, int] = {}
+
+    def depth(x: Term) -> int:
+        if x not in found:
+            inner = max((depth(c) for c in T.children(x)), default=0)
+            found[x] = inner + (x.op == "sum" and T.uses(x, expert))
+        return found[x]
+
+    return depth(t)
+
+
+def _check_every(body: Term, level: int, expert: Term) -> None:
+    """All products of a level have rounded rows, or it is another function."""
+    for x in T.walk(body):
+        if x.op == "sum" and T.uses(x, expert) and _products(x.args[1], expert) == level and T.uses(x.args[1], x.args[0]):
+            if not any(_is_round(y) and _level(y, expert) == level for y in T.walk(x.args[1])):
+                raise No("rows are rounded to fewer bits before some of the up projections only")
+
+
+def _without(body: Term, rounds: list[Term]) -> tuple[Term, Rows]:
+    """The body with y in the place of s · round(y / s)."""
+    scales = {s.base: s for r in rounds if (s := _scale(r)) is not None}
+    hows = {s.rows for s in scales.values()}
+    if len(hows) != 1:
+        raise No(_told(rounds[0]))
+    (how,) = hows
+    steps = {base: T.var(1, "s") for base in scales}  # base = factor · s: numbers go out where they came in
+    plain = {base: T.mul(T.const(s.factor), steps[base]) for base, s in scales.items()}
+    bare = {s.bare: T.mul(T.const(s.bare_factor), steps[base]) for base, s in scales.items() if s.bare is not None}
+    for floored, mapping in ((True, plain), (False, plain | bare)):
+        out = _cancelled(body, rounds, mapping)
+        if not any(s in out.atoms for s in steps.values()):
+            kept = how if floored else Rows(how.bits, how.dtype, how.group, how.floor, how.power, False)
+            return out, kept
+    raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
+
+
+def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term]) -> Term:
+    """The body where scales are symbols and nothing is rounded: (y / s) s = y."""
+    body = T.subst(body, mapping)
+    mapping = {r: _clamped(r.args[1][0]) for r in _innermost(body)}
+    for x in T.walk(body):
+        if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
+            mapping[x] = mapping[x.args[1][0]] if _beyond(x, _largest_of(x.args[1][0])) else x
+    return T.canonical(_snapped(_cancelled_numbers(T.subst(body, mapping), _largest_of(rounds[0]))))
+
+
+def _cancelled_numbers(t: Term, largest: float) -> Term:
+    """c Σ d f = (c n) Σ (d / n) f: the largest number of a type goes out of a sum where it meets what it cancels with."""
+    for _ in range(16):
+        change = next((found for x in T.walk(t) if x.op == "mul" and (found := _moved(x, largest)) is not None), None)
+        if change is None:
+            break
+        t = T.subst(t, {change[0]: change[1]})
+    return t
+
+
+def _moved(product: Term, largest: float) -> tuple[Term, Term] | None:
+    """A product with a number and one sum, and the same with the largest number of a type moved between them; None where it is not."""
+    outside, _ = T.coefficient(product)
+    sums = [(f, *T.coefficient(f.args[1])) for f in factors(product) if f.op == "sum" and T.coefficient(f.args[1])[0] != 1]
+    for f, inside, rest in sums:
+        moves = [(_size(float(outside) * n) + _size(float(inside) / n), n) for n in (1.0, largest, 1 / largest)]
+        n = min(moves)[1]
+        if n != 1:
+            others = [g for g in factors(product) if g is not f and g.op != "c"]
+            inner = T.reduce_("sum", f.args[0], T.mul(T.const(_near(float(inside) / n)), rest))
+            return product, T.mul(T.const(_near(float(outside) * n)), inner, *others)
+    return None
+
+
+def _size(c: float) -> float:
+    """How far a number is from 1."""
+    return abs(math.log(abs(c))) if c else math.inf
+
+
+def _near(c: float) -> float | int:
+    """1 for what is 1 but for its last digits."""
+    return 1 if abs(c - 1) < 1e-12 else c
+
+
+def _clamped(arg: Term) -> Term:
+    """y / s behind a clamp to the numbers that a type has, which it is within."""
+    return arg.args[1][0] if arg.op == "fn" and arg.args[0] == "clamp" else arg
+
+
+def _largest_of(r: Term) -> float:
+    return Rows(8, _TYPES[r.args[0]]).largest
+
+
+def _beyond(clamp: Term, largest: float) -> bool:
+    """Whether a clamp leaves numbers up to the largest alone."""
+    lo, hi = clamp.args[2]
+    return bool(lo <= -largest and hi >= largest)
 
 
 def _innermost(body: Term) -> list[Term]:
@@ -64,7 +168,7 @@ def _innermost(body: Term) -> list[Term]:
 
 
 def _is_round(x: Term) -> bool:
-    return x.op == "fn" and x.args[0] == "round"
+    return x.op == "fn" and x.args[0] in _TYPES
 
 
 def _snapped(t: Term) -> Term:
@@ -73,50 +177,112 @@ def _snapped(t: Term) -> Term:
     return T.subst(t, near) if near else t
 
 
-def _scale(r: Term) -> tuple[Term, float, float]:
-    """(b, k, floor) of a rounding of y · k / b, where b / k is s = max|y| / 127, or that with a floor."""
+# ---- the scale of a rounding -------------------------------------------------------------------------------------------
+
+
+def _scale(r: Term) -> _Scale:
+    """What a rounding of y · k / base divides by."""
     (arg,) = r.args[1]
+    largest = _largest_of(r)
+    if arg.op == "fn" and arg.args[0] == "clamp":
+        if not _beyond(arg, largest):
+            raise No(_told(r))
+        (arg,) = arg.args[1]
     k, _ = T.coefficient(arg)
     for f in factors(arg):
-        if f.op != "pow" or f.args[1] != -1:
-            continue
-        base = scale = f.args[0]
-        y = T.mul(*(g for g in factors(arg) if g is not f and g.op != "c"))
-        bound = -math.inf
-        if scale.op == "fn" and scale.args[0] == "clamp" and scale.args[2][1] == math.inf:
-            bound, scale = scale.args[2][0], scale.args[1][0]
-        c, most = T.coefficient(scale)
-        times = _largest(most, y)
-        if times is not None and math.isclose(float(k) / (float(c) * times), _STEPS, rel_tol=1e-6):
-            return base, k, max(0.0, float(bound) / float(k))
-    raise No(ROUNDED)
+        if f.op == "pow" and f.args[1] == -1:
+            y = T.mul(*(g for g in factors(arg) if g is not f and g.op != "c"))
+            found = _of(f.args[0], y, float(k), r, largest)
+            if found is not None:
+                return found
+    raise No(_told(r))
 
 
-def _largest(most: Term, y: Term) -> float | None:
-    """c of max_v |c y[v]|, over the variable that runs along y's row; None where a term is something else."""
+def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None:
+    """base = own · s, where s is max|y| / largest, with a floor or as a power of two or both; k / own is a number of y's."""
+    own = largest if _size(k / largest) < _size(k) else 1.0
+    inner, power = _power(base)
+    floored, bound = False, -math.inf
+    c, core = T.coefficient(inner)
+    if core.op == "fn" and core.args[0] == "clamp" and core.args[2][1] == math.inf:
+        bound = core.args[2][0] * float(c)
+        inside, core = T.coefficient(core.args[1][0])
+        c, floored = float(c) * float(inside), True
+    if core.op == "ite" and _is_not_zero(core.args[0], core.args[1]) and core.args[2].op == "c":  # a group of zeros stays one
+        core, bound = core.args[1], torch.finfo(torch.float32).tiny * own
+        inside, core = T.coefficient(core)
+        c = float(c) * float(inside)
+    found = _largest(core, y)
+    if found is None or power and k != 1:
+        return None
+    times, group = found
+    if not math.isclose(k / (float(c) * times), largest, rel_tol=1e-6):
+        return None
+    rows = Rows(8, _TYPES[r.args[0]], group, max(0.0, float(bound) / own), power)
+    return _Scale(base, own, core if floored and not power else None, own / float(c), rows)
+
+
+def _is_not_zero(condition: Term, most: Term) -> bool:
+    """0 < most or most != 0, of what is never negative."""
+    _, most = T.coefficient(most)
+    if condition.op == "lt":
+        return T.is_c(condition.args[0], 0) and T.coefficient(condition.args[1])[1] is most
+    return condition.op == "not" and condition.args[0].op == "eq" and {most, T.const(0)} == set(condition.args[0].args)
+
+
+def _power(base: Term) -> tuple[Term, bool]:
+    """x of 2^ceil(log2(x))."""
+    x = base
+    for name in ("exp2", "ceil", "log2"):
+        if x.op != "fn" or x.args[0] != name:
+            return base, False
+        (x,) = x.args[1]
+    return x, True
+
+
+def _largest(most: Term, y: Term) -> tuple[float, int] | None:
+    """(c, group) of max_v |c y[v]|, over the variable that runs along y's row, or along a group of it; None where it is something else."""
     if most.op != "max" or most.args[1].op != "fn" or most.args[1].args[0] != "abs":
         return None
     v, body = most.args
     c, own = T.coefficient(body.args[1][0])
-    rows = [u for u in y.atoms if T.same_size(u.args[1], v.args[1])]
-    return abs(float(c)) if any(T.canonical(own) is T.canonical(T.subst(y, {u: v})) for u in rows) else None
+    own, n = T.canonical(own), v.args[1]
+    for u in y.atoms:
+        if T.same_size(u.args[1], n) and own is T.canonical(T.subst(y, {u: v})):
+            return abs(float(c)), 0
+        if isinstance(n, int) and isinstance(u.args[1], int) and u.args[1] > n and u.args[1] % n == 0:
+            if own is T.canonical(T.subst(y, {u: T.add(T.mul(T.const(n), T.fdiv(u, n)), v)})):
+                return abs(float(c)), n
+    return None
 
 
 # ---- rows that are rounded before they are sent to experts ---------------------------------------------------------------
 
 _SHOWN = names.CAST | names.RESHAPE | names.SAME
-_SCALES = _SHOWN | names.CLAMP | {"maximum", "div", "mul", "reciprocal", "amax", "max", "getitem"}
+_SCALES = _SHOWN | names.CLAMP | {"maximum", "div", "mul", "reciprocal", "amax", "max", "getitem", "exp2", "ceil", "log2", "pow"}
 
 
 def rounded_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes between rows x and what is multiplied in place of them: |x|, its largest value, s, x / s, the rounded rows and their casts."""
     found: set[fx.Node] = set()
     for n in graph.nodes:
-        if op_name(n) == "round" and isinstance(n.args[0], fx.Node):
-            found |= {n, *_between(n.args[0])}
+        if _rounds(n) and isinstance(n.args[0], fx.Node):
+            quotient = n.args[0]
+            while op_name(quotient) in names.CLAMP | names.CAST and isinstance(quotient.args[0], fx.Node):
+                found.add(quotient)
+                quotient = quotient.args[0]
+            found |= {n, *_between(quotient)}
         elif op_name(n) in _SHOWN | names.CLAMP and n.args and n.args[0] in found:
             found.add(n)
+        elif op_name(n) == "mul" and len(n.all_input_nodes) == 2 and all(x in found for x in n.all_input_nodes):
+            found.add(n)  # rounded rows times their scales
     return found
+
+
+def _rounds(n: fx.Node) -> bool:
+    """Whether a node rounds to whole numbers, or to floats of one byte."""
+    v = n.meta.get("val")
+    return op_name(n) == "round" or op_name(n) in names.CAST and isinstance(v, torch.Tensor) and v.dtype in SMALL
 
 
 def _between(quotient: fx.Node) -> set[fx.Node]:

@@ -21,7 +21,7 @@ from .algebra import Translator, Unknown
 from .carrier import row_of
 from .counted import CAPACITY
 from .groups import roll_slots, same_at, split_groups, takes_largest
-from .identity import among
+from .identity import among, where_experts
 from .match import ExpertsMatch
 from .rows import factors, rows
 from .scoring import build
@@ -83,27 +83,10 @@ def where_valid(m: ExpertsMatch) -> ExpertsMatch | None:
 
     None when that says nothing about the weights.
     """
-    known: dict[Term, Term] = {}
-    ids, experts = m.ids, range(m.experts.num_experts + m.experts.num_identity)
-    while ids.op == "ite":
-        cond, *cases = ids.args
-        outside = [x.op == "c" and x.args[0] not in experts for x in cases]
-        if outside[0] == outside[1]:
-            break
-        _suppose(cond, outside[1], known)
-        ids = cases[outside[0]]
+    experts = range(m.experts.num_experts + m.experts.num_identity)
+    known, ids = where_experts(m.ids, experts)
     weight = among(T.subst(m.weight, known) if known else m.weight, ids, experts)
     return None if weight is m.weight else replace(m, weight=weight)
-
-
-def _suppose(cond: Term, true: bool, known: dict[Term, Term]) -> None:
-    if cond.op == "not":
-        _suppose(cond.args[0], not true, known)
-    elif true and cond.op == "mul":
-        for f in cond.args:
-            _suppose(f, True, known)
-    else:
-        known[cond] = T.const(true)
 
 
 def _boundaries(choice: fx.Node, walls: set[fx.Node]) -> list[fx.Node]:

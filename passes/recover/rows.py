@@ -48,6 +48,8 @@ def is_row(a: Term, d: int) -> bool:
         return False
     if any(v.args[0] == "t" for v in i.atoms):
         return True
+    if any(data_dependent(before) for before in a.args[1][:d]):
+        return False  # a dim of an expert's own; tokens come first
     return T.is_c(i, 0) and isinstance(a.args[0], fx.Node) and shape_of(a.args[0])[d] == 1
 
 

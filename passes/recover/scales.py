@@ -104,6 +104,7 @@ def block_of(index: Term, row: Term) -> int | None:
     if index is row:
         return 1
     steps = {x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}
+    steps |= {v.args[1] for v in row.atoms} if index.op == "c" else set()  # all rows that are read lie in one block
     strides = {T.coefficient(constant_part(row)[1])[0]}
     found = (b * s for b in steps for s in (1, *strides) if isinstance(b, int) and isinstance(s, int))
     return next((b for b in found if T.fdiv(row, b) is index), None)
@@ -131,6 +132,7 @@ def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
 
 
 _OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
+_BY = frozenset({"div", "true_divide"})  # what is divided is the first
 _OF_PACKED = frozenset({"sub", "add", "ldexp"})  # the same, of what packed codes stand for
 _SPREAD = names.VIEW | names.CAST | frozenset({"kron", "index", "index_select"})  # what scales go through on their way to their weight
 
@@ -146,14 +148,14 @@ def made_floats(graph: fx.Graph) -> set[fx.Node]:
         if n.op in ("placeholder", "get_attr"):
             if v.ndim > 1 and v.dtype.itemsize == 1 and (is_whole(v.dtype) or is_small_float(v.dtype)):
                 found.add(n)
-        elif op_name(n) in names.VIEW | names.CAST | _OF_MORE:
+        elif op_name(n) in names.VIEW | names.CAST | _OF_MORE | _BY:
             if any(x in found for x in n.all_input_nodes[: None if op_name(n) in _OF_MORE else 1]):
                 found.add(n)
         elif op_name(n) in _OF_PACKED and any(x in unpacked for x in n.all_input_nodes):
             found.add(n)
         if n in found and any(x in unpacked for x in n.all_input_nodes):
             unpacked.add(n)
-    return found | {x for n in found if op_name(n) == "mul" for s in n.all_input_nodes if s not in found for x in _spread(s)}
+    return found | {x for n in found if op_name(n) in _BY | {"mul"} for s in n.all_input_nodes if s not in found for x in _spread(s)}
 
 
 def _spread(n: fx.Node) -> list[fx.Node]:

@@ -19,14 +19,18 @@ _SOFTMAX = frozenset(("softmax", "_softmax"))
 
 
 def soft_mixtures(graph: fx.Graph) -> Iterator[Rejection]:
-    """Each tensor of logits in either graph that is normalised over two of its dims, both of which go into products."""
+    return (Rejection(SOFT, found[-1], "lower", code="soft") for found in soft(graph))
+
+
+def soft(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The softmaxes of each tensor of logits in either graph that is normalised over two of its dims, both of which go into products."""
     over: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
     for n in graph.nodes:
         if op_name(n) in _SOFTMAX and isinstance(n.args[0], fx.Node) and (dim := _dim(n)) is not None:
             over.setdefault(_logits(n.args[0]), []).append((n, dim))
     for found in over.values():
         if len({d for _, d in found}) > 1 and all(_multiplied(n) for n, _ in found):
-            yield Rejection(SOFT, found[-1][0], "lower", code="soft")
+            yield [n for n, _ in found]
 
 
 def _dim(n: fx.Node) -> int | None:

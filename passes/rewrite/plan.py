@@ -53,7 +53,8 @@ class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
-    `wraps`: ids below zero count from the last expert.
+    `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
+    `ends`: group ends, where rows stand in the order of their experts; ids and weights are None then.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
     """
 
@@ -68,6 +69,8 @@ class ExpertsPlan:
     experts: Experts
     lead: tuple[Any, ...] | None
     wraps: bool = False
+    constant: float | None = None
+    ends: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class BlockPlan:
         if r is not None:
             out += [r.logits, *(q[0] for q in (r.bias, r.table) if q is not None)]
         if e is not None:
-            out += [e.tokens, *(n for n in (e.ids, e.weights, e.base) if n is not None)]
+            out += [e.tokens, *(n for n in (e.ids, e.weights, e.base, e.ends) if n is not None)]
             out += [q[0] for q in e.operands]
         return out
 
@@ -153,7 +156,6 @@ class Executor:
             p = plan.experts
             ids = self.node(p.ids) if p.ids is not None else ids
             weights = self.node(p.weights) if p.weights is not None else weights
-            assert ids is not None and weights is not None
             op = self.experts(p, ids, weights)
         if plan.reader is not None and weights is not None:
             self.names[plan.reader].update_arg(2, weights)
@@ -197,7 +199,7 @@ class Executor:
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 
-    def experts(self, p: ExpertsPlan, ids: fx.Node, weights: fx.Node) -> fx.Node:
+    def experts(self, p: ExpertsPlan, ids: fx.Node | None, weights: fx.Node | None) -> fx.Node:
         """The op stands where the result was computed; everyone who reads the result from there on reads the op."""
         out, tokens = self.names[p.out], self.node(p.tokens)
         aliases = [self.names[n] for n in p.same_tensor]
@@ -209,15 +211,13 @@ class Executor:
             nodes: Operands[fx.Node] = Operands.named(
                 **{name: [self.parameter(name, q, p.experts) for q in group] for name, group in p.operands.by_name().items()}
             )
-            ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
-            routed = (
-                self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype),
-                rows(g, ids, p.k),
-                rows(g, weights, p.k),
-            )
+            x = self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype)
             add = None if p.base is None else rows(g, self.node(p.base), p.experts.out_features)
-            args = (*routed, *nodes.lists(family.names), add, *family.plain(p.experts))
-            new = op = call(g, getattr(ops, family.op).default, args, out)
+            rest = (*nodes.lists(family.names), add, *family.plain(p.experts))
+            if p.ends is not None:
+                new = op = call(g, ops.experts_sorted.default, (x, self.node(p.ends), *rest), out)
+            else:
+                new = op = call(g, getattr(ops, family.op).default, (x, *self.chosen(p, ids, weights, out), *rest), out)
             if value.dtype != dtype:
                 new = method(g, "to", (new, value.dtype), out)
             if p.lead is not None:
@@ -233,6 +233,17 @@ class Executor:
         for d in aliases:
             self.now[d] = new
         return op
+
+    def chosen(self, p: ExpertsPlan, ids: fx.Node | None, weights: fx.Node | None, out: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """ids and weights [T, k] as the op takes them."""
+        g = self.graph
+        assert ids is not None
+        ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
+        ids = call(g, operator.sub, (ids, p.experts.first), out) if p.experts.first else ids
+        if weights is None:
+            assert p.constant is not None
+            weights = call(g, torch.full_like, (self.cast_to(ids, p.experts.dtype, out), p.constant), out)
+        return rows(g, ids, p.k), rows(g, weights, p.k)
 
     def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
         """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""

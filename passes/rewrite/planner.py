@@ -9,6 +9,7 @@ import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ir import Norm, Rejection
+from ...ir.families import EXPERTS, family_of
 from ...ops import route_args
 from ..aten.effects import mutated_args
 from ..aten.element import shape_of
@@ -99,9 +100,10 @@ class Planner:
         out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
         base = None if m.base is None else self.locate(m.base, m.out)
-        ids = self._required(b.ids, m.out, "expert ids") if not routed or b.ids is not b.raw_ids else None
-        weights = None if routed else self._required(b.weights, m.out, "routing weights")
-        inputs = [tokens, *params.values(), *(n for n in (base, ids, weights) if n is not None)]
+        ends = None if b.ends is None else self._ends(b.ends, m)
+        ids = self._required(b.ids, m.out, "expert ids") if ends is None and (not routed or b.ids is not b.raw_ids) else None
+        weights = None if routed or b.constant is not None else self._required(b.weights, m.out, "routing weights")
+        inputs = [tokens, *params.values(), *(n for n in (base, ids, ends, weights) if n is not None)]
         inputs += [self.locate(n, n) for n in b.routing_inputs()]
         self._check(m, inputs, out)
         for d in self._aliases(m.out):
@@ -113,6 +115,8 @@ class Planner:
             tokens=tokens.name,
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,
+            constant=None if routed else b.constant,
+            ends=None if ends is None else ends.name,
             k=m.k,
             operands=m.operands.map(lambda q: Operand(params[q.node].name, q.view, q.order)),
             base=None if base is None else base.name,
@@ -120,6 +124,11 @@ class Planner:
             wraps=b.wraps,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
+
+    def _ends(self, ends: fx.Node, m: ExpertsMatch) -> fx.Node:
+        if family_of(m.experts) is not EXPERTS:
+            raise Rejection("rows in the order of their experts, with weights that are no plain floats", m.out, "rewrite")
+        return self.locate(ends, m.out)
 
     def _check(self, m: ExpertsMatch, inputs: list[fx.Node], out: fx.Node) -> None:
         kinds = [type(v) for v in map(example_value, inputs) if is_traceable_wrapper_subclass(v)]

@@ -6,6 +6,7 @@ the versions of torch and of this package's sources. A graph that holds anything
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,6 +20,7 @@ import torch.fx as fx
 
 from ... import ir as _ir
 from ...ops import sources
+from ..aten import contracts
 from ..aten.shadow import example_value
 from ..aten.sources import frames
 
@@ -31,6 +33,8 @@ class _Unkeyable(Exception):
 
 def key_of(graph: fx.Graph, salt: tuple[Any, ...]) -> str | None:
     """A digest of the graph, or None when some part of it has no stable description."""
+    if contracts.foreign(graph):  # what is read of it is not told by the graph
+        return None
     h = hashlib.sha256(repr((_sources(), torch.__version__, salt, torch.is_grad_enabled())).encode())
     try:
         for n in graph.nodes:
@@ -77,19 +81,29 @@ def _value(v: Any) -> Any:
     if isinstance(v, torch.Tensor):
         return (
             type(v).__name__,
-            str(tuple(v.shape)),
+            *map(_size, v.shape),
             str(v.dtype),
             str(v.device),
             v.requires_grad,
-            str(v.stride()) if v.layout is torch.strided else "",
+            *map(_size, v.stride() if v.layout is torch.strided else ()),
         )
     if isinstance(v, torch.SymFloat):  # a block may rest on the number it has now
-        return (str(v), repr(v.node.hint))
+        return (_size(v), repr(v.node.hint))
     if isinstance(v, (torch.SymInt, torch.SymBool)):
-        return str(v)
+        return _size(v)
     if isinstance(v, (list, tuple)):
         return tuple(_value(x) for x in v)
     return repr(v) if isinstance(v, (int, float, bool, str, type(None))) else type(v).__name__
+
+
+def _size(s: Any) -> str:
+    return _text(s.node.expr) if isinstance(s, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(s)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text(expr: Any) -> str:
+    """A size in symbols; sympy takes long to write one down, and a graph names few of them often."""
+    return str(expr)
 
 
 def lines(graph: fx.Graph) -> str:

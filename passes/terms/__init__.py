@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from .arithmetic import coefficient
 from .axioms import EXPERT_WEIGHTS
-from .budget import Budget, TooLarge, step
+from .budget import Budget, TooLarge, limited, look, step
 from .facts import Facts
 from .logic import is_truth
 from .numbers import exact_div, exact_sum, same_size

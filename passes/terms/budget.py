@@ -1,12 +1,18 @@
 """How much work a piece of rewriting may take. It is counted in steps (terms made, visited and rewritten), not in seconds, so that what
-is given up does not depend on the machine; a step is a few microseconds."""
+is given up does not depend on the machine; a step is a few microseconds.
+
+Beside them the processor seconds of all passes over one graph are limited (`limited`), generously: for work that no step counts.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 DEFAULT = 10_000_000
+SECONDS = 60.0  # of this thread's processor time, for one graph: passes take a few hundredths of that
+_LOOK = 50_000  # steps from one look at the clock to the next
 
 
 class TooLarge(Exception):
@@ -26,6 +32,8 @@ class Budget:
         self.left -= steps
         if self.left < 0:
             raise TooLarge(self.reason)
+        if _limit is not None:
+            _limit.spend(steps)
 
     @contextmanager
     def within(self) -> Iterator[Budget]:
@@ -45,7 +53,45 @@ class Budget:
             _current = outer
 
 
+class Limit:
+    """Processor seconds of this thread from now on; `over`: whether they were spent."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.end, self.unseen, self.over = seconds, time.thread_time() + seconds, _LOOK, False
+
+    def spend(self, steps: int) -> None:
+        self.unseen -= steps
+        if self.unseen < 0:
+            self.unseen = _LOOK
+            self.look()
+
+    def look(self) -> None:
+        """Raises TooLarge when the seconds are spent, then and ever after."""
+        if self.over or time.thread_time() > self.end:
+            self.over, self.unseen = True, 0
+            raise TooLarge(f"reading this graph takes more than {self.seconds:g} s of processor time, which is given up")
+
+
 _root = _current = Budget()
+_limit: Limit | None = None
+
+
+@contextmanager
+def limited(seconds: float | None = None) -> Iterator[Limit]:
+    """A limit in seconds (SECONDS) for the work inside; one that holds already stays."""
+    global _limit
+    outer = _limit
+    _limit = outer or Limit(SECONDS if seconds is None else seconds)
+    try:
+        yield _limit
+    finally:
+        _limit = outer
+
+
+def look() -> None:
+    """A look at the clock, for work that no step counts. Raises TooLarge when the limit is passed."""
+    if _limit is not None:
+        _limit.look()
 
 
 def step(n: int = 1) -> None:

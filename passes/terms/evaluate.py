@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import sympy as sp
+import torch
 
 from .arithmetic import TRUTHS
 from .facts import Facts
@@ -130,6 +131,12 @@ def _fn(world: World, bound: Bound, name: str, args: tuple[Term, ...], consts: t
     return FUNCTIONS[name](world, bound, *args, *consts)
 
 
+def _to_small(name: str) -> Callable[[Value], Value]:
+    """A number as the nearest of a float type of one byte."""
+    dtype = getattr(torch, name)
+    return lambda x: float(torch.tensor(float(x), dtype=torch.float32).to(dtype).float())
+
+
 def _sigmoid(x: Value) -> Value:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
@@ -147,6 +154,9 @@ FUNCTIONS: dict[str, Rule] = {
         "softplus": lambda x: math.log1p(math.exp(x)),
         "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         "round": round,
+        "ceil": math.ceil,
+        "log2": math.log2,
+        **{name: _to_small(name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")},
         **dict.fromkeys(("clamp", "hardtanh", "maximum"), lambda x, lo, hi: min(max(x, lo), hi)),
         "log1p": lambda x: math.log1p(x) if x != -1 else -math.inf,
         "expm1": math.expm1,

@@ -152,5 +152,5 @@ def _routed(p: Program, layer: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node
     """ids, dispatch, first GEMM, activation, second GEMM of one layer."""
     main = [n for n in layer if p.steps[n].stream == MAIN]
     (dispatch,) = [n for n in main if name_of(n) == "npu_moe_init_routing_v2"]
-    *_, first, second = [n for n in main if name_of(n) == "npu_grouped_matmul"]
+    *_, first, second = [n for n in main if name_of(n) in ("npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2")]
     return dispatch.args[1], dispatch, first, second.args[0][0], second  # type: ignore[return-value,index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def example(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_example_runs_dry() -> None:
-    done = example("--target", "ascend", "--dry-run", "--windows", "1", "--threads", "1")
+    done = example("--target", "ascend", "--dry-run", "--windows", "1", "--threads", "1", "--max-new-tokens", "2", "--prompt", "A")
     assert done.returncode == 0, done.stderr
     assert all(c in done.stdout for c in CALLS)
     assert "prefill graph: 3 of 3" in done.stdout and "decode graph: 3 of 3" in done.stdout and "Emulated on the CPU" in done.stdout
@@ -51,9 +52,13 @@ def test_the_example_runs_dry() -> None:
 
 
 @pytest.mark.parametrize("args", [("--dry-run",), ("--target", "ascend"), ("--graph-mode", "ge")])
-def test_what_does_not_go_together_is_said(args: tuple[str, ...]) -> None:
-    done = example(*args)
-    assert done.returncode == 2 and "goes with" in done.stderr
+def test_what_does_not_go_together_is_said(
+    args: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples/run_trinity.py"))["main"]([*args])
+    assert stopped.value.code == 2 and "goes with" in capsys.readouterr().err
 
 
 MINI = (

@@ -202,7 +202,7 @@ def test_the_models_own_int8_in_the_w8a8_chain(cls: type[nn.Module]) -> None:
         out = compiled(module, quantize="w8a8", strict=True)(x)
     assert seen.calls()[1:] == CHAIN
     assert error(module(x), exact) < error(out, exact) <= 0.03
-    assert sorted(r.part for r in operands(seen).values()) == ["", "", "channel", "channel"]
+    assert sorted(r.part for r in operands(seen).values()) == ["", "", "factors", "factors"]
     assert {r.dtype for r in operands(seen).values() if not r.part} == {torch.int8}
 
 
@@ -214,7 +214,7 @@ def test_a_model_that_rounds_its_rows_is_w8a8_without_being_asked(cls: type[nn.M
     with Seen() as seen:
         out = compiled(module, quantize=quantize)(x)
     (block,) = moe_compile.last_report().blocks
-    assert seen.calls()[1:] == CHAIN and "rows in 8 bits" in block.experts and block.ir.experts.row_bits == 8
+    assert seen.calls()[1:] == CHAIN and "rows in int8" in block.experts and block.ir.experts.up_rows is not None
     assert error(out, exact) <= 0.01
     assert "int8 grouped_matmul" in block.lowering
 
@@ -222,7 +222,7 @@ def test_a_model_that_rounds_its_rows_is_w8a8_without_being_asked(cls: type[nn.M
 @torch.no_grad()
 def test_rounded_rows_that_the_chain_does_not_take_stay_as_written() -> None:
     module, x, _ = made(Rounded, torch.float32)
-    assert error(compiled(module)(x), module(x)) <= 1e-5
+    assert error(compiled(module, inner="eager")(x), module(x)) <= 1e-5
     assert any("rows" in r.reason for r in moe_compile.last_report().rejected)
 
 
@@ -242,7 +242,7 @@ def test_gate_and_up_apart_are_quantised_step_by_step() -> None:
 @torch.no_grad()
 def test_fp32_rows_stay_as_written() -> None:
     module, x, exact = made(Dense, torch.float32)
-    assert error(compiled(module)(x), exact) <= 1e-5
+    assert error(compiled(module, inner="eager")(x), exact) <= 1e-5
     assert any("fp16 and bf16" in r.reason for r in moe_compile.last_report().rejected)
 
 
@@ -256,10 +256,11 @@ def test_token_counts_stay_symbolic() -> None:
     assert len(seen.lowered) == 1
 
 
-def test_training_keeps_the_fused_op_and_its_gradient_to_the_tokens() -> None:
+def test_training_keeps_the_fused_op_and_its_gradient_to_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "none")  # in plain torch: nothing is built for this
     module, x, _ = made(Dense, torch.float16)
     grads = []
-    for fn in (compiled(module), module):
+    for fn in (compiled(module, inner="eager"), module):
         leaf = x.clone().requires_grad_()
         fn(leaf).float().square().sum().backward()
         grads.append(leaf.grad)

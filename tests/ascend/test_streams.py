@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.fx as fx
 from ascend_blocks import ENTRIES, Seen, block, compiled, first, relative, zoo
 from functorch.compile import make_boxed_func
 from hazards import hazards, simulate, stages
+from test_quant import block as sized
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -40,7 +43,17 @@ class Stack(nn.Module):
         return x
 
 
-def aten_graph(module: nn.Module) -> fx.GraphModule:
+@functools.cache
+def of_stack(name: str) -> fx.GraphModule:
+    return aten_graph(Stack(name))
+
+
+def stack(name: str = "afmoe") -> fx.GraphModule:
+    """The graph of two layers, compiled once, to be changed."""
+    return copy.deepcopy(of_stack(name))
+
+
+def aten_graph(module: nn.Module, tolerance: float = 1e-5, **options: Any) -> fx.GraphModule:
     """The ATen graph that a graph mode gets to see."""
     found: list[fx.GraphModule] = []
 
@@ -48,17 +61,18 @@ def aten_graph(module: nn.Module) -> fx.GraphModule:
         found.append(copy.deepcopy(gm))
         return make_boxed_func(gm.forward)
 
-    x = torch.randn(2, 5, zoo.HIDDEN)
+    x = torch.randn(2, 5, zoo.HIDDEN, dtype=next(module.parameters()).dtype)
     with torch.no_grad():
-        out = first(compiled(module, inner=aot_autograd(fw_compiler=keep, inference_compiler=keep), overlap_shared=False)(x))
-        assert relative(out, first(module(x))) <= 1e-5
+        inner = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+        out = first(compiled(module, inner=inner, overlap_shared=False, **options)(x))
+        assert relative(out, first(module(x))) <= tolerance
     return found[0]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "llama4", "qwen2_moe"])
 def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
-    gm = aten_graph(Stack(name))
+    gm = stack(name)
     assert streams.overlap(gm.graph, DIALECTS[dialect], (8, 16)) == 2
     assert hazards(gm.graph) == [] and stages(gm.graph) == []
     program = simulate(gm.graph)
@@ -67,11 +81,24 @@ def test_the_stream_program_is_sound(name: str, dialect: str) -> None:
     assert not any("npu_" in str(n.target) for n in on_side), "the routed branch stays on the main stream"
 
 
+@pytest.mark.parametrize(("options", "first_product"), [
+    ({"quantize": "w8a8"}, "npu_grouped_matmul"),
+    ({"quantize": "w8a8", "weight_format": "nz"}, "npu_grouped_matmul_swiglu_quant_v2"),
+])  # fmt: skip
+def test_int8_chains_run_beside_the_shared_expert(options: dict[str, str], first_product: str) -> None:
+    """In both stages: the event in the middle is recorded behind the activation, whichever op that is in."""
+    module = sized("afmoe", moe_intermediate_size=256).to(torch.bfloat16)
+    gm = aten_graph(module, 0.1, **options)
+    assert streams.overlap(gm.graph, streams.NpugraphEx) == 1
+    assert hazards(gm.graph) == [] and stages(gm.graph) == []
+    assert first_product in map(streams.name_of, gm.graph.nodes)
+
+
 @pytest.mark.parametrize("planted", ["tagged_event_record", "tagged_event_wait"])
 @pytest.mark.parametrize("which", ["0_in", "0_mid", "0_out", "1_in", "1_mid", "1_out"])
 def test_a_missing_event_is_found(planted: str, which: str) -> None:
     """Each of the six events of two layers, its record or its wait taken out. Without the middle one the program is sound, in one stage."""
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     layer, where = which.split("_")
     tags = [n.args[0] for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_wait" and str(n.args[0]).endswith(where)]
@@ -85,7 +112,7 @@ def test_a_missing_event_is_found(planted: str, which: str) -> None:
 def test_an_event_at_the_wrong_place_is_found() -> None:
     """The middle event recorded behind the second GEMM, the first one behind the dispatch: sound, and nothing overlaps."""
     for where, op in (("mid", "npu_grouped_matmul"), ("in", "npu_moe_init_routing_v2")):
-        gm = aten_graph(Stack("afmoe"))
+        gm = stack()
         streams.overlap(gm.graph, streams.NpugraphEx)
         record = next(n for n in gm.graph.nodes if streams.name_of(n) == "tagged_event_record" and str(n.args[0]).endswith(where))
         record.prev.append(record)
@@ -110,7 +137,7 @@ def test_a_gate_on_the_tokens_is_no_second_stage(dialect: type[streams.Dialect])
 
 def test_an_early_side_scope_is_found() -> None:
     """Why the side's nodes are issued late: issued early, its input may be written over while it reads."""
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     graph = gm.graph
     for n in [n for n in graph.nodes if "event" in streams.name_of(n) and n.args[0].endswith("_mid")]:
@@ -128,7 +155,7 @@ def test_an_early_side_scope_is_found() -> None:
 
 
 def test_one_side_stream_for_all_layers() -> None:
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     streams.overlap(gm.graph, streams.NpugraphEx)
     enters = [n for n in gm.graph.nodes if streams.name_of(n) == "scope_enter"]
     assert {tuple(n.args[1]) for n in enters} == {(streams.LABEL, "0")} and len(enters) == 2
@@ -137,7 +164,7 @@ def test_one_side_stream_for_all_layers() -> None:
 
 
 def test_ge_gets_scopes_and_two_stages() -> None:
-    gm = aten_graph(Stack("afmoe"))
+    gm = stack()
     assert streams.overlap(gm.graph, streams.Ge, (8, 16)) == 2
     waits = [n for n in gm.graph.nodes if streams.name_of(n) == "wait_tensor"]
     ids, activated = waits[0].args[1], waits[1].args[1]

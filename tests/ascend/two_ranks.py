@@ -59,7 +59,7 @@ def train(
     xs = [torch.randn(T, H, generator=torch.Generator().manual_seed(5 + r)) for r in range(world)]
     whole, model = Block(experts), Block(experts)
     moved = moe_compile.prepare(model, target="ascend", training=True, weight_format="nz" if nz else "nd")
-    model.compile(backend="moe_fused", options={"target": "ascend", **options})
+    model.compile(backend="moe_fused", options={"target": "ascend", "inner": "aot_eager", **options})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
     fully_shard(model, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda p: Shard(dim) if p.ndim == 3 else None)
     optimisers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, whole)]

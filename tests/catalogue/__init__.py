@@ -9,6 +9,7 @@ import torch
 
 from . import (
     base,
+    chains,
     combine,
     constant_near_misses,
     dispatch,
@@ -24,6 +25,7 @@ from . import (
     packed,
     puts,
     quantised,
+    rounded,
     router_near_misses,
     routers,
     sentinels,
@@ -53,8 +55,10 @@ FILES: tuple[ModuleType, ...] = (
     tokens,
     weights,
     lora,
+    chains,
     quantised,
     stored,
+    rounded,
     packed,
     combine,
     shared,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_compile.ir import BiasOn, Score
-from moe_compile.ir.operands import ADAPTED, CODED, PLAIN
+from moe_compile.ir.operands import ADAPTED, CHAINED, CODED, PLAIN
 from moe_compile.report import Report, collecting
 
 from . import naive
@@ -24,7 +24,7 @@ from .compare import experts_differences, gating_differences, shared_differences
 from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
-OTHERS = {*CODED, *ADAPTED} - {*PLAIN}
+OTHERS = {*CODED, *ADAPTED, *CHAINED} - {*PLAIN}
 # The fused graph of one entry in four, always the same ones, goes through AOTAutograd too; its cost is that of everything before it
 BARE = {"inner": "eager"}
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, ListCase, Rejected, Sound, Untouched, mlp, parameter
+from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, K, ListCase, Rejected, Sound, Untouched, mlp, parameter
 
 
 class _Loop(Case):
@@ -328,40 +328,6 @@ class CentredOverTokens(_Loop):
     def expert(self, e: int, x: Tensor) -> Tensor:
         y = mlp(x, self.up[e], self.down[e])
         return y - y.sum(0, keepdim=True) / 7
-
-
-class NormAfterExpert(_Loop):
-    """Verdict: rejected. muse_spark: an RMSNorm on each expert's output, before the weight."""
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        return F.rms_norm(mlp(x, self.up[e], self.down[e]), (H,))
-
-
-class NormInsideExpert(_Loop):
-    """Verdict: rejected. The activated rows are normalised: no pointwise activation."""
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        g, u = F.linear(x, self.up[e]).chunk(2, -1)
-        return F.linear(F.rms_norm(F.silu(g) * u, (I,)), self.down[e])
-
-
-class ExpertSkip(_Loop):
-    """Verdict: rejected. Every expert adds its own input: x + f(x)."""
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        return x + mlp(x, self.up[e], self.down[e])
-
-
-class ExpertThreeLayers(_Loop):
-    """Verdict: rejected. Three matrices in a row."""
-
-    def build_experts(self, n: int) -> None:
-        super().build_experts(n)
-        self.middle = parameter(n, I, I)
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        g, u = F.linear(x, self.up[e]).chunk(2, -1)
-        return F.linear(F.relu(F.linear(F.silu(g) * u, self.middle[e])), self.down[e])
 
 
 class WeightOnHiddenWithBias(_Loop):

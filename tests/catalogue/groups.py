@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.ir import Score
+from moe_compile.ir import Groups, Score
 
 from .base import GROUPED, GROUPED_SOFTMAX, GROUPED_ZERO, Case, Fused, K, experts, norm_sum
 
@@ -261,3 +262,37 @@ class GroupSoftmaxTop2Renorm(Case):
         ids = c.topk(BEST)[1]
         w = s.gather(1, ids)
         return w / (w.sum(-1, keepdim=True) + 1e-20) * 2.5, ids
+
+
+class GroupOne(_Grouped):
+    """Verdict: fused without groups. One group of all experts, of which one is kept (GLM-4.5-Air): the mask hides nobody."""
+
+    expect = Fused(replace(GROUPED, groups=None), EXPERTS12)
+    group = "grouped one"
+
+    def limit(self, c: Tensor, kept: Tensor) -> Tensor:
+        ranks = c.view(-1, 1, self.num_experts).topk(2, dim=-1)[0].sum(dim=-1)
+        mask = torch.zeros_like(ranks).scatter_(1, torch.topk(ranks, k=1, dim=-1, sorted=False)[1], 1)
+        return c.masked_fill(~mask.unsqueeze(-1).expand(-1, 1, self.num_experts).reshape(-1, self.num_experts).bool(), float("-inf"))
+
+
+class GroupAll(_Grouped):
+    """Verdict: fused as GroupOne. Three groups of three are kept."""
+
+    group = "grouped one"
+
+    expect = Fused(replace(GROUPED, groups=None), EXPERTS12)
+
+    def best(self, ranks: Tensor) -> Tensor:
+        return torch.topk(ranks, k=GROUPS, dim=-1, sorted=False)[1]
+
+
+class GroupNotAll(_Grouped):
+    """Verdict: fused, one step from GroupAll: one group of three is kept."""
+
+    expect = Fused(replace(GROUPED, groups=Groups(GROUPS, 1, 2, -math.inf)), EXPERTS12)
+    group = "grouped not all"
+    near, differs = "GroupAll", ("gating.groups",)
+
+    def best(self, ranks: Tensor) -> Tensor:
+        return torch.topk(ranks, k=1, dim=-1, sorted=False)[1]

@@ -15,6 +15,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from moe_compile import ir
 from moe_compile.ir import BiasOn, Experts, Form, Gating, MaxK, MinK, MoeBlock, Norm, Normaliser, Score, Stored, SumK
 
 Rows = Sequence[float]
@@ -45,6 +46,7 @@ class Parts:
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
     down_b: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)  # of experts that are a chain
 
 
 def sigmoid(v: float) -> float:
@@ -127,7 +129,14 @@ def divided(a: float, b: float) -> float:
 
 def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray:
     """The activation expression through sympy's own code printer."""
+    return through_printer(expr, {"g": g, "u": g if u is None else u}, g.shape)
+
+
+def through_printer(expr: sp.Expr, values: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """An expression of arrays through sympy's own code printer; `mean` and `total` are over all that there is."""
     functions = {
+        "mean": lambda v: np.broadcast_to(v, shape).mean(),
+        "total": lambda v: np.broadcast_to(v, shape).sum(),
         "sigmoid": lambda v: 1.0 / (1.0 + np.exp(-v)),
         "relu": lambda v: np.maximum(v, 0.0),
         "softplus": lambda v: np.logaddexp(v, 0.0),
@@ -138,8 +147,28 @@ def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray
         "expm1": np.expm1,
         "exp2": np.exp2,
     }
-    f = sp.lambdify(sp.symbols("g u", real=True), expr, [functions, "numpy"])
-    return np.broadcast_to(f(g, g if u is None else u), g.shape)
+    f = sp.lambdify([sp.Symbol(name, real=True) for name in values], expr, [functions, "numpy"])
+    return np.broadcast_to(f(*values.values()), shape)
+
+
+def chain_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
+    """One expert that is a chain, on one token."""
+    assert e.chain is not None
+    own, at = [], 0
+    for kind in e.chain.kinds:
+        mine = array(p.parts[at + index * (kind == 1)])
+        own.append(mine[index] if kind == 0 else mine)
+        at += e.num_experts if kind == 1 else 1
+    v = x
+    for s in e.chain.stages:
+        values = {"x": x}
+        for i, m in enumerate(s.matrices):
+            weight = own[m.operand].T if m.transposed else own[m.operand]
+            values[f"y{i}"] = np.array([weight[m.offset + m.stride * r] @ v for r in range(s.width)])
+        for i, q in enumerate(s.vectors):
+            values[f"p{i}"] = np.array([own[q.operand][q.offset + q.stride * r] for r in range(s.width)])
+        v = through_printer(s.map, values, (s.width,))
+    return v
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -153,9 +182,20 @@ def code(how: Stored, words: np.ndarray, i: int, j: int) -> int:
     return int(words[a, b]) // 2 ** (how.bits * how.order[n % per]) % 2**how.bits
 
 
+def unpacked_zeros(how: Stored, zeros: np.ndarray | None) -> np.ndarray | None:
+    """Zero points one by one."""
+    if zeros is None or not how.zero_order:
+        return zeros
+    axis, per = int(how.zeroed) - 1, len(how.zero_order)
+    one = Stored(how.bits, torch.int32, axis=axis, order=how.zero_order)
+    rows, columns = zeros.shape[0] * (per if axis == 1 else 1), zeros.shape[1] * (per if axis == 2 else 1)
+    return np.array([[code(one, zeros, i, j) + how.zero_offset for j in range(columns)] for i in range(rows)])
+
+
 def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None, table: np.ndarray | None) -> np.ndarray:
     """[R, C]: what is stored, element by element."""
     per, table = len(how.order), np.array(how.values) if how.values else table
+    zeros = unpacked_zeros(how, zeros)
     rows, columns = words.shape[0] * (per if how.axis == 1 else 1), words.shape[1] * (per if how.axis == 2 else 1)
     out = np.empty((rows, columns))
     for i in range(rows):
@@ -164,12 +204,35 @@ def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np
             at = tuple([n // b for n, b in ((i, how.rows), (j, how.columns)) if b] or [0])
             value = (q if table is None else table[int(q)]) + how.offset - (0 if zeros is None else zeros[at])
             scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
-            out[i, j] = value * scale
+            if how.exponents == ir.stored.Exponent.BITS and scales[at] == 0:
+                scale = 0.0
+            out[i, j] = value / scale if how.scaled == ir.stored.Scale.DIVIDES else value * scale
+    return out
+
+
+def rounded(how: ir.Rows | None, x: np.ndarray) -> np.ndarray:
+    """One row as a product reads it, group by group."""
+    if how is None:
+        return x
+    out = np.empty_like(x)
+    size = how.group or len(x)
+    largest = torch.finfo(how.dtype).max if how.dtype.is_floating_point else 127
+    for i in range(0, len(x), size):
+        group = x[i : i + size]
+        bare = float(np.abs(group).max()) / largest
+        s = max(bare, how.floor)
+        if how.power:
+            bare = s = 2.0 ** math.ceil(math.log2(s))
+        q = torch.from_numpy(np.divide(group, s))
+        q = q.to(how.dtype).double() if how.dtype.is_floating_point else q.round()
+        out[i : i + size] = q.numpy() * (s if how.floored else bare)
     return out
 
 
 def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     """One expert on one token."""
+    if e.chain is not None:
+        return chain_row(e, p, index, x)
 
     def at(ts: list[Tensor], part: int = 0) -> np.ndarray:
         return array(ts[part][index] if e.stacked else ts[part * e.num_experts + index])
@@ -192,6 +255,7 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0
 
+    x = rounded(e.up_rows, x)
     up = product(matrix("up"), e.up_transposed, x, bias(p.up_bias)) + pair(e.up_pair, p.up_a, p.up_b, x)
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
@@ -203,7 +267,7 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         g, u = up, product(matrix("up", 1), e.up_transposed, x, bias(p.up_bias, 1)) + second
     else:
         g, u = halves[e.form]
-    a = activation(e.activation, g, u)
+    a = rounded(e.down_rows, activation(e.activation, g, u))
     y = product(matrix("down"), e.down_transposed, a, bias(p.down_bias))
     return y + pair(e.down_pair, p.down_a, p.down_b, a)
 
@@ -214,6 +278,7 @@ def experts(e: Experts, p: Parts, ids: list[list[int]], weights: list[list[float
     out = np.zeros((len(ids), e.out_features)) if p.add is None else array(p.add).copy()
     for t, (row_ids, row_weights) in enumerate(zip(ids, weights)):
         for i, w in zip(row_ids, row_weights):
+            i -= e.first
             if e.num_experts <= i < e.num_experts + e.num_identity:
                 out[t] += w * x[t]
             elif 0 <= i < e.num_experts:

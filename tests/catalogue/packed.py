@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile.ir import Stored
+from moe_compile.ir.stored import Exponent, Zero
 
 from .base import E, H, I
 from .stored import FLOATS, RENORM, BlocksBatched, Fused, _Blocks, storing
@@ -17,7 +18,7 @@ from .stored import FLOATS, RENORM, BlocksBatched, Fused, _Blocks, storing
 G = 4  # inputs that share a scale, where checkpoints have 32 or 128
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = (*E2M1, *(-v for v in E2M1))
-MXFP4 = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), values=VALUES, exponents=True)
+MXFP4 = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), values=VALUES, exponents=Exponent.VALUE)
 INT4 = Stored(4, torch.int32, True, 1, G, 2, tuple(range(8)), offset=-8.0)
 
 
@@ -89,7 +90,7 @@ class Int4OtherOrder(Int4Offset):
 class Int4FloatZero(_Packed):
     """Verdict: fused. Two codes a byte, a float zero point of each group (hqq, tinygemm)."""
 
-    how = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), zeroed=True)
+    how = Stored(4, torch.uint8, True, 1, G, 2, (0, 1), zeroed=Zero.PLAIN)
     expect = storing(how)
 
     def build_experts(self, n: int) -> None:
@@ -110,6 +111,67 @@ class Int4FloatZero(_Packed):
         return F.linear(F.silu(g) * u, self.matrix("down", e))
 
 
+class Int4PackedZeros(_Packed):
+    """Verdict: fused. AWQ: codes along the outputs in the order 0 2 4 6 1 3 5 7, weights [in, out], packed zero points of each group."""
+
+    order = (0, 4, 1, 5, 2, 6, 3, 7)
+    how = Stored(4, torch.int32, True, G, 1, 2, order, zeroed=Zero.COLUMNS, zero_order=order)
+    expect = storing(how, up_transposed=True, down_transposed=True)
+    less = 0
+
+    def build_experts(self, n: int) -> None:
+        for name, (out, inner) in (("up", (2 * I, H)), ("down", (H, I))):
+            info = torch.iinfo(torch.int32)
+            for what, rows in ((name, inner), (f"{name}_zero", inner // G)):
+                self.register_buffer(what, torch.randint(info.min, info.max + 1, (n, rows, out // 8)).int())
+            self.register_buffer(f"{name}_scale_inv", self.scales(n, inner // G, out))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_zero": [self.up_zero], "down_zero": [self.down_zero]}
+
+    def codes(self, q: Tensor) -> Tensor:
+        return (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15)[..., list(self.order)].flatten(-2)
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        z = self.codes(getattr(self, f"{name}_zero")[e]) + self.less
+        s = getattr(self, f"{name}_scale_inv")[e].repeat_interleave(G, 0)
+        return ((self.codes(getattr(self, name)[e]) - z.repeat_interleave(G, 0)) * s).t()
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.matrix("up", e)).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.matrix("down", e))
+
+
+class Int4ZerosLessOne(Int4PackedZeros):
+    """Verdict: fused, another function: zero points are stored less one (GPTQ v1)."""
+
+    how = replace(Int4PackedZeros.how, zero_offset=1.0)
+    expect = storing(how, up_transposed=True, down_transposed=True)
+    near, differs = "Int4PackedZeros", ("experts.down_stored.zero_offset", "experts.up_stored.zero_offset")
+    less = 1
+
+
+class Int4GroupsByIndex(Int4PackedZeros):
+    """Verdict: fused, the weights being floats. `g_idx` says which group an input is in, which may be any (GPTQ's desc_act)."""
+
+    expect = Fused(RENORM, replace(FLOATS, up_transposed=True, down_transposed=True))
+    near = "Int4PackedZeros"
+    differs = ("experts.down_stored", "experts.stacked", "experts.up_stored")
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name, inner in (("up", H), ("down", I)):
+            self.register_buffer(f"{name}_group", (torch.arange(inner) // G)[torch.randperm(inner)])
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        group = getattr(self, f"{name}_group")
+        z, s = self.codes(getattr(self, f"{name}_zero")[e]), getattr(self, f"{name}_scale_inv")[e]
+        return ((self.codes(getattr(self, name)[e]) - z[group]) * s[group]).t()
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return {name: [self.matrix(name, e).t() for e in range(E)] for name in ("up", "down")}
+
+
 class Mxfp4Table(_Packed):
     """Verdict: fused. e2m1 pairs, low nibble first, looked up in a table of numbers; exponents by ldexp (gpt-oss)."""
 
@@ -128,7 +190,14 @@ class Mxfp4Table(_Packed):
 
 
 class Mxfp4Bits(Mxfp4Table):
-    """Verdict: fused as Mxfp4Table. Values and exponents are put together as bits of float32."""
+    """Verdict: fused. Values and exponents are put together as bits of float32, where an exponent of 0 is the number 0."""
+
+    expect = storing(replace(MXFP4, exponents=Exponent.BITS))
+    near, differs = "Mxfp4Table", ("experts.down_stored.exponents", "experts.up_stored.exponents")
+
+    def scales(self, *shape: int) -> Tensor:
+        some = super().scales(*shape)
+        return torch.where(torch.rand(shape) < 0.1, 0, some).to(torch.uint8)
 
     def floats(self, q: Tensor, s: Tensor) -> Tensor:
         b = q.int()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile.ir import Form, Stored
+from moe_compile.ir import Form, Rows, Stored
 from moe_compile.ir import scalar as act
 
 from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected
@@ -328,9 +328,9 @@ class ScaleBehindTheActivation(ScaleOfUpOnGate):
 
 
 class RowsRounded(_Near):
-    """Verdict: rejected. The rows are rounded to 8 bits before the product: another function of the tokens."""
+    """Verdict: rejected. The rows are rounded to 8 bits before the first product, and a row of zeros is 0 / 0: no number."""
 
-    expect = Rejected("rounded to fewer bits")
+    expect = Rejected("disagree")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         s = x.abs().amax(-1, keepdim=True) / 127
@@ -338,9 +338,9 @@ class RowsRounded(_Near):
 
 
 class HiddenRowsRounded(_Near):
-    """Verdict: rejected. The activations are rounded to 8 bits, by a scale of each row's own, before the second product."""
+    """Verdict: rejected. The activations are rounded to 8 bits before the second product, and a row of zeros is 0 / 0: no number."""
 
-    expect = Rejected("rounded to fewer bits")
+    expect = Rejected("disagree")
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         up, down = self.matrices(x)
@@ -353,9 +353,10 @@ class HiddenRowsRounded(_Near):
 
 
 class BothRowsRounded(_Near):
-    """Verdict: rejected. Rows in 8 bits before both products are recovered; the CPU has nothing that rounds them as they are."""
+    """Verdict: fused, with what is done to rows. In 8 bits by max / 127 of each, before both products."""
 
-    expect = Rejected("rows rounded to 8 bits: no cpu kernel")
+    expect = Fused(RENORM, replace(INT8, up_rows=Rows(8, torch.int8, floor=1e-9), down_rows=Rows(8, torch.int8, floor=1e-9)))
+    differs = ("experts.down_rows", "experts.up_rows")
     steps = 127
 
     def bytes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,6 +377,7 @@ class BothRowsRoundedFurther(BothRowsRounded):
     """Verdict: rejected. In steps of max / 100, which no 8-bit scale is."""
 
     expect = Rejected("in a way that is not recovered")
+    differs = ()
     steps = 100
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_compile.ir import BiasOn
 
-from .base import RENORM, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, I, K, Sound, experts, gating, mlp, parameter
+from .base import RENORM, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, I, K, Rejected, Sound, experts, gating, mlp, parameter
 
 MAPPED = Fused(RENORM, replace(SWIGLU_EXPERTS, ids_mapped=True))
 
@@ -139,15 +139,28 @@ class ForeignExpertsClamped(ForeignExpertsQuotient):
 
 
 class ForeignExpertsLoopOffset(Case):
-    """Verdict: fused, or rejected: the offset sits in the loop (`ids == e + 3`), not in the ids."""
+    """Verdict: fused, ids less 3: the offset sits in the loop (`ids == e + 3`), not in the ids."""
 
-    expect = Sound()
+    expect = Fused(RENORM, experts(num_experts=5, first=3))
     local_experts: ClassVar[int] = 5
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for e in range(5):
             token, slot = torch.where(ids == e + 3)
+            out.index_add_(0, token, mlp(x[token], self.up[e], self.down[e]) * w[token, slot, None])
+        return out
+
+
+class FirstExpertsForgotten(Case):
+    """Verdict: rejected. The loop starts at expert 3, and so does its reading of weights that are there for the ids before it too."""
+
+    expect = Rejected("experts 0, 1, 2 are never applied")
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(3, E):
+            token, slot = torch.where(ids == e)
             out.index_add_(0, token, mlp(x[token], self.up[e], self.down[e]) * w[token, slot, None])
         return out
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.ir import Form, Stored
+from moe_compile.ir import Form, Rows, Stored
+from moe_compile.ir.stored import Scale
 
 from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected
 from .dispatch import GroupedSorted
@@ -293,11 +294,18 @@ class GridTransposed(_Floats):
         return super().floats(q, s.t())
 
 
-class BlocksDivided(_Floats):
-    """Verdict: fused, the weights being floats. The scale divides."""
+class BlocksDivided(_Blocks):
+    """Verdict: fused, another function: the scale divides."""
+
+    how = replace(BLOCKS, scaled=Scale.DIVIDES)
+    expect = storing(how)
+    near, differs = "BlocksRepeated", ("experts.down_stored.scaled", "experts.up_stored.scaled")
+
+    def scales(self, *shape: int) -> Tensor:
+        return (torch.rand(*shape) + 0.3) * 40
 
     def floats(self, q: Tensor, s: Tensor) -> Tensor:
-        return q.float() / (s * 2000).repeat_interleave(B, 0).repeat_interleave(B, 1)
+        return q.float() / s.repeat_interleave(B, 0).repeat_interleave(B, 1)
 
 
 class OneGridForTwo(_Floats):
@@ -328,10 +336,10 @@ class BytesAsScales(_Floats):
 
 
 class CodedRowsInFloat8(_Blocks):
-    """Verdict: rejected. The rows are rounded to float8 before the product, by a scale of each row's own: W8A8, another function."""
+    """Verdict: fused, other rows: those of the first product are rounded to float8, by a scale of each row's own."""
 
-    expect = Rejected("float8_e4m3fn")
-    near = "BlocksRepeated"
+    expect = Fused(RENORM, replace(STORED, up_rows=Rows(8, F8, floor=1e-12 / 448)))
+    near, differs = "BlocksRepeated", ("experts.up_rows",)
 
     def expert(self, e: Any, x: Tensor) -> Tensor:
         s = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448

@@ -98,11 +98,13 @@ def test_no_floats_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cuda_takes() -> None:
-    """Any codes; rounded rows, identity experts and float weights with scales have their own reasons."""
+    """Any codes, rows rounded or not; identity experts and float weights with scales have their own reasons."""
     cuda, blocks = target_of("cuda"), replace(MEANINGS["blocks"], dtype=torch.bfloat16)
     assert cuda.reason(ir.MoeBlock(None, blocks)) is None
     assert "float8_e4m3fn × scale of 2 × 2" in cuda.says(ir.MoeBlock(None, blocks))
     other = replace(blocks, up_stored=ir.Stored(32, torch.float32, rows=1))
-    rounded, identity = replace(blocks, row_bits=8), replace(blocks, num_identity=1)
-    for e, why in ((other, "float expert weights"), (rounded, "rounded"), (identity, "identity")):
+    rows = ir.Rows(8, torch.float8_e4m3fn, 2)
+    rounded, identity = replace(blocks, up_rows=rows, down_rows=rows), replace(blocks, num_identity=1)
+    assert cuda.reason(ir.MoeBlock(None, rounded)) is None and "rows in float8_e4m3fn by 2" in cuda.says(ir.MoeBlock(None, rounded))
+    for e, why in ((other, "float expert weights"), (identity, "identity")):
         assert why in str(cuda.reason(ir.MoeBlock(None, e)))

@@ -10,13 +10,16 @@ from test_ops import close
 
 pytest.importorskip("triton")
 
-from calls import DEVICE, DTYPES, TOLERANCE
+from calls import DEVICE, DTYPES, ON_GPU, TOLERANCE
+from interpreted import interpreted
 from test_adapted import BY_NAME, MEANINGS, leaves, tensors
 
 from moe_compile import ops
 from moe_compile.ir.operands import ADAPTED
 from moe_compile.lowering.reference import generic
-from moe_compile.lowering.triton import adapted
+from moe_compile.lowering.triton import adapted, adapted_calls
+from moe_compile.lowering.triton.launch import plans, warm
+from moe_compile.lowering.triton.launch.tape import Fill, Launch
 
 
 def moved(name: str, dtype: torch.dtype, pairs: torch.dtype | None = None) -> dict[str, Any]:
@@ -79,3 +82,66 @@ def test_no_tokens() -> None:
     t = {**t, "x": t["x"][:0], "ids": t["ids"][:0], "weights": t["weights"][:0]}
     x, ids, weights, p, rest = ops.bundled([*t.values()], ADAPTED)
     assert adapted.forward(x, ids, weights, p, *rest, ops.adapted_of(ops.experts_args(MEANINGS["stacked"])))[0].shape == (0, 12)
+
+
+@pytest.mark.parametrize("name", ["stacked", "interleaved"])
+def test_calls_are_planned(name: str) -> None:
+    """Forward and backward of stacks are launches alone: a plan holds them."""
+    e = MEANINGS[name]
+    layout = ops.adapted_of(ops.experts_args(e))
+    x, ids, weights, p, _ = ops.bundled([*moved(name, torch.float32).values()], ADAPTED)
+    pre = x.new_empty(ids.numel(), layout.pre_width(p.down))
+    needs = (True, True, *(n.endswith(("_a", "_b")) for n, group in p.by_name().items() for _ in group))
+    grad = torch.empty(x.shape[0], layout.out_features(p.down), device=DEVICE)
+    forward = (x, ids, weights, None, *p)
+    tape, results = plans.record(adapted_calls._forward, adapted_calls._how(layout, x, p), forward, [0] * len(forward))
+    assert [r.shape for r in results] == [grad.shape, pre.shape]
+    backward = (grad, pre, x, ids, weights, *p)
+    more, results = plans.record(adapted_calls._backward, adapted_calls._how(layout, x, p, needs), backward, [0] * len(backward))
+    assert len(results) == sum(needs) and all(isinstance(s, (Launch, Fill)) for s in (*tape.steps, *more.steps))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's: on a GPU test_ops_run_by_plans")
+def test_plans_do_what_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits through a plan, with other operands of the same layout too."""
+    layout = ops.adapted_of(ops.experts_args(MEANINGS["concat"]))
+    with interpreted(monkeypatch):
+        for _ in range(2):
+            x, ids, weights, p, _ = ops.bundled([*moved("concat", torch.float32).values()], ADAPTED)
+            x = torch.randn_like(x)
+            needs = (True, True, *(n.endswith(("_a", "_b")) for n, group in p.by_name().items() for _ in group))
+            got = adapted_calls.forward(x, ids, weights, p, None, layout)
+            grad = torch.randn_like(got[0])
+            back = adapted_calls.backward(grad, got[1], x, ids, weights, p, layout, needs)
+            with plans.step_by_step():
+                want = adapted_calls.forward(x, ids, weights, p, None, layout)
+                again = adapted_calls.backward(grad, want[1], x, ids, weights, p, layout, needs)
+            rows = int(((ids >= 0) & (ids < layout.num_experts)).sum())
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1][:rows], want[1][:rows])
+            assert all(map(torch.equal, back, again))
+        assert len(plans._plans) == 2 and None not in plans._plans.values()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_ops_run_by_plans() -> None:
+    e, t = MEANINGS["concat"], moved("concat", torch.bfloat16)
+    plans.forget()
+    with torch.no_grad():
+        got = torch.ops.moe_compile.experts_adapted(*t.values(), *ops.experts_args(e))
+    close(got, e.evaluate(**t), 4 * TOLERANCE[torch.bfloat16])
+    assert len(plans._plans) == 1 and None not in plans._plans.values()
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's")
+def test_kernels_are_begun_when_the_op_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without values, forward and backward: what a call will launch is known before it comes."""
+    e = MEANINGS["concat"]
+    args = [*moved("concat", torch.float32).values(), *ops.experts_args(e)]
+    begun: list[str] = []
+    with interpreted(monkeypatch):
+        monkeypatch.setattr(warm, "start", lambda build, how, tensors: begun.append(build.__name__))
+        adapted_calls.compile_ahead("experts_adapted_fwd", args)
+        out, pre, *_ = ops.shapes.experts_adapted_fwd(*args)
+        rest = [a for a in args if a is not None]  # the backward op has no `add`
+        adapted_calls.compile_ahead("experts_adapted_bwd", [out, pre, *rest, [True] * 8])
+    assert begun == ["_forward", "_backward"]

@@ -14,20 +14,21 @@ from moe_compile.lowering.triton import router
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
-SIZES = [(1, 8, 64), (4, 60, 96), (2, 300, 40), (3, 1, 17), (1, 16, 4100)] + ([(1, 128, 2048), (4, 256, 7168)] if ON_GPU else [])
+SIZES = [(1, 8, 64), (8, 60, 96), (2, 300, 40), (3, 1, 17), (1, 16, 4100)] + ([(1, 128, 2048), (4, 256, 7168)] if ON_GPU else [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "experts", "hidden"), SIZES)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_product(tokens: int, experts: int, hidden: int, bias: bool, dtype: torch.dtype) -> None:
-    """Any sizes: rows longer than one load, odd ends, an odd number of experts."""
+@pytest.mark.parametrize("wide", [None, torch.float32], ids=["", "float32"])
+def test_product(tokens: int, experts: int, hidden: int, bias: bool, dtype: torch.dtype, wide: torch.dtype | None) -> None:
+    """Any sizes: rows longer than one load, odd ends, an odd number of experts; in the operands' dtype and in float32."""
     x, w = torch.randn(tokens, hidden, device=DEVICE).to(dtype), torch.randn(experts, hidden, device=DEVICE).to(dtype)
     b = torch.randn(experts, device=DEVICE).to(dtype) if bias else None
-    got = router.product(x, w, b)
+    got = router.product(x, w, b, wide or dtype)
     want = F.linear(x.double(), w.double(), None if b is None else b.double())
-    assert got.dtype == dtype and got.shape == want.shape
-    assert float((got.double() - want).abs().max()) <= (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps) * float(
+    assert got.dtype == (wide or dtype) and got.shape == want.shape
+    assert float((got.double() - want).abs().max()) <= (2e-6 if (wide or dtype) == torch.float32 else torch.finfo(dtype).eps) * float(
         want.abs().max() + 1
     )
 
@@ -35,17 +36,17 @@ def test_product(tokens: int, experts: int, hidden: int, bias: bool, dtype: torc
 def test_strides() -> None:
     """Rows of a wider tensor are read in place; columns are torch's."""
     x, w = torch.randn(2, 128, device=DEVICE), torch.randn(8, 128, device=DEVICE)
-    torch.testing.assert_close(router.product(x[:, :64], w[:, 64:], None), x[:, :64] @ w[:, 64:].T)
-    torch.testing.assert_close(router.product(x, w.T.contiguous().T, None), x @ w.T)
+    torch.testing.assert_close(router.product(x[:, :64], w[:, 64:], None, x.dtype), x[:, :64] @ w[:, 64:].T)
+    torch.testing.assert_close(router.product(x, w.T.contiguous().T, None, x.dtype), x @ w.T)
 
 
 def test_beyond() -> None:
     """More tokens than the kernel is for, none at all, another dtype: torch's product."""
     w = torch.randn(8, 32, device=DEVICE)
-    for x in (torch.randn(5, 32, device=DEVICE), torch.randn(0, 32, device=DEVICE)):
-        assert torch.equal(router.product(x, w, None), F.linear(x, w))
+    for x in (torch.randn(9, 32, device=DEVICE), torch.randn(0, 32, device=DEVICE)):
+        assert torch.equal(router.product(x, w, None, x.dtype), F.linear(x, w))
     x = torch.randn(2, 32, device=DEVICE, dtype=torch.float64)
-    assert torch.equal(router.product(x, w.double(), None), F.linear(x, w.double()))
+    assert torch.equal(router.product(x, w.double(), None, x.dtype), F.linear(x, w.double()))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

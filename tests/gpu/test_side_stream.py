@@ -20,6 +20,7 @@ from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import calls as kernels
 from moe_compile.lowering.triton import shared as beside
 from moe_compile.lowering.triton import short
+from moe_compile.lowering.triton.launch import tape
 
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="streams of a GPU")
 HIDDEN, INTER, SHARED = (96, 80, 112) if ON_GPU else (20, 18, 14)
@@ -196,7 +197,7 @@ def test_both_streams_are_ordered() -> None:
     for slow_side in (False, True):
         args[0].fill_(float("nan"))
         if slow_side:
-            with torch.cuda.stream(beside.side_stream(args[0].device)):
+            with torch.cuda.stream(tape.side_stream(args[0].device)):
                 torch.cuda._sleep(20_000_000)
         else:
             torch.cuda._sleep(20_000_000)
@@ -208,8 +209,8 @@ def test_both_streams_are_ordered() -> None:
 
 @NEEDS_GPU
 def test_one_side_stream_for_all_layers() -> None:
-    first = beside.side_stream(torch.device("cuda"))
-    assert first is beside.side_stream(torch.device("cuda", torch.cuda.current_device()))
+    first = tape.side_stream(torch.device("cuda"))
+    assert first is tape.side_stream(torch.device("cuda", torch.cuda.current_device()))
     assert first != torch.cuda.current_stream()
 
 

@@ -12,6 +12,7 @@ from random_terms import RandomWorld, Source, difference
 
 import moe_compile.passes.terms as T
 from moe_compile.passes.recover.addends import Part, given, rolled, scaled_input
+from moe_compile.passes.recover.groups import keeps_all
 from moe_compile.passes.recover.identity import among, numbered
 from moe_compile.passes.recover.routing import at_best, risen, roll_slots
 from moe_compile.passes.terms.arithmetic import build
@@ -167,3 +168,20 @@ def test_the_largest_value_is_the_first_choices(score: str, value: str):
     for seed in range(20):
         world = Routed(SimpleNamespace(facts=T.facts(), rows={}), seed)
         assert same_value(evaluate(weight, world, {t: seed % 3}), evaluate(made, world, {t: seed % 3}))
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (3, 3), (3, 2), (3, 1)])
+def test_groups_that_are_all_kept(groups: int, kept: int):
+    """∃ j < kept: topk(x)[j] = v, of every v, if and only if as many are kept as there are."""
+    x = torch.randn(50, groups)
+    always = bool((x.topk(kept).indices[..., None] == torch.arange(groups)).any(1).all())
+    graph = fx.Graph()
+    given = graph.placeholder("x")
+    chosen = graph.call_function(torch.ops.aten.topk.default, (given, kept))
+    given.meta["val"], chosen.meta["val"] = x, x.topk(kept)
+    j, e, t = T.named("j", kept), T.named("e", 4 * groups), T.named("t", 50)
+    group = T.fdiv(e, T.const(4)) if groups > 1 else T.const(0)
+    slots = (t, j) if kept > 1 else (t, T.const(0))
+    hit = T.eq(T.mk("topk", chosen, slots), group)
+    cond = T.mk("any", j, hit) if kept > 1 else hit
+    assert keeps_all(cond, e) == always == (kept == groups)

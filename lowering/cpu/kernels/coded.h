@@ -21,7 +21,7 @@ struct CodedArgs {
 };
 
 enum Kind : i64 { HALVES, INT8, E4M3, BYTES };                  // half bytes by table, ..., bytes by table
-enum NumberKind : i64 { NO_NUMBER, FLOAT32, BFLOAT16, FLOAT16, EXPONENT };
+enum NumberKind : i64 { NO_NUMBER, FLOAT32, BFLOAT16, FLOAT16, EXPONENT, BITS };
 
 static inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
@@ -38,6 +38,7 @@ static inline float number_at(const void* base, i64 i, i64 kind) {
   if (kind == BFLOAT16) return bits_to_float(uint32_t(static_cast<const uint16_t*>(base)[i]) << 16);
   if (kind == FLOAT16) return half_to_float(static_cast<const uint16_t*>(base)[i]);
   const uint8_t b = static_cast<const uint8_t*>(base)[i];
+  if (kind == BITS) return bits_to_float(uint32_t(b) << 23);
   return b == 255 ? NAN : b ? bits_to_float(uint32_t(b) << 23) : 5.877471754111438e-39f;
 }
 
@@ -213,7 +214,7 @@ struct CodedForward : Phases<CodedForward> {
       if (!list) return nullptr;
       return expert_stride ? static_cast<const uint8_t*>(list[half]) + e * bytes : list[half * a.experts + e];
     };
-    auto width = [](i64 kind) { return kind == FLOAT32 ? 4 : kind == EXPONENT ? 1 : 2; };
+    auto width = [](i64 kind) { return kind == FLOAT32 ? 4 : kind >= EXPONENT ? 1 : 2; };
     return {c, static_cast<const uint8_t*>(of(bases, expert_stride)), of(c.scales, scale_expert * width(c.scale_kind)),
             of(c.zeros, scale_expert * width(c.zero_kind)), stride, half ? c.second : 0, k};
   }

@@ -1,0 +1,196 @@
+"""Experts spread over ranks: which ops bring rows to them and back, as a table of laws, and a block written with them (inference).
+
+`npu_moe_distribute_dispatch_v2` sends each token to the ranks of its experts, whose rows come out by expert;
+`npu_moe_distribute_combine_v2` sends the results back and sums them. Limits: op-plugin's pages of the two. Every rank calls both, in every
+layer with the same group. No hardware and no process group has run this; `emulate_exchange` does, with ranks in threads. Nothing emits it
+yet: a graph has to say first which experts are whose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import generic
+from . import calls
+from .calls import Packed, call, cast
+
+MAX_EXPERTS, MAX_K = 1024, 16
+A2_WORLDS = (16, 32, 64, 128, 256)
+SHARED_BEHIND: dict[str, int] = {"shared_expert_num": 0, "shared_expert_rank_num": 0}  # its result is added by whoever calls
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A block whose experts are spread evenly over the `world` ranks of a group.
+
+    tokens: of this rank, None where the number is not fixed. known: the ids of a row are distinct experts, whole top-k's that nobody has
+    written to. identity: experts that give their input back, with ids behind the others'. device: a family of `device.family`.
+    """
+
+    device: str
+    world: int
+    experts: int
+    k: int
+    hidden: int
+    tokens: int | None
+    dtype: torch.dtype
+    known: bool = True
+    identity: int = 0
+    weight_on_input: bool = False
+    training: bool = False
+
+
+Check = Callable[[Spread], str | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to exchange rows. `holds`: why it is exact where nothing in `checks` objects."""
+
+    name: str
+    calls: str
+    holds: str
+    checks: tuple[Check, ...]
+
+    def refuses(self, s: Spread) -> str | None:
+        """The first objection, or None."""
+        return next((why for c in self.checks if (why := c(s)) is not None), None)
+
+
+def _inference(s: Spread) -> str | None:
+    return "the ops have no gradients" if s.training else None
+
+
+def _static(s: Spread) -> str | None:
+    return "the number of tokens is not fixed, and the ops are for static graphs" if s.tokens is None else None
+
+
+def _halves(s: Spread) -> str | None:
+    return None if s.dtype in (torch.float16, torch.bfloat16) else f"rows of {s.dtype}: the ops take fp16 and bf16"
+
+
+def _known(s: Spread) -> str | None:
+    """An id twice in a row, or outside of the experts, hangs or crashes the kernels: a slot of no expert cannot go to expert 0 here."""
+    return None if s.known else "ids of a row are not known to be distinct experts"
+
+
+def _combined_by_weight(s: Spread) -> str | None:
+    return "the routing weight is applied to the input, the op applies it to the output" if s.weight_on_input else None
+
+
+def _sizes(s: Spread) -> str | None:
+    if not 1 <= s.experts <= MAX_EXPERTS or s.experts % s.world:
+        return f"{s.experts} experts over {s.world} ranks: the op takes {MAX_EXPERTS}, evenly"
+    return None if 1 <= s.k <= min(MAX_K, s.experts + s.identity) else f"{s.k} experts a token, the op takes {MAX_K}"
+
+
+def _a2(s: Spread) -> str | None:
+    if s.device != "A2":
+        return "not an A2"
+    if s.world not in A2_WORLDS or s.experts // s.world > 24:
+        return f"{s.experts} experts over {s.world} ranks: an A2 takes 16, 32 .. 256 ranks with up to 24 experts each"
+    if s.identity:
+        return "identity experts, which an A2 has not"
+    if s.hidden % 32 or not 0 < s.hidden <= 7168:
+        return f"a hidden size of {s.hidden}: an A2 takes multiples of 32 up to 7168"
+    return None if 0 < (s.tokens or 0) <= 256 else f"{s.tokens} tokens a rank, an A2 takes 256"
+
+
+def _a3(s: Spread) -> str | None:
+    if s.device != "A3":
+        return "not an A3"
+    if not 2 <= s.world <= 768:
+        return f"{s.world} ranks, an A3 takes 2 to 768"
+    if not 1024 <= s.hidden <= 8192:
+        return f"a hidden size of {s.hidden}, an A3 takes 1024 to 8192"
+    return None if 0 < (s.tokens or 0) <= 512 else f"{s.tokens} tokens a rank, an A3 takes 512"
+
+
+_COMMON: tuple[Check, ...] = (_inference, _static, _halves, _known, _combined_by_weight, _sizes)
+EXCHANGES: tuple[Row, ...] = (
+    Row(
+        "dispatch and combine, A3",
+        "npu_moe_distribute_dispatch_v2, npu_moe_distribute_combine_v2",
+        "Σ_j w · y over the slots of a token, identity experts as copy experts; weights go into the combine",
+        (*_COMMON, _a3),
+    ),
+    Row(
+        "dispatch and combine, A2",
+        "npu_moe_distribute_dispatch_v2(expert_scales=w), npu_moe_distribute_combine_v2(expand_scales=)",
+        "the same; an A2 sums within a node first, so that weights travel with the rows",
+        (*_COMMON, _a2),
+    ),
+    Row("collectives", "all_to_all of rows and counts", "anything: counts come to the host, so no graph captures it", ()),
+)
+A3, A2, COLLECTIVES = EXCHANGES
+
+
+def choose(s: Spread) -> tuple[Row, list[tuple[Row, str]]]:
+    """The row that is taken, and what every row above it objected to."""
+    refused: list[tuple[Row, str]] = []
+    for row in EXCHANGES:
+        why = row.refuses(s)
+        if why is None:
+            return row, refused
+        refused.append((row, why))
+    raise AssertionError("the last row takes everything")
+
+
+# ---- a block -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands: the name of HCCL's group, its size, the rank."""
+
+    group: str
+    world: int
+    rank: int
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout, row: Row, at: Place, active: Tensor | None = None
+) -> Tensor:
+    """x [T, H], ids [T, k] of all experts, weights [T, k]; `p` holds this rank's experts -> [T, H_out].
+
+    active: bool [T], tokens that take part, all of them before those that do not; what these get is zero.
+    """
+    wide = cast(weights, torch.float32)
+    plain = dict(x_active_mask=active, **SHARED_BEHIND, copy_expert_num=layout.num_identity)
+    given = (at.group, at.world, at.rank, layout.num_experts)
+    travels = {"expert_scales": wide} if row is A2 else {}
+    ids = cast(ids, torch.int32)
+    rows, _, info, counts, received, _, scales = call("npu_moe_distribute_dispatch_v2", x, ids, *given, **plain, **travels)
+    y = calls.product(calls.activate([calls.product(rows, w, counts) for w in p.up], layout), p.down, counts)
+    back: dict[str, Any] = {"expand_scales": scales} if row is A2 else {}
+    if layout.num_identity:
+        back["ori_x"] = x
+    out: Tensor = call("npu_moe_distribute_combine_v2", y, ids, info, received, wide, *given, **plain, **back)
+    return out if active is None else torch.where(active[:, None], out, torch.zeros_like(out))
+
+
+# ---- logical to physical experts ---------------------------------------------------------------------------------------------
+
+
+def placement(table: Tensor) -> Tensor:
+    """table [E] or [E, R], the places of each logical expert (-1: no more) -> [E, 1 + R] int32 as npu_moe_update_expert reads it.
+
+    Raises ValueError for an expert that is nowhere: the op's tables have one place at least.
+    """
+    places = table.reshape(len(table), -1).to(torch.int32)
+    count = (places >= 0).sum(1, keepdim=True, dtype=torch.int32)
+    if bool((count == 0).any()):
+        raise ValueError(f"expert {int((count == 0).nonzero()[0, 0])} is in no place: every logical expert needs one")
+    order = (places < 0).to(torch.int32).argsort(dim=1, stable=True)
+    return torch.cat([count, places.gather(1, order)], 1)
+
+
+def physical(ids: Tensor, table: Tensor, at: Place | None = None) -> Tensor:
+    """ids [T, k] of logical experts -> of physical ones, by `placement`'s table: replicas by rank, or (no place) by token in turn."""
+    how = dict(balance_mode=1) if at is None else dict(local_rank_id=at.rank, world_size=at.world, balance_mode=0)
+    return call("npu_moe_update_expert", cast(ids, torch.int32), table, **how)[0]  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""Expert parallelism for transformers: `DistributedConfig(ep_size=..., ep_implementation="moe_compile")` once this module is imported.
+
+    import moe_compile.integrations.transformers
+    config = DistributedConfig(tp_size=2, tp_plan="auto", ep_size=2, ep_implementation="moe_compile")
+    model = AutoModelForCausalLM.from_pretrained(name, distributed_config=config)
+    model = torch.compile(model, backend="moe_fused")
+
+Placement, loading, saving and FSDP stay transformers'. What is brought is how rows reach the experts: every rank gathers ids, weights and
+rows of its group, runs its own experts on them, and gets the sums for its own rows back by a reduce-scatter. With k of E experts a token
+needs a certain other one of P ranks with probability 1 - C(E - E/P, k) / C(E, k): 0.997 for two ranks and 0.91 for four with 8 of 128,
+so that little is gathered in vain, nothing is read back to the host, and all shapes are known beforehand (one graph, CUDA graphs).
+Where all ranks hold the same batch nothing is gathered, and the results are summed by one all-reduce.
+
+Needs transformers 5.23 or newer. Raises ImportError where it has no registry for implementations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
+from torch import Tensor
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ImportError as e:
+    raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
+
+NAME = "moe_compile"
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """x, which all ranks of a group hold alike; each has a part of its gradient, and all of them get the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return fc.wait_tensor(fc.all_reduce(grad.contiguous(), "sum", ctx.group)), None
+
+
+class _Sum(torch.autograd.Function):
+    """Σ over the ranks of a group of x; the gradient of the sum, which all ranks hold alike, is that of each addend."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        return fc.wait_tensor(fc.all_reduce(x.contiguous(), "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class GatherEP(EPImplementation):  # type: ignore[misc]
+    """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H]; T may differ from rank to rank.
+
+    Ids outside of this rank's experts are `num_local_experts` with weight 0, as transformers' experts take them.
+    """
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        group = self.ep_mesh.get_group()
+        if self.shares_batch:
+            hidden_states, top_k_weights = _SumOfGradients.apply(hidden_states, group), _SumOfGradients.apply(top_k_weights, group)
+            return _Sum.apply(self._local(hidden_states, top_k_index, top_k_weights), group)  # type: ignore[no-any-return]
+        rows, weights = (fc.all_gather_tensor_autograd(t.contiguous(), 0, group) for t in (hidden_states, top_k_weights))
+        ids = fc.all_gather_tensor(top_k_index.contiguous(), 0, group)
+        part = self._local(rows, ids, weights)
+        return fc.reduce_scatter_tensor_autograd(part, "sum", 0, group)
+
+    def _local(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """This rank's experts on rows of any rank."""
+        first = dist.get_rank(self.ep_mesh.get_group()) * self.num_local_experts
+        foreign = (ids < first) | (ids >= first + self.num_local_experts)
+        local = torch.where(foreign, self.num_local_experts, ids - first)
+        return self.experts_forward(rows, local, weights.masked_fill(foreign, 0.0))  # type: ignore[no-any-return]
+
+
+EPImplementationInterface.register(NAME, GatherEP)

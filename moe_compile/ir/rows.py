@@ -1,0 +1,54 @@
+"""How rows are rounded before a product, where a model does that: W8A8.
+
+q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stored import ALL
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a model does to the rows that go into a product.
+
+    bits, dtype: of what they are rounded to: int8 (whole numbers up to 127), or a float of one byte, whose largest number is that of its
+    type. group: inputs that share a scale, `ALL` for a row's. floor: the least that is divided by; 0: no such limit, and a group of zeros
+    is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has
+    max(s, floor), and not s.
+    """
+
+    bits: int
+    dtype: torch.dtype
+    group: int = ALL
+    floor: float = 0.0
+    power: bool = False
+    floored: bool = True
+
+    @property
+    def largest(self) -> float:
+        """The number that the largest of a group becomes."""
+        return float(torch.finfo(self.dtype).max) if self.dtype.is_floating_point else float(2 ** (self.bits - 1) - 1)
+
+    def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [N, K] -> q [N, groups, group] and what it is multiplied by [N, groups, 1], both in the type of the rows."""
+        x = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
+        s = x.abs().amax(-1, keepdim=True) / self.largest
+        least = s.clamp(min=self.floor) if self.floor else s
+        if self.power:
+            s = least = torch.exp2(torch.ceil(torch.log2(least)))
+        if self.dtype.is_floating_point:
+            q = (x / least).to(self.dtype).to(rows.dtype)
+        else:
+            q = (x / torch.where(least == 0, 1.0, least)).round()
+        return q, least if self.floored else s
+
+    def rounded(self, rows: Tensor) -> Tensor:
+        """rows [N, K] as the product reads them, in their own type. Raises RuntimeError where groups do not divide K."""
+        q, s = self.codes(rows)
+        return (q * s).flatten(-2)

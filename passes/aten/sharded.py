@@ -1,0 +1,56 @@
+"""Tensors spread over several devices (DTensor) in Dynamo's graph: opaque regions of the shadow.
+
+What computes on them is not traced: one line of the user's there is a collective and local operations that only DTensor knows. Where
+plain tensors come out of such a region (`to_local()`, a custom function's results) each is a leaf of the shadow, with nothing before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map_only
+
+from ...calls import is_write
+from ...ir import Rejection
+from .node import example_value
+
+
+def leaf() -> None:
+    """The target of a leaf's node in the shadow: a plain tensor that comes out of an opaque region."""
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a DTensor, or holds one. There is none where nobody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and value is not None and tree_any(lambda v: isinstance(v, module.DTensor), value)
+
+
+def is_region(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph computes on tensors that are spread over devices. Raises `Rejection` where it writes to one."""
+    if n.op in ("placeholder", "output", "get_attr"):
+        return False
+    taken = [x for x in n.all_input_nodes if is_sharded(example_value(x))]
+    if taken and is_write(n):
+        raise Rejection("a tensor that is spread over several devices (DTensor) is written in place", n, "shadow", code="sharded")
+    return bool(taken) or is_sharded(example_value(n))
+
+
+def opened(value: Any) -> Any:
+    """A node's value with a new tensor, traced by make_fx, for each plain one in it."""
+
+    def new(v: Tensor) -> Tensor:
+        if is_sharded(v):
+            return v
+        return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device, requires_grad=v.requires_grad)
+
+    return tree_map_only(Tensor, new, value)
+
+
+def as_leaf(made: fx.Node, of: Any) -> None:
+    """What `opened` traced becomes a leaf in the memory of what it stands for."""
+    made.target, made.args, made.kwargs = leaf, (), {}
+    made.meta["example_value"] = of

@@ -1,0 +1,127 @@
+"""Expert ids of which the graph does not tell where they come from: inputs, what came out of a collective or an opaque region.
+
+They are found from what they choose: rows of a stack of weights, the groups of a grouped product, one expert after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.fx as fx
+
+from ..aten import names
+from ..aten.definitions_views import TUPLES
+from ..aten.element import RULES
+from ..aten.names import op_name
+from ..aten.node import example_value
+from ..aten.sharded import leaf
+from ..aten.sorted_rows import is_mark
+from ..terms import Term
+from .selections import is_selection
+
+_MOST = 200  # nodes looked at behind one product
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def given_ids(graph: fx.Graph, walls: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Nodes of a shadow that hold such ids, and those of them that weights are read by; others may be compared for other reasons."""
+    readers = {s for n in _readers(graph) for s in _sources(n, walls)}
+    return readers | {s for n in _compared(graph) for s in _sources(n, walls)}, readers
+
+
+def choosers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Whole numbers that choose experts, perhaps, whatever made them: of Dynamo's graph or of a shadow."""
+    yield from _readers(graph)
+    yield from _compared(graph)
+
+
+def _readers(graph: fx.Graph) -> Iterator[fx.Node]:
+    """offs of a grouped product; i of W[i] where W [E, ·, ·] is given."""
+    for n in graph.nodes:
+        name = op_name(n)
+        if name in names.GROUPED:
+            yield from (x for x in (n.kwargs.get("offs"), *n.args[2:3]) if _holds_integers(x))
+        elif name in names.LOOKUP | {"index_select", "getitem"} and n.args and _is_stack(n.args[0]):
+            yield from (x for x in n.all_input_nodes if x is not n.args[0] and _holds_integers(x))
+
+
+def _compared(graph: fx.Graph) -> Iterator[fx.Node]:
+    """ids where [ids = e] is asked for several e, or for all of them."""
+    compared: dict[fx.Node, set[object]] = {}
+    for n in graph.nodes:
+        name = op_name(n)
+        if name == "one_hot" and _holds_integers(n.args[0]):
+            yield n.args[0]  # type: ignore[misc]
+        elif name == "eq" and len(n.args) == 2 and _holds_integers(n.args[0]) and type(n.args[1]) is int:
+            compared.setdefault(n.args[0], set()).add(n.args[1])  # type: ignore[arg-type]
+    yield from (n for n, numbers in compared.items() if len(numbers) > 1)
+
+
+def _holds_integers(n: object) -> bool:
+    v = example_value(n) if isinstance(n, fx.Node) else None
+    return isinstance(v, torch.Tensor) and v.dtype in _INTEGERS and v.ndim > 0
+
+
+def _is_stack(n: object) -> bool:
+    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given."""
+    if not isinstance(n, fx.Node):
+        return False
+    v, source = example_value(n), n
+    if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
+        return False
+    while op_name(source) in names.VIEW | names.CAST and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    return source.op in ("placeholder", "get_attr") or source.target is leaf or op_name(source) == "to_local"
+
+
+def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:
+    """The whole numbers that a chooser is made of and that are made of nothing; none where a selection is among what it is made of."""
+    found: set[fx.Node] = set()
+    waiting, seen = [chooser], {chooser}
+    while waiting:
+        n = waiting.pop()
+        if is_selection(n) or len(seen) > _MOST:
+            return set()
+        ends = n.op in ("placeholder", "get_attr") or n in walls or _is_collective(n)
+        if ends or not _has_rule(n):
+            found |= {n} if _holds_integers(n) else set()
+        if ends:
+            continue
+        new = [x for x in _inputs(n) if x not in seen]
+        seen.update(new)
+        waiting += new
+    return found
+
+
+def _is_collective(n: fx.Node) -> bool:
+    """Whether other devices have a part in a value: even a selection's indices are other ones behind it."""
+    return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
+
+
+def _has_rule(n: fx.Node) -> bool:
+    return op_name(n) in RULES or op_name(n) in TUPLES or op_name(n) == "getitem"
+
+
+def _inputs(n: fx.Node) -> Iterable[fx.Node]:
+    """What an element's value depends on."""
+    return () if op_name(n) in names.CREATION | names.SIZE else n.all_input_nodes
+
+
+def is_last(n: fx.Node) -> bool:
+    """Whether a grouped product is the last one of its groups: rows that came in order are done with there."""
+    if op_name(n) not in names.GROUPED:
+        return False
+    seen, waiting = {n}, [n]
+    while waiting and len(seen) < _MOST:
+        new = [u for u in waiting.pop().users if u not in seen]
+        if any(op_name(u) in names.GROUPED for u in new):
+            return False
+        seen.update(new)
+        waiting += new
+    return True
+
+
+def ends_of(ids: Term) -> fx.Node | None:
+    """The group ends of rows that came in the order of their experts, where that is what says their ids."""
+    return ids.args[0].args[0] if ids.op == "a" and is_mark(ids.args[0]) else None

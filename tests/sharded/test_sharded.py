@@ -1,0 +1,92 @@
+"""Sharded models in two gloo processes: what is fused, in how many graphs, and results and gradients as in one process.
+
+One pair of processes runs all cells of a file (`cells`, `models`): what costs is the start.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import ranks  # noqa: E402
+
+BOTH = ("grouped_mm", "loop")
+# set-up -> (experts ops, graphs) in training for grouped products and for the loop. FSDP2's second layer is a graph of its own there: its
+# input wants a gradient. Layers that are alike share a graph.
+OWN: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "ddp": ((2, 1), (2, 1)),
+    "ddp, several buckets": ((0, 8), (2, 3)),
+    "ddp, optimize_ddp=False": ((2, 1), (2, 1)),
+    "fsdp, by layer": ((2, 2), (2, 2)),
+    "fsdp, whole": ((2, 2), (2, 2)),
+    "fsdp, experts apart": ((1, 5), (1, 5)),
+    "fsdp, mixed precision": ((2, 2), (2, 2)),
+    "fsdp, accumulation": ((2, 2), (2, 2)),
+    "fsdp, kept": ((2, 2), (2, 2)),
+}
+INFERENCE = {"ddp": (2, 1), "fsdp, by layer": (1, 1), "fsdp, experts apart": (1, 3)}
+# of transformers, one layer
+THEIRS: dict[str, tuple[tuple[int, int], ...]] = {
+    "tp": ((1, 1), (1, 1)),
+    "ep, all_reduce": ((1, 1), (1, 1)),
+    "ep, all_to_all": ((1, 13),),  # the splits are read back to the host in a context that Dynamo cannot break in
+    "ep, moe_compile": ((1, 1), (1, 1)),
+    "fsdp and ep, moe_compile": ((1, 5), (1, 5)),  # transformers shards the experts apart from their layer
+}
+
+
+def _found(name: str, tmp: pytest.TempPathFactory, timeout: float) -> list[dict[str, Any]]:
+    return ranks.start(HERE / f"{name}.py", "table", tmp.mktemp(name), timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _found("cells", tmp_path_factory, 400)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers.distributed.expert_parallel")
+    return _found("models", tmp_path_factory, 400)
+
+
+def _check(found: list[dict[str, Any]], cell: str, fused: int, graphs: int, off: float = 2e-6) -> None:
+    for of_rank in found:
+        assert cell in of_rank, of_rank["said"]
+        told = of_rank[cell]
+        assert (told["fused"], told["graphs"]) == (fused, graphs), told
+        assert told["out"] <= off and told["grad"] <= off, told
+
+
+@pytest.mark.parametrize("setup", OWN)
+@pytest.mark.parametrize("spelling", BOTH)
+def test_training(setup: str, spelling: str, own: list[dict[str, Any]]) -> None:
+    off = 0.03 if "mixed" in setup else 2e-6  # gathered in bf16, beside fp32
+    _check(own, f"{setup} / {spelling} / training", *OWN[setup][BOTH.index(spelling)], off)
+
+
+@pytest.mark.parametrize("setup", INFERENCE)
+@pytest.mark.parametrize("spelling", BOTH)
+def test_inference(setup: str, spelling: str, own: list[dict[str, Any]]) -> None:
+    _check(own, f"{setup} / {spelling} / inference", *INFERENCE[setup])
+
+
+def test_a_bucket_that_cuts_a_block_is_told_with_what_to_do(own: list[dict[str, Any]]) -> None:
+    left = own[0]["ddp, several buckets / grouped_mm / training"]["left"]
+    assert left and all("optimize_ddp = False" in reason and "FSDP2" in reason for reason in left)
+    assert not own[0]["ddp / grouped_mm / training"]["left"]
+
+
+@pytest.mark.parametrize(("setup", "spelling"), [(s, x) for s, each in THEIRS.items() for x in ("grouped_mm", "eager")[: len(each)]])
+def test_training_of_transformers(setup: str, spelling: str, theirs: list[dict[str, Any]]) -> None:
+    _check(theirs, f"{setup} / {spelling} / training", *THEIRS[setup][spelling == "eager"])
+
+
+def test_inference_of_transformers(theirs: list[dict[str, Any]]) -> None:
+    _check(theirs, "ep, moe_compile / grouped_mm / inference", 1, 1)

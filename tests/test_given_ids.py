@@ -1,0 +1,153 @@
+"""Experts whose ids the graph does not make: inputs, rows that came in the order of their experts, another device's experts masked.
+
+Each spelling with its verdict; near misses beside them. What is fused gives eager's result and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moe_compile
+from moe_compile.report import Report
+
+E, K, H, I, T = 4, 2, 16, 16, 9
+Fn = Callable[..., Tensor]
+
+
+def weights(experts: int = E) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return tuple((torch.randn(*s, generator=g) * 0.3).requires_grad_() for s in ((experts, 2 * I, H), (experts, H, I)))  # type: ignore[return-value]
+
+
+def routed(experts: int = E) -> tuple[Tensor, Tensor]:
+    ids = torch.stack([torch.randperm(experts)[:K] for _ in range(T)])
+    return ids, torch.rand(T, K)
+
+
+def act(h: Tensor) -> Tensor:
+    g, u = h.chunk(2, -1)
+    return F.silu(g) * u
+
+
+def gathered(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Fused: weights gathered by ids that are an input."""
+    return torch.einsum("tki,tkhi,tk->th", act(torch.einsum("th,tkih->tki", x, up[ids])), down[ids], w)
+
+
+def loop_from_a_number_on(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Fused, ids less 4: the experts of the second of two devices, the offset in the loop."""
+    out = torch.zeros_like(x)
+    for e in range(E):
+        c = (w * (ids == e + E)).sum(-1, keepdim=True)
+        out = out + c * F.linear(act(F.linear(x, up[e])), down[e])
+    return out
+
+
+def masked_gather(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Fused: ids of other devices' experts are clamped and weigh nothing."""
+    foreign = ids // E != 1
+    return gathered(x, torch.where(foreign, E, ids % E).clamp(0, E - 1), w.masked_fill(foreign, 0.0), up, down)
+
+
+def crossed(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: the two projections are chosen by different ids."""
+    return torch.einsum("tki,tkhi,tk->th", act(torch.einsum("th,tkih->tki", x, up[ids])), down[ids.flip(-1)], w)
+
+
+def of_other_rows(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: a token's experts are those of the token after it."""
+    return gathered(x, ids.roll(1, 0)[:, :1].expand(-1, K) + 0 * ids, w, up, down).roll(1, 0).cumsum(0)
+
+
+def compiled(f: Fn, *args: Any) -> tuple[Tensor, Report]:
+    out = torch.compile(f, backend="moe_fused", options={"inner": "aot_eager"})(*args)
+    return out, moe_compile.last_report()
+
+
+@pytest.mark.parametrize(("f", "first", "fused"), [
+    (gathered, 0, True), (loop_from_a_number_on, 4, True), (masked_gather, 0, True), (crossed, 0, False), (of_other_rows, 0, False),
+])  # fmt: skip
+def test_given_ids(f: Fn, first: int, fused: bool) -> None:
+    """The verdict, and eager's result and gradients."""
+    up, down = weights()
+    ids, w = routed(2 * E if f in (loop_from_a_number_on, masked_gather) else E)
+    x = torch.randn(T, H, requires_grad=True)
+    leaves = [x, up, down, w.requires_grad_()]
+    out, report = compiled(f, x, ids, w, up, down)
+    assert len(report.blocks) == fused and (not fused or ("ids − 4" in report.blocks[0].experts) == (first == 4))
+    want = f(x, ids, w, up, down)
+    grads = [torch.autograd.grad((y * torch.arange(H)).sum(), leaves) for y in (out, want)]
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def products(x: Tensor, ends: Tensor, again: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """torchtitan's GroupedExperts: rows in the order of the experts, products in bf16, casts made anew for each."""
+    g = F.grouped_mm(x.bfloat16(), up[:, :I].bfloat16().mT, offs=ends)
+    u = F.grouped_mm(x.bfloat16(), up[:, I:].bfloat16().mT, offs=ends)
+    return F.grouped_mm(F.silu(g) * u, down.bfloat16().mT, offs=again).type_as(x)
+
+
+def by_counts(x: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Fused: group sizes are an input."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return products(x, ends, ends, up, down)
+
+
+def by_other_counts(x: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: the rows of the second product are grouped otherwise."""
+    return products(x, counts.cumsum(0, dtype=torch.int32), counts.flip(0).cumsum(0, dtype=torch.int32), up, down)
+
+
+@pytest.mark.parametrize(("f", "fused"), [(by_counts, True), (by_other_counts, False)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_in_order(f: Fn, fused: bool, dynamic: bool) -> None:
+    """With an expert without rows and rows of nobody behind the last one."""
+    up, down = weights()
+    counts, x = torch.tensor([3, 0, 5, 2]), torch.randn(12, H, requires_grad=True)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    run = torch.compile(f, backend="moe_fused", options={"inner": "aot_eager"})
+    out, want = run(x, counts, up, down)[:10], f(x, counts, up, down)[:10]
+    assert len(moe_compile.last_report().blocks) == fused
+    weigh = torch.randn(10, H)
+    grads = [torch.autograd.grad((y * weigh).sum(), (x, up, down)) for y in (out, want)]
+    for a, b in zip((out, *grads[0]), (want, *grads[1]), strict=True):
+        a, b = (a[:10], b[:10]) if a.shape == x.shape else (a, b)
+        assert float((a - b).detach().norm() / b.detach().norm()) < 0.02  # both in bf16
+
+
+def test_op_of_rows_in_order_is_experts_in_float64() -> None:
+    """experts_sorted(x, ends) = down_e act(up_e x[r]) with e the expert of row r, 0 behind the last end; gradients of x and all weights."""
+    from moe_compile.ir import Experts, Form
+    from moe_compile.ir import scalar as act_of
+    from moe_compile.ops import experts_args
+
+    e = Experts(E, H, I, H, Form.CONCAT, act_of.SWIGLU)
+    up, down = (t.double().detach().requires_grad_() for t in weights())
+    x, ends = torch.randn(12, H, dtype=torch.float64, requires_grad=True), torch.tensor([3, 3, 8, 10])
+    out = torch.ops.moe_compile.experts_sorted(x, ends, [up], [down], [], [], None, *experts_args(e))
+    ids = torch.tensor([0] * 3 + [2] * 5 + [3] * 2 + [E] * 2)[:, None]
+    want = e.evaluate(x, ids, torch.ones(12, 1), [up], [down])
+    torch.testing.assert_close(out, want)
+    grads = [torch.autograd.grad(y.sin().sum(), (x, up, down)) for y in (out, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_input_ids_of_a_model_are_no_experts() -> None:
+    """Nothing is said of token ids: an embedding, a rotary table, a padding mask compared with two numbers."""
+
+    def f(tokens: Tensor, table: Tensor, cache: Tensor) -> Tensor:
+        x = F.embedding(tokens, table) * ((tokens == 0) | (tokens == 1)).unsqueeze(-1)
+        return x @ cache[0].mT
+
+    _, report = compiled(f, torch.randint(0, 8, (2, 5)), torch.randn(8, H), torch.randn(3, 5, H))
+    assert not report.blocks and not report.rejected
