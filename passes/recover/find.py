@@ -114,8 +114,7 @@ class Finder:
         for s, i in number.items():
             if i not in matched:
                 found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
-        found.rejected.extend(mixtures(self.graph, self.walls, self.sources))
-        found.rejected.extend(soft_mixtures(self.graph))
+        found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
         return found
 
     def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
