@@ -69,7 +69,9 @@ def says(ir: MoeBlock) -> str:
 def prepare(ir: MoeBlock) -> None:
     """Start building the kernels for this block in the background; returns at once."""
     route.prepare()
-    if not ir.experts.coded and not ir.experts.adapted and ir.experts.chain is None:
+    if ir.experts.coded:
+        build.start("coded", ir.experts.dtype)
+    elif not ir.experts.adapted and ir.experts.chain is None:
         build.start("forward", ir.experts.dtype)
         if frozen.any_frozen():
             build.start("packed", ir.experts.dtype)

@@ -1,7 +1,8 @@
-"""Experts in few bits on the CPU: matrices of the experts that tokens were sent to become floats, `CHUNK` at a time, for the kernels.
+"""Experts in few bits on the CPU: decoded in the kernels (`coded`), or, codes that those do not take, in turns.
 
-Decoding is linear in the matrices that were hit and costs about 1 ns a weight; the products are those of the kernels for floats. What these
-do not take (float16, whose range a weight may leave; float64; no compiler) runs in plain torch, an expert at a time.
+In turns matrices of the experts that tokens were sent to become floats in torch, `CHUNK` at a time, for the kernels of floats; with more
+than one turn in fp32, so that no sum is rounded between them. What these do not take either (float16, whose range a weight may leave;
+float64; no compiler) runs in plain torch, an expert at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ...ir.records import Layout, Storage
 from ...ops import bundled, storage_of
 from ..reference import generic, stored
 from ..reference.stored import Held
-from . import experts
+from . import coded, experts
 
 CHUNK = 16  # experts whose matrices are floats at the same time
 
@@ -32,9 +33,15 @@ def experts_stored(*args: Any) -> Tensor:
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    done = coded.forward(x, ids, weights, p, add, layout, storage) if ids.numel() else None
+    if done is not None:
+        return done
     hit = ids[(ids >= 0) & (ids < layout.num_experts)].unique()
     if any(storage.rows()) or layout.num_identity or x.dtype not in experts.CODED_TYPES or not len(hit):
         return stored.forward(x, ids, weights, p, add, layout, storage)
+    if len(hit) > CHUNK and x.dtype != torch.float32:
+        wide = replace(p, up_bias=tuple(b.float() for b in p.up_bias), down_bias=tuple(b.float() for b in p.down_bias))
+        return forward(x.float(), ids, weights, wide, None if add is None else add.float(), layout, storage).to(x.dtype)
     out = add
     for some in hit.split(CHUNK):
         place = torch.full((layout.num_experts + 1,), -1)

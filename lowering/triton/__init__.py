@@ -6,7 +6,7 @@ import functools
 
 from ... import ops
 from ..target import Target
-from . import capability, pairs, short, stored
+from . import capability, pairs, short
 
 short.define(ops.library, ops.anywhere.IMPLEMENTATIONS, ops.shapes.SHAPES)
 TARGET = Target(
@@ -15,7 +15,7 @@ TARGET = Target(
     refuses=capability.refuses,
     says=capability.says,
     dispatch_key="CUDA",
-    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS} | pairs.KERNELS | stored.KERNELS,
+    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS} | pairs.KERNELS,
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
     coded=True,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ...ir.codec import record_of
-from ...ir.operands import PLAIN, Operands
-from ...ops.records import product_of
+from ...ir.operands import CODED, PLAIN, Operands
+from ...ops.records import product_of, storage_of
 from ..reference import routing
 from ..reference.generic import Layout
 from . import backward as gradient
+from . import coded, router, shared, stored
 from . import experts as routed
 from . import route as kernels
-from . import router, shared
 from .launch import plans, warm
 from .short import plain
 
@@ -175,6 +175,21 @@ def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:
     return shared.experts_shared((x, ids, weights, p, add), layout_of(how.text), (mlp, gate, *plain(how.text)[_LAYOUT:]))
 
 
+@_op
+def experts_stored(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    *lists, add, text = rest
+    return _experts_stored, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
+
+
+def _experts_stored(how: How, tensors: list[Any]) -> Tensor:
+    x, ids, weights, add, *flat = tensors
+    it = iter(flat)
+    p = Operands.read([[next(it) for _ in range(size)] for size in how.sizes], CODED)
+    layout, storage = storage_of(plain(how.text))
+    found = coded.forward(x, ids, weights, p, add, layout, storage)
+    return stored.forward(x, ids, weights, p, add, layout, storage) if found is None else found
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "route": route,
     "route_linear": route_linear,
@@ -183,4 +198,5 @@ OPS: dict[str, Callable[..., Any]] = {
     "experts_fwd": experts_fwd,
     "experts_bwd": experts_bwd,
     "experts_shared": experts_shared,
+    "experts_stored": experts_stored,
 }

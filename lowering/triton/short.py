@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir.operands import PLAIN
+from ...ir.operands import CODED, PLAIN
 from ...ir.records import Layout
 from ...ops.schemas import IN_WEIGHTS, lists
 
@@ -35,9 +35,11 @@ SCHEMAS = {
     "experts_fwd": f"{_EXPERTS}, Tensor? add, str how) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     "experts_bwd": f"Tensor grad, Tensor pre, {_EXPERTS}, str how, bool[] needs) -> Tensor[]",
     "experts_shared": f"{_EXPERTS}, Tensor? add, {_SHARED}, str how) -> Tensor",
+    "experts_stored": f"Tensor x, Tensor ids, Tensor weights, {lists(CODED)}, Tensor? add, str how) -> Tensor",
 }
 # How many arguments stand before the plain ones; for the shared expert also the second run of tensors, behind those of the routed ones
 _TENSORS = {"route": 3, "route_linear": 5, "route_fwd": 3, "route_bwd": 5, "experts": 8, "experts_fwd": 8, "experts_bwd": 9}
+_TENSORS["experts_stored"] = 4 + len(CODED)
 _SHARED_AT = (8, 8 + len(fields(Layout)), 8 + len(fields(Layout)) + 5)
 
 

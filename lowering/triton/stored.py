@@ -15,27 +15,22 @@ import torch
 from torch import Tensor
 
 from ...ir import Stored
-from ...ir.operands import CODED, Operands
+from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
-from ...ops import bundled, storage_of
 from ..reference import generic
 from ..reference import stored as reference
 from ..reference.stored import Held
 from . import capability
+from .launch.later import Later, NotRecorded
 
 CHUNK = 16  # experts whose matrices are floats at the same time
 FEW = 32  # (token, slot) pairs that have a matrix each
 
 
-def experts_stored(*args: Any) -> Tensor:
-    """As the op of this name, for what `capability.refuses` does not."""
-    x, ids, weights, p, (add, *plain) = bundled(args, CODED)
-    with torch.cuda.device(x.device):
-        return forward(x, ids, weights, p, add, *storage_of(plain))
-
-
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
+    if isinstance(x, Later):
+        raise NotRecorded("a workspace of floats")
     generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
     if any(storage.rows()):
         return reference.forward(x, ids, weights, p, add, layout, storage)
@@ -45,7 +40,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
         own = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         return _run(x, torch.where(ids < 0, -1, own), weights, p, add, layout, storage, ids.flatten(), 0)
     hit = torch.zeros(experts + 1, dtype=torch.bool, device=ids.device)
-    hit[ids.flatten()] = True  # -1 is the one behind the last
+    hit.index_fill_(0, torch.where(ids < 0, experts, ids).flatten(), True)  # no copy from the host: a graph may be captured
     numbers = torch.where(hit[:experts], torch.arange(experts, device=ids.device), -1)
     out: Any = 0.0 if add is None else add
     for first in range(0, experts, CHUNK):
@@ -127,6 +122,3 @@ def _dequantise(codes: Tensor, scales: Tensor | None, how: Stored, experts: Tens
     from . import stored_kernels  # triton is looked up here
 
     stored_kernels.dequantise(codes, scales, how, experts, out)
-
-
-KERNELS = {"experts_stored": experts_stored}

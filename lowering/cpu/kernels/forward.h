@@ -5,25 +5,12 @@
 
 constexpr i64 UP_BLOCK = 24, DOWN_BLOCK = 48, ROW_BLOCK = 64;  // output columns worked on at a time
 
-struct Forward : Problem {
+// `Of` says where weights are (`up`, `down`) and how rows are multiplied by a block of them (`product`).
+template <class Of>
+struct Phases : Problem {
   // Panels of tokens want weight rows in one piece in both products.
-  explicit Forward(const Args& args) : Problem(args, args.up_k == 1 && args.down_k == 1) {}
-
-  // [nb][lanes] of a strip's panel, or [rows][os] of its rows: columns n .. n + nb of a matrix. `stream`: the weights come from memory,
-  // and `next` is what is read after them.
-  static void product(
-      const Strip& p, const Matrix& m, i64 n, i64 nb, const unit* panel, const element** rows, bool stream, const stored* next, Scratch& s,
-      float* out, i64 os) {
-    const element* w[MAX_BLOCK];
-    if (p.lanes) {
-      bool direct = weight_rows(m, n, nb, w, s.w_rows);
-      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
-    } else if (m.sk == 1) {
-      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, s.w_rows, out, os, stream);
-    } else {
-      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
-    }
-  }
+  explicit Phases(const Args& args) : Problem(args, args.up_k == 1 && args.down_k == 1) {}
+  const Of& of() const { return static_cast<const Of&>(*this); }
 
   // Pre-activations and activations of columns n0 .. n1.
   void up_phase(const Task& t, i64 n0, i64 n1, Scratch& s) const {
@@ -44,8 +31,8 @@ struct Forward : Problem {
     for (i64 half = 0; half < a.halves; half++) {
       float* out = half ? s.u : s.g;
       bool last = half + 1 == a.halves;
-      const stored* next = !last ? up(half + 1, t.expert)(n, 0) : more ? up(0, t.expert)(n + nb, 0) : nullptr;
-      product(p, up(half, t.expert), n, nb, s.x_panel, rows + (p.first - t.first), &p == t.strips, next, s, out, os);
+      const stored* next = !last ? of().up(half + 1, t.expert)(n, 0) : more ? of().up(0, t.expert)(n + nb, 0) : nullptr;
+      Of::product(p, of().up(half, t.expert), n, nb, s.x_panel, rows + (p.first - t.first), &p == t.strips, next, s, out, os);
       add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, os, p);
     }
     if (a.pre) save_pre(p, n, nb, os, s);
@@ -91,7 +78,7 @@ struct Forward : Problem {
 
   // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels]; `then`: the next task, if any.
   void down_phase(const Task& t, const Task* then, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
-    Matrix m = down(t.expert);
+    const auto m = of().down(t.expert);
     i64 step = t.panel() ? DOWN_BLOCK : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)
       for (int i = 0; i < t.n_strips; i++) {
@@ -99,10 +86,10 @@ struct Forward : Problem {
         const element* rows[ROWS];
         for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
         i64 nb = std::min(step, n1 - n), os = p.lanes ? p.lanes : up_to(nb, VL);
-        const stored* next = n + step < n1 ? m(n + step, 0) : then ? down(then->expert)(n0, 0) : nullptr;
+        const stored* next = n + step < n1 ? m(n + step, 0) : then ? of().down(then->expert)(n0, 0) : nullptr;
         for (i64 r = 0; r < p.rows; r++)
           for (i64 c = 0; c < nb; c += 16) __builtin_prefetch(sums + plan.tokens[size_t(p.first + r)] * width + n - n0 + c, 1, 2);
-        product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
+        Of::product(p, m, n, nb, reinterpret_cast<const unit*>(act + p.a_at), rows, i == 0, next, s, s.g, os);
         add_bias(down_bias(t.expert), 1, n, nb, s.g, os, p);
         auto put = [&](i64 r, i64 c, i64 cols, const float* v) {
           const size_t at = size_t(p.first + r);
@@ -117,5 +104,25 @@ struct Forward : Problem {
     i64 j = 0;
     for (; j + VL <= n; j += VL) *(vf_any*)(to + j) += *(const vf_any*)(v + j) * weight;
     for (; j < n; j++) to[j] += v[j] * weight;
+  }
+};
+
+struct Forward : Phases<Forward> {
+  using Phases::Phases;
+
+  // [nb][lanes] of a strip's panel, or [rows][os] of its rows: columns n .. n + nb of a matrix. `stream`: the weights come from memory,
+  // and `next` is what is read after them.
+  static void product(
+      const Strip& p, const Matrix& m, i64 n, i64 nb, const unit* panel, const element** rows, bool stream, const stored* next, Scratch& s,
+      float* out, i64 os) {
+    const element* w[MAX_BLOCK];
+    if (p.lanes) {
+      bool direct = weight_rows(m, n, nb, w, s.w_rows);
+      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
+    } else if (m.sk == 1) {
+      dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, s.w_rows, out, os, stream);
+    } else {
+      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
+    }
   }
 };

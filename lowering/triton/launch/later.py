@@ -95,11 +95,21 @@ class Later:
     def t(self) -> Later:
         return self.transpose(0, 1)
 
-    def view(self, *shape: int) -> Later:
-        """Of a contiguous one; one size may be -1."""
+    def view(self, *shape: Any) -> Later:
+        """Of a contiguous one; one size may be -1. Or the same memory in a dtype that is no wider."""
+        if isinstance(shape[0], torch.dtype):
+            return self._as(shape[0])
         known = math.prod(n for n in shape if n >= 0)
         sizes = [self.numel() // max(known, 1) if n < 0 else n for n in shape]
         return self.contiguous()._at(0, sizes, packed(sizes))
+
+    def _as(self, dtype: torch.dtype) -> Later:
+        more, rest = divmod(self.dtype.itemsize, dtype.itemsize)
+        if rest or (more > 1 and self.strides[-1] != 1):
+            raise NotRecorded("a view in a wider dtype")
+        shape = (*self.shape[:-1], self.shape[-1] * more)
+        strides = (*(s * more for s in self.strides[:-1]), self.strides[-1])
+        return Later(self.root, shape, strides, dtype, self.device, self.start * more, self.residue)
 
     def __getitem__(self, index: Any) -> Later:
         """Whole numbers, slices with a positive step, None and one Ellipsis."""
