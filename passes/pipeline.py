@@ -110,7 +110,8 @@ def _searched(work: Work) -> None:
     """Plans, blocks and rejections: those of an equal graph, or what the passes find; a trace shows the passes themselves."""
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
-        key = recall.key_of(gm.graph, (target.name, target.digest, bool(options.validate), options.activations, overlap.mode(gm.graph, options, target)))
+        how = (bool(options.validate), options.activations, overlap.mode(gm.graph, options, target))
+        key = recall.key_of(gm.graph, (target.name, target.digest, *how))
         if not trace.on() and work.recall(recall.load(key)):
             return
     with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:

@@ -63,6 +63,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByEntry(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
+            if file.endswith(("test_sharded.py", "test_fsdp.py")):  # one start of processes for all of a file
+                return file
             return test[test.index("[") :] if file.endswith("test_catalogue.py") and "[" in test else nodeid
 
     return ByEntry(config, log)

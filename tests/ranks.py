@@ -83,5 +83,6 @@ def _free_port() -> int:
 if __name__ == "__main__":
     import torch.multiprocessing as mp
 
+    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # whoever ends the tests ends their processes
     path, name, world, folder, *rest = sys.argv[1:]
     mp.spawn(worker, (int(world), _free_port(), path, name, folder, rest), nprocs=int(world))

@@ -164,6 +164,21 @@ def test_processor_time_is_bounded(monkeypatch, tmp_path, slow):
     assert len(moe_compile.last_report().blocks) == 1
 
 
+class CastTwice(Moe):
+    """Tokens [1, T, H] in bf16, cast to float32 where they are routed and where they are computed with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1).float()[:, 0] + 0 * x.transpose(0, 1).float()[:, 0]).to(x.dtype)
+
+
+def test_equal_casts_with_sizes_in_symbols():
+    """Strides of a transposed tensor are symbols where the token count is one."""
+    with torch.no_grad():
+        torch.compile(CastTwice(), backend="moe_fused", dynamic=True, options={"inner": "eager"})(torch.randn(1, T, H).bfloat16())
+    report = moe_compile.last_report()
+    assert len(report.blocks) == 1 and not report.rejected
+
+
 def test_passes_run_once_per_graph(fake_passes):
     calls = []
     fake_passes(lambda gm, options, target: calls.append(1) or Outcome())

@@ -85,18 +85,6 @@ class Hit(Odd):
 # ---- inside an expert ----------------------------------------------------------------------------------------------------
 
 
-class NormOverTokens(Odd):
-    """A batch norm on each expert's input: its statistics are those of the tokens that an expert happens to get."""
-
-    training_mode, code, says, at = True, "inside", ("batch_norm stands inside the expert", "not those of one row"), "def loop"
-
-    def make(self) -> None:
-        self.norm = nn.BatchNorm1d(H)
-
-    def expert(self, e: int, x: Tensor) -> Tensor:
-        return super().expert(e, self.norm(x))
-
-
 class NormOfWeighted(Odd):
     """An RMS norm of rows that the routing weight has multiplied."""
 
@@ -223,7 +211,7 @@ class Tied(Odd):
 class SharedMiddle(Odd):
     """down, mid, up, and one mid for all experts."""
 
-    code, says, at = "experts", ("more than two products", "self.mid"), "index_add_"
+    code, says, at = "experts", ("one and the same weight in a product", "self.mid"), "index_add_"
 
     def make(self) -> None:
         self.mid = nn.Parameter(torch.randn(I, I) * 0.3)

@@ -151,3 +151,23 @@ def test_input_ids_of_a_model_are_no_experts() -> None:
 
     _, report = compiled(f, torch.randint(0, 8, (2, 5)), torch.randn(8, H), torch.randn(3, 5, H))
     assert not report.blocks and not report.rejected
+
+
+def test_evaluate_world_is_the_undivided_experts() -> None:
+    """Σ_s over ranks of the experts they hold = all experts; the same expert on two ranks is refused."""
+    from moe_compile.ir import Experts, Form, evaluate_world
+    from moe_compile.ir import scalar as act_of
+    from moe_compile.ir.operands import Operands
+
+    up, down = (t.detach() for t in weights(2 * E))
+    kinds = [Experts(E, H, I, H, Form.CONCAT, act_of.SWIGLU, first=first) for first in (0, E)]
+    params = [Operands.named(up=[up[e.first :][:E]], down=[down[e.first :][:E]]) for e in kinds]
+    (ids, w), x = routed(2 * E), torch.randn(T, H)
+    rows = [slice(0, 4), slice(4, T)]
+    out = evaluate_world(kinds, params, [x[r] for r in rows], [ids[r] for r in rows], [w[r] for r in rows])
+    whole = Experts(2 * E, H, I, H, Form.CONCAT, act_of.SWIGLU).evaluate(x, ids, w, [up], [down])
+    torch.testing.assert_close(torch.cat(out), whole)
+    with pytest.raises(ValueError, match="two ranks hold the same expert"):
+        evaluate_world([kinds[0]] * 2, params, [x, x], [ids, ids], [w, w])
+    with pytest.raises(ValueError, match="one entry a rank"):
+        evaluate_world(kinds, params, [x], [ids], [w])

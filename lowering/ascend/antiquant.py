@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...ir import Stored
 from ...ir.stored import Scale
@@ -260,11 +261,16 @@ class Coding:
 
     def codes(self, words: Tensor) -> Tensor:
         """Words as stored [E, ., .] -> int8 (float8) [E, in, out], or int32 [E, in, out / 8]."""
-        s, p = self.problem.stored, self.problem
-        if s.plain and self.bits != 4:
+        p = self.problem
+        if p.stored.plain and self.bits != 4:
             return words if p.transposed else words.transpose(-1, -2)
-        number = s.value(s.unpacked(words), None, torch.float32) - p.shift(self.bits)
-        q = number.to(torch.int8)
+        if isinstance(words, FakeTensor):
+            return self._repacked(words)
+        return torch.stack([self._repacked(w) for w in words])  # floats of one expert at a time: of all they would be eight times the words
+
+    def _repacked(self, words: Tensor) -> Tensor:
+        s, p = self.problem.stored, self.problem
+        q = (s.value(s.unpacked(words), None, torch.float32) - p.shift(self.bits)).to(torch.int8)
         q = q if p.transposed else q.transpose(-1, -2)
         return packed(q) if self.bits == 4 else q
 

@@ -70,7 +70,7 @@ def _product(first, base, vector, n0, n, k, stride_n, stride_k, OUT_IN: tl.const
     BN: tl.constexpr = first.shape[0] if OUT_IN else first.shape[1]
     BK: tl.constexpr = first.shape[1] if OUT_IN else first.shape[0]
     acc = _times(first, vector, 0, k, OUT_IN, EVEN)
-    if k <= UNROLLED * BK:  # all loads of a row are under way together
+    if OUT_IN and k <= UNROLLED * BK:  # all loads of a row are under way together
         for k0 in tl.static_range(BK, k, BK):
             acc += _times(_tile(base, n0, k0, n, k, stride_n, stride_k, OUT_IN, BN, BK, EVEN), vector, k0, k, OUT_IN, EVEN)
     else:

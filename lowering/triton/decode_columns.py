@@ -55,12 +55,12 @@ def product_by_pair(
             both = _product(first, base0, vector, 2 * n0, 2 * n, k, stride_n, stride_k, False, EVEN)
             g, u = tl.split(tl.reshape(both, (BN, 2)))
         else:
-            base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
             first0 = _tile(base0, n0, 0, n, k, stride_n, stride_k, False, BN, BK, EVEN)
-            first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, False, BN, BK, EVEN) if MODE == DUAL else first0
             g = _product(first0, base0, vector, n0, n, k, stride_n, stride_k, False, EVEN)
             u = g
             if MODE == DUAL:
+                base1 = _base(w1, e, stride_e, WEIGHTS, DTYPE, ALIGNED)
+                first1 = _tile(base1, n0, 0, n, k, stride_n, stride_k, False, BN, BK, EVEN)
                 u = _product(first1, base1, vector, n0, n, k, stride_n, stride_k, False, EVEN)
         if WEIGHTED:
             scale = tl.load(weights + slot).to(tl.float32)

@@ -29,6 +29,7 @@ except ImportError as e:
     raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
 
 NAME = "moe_compile"
+UNEVEN = 'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "all_to_all"'
 
 
 class _SumOfGradients(torch.autograd.Function):
@@ -57,9 +58,10 @@ class _Sum(torch.autograd.Function):
 
 
 class GatherEP(EPImplementation):  # type: ignore[misc]
-    """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H]; T may differ from rank to rank.
+    """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H], with the same T on all ranks.
 
-    Ids outside of this rank's experts are `num_local_experts` with weight 0, as transformers' experts take them.
+    Where batches differ in length every rank raises RuntimeError; pad them, or use "all_to_all". Ids outside of this rank's experts are
+    `num_local_experts` with weight 0, as transformers' experts take them.
     """
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -67,6 +69,8 @@ class GatherEP(EPImplementation):  # type: ignore[misc]
         if self.shares_batch:
             hidden_states, top_k_weights = _SumOfGradients.apply(hidden_states, group), _SumOfGradients.apply(top_k_weights, group)
             return _Sum.apply(self._local(hidden_states, top_k_index, top_k_weights), group)  # type: ignore[no-any-return]
+        sizes = fc.all_gather_tensor(top_k_index.new_full((1,), top_k_index.shape[0]), 0, group)
+        torch._assert_async((sizes == top_k_index.shape[0]).all(), UNEVEN)
         rows, weights = (fc.all_gather_tensor_autograd(t.contiguous(), 0, group) for t in (hidden_states, top_k_weights))
         ids = fc.all_gather_tensor(top_k_index.contiguous(), 0, group)
         part = self._local(rows, ids, weights)

@@ -34,6 +34,7 @@ from .rows import Rows as Rows
 from .score import Score as Score
 from .score import score as score
 from .stored import Stored as Stored
+from .world import evaluate_world as evaluate_world
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ class Chain:
     def parameters(self) -> Iterator[tuple[int, Matrix | Vector, int]]:
         """(stage, what reads a parameter, which)."""
         for n, s in enumerate(self.stages):
-            for q in (*s.matrices, *s.vectors):
+            readers: tuple[Matrix | Vector, ...] = (*s.matrices, *s.vectors)
+            for q in readers:
                 yield n, q, q.operand
 
     def resized(self, known: Mapping[int, int]) -> Chain:
@@ -122,8 +123,8 @@ class Chain:
             return replace(q, offset=blocks * known.get(old, old)) if blocks and not rest else q
 
         def stage(s: Stage) -> Stage:
-            own = (tuple([part(q, s.width) for q in group]) for group in (s.matrices, s.vectors))
-            return Stage(known.get(s.width, s.width), *own, s.map)
+            matrices, vectors = (tuple([part(q, s.width) for q in group]) for group in (s.matrices, s.vectors))
+            return Stage(known.get(s.width, s.width), matrices, vectors, s.map)
 
         return replace(self, stages=tuple(map(stage, self.stages)))
 

@@ -72,6 +72,11 @@ class Stored:
     zero_order: tuple[int, ...] = ()
     zero_offset: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Plain numbers, as an op has them, are taken too."""
+        for name, kind in (("scaled", Scale), ("zeroed", Zero), ("exponents", Exponent)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
     @property
     def grid(self) -> bool:
         """Whether scales have both dims."""

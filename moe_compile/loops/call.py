@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import nn
 
+from .looks import line_of_loop
 from .places import Place, mark
 
 
@@ -70,7 +71,8 @@ class Call:
 
     @property
     def source(self) -> str:
-        return f"{self.fn.__code__.co_filename}:{self.fn.__code__.co_firstlineno}"
+        """file:line of the loop, or of the function that it is in."""
+        return f"{self.fn.__code__.co_filename}:{line_of_loop(self.fn.__code__)}"
 
     def filled(self, leaf: Callable[[str], Any], given: Callable[[Any, Place], Any], owner: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments: tensors by `leaf(name)`, constants and objects by `given(value, place)`."""

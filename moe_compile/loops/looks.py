@@ -47,6 +47,19 @@ def effect(code: types.CodeType) -> str:
     return next((f"the loop sets {n}, which someone outside can notice" for n in [*writes, *sorted(outer)]), "")
 
 
+@functools.cache
+def line_of_loop(code: types.CodeType) -> int:
+    """The line of the first loop in code itself that asks for what depends on data, or of its first; where it has none, its own."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        lines = (i.positions.lineno for i in dis.get_instructions(code) if i.opname == "FOR_ITER" and i.positions is not None)
+        return next((n for n in lines if n is not None), code.co_firstlineno)
+    loops = sorted((n for n in ast.walk(tree) if isinstance(n, ast.For)), key=lambda n: n.lineno)
+    asking = [n for n in loops if any(getattr(x, "attr", getattr(x, "id", "")) in ASKS for x in ast.walk(n))]
+    return code.co_firstlineno + next((n.lineno for n in (*asking, *loops)), 1) - 1
+
+
 def line_of_effect(code: types.CodeType) -> int:
     """The line of what `effect` tells of."""
     outer = set(code.co_freevars)

@@ -61,13 +61,20 @@ def _argmax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.mk("topk", n, replace(idx, d, T.const(0)) if a.keepdim else (*idx[:d], T.const(0), *idx[d:]))
 
 
+def _from_the_end(idx: Idx, d: int, size: Any) -> Idx:
+    """ascending[i] = descending[E - 1 - i], but for ties: slots are counted from the largest, however it is sorted."""
+    if not isinstance(size, int):
+        raise Opaque("an ascending sort over a dynamic dim")
+    return replace(idx, d, T.add(T.const(size - 1), T.mul(T.const(-1), idx[d])))
+
+
 def _sorted(p: Puller, node: fx.Node, i: int, idx: Idx) -> Term:
     a = call_args(node)
     x: Any = node.args[0]
     shape = shape_of(x)
     d = normal_dim(a.dim, len(shape))
     if dtype_of(x).is_floating_point:
-        return _selected(p, node, x, d, i, idx)
+        return _selected(p, node, x, d, i, idx if a.descending else _from_the_end(idx, d, shape[d]))
     if len(shape) != 1 or a.descending:
         raise Opaque("an integer sort that is not ascending over one dim")
     T.facts().know(node, shape[0])

@@ -24,6 +24,7 @@ def merge_casts(graph: fx.Graph, memory: Memory, walls: set[fx.Node]) -> None:
             continue
         if any(memory.writers.get(memory.root[x]) for x in (source, n)):
             continue
-        one = first.setdefault((source, v.dtype, v.device, tuple(v.stride())), n)
+        strides = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in v.stride())
+        one = first.setdefault((source, v.dtype, v.device, strides), n)
         if one is not n:
             n.replace_all_uses_with(one)

@@ -80,7 +80,7 @@ class _Flow:
             i = bits.find("1", i + 1)
 
     def _tensors(self, i: int) -> list[int]:
-        return [x for x in map(self.at.__getitem__, self.nodes[i].all_input_nodes) if isinstance(example_value(self.nodes[x]), torch.Tensor)]
+        return [self.at[x] for x in self.nodes[i].all_input_nodes if isinstance(example_value(x), torch.Tensor)]
 
     def around(self, selection: fx.Node) -> int:
         """What is read around one selection."""
@@ -154,7 +154,8 @@ class _Flow:
         return seen
 
     def _is_sum(self, i: int) -> bool:
-        return op_name(self.nodes[i]) == "add" and len(self._tensors(i)) == 2 and all(self._width(x) == self._width(i) for x in self._tensors(i))
+        found = self._tensors(i)
+        return op_name(self.nodes[i]) == "add" and len(found) == 2 and all(self._width(x) == self._width(i) for x in found)
 
     def _end(self, s: int, tokens: list[int]) -> int | None:
         """The first residual sum behind which nothing of the selection is left to be added."""
@@ -221,8 +222,8 @@ def _reads_stack(n: fx.Node, count: int) -> bool:
         v = example_value(x)
         if x.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3 and v.shape[0] == count:
             return True
-        if op_name(x) in names.VIEW | names.CAST:
-            seen += x.all_input_nodes
+        if op_name(x) in names.VIEW | names.CAST | names.LOOKUP | {"getitem"}:
+            seen += (y for y in x.all_input_nodes if y not in seen)
     return False
 
 

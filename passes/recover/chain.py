@@ -20,11 +20,12 @@ from ...ir.scalar import G
 from .. import terms as T
 from ..aten.element import dtype_of, shape_of
 from ..terms import Term
+from . import adapters
 from .forms import tidy
 from .linear import Linear
 from .match import Param
 from .rows import No, data_dependent, factors, outer_atoms, reads
-from .stages import Read, Stage, Tokens, products
+from .stages import Read, Stage, Tokens, matrix_of, products
 
 _MOST = 8  # stages
 _FEW = 5  # vectors
@@ -79,9 +80,24 @@ def read_chain(body: Term, h: Term, expert: Term) -> Chained:
         if not stage.linears:
             break
         if len(set(stage.inputs)) > 1 or len(stages) > _MOST:
-            raise No("the products of an expert read different rows")
+            raise _different(term, out, expert)
         term, out = T.mul(stage.inputs[0], *moved), stage.at
     return _assembled(stages[::-1], [tidy(m) for m in maps[::-1]], expert, tokens, weight)
+
+
+def _different(term: Term, out: Term, expert: Term) -> No:
+    """Why a stage's products read different rows."""
+    if any(adapters.read(s, out, expert) is not None for s, _ in products(term, expert, out)):
+        return Telling(
+            "low-rank pairs (LoRA) in experts with norms, residuals or more than two products: merge the adapter into the weights"
+        )
+    return No("the products of an expert read different rows")
+
+
+def holds_statistics(body: Term, expert: Term) -> bool:
+    """Whether numbers of whole rows of an expert are in its function: then it is no two products."""
+    sums = (s for s in T.walk(body) if s.op == "sum" and matrix_of(s.args[1], s.args[0], expert) is None)
+    return any(next(products(s.args[1], expert), None) is not None for s in sums)
 
 
 def _tokens(body: Term, expert: Term) -> Tokens:
@@ -118,7 +134,7 @@ def _without_scalars(stage: Stage, expr: sp.Expr) -> tuple[sp.Expr, list[Term]]:
                 moved.append(T.power(term, int(p) if p.is_Integer else float(p)))
                 break
         else:
-            raise No(f"an expert's function holds a number of the rows of another product{reads(term)}")
+            raise Telling(f"a number of a whole row (a mean, a norm, a gate) enters another product's rows than its own{reads(term)}")
     return expr, moved
 
 

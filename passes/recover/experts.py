@@ -21,7 +21,7 @@ from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
-from .chain import Telling, holds_rows_of_experts, read_chain
+from .chain import Telling, holds_rows_of_experts, holds_statistics, read_chain
 from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
@@ -101,7 +101,7 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
-        raise (e if why is None or isinstance(e, Telling) else why) from None
+        raise (e if why is None or isinstance(e, Telling) or holds_statistics(body, expert) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 

@@ -112,17 +112,20 @@ class Finder:
                         break
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
-            if s in self.silent:
-                continue
-            if s in self.opaque and i not in matched:
-                found.rejected.extend([r for r in tried.get(i, ()) if r.code != NO_EXPERTS][-1:])
-            elif is_table(s) and i not in matched:
-                found.rejected.extend([r for r in tried.get(i, ()) if r.stage == FIND][:1])
-            elif i not in closed | matched and not only_counted(s, self.walls):
-                found.rejected.append(self._worst(tried.get(i, ()), s, i))
-        found.rejected.extend(mixtures(self.graph, self.walls, self.sources))
-        found.rejected.extend(soft_mixtures(self.graph))
+            if i not in matched:
+                found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
+        found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
         return found
+
+    def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
+        """What is told of a selection without experts; of numbers that may be no choice at all only where experts were seen."""
+        if source in self.silent:
+            return []
+        if source in self.opaque:
+            return [r for r in tried if r.code != NO_EXPERTS][-1:]
+        if is_table(source):
+            return [r for r in tried if r.stage == FIND][:1]
+        return [] if closed or only_counted(source, self.walls) else [self._worst(tried, source, label)]
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
         """What could be a result of its own: each of two blocks of one selection, added, or what a weight multiplies."""

@@ -1,4 +1,4 @@
-"""A cheap look at Dynamo's graph: where something is selected or mixed at all. Other graphs cost nothing, and only these places are read."""
+"""A cheap look at Dynamo's graph: where something is selected or mixed at all. Other graphs cost nothing; only these places are read."""
 
 from __future__ import annotations
 

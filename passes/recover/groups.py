@@ -12,11 +12,16 @@ from ..terms import Term
 from .algebra import Unknown
 
 
-def takes_largest(choice: fx.Node) -> bool:
-    a = call_args(choice)
-    if op_name(choice) in ("topk", "sort", "argsort"):
-        return bool(a.largest if op_name(choice) == "topk" else a.descending)
-    return op_name(choice) in ("max", "argmax")
+def takes_largest(chosen: Term) -> bool:
+    """Whether a selection is of the best; of a sort, whose slots are counted from the largest, it may be of the last."""
+    choice: fx.Node = chosen.args[0]
+    a, name = call_args(choice), op_name(choice)
+    if name == "topk":
+        return bool(a.largest)
+    if name in ("sort", "argsort"):
+        slot, end = chosen.args[1][-1], T.const(shape_of(choice.args[0])[-1] - 1)  # type: ignore[arg-type]
+        return slot is not end and not any(T.add(slot, v) is end for v in T.walk(slot) if v.op == "v")
+    return name in ("max", "argmax")
 
 
 def roll_slots(t: Term, choice: fx.Node, rows: tuple[Term, ...], k: int) -> Term:
@@ -102,7 +107,7 @@ def _groups(cond: Term, inside: Term, fill: float, e: Term, p: Puller) -> Groups
     per_group = group.args[1].args[0]
     count = e.args[1] // per_group
     chooser: fx.Node = pick.args[0]
-    if not takes_largest(chooser) or shape_of(chooser.args[0])[-1] != count:  # type: ignore[arg-type]
+    if not takes_largest(pick) or shape_of(chooser.args[0])[-1] != count:  # type: ignore[arg-type]
         raise Unknown("groups are chosen in an unknown way")
     g = T.named("g", count)
     score = T.canonical(p.at(chooser.args[0], (*pick.args[1][:-1], g)))
@@ -123,11 +128,11 @@ def _group_top(score: Term, inside: Term, e: Term, g: Term, n: int) -> int:
         body = T.mul(body, *(f for f in score.args if f is not inner)) if score.op == "mul" else body
         for x in T.walk(body):
             if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):
-                if takes_largest(x.args[0]) and same_at(body, inside, e, T.add(T.mul(T.const(n), g), x)):
+                if takes_largest(x) and same_at(body, inside, e, T.add(T.mul(T.const(n), g), x)):
                     return int(v.args[1])
     else:
         for x in T.walk(score):
-            if x.op == "topk" and takes_largest(x.args[0]) and same_at(score, inside, e, T.add(T.mul(T.const(n), g), x)):
+            if x.op == "topk" and takes_largest(x) and same_at(score, inside, e, T.add(T.mul(T.const(n), g), x)):
                 return 1
     raise Unknown("a group's score is neither the maximum nor a sum of the best selection scores")
 

@@ -101,7 +101,7 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
     if n in walls:
         return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
-    if name in _NORMS:
+    if name in _NORMS and getattr(call_args(n), "training", True):
         return f"{name} stands {INSIDE}: its statistics are not those of one row, as layer_norm's and rms_norm's are"
     if "dropout" in name and _active(n):
         return f"dropout is active {INSIDE}: in training mode it draws new numbers in each call"

@@ -49,8 +49,10 @@ def match_gating(m: ExpertsMatch, walls: set[fx.Node]) -> GatingMatch | Rejectio
         return Rejection(apart or "the expert ids do not come from one top-k of the graph", m.out, "gating")
     (chosen,) = found
     choice: fx.Node = chosen.args[0]
-    if not takes_largest(choice):
+    if not takes_largest(chosen):
         return Rejection("the selection takes the smallest scores", choice, "gating")
+    if m.k > 1 and chosen.args[1][-1] is T.add(T.const(m.k - 1), T.mul(T.const(-1), m.j)):
+        return Rejection("the chosen experts stand from the worst to the best, where a fused router gives the best first", choice, "gating")
     if not T.same_size(rows(choice.args[0]), rows(m.tokens)):  # type: ignore[arg-type]
         return Rejection("the router sees another number of tokens than the experts", choice, "gating")
     if chosen.args[1][:-1] != row_of(choice.args[0], m.t):  # type: ignore[arg-type]

@@ -114,6 +114,10 @@ class Stage(Bridge):
         m, inner = s.args
         w = matrix_of(inner, m, self.expert, self.out)
         rest = [f for f in factors(inner) if f is not w]
+        if any(f.op == "a" and T.uses(f, m) and T.uses(f, self.out) and not T.uses(f, self.expert) for f in rest):
+            raise No(f"all experts have one and the same weight in a product{reads(s)}: a weight must be each expert's own")
+        if w is None and next(products(inner, self.expert), None) is not None:
+            raise No(f"numbers of parts of a row (a norm over groups of features) stand inside the expert{reads(s)}")
         if w is None or any(T.uses(f, self.out) for f in rest):
             raise No(f"an expert's function holds a product that does not read one weight of its own{reads(s)}")
         lin = linear_of(grids.Parts((w,), w), self.out, m, self.expert)
@@ -183,17 +187,16 @@ class Stage(Bridge):
 
     def _of_this_stage(self, x: Term) -> bool:
         """Whether it is computed from this stage's own row."""
-        for s in T.walk(x):
-            if s.op in ("sum", "max", "min", "prod") and s.args[0].args[1] == self.width and matrix_of(*s.args[::-1], self.expert) is None:
-                body = self._at_feature(s)
-                if any(T.canonical(y) in self.own for y, _ in products(body, self.expert, self.out)):
-                    return True
-                atoms = outer_atoms(body)
-                if all(map(self._is_parameter, atoms)):
-                    return True
-                if any(self.tokens.reads(y, self.out) for y in atoms) and (self.residual or not self.own):
-                    return True
-        return False
+        over = (s for s in T.walk(x) if s.op in ("sum", "max", "min", "prod") and s.args[0].args[1] == self.width)
+        return any(self._of_own_row(self._at_feature(s)) for s in over if matrix_of(s.args[1], s.args[0], self.expert) is None)
+
+    def _of_own_row(self, body: Term) -> bool:
+        """Whether what is summed over features is made of this stage's products, of vectors, or of the token where the map reads it."""
+        if any(T.canonical(y) in self.own for y, _ in products(body, self.expert, self.out)):
+            return True
+        atoms = outer_atoms(body)
+        of_tokens = any(self.tokens.reads(y, self.out) for y in atoms) and (self.residual or not self.own)
+        return of_tokens or all(map(self._is_parameter, atoms))
 
     def _scalar(self, x: Term) -> sp.Symbol:
         for symbol, term in self.scalars.items():

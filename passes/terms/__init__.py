@@ -99,6 +99,8 @@ __all__ = [
     "is_truth",
     "ite",
     "let",
+    "limited",
+    "look",
     "lt",
     "mk",
     "mod",

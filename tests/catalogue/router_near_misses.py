@@ -68,6 +68,16 @@ class SortAscending(_Softmax):
         return w[:, :K], ids[:, :K]
 
 
+class SortFlippedAscending(_Softmax):
+    """Verdict: experts fused, routing as written: a descending sort from its end gives the smallest."""
+
+    expect = WRITTEN
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).sort(-1, descending=True)
+        return w.flip(-1)[:, :K], ids.flip(-1)[:, :K]
+
+
 class SecondToThird(_Softmax):
     """Verdict: experts fused, routing as written: the slice leaves the best expert out."""
 

@@ -121,6 +121,14 @@ class SoftmaxSort(_Softmax):
         return w[:, :K], ids[:, :K]
 
 
+class SoftmaxSortFlipped(_Softmax):
+    """Verdict: fused as SoftmaxTopk. An ascending sort from its end: sort().flip(-1)[:, :k]."""
+
+    def route(self, logits: Tensor) -> Routed:
+        w, ids = logits.softmax(-1).sort(dim=-1)
+        return w.flip(-1)[:, :K], ids.flip(-1)[:, :K]
+
+
 class SoftmaxArgsort(_Softmax):
     """Verdict: fused as SoftmaxTopk. argsort(descending)[:, :k] and gather."""
 

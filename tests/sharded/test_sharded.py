@@ -40,8 +40,8 @@ THEIRS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def _found(name: str, tmp: pytest.TempPathFactory, timeout: float) -> list[dict[str, Any]]:
-    return ranks.start(HERE / f"{name}.py", "table", tmp.mktemp(name), timeout=timeout)
+def _found(name: str, tmp: pytest.TempPathFactory, timeout: float, world: int = 2) -> list[dict[str, Any]]:
+    return ranks.start(HERE / f"{name}.py", "table", tmp.mktemp(name), timeout=timeout, world=world)
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,29 @@ def test_training_of_transformers(setup: str, spelling: str, theirs: list[dict[s
 
 def test_inference_of_transformers(theirs: list[dict[str, Any]]) -> None:
     _check(theirs, "ep, moe_compile / grouped_mm / inference", 1, 1)
+
+
+# ---- the exchange of moe_compile.integrations.transformers, four ranks with tokens of their own --------------------------------
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    pytest.importorskip("transformers.distributed.expert_parallel")
+    return _found("exchange", tmp_path_factory, 400, world=4)
+
+
+def test_exchange_is_the_oracle(exchanged: list[dict[str, Any]]) -> None:
+    """Result and every gradient as `ir.evaluate_world` in float64; one graph, the same bits for the same inputs."""
+    for of_rank in exchanged:
+        assert "gathered" in of_rank, of_rank["said"]
+        told = of_rank["gathered"]
+        assert told["fused"] == [1] and told["same"] and told["out"] < 1e-6 and told["grad"] < 1e-6, told
+
+
+def test_different_numbers_of_tokens_raise_on_every_rank(exchanged: list[dict[str, Any]]) -> None:
+    assert all("different numbers of tokens" in of_rank["uneven"]["raised"] for of_rank in exchanged)
+
+
+def test_a_rank_that_dies_is_an_error_of_the_others_and_no_hang(exchanged: list[dict[str, Any]]) -> None:
+    assert "dead" not in exchanged[-1]
+    assert all(of_rank["dead"]["raised"] and of_rank["dead"]["after"] < ranks.COLLECTIVE + 10 for of_rank in exchanged[:-1])

@@ -1,0 +1,82 @@
+"""The exchange of `moe_compile.integrations.transformers` among ranks with tokens of their own: beside the oracle, and when it fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import cells
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_compile.integrations.transformers import GatherEP
+from moe_compile.ir import Experts, Form, evaluate_world
+from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import Operands
+
+E, K, H, I, T = 8, 3, 16, 16, 6
+
+
+class Local(nn.Module):
+    """This rank's experts, weights gathered by local ids; the number behind the last one is none of them."""
+
+    def __init__(self, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.up, self.down, self.num_experts = nn.Parameter(up), nn.Parameter(down), len(up)
+
+    def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        e = ids.clamp(max=self.num_experts - 1)
+        g, u = torch.einsum("th,tkih->tki", x, self.up[e]).chunk(2, -1)
+        return torch.einsum("tki,tkhi,tk->th", nn.functional.silu(g) * u, self.down[e], w)
+
+
+def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
+    logging.getLogger("moe_compile").setLevel(logging.CRITICAL)
+    mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "tp"))
+    g = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*s, generator=g) * 0.3 for s in ((E, 2 * I, H), (E, H, I)))
+    xs, ws = torch.randn(world, T, H, generator=g), torch.rand(world, T, K, generator=g)
+    ids = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(world * T)]).view(world, T, K)
+    ids[-1] = torch.arange(K)  # all tokens of the last rank go to the first experts
+    n = E // world
+    local = Local(up[rank * n :][:n].clone(), down[rank * n :][:n].clone())
+    ops: list[int] = []
+    options = {"inner": cells.counting(ops)}
+    run = torch.compile(GatherEP(local, mesh["ep"], mesh["tp"]), backend="moe_fused", options=options, fullgraph=True)
+    x, w = xs[rank].clone().requires_grad_(), ws[rank].clone().requires_grad_()
+    out = run(x, ids[rank], w)
+    (out * torch.arange(H)).sum().backward()
+    again = run(x, ids[rank], w)
+    off = beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)
+    yield "gathered", {"fused": ops, "same": bool(torch.equal(out, again)), **off}
+    yield "uneven", failure(lambda: run(x[: T - rank], ids[rank][: T - rank], w[: T - rank]))
+    if rank == world - 1:
+        os._exit(0)  # dies while the others are in the exchange
+    yield "dead", failure(lambda: run(x, ids[rank], w))
+
+
+def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[Tensor, ...], rank: int) -> dict[str, float]:
+    """How far result and gradients are from `evaluate_world` in float64."""
+    world, n = dist.get_world_size(), local.num_experts
+    xs, ids, ws, up, down = (t.double().requires_grad_() if t.is_floating_point() else t for t in whole)
+    kinds = [Experts(n, H, I, H, Form.CONCAT, act.SWIGLU, first=r * n) for r in range(world)]
+    params = [Operands.named(up=[up[r * n :][:n]], down=[down[r * n :][:n]]) for r in range(world)]
+    want = evaluate_world(kinds, params, list(xs), list(ids), list(ws))
+    sum((y * torch.arange(H)).sum() for y in want).backward()  # type: ignore[union-attr]
+    mine = slice(rank * n, rank * n + n)
+    pairs = [(x.grad, xs.grad[rank]), (w.grad, ws.grad[rank]), (local.up.grad, up.grad[mine]), (local.down.grad, down.grad[mine])]
+    return {"out": cells.worst(out, want[rank].float()), "grad": max(cells.worst(a, b.float()) for a, b in pairs)}
+
+
+def failure(f: Any) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        f()
+    except Exception as e:
+        return {"raised": f"{type(e).__name__}: {e}"[:500], "after": time.monotonic() - start}
+    return {"raised": "", "after": time.monotonic() - start}
