@@ -58,7 +58,7 @@ def says(ir: MoeBlock) -> str:
     if stored and ir.experts.rounded:
         return f"torch ({dtype}, {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:
-        return f"triton ({dtype}, {', '.join(stored)} made floats for the experts that are hit)"
+        return f"triton ({dtype}, weights {', '.join(stored)})"
     if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:
         return f"triton ({dtype}, low-rank pairs)"
     return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

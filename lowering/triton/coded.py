@@ -19,7 +19,7 @@ from . import activation, coded_gemm, codes_kernels, gemm
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
-from .experts import _bias_args, _bias_strides, at_once, precision
+from .experts import _bias_args, _bias_strides, precision
 from .host import capability, cdiv, power_of_2
 from .launch.tape import empty, launch
 from .weights import Biases, down_biases, up_biases
@@ -162,6 +162,14 @@ def few_down(c: Coded, a: Tensor, out: Tensor, down: Vector) -> None:
         **_how(c.down, c.x), BIAS=c.down_bias is not None, WEIGHTED=not layout.weight_on_input, ADD=c.add is not None,
         AT_ONCE=at_once(slots, down.bn, down.bb, down.warps), **_extents(c.down, down), PDL=bool(pdl), num_warps=down.warps, **pdl,
     )  # fmt: skip
+
+
+_HELD = 128  # codes that a thread of the few-token down projection holds at once
+
+
+def at_once(slots: int, bn: int, bb: int, warps: int) -> int:
+    """Slots of a token whose codes a program of the few-token down projection has under way together."""
+    return min(power_of_2(slots), max(1, _HELD * 32 * warps // (bn * bb)))
 
 
 def _extents(w: Codes, v: Vector) -> dict[str, Any]:

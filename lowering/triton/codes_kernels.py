@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import _by_slot, _slots
+from .decode import _by_slot
 from .gemm import DUAL
 
 INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # as `codes` numbers them
@@ -105,6 +105,15 @@ def base_of(p, e, stride_e, TABLE: tl.constexpr, DTYPE: tl.constexpr):
 def block_of(i, SIZE: tl.constexpr):
     """The block that an index lies in; all in one where the size is 0."""
     return i // SIZE if SIZE != 0 else i * 0
+
+
+@triton.jit
+def _slots(ids, t, j, slots_per_token, num_experts):
+    """(slot, its expert or 0, whether it has one) of a token's slots j."""
+    slot = t * slots_per_token + j
+    e = tl.load(ids + slot, mask=j < slots_per_token, other=-1)
+    known = (e >= 0) & (e < num_experts)
+    return slot.to(tl.int64), tl.where(known, e, 0), known
 
 
 @triton.jit
