@@ -212,8 +212,10 @@ def test_other_good_calls_pass() -> None:
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **K_SPLIT})
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W8A16})
     check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W4A16})
-    check("npu_grouped_matmul", **{**GOOD["npu_grouped_matmul"], **W4A16, **{
-        f"antiquant_{what}": [t(4, 16, dtype=BF)] for what in ("scale", "offset")}})
+    check(
+        "npu_grouped_matmul",
+        **{**GOOD["npu_grouped_matmul"], **W4A16, **{f"antiquant_{what}": [t(4, 16, dtype=BF)] for what in ("scale", "offset")}},
+    )
     check("npu_moe_init_routing_v2", **{**GOOD["npu_moe_init_routing_v2"], "quant_mode": 1, "scale": t(4, 8)})
 
 
