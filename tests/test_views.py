@@ -91,6 +91,7 @@ LOOKED_AT: dict[str, tuple[bool, Callable[[Tensor], object]]] = {
     "the largest of all": (False, lambda x: x.max()),
     "the larger of two": (False, lambda x: torch.max(x, x + 1)),
     "positions": (False, lambda x: x[..., :2] + torch.arange(6).view(3, 2)[None]),
+    "the largest of each row": (False, lambda x: x - x.max(-1, keepdim=True)[0]),
     "the largest and where": (True, lambda x: x.max(-1)[1]),
     "argmax": (True, lambda x: x.argmax(-1)),
     "top-k": (True, lambda x: torch.topk(x, 2).indices),

@@ -38,8 +38,8 @@ def places(graph: fx.Graph) -> Places:
 
 def selects(n: fx.Node) -> bool:
     name = op_name(n)
-    if name == "max":  # the largest of all elements, or of two, says nothing of where it is
-        return not isinstance(example_value(n), torch.Tensor)
+    if name == "max":  # the largest of all elements, or of two, says nothing of where it is; nor does one of a row whose place nobody reads
+        return not isinstance(example_value(n), torch.Tensor) and not all(op_name(u) == "getitem" and u.args[1] == 0 for u in n.users)
     return name in names.ROUTED or "moe_compile" in str(n.target)
 
 
