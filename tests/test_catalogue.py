@@ -18,6 +18,7 @@ from catalogue.compare import experts_differences, gating_differences, shared_di
 torch.set_num_threads(1)
 ENTRIES = catalogue.entries()
 FUSED = [n for n, c in ENTRIES.items() if isinstance(c.expect, Fused)]
+COMPILED = [n for n, c in ENTRIES.items() if check.compiled_here(c)]
 GROUPS = sorted({c.group for c in ENTRIES.values() if c.group})
 NEAR = [n for n, c in ENTRIES.items() if c.near]
 WORDS = {Fused: "fused", AsWritten: "experts fused", Rejected: ("rejected", "left alone"), Untouched: "left alone", Sound: ""}
@@ -95,20 +96,20 @@ def test_near_miss_differs_where_it_says(name: str) -> None:
     assert found | shared_differences(mine.shared, theirs.shared) == set(cls.differs)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_verdict(name: str) -> None:
     cls = ENTRIES[name]
     problem = check.verdict_problem(cls, check.compiled(cls).report)
     assert not problem, problem
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_outputs_are_eagers(name: str) -> None:
     problem = check.output_problem(check.compiled(ENTRIES[name]))
     assert not problem, problem
 
 
-@pytest.mark.parametrize("name", [n for n, c in ENTRIES.items() if isinstance(c.expect, Fused) and check.one_token_too(c)])
+@pytest.mark.parametrize("name", [n for n in COMPILED if isinstance(ENTRIES[n].expect, Fused) and check.one_token_too(ENTRIES[n])])
 def test_one_token_means_the_same(name: str) -> None:
     """One token is a graph of its own, in which dims of size one are gone."""
     cls = ENTRIES[name]
@@ -118,13 +119,13 @@ def test_one_token_means_the_same(name: str) -> None:
         assert not problem, problem
 
 
-@pytest.mark.parametrize("name", [n for n in FUSED if ENTRIES[n].routes_all])
+@pytest.mark.parametrize("name", [n for n in COMPILED if n in FUSED and ENTRIES[n].routes_all])
 def test_recovered_ir_is_an_oracle(name: str) -> None:
     problem = check.oracle_problem(check.compiled(ENTRIES[name]))
     assert not problem, problem
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_golden(name: str) -> None:
     """The IR and the verdict are those of tests/golden.txt, for many tokens and for one."""
     run = check.compiled(ENTRIES[name])
@@ -153,6 +154,9 @@ def with_gradients() -> list[str]:
     for name in representatives():
         new = set(fields_of(ENTRIES[name].expect)) - seen
         seen |= new
+        rounds = ENTRIES[name].expect.experts.up_rows or ENTRIES[name].expect.experts.down_rows  # in training these are left as written
+        if rounds and len(out) % 8 and not check.EVERY:
+            continue
         if new or check.EVERY or zlib.crc32(name.encode()) % 4 == 0:
             out.append(name)
     return out

@@ -291,7 +291,7 @@ class GroupNotAll(_Grouped):
     """Verdict: fused, one step from GroupAll: one group of three is kept."""
 
     expect = Fused(replace(GROUPED, groups=Groups(GROUPS, 1, 2, -math.inf)), EXPERTS12)
-    group = "grouped not all"
+    group = ""
     near, differs = "GroupAll", ("gating.groups",)
 
     def best(self, ranks: Tensor) -> Tensor:
