@@ -6,6 +6,7 @@
     python examples/run_trinity.py --explain                          # only what the compiler recovered
     python examples/run_trinity.py --size mini --device cuda          # Trinity-Mini's shape, random weights, 57 GB
     python examples/run_trinity.py --checkpoint DIR --device cuda     # a real checkpoint
+    python examples/run_trinity.py --quantize mxfp4                   # experts in few bits, beside the same model as it is
     python examples/run_trinity.py --target ascend --dry-run          # what an NPU would run, shown and emulated on the CPU
     python examples/run_trinity.py --size mini --device npu           # on an NPU, with and without the shared expert beside the others
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import sys
@@ -32,6 +34,7 @@ import torch
 import trinity
 from console import err, stage
 from decoding import Sampling, Session, compile_beside
+from quantised import SCHEMES, quantise
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -58,7 +61,7 @@ BLOCK = 64  # lengths are rounded up to a multiple of this
 @dataclass
 class Result:
     """One backend's figures; differences are against eager on the same inputs. `mode`: of torch.compile; without a prefill of its own
-    where that is the default mode's."""
+    where that is the default mode's. `weights`: how the experts' lie in memory, where --quantize says so."""
 
     backend: str
     mode: str = "default"
@@ -69,6 +72,7 @@ class Result:
     prefill_difference: float = 0.0
     decode_difference: float = 0.0
     same_greedy_tokens: bool = True
+    weights: str = ""
 
 
 @dataclass
@@ -120,6 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=32, help="with --size mini: fewer layers, for smaller machines")
     p.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for tiny, else bfloat16")
+    p.add_argument("--quantize", choices=tuple(SCHEMES), help="the experts: e4m3 by 128 x 128, MXFP4 by 32, int4 by 128 inputs")
     p.add_argument("--target", choices=("auto", "ascend"), default="auto", help="whose ops to use; auto: the device's")
     p.add_argument("--dry-run", action="store_true", help="with --target ascend: show the npu calls and emulate them, no NPU needed")
     p.add_argument("--graph-mode", choices=("auto", "ge", "npugraph_ex", "eager"), default="auto", help="with --device npu")
@@ -152,6 +157,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--graph-mode goes with --device npu")
     if args.throughput and (args.device != "cuda" or args.size != "mini"):
         p.error("--throughput goes with --size mini --device cuda")
+    if args.quantize and (args.device == "npu" or args.target == "ascend" or args.throughput):
+        p.error("--quantize goes with --device cpu or cuda, and not with --target ascend or --throughput")
     if args.prompt and not all(args.prompt):
         p.error("--prompt must not be empty")
     return args
@@ -231,13 +238,15 @@ def compile_args(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
     return {"options": {"mode": args.graph_mode}} if subject.device.type == "npu" else {"mode": args.mode}
 
 
-def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, args: argparse.Namespace) -> dict[str, Session]:
+def open_sessions(
+    subject: Subject, shape: tuple[int, int], fused: Session, args: argparse.Namespace, inductor: bool = True
+) -> dict[str, Session]:
     """What the fused session is compared with, each warmed up, in the order of the table: Inductor, or on an NPU no overlap."""
     sessions = {"eager": Session(subject.model, "eager", *shape)}
     if subject.device.type == "npu":
         options = {"mode": args.graph_mode, "overlap_shared": False}
         sessions["moe_fused, one stream"] = Session(subject.model, "moe_fused", *shape, options=options)
-    elif not args.dry_run:
+    elif not args.dry_run and inductor:
         sessions["inductor"] = Session(subject.model, "inductor", *shape, mode=args.mode)
     for name, session in sessions.items():
         for kind in ("prefill", "decode"):
@@ -245,7 +254,7 @@ def open_sessions(subject: Subject, shape: tuple[int, int], fused: Session, args
                 session.warm_up(kind)
     sessions["moe_fused"] = fused
     if subject.device.type == "cuda" and args.mode == "default":
-        for name in ("inductor", "moe_fused"):
+        for name in ("moe_fused",) if args.quantize else ("inductor", "moe_fused"):  # as written, quantised experts wait for the host
             sessions[f"{name}, {GRAPHS}"] = session = sessions[name].in_graphs()
             with stage(f"{name}, {GRAPHS}: capturing decode"):
                 session.warm_up("decode")
@@ -309,12 +318,14 @@ def time_all(sessions: dict[str, Session], prompt: list[int], results: dict[str,
         result.first_calls_seconds = sessions[name].first_calls_seconds
 
 
-def measure(subject: Subject, shape: tuple[int, int], fused: Session, outcome: Outcome, args: argparse.Namespace) -> list[Result]:
-    """A result for eager, Inductor and moe_fused. Fills outcome.order_difference."""
-    sessions = open_sessions(subject, shape, fused, args)
+def measure(
+    subject: Subject, shape: tuple[int, int], fused: Session, outcome: Outcome, args: argparse.Namespace, inductor: bool = True
+) -> list[Result]:
+    """A result for eager, Inductor and moe_fused. Fills outcome.order_difference, once."""
+    sessions = open_sessions(subject, shape, fused, args, inductor)
     windows = held_out(subject, shape[0], args.windows)
     results = {name: Result(*name.split(", ") if GRAPHS in name else [name]) for name in sessions}
-    if not subject.trained:
+    if not subject.trained and not outcome.order_difference:
         with stage("comparing eager with eager in another order"):
             outcome.order_difference = in_another_order(subject, sessions["eager"], windows[0, :-1])
     with stage("comparing logits and perplexity on held-out text"):
@@ -324,6 +335,25 @@ def measure(subject: Subject, shape: tuple[int, int], fused: Session, outcome: O
     with stage("timing"):
         time_all(sessions, windows[0, :-1].tolist(), results)
     return list(results.values())
+
+
+def in_few_bits(subject: Subject, shape: tuple[int, int], outcome: Outcome, args: argparse.Namespace) -> list[Result]:
+    """Quantise the subject's experts in place; what was measured of them before, eager and moe_fused, where anything is to be measured.
+    One after the other, since memory may not hold both."""
+    before: list[Result] = []
+    if not args.explain:
+        session, _ = compile_fused(subject, shape, outcome, args)
+        before = measure(subject, shape, session, outcome, args, inductor=False)
+        for result in before:
+            result.weights = outcome.dtype
+        del session
+        torch._dynamo.reset()
+        gc.collect()
+    with stage(f"quantising the experts: {args.quantize}"):
+        quantise(subject.model, args.quantize)
+    if subject.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return before
 
 
 def generate(subject: Subject, session: Session, prompts: list[str], args: argparse.Namespace) -> list[dict[str, str]]:
@@ -347,12 +377,14 @@ def show_texts(out: Console, outcome: Outcome) -> None:
 
 def show_results(out: Console, outcome: Outcome) -> None:
     table = Table(title=f"{outcome.model} on {outcome.device}, {outcome.dtype}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("", "mode", "max Δ prefill", "max Δ decode", "perplexity", "prefill tok/s", "decode tok/s"):
-        table.add_column(column, justify="left" if column in ("", "mode") else "right", overflow="fold")
+    words = ("", "experts", "mode") if any(r.weights for r in outcome.results) else ("", "mode")
+    for column in (*words, "max Δ prefill", "max Δ decode", "perplexity", "prefill tok/s", "decode tok/s"):
+        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for r in outcome.results:
         reference, decoding_only = r.backend == "eager", r.mode == GRAPHS
         table.add_row(
             r.backend,
+            *([r.weights] if r.weights else []),
             "-" if reference else r.mode,
             "-" if reference or decoding_only else f"{r.prefill_difference:.1e}",
             "-" if reference else f"{r.decode_difference:.1e}",
@@ -363,7 +395,7 @@ def show_results(out: Console, outcome: Outcome) -> None:
     out.print()
     out.print(table)
     out.print(
-        "Δ: largest difference of a logit from eager's, on held-out text. Tokens a second: one sequence, median of", REPEATS, "rounds."
+        "Δ: largest difference of a logit from eager's with the same weights, on held-out text. Tokens a second: one sequence, median of", REPEATS, "rounds."
     )
     if any(r.mode == GRAPHS for r in outcome.results):
         out.print(f'{GRAPHS}: the compiled decoding step captured and replayed, as the mode "reduce-overhead" does after compiling anew.')
@@ -373,7 +405,7 @@ def show_results(out: Console, outcome: Outcome) -> None:
             f"order, differs from eager by {outcome.order_difference:.1e}."
         )
         return
-    other = [r.backend for r in outcome.results if not r.same_greedy_tokens]
+    other = [" ".join(filter(None, (r.backend, r.weights))) for r in outcome.results if not r.same_greedy_tokens]
     out.print("Greedy text:", f"differs from eager's under {', '.join(other)}" if other else "the same under all.")
 
 
@@ -443,8 +475,9 @@ def run(args: argparse.Namespace) -> Outcome:
     outcome = Outcome(subject.name, str(subject.device), dtype, subject.moe_layers)
     prompts = args.prompt or list(PROMPTS)
     shape = lengths(subject, [subject.encode(p) for p in prompts], args.max_new_tokens)
+    before = in_few_bits(subject, shape, outcome, args) if args.quantize else []
     beside = None
-    if subject.device.type == "cuda" and not args.explain:
+    if subject.device.type == "cuda" and not args.explain and not args.quantize:
         beside = compile_beside(subject.model, "inductor", shape, mode=args.mode)
     with lowered_calls(args, out):
         fused, report = compile_fused(subject, shape, outcome, args)
@@ -463,7 +496,9 @@ def run(args: argparse.Namespace) -> Outcome:
             with stage("waiting for Inductor's graphs, compiled beside"):
                 beside.join(LONGEST)
                 beside.kill()
-        outcome.results = measure(subject, shape, fused, outcome, args)
+        outcome.results = before + measure(subject, shape, fused, outcome, args)
+        for result in outcome.results[len(before) :]:
+            result.weights = args.quantize or ""
         show_results(out, outcome)
         if args.throughput:
             del fused  # its cache and graphs
