@@ -247,7 +247,9 @@ def open_sessions(
         options = {"mode": args.graph_mode, "overlap_shared": False}
         sessions["moe_fused, one stream"] = Session(subject.model, "moe_fused", *shape, options=options)
     elif not args.dry_run and inductor:
-        sessions["inductor"] = Session(subject.model, "inductor", *shape, mode=args.mode)
+        # as quantised experts are written, Inductor gets a graph for a part of each expert's work, on as many rows as it was sent
+        dynamic = None if args.quantize else False
+        sessions["inductor"] = Session(subject.model, "inductor", *shape, mode=args.mode, dynamic=dynamic)
     for name, session in sessions.items():
         for kind in ("prefill", "decode"):
             with stage(f"{name}: {'compiling' if name != 'eager' else 'warming up'} {kind}"):
