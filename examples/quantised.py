@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -17,7 +18,7 @@ BLOCK = 128  # rows and columns, or inputs, that share a scale, where the expert
 E4M3, E4M3_MAX = torch.float8_e4m3fn, 448.0
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES = (*E2M1, *(-v for v in E2M1))  # by code: the highest of the four bits is the sign
-E2M1_BETWEEN = tuple((a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False))
+E2M1_BETWEEN = tuple((a + b) / 2 for a, b in itertools.pairwise(E2M1))
 SMALLEST = 2.0**-100  # the largest number of a block, so that a block of zeros has a scale too
 
 
