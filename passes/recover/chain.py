@@ -134,6 +134,8 @@ def _without_scalars(stage: Stage, expr: sp.Expr) -> tuple[sp.Expr, list[Term]]:
                 moved.append(T.power(term, int(p) if p.is_Integer else float(p)))
                 break
         else:
+            if any(x.op == "ite" for x in T.walk(term)):
+                raise No(f"an expert's rows are masked by a condition{reads(term)}")
             raise Telling(f"a number of a whole row (a mean, a norm, a gate) enters another product's rows than its own{reads(term)}")
     return expr, moved
 

@@ -50,7 +50,7 @@ def one_body(parts: list[Part]) -> OneBody:
     if not real:
         raise No("no expert is applied", NO_EXPERTS)
     first = min(real)
-    if sorted(real) != list(range(first, first + len(real))):
+    if sorted(real) != list(range(first, first + len(real))) or first and len(real) == 1:
         raise No(_left_out(real))
     expert = T.named(EXPERT, len(real))
     body = unify({e - first: c for e, c in real.items()}, expert)

@@ -101,7 +101,8 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
-        raise (e if why is None or isinstance(e, Telling) or holds_statistics(body, expert) else why) from None
+        more = str(why) == adapters.MORE  # the cause is the user's own, whatever else there is
+        raise (e if why is None or not more and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 

@@ -48,9 +48,10 @@ def is_row(a: Term, d: int) -> bool:
         return False
     if any(v.args[0] == "t" for v in i.atoms):
         return True
-    if any(data_dependent(before) for before in a.args[1][:d]):
-        return False  # a dim of an expert's own; tokens come first
-    return T.is_c(i, 0) and isinstance(a.args[0], fx.Node) and shape_of(a.args[0])[d] == 1
+    if not T.is_c(i, 0) or not isinstance(n, fx.Node) or shape_of(n)[d] != 1:
+        return False
+    # of what the graph is given a dim behind the experts' is their own; of what it computes it may be the one token's
+    return n.op not in ("placeholder", "get_attr") or not any(data_dependent(before) for before in a.args[1][:d])
 
 
 def row_index(t: Term, lead: tuple[Any, ...]) -> tuple[Term, ...]:

@@ -140,7 +140,7 @@ class NormAfterOtherGuard(NormAfter):
     """Verdict: fused, with another guard than NormAfter."""
 
     expect = Fused(RENORM, after(p * y / sp.sqrt(mean(y**2) + sp.Rational(1, 10)), SHARED))
-    group, near, differs = "", "NormAfter", ("experts.chain",)
+    group, near, differs = "", "NormAfter", ("experts.chain.stages",)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return F.rms_norm(mlp(x, self.up[e], self.down[e]), (H,), self.scale, 0.1)
@@ -163,7 +163,7 @@ class NormOfWeighted(NormAfter):
     """Verdict: fused, with another function than NormAfter: the norm's weight is inside what is normalised."""
 
     expect = Fused(RENORM, after(p * y / sp.sqrt(mean(p**2 * y**2) + EPS), SHARED))
-    group, near, differs = "", "NormAfter", ("experts.chain",)
+    group, near, differs = "", "NormAfter", ("experts.chain.stages",)
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return F.rms_norm(mlp(x, self.up[e], self.down[e]) * self.scale, (H,), None, 1e-5)
@@ -173,7 +173,7 @@ class LayerNormAfter(_Stacked):
     """Verdict: fused. A LayerNorm with weight and bias behind each expert."""
 
     expect = Fused(RENORM, after(p + q * standard(y), SHARED, SHARED))
-    near, differs = "NormAfter", ("experts.chain",)
+    near, differs = "NormAfter", ("experts.chain.stages", "experts.chain.kinds")
 
     def parameters_of_chain(self) -> list[Tensor]:
         return [self.up, self.down, self.shift, self.scale]
@@ -195,7 +195,7 @@ class Centred(_Stacked):
     """Verdict: fused. The mean over features is taken off, which no norm is."""
 
     expect = Fused(RENORM, after(y - mean(y)))
-    near, differs = "LayerNormAfter", ("experts.chain",)
+    near, differs = "LayerNormAfter", ("experts.chain.stages", "experts.chain.kinds")
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         y = mlp(x, self.up[e], self.down[e])
@@ -277,7 +277,7 @@ class ResidualOfPart(_Stacked):
     """Verdict: fused, differs from Residual in how much of its input an expert adds: each has a gate of its own (ReZero)."""
 
     expect = Fused(RENORM, chained(UP, Stage(H, (DOWN,), (Vector(2, 0),), p * y + ROW), kinds=(STACK, STACK, STACK)))
-    near, differs = "Residual", ("experts.chain",)
+    near, differs = "Residual", ("experts.chain.stages", "experts.chain.kinds")
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
