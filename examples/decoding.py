@@ -61,7 +61,7 @@ class Sampling:
 class Session:
     """One model under one backend ("eager" or what torch.compile takes), with its own cache.
 
-    prefill: longest prompt; length: most tokens in all; compile_args: `options` or `mode` of torch.compile.
+    prefill: longest prompt; length: most tokens in all; compile_args: `options`, `mode` or `dynamic` of torch.compile.
     """
 
     def __init__(self, model: AfmoeForCausalLM, backend: str, prefill: int, length: int, **compile_args: Any) -> None:
@@ -72,7 +72,7 @@ class Session:
         self.plain = Step(model, self.cache, length)
         self.step: Callable[[Tensor, Tensor], Tensor] = self.plain
         if backend != "eager":
-            self.step = torch.compile(self.plain, backend=backend, dynamic=False, **compile_args)
+            self.step = torch.compile(self.plain, backend=backend, **{"dynamic": False, **compile_args})
         self.decode_step = self.step
 
     def in_graphs(self) -> Session:

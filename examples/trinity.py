@@ -26,6 +26,21 @@ class ExampleError(Exception):
     """Something the person at the terminal can put right; shown without a traceback."""
 
 
+def device_of(name: str) -> torch.device:
+    """Raises ExampleError, saying what is missing, when the device is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+        raise ExampleError(f"no CUDA device: {why}; try --device cpu")
+    if name == "npu":
+        try:
+            import torch_npu  # noqa: F401
+        except ImportError as error:
+            raise ExampleError(f"no Ascend device: torch_npu cannot be imported ({error}); try --device cpu") from error
+        if not torch.npu.is_available():
+            raise ExampleError("no Ascend device: torch_npu is installed, but sees no NPU; try --device cpu")
+    return torch.device(name)
+
+
 class ByteTokenizer:
     """One token a byte of UTF-8 text."""
 

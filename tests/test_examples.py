@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import decoding  # noqa: E402
+import quantised  # noqa: E402
 import run_trinity  # noqa: E402
 import train_tiny  # noqa: E402
 import trinity  # noqa: E402
@@ -142,6 +144,8 @@ def test_measuring_finds_no_difference_between_equals(model) -> None:
         (["--size", "mini", "--layers", "2"], "--layers must be 3 to 32"),
         (["--size", "mini", "--checkpoint", "x"], "not allowed with"),
         (["--windows", "0"], "--windows must be at least 1"),
+        (["--quantize", "int3"], "invalid choice: 'int3' (choose from"),
+        (["--quantize", "fp8", "--target", "ascend", "--dry-run"], "--quantize goes with --device cpu or cuda"),
     ],
 )
 def test_wrong_arguments_are_named(argv, message, capsys) -> None:
@@ -236,6 +240,49 @@ def test_explain_as_json(capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["fused"] == {"prefill": 3, "decode": 3} and found["moe_layers"] == 3
     assert all(block["validated"] for block in found["report"]["blocks"])
+
+
+# -- experts in few bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("fp8", 1 / 28), ("mxfp4", 1 / 4), ("int4", 1 / 14)])
+def test_weights_are_rounded_by_half_a_step(model, scheme, most) -> None:
+    """most: half of the widest step, or what is cut off above the largest code, as a part of the largest weight that shares a scale."""
+    experts = model.model.layers[1].mlp.experts
+    few = quantised.SCHEMES[scheme](experts)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)[3].detach()
+        error = (few.floats(getattr(few, name)[3], getattr(few, f"{name}_scale")[3]) - weight).abs()
+        blocks = (32, 32) if scheme == "fp8" else (1, 32)
+        largest = torch.nn.functional.max_pool2d(weight.abs()[None], blocks)[0]
+        worst = torch.nn.functional.max_pool2d(error[None], blocks)[0]
+        assert worst.max() > 0 and (worst <= largest * most * 1.001).all()
+
+
+def test_zeros_and_experts_without_groups(model) -> None:
+    zeros = torch.zeros(64, 64)
+    for kind in quantised.SCHEMES.values():
+        few = kind(model.model.layers[1].mlp.experts)
+        assert torch.equal(few.floats(*few.encode(zeros)), zeros)
+    odd = copy.copy(model.model.layers[1].mlp.experts)
+    odd.intermediate_dim = 36
+    with pytest.raises(trinity.ExampleError, match="128 and 36 inputs have no groups of a multiple of 32"):
+        quantised.Mxfp4Experts(odd)
+
+
+@needs_passes
+def test_experts_in_few_bits_are_fused_as_they_lie(model) -> None:
+    import moe_compile
+
+    few = copy.deepcopy(model)
+    quantised.quantise(few, "mxfp4")
+    block, x = few.model.layers[1].mlp, torch.randn(1, 24, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = torch.compile(block, backend="moe_fused", dynamic=False, options={"inner": "eager"})(x)
+        torch.testing.assert_close(got, block(x), atol=2e-5, rtol=1e-5)
+    report = moe_compile.last_report()
+    assert report is not None and [b.validated for b in report.blocks] == [True] and not report.rejected
+    assert "4 bits in uint8 × scale of 1 × 32" in report.blocks[0].experts
 
 
 # -- training ---------------------------------------------------------------------------------------------------------------
