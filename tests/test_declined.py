@@ -101,7 +101,7 @@ class NormOfWeighted(Odd):
 class NormInLoop(Hit):
     """A norm over groups of features in a loop over the experts that were hit."""
 
-    code, says, at = "inside", ("group_norm stands inside the expert",), "def loop"
+    code, says, at = "inside", ("group_norm stands inside the expert",), "in ids.unique()"
 
     def make(self) -> None:
         self.norm = nn.GroupNorm(2, H)
@@ -122,7 +122,7 @@ class Dropout(Odd):
 class DropoutInLoop(Hit):
     """The same in a loop over the experts that were hit."""
 
-    training_mode, code, says, at = True, "random", ("random",), "def loop"
+    training_mode, code, says, at = True, "random", ("random",), "in ids.unique()"
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return F.dropout(super().expert(e, x), 0.1, self.training)
@@ -181,7 +181,7 @@ class _Twice(torch.autograd.Function):
 class CustomFunction(Odd):
     """A custom autograd.Function."""
 
-    training_mode, grad, code, says, at = True, True, "inside", ("custom autograd.Function",), "x.clone()"
+    training_mode, grad, code, says, at = True, True, "opaque", ("custom autograd.Function",), "x.clone()"
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return _Twice.apply(super().expert(e, x))
@@ -199,7 +199,7 @@ class Reversed(Odd):
 class Tied(Odd):
     """One down projection for all experts."""
 
-    code, says, at = "experts", ("one and the same down projection", "self.one"), "index_add_"
+    code, says, at = "experts", ("one and the same weight", "self.one"), "index_add_"
 
     def make(self) -> None:
         self.one = nn.Parameter(torch.randn(H, I) * 0.3)
@@ -223,7 +223,7 @@ class SharedMiddle(Odd):
 class Widths(Odd):
     """Experts of different widths."""
 
-    code, says, at = "experts", ("other sizes than those of expert 0", "equally wide"), "index_add_"
+    code, says, at = "unlike", ("other sizes than those of expert 0", "equally wide"), "index_add_"
 
     def make(self) -> None:
         self.ups = nn.ParameterList(torch.randn(I + e, H) * 0.3 for e in range(E))
@@ -236,7 +236,7 @@ class Widths(Odd):
 class OneIsDifferent(Odd):
     """Expert 1 has another activation."""
 
-    code, says, at = "experts", ("expert 1 is not the same function as expert 0",), "index_add_"
+    code, says, at = "unlike", ("expert 1 is not the same function as expert 0",), "index_add_"
 
     def inner(self, e: int, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.up[e]).chunk(2, -1)
@@ -262,7 +262,7 @@ class Forgotten(Odd):
 class Capacity(Hit):
     """An expert takes two rows and drops the others."""
 
-    code, says, at = "capacity", ("capacity", "dropped"), "def loop"
+    code, says, at = "capacity", ("capacity", "dropped"), "in ids.unique()"
 
     def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -370,7 +370,7 @@ class SetsAttribute(Hit):
 class UpdatesBuffer(Hit):
     """Loads are counted in a buffer, inside the loop."""
 
-    code, says, at = "effects", ("writes to", "load"), "def loop"
+    code, says, at = "effects", ("writes to", "load"), "in ids.unique()"
 
     def make(self) -> None:
         self.register_buffer("load", torch.zeros(E))
@@ -387,7 +387,7 @@ class UpdatesBuffer(Hit):
 class Branches(Hit):
     """An expert is left out where its weights are small."""
 
-    code, says, at = "values", ("branch of the loop depends on the values of w",), "def loop"
+    code, says, at = "values", ("branch of the loop depends on the values of w",), "in ids.unique()"
 
     def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -401,7 +401,7 @@ class Branches(Hit):
 class Lists(Odd):
     """Rows are put into Python lists."""
 
-    code, says, at = "record", ("depend on the routing", "torch.where(ids == e)"), "def loop"
+    code, says, at = "record", ("depend on the routing", "torch.where(ids == e)"), "in enumerate(ids.tolist())"
 
     def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         rows: list[list[tuple[int, int]]] = [[] for _ in range(E)]
@@ -429,7 +429,7 @@ class TokenByToken(Odd):
 class ByRows(Hit):
     """Small experts take another way."""
 
-    code, says, at = "rows", ("compares a number of rows with 4",), "def loop"
+    code, says, at = "rows", ("compares a number of rows with 4",), "in ids.unique()"
 
     def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -443,7 +443,7 @@ class ByRows(Hit):
 class Draws(Hit):
     """Noise inside the loop."""
 
-    code, says, at = "random", ("random numbers",), "def loop"
+    code, says, at = "random", ("random numbers",), "in ids.unique()"
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return super().expert(e, x + torch.rand_like(x))

@@ -101,15 +101,26 @@ class _Flow:
         return (upper | inside) & ~beyond
 
     def has_beside(self, router: fx.Node) -> bool:
-        """Whether what a product with a column for each expert reads goes into products for all experts as well, not by way of it."""
+        """Whether what a product with a column for each expert reads goes into products for all experts as well.
+
+        Not by way of it, unless as rows that are looked up by what came of it (experts above a threshold).
+        """
         r = self.at[router]
         beside = 0
         for x in self._tensors(r):
             beside |= self.below[x]
         v = example_value(router)
         count = v.shape[-1] if isinstance(v, torch.Tensor) else 0
-        products = [n for n in self.of(beside & ~self.below[r]) if op_name(n) in names.CONTRACTION]
+        products = [n for n in self.of(beside) if op_name(n) in names.CONTRACTION and (not self._comes_of(r, n) or self._looked_up(r, n))]
         return len(products) > count or any(_reads_stack(n, count) for n in products)
+
+    def _comes_of(self, r: int, n: fx.Node) -> bool:
+        return bool(self.below[r] >> self.at[n] & 1) or self.at[n] == r
+
+    def _looked_up(self, r: int, n: fx.Node) -> bool:
+        """Whether a product that depends on r reads rows of something that does not."""
+        rows = (x for x in n.all_input_nodes if op_name(x) in names.LOOKUP | {"getitem", "index"} and x.all_input_nodes)
+        return self.at[n] != r and any(self._comes_of(r, x) and not self._comes_of(r, x.all_input_nodes[0]) for x in rows)
 
     def _scores(self, s: int) -> tuple[int, list[int]]:
         """A selection's scores down from the products that make them, and what these products read, through views and casts."""
