@@ -102,8 +102,15 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
         for b in work.out.blocks:
             target.begin(b.ir)
         REWRITE(work)
+    _drop_told(work.out, len(out.blocks))
     out.add(work.out)
     return out
+
+
+def _drop_told(out: Outcome, blocks: int) -> None:
+    """A selection whose experts stand in a checkpoint's own graph is told there, and not again at its call."""
+    for r in [r for r in out.rejected if r.code == "opaque"][:blocks]:
+        out.rejected.remove(r)
 
 
 def _searched(work: Work) -> None:
