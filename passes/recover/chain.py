@@ -251,5 +251,7 @@ def _assembled(stages: list[Stage], maps: list[sp.Expr], expert: Term, tokens: T
         out.append(ir.Stage(s.width, matrices, tuple(held.vector(v) for v in vectors), m))
     if not any(s.matrices for s in out):
         raise No("no product of an expert reads the tokens")
+    if sum(bool(s.matrices) for s in out) < 2:
+        raise No("an expert has one product only")
     listed = ir.Kind.LISTED in held.kinds
     return Chained(ir.Chain(tuple(out), tuple(held.kinds)), held.params, tokens.atom, weight, not listed)

@@ -59,7 +59,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, up_rows, down_rows = unrounded(apart(body, expert), expert)
+    body, up_rows, down_rows = unrounded(apart(body, expert), h, expert)
     f = _function(body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -101,8 +101,8 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
-        more = str(why) == adapters.MORE  # the cause is the user's own, whatever else there is
-        raise (e if why is None or not more and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
+        paired = "LoRA" in str(why)  # then that is the cause, whatever else there is
+        raise (e if why is None or not paired and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 

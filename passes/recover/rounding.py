@@ -35,11 +35,17 @@ class _Scale:
     rows: Rows
 
 
-def unrounded(body: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
+def unrounded(body: Term, h: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
     """An expert's body without rounding; how rows were rounded before the up projections, and before the down projection.
 
-    Raises No for any other rounding.
+    A routing weight beside it, that may be rounded too, stays as it is. Raises No for any other rounding.
     """
+    weights = [f for f in factors(body) if not T.uses(f, h) and not _products(f, expert) and any(map(_is_round, T.walk(f)))]
+    core, up, down = _core_unrounded(T.mul(*(f for f in factors(body) if f not in weights)), expert)
+    return T.mul(*weights, core), up, down
+
+
+def _core_unrounded(body: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
     found: list[Rows | None] = [None, None]
     for _ in range(3):
         rounds = _innermost(body)
