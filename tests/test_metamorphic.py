@@ -18,7 +18,7 @@ def meaning(spec: Spec) -> MoeBlock:
     return MoeBlock(spec.gating, spec.experts, spec.shared_ir())
 
 
-@examples(40)
+@examples(24)
 @given(spelled(), st.sampled_from([False, False, True]))
 def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], dynamic: bool) -> None:
     """And computes what eager computes."""
