@@ -102,13 +102,13 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
         for b in work.out.blocks:
             target.begin(b.ir)
         REWRITE(work)
-    _drop_told(work.out, len(out.blocks))
+    _drop_told(work.out, sum(b.ir.gating is None for b in out.blocks))
     out.add(work.out)
     return out
 
 
 def _drop_told(out: Outcome, blocks: int) -> None:
-    """A selection whose experts stand in a checkpoint's own graph is told there, and not again at its call."""
+    """Selections whose experts alone stand in a checkpoint's own graph, `blocks` of them, are told there and not again at its call."""
     for r in [r for r in out.rejected if r.code == "opaque"][:blocks]:
         out.rejected.remove(r)
 
