@@ -31,9 +31,9 @@ def narrow(shapes: Iterable[Sequence[int]], rows: Iterable[int], fixed: Iterable
 
 def _divisor(wide: set[int], groups: set[int], stays: set[int]) -> int:
     """The largest number that divides all of them, leaves enough of each, and makes none that is another's."""
-    most = min([*(d // _LEAST for d in wide), *(d // _GROUPS for d in groups)], default=1) if wide else 1
+    most = min([*(d // _LEAST for d in wide), *(d // _GROUPS for d in groups)]) if wide else 1
     common = math.gcd(*wide, *groups)
-    for by in range(min(most, common), 1, -1):
-        if common % by == 0 and not {d // by for d in wide} & (stays | wide | groups):
+    for by in range(most, 1, -1):
+        if common % by == 0 and not {d // by for d in wide} & stays:
             return by
     return 1
