@@ -12,7 +12,7 @@ from moe_compile.loops import capture
 from moe_compile.loops.fewer import Fewer
 from moe_compile.loops.narrow import narrow
 
-E, K, H, I, T = 4, 2, 512, 1024, 6
+E, K, H, I, T = 6, 2, 512, 1024, 7
 
 
 def test_one_number_divides_widths_and_groups() -> None:
@@ -85,6 +85,14 @@ class OtherWhenWide(Wide):
         return F.linear(act(F.linear(x, self.up[e])), self.down[e])
 
 
+class OneOtherWhenWide(Wide):
+    """Verdict: left. One of the middle experts has another activation, and has it only as it is wide."""
+
+    def one(self, e: int, x: Tensor) -> Tensor:
+        act = F.gelu if e == 3 and x.shape[-1] > 200 else F.silu
+        return F.linear(act(F.linear(x, self.up[e])), self.down[e])
+
+
 class MixesRows(Wide):
     """Verdict: left. A softmax over features."""
 
@@ -109,6 +117,22 @@ def test_read_as_at_the_real_widths(cls: type[Wide]) -> None:
     experts = report.blocks[0].ir.experts
     assert (experts.hidden, experts.intermediate, experts.out_features, experts.num_experts) == (H, I, H, E)
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_an_expert_that_is_another_when_wide() -> None:
+    report, got, want = compiled(OneOtherWhenWide)
+    assert not report.blocks, str(report)
+    assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(("cls", "same"), [(Wide, True), (OneOtherWhenWide, False)])
+def test_the_programs_of_narrow_and_wide_experts(cls: type[Wide], same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_compile.loops import readers
+
+    real, told = readers.is_same, []
+    monkeypatch.setattr(readers, "is_same", lambda *args: (told.append(real(*args)), told[-1])[1])
+    compiled(cls)
+    assert told == [same]
 
 
 def test_what_the_maths_decline_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
