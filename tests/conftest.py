@@ -153,9 +153,10 @@ def have_compiler() -> bool:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store of packed Ascend weights for this test alone: what other tests leave is collected at any time, and the shared count falls."""
-    from moe_compile.lowering.ascend import modes
+    from moe_compile.lowering.ascend import modes, rearrange
     from moe_compile.lowering.ascend.store import Store
 
     own = Store()
     monkeypatch.setattr(modes, "STORE", own)
+    monkeypatch.setattr(rearrange, "STORE", own)
     return own
