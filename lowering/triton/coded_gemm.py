@@ -135,9 +135,7 @@ def coded_gemm(
         SLOTS: tl.constexpr = GATHER or SCATTER or WEIGHTED
         at, block = _place(tile, row_tiles, blocks, GROUP)
         n0 = block * BN
-        e, rows, live, slots, source = rows_of(
-            at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, GATHER or SCATTER or WEIGHTED, BM
-        )
+        e, rows, live, slots, source = rows_of(at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, SLOTS, BM)
         g = tl.zeros((BN, BM), tl.float32)
         u = tl.zeros((BN if MODE == DUAL else 16, BM), tl.float32)
         for k0 in tl.range(0, k, BK, num_stages=STAGES):

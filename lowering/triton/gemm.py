@@ -120,9 +120,7 @@ def grouped_gemm(
         at, block = _place(tile, row_tiles, blocks, GROUP)
         n0 = block * BN
         wide0 = block * WIDTH
-        e, rows, live, slots, source = rows_of(
-            at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, GATHER or SCATTER or WEIGHTED, BM
-        )
+        e, rows, live, slots, source = rows_of(at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, SLOTS, BM)
         acc0 = tl.zeros((BM, WIDTH), tl.float32)
         acc1 = tl.zeros((BM, BN if MODE == DUAL else 16), tl.float32)
         for k0 in tl.range(0, k, BK, num_stages=STAGES):
