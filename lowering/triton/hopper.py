@@ -80,6 +80,6 @@ def grouped_gemm(
                     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
                     1, OUT_IN, GATHER, MODE, ACT, SAVE, BIAS, WEIGHTED, BN, SPLIT)),
         (produce, (a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
-                    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+                    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, full, empty, news, told, heard,
                     EVEN_K, WIDE, 0 if MODE == DUAL else BN, OUT_IN, GATHER, PAD, GROUP, SPLIT, TOGETHER)),
     ], [4, 4], [184, 136] if (PARTS == 2) & (BN <= 64) else [216, 72])  # fmt: skip

@@ -78,12 +78,38 @@ def _finish(
 
 
 @gluon.jit
+def _two_products(depth, step, ring_a, ring_w, full, empty, AT_ROW: gl.constexpr, GATHER: gl.constexpr, BN: gl.constexpr):
+    """(products with the first and the second column block over `depth` steps, the step behind them)."""
+    STAGES: gl.constexpr = ring_a.shape[0]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    acc0 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
+    acc1 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
+    for k in range(depth):
+        s = step % STAGES
+        mbarrier.wait(full.index(s), (step // STAGES) & 1)
+        if GATHER:
+            fence_async_shared()
+        rows = ring_a.index(s).slice(AT_ROW, HALF_ROWS)
+        pending0 = warpgroup_mma(rows, ring_w.index(2 * s).permute((1, 0)), acc0, is_async=True)
+        pending1 = warpgroup_mma(rows, ring_w.index(2 * s + 1).permute((1, 0)), acc1, is_async=True)
+        acc0, acc1 = warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
+        if k > 0:  # the step before has been read
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        step += 1
+    acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    return acc0, acc1, step
+
+
+@gluon.jit
 def consume(
     bias0, bias1, row_weights, out, out_tma, pre, pre0_tma, pre1_tma, order, steps, n,
     stride_be, stride_bn, stride_out, stride_pre, ring_a, ring_w, stages_out, full, empty, news, told, heard,
     HALF: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, MODE: gl.constexpr, ACT: gl.constexpr, SAVE: gl.constexpr,
     BIAS: gl.constexpr, WEIGHTED: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr,
+    APART: gl.constexpr = False,
 ):  # fmt: skip
+    """APART: the two column blocks are two products, where a kernel's many threads leave an instruction too few registers for both."""
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
@@ -93,6 +119,7 @@ def consume(
     LAG: gl.constexpr = 1 if PARTS == 1 else 0  # products under way when the next one's stage is waited for
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    blocks_w = ring_w
     both: gl.constexpr = [STAGES * PARTS, 2 * BN, BK] if OUT_IN else [STAGES * PARTS, BK, 2 * BN]
     ring_w = ring_w._reinterpret(ring_w.dtype, both, ring_w.layout)  # two blocks, one behind the other, are one operand
     stage = stages_out.index(HALF)
@@ -109,33 +136,43 @@ def consume(
         if PART > 0:
             live = live & (column < n)
         if live:
-            acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
-            for k in range(depth):
-                s = step % STAGES
-                mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                if GATHER:
-                    fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
-                w = ring_w.index(s * PARTS + PART)
-                if OUT_IN:
-                    w = w.permute((1, 0))
-                pending = warpgroup_mma(ring_a.index(s).slice(AT_ROW, HALF_ROWS), w, acc, is_async=True)
-                acc = warpgroup_mma_wait(num_outstanding=LAG, deps=(pending,))
-                if LAG == 0:
-                    mbarrier.arrive(empty.index(s))
-                elif k > 0:  # the step before has been read
-                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-                step += 1
-            if LAG > 0:
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-
-            if MODE == INTERLEAVED:
-                acc0, acc1 = gl.split(gl.reshape(acc, [HALF_ROWS, BN, 2]))
+            if APART:
+                acc0, acc1, step = _two_products(depth, step, ring_a, blocks_w, full, empty, AT_ROW, GATHER, BN)
             else:
-                acc0, acc1 = gl.split(gl.permute(gl.reshape(acc, [HALF_ROWS, 2, BN]), (0, 2, 1)))
-                acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
-                acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
-            if (MODE == DUAL) | (MODE == INTERLEAVED):
+                acc = gl.zeros((HALF_ROWS, 2 * BN), gl.float32, wide)
+                for k in range(depth):
+                    s = step % STAGES
+                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                    if GATHER:
+                        fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
+                    w = ring_w.index(s * PARTS + PART)
+                    if OUT_IN:
+                        w = w.permute((1, 0))
+                    pending = warpgroup_mma(ring_a.index(s).slice(AT_ROW, HALF_ROWS), w, acc, is_async=True)
+                    acc = warpgroup_mma_wait(num_outstanding=LAG, deps=(pending,))
+                    if LAG == 0:
+                        mbarrier.arrive(empty.index(s))
+                    elif k > 0:  # the step before has been read
+                        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+                    step += 1
+                if LAG > 0:
+                    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+
+                if MODE == INTERLEAVED:
+                    acc0, acc1 = gl.split(gl.reshape(acc, [HALF_ROWS, BN, 2]))
+                else:
+                    acc0, acc1 = gl.split(gl.permute(gl.reshape(acc, [HALF_ROWS, 2, BN]), (0, 2, 1)))
+                    acc0 = gl.convert_layout(acc0, mma, assert_trivial=True)
+                    acc1 = gl.convert_layout(acc1, mma, assert_trivial=True)
+
+            if APART and MODE == INTERLEAVED:
+                for half in gl.static_range(2):
+                    g, u = gl.split(gl.reshape(acc0 if half == 0 else acc1, [HALF_ROWS, BN // 2, 2]))
+                    _finish(g, u, stage, e, first, end, column + half * (BN // 2), n, part, order, bias0, bias1, row_weights, out, out_tma,
+                            pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre,
+                            MODE, ACT, SAVE, BIAS, WEIGHTED, SPLIT)  # fmt: skip
+            elif (MODE == DUAL) | (MODE == INTERLEAVED):
                 _finish(acc0, acc1, stage, e, first, end, column, n, part, order, bias0, bias1, row_weights, out, out_tma,
                         pre, pre0_tma, pre1_tma, stride_be, stride_bn, stride_out, stride_pre,
                         MODE, ACT, SAVE, BIAS, WEIGHTED, SPLIT)  # fmt: skip

@@ -13,17 +13,19 @@ from .hopper_tiles import EARLY, HALF_ROWS, claim, expert_of, leave, part_of, pl
 
 @gluon.jit
 def _feed(
-    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty,
+    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty, full_w, empty_w,
     EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """A stage for each step of depth in [begin, end), TOGETHER of them at a time: what lies side by side in memory is asked for
     together. A stage's weights lie by (part of the columns, depth, block). Beyond the end of the depth, zeros arrive."""
+    if ring_w.dtype != ring_a.dtype:
+        return _feed_codes(begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
+                           full, empty, full_w, empty_w, EVEN_K, NEXT, GATHER)  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
     CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES * PARTS)  # boxes along the depth: rows of 128 bytes each
     DEPTH: gl.constexpr = BK // CHUNKS
-    PIECE: gl.constexpr = pointers.shape[1]
     bytes: gl.constexpr = PARTS * CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
     for k in range(begin, end, TOGETHER):
         for i in gl.static_range(TOGETHER):
@@ -42,18 +44,50 @@ def _feed(
                     _ask(w1, row_w, column + NEXT, depth, full.index(s), ring_w.index(at), OUT_IN)
         for i in gl.static_range(TOGETHER):
             s = (step + i) % STAGES
-            if GATHER:  # rows beyond the expert's end are not read
-                for at in gl.static_range(0, BK, PIECE):
-                    inside = mask
-                    if not EVEN_K:
-                        inside = mask & gl.expand_dims(at_k + ((k + i) * BK + at) < k_end, 0)
-                    async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=inside)
-                async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-                pointers += BK
-            else:
-                tma.async_copy_global_to_shared(a_tma, [first, (k + i) * BK], full.index(s), ring_a.index(s))
+            pointers = _rows(k + i, s, pointers, mask, at_k, k_end, a_tma, first, ring_a, full, EVEN_K, GATHER)
         step += TOGETHER
     return step, pointers
+
+
+@gluon.jit
+def _feed_codes(
+    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_c, full, empty, full_c, empty_c,
+    EVEN_K: gl.constexpr, NEXT: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """As `_feed` where weights are decoded on the way: their codes go to a ring of their own."""
+    STAGES: gl.constexpr = ring_a.shape[0]
+    CODES: gl.constexpr = ring_c.shape[0] // 2
+    for k in range(begin, end):
+        c = step % CODES
+        s = step % STAGES
+        mbarrier.wait(empty_c.index(c), ((step // CODES) & 1) ^ 1)
+        mbarrier.expect(full_c.index(c), w0.block_type.nbytes + w1.block_type.nbytes)
+        _ask(w0, row_w, n0, k * w0.block_shape[1], full_c.index(c), ring_c.index(2 * c), True)
+        _ask(w1, row_w, n0 + NEXT, k * w1.block_shape[1], full_c.index(c), ring_c.index(2 * c + 1), True)
+        mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
+        if not GATHER:
+            mbarrier.expect(full.index(s), a_tma.block_type.nbytes)
+        pointers = _rows(k, s, pointers, mask, at_k, k_end, a_tma, first, ring_a, full, EVEN_K, GATHER)
+        step += 1
+    return step, pointers
+
+
+@gluon.jit
+def _rows(k, s, pointers, mask, at_k, k_end, a_tma, first, ring_a, full, EVEN_K: gl.constexpr, GATHER: gl.constexpr):
+    """Asks for the rows of step k of the depth, into stage s: gathered ones are not read beyond the expert's end."""
+    BK: gl.constexpr = ring_a.shape[2]
+    PIECE: gl.constexpr = pointers.shape[1]
+    if GATHER:
+        for at in gl.static_range(0, BK, PIECE):
+            inside = mask
+            if not EVEN_K:
+                inside = mask & gl.expand_dims(at_k + (k * BK + at) < k_end, 0)
+            async_copy.async_copy_global_to_shared(ring_a.index(s).slice(at, PIECE, dim=1), pointers + at, mask=inside)
+        async_copy.mbarrier_arrive(full.index(s), increment_count=False)
+        pointers += BK
+    else:
+        tma.async_copy_global_to_shared(a_tma, [first, k * BK], full.index(s), ring_a.index(s))
+    return pointers
 
 
 @gluon.jit
@@ -68,7 +102,7 @@ def _ask(w, row, column, depth, full, place, OUT_IN: gl.constexpr):
 @gluon.jit
 def produce(
     a, a_tma, w0, w1, order, offsets, starts, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
-    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, news, told, heard,
+    slots_per_token, stride_a, rows_per_expert, ring_a, ring_w, full, empty, full_w, empty_w, news, told, heard,
     EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, PAD: gl.constexpr,
     GROUP: gl.constexpr,
     SPLIT: gl.constexpr, TOGETHER: gl.constexpr,
@@ -106,22 +140,22 @@ def produce(
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
         step, pointers = _feed(from_step, claim_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         tile = claim(counter)
         step, pointers = _feed(claim_at, expert_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         e = expert_of(tile, tiles, row_tiles, blocks)
         step, pointers = _feed(expert_at, place_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
         step, pointers = _feed(place_at, rows_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         row, block = place_of(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
         step, pointers = _feed(rows_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         number += 1
     tell(news, told, heard, number, 0, -1, 0, 0, 0)
     leave(counter)
