@@ -96,11 +96,14 @@ def _scales_at(pointers, live, k, steps, scale_k, BLOCK: gl.constexpr, PACKED: g
 
 @gluon.jit
 def _decode(
-    scales0, scales1, steps, n, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, FIRST0: gl.constexpr, FIRST1: gl.constexpr, STEP: gl.constexpr,
+    scales, steps, n, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
+    PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, FIRST: gl.constexpr, STEP: gl.constexpr,
     ROWS: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """The weights of each step of each tile, in the order in which the producer asks for codes."""
+    """One of the two blocks of weights of each step of each tile, in the order in which the producer asks for codes.
+
+    Scales are asked for two steps ahead, behind a step's fence, which waits for every load under way.
+    """
     CODES: gl.constexpr = ring_c.shape[0] // 2
     BN: gl.constexpr = ring_c.shape[1]
     if PACKED:
@@ -112,23 +115,20 @@ def _decode(
     number = 0
     e, first, _, block, _ = hear(news, told, heard, number)
     while first >= 0:
-        n0 = block * WIDE
-        from0, live0 = _scale_rows(scales0, e, n0 + at_n, n, scale_e, scale_n, FIRST0, STEP, ROWS)
-        from1, live1 = _scale_rows(scales1, e, n0 + NEXT + at_n, n, scale_e, scale_n, FIRST1, STEP, ROWS)
-        s0 = _scales_at(from0, live0, 0, steps, scale_k, BLOCK, PACKED)
-        s1 = _scales_at(from1, live1, 0, steps, scale_k, BLOCK, PACKED)
+        begin, live = _scale_rows(scales, e, block * WIDE + PART * NEXT + at_n, n, scale_e, scale_n, FIRST, STEP, ROWS)
+        now = _scales_at(begin, live, 0, steps, scale_k, BLOCK, PACKED)
+        soon = _scales_at(begin, live, 1, steps, scale_k, BLOCK, PACKED)
         for k in range(steps):
             c = step % CODES
             s = step % STAGES
             mbarrier.wait(full_c.index(c), (step // CODES) & 1)
             mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
-            ring_w.index(2 * s).store(_decoded(ring_c.index(2 * c), s0, PACKED))
-            s0 = _scales_at(from0, live0, k + 1, steps, scale_k, BLOCK, PACKED)
-            ring_w.index(2 * s + 1).store(_decoded(ring_c.index(2 * c + 1), s1, PACKED))
-            s1 = _scales_at(from1, live1, k + 1, steps, scale_k, BLOCK, PACKED)
-            mbarrier.arrive(empty_c.index(c))
+            ring_w.index(2 * s + PART).store(_decoded(ring_c.index(2 * c + PART), now, PACKED))
             fence_async_shared()
             mbarrier.arrive(full.index(s))
+            mbarrier.arrive(empty_c.index(c))
+            now = soon
+            soon = _scales_at(begin, live, k + 2, steps, scale_k, BLOCK, PACKED)
             step += 1
         number += 1
         e, first, _, block, _ = hear(news, told, heard, number)
@@ -158,17 +158,17 @@ def coded_gemm(
     ring_w = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BN, BK], gl.NVMMASharedLayout.get_default_for([BN, BK], DTYPE))
     ring_c = gl.allocate_shared_memory(gl.uint8, [2 * CODES] + codes0.block_shape, codes0.layout)
     stages_out = gl.allocate_shared_memory(DTYPE, [2] + out_tma.block_shape, out_tma.layout)
-    news, told, heard = channel(3)
+    news, told, heard = channel(4)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full_c = gl.allocate_shared_memory(gl.int64, [CODES, 1], mbarrier.MBarrierLayout())
     empty_c = gl.allocate_shared_memory(gl.int64, [CODES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=129 if GATHER else 2)  # rows: every producer thread's copies, or bytes; weights: the decoder
+        mbarrier.init(full.index(s), count=130 if GATHER else 3)  # rows: every producer thread's copies, or bytes; weights: the decoders
         mbarrier.init(empty.index(s), count=2)
     for s in gl.static_range(CODES):
         mbarrier.init(full_c.index(s), count=1)
-        mbarrier.init(empty_c.index(s), count=1)
+        mbarrier.init(empty_c.index(s), count=2)
     fence_async_shared()
     WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN
     NEXT: gl.constexpr = 0 if MODE == DUAL else BN
@@ -185,6 +185,8 @@ def coded_gemm(
         (produce, (a, a_tma, codes0, codes1, order, offsets, None, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
                    slots_per_token, stride_a, rows_per_expert, ring_a, ring_c, full, empty, full_c, empty_c, news, told, heard,
                    EVEN_K, WIDE, NEXT, True, GATHER, 0, GROUP, 1, 1)),
-        (_decode, (scales0, scales1, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty,
-                   news, told, heard, STAGES, WIDE, NEXT, FIRST0, FIRST1, STEP, ROWS, BLOCK, PACKED)),
-    ], [4, 4, 4], [184, 56, 88])  # fmt: skip
+        (_decode, (scales0, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
+                   0, STAGES, WIDE, NEXT, FIRST0, STEP, ROWS, BLOCK, PACKED)),
+        (_decode, (scales1, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
+                   1, STAGES, WIDE, NEXT, FIRST1, STEP, ROWS, BLOCK, PACKED)),
+    ], [4, 4, 4, 4], [160, 48, 56, 56])  # fmt: skip
