@@ -28,6 +28,8 @@ try:
 except ImportError as e:
     raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
 
+from .. import agreement
+
 NAME = "moe_compile"
 UNEVEN = 'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "all_to_all"'
 
@@ -60,9 +62,14 @@ class _Sum(torch.autograd.Function):
 class GatherEP(EPImplementation):  # type: ignore[misc]
     """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H], with the same T on all ranks.
 
+    The ranks agree upon what they fuse, and refuse to start with different versions of this package (`moe_compile.agreement`).
     Where batches differ in length every rank raises RuntimeError; pad them, or use "all_to_all". Ids outside of this rank's experts are
     `num_local_experts` with weight 0, as transformers' experts take them.
     """
+
+    def __init__(self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        agreement.join(ep_mesh.get_group())
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         group = self.ep_mesh.get_group()
