@@ -29,13 +29,16 @@ NAMING = 5.0  # seconds in which a rank that saw an exchange fail answers the ot
 
 @dataclass
 class Talk:
-    """A group whose ranks talk, which may be destroyed meanwhile. `timeout`: of its collectives, in seconds."""
+    """A group whose ranks talk, which may be destroyed meanwhile. `timeout`: of its collectives, in seconds. `said`: how often on each topic;
+    `settled`: in how many blocks of a graph's code rows travel.
+    """
 
     known: weakref.ref[Any]
     rank: int
     size: int
     timeout: float
     said: Counter[str] = field(default_factory=Counter)
+    settled: dict[str, int] = field(default_factory=dict)
 
     @property
     def store(self) -> Any:
@@ -124,7 +127,8 @@ def of_graph(gm: torch.fx.GraphModule) -> list[Talk]:
     if not _talks:
         return []
     graphs = [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-    names = {str(a) for g in graphs for n in g.nodes if "c10d" in str(n.target) for a in n.args[-1:]}
+    exchanges = (n for g in graphs for n in g.nodes if "c10d" in str(n.target) or str(n.target).startswith("moe_compile.whole"))
+    names = {str(a) for n in exchanges for a in n.args}
     return [t for name, t in _talks.items() if name in names and t.store is not None]
 
 
@@ -151,7 +155,7 @@ def agree(talks: Iterable[Talk], topic: str, word: Word) -> tuple[list[Word], li
         others += [{**w, "rank": r} for r, w in enumerate(told) if w is not None and r != talk.rank]
         missing = [r for r, w in enumerate(told) if w is None]
         if missing:
-            silent.append(f"{ranks(missing)} compiled nothing of {topic} within {talk.timeout / 2:.0f} s; this rank goes on by itself")
+            silent.append(f"{ranks(missing)} compiled nothing of {topic} within {talk.timeout / 2:.0f} s")
     return others, silent
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import agreement, artifact, buckets, lowering
+from . import agreement, artifact, buckets, divided, lowering
 from . import report as reports
 from .alike import Verdict, among_ranks
 from .errors import NotFused, OptionError
@@ -47,10 +47,13 @@ def moe_fused(
     chosen = Options.parse(options, mode)
     target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
+    if divided.puts_together(gm):
+        chosen = chosen.with_(overlap_shared=False)  # rows of experts travel, those of the shared expert do not
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
     verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
     blocks, rejected = verdict.blocks, verdict.rejected
+    divided.exchange(gm, verdict.experts)
     seconds["passes"] = time.perf_counter() - started
     flags.check(gm, rejected)
     part = Report()
