@@ -186,5 +186,5 @@ def _missing(talks: Sequence[Talk]) -> str:
             continue
         silent = [r for r, word in enumerate(t.round("failed", {}, NAMING)) if word is None]
         name = f"the group of {t.size} ranks that divides the experts"
-        told.append(f"in {name}, {ranks(silent)} did not answer" if silent else f"in {name}, every rank saw the exchange fail")
+        told.append(f"in {name}, {ranks(silent)} did not answer within {NAMING:.0f} s" if silent else f"in {name}, every rank saw the exchange fail")
     return "; ".join(told)

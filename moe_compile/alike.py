@@ -47,14 +47,22 @@ def among_ranks(gm: torch.fx.GraphModule, before: Snapshot, own: Verdict) -> Ver
     topic = agreement.topic_of(gm)
     if not agreement.first_of_its_code():
         _as_before(gm, talks, topic, len(own.experts))
-        return own
+        return replace(own, blocks=_with_exchange(own))
     others, silent = agreement.agree(talks, topic, own.word())
     if silent and divided.puts_together(gm):
         raise RuntimeError(f"ranks must agree upon what travels in a graph, experts or rows: {'; '.join(silent)}")
     found = _common(before, replace(own, notes=tuple(f"{s}; this rank goes on by itself" for s in silent)), others)
     for t in talks:
         t.settled[topic] = len(found.experts)
-    return found
+    return replace(found, blocks=_with_exchange(found))
+
+
+def _with_exchange(v: Verdict) -> list[Any]:
+    """The blocks, told of how their rows travel from now on. (A model whose experts are divided has no others.)"""
+    if len(v.experts) != len(v.blocks):
+        return v.blocks
+    how = [divided.how(n) for n in v.experts]
+    return [replace(b, ir=replace(b.ir, exchange=e)) for b, e in zip(v.blocks, how, strict=True)]
 
 
 def _common(before: Snapshot, own: Verdict, others: Sequence[Word]) -> Verdict:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from .ir import Exchange, Way
 from .ir.codec import place
 from .ir.operands import Operands
 from .ir.records import Layout
@@ -73,6 +74,13 @@ def _sources(n: fx.Node) -> list[Any]:
     return [source(w) for w in bundled(n.args)[3]]
 
 
+def how(n: fx.Node) -> Exchange:
+    """How the rows of an op travel."""
+    _, size, group, shared = _sources(n)[0].args
+    rank = torch.distributed.distributed_c10d._resolve_process_group(group).rank()
+    return Exchange(Way.SHARED if shared else Way.GATHER, group, size, rank)
+
+
 def exchange(gm: fx.GraphModule, experts: Sequence[fx.Node]) -> None:
     """Let the rows travel to the experts of these ops; weights that nothing else reads are not put together any more."""
     for n in experts:
@@ -82,7 +90,7 @@ def exchange(gm: fx.GraphModule, experts: Sequence[fx.Node]) -> None:
         plain[_COUNT] //= size
         with gm.graph.inserting_before(n):
             local = operands.map(lambda w: _local(gm.graph, w))
-            new = gm.graph.call_function(run, (x, ids, weights, local.lists(), add, plain, group, shared))
+            new = gm.graph.call_function(divided_experts, (x, ids, weights, local.lists(), add, plain, group, shared))
         new.meta.update(n.meta)
         n.replace_all_uses_with(new)
         gm.graph.erase_node(n)
@@ -102,7 +110,7 @@ def _local(g: fx.Graph, w: fx.Node) -> fx.Node:
     return new
 
 
-def run(
+def divided_experts(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, lists: Any, add: Any, plain: Sequence[Any], group: str, shared: bool
 ) -> torch.Tensor:
     """experts(x, ids, weights, the stacks of all ranks) + add, with this rank's stacks; plain: of its own experts."""

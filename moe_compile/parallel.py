@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import agreement, divided
 from .explain import explain
+from .loops.probe import WHOLE
 from .ops import bundled
 from .report import collecting
 
@@ -135,9 +136,9 @@ def _place(model: nn.Module, name: str, mesh: Any) -> None:
     owner = model.get_submodule(path)
     old = owner._parameters[last]
     assert old is not None
-    owner._parameters[last] = nn.Parameter(
-        distribute_tensor(old.detach(), mesh, [Shard(0)], src_data_rank=None), requires_grad=old.requires_grad
-    )
+    new = nn.Parameter(distribute_tensor(old.detach(), mesh, [Shard(0)], src_data_rank=None), requires_grad=old.requires_grad)
+    setattr(new, WHOLE, True)
+    owner._parameters[last] = new
 
 
 def _read_whole(model: nn.Module, reader: str, names: list[str], mesh: Any, shared: bool) -> None:
