@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection, Rows
-from ...ir.operands import Operands
+from ...ir.operands import Join, Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
@@ -76,7 +76,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         **f.fields,
     )
     experts = _with_rows(experts, up_rows, down_rows)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h), f.join)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class _Function:
     tokens: list[Term]
     weight: Term
     operands: Callable[[Experts], Operands[Param]]
+    join: Join | None = None
 
 
 def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
@@ -126,7 +127,8 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> _Function:
         **adapters.scales(ups, parsed.down, form),
     )
     stored = ups if form is Form.SEPARATE else ups[:1]
-    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down))
+    join = adapters.join(stored, parsed.down, expert.args[1])
+    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -183,10 +185,7 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_zero=coded.zeros(down, count, down_shape),
         up_table=coded.table(store[0]),
         down_table=coded.table(down),
-        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
-        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
-        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
-        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
+        **adapters.operands(store, down, width, (e.hidden, e.intermediate, e.out_features)),
     )
 
 
