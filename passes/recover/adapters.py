@@ -12,19 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
+import torch.fx as fx
 
 from ...ir import Form
 from ...ir.operands import Join
 from .. import terms as T
+from ..aten.names import op_name
 from ..terms import Term
 from .linear import Linear
 from .match import Param
 from .matrices import LowRank, matrices
+from .packed import nodes_of
 from .rows import No, factors
 
+DORA = "rows of a weight are divided by a norm that is computed from it (DoRA, weight norm): make them one weight before the product"
 APART = "a low-rank pair (LoRA) stands beside no single projection"
 OTHER_INPUT = "a low-rank pair (LoRA) reads another input than its projection, as with dropout in training"
 OTHER_ROWS = "a low-rank pair (LoRA) gives other rows than its projection"
+_NORMS, _NEAR = ("linalg_vector_norm", "norm"), 8
 NO_NUMBER = "the scale of a low-rank pair (LoRA) is no number"
 
 
@@ -94,6 +99,23 @@ def beside_others(total: Term, out: Term, expert: Term) -> dict[Term, Pair]:
     pairs = {a: pair for a in parts if (pair := read(a, out, expert)) is not None}
     others = [a for a in parts if a not in pairs and any(f.op == "sum" and T.uses(f, out) for f in factors(a))]
     return pairs if others else {}
+
+
+def normed(body: Term, t: Term, expert: Term) -> bool:
+    """Whether something is divided by a norm of an expert's weight: one that is looked into, or that a tensor of the graph holds."""
+    own = [x for x in T.walk(body) if T.uses(x, expert) and not T.uses(x, t)]
+    return any(x.op == "pow" and any(f.op == "sum" for f in T.walk(x)) for x in own) or any(_is_normed(x) for x in own if x.op == "a")
+
+
+def _is_normed(a: Term) -> bool:
+    n = nodes_of(a)[0]
+    for _ in range(_NEAR):  # the norm, and what divides by it
+        if not isinstance(n, fx.Node) or n.op != "call_function":
+            return False
+        if op_name(n) in _NORMS:
+            return True
+        n = n.args[1] if op_name(n) == "div" else n.args[0]
+    return False
 
 
 def why_no_pair(part: Term, out: Term, expert: Term) -> str | None:

@@ -27,6 +27,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
+from .one_base import of_each
 from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
@@ -59,7 +60,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, up_rows, down_rows = unrounded(apart(body, expert), h, expert)
+    body, up_rows, down_rows = unrounded(of_each(apart(body, expert), t, expert), h, expert)
     f = _function(body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -102,6 +103,8 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
+        if adapters.normed(body, t, expert):
+            raise No(adapters.DORA) from None
         paired = "LoRA" in str(why)  # then that is the cause, whatever else there is
         raise (e if why is None or not paired and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))

@@ -57,17 +57,17 @@ class LoraTwoOtherInput(LoraTwo):
         return Seen(base)
 
 
-class LoraTwoSomeExperts(LoraTwo):
-    """Verdict: rejected. One step from LoraTwo: every other expert has no second adapter."""
+class LoraTwoSomeExperts(LoraLinears):
+    """Verdict: rejected. One step from LoraTwo: every other expert has one adapter."""
 
     expect = Rejected("not the same function")
-    near = "LoraTwo"
+    near = "LoraLinears"
     routes_all = False
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
         for i in range(1, n, 2):
-            self.experts[i].w2 = Lora(self.experts[i].w2.base)
+            self.experts[i].w2 = Two(self.experts[i].w2.base)
 
 
 class LoraTwoStacks(_Stacks):
@@ -139,6 +139,12 @@ class LoraDora(LoraLinears):
         return Dora(base)
 
 
+class LoraDoraUp(LoraDora):
+    """Verdict: rejected as LoraDora. Only the gate's rows have lengths of their own."""
+
+    on = ("w1",)
+
+
 class LoraDoraMerged(LoraLinears):
     """Verdict: fused. DoRA made into one weight first: that weight is what the experts read."""
 
@@ -164,18 +170,29 @@ class LoraShared(LoraLinears):
         super().build_experts(n)
         for m in self.experts:
             for name in self.on:
-                getattr(m, name).base = getattr(self.experts[0], name).base
+                getattr(m, name).base = getattr(self.experts[0], name).base.requires_grad_(False)
 
 
 class LoraSharedInTurn(LoraShared):
-    """Verdict: rejected. One step from LoraShared: two MLPs, every other expert has the second."""
+    """Verdict: fused as LoraLinears. Two MLPs, every other expert an adapter on the second."""
 
-    expect = Rejected("another expert")
-    near = "LoraShared"
-    routes_all = False
+    group = "lora"
 
     def build_experts(self, n: int) -> None:
         LoraLinears.build_experts(self, n)
         for i, m in enumerate(self.experts):
             for name in self.on:
                 getattr(m, name).base = getattr(self.experts[i % 2], name).base
+
+
+class LoraSharedBare(LoraShared):
+    """Verdict: rejected. One step from LoraShared: one down projection for all, without adapters: it is no expert's."""
+
+    expect = Rejected("all experts have one and the same")
+    near, group = "", ""
+    on = ("w1", "w3")
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for m in self.experts:
+            m.w2 = self.experts[0].w2
