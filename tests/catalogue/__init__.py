@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from . import (
+    adapters,
     base,
     chains,
     combine,
@@ -55,6 +56,7 @@ FILES: tuple[ModuleType, ...] = (
     tokens,
     weights,
     lora,
+    adapters,
     chains,
     quantised,
     stored,
