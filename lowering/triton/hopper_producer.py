@@ -160,17 +160,21 @@ def produce(
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
         step, pointers = _feed(from_step, claim_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
-                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         tile = claim(counter)
         step, pointers = _feed(claim_at, expert_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
-                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         e = expert_of(tile, tiles, row_tiles, blocks)
         step, pointers = _feed(expert_at, place_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
-                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
         step, pointers = _feed(place_at, rows_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
-                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         row, block = place_of(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
