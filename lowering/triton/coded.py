@@ -12,10 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...ir import Rows
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
-from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls
+from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, rounding
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -42,6 +43,7 @@ class Coded:
     down_bias: Biases | None
     add: Tensor | None
     layout: Layout
+    hidden_rows: Rows | None = None  # how those of the down projection are rounded
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def operands(
     """The operands for the kernels, None where they are beyond them."""
     up, down = storage.stored()
     floats = (*p.up_bias, *p.down_bias)
-    if x.dtype not in DTYPES or up is None or down is None or any(storage.rows()) or layout.num_identity or x.shape[1] == 0:
+    if x.dtype not in DTYPES or up is None or down is None or layout.num_identity or x.shape[1] == 0:
         return None
     if any(t.dtype != x.dtype for t in floats):
         return None
@@ -121,9 +123,20 @@ def operands(
     if u is None or d is None:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
+    outer, inner = storage.rows()
+    if any(how is not None and not rounding.fits(how, width) for how, width in ((outer, u.k), (inner, d.k))):
+        return None
+    if (outer or inner) and layout.weight_on_input:
+        return None
+    x = x if outer is None else rounding.rounded(x, outer)
     add = add if add is None or add.stride(1) == 1 else add.contiguous()
     biases = up_biases(layout, p.up_bias), down_biases(layout, p.down_bias)
-    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)
+    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout, inner)
+
+
+def _hidden(c: Coded, a: Tensor) -> Tensor:
+    """The rows of the down projection as its product reads them."""
+    return a if c.hidden_rows is None else rounding.rounded(a, c.hidden_rows)
 
 
 # ---- few tokens ----------------------------------------------------------------------------------------------------
@@ -132,7 +145,7 @@ def operands(
 def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     few_up(c, a, up)
-    few_down(c, a, out, down)
+    few_down(c, _hidden(c, a), out, down)
     return out
 
 
@@ -191,7 +204,7 @@ def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
-    grouped_gemm(a, c.down, c.down_bias, rows, y, down)
+    grouped_gemm(_hidden(c, a), c.down, c.down_bias, rows, y, down)
     rank = rows.rank if down.hopper else None
     return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input, rank=rank)
 
