@@ -17,6 +17,7 @@ from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
 from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, rounding
+from .coded_tiles import DECODING, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -44,42 +45,6 @@ class Coded:
     add: Tensor | None
     layout: Layout
     hidden_rows: Rows | None = None  # how those of the down projection are rounded
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together.
-
-    early: scales go to the numbers even where they could go to the sums. hopper: the kernel with warps that decode (128 rows, 2 x 128
-    columns) where it takes the operands.
-    """
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-    group: int = 1
-    early: bool = False
-    hopper: bool = False
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Columns and bytes of depth of a program of the few-token pair, warps."""
-
-    bn: int
-    bb: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a call runs: tiles of the up and the down projection."""
-
-    up: Tile
-    down: Tile
-    few: tuple[Vector, Vector] | None = None
 
 
 def forward(
@@ -304,30 +269,14 @@ def choose(c: Coded) -> Choice | None:
         tile = Tile(16, 16, 16, 4, 1)
         choice = Choice(tile, tile, (Vector(16, 16, 4), Vector(16, 16, 4)) if tokens <= 2 else None)
     else:
-        up, down = _packed(rows) if c.up.packed else _bytes(rows)
+        up, down = of_halves(rows) if c.up.packed else of_bytes(rows)
+        if decoding(rows, c.up.packed):
+            up = DECODING if hopper_coded_calls.fits(c.x, c.up) else up
+            down = DECODING if hopper_coded_calls.fits(c.x, c.down, c.up.at.n) else down
         choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):
         return None
     return choice
-
-
-def _bytes(rows: float) -> tuple[Tile, Tile]:
-    """Tiles of codes of a byte."""
-    if rows <= 40:
-        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3, early=True)
-        return tile, tile
-    if rows <= 100:
-        return Tile(64, 64, 128, 4, 3, 8, early=True), Tile(64, 128, 128, 8, 3, 8, early=True)
-    tile = Tile(128, 128, 64, 8, 3, 8, early=True)
-    return tile, tile
-
-
-def _packed(rows: float) -> tuple[Tile, Tile]:
-    """Tiles of codes of half a byte."""
-    if rows <= 40:
-        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3)
-        return tile, tile
-    return Tile(64 if rows <= 90 else 128, 64, 64, 4, 3, 8), Tile(64, 128, 64, 8, 3, 8)
 
 
 def _vectors(c: Coded) -> tuple[Vector, Vector]:
