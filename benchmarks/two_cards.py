@@ -79,7 +79,9 @@ class Bench:
             self.rows.append(row)
             card = torch.cuda.get_device_name() if self.cuda else "cpu"
             if self.out:
-                self.out.write_text(json.dumps({"card": card, "cards": self.world, "torch": torch.__version__, "rows": self.rows}, indent=1))
+                self.out.write_text(
+                    json.dumps({"card": card, "cards": self.world, "torch": torch.__version__, "rows": self.rows}, indent=1)
+                )
 
     def slower(self, value: float) -> float:
         t = torch.tensor([value], device=self.device)
@@ -156,7 +158,9 @@ def correct(b: Bench) -> None:
     wide = Block(b.widths, b.device, b.dtype).float()
     with torch.no_grad():
         exact = wide(x.float()) if b.cuda else None
-    beside = {} if exact is None else {"off float32": b.slower(worst(out, exact)), "undivided off float32": b.slower(worst(want[b.rank], exact))}
+    beside = (
+        {} if exact is None else {"off float32": b.slower(worst(out, exact)), "undivided off float32": b.slower(worst(want[b.rank], exact))}
+    )
     with torch.no_grad():
         first = run(x)
         beside["repeats bit for bit"] = bool(torch.equal(first, run(x)))
@@ -189,16 +193,27 @@ def travel(b: Bench) -> None:
 
 @torch.no_grad()
 def blocks(b: Bench) -> None:
-    """A whole block: own batches of 4,096 tokens, and a shared batch of few."""
-    for tokens, batch in ((4096, "own"), (1, "shared"), (64, "shared")) if b.cuda else ((12, "own"), (4, "shared")):
-        torch._dynamo.reset()
-        x = b.x(tokens, b.rank if batch == "own" else 0)
-        one = compiled(b.block())
-        alone, how = b.time(lambda: one(x))
-        b.note(what="block", tokens=tokens, batch=batch, side="undivided", us=alone, how=how)
-        run = compiled(b.block(batch))
-        took, how = b.time(lambda: run(x))
-        b.note(what="block", tokens=tokens, batch=batch, side="divided", us=took, how=how, ratio=took / alone, off=worst(run(x), one(x)))
+    """A whole block on own batches of 4,096 tokens."""
+    beside(b, 4096 if b.cuda else 12, "own")
+
+
+@torch.no_grad()
+def few(b: Bench) -> None:
+    """A whole block on a shared batch of few tokens."""
+    for tokens in (64, 1):
+        beside(b, tokens, "shared")
+
+
+def beside(b: Bench, tokens: int, batch: str) -> None:
+    """A block of each rank beside an undivided one."""
+    torch._dynamo.reset()
+    x = b.x(tokens, b.rank if batch == "own" else 0)
+    one = compiled(b.block())
+    alone, how = b.time(lambda: one(x))
+    b.note(what="block", tokens=tokens, batch=batch, side="undivided", us=alone, how=how)
+    run = compiled(b.block(batch))
+    took, how = b.time(lambda: run(x))
+    b.note(what="block", tokens=tokens, batch=batch, side="divided", us=took, how=how, ratio=took / alone, off=worst(run(x), one(x)))
 
 
 @torch.no_grad()
@@ -234,7 +249,9 @@ def fsdp(b: Bench) -> None:
 
     sizes = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32, head_dim=128)
     small = dict(hidden_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, num_attention_heads=2, head_dim=16)
-    more = dict(num_hidden_layers=6 if b.cuda else 2, num_key_value_heads=4 if b.cuda else 2, vocab_size=151936 if b.cuda else 64, use_cache=False)
+    more = dict(
+        num_hidden_layers=6 if b.cuda else 2, num_key_value_heads=4 if b.cuda else 2, vocab_size=151936 if b.cuda else 64, use_cache=False
+    )
     config = Qwen3MoeConfig(**(sizes if b.cuda else small), **more)
     tokens = 4096 if b.cuda else 12
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if b.cuda else MixedPrecisionPolicy()
@@ -267,14 +284,21 @@ def fsdp(b: Bench) -> None:
             losses[backend].append(step(m, optimizer, n))
             took[backend].append((time.perf_counter() - start) * 1e3)
     ms = {k: b.slower(statistics.median(v[2:])) for k, v in took.items()}
-    b.note(what="FSDP2 step", model=f"Qwen3 widths, {config.num_hidden_layers} layers", tokens=tokens, ms=ms, ratio=ms["moe_fused"] / ms["inductor"], losses=losses)
+    b.note(
+        what="FSDP2 step",
+        model=f"Qwen3 widths, {config.num_hidden_layers} layers",
+        tokens=tokens,
+        ms=ms,
+        ratio=ms["moe_fused"] / ms["inductor"],
+        losses=losses,
+    )
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     p.add_argument("--out", type=Path)
-    p.add_argument("--only", nargs="*", default=["correct", "travel", "blocks", "theirs", "fsdp"])
+    p.add_argument("--only", nargs="*", default=["correct", "travel", "blocks", "few", "theirs", "fsdp"])
     args = p.parse_args()
     b = Bench(args)
     for name in args.only:

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> Divided | None:
 
 def start(args: argparse.Namespace) -> tuple[torch.device, DeviceMesh]:
     if int(os.environ.get("WORLD_SIZE", "1")) != args.ep:
-        raise trinity.ExampleError(f"--ep {args.ep} wants as many processes: torchrun --nproc-per-node {args.ep} examples/run_trinity.py ...")
+        raise trinity.ExampleError(
+            f"--ep {args.ep} wants as many processes: torchrun --nproc-per-node {args.ep} examples/run_trinity.py ..."
+        )
     device = trinity.device_of(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -94,7 +96,9 @@ def measured(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -
     found = Divided(name, args.ep, layers, len(report.blocks), report.blocks[0].exchange if report.blocks else "", [], undivided)
     prompt = trinity.corpus()[1][:PREFILL].to(device)
     if reference is not None:
-        found.difference = float((session.prefill(prompt) - Session(reference, "eager", PREFILL, PREFILL + TOKENS).prefill(prompt)).abs().max())
+        found.difference = float(
+            (session.prefill(prompt) - Session(reference, "eager", PREFILL, PREFILL + TOKENS).prefill(prompt)).abs().max()
+        )
     time_it(session, prompt, found)
     found.parameter_bytes = by_rank(nbytes(model))
     found.peak_bytes = by_rank(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

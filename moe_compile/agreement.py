@@ -111,7 +111,9 @@ def _same_versions(talk: Talk) -> None:
     keys = dict.fromkeys(k for word in told if word is not None for k in word)
     different = [k for k in keys if len({word.get(k) for word in told if word is not None}) > 1]
     if different:
-        each = "; ".join(f"rank {r}: {', '.join(f'{k} {word.get(k)}' for k in different)}" for r, word in enumerate(told) if word is not None)
+        each = "; ".join(
+            f"rank {r}: {', '.join(f'{k} {word.get(k)}' for k in different)}" for r, word in enumerate(told) if word is not None
+        )
         raise RuntimeError(f"ranks that divide experts must run the same code, and they differ: {each}")
 
 
@@ -186,5 +188,7 @@ def _missing(talks: Sequence[Talk]) -> str:
             continue
         silent = [r for r, word in enumerate(t.round("failed", {}, NAMING)) if word is None]
         name = f"the group of {t.size} ranks that divides the experts"
-        told.append(f"in {name}, {ranks(silent)} did not answer within {NAMING:.0f} s" if silent else f"in {name}, every rank saw the exchange fail")
+        told.append(
+            f"in {name}, {ranks(silent)} did not answer within {NAMING:.0f} s" if silent else f"in {name}, every rank saw the exchange fail"
+        )
     return "; ".join(told)
