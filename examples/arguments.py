@@ -74,7 +74,7 @@ def check_company(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--throughput goes with --size mini --device cuda")
     if args.ep < 1:
         p.error("--ep must be at least 1")
-    if args.ep > 1 and (args.checkpoint or args.quantize or args.dry_run or args.throughput or args.explain or args.device == "npu"):
-        p.error("--ep goes with --size, --layers, --device cpu or cuda, --seed and --json alone")
+    if args.ep > 1 and (args.checkpoint or args.quantize or args.dry_run or args.throughput or args.device == "npu"):
+        p.error("--ep goes with --size, --layers, --device cpu or cuda, --seed, --explain and --json alone")
     if args.quantize and (args.device == "npu" or args.target == "ascend" or args.throughput):
         p.error("--quantize goes with --device cpu or cuda, and not with --target ascend or --throughput")

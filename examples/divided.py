@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/run_trinity.py --size mini --device cuda --ep 2
 
-Every process makes its own part of the experts and all of the rest; all hold the same batch. The results of mini, whose weights are random, are
-compared with nothing: what is shown is memory and speed. Those of tiny are compared with the undivided model, in each process.
+Every process makes its own part of the experts and all of the rest; all hold the same batch. Of mini, whose weights are random, memory and
+speed are shown. The results of tiny are compared with those of the undivided model, in each process.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def measured(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -
     if not tiny:
         with stage("making this process's part of the weights"):
             fill(model, device, args.seed, dist.get_rank())
-    session = Session(model, "moe_fused", PREFILL, PREFILL + TOKENS, mode="default")
-    for kind in ("prefill", "decode"):
+    how: dict[str, Any] = {"options": {"inner": "eager"}} if args.explain else {"mode": "default"}
+    session = Session(model, "moe_fused", PREFILL, PREFILL + TOKENS, **how)
+    for kind in ("prefill",) if args.explain else ("prefill", "decode"):
         with stage(f"moe_fused: compiling {kind}"):
             session.warm_up(kind)
     report = moe_compile.last_report()
@@ -99,7 +100,8 @@ def measured(args: argparse.Namespace, device: torch.device, mesh: DeviceMesh) -
         found.difference = float(
             (session.prefill(prompt) - Session(reference, "eager", PREFILL, PREFILL + TOKENS).prefill(prompt)).abs().max()
         )
-    time_it(session, prompt, found)
+    if not args.explain:
+        time_it(session, prompt, found)
     found.parameter_bytes = by_rank(nbytes(model))
     found.peak_bytes = by_rank(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
     return found
@@ -148,7 +150,8 @@ def show(out: Any, found: Divided) -> None:
         out.print(f"  rank {rank}: {weights / 1e9:.3f} GB of weights" + (f", peak {peak / 1e9:.3f} GB" if peak else ""))
     if found.difference is not None:
         out.print(f"largest difference of a logit from the undivided model: {found.difference:.2e}")
-    out.print(f"prefill {found.prefill_tokens_per_second:.0f} tokens/s, decode {found.decode_tokens_per_second:.1f} tokens/s")
+    if found.decode_tokens_per_second:
+        out.print(f"prefill {found.prefill_tokens_per_second:.0f} tokens/s, decode {found.decode_tokens_per_second:.1f} tokens/s")
 
 
 def as_json(found: Divided) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     python examples/run_trinity.py --checkpoint DIR --device cuda     # a real checkpoint
     python examples/run_trinity.py --quantize mxfp4                   # experts in few bits, beside the same model as it is
     python examples/run_trinity.py --target ascend --dry-run          # what an NPU would run, shown and emulated on the CPU
+    torchrun --nproc-per-node 2 examples/run_trinity.py --size mini --device cuda --ep 2    # its experts over two cards
     python examples/run_trinity.py --size mini --device npu           # on an NPU, with and without the shared expert beside the others
 
 Prints a row per MoE layer, the generated text (of trained weights), the largest logit difference and the perplexity on held-out

@@ -29,8 +29,9 @@ NAMING = 5.0  # seconds in which a rank that saw an exchange fail answers the ot
 
 @dataclass
 class Talk:
-    """A group whose ranks talk, which may be destroyed meanwhile. `timeout`: of its collectives, in seconds. `said`: how often on each topic;
-    `settled`: in how many blocks of a graph's code rows travel.
+    """A group whose ranks talk, which may be destroyed meanwhile.
+
+    `timeout`: of its collectives, in seconds. `said`: how often on each topic; `settled`: in how many blocks of a graph's code rows travel.
     """
 
     known: weakref.ref[Any]

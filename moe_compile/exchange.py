@@ -46,7 +46,7 @@ class _Sum(torch.autograd.Function):
 
 
 def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any) -> Tensor:
-    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all ranks hold alike; each has experts first .. first + count - 1."""
+    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on."""
     x, weights = _SumOfGradients.apply(x, group), _SumOfGradients.apply(weights, group)
     return _Sum.apply(_own(x, ids, weights, local, first, count), group)  # type: ignore[no-any-return]
 

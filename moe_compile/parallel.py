@@ -101,7 +101,7 @@ def _of_op(n: torch.fx.Node, names: Mapping[int, str], modules: Mapping[str, nn.
     for w in bundled(n.args)[3]:
         at = divided.source(w)
         value = None if at is None or "grapharg" not in at.meta else at.meta["grapharg"].example
-        if id(value) not in names:
+        if value is None or id(value) not in names:
             why.append("a stack of weights is no parameter of the model")
             return
         name = names[id(value)]
