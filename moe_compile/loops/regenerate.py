@@ -47,7 +47,7 @@ class Regenerated:
     ) -> None:
         self.call, self.gm, self.boundary, self.fewer = call, gm, boundary, fewer
         self.experts = experts if fewer is None else fewer.experts(experts)
-        self.primes = primes if fewer is None else {**primes, fewer.few: str(fewer.all)}
+        self.primes = primes if fewer is None or not fewer.cuts else {**primes, fewer.few: str(fewer.all)}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         self.family = family_of(experts)
@@ -75,7 +75,7 @@ class Regenerated:
 
     def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
         """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
-        if self.fewer is None or len(nodes) != self.fewer.few:
+        if self.fewer is None or not self.fewer.cuts or len(nodes) != self.fewer.few:
             return []
         if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes) or self.join:
             raise Rejection("the weights of its experts are made of others", stage="read")
@@ -186,8 +186,8 @@ class Regenerated:
         return seen if n not in self.orders else f"{seen}.permute({self.orders[n]})"
 
     def _extent(self, size: int) -> str:
-        """A size of a weight: that of all experts for that of the few."""
-        return str(self.fewer.all if self.fewer is not None and size == self.fewer.few else size)
+        """A size of a weight."""
+        return str(size if self.fewer is None else self.fewer.size(size))
 
     def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
         """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""
@@ -210,6 +210,7 @@ class Regenerated:
             if v % p == 0:
                 factors.append(spelled)
                 v //= p
+        v = v if self.fewer is None else self.fewer.size(v)
         return " * ".join([*factors, *([str(v)] if v != 1 or not factors else [])])
 
     @functools.cached_property
