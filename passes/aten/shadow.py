@@ -24,7 +24,7 @@ from . import contracts, sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
-from .merge import merge_casts
+from .merge import merge_made
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -53,7 +53,7 @@ class Shadow:
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
-        merge_casts(self.graph, self.memory, self.walls | self.no_grad)
+        merge_made(self.graph, self.memory, self.walls | self.no_grad)
         self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -83,6 +83,7 @@ class Shadow:
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
+            s.meta["trained"] = getattr(example_value(d), "requires_grad", False)
             if text := input_name(d):
                 s.meta[SAID] = text
         self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)

@@ -40,4 +40,4 @@ def _is_common(a: Term, out: Term, t: Term, expert: Term) -> bool:
 
 def _is_frozen(n: Any) -> bool:
     given = getattr(n, "op", "") in ("placeholder", "get_attr")
-    return given and not (torch.is_grad_enabled() and n.meta["val"].requires_grad)
+    return given and not (torch.is_grad_enabled() and n.meta.get("trained", n.meta["val"].requires_grad))

@@ -103,6 +103,40 @@ class LoraTwoStacksInTurn(LoraTwoStacks):
         return torch.baddbmm(w, b, a, alpha=2.0) + 0.5 * torch.bmm(d, c)
 
 
+class LoraDelta(_Stacks):
+    """Verdict: fused. What is added to the weights is given whole, and added anew at each access (peft with two adapters)."""
+
+    expect = Fused(RENORM, replace(STACKED, up_pair=0.0, down_pair=0.0))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        found = super().weights()
+        return {name: [self.made(name)] for name in found if "_" not in name}
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.up_more, self.down_more = parameter(n, 2 * I, H), parameter(n, H, I)
+
+    def made(self, name: str) -> Tensor:
+        w: Tensor = getattr(self, name)
+        more: Tensor = getattr(self, f"{name}_more")
+        return w + more
+
+    def project(self, x: Tensor, e: int, name: str) -> Tensor:
+        return F.linear(x, self.made(name)[e])
+
+
+class LoraDeltaLast(LoraDelta):
+    """Verdict: rejected. One step from LoraDelta: the last expert's weight has the sum twice."""
+
+    expect = Rejected()
+    near = "LoraDelta"
+    routes_all = False
+
+    def project(self, x: Tensor, e: int, name: str) -> Tensor:
+        w = self.made(name)
+        return F.linear(x, (w + getattr(self, f"{name}_more") if e == 7 else w)[e])
+
+
 class LoraTwoOtherExpert(LoraTwoStacks):
     """Verdict: rejected. One step from LoraTwoStacks: the second pair's rows are those of the expert before."""
 
