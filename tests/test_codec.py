@@ -55,6 +55,9 @@ STORED = st.builds(
     exponents=st.sampled_from(Exponent),
     zero_order=st.permutations([0, 1]).map(tuple),
     zero_offset=NUMBERS,
+    twice=st.booleans(),
+    second_rows=st.integers(0, 128),
+    second_columns=st.integers(0, 128),
 )
 ROWS = st.builds(
     ir.Rows,

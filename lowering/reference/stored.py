@@ -27,17 +27,18 @@ class Held:
     scales: Sequence[Tensor]
     zeros: Sequence[Tensor]
     table: Tensor | None
+    seconds: Sequence[Tensor]
     how: Stored
 
     @classmethod
     def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
-        codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
-        return cls(codes, scales, zeros, table[0] if table else None, how)
+        codes, scales, zeros, table, seconds = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table", "_second"))
+        return cls(codes, scales, zeros, table[0] if table else None, seconds, how)
 
     def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
         """Matrix `e` of tensor i; `...` for all that it holds."""
-        scale, zero = (ts[i][e] if ts else None for ts in (self.scales, self.zeros))
-        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table)
+        scale, zero, second = (ts[i][e] if ts else None for ts in (self.scales, self.zeros, self.seconds))
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table, second)
 
 
 class _Stacked:

@@ -114,10 +114,10 @@ class Experts:
             return t[0::2], t[1::2]
 
         def matrix(name: str, how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
-            t, scale, zero = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero"))
+            t, scale, zero, second = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero", "_second"))
             assert t is not None
             table = next(iter(getattr(p, f"{name}_table")), None)
-            t = t if how is None else how.matrix(t, scale, dtype, zero, table)
+            t = t if how is None else how.matrix(t, scale, dtype, zero, table, second)
             return t.t() if transposed else t
 
         up = ("up", self.up_stored, self.up_transposed)

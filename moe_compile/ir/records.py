@@ -168,6 +168,9 @@ class Storage:
     up_exponents: int
     up_zero_order: tuple[int, ...]
     up_zero_offset: float
+    up_twice: bool
+    up_second_rows: int
+    up_second_columns: int
     down_bits: int
     down_dtype: torch.dtype
     down_scaled: int
@@ -182,6 +185,9 @@ class Storage:
     down_exponents: int
     down_zero_order: tuple[int, ...]
     down_zero_offset: float
+    down_twice: bool
+    down_second_rows: int
+    down_second_columns: int
     up_row_bits: int
     up_row_dtype: torch.dtype
     up_row_group: int

@@ -183,6 +183,8 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_zero=coded.zeros(down, count, down_shape),
         up_table=coded.table(store[0]),
         down_table=coded.table(down),
+        up_second=[q for x in store for q in coded.seconds(x, count, up_shape)],
+        down_second=coded.seconds(down, count, down_shape),
         up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
         up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
         down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],

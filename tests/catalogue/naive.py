@@ -42,6 +42,8 @@ class Parts:
     down_zero: list[Tensor] = field(default_factory=list)
     up_table: list[Tensor] = field(default_factory=list)  # what each code stands for
     down_table: list[Tensor] = field(default_factory=list)
+    up_second: list[Tensor] = field(default_factory=list)  # scales beside those of blocks, [E, out] or [E, 1]
+    down_second: list[Tensor] = field(default_factory=list)
     up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
