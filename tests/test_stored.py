@@ -64,7 +64,7 @@ MEANINGS = {
         CONCAT, up_stored=replace(MX4, exponents=Exponent.BITS), down_stored=replace(MX4, columns=3, exponents=Exponent.BITS)
     ),
     "two scales, of a matrix and of channels": replace(
-        CONCAT, up_stored=replace(BLOCKS, twice=True), down_stored=replace(BLOCKS, twice=True, second_rows=1)
+        CONCAT, up_stored=replace(BLOCKS, second=Scale.TIMES), down_stored=replace(BLOCKS, second=Scale.DIVIDES, second_rows=1)
     ),
     "weight on input": replace(CONCAT, weight_on_input=True),
 }
@@ -95,7 +95,7 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         return many(leaf, parts, r, c) if how.zeroed == Zero.PLAIN else many(packed, parts, r, c // len(how.zero_order))
 
     def of_seconds(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
-        return many(second, parts, *how.seconds_of(shape)) if how is not None and how.twice else []
+        return many(second, parts, *how.seconds_of(shape)) if how is not None and how.second else []
 
     def second(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=gen) + 0.5).requires_grad_()

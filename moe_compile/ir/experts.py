@@ -16,6 +16,7 @@ from . import scalar as act
 from .chain import Chain
 from .operands import Operands
 from .rows import Rows
+from .storage import Storing
 from .stored import Stored
 
 
@@ -88,6 +89,10 @@ class Experts:
     def rounded(self) -> bool:
         """Whether rows are rounded before a product."""
         return self.up_rows is not None or self.down_rows is not None
+
+    @property
+    def storage(self) -> Storing:
+        return Storing(self.up_stored, self.down_stored, self.up_rows, self.down_rows)
 
     @property
     def adapted(self) -> bool:

@@ -4,7 +4,7 @@
 
 i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
 (1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32). NVFP4 has scales of (1, 16),
-each a float8, and a second scale r for the whole matrix.
+each a float8, and a second scale r for the whole matrix, which multiplies or divides.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Stored:
     place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
     has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
     scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
-    zero_offset is added to each. twice: there are second scales, which always multiply, laid out as scales that are no grid; second_rows,
-    second_columns: of the matrix as stored that share one.
+    zero_offset is added to each. second: whether there are second scales, and what they do; second_rows, second_columns: of the matrix
+    as stored that share one. They are laid out as scales that are no grid.
     """
 
     bits: int
@@ -73,13 +73,13 @@ class Stored:
     exponents: Exponent = Exponent.NONE
     zero_order: tuple[int, ...] = ()
     zero_offset: float = 0.0
-    twice: bool = False
+    second: Scale = Scale.NONE
     second_rows: int = ALL
     second_columns: int = ALL
 
     def __post_init__(self) -> None:
         """Plain numbers, as an op has them, are taken too."""
-        for name, kind in (("scaled", Scale), ("zeroed", Zero), ("exponents", Exponent)):
+        for name, kind in (("scaled", Scale), ("second", Scale), ("zeroed", Zero), ("exponents", Exponent)):
             object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
@@ -90,7 +90,8 @@ class Stored:
     @property
     def plain(self) -> bool:
         """Whether a code lies alone and is the number that it stands for."""
-        return not (self.axis or self.offset or self.values or self.tabled or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES or self.twice)
+        coded = self.axis or self.offset or self.values or self.tabled
+        return not (coded or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES or self.second)
 
     def shape(self, words: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of codes in a matrix of words."""
@@ -118,8 +119,9 @@ class Stored:
         w = self._once(code, scale, dtype, zero, table)
         if second is None:
             return w
-        lone = -2 if self.second_columns != ALL else -1
-        return times(w, second.to(dtype).unsqueeze(lone), max(self.second_rows, 1), max(self.second_columns, 1))
+        r = second.to(dtype).unsqueeze(-2 if self.second_columns != ALL else -1)
+        r = 1 / r if self.second == Scale.DIVIDES else r
+        return times(w, r, max(self.second_rows, 1), max(self.second_columns, 1))
 
     def _once(self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None, table: Tensor | None) -> Tensor:
         """The weights without their second scales."""

@@ -279,7 +279,7 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
 
 
 def _of_seconds(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
-    if stored is None or not stored.twice:
+    if stored is None or not stored.second:
         return ()
     return _of_scales(replace(stored, scaled=Scale.TIMES, rows=stored.second_rows, columns=stored.second_columns), codes, widths)
 

@@ -79,7 +79,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         if part in pairs:
             continue
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
-        own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+        own = [f for f in factors(part) if channels.bare(f).op == "a" and T.uses(f, expert) and T.uses(f, h)]
         others = [f for f in factors(part) if f not in found and f not in own]
         if len(found) == 1 and len(own) < 2 and not any(T.uses(f, h) for f in others):
             sums.append((T.mul(*others), found[0], own[0] if own else None))
@@ -185,6 +185,8 @@ class Reader(Bridge):
     def _read(self, x: Term) -> sp.Expr:
         if x.op != "c" and not T.uses(x, self.i):
             return self.scalar(x)
+        if x.op == "pow" and self._is_channel(x):
+            return self.channel(x)
         return self.add(x) if x.op == "add" else self.arithmetic(x, self.read)
 
     def number(self, v: Any) -> sp.Expr:
@@ -203,6 +205,7 @@ class Reader(Bridge):
         return No(f"no activation is known that uses {name}")
 
     def _is_channel(self, x: Term) -> bool:
+        x = channels.bare(x) if self.integers else x
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
 
     def channel(self, x: Term) -> sp.Symbol:
@@ -214,10 +217,10 @@ class Reader(Bridge):
 
     def scalar(self, x: Term) -> sp.Expr:
         """A value that is the same for all features: factor by factor a symbol."""
+        if self.integers and channels.for_expert(channels.bare(x), self.expert):
+            return self.channel(x)
         if x.op in ("mul", "pow"):
             return self.arithmetic(x, self.read)
-        if self.integers and channels.for_expert(x, self.expert):
-            return self.channel(x)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
             raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)

@@ -36,7 +36,8 @@ def _stored(x: Linear) -> Stored | None:
     how = Stored(8 * dtype.itemsize, dtype, _scaling(x), *_block(x))
     if x.grid is not None and x.channel is not None:
         rows, columns = _of_channels(x)
-        how = replace(how, twice=True, second_rows=rows, second_columns=columns)
+        second = Scale.DIVIDES if x.channel.divides else Scale.TIMES
+        how = replace(how, second=second, second_rows=rows, second_columns=columns)
     if x.words is None:
         return how
     w, tabled = x.words, x.words.table is not None
@@ -49,7 +50,8 @@ def _stored(x: Linear) -> Stored | None:
 def _scaling(x: Linear) -> Scale:
     if x.grid is None and x.channel is None:
         return Scale.NONE
-    return Scale.DIVIDES if x.divided else Scale.TIMES
+    divides = x.divided if x.grid is not None else x.channel is not None and x.channel.divides
+    return Scale.DIVIDES if divides else Scale.TIMES
 
 
 def _zeroed(x: Linear, words: Reading) -> dict[str, Any]:
