@@ -83,7 +83,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     wide = accumulate_dtype(x.dtype)
     both = zip(("up", "down"), storage.stored(), strict=True)
     ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
-    floats: Operands[Any] = Operands(ups, downs, p.up_bias, p.down_bias)  # type: ignore[arg-type]
+    floats: Operands[Any] = _with_pairs(Operands(ups, downs, p.up_bias, p.down_bias), p)  # type: ignore[arg-type]
     outer, inner = (None if how is None else _rounding(how, x.dtype) for how in storage.rows())
     return generic.forward(x.to(wide), ids, weights, floats, add, layout, outer, inner)[0].to(x.dtype)
 
@@ -104,4 +104,8 @@ def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Oper
 
     up, down = storage.stored()
     biases = (tuple([b.to(dtype) for b in group]) for group in (p.up_bias, p.down_bias))
-    return Operands(floats("up", up), floats("down", down), *biases)
+    return _with_pairs(Operands(floats("up", up), floats("down", down), *biases), p)
+
+
+def _with_pairs(floats: Operands[Any], p: Operands[Tensor]) -> Operands[Any]:
+    return replace(floats, up_a=p.up_a, up_b=p.up_b, down_a=p.down_a, down_b=p.down_b)

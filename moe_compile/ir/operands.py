@@ -13,6 +13,7 @@ U = TypeVar("U")
 PLAIN = ("up", "down", "up_bias", "down_bias")
 CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second")
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
+STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
 CHAINED = ("parts",)
 
 

@@ -253,13 +253,20 @@ class Reader(Bridge):
             raise No(adapters.APART)
         (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
-        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s))
+        own = [f for f in factors(projections[0]) if self._is_own_scale(f)]
+        if own:  # W's own, not the pair's
+            lin.channel = channels.channel(T.mul(*own), self.i, self.expert, lin.stride, lin.offset)
+        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s and f not in own))
         self.tokens.append(pair.tokens())
         lin.pair = pair.beside(lin, self._value(sp.Mul(*(self.read(f) for f in pair.others)) / scale))
         rest = [self.read(a) for a in parts if a not in projections and a not in biases]
         if biases:
             return sp.Add(*rest, self.biased(lin, biases[0], scale))
         return sp.Add(*rest, scale * self.name(lin))
+
+    def _is_own_scale(self, f: Term) -> bool:
+        """Whether a factor is a scale of a weight in few bits: of channels, or of the whole matrix."""
+        return self._is_channel(f) or self.integers and channels.for_expert(channels.bare(f), self.expert)
 
     def _value(self, e: sp.Expr) -> sp.Expr:
         """A number where numbers had symbols."""
@@ -305,7 +312,7 @@ class Reader(Bridge):
         return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid, lin.channel)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

@@ -92,6 +92,8 @@ def tables(core: Term, weight: Term, expert: Term) -> tuple[Term, Term]:
 def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel:
     """s or 1 / s as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
     divides, a = bare(a) is not a, bare(a)
+    if a.op != "a":
+        raise No("a projection has more than one scale beside its low-rank pair (LoRA)")
     first, *idx = a.args[1]
     if first is not expert:
         raise No(f"a scale is not indexed by its expert first{reads(a)}")

@@ -27,7 +27,7 @@ _ROWS, _WIDEST = 32, 1024  # of the rows that the error is measured on
 def requested(ir: MoeBlock, kind: str, target: Target) -> tuple[MoeBlock, str]:
     """The block with rows as asked for, and what is told of it; the block itself where they stay as they are."""
     e = ir.experts
-    if kind == MODEL or not e.coded or e.rounded:
+    if kind == MODEL or not e.coded or e.rounded or e.adapted:
         return ir, ""
     if torch.is_grad_enabled():
         return ir, f"activations={kind!r}: rows stay as they are where gradients are on"
