@@ -121,6 +121,11 @@ def test_what_compilers_ask_of_an_op() -> None:
     opcheck(torch.ops.moe_compile.experts_stored_adapted.default, (*t.values(), *ops.experts_args(e)))
 
 
+def near(got: Tensor | None, want: Tensor | None, name: str = "") -> None:
+    assert got is not None and want is not None, name
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max()), name
+
+
 def compiled(name: str, train: bool) -> tuple[Any, Any, Report]:
     """An entry of the catalogue and its copy that is compiled, after a step of each on the same rows."""
     torch._dynamo.reset()
@@ -136,7 +141,7 @@ def compiled(name: str, train: bool) -> tuple[Any, Any, Report]:
     if train:
         for y in (got, want):
             y.square().sum().backward()
-        torch.testing.assert_close(rows[0].grad, rows[1].grad, rtol=1e-3, atol=1e-4)
+        near(rows[0].grad, rows[1].grad)
     return fused, eager, report
 
 
@@ -146,7 +151,7 @@ def test_training_an_adapter_on_a_stored_base(name: str) -> None:
     fused, eager, report = compiled(name, train=True)
     assert report.blocks and report.blocks[0].ir.experts.adapted and report.blocks[0].ir.experts.coded, report.rejected
     for (n, p), q in zip(fused.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+        near(p.grad, q.grad, n)
     assert fused.up_a.grad is not None and all(b.grad is None for b in fused.buffers())
 
 

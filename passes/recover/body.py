@@ -185,8 +185,8 @@ class Reader(Bridge):
     def _read(self, x: Term) -> sp.Expr:
         if x.op != "c" and not T.uses(x, self.i):
             return self.scalar(x)
-        if x.op == "pow" and self._is_channel(x):
-            return self.channel(x)
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
         return self.add(x) if x.op == "add" else self.arithmetic(x, self.read)
 
     def number(self, v: Any) -> sp.Expr:
@@ -208,6 +208,12 @@ class Reader(Bridge):
         x = channels.bare(x) if self.integers else x
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
 
+    def _inverse(self, x: Term) -> sp.Expr | None:
+        """(1 / s)^n, a power of the symbol of 1 / s, for a scale s of a weight in few bits."""
+        if not self.integers or x.op != "pow" or not isinstance(x.args[1], int) or x.args[1] >= 0 or not self._is_own_scale(x.args[0]):
+            return None
+        return self.channel(T.power(x.args[0], -1)) ** -x.args[1]
+
     def channel(self, x: Term) -> sp.Symbol:
         return _symbol_of(x, self.channels, "s", real=True)
 
@@ -217,7 +223,9 @@ class Reader(Bridge):
 
     def scalar(self, x: Term) -> sp.Expr:
         """A value that is the same for all features: factor by factor a symbol."""
-        if self.integers and channels.for_expert(channels.bare(x), self.expert):
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
+        if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
         if x.op in ("mul", "pow"):
             return self.arithmetic(x, self.read)
