@@ -119,7 +119,7 @@ def _searched(work: Work) -> None:
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
         how = (bool(options.validate), options.activations, overlap.mode(gm.graph, options, target))
-        key = recall.key_of(gm.graph, (target.name, target.digest, *how))
+        key = recall.key_of(gm.graph, (target.name, target.digest, target.machine(), *how))
         if not trace.on() and work.recall(recall.load(key)):
             return
     with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:

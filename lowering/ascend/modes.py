@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ..target import Chosen, Rest
-from . import register, schemas, sharding, streams, workarounds
+from . import mega, register, schemas, sharding, streams, workarounds
 from .experts_call import EXPERTS, ops
 from .operands import Choices
 from .options import MODES, AscendOptions
@@ -38,6 +38,8 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     register.ensure()
     options, mine = rest.options, own(rest.options)
     train = needs_gradients(gm)
+    if mine.mega_moe and (lacks := mega.missing()):
+        raise OptionError(f"option 'mega_moe' is True: {lacks}; allowed here: False")
     if train and mine.quantize is not None:
         raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
     if train and schemas.wheel() and not _on_npu(example_inputs):
@@ -55,7 +57,8 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     chosen = graph_mode(rest, inputs, train)
     if chosen == "ge" and mine.combine == "unpermute":
         raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
-    rest.tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
+    idle = ["mega_moe: no block of this graph has its experts over ranks, so that it has nothing to do"] if mine.mega_moe else []
+    rest.tell([*lowered.notes, *idle, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
     for sink in SINKS:
         sink(lowered)
     return _with_packed(_inner(rest, lowered.module, inputs, train), lowered)

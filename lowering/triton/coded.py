@@ -15,7 +15,7 @@ from torch import Tensor
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
-from . import activation, coded_gemm, codes_kernels, gemm
+from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -48,7 +48,8 @@ class Coded:
 class Tile:
     """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together.
 
-    early: scales go to the numbers even where they could go to the sums.
+    early: scales go to the numbers even where they could go to the sums. hopper: the kernel with warps that decode (128 rows, 2 x 128
+    columns) where it takes the operands.
     """
 
     bm: int
@@ -58,6 +59,7 @@ class Tile:
     stages: int
     group: int = 1
     early: bool = False
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,18 @@ def _extents(w: Codes, v: Vector) -> dict[str, Any]:
 def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
     layout = c.layout
     a = empty(c.x, c.ids.numel(), c.up.at.n)
-    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
+    up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
-    grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
-    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down)
-    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input)
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
+    grouped_gemm(a, c.down, c.down_bias, rows, y, down)
+    rank = rows.rank if down.hopper else None
+    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input, rank=rank)
+
+
+def runnable(a: Tensor, w: Codes, tile: Tile) -> Tile:
+    """The tile, or where it is the warp-specialised kernel's, which does not take these operands, the plain kernel's."""
+    return tile if not tile.hopper or hopper_coded_calls.fits(a, w) else replace(tile, hopper=False)
 
 
 def grouped_gemm(
@@ -203,7 +212,13 @@ def grouped_gemm(
     gather: int = 0,
     row_weights: Tensor | None = None,
 ) -> None:
-    """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots."""
+    """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots.
+
+    The warp-specialised kernel (`tile.hopper`) leaves the results in the dispatch's rows.
+    """
+    if tile.hopper:
+        hopper_coded_calls.grouped_gemm(a, w, bias, rows, out, tile.group, layout, gather, row_weights)
+        return
     mode = gemm.PLAIN if layout is None else gemm.DUAL if layout.gated else gemm.SINGLE
     act = activation.functions(layout.act_ops, layout.act_consts).act if layout is not None else None
     tiles, pdl = rows.tiles[tile.bm], {"launch_pdl": True} if early_launch(a) else {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
@@ -188,6 +188,11 @@ class Experts:
         that is none of theirs.
         """
         return self.run(x, ids, weights, Operands.named(up=up, down=down, up_bias=up_bias, down_bias=down_bias, **others), add, dtype)
+
+    def resized(self, known: Mapping[int, int]) -> Experts:
+        """The same experts with other widths: old -> new."""
+        widths = {name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(self, name),)}
+        return replace(self, **widths, chain=None if self.chain is None else self.chain.resized(known))
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As `evaluate`, on the parameters in one bundle."""

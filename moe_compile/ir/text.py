@@ -9,7 +9,7 @@ from typing import Any
 import sympy as sp
 import torch
 
-from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
+from . import BiasOn, Exchange, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W, Way
 from .chain import Chain, Stage, product, vector
 from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
@@ -238,3 +238,11 @@ def shared_text(s: SharedExpert | None) -> str:
         return "–"
     text = f"{activation_text(s.activation)} {s.intermediate}" + (", biases" if s.bias else "")
     return f"σ(x·g) · {text}" if s.gated else text
+
+
+_WAYS = {Way.SHARED: "shared rows, all-reduce", Way.GATHER: "all-gather, reduce-scatter", Way.ROWS: "rows by all-to-all"}
+
+
+def exchange_text(e: Exchange | None) -> str:
+    """One line, such as ``rank 0 of 4: all-gather, reduce-scatter``; empty where all experts are here."""
+    return "" if e is None else f"rank {e.rank} of {e.size}: {_WAYS[e.way]}"

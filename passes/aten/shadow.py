@@ -96,6 +96,9 @@ def given() -> Tensor:
     raise AssertionError("the shadow is never run")
 
 
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)  # what Dynamo writes for `x.data`
+
+
 class _Tracer(fx.Interpreter):
     """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
@@ -171,7 +174,12 @@ class _Tracer(fx.Interpreter):
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A checkpointed body runs as it is: what is recomputed in the backward pass has no meaning here."""
+        """A checkpointed body runs as it is: what is recomputed in the backward pass has no meaning here.
+
+        `x.data` is a view of x; the tracer takes it for a constant, and what is written through it for no write.
+        """
+        if target is _DATA:
+            return args[0].detach()
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "tag_activation_checkpoint":
             return args[0](*args[1:])
         return super().call_function(target, args, kwargs)

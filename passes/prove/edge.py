@@ -132,19 +132,12 @@ class Edge:
             if role in _PER_EXPERT:  # as many tokens as experts do not change how many experts there are
                 shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
             shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
-        return Small(sizes, shapes, views, resized(self.experts, sizes))
+        return Small(sizes, shapes, views, self.experts.resized(dict(sizes.atoms)))
 
 
 def _in_blocks(old: int, block: int, few: int) -> dict[int, int]:
     """A width as so few blocks, where it is whole blocks and more; and how many there are."""
     return {old: few * block, old // block: few} if old % block == 0 and old > few * block else {}
-
-
-def resized(e: Experts, sizes: Sizes) -> Experts:
-    """Experts with the widths of a probe."""
-    known = dict(sizes.atoms)
-    small = replace(e, **{name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(e, name),)})
-    return small if e.chain is None else replace(small, chain=e.chain.resized(known))
 
 
 def _beside(old: int, known: Mapping[int, int]) -> int | None:

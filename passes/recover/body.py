@@ -41,7 +41,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    scale, total, bias, channel, pair = _output(core, h, expert)
+    scale, total, bias, channel, pairs = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
     parts = grids.split(downs)
@@ -53,8 +53,10 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
-    if pair is not None:
-        down.pair = adapters.beside(pair, down, scale, rest, i)
+    if pairs and channel is None and channels.coded_weights(core, expert):  # a matrix's own scale is not the pair's
+        own = [f for f in factors(scale) if channels.for_expert(channels.bare(f), expert)]
+        scale, channel = T.mul(*(f for f in factors(scale) if f not in own)), T.mul(*own) if own else None
+    down.pair = adapters.beside(pairs, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
     reader = Reader(t, i, expert, channels.coded_weights(core, expert))
@@ -71,8 +73,8 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
 
 
-def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, adapters.Pair | None]:
-    """core = scale · s[e, h] · (Σ_i ...) + bias + pair, the scale free of features: scale, sum, bias, s, a low-rank pair."""
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, dict[Term, adapters.Pair]]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias + pairs, the scale free of features: scale, sum, bias, s, low-rank pairs."""
     sums: list[tuple[Term, Term, Term | None]] = []
     bias, pairs = None, adapters.beside_others(core, h, expert)
     for part in core.args if core.op == "add" else (core,):
@@ -90,7 +92,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
     if len(sums) != 1:
         raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
-    return scale, total, bias, channel, adapters.only(pairs)
+    return scale, total, bias, channel, pairs
 
 
 def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
@@ -242,8 +244,8 @@ class Reader(Bridge):
         if not others and common != 1:  # -(Σ + b) comes as -Σ - b
             return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
         pairs = adapters.beside_others(x, self.i, self.expert)
-        if (pair := adapters.only(pairs)) is not None:
-            return self.with_pair(pair, [a for a in x.args if a not in pairs])
+        if pairs:
+            return self.with_pairs(list(pairs.values()), [a for a in x.args if a not in pairs])
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))
@@ -253,8 +255,8 @@ class Reader(Bridge):
             raise No("a bias that belongs to no single projection")
         return sp.Add(*rest, self.affine(projections[0], biases[0]))
 
-    def with_pair(self, pair: adapters.Pair, parts: list[Term]) -> sp.Expr:
-        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pair is one symbol."""
+    def with_pairs(self, pairs: list[adapters.Pair], parts: list[Term]) -> sp.Expr:
+        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pairs is one symbol."""
         projections = [a for a in parts if self._is_projection(a)]
         biases = [a for a in parts if a.op == "a" and T.uses(a, self.i)]
         if len(projections) != 1 or len(biases) > 1:
@@ -265,8 +267,8 @@ class Reader(Bridge):
         if own:  # W's own, not the pair's
             lin.channel = channels.channel(T.mul(*own), self.i, self.expert, lin.stride, lin.offset)
         scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s and f not in own))
-        self.tokens.append(pair.tokens())
-        lin.pair = pair.beside(lin, self._value(sp.Mul(*(self.read(f) for f in pair.others)) / scale))
+        self.tokens += [pair.tokens() for pair in pairs]
+        lin.pair = adapters.added([p.beside(lin, self._value(sp.Mul(*(self.read(f) for f in p.others)) / scale)) for p in pairs])
         rest = [self.read(a) for a in parts if a not in projections and a not in biases]
         if biases:
             return sp.Add(*rest, self.biased(lin, biases[0], scale))

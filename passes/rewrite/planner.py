@@ -123,6 +123,7 @@ class Planner:
             base=None if base is None else base.name,
             experts=m.experts,
             wraps=b.wraps,
+            join=m.join,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
 

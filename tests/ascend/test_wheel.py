@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -97,6 +98,7 @@ def test_our_shapes_are_the_wheels(name: str, args: Any, kwargs: Any) -> None:
 # ---- GE --------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def ge_of(name: str, dynamic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> list[dry_run.GeNode]:
     """The GE graph of an entry's block; its output through the emulated ops is eager's."""
     module, x, found = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype), []
@@ -207,6 +209,7 @@ def test_without_overlap_there_is_one_stream() -> None:
 # ---- npugraph_ex -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def acl_of(name: str, dynamic: bool = False, **options: Any) -> Any:
     """What npugraph_ex makes of an entry's block: its runner holds the optimised FX graph."""
     import npugraph_ex

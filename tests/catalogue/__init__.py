@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from . import (
+    adapters,
     base,
     chains,
     combine,
@@ -56,6 +57,7 @@ FILES: tuple[ModuleType, ...] = (
     tokens,
     weights,
     lora,
+    adapters,
     chains,
     quantised,
     stored,

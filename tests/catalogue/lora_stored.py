@@ -60,6 +60,16 @@ class LoraOnChannels(LoraOnBlocks):
         return F.linear(x, getattr(self, name)[e].float()) * getattr(self, f"{name}_scale_inv")[e]
 
 
+class LoraOnMatrices(LoraOnBlocks):
+    """Verdict: fused. One number for each matrix, which multiplies the base's sum."""
+
+    how = Stored(8, F8)
+    expect = adapted(how)
+
+    def base(self, name: str, e: int, x: Tensor) -> Tensor:
+        return F.linear(x, getattr(self, name)[e].float()) * getattr(self, f"{name}_scale_inv")[e]
+
+
 class LoraOnInt4(LoraOnBlocks):
     """Verdict: fused. Adapters beside packed int4 in groups."""
 
