@@ -181,6 +181,9 @@ class Probe(Sealed):
         return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
 
 
+WHOLE = "moe_compile_whole"  # set on parameters that are read as a whole
+
+
 def before_sharding(cls: type) -> type:
     """The class of a module before `fully_shard` put one of its own in front, whose hooks run around `forward`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -189,9 +192,12 @@ def before_sharding(cls: type) -> type:
 
 
 def own_part(t: Tensor) -> Tensor:
-    """This device's part of a tensor that is spread over several (DTensor): what code sees that runs on `to_local()` of its parameters."""
+    """What code sees in place of a tensor that is spread over several devices (DTensor): this device's part, as code that runs on
+    `to_local()` of its parameters, or all of it without its values where `moe_compile.parallelize` puts it together."""
     if not is_sharded(t):
         return t
+    if getattr(t, WHOLE, False):
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
     local: Tensor = t.to_local()  # type: ignore[attr-defined]
     return local
 

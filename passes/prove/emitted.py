@@ -41,7 +41,7 @@ def emitted_claim(b: Block, plan: BlockPlan, shadow: Shadow) -> Claim | Rejectio
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
     images = {name: shadow.image[names[name]] for name in plan.names() if names[name] in shadow.image}
     r, e = plan.route, plan.experts
-    plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead))
+    plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead, e.join))
     roles = tuple(region.number.get(images[name]) if name in images else None for name in plan.names())
     key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, b.wraps, plain, roles)
     edge = edge_of(b, mapped=False)

@@ -26,6 +26,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
+from .one_base import of_each
 from .rounding import unrounded
 from .rows import NO_EXPERTS, Cause, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 from .ways import Function, Way, read
@@ -59,7 +60,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, up_rows, down_rows = unrounded(apart(body, expert), h, expert)
+    body, up_rows, down_rows = unrounded(of_each(apart(body, expert), t, expert), h, expert)
     f = read(WAYS, body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -76,7 +77,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         **f.fields,
     )
     experts = _with_rows(experts, up_rows, down_rows)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h), f.join)
 
 
 def _as_two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
@@ -94,13 +95,19 @@ def _as_two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
 
 def _as_chain(body: Term, t: Term, h: Term, expert: Term) -> Function:
     """A chain of products and maps of rows."""
-    c = read_chain(body, h, expert)
+    try:
+        c = read_chain(body, h, expert)
+    except No:
+        if adapters.normed(body, t, expert):
+            raise No(adapters.DORA, cause=Cause.WEIGHTS) from None
+        raise
     return Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 
+_ROWS = frozenset({Cause.ROWS})
 WAYS = (
     Way("two products", _as_two_products, {}),
-    Way("chain", _as_chain, dict.fromkeys(Cause, frozenset({Cause.ROWS})) | {Cause.TELLING: frozenset({Cause.OTHER, Cause.ROWS})}),
+    Way("chain", _as_chain, dict.fromkeys(Cause, _ROWS) | {Cause.TELLING: _ROWS | {Cause.OTHER}, Cause.WEIGHTS: frozenset(Cause)}),
 )
 
 
@@ -124,7 +131,8 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
         **adapters.scales(ups, parsed.down, form),
     )
     stored = ups if form is Form.SEPARATE else ups[:1]
-    return Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down))
+    join = adapters.join(stored, parsed.down, expert.args[1])
+    return Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -181,10 +189,9 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_zero=coded.zeros(down, count, down_shape),
         up_table=coded.table(store[0]),
         down_table=coded.table(down),
-        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
-        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
-        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
-        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
+        up_second=[q for x in store for q in coded.seconds(x, count, up_shape)],
+        down_second=coded.seconds(down, count, down_shape),
+        **adapters.operands(store, down, width, (e.hidden, e.intermediate, e.out_features)),
     )
 
 

@@ -25,6 +25,7 @@ class Cause(enum.Enum):
     OTHER = "a predicate of one way to read experts"
     PAIR = "low-rank pairs"
     ROWS = "numbers of a whole row of an expert, as norms have"
+    WEIGHTS = "weights that are made of others"
     TELLING = "what stands in the way, in any way to read it"
 
 

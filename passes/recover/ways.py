@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...ir import Experts
-from ...ir.operands import Operands
+from ...ir.operands import Join, Operands
 from ..terms import Term
 from .match import Param
 from .rows import Cause, No
@@ -21,6 +21,7 @@ class Function:
     tokens: list[Term]
     weight: Term
     operands: Callable[[Experts], Operands[Param]]
+    join: Join | None = None
 
 
 @dataclass(frozen=True)
