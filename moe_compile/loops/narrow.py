@@ -17,7 +17,8 @@ _SHARES = tuple(1 << n for n in range(1, 9))  # numbers of a row that may share 
 
 def narrow(shapes: Iterable[Sequence[int]], rows: Iterable[int], fixed: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Pairs of (size, narrow size); none where nothing is gained. shapes: of weights; rows: widths of rows; fixed: numbers that stay."""
-    stays, found, small = set(fixed), set(rows), set()
+    stays, found = set(fixed), set(rows)
+    small: set[int] = set()
     for shape in shapes:
         stays |= {shape[0]} if len(shape) > 2 else set()
         for d in shape[1:] if len(shape) > 2 else shape:

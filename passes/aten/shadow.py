@@ -166,7 +166,7 @@ class _Tracer(fx.Interpreter):
             if proxy is not None and proxy is not old:  # a write through a view gives the tensor no new name
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
-                    self.opaque.add(proxy.node.name)
+                    self.opaque[proxy.node.name] = n
         return out
 
     def _region(self, n: fx.Node, tracer: Any) -> Any:
@@ -177,7 +177,7 @@ class _Tracer(fx.Interpreter):
             if new is not old and isinstance(new, Tensor):
                 made = get_proxy_slot(new, tracer, None, lambda p: p.proxy).node
                 sharded.as_leaf(made, old)
-                self.opaque.add(made.name)
+                self.opaque[made.name] = n
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
