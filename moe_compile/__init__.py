@@ -17,6 +17,7 @@ from .errors import NotFused, OptionError  # noqa: E402
 from .explain import explain  # noqa: E402
 from .findings import BlockReport, GraphBreak  # noqa: E402
 from .options import Options  # noqa: E402
+from .parallel import parallelize  # noqa: E402
 from .passes.aten.contracts import register_contract  # noqa: E402
 from .report import last_report  # noqa: E402
 from .reported import Report  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "ir",
     "last_report",
+    "parallelize",
     "prepare",
     "register_contract",
     "trace",

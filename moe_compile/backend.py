@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import artifact, buckets, lowering
+from . import agreement, artifact, buckets, divided, lowering
 from . import report as reports
+from .alike import Verdict, among_ranks
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
@@ -46,12 +47,13 @@ def moe_fused(
     chosen = Options.parse(options, mode)
     target = lowering.target(target_of(gm, example_inputs, chosen))
     before = Snapshot(gm)
-    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
+    if divided.puts_together(gm):
+        chosen = chosen.with_(overlap_shared=False)  # rows of experts travel, those of the shared expert do not
+    verdict, seconds = _fuse(gm, before, chosen, target)
     seconds["passes"] = time.perf_counter() - started
-    flags.check(gm, rejected)
+    blocks, rejected = verdict.blocks, verdict.rejected
     part = Report()
-    part.add_notes(target.remarks(gm, example_inputs) if target.remarks else ())
+    part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
     try:
         with reports.filling(part):
             compiled = compile_with(chosen, mode, target, gm, example_inputs)
@@ -66,8 +68,18 @@ def moe_fused(
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
-    _publish(part, gm, [*rejected, *unbuilt], chosen.strict)
-    return compiled
+    _publish(part, gm, [*rejected, *unbuilt], verdict.strict)
+    return agreement.naming(compiled, verdict.talks) if verdict.talks else compiled
+
+
+def _fuse(gm: torch.fx.GraphModule, before: Snapshot, chosen: Options, target: Target) -> tuple[Verdict, dict[str, float]]:
+    """What is fused and what is not, told once, agreed upon by the ranks where they exchange experts; and the seconds of the passes."""
+    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
+    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
+    verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
+    divided.exchange(gm, verdict.experts)
+    flags.check(gm, verdict.rejected)
+    return verdict, seconds
 
 
 def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], strict: bool) -> None:

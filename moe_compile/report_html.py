@@ -33,6 +33,8 @@ def _blocks(report: Findings) -> Iterator[str]:
 def _block(b: BlockReport, count: int) -> Iterator[str]:
     yield f'<h2><span class="good">fused</span> {where(b.source)}{f" × {count}" if count > 1 else ""}</h2>'
     yield f"<p><code>{escape(b.formula)}</code><br><code>{escape(b.experts)}</code>"
+    if b.exchange:
+        yield f"<br><code>{escape(b.exchange)}</code>"
     yield "" if b.shared == "–" else f"<br>shared: <code>{escape(b.shared)}</code>"
     yield f"<br>{escape(b.target)}: {escape(b.lowering)}{' · proved on probes' if b.validated else ' · not validated'}</p>"
     if b.note:

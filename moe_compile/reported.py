@@ -12,7 +12,7 @@ import torch
 from .drawing import STYLE
 from .findings import BlockReport, Findings, GraphBreak
 from .ir import MoeBlock, Rejection
-from .ir.text import experts_text, formula, shared_text
+from .ir.text import exchange_text, experts_text, formula, shared_text
 from .report_html import fragment, page
 from .table import render
 
@@ -66,6 +66,7 @@ class Report(Findings):
                     validated=r.validated,
                     source=r.source,
                     note=r.note,
+                    exchange=exchange_text(ir.exchange),
                 )
             )
 

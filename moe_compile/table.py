@@ -55,7 +55,8 @@ def _row(b: BlockReport, count: int) -> tuple[str, ...]:
     if count > 1:
         source = f"{source}\n× {count}"
     lowering = f"{b.lowering}\n{b.note}" if b.note and b.note not in b.formula else b.lowering
-    return source, f"{b.formula}\n{b.experts}", b.shared, b.target, lowering, "yes" if b.validated else "no"
+    meaning = "\n".join(filter(None, (b.formula, b.experts, b.exchange)))
+    return source, meaning, b.shared, b.target, lowering, "yes" if b.validated else "no"
 
 
 def _rejection_text(r: Rejection) -> str:

@@ -17,6 +17,7 @@ from .prove.emitted import emitted_claim
 from .prove.engine import Claim, prove
 from .prove.gradients import with_gradients
 from .recover import writes
+from .recover.exchange import exchange_of
 from .recover.find import LEAVES
 from .recover.fused import zero_gradients
 from .recover.match import ExpertsMatch
@@ -180,7 +181,9 @@ def keep(work: Work, c: Candidate) -> Candidate:
     """What is told of the block, and its plan among those that are carried out."""
     b = c.block
     source = block_source(b.match.out, b.gating.choice if b.gating is not None else b.raw_ids)
-    ir, rows = activations.requested(b.ir, work.options.activations, work.target)
+    out, tokens = (work.shadow.origin.get(n) for n in (b.match.out, b.match.tokens))
+    exchange = exchange_of(tokens[0], out[0]) if tokens and out else None
+    ir, rows = activations.requested(replace(b.ir, exchange=exchange), work.options.activations, work.target)
     note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows)))
     told = Recovered(ir, source, bool(work.options.validate), work.target.says(ir), note, c.plan.shared is not None)
     work.plans.append(c.plan)

@@ -55,7 +55,7 @@ def worker(rank: int, world: int, port: int, file: str, function: str, out: str,
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(file).parent))
+    sys.path[:0] = [str(Path(file).parent), str(Path(__file__).parent)]
     spec = importlib.util.spec_from_file_location("cells_of_ranks", file)
     assert spec is not None and spec.loader is not None
     module = sys.modules["cells_of_ranks"] = importlib.util.module_from_spec(spec)
@@ -74,7 +74,7 @@ def worker(rank: int, world: int, port: int, file: str, function: str, out: str,
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -85,4 +85,4 @@ if __name__ == "__main__":
 
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # whoever ends the tests ends their processes
     path, name, world, folder, *rest = sys.argv[1:]
-    mp.spawn(worker, (int(world), _free_port(), path, name, folder, rest), nprocs=int(world))
+    mp.spawn(worker, (int(world), free_port(), path, name, folder, rest), nprocs=int(world))

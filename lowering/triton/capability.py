@@ -55,6 +55,8 @@ def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+    if stored and ir.experts.adapted:
+        return f"triton ({dtype}, low-rank pairs beside floats made of {', '.join(stored)}, in turns)"
     if stored and ir.experts.rounded:
         return f"triton ({dtype}, weights {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:

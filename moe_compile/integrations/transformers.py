@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 try:
@@ -28,60 +27,29 @@ try:
 except ImportError as e:
     raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
 
+from .. import agreement, exchange
+
 NAME = "moe_compile"
 UNEVEN = 'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "all_to_all"'
-
-
-class _SumOfGradients(torch.autograd.Function):
-    """x, which all ranks of a group hold alike; each has a part of its gradient, and all of them get the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return fc.wait_tensor(fc.all_reduce(grad.contiguous(), "sum", ctx.group)), None
-
-
-class _Sum(torch.autograd.Function):
-    """Σ over the ranks of a group of x; the gradient of the sum, which all ranks hold alike, is that of each addend."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        return fc.wait_tensor(fc.all_reduce(x.contiguous(), "sum", group))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
 
 
 class GatherEP(EPImplementation):  # type: ignore[misc]
     """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H], with the same T on all ranks.
 
+    The ranks agree upon what they fuse, and refuse to start with different versions of this package (`moe_compile.agreement`).
     Where batches differ in length every rank raises RuntimeError; pad them, or use "all_to_all". Ids outside of this rank's experts are
     `num_local_experts` with weight 0, as transformers' experts take them.
     """
 
+    def __init__(self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        agreement.join(ep_mesh.get_group())
+
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         group = self.ep_mesh.get_group()
-        if self.shares_batch:
-            hidden_states, top_k_weights = _SumOfGradients.apply(hidden_states, group), _SumOfGradients.apply(top_k_weights, group)
-            return _Sum.apply(self._local(hidden_states, top_k_index, top_k_weights), group)  # type: ignore[no-any-return]
-        sizes = fc.all_gather_tensor(top_k_index.new_full((1,), top_k_index.shape[0]), 0, group)
-        torch._assert_async((sizes == top_k_index.shape[0]).all(), UNEVEN)
-        rows, weights = (fc.all_gather_tensor_autograd(t.contiguous(), 0, group) for t in (hidden_states, top_k_weights))
-        ids = fc.all_gather_tensor(top_k_index.contiguous(), 0, group)
-        part = self._local(rows, ids, weights)
-        return fc.reduce_scatter_tensor_autograd(part, "sum", 0, group)
-
-    def _local(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """This rank's experts on rows of any rank."""
-        first = dist.get_rank(self.ep_mesh.get_group()) * self.num_local_experts
-        foreign = (ids < first) | (ids >= first + self.num_local_experts)
-        local = torch.where(foreign, self.num_local_experts, ids - first)
-        return self.experts_forward(rows, local, weights.masked_fill(foreign, 0.0))  # type: ignore[no-any-return]
+        batch = (hidden_states, top_k_index, top_k_weights)
+        own = (self.experts_forward, dist.get_rank(group) * self.num_local_experts, self.num_local_experts, group)
+        return exchange.shared(*batch, *own) if self.shares_batch else exchange.gathered(*batch, *own, UNEVEN)
 
 
 EPImplementationInterface.register(NAME, GatherEP)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exchange import Exchange as Exchange
+from .exchange import Way as Way
 from .experts import Experts as Experts
 from .experts import Form as Form
 from .experts import Overlap as Overlap
@@ -42,13 +44,15 @@ class MoeBlock:
     """One MoE block: `gating` is None when the routing runs as the user wrote it (`routing_note` says why).
 
     `boundary` names the graph values at the edge (tokens, logits, ids, weights, parameters, result); it is not part of
-    the meaning, so two blocks with the same maths compare equal.
+    the meaning, so two blocks with the same maths compare equal. `exchange`: how rows reach experts of other ranks; `experts` are this
+    rank's own then, and `evaluate_world` tells what each rank is to get.
     """
 
     gating: Gating | None
     experts: Experts
     shared: SharedExpert | None = None
     routing_note: str = ""
+    exchange: Exchange | None = None
     boundary: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
     def evaluate(

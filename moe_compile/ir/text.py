@@ -9,7 +9,7 @@ from typing import Any
 import sympy as sp
 import torch
 
-from . import BiasOn, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W
+from . import BiasOn, Exchange, Experts, Form, Gating, Groups, Norm, Normaliser, Score, SharedExpert, W, Way
 from .chain import Chain, Stage, product, vector
 from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
@@ -204,6 +204,10 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.second:
+        again = replace(s, rows=s.second_rows, columns=s.second_columns, scaled=Scale.TIMES, second=Scale.NONE)
+        sign = "÷" if s.second == Scale.DIVIDES else "×"
+        return f"{stored_text(replace(s, second=Scale.NONE))} {sign}{stored_text(again).rpartition(' ×')[2]}"
     if s.scaled == Scale.DIVIDES:
         return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
     if s.columns == s.rows == ALL:
@@ -234,3 +238,11 @@ def shared_text(s: SharedExpert | None) -> str:
         return "–"
     text = f"{activation_text(s.activation)} {s.intermediate}" + (", biases" if s.bias else "")
     return f"σ(x·g) · {text}" if s.gated else text
+
+
+_WAYS = {Way.SHARED: "shared rows, all-reduce", Way.GATHER: "all-gather, reduce-scatter", Way.ROWS: "rows by all-to-all"}
+
+
+def exchange_text(e: Exchange | None) -> str:
+    """One line, such as ``rank 0 of 4: all-gather, reduce-scatter``; empty where all experts are here."""
+    return "" if e is None else f"rank {e.rank} of {e.size}: {_WAYS[e.way]}"

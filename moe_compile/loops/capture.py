@@ -7,6 +7,7 @@ proved, Dynamo inlines the same function with one call of ``torch.ops.moe_compil
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import types
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..ir import Rejection
 from ..passes.aten.sharded import is_sharded
@@ -24,6 +25,7 @@ from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .lines import span
 from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect, selects
+from .probe import own_part
 from .reading import Reading, Trial, matches, read, roots
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
 
@@ -143,8 +145,12 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
         raise Rejection("a token that had an expert twice would get another result", stage="repeats")
     params = [attribute(tx, arguments.owner, p) for p in reading.params]
     for path, seen in zip(reading.params, params, strict=True):
-        if is_sharded(seen.realize().as_proxy().node.meta.get("example_value")):
+        value = seen.realize().as_proxy().node.meta.get("example_value")
+        if is_sharded(value):
             raise Rejection(f"{path} is a DTensor, no plain tensor: run the loop on `to_local()` of its parameters", stage="tensors")
+        held = functools.reduce(getattr, path.split("."), call.module)
+        if isinstance(held, Tensor) and is_sharded(held) and own_part(held).shape != value.shape:
+            raise Rejection(f"{path} is a DTensor whose part here is read in another shape, {list(value.shape)}", stage="tensors")
     with or_unguarded():
         Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
     _note(reading, call)

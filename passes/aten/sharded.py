@@ -30,13 +30,16 @@ def is_sharded(value: Any) -> bool:
 
 
 def is_region(n: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph computes on tensors that are spread over devices. Raises `Rejection` where it writes to one."""
+    """Whether a node of Dynamo's graph computes on tensors that are spread over devices, or puts one together.
+
+    Raises `Rejection` where it writes to one.
+    """
     if n.op in ("placeholder", "output", "get_attr"):
         return False
     taken = [x for x in n.all_input_nodes if is_sharded(example_value(x))]
     if taken and is_write(n):
         raise Rejection("a tensor that is spread over several devices (DTensor) is written in place", n, "shadow", code="sharded")
-    return bool(taken) or is_sharded(example_value(n))
+    return bool(taken) or is_sharded(example_value(n)) or str(n.target).startswith("moe_compile.whole")
 
 
 def opened(value: Any) -> Any:

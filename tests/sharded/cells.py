@@ -147,6 +147,10 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
                 if not train and name not in ("ddp", "fsdp, by layer", "fsdp, experts apart"):
                     continue
                 yield f"{name} / {spelling} / {mode}", cell(name, grouped, train, rank, world, mesh)
+    if not names:
+        import parallelized
+
+        yield from parallelized.table(rank, world)
 
 
 def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: DeviceMesh) -> dict[str, Any]:

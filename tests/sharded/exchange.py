@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import cells
+import failing
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import moe_compile
 from moe_compile.integrations.transformers import GatherEP
 from moe_compile.ir import Experts, Form, evaluate_world
 from moe_compile.ir import scalar as act
@@ -53,11 +54,15 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     (out * torch.arange(H)).sum().backward()
     again = run(x, ids[rank], w)
     off = beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)
-    yield "gathered", {"fused": ops, "same": bool(torch.equal(out, again)), **off}
-    yield "uneven", failure(lambda: run(x[: T - rank], ids[rank][: T - rank], w[: T - rank]))
+    told = [b.exchange for b in moe_compile.last_report().blocks]
+    yield "gathered", {"fused": ops, "exchange": told, "same": bool(torch.equal(out, again)), **off}
+    yield from failing.table(rank, world, local, (xs[rank], ids[rank], ws[rank]))
+    run, x, w = failing.compiled(local, world), xs[rank], ws[rank]  # in the group that was made anew
+    run(x, ids[rank], w)
+    yield "uneven", failing.failure(lambda: run(x[: T - rank], ids[rank][: T - rank], w[: T - rank]))
     if rank == world - 1:
         os._exit(0)  # dies while the others are in the exchange
-    yield "dead", failure(lambda: run(x, ids[rank], w))
+    yield "dead", failing.failure(lambda: run(x, ids[rank], w))
 
 
 def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[Tensor, ...], rank: int) -> dict[str, float]:
@@ -71,12 +76,3 @@ def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[
     mine = slice(rank * n, rank * n + n)
     pairs = [(x.grad, xs.grad[rank]), (w.grad, ws.grad[rank]), (local.up.grad, up.grad[mine]), (local.down.grad, down.grad[mine])]
     return {"out": cells.worst(out, want[rank].float()), "grad": max(cells.worst(a, b.float()) for a, b in pairs)}
-
-
-def failure(f: Any) -> dict[str, Any]:
-    start = time.monotonic()
-    try:
-        f()
-    except Exception as e:
-        return {"raised": f"{type(e).__name__}: {e}"[:500], "after": time.monotonic() - start}
-    return {"raised": "", "after": time.monotonic() - start}

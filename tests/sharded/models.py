@@ -44,7 +44,7 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     for name in names or CONFIGS:
         for spelling in ("grouped_mm", "eager"):
             for train in (True, False):
-                if spelling == "eager" and (not train or name == "ep, all_to_all") or not train and name != "ep, moe_compile":
+                if spelling == "eager" and name == "ep, all_to_all" or not train and name != "ep, moe_compile":
                     continue
                 found = cell(shared[0], CONFIGS[name], spelling, train, rank, "fsdp" in name)
                 yield f"{name} / {spelling} / {'training' if train else 'inference'}", found
@@ -74,6 +74,7 @@ def cell(path: str, config: dict[str, Any], spelling: str, train: bool, rank: in
         "out": cells.worst(out, want[rank]),
         "grad": gradients(model, one) if train else 0.0,
         "left": left,
+        "exchange": [b.exchange for b in moe_compile.last_report().blocks],
     }
 
 

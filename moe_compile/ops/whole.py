@@ -1,0 +1,44 @@
+"""`whole`: a stack of experts' parameters of which each rank of a group holds its own part, put together.
+
+What `moe_compile.parallelize` has a model read in place of a divided parameter. As it stands it is an all-gather along the experts, so that
+a model gives the same whatever becomes of it; where the experts of a compiled graph are fused the weights stay and the rows travel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schemas import library
+
+library.define("whole(Tensor local, SymInt size, str group, bool shared) -> Tensor")
+
+
+def whole(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
+    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient."""
+    out = torch.ops._c10d_functional.all_gather_into_tensor(local.contiguous(), size, group)
+    return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
+
+
+def _shape(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
+    return local.new_empty(local.shape[0] * size, *local.shape[1:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.how = inputs[1:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The rank's part of a gradient that all hold alike, or of the sum of the ranks' gradients."""
+    size, group, shared = ctx.how
+    if shared:
+        return grad.chunk(size)[torch.distributed.distributed_c10d._resolve_process_group(group).rank()], None, None, None
+    part = torch.ops._c10d_functional.reduce_scatter_tensor(grad.contiguous(), "sum", size, group)
+    return torch.ops._c10d_functional.wait_tensor(part), None, None, None
+
+
+library.impl("whole", whole, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_compile::whole", _shape, lib=library)
+torch.library.register_autograd("moe_compile::whole", _backward, setup_context=_keep, lib=library)

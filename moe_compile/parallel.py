@@ -1,0 +1,173 @@
+"""`moe_compile.parallelize`: the experts of a model divided over the ranks of a mesh, for models that no framework has a plan for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import agreement, divided
+from .explain import explain
+from .loops.probe import WHOLE
+from .lowering import target_for
+from .ops import bundled
+from .report import collecting
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A parameter that holds one part of all experts; `reader`: the module in whose forward it is read."""
+
+    name: str
+    reader: str
+    experts: int
+
+
+def parallelize(
+    model: nn.Module, mesh: Any, *args: Any, shared_batch: bool = False, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Divide the experts of `model` over the ranks of `mesh`, in place; returns the model. Every rank calls this, with equal models.
+
+    mesh: a DeviceMesh of one dimension, whose size divides the number of experts. args, kwargs: an example that `explain` runs the
+    model on to find its experts (by default transformers' `dummy_inputs`); both may be on the meta device. shared_batch: all ranks
+    will get the same batch, as under tensor parallelism; else each rank gets its own, all of one length. options: of `explain`.
+
+    Each stack [E, ...] of expert weights becomes a DTensor, Shard(0): state_dict and optimisers (made after this) see DTensors. Then
+    compile: `torch.compile(model, backend="moe_fused")`. Where a block is fused its rows travel and weights stay; where it is not, and
+    without compiling, its weights are gathered each time, with the same results. Gradients are sums over the ranks' own batches.
+
+    Raises ValueError, with the reason and before anything is changed, where some experts cannot be divided; RuntimeError, on every rank,
+    where ranks found different experts, run different versions, or do not answer.
+    """
+    if getattr(mesh, "ndim", None) != 1:
+        raise ValueError(f"parallelize: mesh must be a DeviceMesh of one dimension (mesh['ep']), got {mesh!r}")
+    from .ops import whole  # noqa: F401 (defines the op)
+
+    if not (options or {}).get("target") and any(p.is_meta for p in model.parameters()):
+        options = {**(options or {}), "target": target_for({mesh.device_type})}
+    stacks = _stacks(model, args, kwargs, options)
+    for s in stacks:
+        if s.experts % mesh.size():
+            raise ValueError(f"parallelize: {s.name} holds {s.experts} experts, which {mesh.size()} ranks cannot share equally")
+    _alike(mesh.get_group(), stacks)
+    for s in stacks:
+        _place(model, s.name, mesh)
+    for reader in dict.fromkeys(s.reader for s in stacks):
+        _read_whole(model, reader, [s.name for s in stacks if s.reader == reader], mesh, shared_batch)
+    return model
+
+
+# ---- what holds experts ----------------------------------------------------------------------------------------------------
+
+
+def _stacks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any] | None) -> list[_Stack]:
+    """The stacks of expert weights that `explain` finds. Raises ValueError where some experts are not fused or not in stacks."""
+    if not args and not kwargs:
+        kwargs = getattr(model, "dummy_inputs", None) or {}
+        if not kwargs:
+            raise ValueError("parallelize: give an example of the model's arguments behind the mesh, as for moe_compile.explain")
+        device = next(model.parameters()).device
+        kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    found: dict[str, _Stack] = {}
+    why: list[str] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        for n in gm.graph.nodes:
+            if str(n.target).startswith("moe_compile.experts"):
+                why.extend(filter(None, [divided.why_not(n)]))
+                if not why:
+                    found.update({s.name: s for s in _of_op(n, names, modules, why)})
+        return gm.forward
+
+    with collecting(), torch.no_grad():
+        report = explain(model, *args, options={"overlap_shared": False, **(options or {}), "inner": look}, **kwargs)
+    torch._dynamo.reset()
+    missed = [f"{r.source or 'unknown source'}: {r.reason} [{r.code}]" for r in report.rejected if r.stage != "find"]
+    if missed or why or not found:
+        told = "; ".join(dict.fromkeys([*missed, *why])) or "no experts were found in what the example ran"
+        raise ValueError(f"parallelize: the model's experts cannot be divided: {told}")
+    return list(found.values())
+
+
+def _of_op(n: torch.fx.Node, names: Mapping[int, str], modules: Mapping[str, nn.Module], why: list[str]) -> Iterator[_Stack]:
+    for w in bundled(n.args)[3]:
+        at = divided.source(w)
+        value = None if at is None or "grapharg" not in at.meta else at.meta["grapharg"].example
+        if value is None or id(value) not in names:
+            why.append("a stack of weights is no parameter of the model")
+            return
+        name = names[id(value)]
+        yield _Stack(name, _reader(n, name, modules), value.shape[0])
+
+
+def _reader(n: torch.fx.Node, name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The innermost module in whose forward an op stands and that holds the parameter somewhere; the model itself if none is known."""
+    known = {""}
+    for path, _ in (n.meta.get("nn_module_stack") or {}).values():
+        parts = [p for p in re.findall(r"\w+", re.sub(r"^L\['\w+'\]", "", str(path))) if p != "_modules"]
+        known.add(".".join(parts))
+    return max((k for k in known if k in modules and (not k or name.startswith(k + "."))), key=len)
+
+
+def _alike(group: Any, stacks: list[_Stack]) -> None:
+    """Raises RuntimeError where the ranks of a group found different experts."""
+    talk = agreement.join(group)
+    if talk is None:
+        return
+    told = talk.round("stacks", {"found": [[s.name, s.experts] for s in stacks]}, talk.timeout)
+    for rank, word in enumerate(told):
+        if word != told[talk.rank]:
+            what = "did not answer" if word is None else "found other experts in its model than the others"
+            raise RuntimeError(f"parallelize: rank {rank} {what}")
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------------
+
+
+def _place(model: nn.Module, name: str, mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner._parameters[last]
+    assert old is not None
+    new = nn.Parameter(distribute_tensor(old.detach(), mesh, [Shard(0)], src_data_rank=None), requires_grad=old.requires_grad)
+    setattr(new, WHOLE, True)
+    owner._parameters[last] = new
+
+
+def _read_whole(model: nn.Module, reader: str, names: list[str], mesh: Any, shared: bool) -> None:
+    """Let a module's forward see whole stacks in place of divided ones."""
+    module = model.get_submodule(reader)
+    prefix = len(reader) + 1 if reader else 0
+    places = [(path, last) for path, _, last in (name[prefix:].rpartition(".") for name in names)]
+    original = module.forward
+    how = (mesh.size(), mesh.get_group().group_name, shared)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _whole(module, places, how):
+            return original(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _whole(module: nn.Module, places: list[tuple[str, str]], how: tuple[Any, ...]) -> Iterator[None]:
+    owners = [(module.get_submodule(path) if path else module, last) for path, last in places]
+    kept = [owner._parameters[last] for owner, last in owners]
+    for (owner, last), p in zip(owners, kept, strict=True):
+        owner._parameters[last] = torch.ops.moe_compile.whole(p.to_local(), *how)  # type: ignore[union-attr, assignment]
+    try:
+        yield
+    finally:
+        for (owner, last), p in zip(owners, kept, strict=True):
+            owner._parameters[last] = p

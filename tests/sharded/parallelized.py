@@ -1,0 +1,103 @@
+"""`moe_compile.parallelize` in the processes of `cells`: each cell beside the undivided model, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import cells
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moe_compile
+
+CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"))
+
+
+def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    for names in CELLS:
+        yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
+    yield "parallelize / refused", dict(refused(mesh))
+
+
+def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) -> dict[str, Any]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    one = cells.Net(spelling == "grouped")
+    shared, example = batch == "shared", torch.randn(cells.T, cells.H)
+    m = moe_compile.parallelize(copy.deepcopy(one), mesh, example, shared_batch=shared)
+    xs = [torch.randn(cells.T, cells.H, generator=torch.Generator().manual_seed(r)) for r in range(1 if shared else world)]
+    graphs: list[str] = []
+
+    def inner(gm: Any, inputs: Any) -> Any:
+        graphs.append(str(gm.graph))
+        return gm.forward
+
+    run = torch.compile(m, backend="moe_fused", options={"inner": inner}, fullgraph=True) if how == "compiled" else m
+    out, want = run(xs[0 if shared else rank]), [one(x) for x in xs]
+    weigh = torch.arange(float(cells.H))
+    (out * weigh).sum().backward()
+    sum((y * weigh).sum() for y in want).backward()  # type: ignore[union-attr]
+    for p in m.parameters():
+        if not shared and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+    kept = m.state_dict()["layers.0.experts.up"]
+    return {
+        "out": cells.worst(out, want[0 if shared else rank]),
+        "grad": cells.gradients(m, one),
+        "kept": [type(kept).__name__, list(kept.to_local().shape)],
+        "exchange": [b.exchange for b in moe_compile.last_report().blocks] if graphs else [],
+        "gathers weights": any("moe_compile.whole" in g for g in graphs),
+    }
+
+
+class Modules(nn.Module):
+    """Experts that are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(cells.H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(cells.H, 8), nn.SiLU(), nn.Linear(8, cells.H)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = out + (w * (ids == e)).sum(-1, keepdim=True) * expert(x)
+        return out
+
+
+class Three(nn.Module):
+    """Three experts, all weights of a token's choice gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(cells.H, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, cells.H)), nn.Parameter(torch.randn(3, cells.H, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(2, -1)
+        h = torch.relu(torch.einsum("th,tkih->tki", x, self.up[ids]))
+        return torch.einsum("tki,tkhi,tk->th", h, self.down[ids], w)
+
+
+def refused(mesh: Any) -> Iterator[tuple[str, str]]:
+    x = torch.randn(cells.T, cells.H)
+    tried = {
+        "three experts": (Three(), mesh, x),
+        "mesh": (Three(), None, x),
+        "dense": (nn.Linear(cells.H, 4), mesh, x),
+        "modules": (Modules(), mesh, x),
+        "no example": (Three(), mesh),
+    }
+    for name, args in tried.items():
+        try:
+            moe_compile.parallelize(*args)  # type: ignore[arg-type]
+            yield name, "placed"
+        except ValueError as e:
+            yield name, str(e)
