@@ -106,10 +106,9 @@ def _decode(
     """
     CODES: gl.constexpr = ring_c.shape[0] // 2
     BN: gl.constexpr = ring_c.shape[1]
-    if PACKED:
-        rows_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])))
-    else:
-        rows_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
+    three: gl.constexpr = gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])
+    two: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    rows_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, three) if PACKED else two)
     at_n = gl.arange(0, BN, layout=rows_layout)
     before = 0  # steps of the tiles before
     number = 0
