@@ -135,12 +135,12 @@ def test_the_programs_of_narrow_and_wide_experts(cls: type[Wide], same: bool, mo
     assert told == [same]
 
 
-def test_what_the_maths_decline_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_maths_decline_is_never_read_at_its_real_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_compile.loops import reading
 
     real, widths = reading._read, []
     monkeypatch.setattr(reading, "_read", lambda call, reader, recover: (widths.append(reader.fewer), real(call, reader, recover))[1])
     report, got, want = compiled(MixesRows)
     assert "softmax over features" in str(report) and not report.blocks
-    assert len(widths) == 1 and widths[0] is not None and widths[0].widths
+    assert widths and all(fewer is not None and fewer.widths for fewer in widths)
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
