@@ -87,7 +87,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_frame_that_dynamo_gave_up_is_told(train: bool) -> None:
-    """A batch norm of as many rows as the data decides is a break inside the loop; in training it moves its statistics. Nothing is silent."""
+    """A batch norm of as many rows as the data decides is a break inside the loop; in training it moves its statistics. Both are told."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, x = Normed().train(train), torch.randn(30, 8)
