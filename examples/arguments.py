@@ -26,6 +26,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     what.add_argument("--size", choices=("tiny", "mini"), default="tiny", help="tiny: trained, shipped here; mini: Trinity-Mini's shape")
     what.add_argument("--checkpoint", type=Path, metavar="DIR", help="a local AFMoE checkpoint with its tokenizer")
     p.add_argument("--layers", type=int, default=32, help="with --size mini: fewer layers, for smaller machines")
+    p.add_argument("--ep", type=int, default=1, metavar="N", help="divide the experts over N processes, under torchrun --nproc-per-node N")
     p.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
     p.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for tiny, else bfloat16")
     p.add_argument("--quantize", choices=tuple(SCHEMES), help="the experts: e4m3 by 128 x 128, MXFP4 by 32, int4 by 128 inputs")
@@ -71,5 +72,9 @@ def check_company(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error("--graph-mode goes with --device npu")
     if args.throughput and (args.device != "cuda" or args.size != "mini"):
         p.error("--throughput goes with --size mini --device cuda")
+    if args.ep < 1:
+        p.error("--ep must be at least 1")
+    if args.ep > 1 and (args.checkpoint or args.quantize or args.dry_run or args.throughput or args.device == "npu"):
+        p.error("--ep goes with --size, --layers, --device cpu or cuda, --seed, --explain and --json alone")
     if args.quantize and (args.device == "npu" or args.target == "ascend" or args.throughput):
         p.error("--quantize goes with --device cpu or cuda, and not with --target ascend or --throughput")

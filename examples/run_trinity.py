@@ -8,6 +8,7 @@
     python examples/run_trinity.py --checkpoint DIR --device cuda     # a real checkpoint
     python examples/run_trinity.py --quantize mxfp4                   # experts in few bits, beside the same model as it is
     python examples/run_trinity.py --target ascend --dry-run          # what an NPU would run, shown and emulated on the CPU
+    torchrun --nproc-per-node 2 examples/run_trinity.py --size mini --device cuda --ep 2    # its experts over two cards
     python examples/run_trinity.py --size mini --device npu           # on an NPU, with and without the shared expert beside the others
 
 Prints a row per MoE layer, the generated text (of trained weights), the largest logit difference and the perplexity on held-out
@@ -27,6 +28,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import divided
 import torch
 import trinity
 from arguments import DTYPES, parse
@@ -311,11 +313,25 @@ def run(args: argparse.Namespace) -> Outcome:
     return outcome
 
 
+def run_divided(args: argparse.Namespace) -> int:
+    """The experts over several processes (`--ep`); the first of them tells what came of it."""
+    found = divided.run(args)
+    if found is None:
+        return 0
+    if args.json:
+        print(json.dumps(divided.as_json(found), indent=2))
+    else:
+        divided.show(Console(highlight=False), found)
+    return 0 if found.complete else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv, (__doc__ or "").split("\n\n")[0])
     # transformers asks for its library versions inside the forward; Dynamo's remark on that is not the reader's business
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     try:
+        if args.ep > 1:
+            return run_divided(args)
         outcome = run(args)
     except trinity.ExampleError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -29,8 +29,9 @@ NAMING = 5.0  # seconds in which a rank that saw an exchange fail answers the ot
 
 @dataclass
 class Talk:
-    """A group whose ranks talk, which may be destroyed meanwhile. `timeout`: of its collectives, in seconds. `said`: how often on each topic;
-    `settled`: in how many blocks of a graph's code rows travel.
+    """A group whose ranks talk, which may be destroyed meanwhile.
+
+    `timeout`: of its collectives, in seconds. `said`: how often on each topic; `settled`: in how many blocks of a graph's code rows travel.
     """
 
     known: weakref.ref[Any]
@@ -111,7 +112,9 @@ def _same_versions(talk: Talk) -> None:
     keys = dict.fromkeys(k for word in told if word is not None for k in word)
     different = [k for k in keys if len({word.get(k) for word in told if word is not None}) > 1]
     if different:
-        each = "; ".join(f"rank {r}: {', '.join(f'{k} {word.get(k)}' for k in different)}" for r, word in enumerate(told) if word is not None)
+        each = "; ".join(
+            f"rank {r}: {', '.join(f'{k} {word.get(k)}' for k in different)}" for r, word in enumerate(told) if word is not None
+        )
         raise RuntimeError(f"ranks that divide experts must run the same code, and they differ: {each}")
 
 
@@ -186,5 +189,7 @@ def _missing(talks: Sequence[Talk]) -> str:
             continue
         silent = [r for r, word in enumerate(t.round("failed", {}, NAMING)) if word is None]
         name = f"the group of {t.size} ranks that divides the experts"
-        told.append(f"in {name}, {ranks(silent)} did not answer within {NAMING:.0f} s" if silent else f"in {name}, every rank saw the exchange fail")
+        told.append(
+            f"in {name}, {ranks(silent)} did not answer within {NAMING:.0f} s" if silent else f"in {name}, every rank saw the exchange fail"
+        )
     return "; ".join(told)

@@ -49,13 +49,9 @@ def moe_fused(
     before = Snapshot(gm)
     if divided.puts_together(gm):
         chosen = chosen.with_(overlap_shared=False)  # rows of experts travel, those of the shared expert do not
-    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
-    verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
-    blocks, rejected = verdict.blocks, verdict.rejected
-    divided.exchange(gm, verdict.experts)
+    verdict, seconds = _fuse(gm, before, chosen, target)
     seconds["passes"] = time.perf_counter() - started
-    flags.check(gm, rejected)
+    blocks, rejected = verdict.blocks, verdict.rejected
     part = Report()
     part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
     try:
@@ -74,6 +70,16 @@ def moe_fused(
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
     _publish(part, gm, [*rejected, *unbuilt], verdict.strict)
     return agreement.naming(compiled, verdict.talks) if verdict.talks else compiled
+
+
+def _fuse(gm: torch.fx.GraphModule, before: Snapshot, chosen: Options, target: Target) -> tuple[Verdict, dict[str, float]]:
+    """What is fused and what is not, told once, agreed upon by the ranks where they exchange experts; and the seconds of the passes."""
+    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
+    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
+    verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
+    divided.exchange(gm, verdict.experts)
+    flags.check(gm, verdict.rejected)
+    return verdict, seconds
 
 
 def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], strict: bool) -> None:

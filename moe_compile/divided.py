@@ -39,7 +39,8 @@ def is_experts(n: fx.Node) -> bool:
 def why_not(n: fx.Node) -> str:
     """What keeps the experts of a fused op from being divided; "" for nothing."""
     if not is_experts(n):
-        return f"{str(n.target).split('.')[1]}: only plain experts are divided (no codes, no low-rank pairs, no chains, no shared expert inside)"
+        name = str(n.target).split(".")[1]
+        return f"{name}: only plain experts are divided (no codes, no low-rank pairs, no chains, no shared expert inside)"
     _, _, _, operands, (_, *plain) = bundled(n.args)
     if not plain[_STACKED]:
         return "each expert has tensors of its own: only stacks [E, ...] are divided"

@@ -12,6 +12,10 @@ import torch
 import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
+# under the names of torch 2.13, or those that it has grown out of; either way with gradients
+_gather = getattr(fc, "all_gather_single", fc.all_gather_tensor)
+_gather_rows = getattr(fc, "all_gather_single_autograd", fc.all_gather_tensor_autograd)
+_scatter_sums = getattr(fc, "reduce_scatter_single_autograd", fc.reduce_scatter_tensor_autograd)
 Local = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows, ids among this rank's experts (their number: none of them), weights -> result
 UNEVEN = "the ranks of a group that divides experts have different numbers of tokens; pad the batches to one length"
 
@@ -42,7 +46,7 @@ class _Sum(torch.autograd.Function):
 
 
 def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any) -> Tensor:
-    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all ranks hold alike; each has experts first .. first + count - 1."""
+    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on."""
     x, weights = _SumOfGradients.apply(x, group), _SumOfGradients.apply(weights, group)
     return _Sum.apply(_own(x, ids, weights, local, first, count), group)  # type: ignore[no-any-return]
 
@@ -50,11 +54,11 @@ def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, co
 def gathered(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN) -> Tensor:
     """out[r] = Σ_s local_s(x[r]) for each rank's own x [T, H], ids and weights [T, k], with one T. Raises RuntimeError (`uneven`) on every
     rank where T differs, before any row travels."""
-    sizes = fc.all_gather_tensor(ids.new_full((1,), ids.shape[0]), 0, group)
+    sizes = _gather(ids.new_full((1,), ids.shape[0]), 0, group)
     torch._assert_async((sizes == ids.shape[0]).all(), uneven)
-    rows, w = (fc.all_gather_tensor_autograd(t.contiguous(), 0, group) for t in (x, weights))
-    part = _own(rows, fc.all_gather_tensor(ids.contiguous(), 0, group), w, local, first, count)
-    return fc.reduce_scatter_tensor_autograd(part.contiguous(), "sum", 0, group)
+    rows, w = (_gather_rows(t.contiguous(), 0, group) for t in (x, weights))
+    part = _own(rows, _gather(ids.contiguous(), 0, group), w, local, first, count)
+    return _scatter_sums(part.contiguous(), "sum", 0, group)
 
 
 def _own(rows: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int) -> Tensor:

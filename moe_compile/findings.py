@@ -16,7 +16,8 @@ from .ir import MoeBlock, Rejection
 class BlockReport:
     """One Mixture-of-Experts block that was recovered and fused.
 
-    `ir` is the meaning, `formula`, `experts`, `shared` and `exchange` (how rows reach experts of other ranks) say it in text; `source` is file:line of the user's code.
+    `ir` is the meaning, `formula`, `experts`, `shared` and `exchange` (how rows reach experts of other ranks) say it in text; `source` is
+    file:line of the user's code.
     """
 
     ir: MoeBlock

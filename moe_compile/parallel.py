@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import agreement, divided
 from .explain import explain
 from .loops.probe import WHOLE
+from .lowering import target_for
 from .ops import bundled
 from .report import collecting
 
@@ -34,7 +35,7 @@ def parallelize(
     """Divide the experts of `model` over the ranks of `mesh`, in place; returns the model. Every rank calls this, with equal models.
 
     mesh: a DeviceMesh of one dimension, whose size divides the number of experts. args, kwargs: an example that `explain` runs the
-    model on to find its experts (on the meta device as well; by default transformers' `dummy_inputs`). shared_batch: all ranks
+    model on to find its experts (by default transformers' `dummy_inputs`); both may be on the meta device. shared_batch: all ranks
     will get the same batch, as under tensor parallelism; else each rank gets its own, all of one length. options: of `explain`.
 
     Each stack [E, ...] of expert weights becomes a DTensor, Shard(0): state_dict and optimisers (made after this) see DTensors. Then
@@ -48,6 +49,8 @@ def parallelize(
         raise ValueError(f"parallelize: mesh must be a DeviceMesh of one dimension (mesh['ep']), got {mesh!r}")
     from .ops import whole  # noqa: F401 (defines the op)
 
+    if not (options or {}).get("target") and any(p.is_meta for p in model.parameters()):
+        options = {**(options or {}), "target": target_for({mesh.device_type})}
     stacks = _stacks(model, args, kwargs, options)
     for s in stacks:
         if s.experts % mesh.size():
@@ -98,7 +101,7 @@ def _of_op(n: torch.fx.Node, names: Mapping[int, str], modules: Mapping[str, nn.
     for w in bundled(n.args)[3]:
         at = divided.source(w)
         value = None if at is None or "grapharg" not in at.meta else at.meta["grapharg"].example
-        if id(value) not in names:
+        if value is None or id(value) not in names:
             why.append("a stack of weights is no parameter of the model")
             return
         name = names[id(value)]

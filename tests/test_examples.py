@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,6 +148,8 @@ def test_measuring_finds_no_difference_between_equals(model) -> None:
         (["--windows", "0"], "--windows must be at least 1"),
         (["--quantize", "int3"], "invalid choice: 'int3' (choose from"),
         (["--quantize", "fp8", "--target", "ascend", "--dry-run"], "--quantize goes with --device cpu or cuda"),
+        (["--ep", "0"], "--ep must be at least 1"),
+        (["--ep", "2", "--quantize", "fp8"], "--ep goes with --size"),
     ],
 )
 def test_wrong_arguments_are_named(argv, message, capsys) -> None:
@@ -158,6 +162,10 @@ def test_wrong_arguments_are_named(argv, message, capsys) -> None:
 def error_of(argv, capsys) -> str:
     assert run_trinity.main(argv) == 2
     return capsys.readouterr().err
+
+
+def test_experts_over_processes_that_were_not_started_is_said(capsys) -> None:
+    assert "--ep 2 wants as many processes: torchrun --nproc-per-node 2" in error_of(["--ep", "2"], capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -235,6 +243,17 @@ def test_explain_shows_every_moe_layer_validated(capsys) -> None:
 
 
 @needs_passes
+def test_experts_over_two_processes() -> None:
+    """`--ep 2` under torchrun: every MoE layer fused, results as of the undivided model, half of the experts' weights in each process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "run_trinity.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--ep", "2", "--explain", "--json"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fused"] == found["moe_layers"] == 3 and found["exchange"] == "rank 0 of 2: shared rows, all-reduce"
+    assert found["difference"] < 1e-3 and found["parameter_bytes"][0] == found["parameter_bytes"][1] < 0.7 * found["undivided_bytes"]
+
+
 def test_explain_as_json(capsys) -> None:
     assert run_trinity.main(["--explain", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

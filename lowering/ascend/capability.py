@@ -28,6 +28,8 @@ def missing() -> str:
 def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
+    if e.coded and e.adapted:
+        return "low-rank pairs (LoRA) beside weights in few bits: no chain of npu_grouped_matmul is written for them"
     for p in _stored(e):
         if (why := _refuses_stored(p, e.rounded)) is not None:
             return why

@@ -2,8 +2,8 @@
 
 `npu_moe_distribute_dispatch_v2` sends each token to the ranks of its experts, whose rows come out by expert;
 `npu_moe_distribute_combine_v2` sends the results back and sums them. Limits: op-plugin's pages of the two. Every rank calls both, in every
-layer with the same group. No hardware and no process group has run this; `emulate_exchange` does, with ranks in threads. Nothing emits it
-yet: a graph has to say first which experts are whose. `mega`: all of it in one kernel, by option only.
+layer with the same group. No hardware and no process group has run this; `emulate_exchange` does, with ranks in threads. `over_ranks` puts
+it into graphs. `mega`: all of it in one kernel, by option only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Spread:
     tokens: of this rank, None where the number is not fixed. known: the ids of a row are distinct experts, whole top-k's that nobody has
     written to. identity: experts that give their input back, with ids behind the others'. device: a family of `device.family`. inner: the
     experts' own width, swiglu: whether they are SwiGLU of [gate | up] without biases. one_kernel: what `AscendOptions.mega_moe` says.
+    shared: all ranks hold the same tokens. widens: experts have another number of outputs than inputs.
     """
 
     device: str
@@ -48,18 +49,17 @@ class Spread:
     inner: int = 0
     swiglu: bool = False
     one_kernel: bool = False
+    shared: bool = False
+    widens: bool = False
 
     @classmethod
-    def of(cls, family: str, world: int, x: Tensor, ids: Tensor, p: Packed, layout: generic.Layout, **said: bool) -> Spread:
-        """Of the values at a block: x [T, H], ids [T, k], this rank's weights; `layout` counts the experts of all ranks.
-
-        said: `known`, `training` and `one_kernel`.
-        """
+    def of(cls, family: str, world: int, x: Tensor, ids: Tensor, layout: generic.Layout, inner: int, biases: bool, **said: bool) -> Spread:
+        """Of the values at a block: x [T, H], ids [T, k]; `layout` counts the experts of all ranks; said: other fields."""
         tokens, hidden = x.shape
-        plain = law.swiglu(act.decode(layout.act_ops, layout.act_consts), layout.form) and all(w.bias is None for w in (*p.up, p.down))
+        swiglu = law.swiglu(act.decode(layout.act_ops, layout.act_consts), layout.form) and not biases
         return cls(
             family, world, layout.num_experts, ids.shape[1], int(hidden), tokens if type(tokens) is int else None, x.dtype,
-            identity=layout.num_identity, weight_on_input=layout.weight_on_input, inner=int(p.down.matrix.shape[1]), swiglu=plain, **said,
+            identity=layout.num_identity, weight_on_input=layout.weight_on_input, inner=inner, swiglu=swiglu, **said,
         )  # fmt: skip
 
 
@@ -99,6 +99,14 @@ def _known(s: Spread) -> str | None:
 
 def _combined_by_weight(s: Spread) -> str | None:
     return "the routing weight is applied to the input, the op applies it to the output" if s.weight_on_input else None
+
+
+def _own_tokens(s: Spread) -> str | None:
+    return "all ranks hold the same tokens, whose results are summed" if s.shared else None
+
+
+def _as_wide(s: Spread) -> str | None:
+    return "the experts have another number of outputs than inputs" if s.widens else None
 
 
 def _sizes(s: Spread) -> str | None:
@@ -146,7 +154,7 @@ def _one_kernel(s: Spread) -> str | None:
     return None if 0 < (s.tokens or 0) <= most else f"{s.tokens} tokens a rank, the kernel takes {most}"
 
 
-_COMMON: tuple[Check, ...] = (_inference, _static, _halves, _known, _combined_by_weight, _sizes)
+_COMMON: tuple[Check, ...] = (_inference, _static, _halves, _own_tokens, _as_wide, _known, _combined_by_weight, _sizes)
 EXCHANGES: tuple[Row, ...] = (
     Row(
         "one kernel",

@@ -49,19 +49,23 @@ def _power(b):
 
 
 @gluon.jit
-def _decoded(codes, s, PACKED: gl.constexpr):
-    """bf16 [BN, 64] of a block of codes in shared memory and its scales: [BN] for bytes, [BN, 2] for half bytes."""
-    BN: gl.constexpr = codes.shape[0]
+def _taken(codes, PACKED: gl.constexpr):
+    """A block of codes in registers: 16 bytes of a row a thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2] if PACKED else [8, 4], [4, 1], [1, 0])
+    return codes.load(layout)
+
+
+@gluon.jit
+def _decoded(b, s, PACKED: gl.constexpr):
+    """bf16 [BN, 64] of a block of codes and its scales: [BN] for bytes, [BN, 2] for half bytes."""
+    BN: gl.constexpr = b.shape[0]
     if PACKED:
         three: gl.constexpr = gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])
-        b = codes.load(gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0]))
         b = gl.convert_layout(gl.reshape(b, [BN, 2, 16]), three, assert_trivial=True)
         lo, hi = gl.inline_asm_elementwise(_E2M1, "=r,=r,=r,=r,r", [b], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4)
         scale = gl.expand_dims(_power(s), 2)
         return gl.reshape(gl.join(lo * scale, hi * scale), [BN, 64])
     else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-        b = codes.load(layout)
         high = s.to(gl.bfloat16)
         low = (s - high.to(gl.float32)).to(gl.bfloat16)
         wide, fine = (gl.expand_dims(high, 1).broadcast_to(b.shape), gl.expand_dims(low, 1).broadcast_to(b.shape))
@@ -96,13 +100,13 @@ def _scales_at(pointers, live, k, steps, scale_k, BLOCK: gl.constexpr, PACKED: g
 
 @gluon.jit
 def _decode(
-    scales, steps, n, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
-    PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, FIRST: gl.constexpr, STEP: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
+    scales0, scales1, steps, n, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
+    TURN: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, FIRST0: gl.constexpr, FIRST1: gl.constexpr,
+    STEP: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """One of the two blocks of weights of each step of each tile, in the order in which the producer asks for codes.
+    """The weights of every second step, in the order in which the producer asks for codes.
 
-    Scales are asked for two steps ahead, behind a step's fence, which waits for every load under way.
+    A step's scales are asked for behind the fence of the one before it, which waits for every load under way.
     """
     CODES: gl.constexpr = ring_c.shape[0] // 2
     BN: gl.constexpr = ring_c.shape[1]
@@ -111,25 +115,35 @@ def _decode(
     else:
         rows_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
     at_n = gl.arange(0, BN, layout=rows_layout)
-    step = 0
+    before = 0  # steps of the tiles before
     number = 0
     e, first, _, block, _ = hear(news, told, heard, number)
     while first >= 0:
-        begin, live = _scale_rows(scales, e, block * WIDE + PART * NEXT + at_n, n, scale_e, scale_n, FIRST, STEP, ROWS)
-        now = _scales_at(begin, live, 0, steps, scale_k, BLOCK, PACKED)
-        soon = _scales_at(begin, live, 1, steps, scale_k, BLOCK, PACKED)
-        for k in range(steps):
-            c = step % CODES
-            s = step % STAGES
-            mbarrier.wait(full_c.index(c), (step // CODES) & 1)
-            mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
-            ring_w.index(2 * s + PART).store(_decoded(ring_c.index(2 * c + PART), now, PACKED))
+        row = block * WIDE + at_n
+        from0, live0 = _scale_rows(scales0, e, row, n, scale_e, scale_n, FIRST0, STEP, ROWS)
+        from1, live1 = _scale_rows(scales1, e, row + NEXT, n, scale_e, scale_n, FIRST1, STEP, ROWS)
+        mine = (before + TURN) % 2
+        s0 = _scales_at(from0, live0, mine, steps, scale_k, BLOCK, PACKED)
+        s1 = _scales_at(from1, live1, mine, steps, scale_k, BLOCK, PACKED)
+        for k in range(mine, steps, 2):
+            c = (before + k) % CODES
+            s = (before + k) % STAGES
+            # in this order: a free stage tells that the other decoder has done its step, and that the codes' barrier is in the phase before
+            mbarrier.wait(empty.index(s), (((before + k) // STAGES) & 1) ^ 1)
+            mbarrier.wait(full_c.index(c), ((before + k) // CODES) & 1)
+            b0 = _taken(ring_c.index(2 * c), PACKED)
+            if PACKED:  # too few registers for both blocks
+                ring_w.index(2 * s).store(_decoded(b0, s0, PACKED))
+            b1 = _taken(ring_c.index(2 * c + 1), PACKED)
+            mbarrier.arrive(empty_c.index(c))
+            if not PACKED:
+                ring_w.index(2 * s).store(_decoded(b0, s0, PACKED))
+            ring_w.index(2 * s + 1).store(_decoded(b1, s1, PACKED))
             fence_async_shared()
             mbarrier.arrive(full.index(s))
-            mbarrier.arrive(empty_c.index(c))
-            now = soon
-            soon = _scales_at(begin, live, k + 2, steps, scale_k, BLOCK, PACKED)
-            step += 1
+            s0 = _scales_at(from0, live0, k + 2, steps, scale_k, BLOCK, PACKED)
+            s1 = _scales_at(from1, live1, k + 2, steps, scale_k, BLOCK, PACKED)
+        before += steps
         number += 1
         e, first, _, block, _ = hear(news, told, heard, number)
 
@@ -164,17 +178,18 @@ def coded_gemm(
     full_c = gl.allocate_shared_memory(gl.int64, [CODES, 1], mbarrier.MBarrierLayout())
     empty_c = gl.allocate_shared_memory(gl.int64, [CODES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=130 if GATHER else 3)  # rows: every producer thread's copies, or bytes; weights: the decoders
+        mbarrier.init(full.index(s), count=129 if GATHER else 2)  # rows: every producer thread's copies, or bytes; weights: a decoder
         mbarrier.init(empty.index(s), count=2)
     for s in gl.static_range(CODES):
         mbarrier.init(full_c.index(s), count=1)
-        mbarrier.init(empty_c.index(s), count=2)
+        mbarrier.init(empty_c.index(s), count=1)
     fence_async_shared()
     WIDE: gl.constexpr = BN if MODE == DUAL else 2 * BN
     NEXT: gl.constexpr = 0 if MODE == DUAL else BN
     blocks = gl.cdiv(n, BN if GATED else 2 * BN)
     steps = gl.cdiv(k, BK)
     rows = 2 * n if MODE == INTERLEAVED else n
+    gl.static_assert(CODES <= STAGES)
     gl.warp_specialize([
         (consume, (bias0, bias1, row_weights, out, out_tma, None, None, None, order, steps, n,
                    stride_be, stride_bn, stride_out, 0, ring_a, ring_w, stages_out, full, empty, news, told, heard,
@@ -185,8 +200,8 @@ def coded_gemm(
         (produce, (a, a_tma, codes0, codes1, order, offsets, None, tiles, tile_starts, num_tiles, counter, num_slots, blocks, steps, k,
                    slots_per_token, stride_a, rows_per_expert, ring_a, ring_c, full, empty, full_c, empty_c, news, told, heard,
                    EVEN_K, WIDE, NEXT, True, GATHER, 0, GROUP, 1, 1)),
-        (_decode, (scales0, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
-                   0, STAGES, WIDE, NEXT, FIRST0, STEP, ROWS, BLOCK, PACKED)),
-        (_decode, (scales1, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty, news, told, heard,
-                   1, STAGES, WIDE, NEXT, FIRST1, STEP, ROWS, BLOCK, PACKED)),
+        (_decode, (scales0, scales1, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty,
+                   news, told, heard, 0, STAGES, WIDE, NEXT, FIRST0, FIRST1, STEP, ROWS, BLOCK, PACKED)),
+        (_decode, (scales0, scales1, steps, rows, scale_e, scale_n, scale_k, ring_c, ring_w, full_c, empty_c, full, empty,
+                   news, told, heard, 1, STAGES, WIDE, NEXT, FIRST0, FIRST1, STEP, ROWS, BLOCK, PACKED)),
     ], [4, 4, 4, 4], [160, 48, 56, 56])  # fmt: skip

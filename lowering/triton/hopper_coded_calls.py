@@ -21,11 +21,14 @@ COLUMNS = 128  # of a block, of which a tile has two
 STAGES = 3
 
 
-def fits(a: Tensor, w: Codes) -> bool:
-    """Rows bf16 in whole 16 bytes, matrices [n, k] in one stack, e4m3 with blocks of whole steps or e2m1 with blocks of 32."""
+def fits(a: Tensor, w: Codes, stride: int | None = None) -> bool:
+    """Rows bf16 in whole 16 bytes, matrices [n, k] in one stack, e4m3 with blocks of whole steps or e2m1 with blocks of 32.
+
+    `stride`: of rows that are not there yet, as `a` else.
+    """
     if capability(a.device) != (9, 0) or a.dtype != torch.bfloat16 or w.zeros or w.offset or w.at.table or not w.at.out_in:
         return False
-    if a.stride(0) % 8 or a.data_ptr() % 16 or w.at.n % 8 or w.k % 8:
+    if (a.stride(0) % 8 or a.data_ptr() % 16 if stride is None else stride % 8) or w.at.n % 8 or w.k % 8 or w.k <= DEPTH:
         return False
     scaled = w.scale == PLAIN and w.columns % DEPTH == 0 if w.kind == E4M3 else w.kind == E2M1 and _powers(w)
     return scaled and all(flat_fits(t) for t in _whole(w))

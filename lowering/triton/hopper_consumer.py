@@ -79,12 +79,13 @@ def _finish(
 
 @gluon.jit
 def _two_products(depth, step, ring_a, ring_w, full, empty, AT_ROW: gl.constexpr, GATHER: gl.constexpr, BN: gl.constexpr):
-    """(products with the first and the second column block over `depth` steps, the step behind them)."""
+    """(products with the first and the second column block over `depth` steps, the step behind them). The other consumer's products run
+    while this one's are waited for: so a stage is given back at once."""
     STAGES: gl.constexpr = ring_a.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     acc0 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
     acc1 = gl.zeros((HALF_ROWS, BN), gl.float32, mma)
-    for k in range(depth):
+    for _ in range(depth):
         s = step % STAGES
         mbarrier.wait(full.index(s), (step // STAGES) & 1)
         if GATHER:
@@ -92,12 +93,9 @@ def _two_products(depth, step, ring_a, ring_w, full, empty, AT_ROW: gl.constexpr
         rows = ring_a.index(s).slice(AT_ROW, HALF_ROWS)
         pending0 = warpgroup_mma(rows, ring_w.index(2 * s).permute((1, 0)), acc0, is_async=True)
         pending1 = warpgroup_mma(rows, ring_w.index(2 * s + 1).permute((1, 0)), acc1, is_async=True)
-        acc0, acc1 = warpgroup_mma_wait(num_outstanding=2, deps=(pending0, pending1))
-        if k > 0:  # the step before has been read
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(pending0, pending1))
+        mbarrier.arrive(empty.index(s))
         step += 1
-    acc0, acc1 = warpgroup_mma_wait(num_outstanding=0, deps=(acc0, acc1))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
     return acc0, acc1, step
 
 

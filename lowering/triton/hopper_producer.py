@@ -10,17 +10,20 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper_tiles import EARLY, HALF_ROWS, claim, expert_of, leave, part_of, place_of, tell
 
+AHEAD = gl.constexpr(2)  # steps that codes are asked for before their rows: as many as a tile has left when the next one is known
+
 
 @gluon.jit
 def _feed(
-    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w, full, empty, full_w, empty_w,
+    begin, end, last, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, row_next, n0_next, more,
+    ring_a, ring_w, full, empty, full_w, empty_w,
     EVEN_K: gl.constexpr, WIDE: gl.constexpr, NEXT: gl.constexpr, OUT_IN: gl.constexpr, GATHER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """A stage for each step of depth in [begin, end), TOGETHER of them at a time: what lies side by side in memory is asked for
     together. A stage's weights lie by (part of the columns, depth, block). Beyond the end of the depth, zeros arrive."""
     if ring_w.dtype != ring_a.dtype:
-        return _feed_codes(begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_w,
-                           full, empty, full_w, empty_w, EVEN_K, NEXT, GATHER)  # fmt: skip
+        return _feed_codes(begin, end, last, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, row_next, n0_next, more,
+                           ring_a, ring_w, full, empty, full_w, empty_w, EVEN_K, NEXT, GATHER)  # fmt: skip
     STAGES: gl.constexpr = ring_a.shape[0]
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
@@ -51,25 +54,38 @@ def _feed(
 
 @gluon.jit
 def _feed_codes(
-    begin, end, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, ring_a, ring_c, full, empty, full_c, empty_c,
+    begin, end, last, step, pointers, mask, at_k, k_end, a_tma, w0, w1, first, row_w, n0, row_next, n0_next, more,
+    ring_a, ring_c, full, empty, full_c, empty_c,
     EVEN_K: gl.constexpr, NEXT: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """As `_feed` where weights are decoded on the way: their codes go to a ring of their own."""
+    """As `_feed` where weights are decoded on the way: their codes go to a ring of their own, AHEAD steps before their rows: behind `last`,
+    where the tile's steps end, those of the next tile, if there is one (`more`)."""
     STAGES: gl.constexpr = ring_a.shape[0]
-    CODES: gl.constexpr = ring_c.shape[0] // 2
     for k in range(begin, end):
-        c = step % CODES
         s = step % STAGES
-        mbarrier.wait(empty_c.index(c), ((step // CODES) & 1) ^ 1)
-        mbarrier.expect(full_c.index(c), w0.block_type.nbytes + w1.block_type.nbytes)
-        _ask(w0, row_w, n0, k * w0.block_shape[1], full_c.index(c), ring_c.index(2 * c), True)
-        _ask(w1, row_w, n0 + NEXT, k * w1.block_shape[1], full_c.index(c), ring_c.index(2 * c + 1), True)
         mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
         if not GATHER:
             mbarrier.expect(full.index(s), a_tma.block_type.nbytes)
         pointers = _rows(k, s, pointers, mask, at_k, k_end, a_tma, first, ring_a, full, EVEN_K, GATHER)
+        here = k + AHEAD < last
+        if here | more:
+            depth = gl.where(here, k + AHEAD, k + AHEAD - last)
+            _ask_codes(
+                step + AHEAD, w0, w1, gl.where(here, row_w, row_next), gl.where(here, n0, n0_next), depth, ring_c, full_c, empty_c, NEXT
+            )
         step += 1
     return step, pointers
+
+
+@gluon.jit
+def _ask_codes(number, w0, w1, row, n0, k, ring_c, full_c, empty_c, NEXT: gl.constexpr):
+    """Codes of step k of a tile, the number-th that are asked for."""
+    CODES: gl.constexpr = ring_c.shape[0] // 2
+    c = number % CODES
+    mbarrier.wait(empty_c.index(c), ((number // CODES) & 1) ^ 1)
+    mbarrier.expect(full_c.index(c), w0.block_type.nbytes + w1.block_type.nbytes)
+    _ask(w0, row, n0, k * w0.block_shape[1], full_c.index(c), ring_c.index(2 * c), True)
+    _ask(w1, row, n0 + NEXT, k * w1.block_shape[1], full_c.index(c), ring_c.index(2 * c + 1), True)
 
 
 @gluon.jit
@@ -120,6 +136,10 @@ def produce(
     slots = at_row
     if GATHER:
         slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
+    if ring_w.dtype != ring_a.dtype:
+        if tile < row_tiles * blocks:
+            for i in gl.static_range(AHEAD):
+                _ask_codes(i, w0, w1, e * rows_per_expert, block * WIDE, i, ring_w, full_w, empty_w, NEXT)
     step = 0
     number = 0
     while tile < row_tiles * blocks:
@@ -139,22 +159,27 @@ def produce(
         mask = gl.expand_dims(live, 1)
         source = gl.where(live, slots, 0) // slots_per_token
         pointers = gl.expand_dims(a + source.to(gl.int64) * stride_a, 1) + gl.expand_dims(at_k, 0)
-        step, pointers = _feed(from_step, claim_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(from_step, claim_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         tile = claim(counter)
-        step, pointers = _feed(claim_at, expert_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(claim_at, expert_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         e = expert_of(tile, tiles, row_tiles, blocks)
-        step, pointers = _feed(expert_at, place_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(expert_at, place_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         begin, end = gl.load(offsets + e), gl.load(offsets + e + 1)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
-        step, pointers = _feed(place_at, rows_at, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
-                               full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
+        step, pointers = _feed(place_at, rows_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
+                               row_w, n0, True, ring_a, ring_w, full, empty, full_w, empty_w,
+                               EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         row, block = place_of(tile, tile_begin, tile_end, blocks, GROUP)
         if GATHER:
             slots = gl.load(order + begin + row * BM + at_row, mask=begin + row * BM + at_row < num_slots, other=0)
-        step, pointers = _feed(rows_at, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0, ring_a, ring_w,
+        step, pointers = _feed(rows_at, to_step, to_step, step, pointers, mask, at_k, k, a_tma, w0, w1, row_a, row_w, n0,
+                               e * rows_per_expert, block * WIDE, tile < row_tiles * blocks, ring_a, ring_w,
                                full, empty, full_w, empty_w, EVEN_K, WIDE, NEXT, OUT_IN, GATHER, TOGETHER)  # fmt: skip
         number += 1
     tell(news, told, heard, number, 0, -1, 0, 0, 0)

@@ -16,7 +16,9 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rank `rank` of `size` holds some of a block's experts (or a part of each); `group`: the process group's name, as functional collectives call it.
+    """Rank `rank` of `size` holds some of a block's experts (or a part of each).
+
+    `group`: the process group's name, as functional collectives call it.
 
     Whatever the way, out[r] = Σ_s experts[s](x[r]), the sum over the ranks s: `moe_compile.ir.evaluate_world`.
     """

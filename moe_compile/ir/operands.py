@@ -11,8 +11,9 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
+CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second")
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
+STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
 CHAINED = ("parts",)
 
 
@@ -34,6 +35,8 @@ class Operands(Generic[T]):
     down_zero: tuple[T, ...] = ()
     up_table: tuple[T, ...] = ()
     down_table: tuple[T, ...] = ()
+    up_second: tuple[T, ...] = ()
+    down_second: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()

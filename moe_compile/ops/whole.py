@@ -17,7 +17,7 @@ library.define("whole(Tensor local, SymInt size, str group, bool shared) -> Tens
 
 
 def whole(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
-    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so that each has the whole gradient."""
+    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient."""
     out = torch.ops._c10d_functional.all_gather_into_tensor(local.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 

@@ -19,7 +19,8 @@ def may_train(graph: fx.Graph) -> bool:
 
 def under_autocast(graph: fx.Graph, device: str) -> bool:
     """Whether autocast chooses dtypes on a type of device, around the graph or in it."""
-    return torch.is_autocast_enabled(device) or any("autocast" in str(n.target) for n in graph.nodes)
+    known = torch.amp.is_autocast_available(device)  # of no "meta", where a model is only told about
+    return (known and torch.is_autocast_enabled(device)) or any("autocast" in str(n.target) for n in graph.nodes)
 
 
 @contextmanager

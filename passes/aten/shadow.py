@@ -79,7 +79,8 @@ class Shadow:
             elif s is not None:
                 self.origin.setdefault(s, []).append(dynamo_node)
                 self.image[dynamo_node] = s
-        shadows = (n for n in traced.graph.nodes if n.op == "placeholder")
+        held = {s for s in self.origin if s.op == "placeholder"}
+        shadows = (n for n in traced.graph.nodes if n.op == "placeholder" and n not in held)
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
@@ -127,10 +128,10 @@ class _Tracer(fx.Interpreter):
         ends = (n for n in self.graph.nodes if n in self.read and any(u not in self.read for u in n.users))
         return [v for n in ends if isinstance(v := self.env[n], Tensor)]
 
-    def _given(self, n: fx.Node) -> Any:
-        """The value that Dynamo noted for a node which is not read."""
+    def _given(self, n: fx.Node, op: str = "call_function") -> Any:
+        """The value that Dynamo noted for a node which is not read; `op`: "placeholder" for what a parameter holds."""
         tracer, value = _current_tracer(), example_value(n)
-        proxy = tracer.create_proxy("call_function", given, (), {})
+        proxy = tracer.create_proxy(op, given if op == "call_function" else n.name, (), {})
         proxy.node.meta.update({k: n.meta[k] for k in ("stack_trace",) if k in n.meta})
         track_tensor_tree(value, proxy, constant=None, tracer=tracer)
         self.records.append((n, proxy.node))
@@ -140,6 +141,8 @@ class _Tracer(fx.Interpreter):
         T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
+        if n.target is getattr and isinstance(example_value(n), Tensor):
+            return self._given(n, "placeholder")
         self.level += _change_of_level(n)
         watched = tracer is not None and (is_hop or self.level > 0)
         before = {x.name for x in tracer.graph.nodes} if watched else set()

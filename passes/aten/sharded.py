@@ -30,7 +30,10 @@ def is_sharded(value: Any) -> bool:
 
 
 def is_region(n: fx.Node) -> bool:
-    """Whether a node of Dynamo's graph computes on tensors that are spread over devices, or puts one together. Raises `Rejection` where it writes to one."""
+    """Whether a node of Dynamo's graph computes on tensors that are spread over devices, or puts one together.
+
+    Raises `Rejection` where it writes to one.
+    """
     if n.op in ("placeholder", "output", "get_attr"):
         return False
     taken = [x for x in n.all_input_nodes if is_sharded(example_value(x))]

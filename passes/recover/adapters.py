@@ -120,6 +120,9 @@ def _is_normed(a: Term) -> bool:
 
 def why_no_pair(part: Term, out: Term, expert: Term) -> str | None:
     """What is wrong with an addend that holds a pair and is none itself."""
+    both = [f for f in factors(part) if f.op == "add" and beside_others(f, out, expert)]
+    if both and any(f.op == "a" and T.uses(f, expert) for f in factors(part)):
+        return "a scale multiplies a projection together with its low-rank pair (LoRA): it is no scale of the weight alone"
     inside = any(read(x, out, expert) is not None for x in T.walk(part) if x.op == "sum")
     return "a low-rank pair (LoRA) has a bias of its own: merge the adapter, or leave its bias out" if inside else None
 
@@ -165,9 +168,6 @@ def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     """Gate and up in one weight have one pair; raises No for pairs that no op takes."""
     if form in (Form.CONCAT, Form.INTERLEAVED) and any(_of_all_rows(x.pair) != _of_all_rows(ups[0].pair) for x in ups):
         raise No("a low-rank pair (LoRA) stands beside a part of a weight")
-    scaled = any(found is not None for x in (*ups, down) for found in (x.channel, x.grid, x.words))
-    if scaled and any(x.pair is not None for x in (*ups, down)):
-        raise No("low-rank pairs (LoRA) beside weights that have scales")
 
 
 def _of_all_rows(pair: LowRank | None) -> list[LowRank]:

@@ -53,6 +53,9 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
+    if pairs and channel is None and channels.coded_weights(core, expert):  # a matrix's own scale is not the pair's
+        own = [f for f in factors(scale) if channels.for_expert(channels.bare(f), expert)]
+        scale, channel = T.mul(*(f for f in factors(scale) if f not in own)), T.mul(*own) if own else None
     down.pair = adapters.beside(pairs, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
@@ -78,7 +81,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         if part in pairs:
             continue
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
-        own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+        own = [f for f in factors(part) if channels.bare(f).op == "a" and T.uses(f, expert) and T.uses(f, h)]
         others = [f for f in factors(part) if f not in found and f not in own]
         if len(found) == 1 and len(own) < 2 and not any(T.uses(f, h) for f in others):
             sums.append((T.mul(*others), found[0], own[0] if own else None))
@@ -184,6 +187,8 @@ class Reader(Bridge):
     def _read(self, x: Term) -> sp.Expr:
         if x.op != "c" and not T.uses(x, self.i):
             return self.scalar(x)
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
         return self.add(x) if x.op == "add" else self.arithmetic(x, self.read)
 
     def number(self, v: Any) -> sp.Expr:
@@ -202,7 +207,14 @@ class Reader(Bridge):
         return No(f"no activation is known that uses {name}")
 
     def _is_channel(self, x: Term) -> bool:
+        x = channels.bare(x) if self.integers else x
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
+
+    def _inverse(self, x: Term) -> sp.Expr | None:
+        """(1 / s)^n, a power of the symbol of 1 / s, for a scale s of a weight in few bits."""
+        if not self.integers or x.op != "pow" or not isinstance(x.args[1], int) or x.args[1] >= 0 or not self._is_own_scale(x.args[0]):
+            return None
+        return self.channel(T.power(x.args[0], -1)) ** -x.args[1]
 
     def channel(self, x: Term) -> sp.Symbol:
         return _symbol_of(x, self.channels, "s", real=True)
@@ -213,10 +225,12 @@ class Reader(Bridge):
 
     def scalar(self, x: Term) -> sp.Expr:
         """A value that is the same for all features: factor by factor a symbol."""
-        if x.op in ("mul", "pow"):
-            return self.arithmetic(x, self.read)
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
+        if x.op in ("mul", "pow"):
+            return self.arithmetic(x, self.read)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
             raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)
@@ -249,13 +263,20 @@ class Reader(Bridge):
             raise No(adapters.APART)
         (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
-        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s))
+        own = [f for f in factors(projections[0]) if self._is_own_scale(f)]
+        if own:  # W's own, not the pair's
+            lin.channel = channels.channel(T.mul(*own), self.i, self.expert, lin.stride, lin.offset)
+        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s and f not in own))
         self.tokens += [pair.tokens() for pair in pairs]
         lin.pair = adapters.added([p.beside(lin, self._value(sp.Mul(*(self.read(f) for f in p.others)) / scale)) for p in pairs])
         rest = [self.read(a) for a in parts if a not in projections and a not in biases]
         if biases:
             return sp.Add(*rest, self.biased(lin, biases[0], scale))
         return sp.Add(*rest, scale * self.name(lin))
+
+    def _is_own_scale(self, f: Term) -> bool:
+        """Whether a factor is a scale of a weight in few bits: of channels, or of the whole matrix."""
+        return self._is_channel(f) or self.integers and channels.for_expert(channels.bare(f), self.expert)
 
     def _value(self, e: sp.Expr) -> sp.Expr:
         """A number where numbers had symbols."""
@@ -301,7 +322,7 @@ class Reader(Bridge):
         return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid, lin.channel)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

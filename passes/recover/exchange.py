@@ -19,7 +19,7 @@ _SPACES = ("_c10d_functional", "_c10d_functional_autograd")
 
 
 def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
-    """Of experts that read `tokens` and give `out`: all-reduced results, or gathered rows whose results are reduce-scattered in one group."""
+    """Of experts that read `tokens` and give `out`: results are all-reduced, or rows gathered and results reduce-scattered in one group."""
     back = next((c for n in _onwards(out) if (c := _collective(n)) is not None), None)
     if back is None or len(back[1]) < 2 or back[1][0] != "sum":
         return None

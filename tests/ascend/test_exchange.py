@@ -32,6 +32,8 @@ A2 = dataclasses.replace(A3, device="A2", world=16)
     ({"known": False}, exchange.COLLECTIVES, "distinct experts"),
     ({"training": True}, exchange.COLLECTIVES, "no gradients"),
     ({"dtype": torch.float32}, exchange.COLLECTIVES, "fp16 and bf16"),
+    ({"shared": True}, exchange.COLLECTIVES, "the same tokens"),
+    ({"widens": True}, exchange.COLLECTIVES, "outputs than inputs"),
     ({"weight_on_input": True}, exchange.COLLECTIVES, "applied to the input"),
     ({"experts": 60}, exchange.COLLECTIVES, "evenly"),
     ({"experts": 2048}, exchange.COLLECTIVES, "1024"),
@@ -113,7 +115,7 @@ def test_one_kernel_gives_what_one_rank_gives(kernel: types.ModuleType) -> None:
     def run(rank: int) -> Tensor:
         kernel.ranks.rank = rank
         p = calls.Packed([calls.Weight(up[rank * 4 : rank * 4 + 4])], calls.Weight(down[rank * 4 : rank * 4 + 4]))
-        said = exchange.Spread.of("A3", 2, x[rank], ids[rank], p, layout(0), one_kernel=True)
+        said = exchange.Spread.of("A3", 2, x[rank], ids[rank], layout(0), I, False, one_kernel=True)
         assert (said.experts, said.k, said.hidden, said.inner, said.tokens, said.swiglu) == (E, K, H, I, T, True)
         return exchange.experts(x[rank], ids[rank], w[rank], p, layout(0), exchange.MEGA, exchange.Place("test", 2, rank))
 

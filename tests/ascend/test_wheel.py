@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
+from goldens import MOE, as_recorded
 from hazards import hazards, stages
 
 import moe_compile
@@ -22,10 +20,7 @@ if not schemas.wheel():
     pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
 
 register.ensure()
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
-MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
-       "MoeFinalizeRoutingV2", "DequantSwigluQuant", "GroupedMatmulSwigluQuantV2", "DynamicQuant", "Bitcast")  # fmt: skip
 
 
 # ---- definitions -----------------------------------------------------------------------------------------------------------
@@ -146,24 +141,6 @@ def test_4_bits_in_ge() -> None:
             chain.append(nodes[chain[-1].inputs[0].split(":")[0]])
         assert [c.type for c in chain] == ["Reshape", "Bitcast", "Data"]
         assert all(nodes[i.split(":")[0]].type == "Data" for i in n.inputs[5:7]), "scales and offsets"
-
-
-def plain(nodes: list[dry_run.GeNode]) -> list[dict[str, Any]]:
-    """The MoE nodes for a golden: placeholders of absent lists as one word."""
-
-    def source(i: str) -> str:
-        return "absent" if i.startswith("Fill") else i
-
-    return [{"type": n.type, "inputs": [source(i) for i in n.inputs], "attrs": n.attrs} for n in nodes if n.type in MOE]
-
-
-def as_recorded(name: str, nodes: list[dry_run.GeNode]) -> None:
-    """The MoE nodes against their golden; RECORD=1 writes it."""
-    got = json.loads(json.dumps(plain(nodes)))
-    path = GOLDEN / f"{name}.json"
-    if "RECORD" in os.environ:
-        path.write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
-    assert got == json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", MODELS)

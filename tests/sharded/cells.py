@@ -148,9 +148,9 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
                     continue
                 yield f"{name} / {spelling} / {mode}", cell(name, grouped, train, rank, world, mesh)
     if not names:
-        import divided
+        import parallelized
 
-        yield from divided.table(rank, world)
+        yield from parallelized.table(rank, world)
 
 
 def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: DeviceMesh) -> dict[str, Any]:
