@@ -73,7 +73,8 @@ class Weights:
         return sum(t.numel() * t.element_size() for t in (self.up, self.down, self.up_scale, self.down_scale))
 
     def lists(self) -> list[list[Tensor]]:
-        return [[self.up], [self.down], [*self.up_bias], [*self.down_bias], [self.up_scale], [self.down_scale], [], [], [], []]
+        scales = {"up_scale": [self.up_scale], "down_scale": [self.down_scale]}
+        return Operands.named(up=[self.up], down=[self.down], up_bias=self.up_bias, down_bias=self.down_bias, **scales).lists(CODED)
 
 
 def meaning(s: Shape, scheme: str) -> ir.Experts:

@@ -114,6 +114,7 @@ def test_different_gatings_are_different_arguments(one, other):
     assert (encode(Routing, one) == encode(Routing, alike)) == (one == alike)
 
 
+@settings(deadline=None)
 @given(GATINGS, EXPERTS)
 def test_arguments_have_the_types_of_the_schema(gating, experts):
     """What Python would take for the other (True for 1, 1 for 1.0) is what the op's text form tells apart."""

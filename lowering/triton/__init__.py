@@ -27,7 +27,8 @@ TARGET = Target(
     refuses=capability.refuses,
     says=capability.says,
     dispatch_key="CUDA",
-    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS} | pairs.KERNELS
+    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS}
+    | pairs.KERNELS
     | {"experts_stored_adapted": _stored_adapted},
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,

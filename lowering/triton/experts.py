@@ -270,7 +270,7 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
 
 def warp_specialised(p: Product, pad: int = 0) -> None:
     """A product by hopper.py, in as many parts as `out` has rows for. `pad`: every expert's rows of `a` fill whole groups of so many."""
-    from . import hopper
+    from . import hopper, hopper_tiles
 
     a, w, tile, rows, out, pre = p.a, p.w, p.tile, p.rows, p.out, p.pre
     matrices = _whole(w)
@@ -278,7 +278,7 @@ def warp_specialised(p: Product, pad: int = 0) -> None:
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
     split = out.shape[0] // rows.order.shape[0]
     blocks = split * cdiv(w.n, (1 if p.mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
-    store = (hopper.HALF_ROWS.value, tile.bn)
+    store = (hopper_tiles.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
     launch(
         hopper.grouped_gemm, (min(tiles.shape[1] * blocks, processors(a.device)),),

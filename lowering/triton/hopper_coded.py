@@ -49,23 +49,19 @@ def _power(b):
 
 
 @gluon.jit
-def _taken(codes, PACKED: gl.constexpr):
-    """A block of codes in registers: 16 bytes of a row a thread."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2] if PACKED else [8, 4], [4, 1], [1, 0])
-    return codes.load(layout)
-
-
-@gluon.jit
-def _decoded(b, s, PACKED: gl.constexpr):
-    """bf16 [BN, 64] of a block of codes and its scales: [BN] for bytes, [BN, 2] for half bytes."""
-    BN: gl.constexpr = b.shape[0]
+def _decoded(codes, s, PACKED: gl.constexpr):
+    """bf16 [BN, 64] of a block of codes in shared memory and its scales: [BN] for bytes, [BN, 2] for half bytes."""
+    BN: gl.constexpr = codes.shape[0]
     if PACKED:
         three: gl.constexpr = gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])
+        b = codes.load(gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0]))
         b = gl.convert_layout(gl.reshape(b, [BN, 2, 16]), three, assert_trivial=True)
         lo, hi = gl.inline_asm_elementwise(_E2M1, "=r,=r,=r,=r,r", [b], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=4)
         scale = gl.expand_dims(_power(s), 2)
         return gl.reshape(gl.join(lo * scale, hi * scale), [BN, 64])
     else:
+        layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+        b = codes.load(layout)
         high = s.to(gl.bfloat16)
         low = (s - high.to(gl.float32)).to(gl.bfloat16)
         wide, fine = (gl.expand_dims(high, 1).broadcast_to(b.shape), gl.expand_dims(low, 1).broadcast_to(b.shape))
@@ -110,10 +106,9 @@ def _decode(
     """
     CODES: gl.constexpr = ring_c.shape[0] // 2
     BN: gl.constexpr = ring_c.shape[1]
-    if PACKED:
-        rows_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])))
-    else:
-        rows_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
+    three: gl.constexpr = gl.BlockedLayout([1, 1, 16], [16, 2, 1], [4, 1, 1], [2, 1, 0])
+    two: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    rows_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, three) if PACKED else two)
     at_n = gl.arange(0, BN, layout=rows_layout)
     before = 0  # steps of the tiles before
     number = 0
@@ -131,16 +126,11 @@ def _decode(
             # in this order: a free stage tells that the other decoder has done its step, and that the codes' barrier is in the phase before
             mbarrier.wait(empty.index(s), (((before + k) // STAGES) & 1) ^ 1)
             mbarrier.wait(full_c.index(c), ((before + k) // CODES) & 1)
-            b0 = _taken(ring_c.index(2 * c), PACKED)
-            if PACKED:  # too few registers for both blocks
-                ring_w.index(2 * s).store(_decoded(b0, s0, PACKED))
-            b1 = _taken(ring_c.index(2 * c + 1), PACKED)
-            mbarrier.arrive(empty_c.index(c))
-            if not PACKED:
-                ring_w.index(2 * s).store(_decoded(b0, s0, PACKED))
-            ring_w.index(2 * s + 1).store(_decoded(b1, s1, PACKED))
+            ring_w.index(2 * s).store(_decoded(ring_c.index(2 * c), s0, PACKED))
+            ring_w.index(2 * s + 1).store(_decoded(ring_c.index(2 * c + 1), s1, PACKED))
             fence_async_shared()
             mbarrier.arrive(full.index(s))
+            mbarrier.arrive(empty_c.index(c))
             s0 = _scales_at(from0, live0, k + 2, steps, scale_k, BLOCK, PACKED)
             s1 = _scales_at(from1, live1, k + 2, steps, scale_k, BLOCK, PACKED)
         before += steps

@@ -30,14 +30,15 @@ ROWS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ROWS.values(), ids=ROWS)
 def test_the_record(how: ir.Rows, dtype: torch.dtype) -> None:
-    """The same codes and scales, of groups that differ a thousandfold, of zeros, and of what is no number."""
+    """The same codes, and scales to the last digit (torch on CUDA divides by a constant by multiplying with its inverse: so on the CPU), of
+    groups that differ a thousandfold, of zeros, and of what is no number. A code beside the right one would be 3 % off."""
     x = torch.randn(37, 96, device=DEVICE) * torch.logspace(-2, 1, 96, device=DEVICE)
     x[3], x[5, 7] = 0.0, float("nan")
     x = x.to(dtype)
-    want = how.rounded(x.float()).to(dtype)
+    want = how.rounded(x.cpu().float()).to(dtype)
     assert rounding.fits(how, 96)
-    cut = DEVICE == "cpu" and dtype is torch.bfloat16  # the interpreter's bf16 is cut, not rounded
-    torch.testing.assert_close(rounding.rounded(x, how), want, rtol=2**-7 if cut else 0, atol=0, equal_nan=True)
+    rtol = 2**-7 if dtype is torch.bfloat16 else 3e-7  # the interpreter's bf16 is cut, not rounded
+    torch.testing.assert_close(rounding.rounded(x, how).cpu(), want, rtol=rtol, atol=0, equal_nan=True)
 
 
 def test_what_is_left_to_torch() -> None:
