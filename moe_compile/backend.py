@@ -180,17 +180,18 @@ def _stack(node: Any) -> str:
 
 
 def of_no_graph(compiler_fn: Any) -> None:
-    """A frame has been compiled: loops that were met in it and reached no graph are told of now, before another model is compiled.
+    """A frame has been compiled: loops that were met in it and reached no graph are told of now, before another model is compiled, and so
+    is that Dynamo gave up on it.
 
     Raises `NotFused` with `strict=True`.
     """
     left = loops_left(())
-    if not left:
+    if not left and not reports.untold():
         return
     part = Report()
     part.add_rejected(left)
     reports.add(part, None)
-    if Options.parse(*hooks.asked(compiler_fn)).strict:
+    if left and Options.parse(*hooks.asked(compiler_fn)).strict:
         raise NotFused(left)
 
 
