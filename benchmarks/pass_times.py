@@ -126,7 +126,8 @@ def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
         torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
     report = moe_compile.last_report()
     return {
-        "passes": sum(seconds.values()), "reading": seconds.get("read", 0.0), "total": time.process_time() - start, "blocks": len(report.blocks),
+        "passes": sum(seconds.values()), "reading": seconds.get("read", 0.0), "total": time.process_time() - start,
+        "blocks": len(report.blocks),
         "left": [r.reason for r in report.rejected if r.stage != "find"],
         "parts": {k: round(v, 3) for k, v in report.seconds.items()}, "validate": report.seconds.get("validate", 0.0),
     }  # fmt: skip
@@ -147,7 +148,8 @@ def told(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{row['model']:<26}{row['failed']}"
     over = ", ".join(k for k, bar in BARS.items() if row[k] > bar)
-    cells = f"{row['tokens']:>7}  {'dynamic' if row['dynamic'] else 'static':<8}{'loop' if row['experts'] else '':<5}{row['blocks']:>7}{row['left']:>5}"
+    sizes, form = "dynamic" if row["dynamic"] else "static", "loop" if row["experts"] else ""
+    cells = f"{row['tokens']:>7}  {sizes:<8}{form:<5}{row['blocks']:>7}{row['left']:>5}"
     return f"{row['model']:<26}{cells}{row['first']:>8.2f}{row['validate']:>9.2f}{row['equal']:>7.2f}  {over}".rstrip()
 
 

@@ -91,9 +91,11 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
 
     `options`: `moe_compile.options.Options`; `target`: the `Target` that lowers it. Raises nothing that a user's model can cause.
     """
-    out = Outcome()
-    for body in bodies(gm):
-        out.add(run(body, options.with_(overlap_shared=False), target))
+    out, told = Outcome(), set[fx.Node]()
+    for body, calls in bodies(gm).items():
+        found = run(body, options.with_(overlap_shared=False), target)
+        told |= calls if any(b.ir.gating is None for b in found.blocks) else set()
+        out.add(found)
     seen = places(gm.graph)
     if not seen:
         return out
@@ -103,15 +105,10 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
         for b in work.out.blocks:
             target.begin(b.ir)
         REWRITE(work)
-    _drop_told(work.out, sum(b.ir.gating is None for b in out.blocks))
+    # selections whose experts alone stand in a checkpoint's own graph are told there, and not again at its call
+    work.out.rejected = [r for r in work.out.rejected if r.code != "opaque" or r.node not in told]
     out.add(work.out)
     return out
-
-
-def _drop_told(out: Outcome, blocks: int) -> None:
-    """Selections whose experts alone stand in a checkpoint's own graph, `blocks` of them, are told there and not again at its call."""
-    for r in [r for r in out.rejected if r.code == "opaque"][:blocks]:
-        out.rejected.remove(r)
 
 
 def _searched(work: Work) -> None:
@@ -152,11 +149,12 @@ def _fresh_terms() -> None:
     unify.reset()
 
 
-def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """Graphs inside this one that are called by a checkpoint: the same code, run once more in the backward pass."""
-    found: list[fx.GraphModule] = []
+def bodies(gm: fx.GraphModule) -> dict[fx.GraphModule, set[fx.Node]]:
+    """Graphs inside this one that are called by a checkpoint (the same code, run once more in the backward pass), with the calls."""
+    found: dict[fx.GraphModule, set[fx.Node]] = {}
     for n in gm.graph.nodes:
         body = getattr(gm, str(n.target), None) if n.op == "get_attr" else None
-        if isinstance(body, fx.GraphModule) and any("checkpoint" in str(u.target) for u in n.users):
-            found.append(body)
+        calls = {u for u in n.users if "checkpoint" in str(u.target)}
+        if isinstance(body, fx.GraphModule) and calls:
+            found.setdefault(body, set()).update(calls)
     return found

@@ -57,8 +57,8 @@ def _names(v: Any) -> Any:
     return v.name if isinstance(v, fx.Node) else [_names(x) for x in v] if isinstance(v, list) else v
 
 
-def _bare(r: Rejection) -> Rejection:
-    return Rejection(r.reason, None, r.stage, r.source, code=r.code, part=r.part)
+def _bare(r: Rejection, node: fx.Node | None = None) -> Rejection:
+    return Rejection(r.reason, node, r.stage, r.source, code=r.code, part=r.part)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class Work:
         """Plans, blocks and rejections without graph nodes, for an equal graph that other code may have made."""
         graph = self.gm.graph
         blocks = [(replace(b, ir=replace(b.ir, boundary=_names(b.ir.boundary))), recall.anchor(b.source, graph)) for b in self.out.blocks]
-        return recall.lines(graph), self.plans, blocks, [_bare(r) for r in self.out.rejected]
+        calls = [r.node.name if isinstance(r.node, fx.Node) and r.node.graph is graph else None for r in self.out.rejected]
+        return recall.lines(graph), self.plans, blocks, [*zip(map(_bare, self.out.rejected), calls, strict=True)]
 
     def recall(self, kept: tuple[Any, ...] | None) -> bool:
         """Take over what was kept, with this graph's own lines. What was left as written is told in the words of the code that it was
@@ -125,7 +126,8 @@ class Work:
         same = lines == recall.lines(self.gm.graph)
         if rejected and not same:
             return False
-        self.plans, self.out.rejected = plans, rejected
+        named = {n.name: n for n in self.gm.graph.nodes}
+        self.plans, self.out.rejected = plans, [_bare(r, named.get(call)) for r, call in rejected]
         self.out.blocks = [b if same else replace(b, source=recall.source_at(at, self.gm.graph)) for b, at in blocks]
         return True
 
@@ -141,4 +143,6 @@ def located(r: Rejection, shadow: Shadow | None) -> Rejection:
     if not r.source and isinstance(n, fx.Node):
         origin = () if shadow is None else shadow.origin.get(n, ())
         r.source = source_of(n) or next((source_of(d) for d in origin if source_of(d)), "")
+    if shadow is not None and n in shadow.inside:
+        r.node = shadow.inside[n]  # the call stands in the captured graph
     return r

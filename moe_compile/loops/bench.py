@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import sympy
@@ -56,7 +57,9 @@ class Bench:
         reads |= self.probe.reads
         self.probe.reads = reads
 
-    def run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None, listener: Listener | None = None) -> Any:
+    def run(
+        self, arguments: Mapping[str, Any], autocast: torch.dtype | None = None, listener: AbstractContextManager[Any] | None = None
+    ) -> Any:
         """The user's function on these arguments; what it raises comes through. Raises `Rejection` for side effects.
 
         Where it raises because it casts to the type of its tokens by name, that name is taken for `dtype` from then on.
@@ -73,7 +76,7 @@ class Bench:
                 self.widened = False
                 raise
 
-    def _run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None, listener: Listener | None) -> Any:
+    def _run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None, listener: AbstractContextManager[Any] | None) -> Any:
         cast = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
         with neutral(self.call.grad), cast, self.types(), listener or contextlib.nullcontext():
             return self.call_user(arguments)
@@ -83,7 +86,7 @@ class Bench:
         own = {s.dtype for s in self.call.tensors.values() if s.dtype in (torch.bfloat16, torch.float16)}
         return own.pop() if self.dtype is not None and len(own) == 1 and self.dtype not in own else None
 
-    def types(self) -> contextlib.AbstractContextManager[Any]:
+    def types(self) -> AbstractContextManager[Any]:
         """What code of the call is to run under, beside `neutral`."""
         narrow = self._narrow()
         if not self.widened or narrow is None or self.dtype is None:

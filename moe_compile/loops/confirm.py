@@ -21,8 +21,8 @@ _SMALL = 1 << 22  # parameter elements up to which their gradients are compared 
 def confirm(written: Regenerated, as_read: Regenerated, reader: Any) -> None:
     """The user's function against ours on inputs that the recording never saw. Raises `Rejection` where they differ.
 
-    as_read: as wide as the recording was. Where that is not as wide as the experts are, all routings are tried on narrow ones, and one
-    on the real ones.
+    as_read: as wide as the recording was. Where that is not as wide as the experts are, all routings are tried on narrow ones. On the
+    real ones it is one routing to a few experts, and that all of them run the same operations; where that is not certain, one to all.
     """
     small, own, call = reader.small, reader.own, reader.call
     for name, arguments in reader.trials(small):
@@ -33,6 +33,8 @@ def confirm(written: Regenerated, as_read: Regenerated, reader: Any) -> None:
         _compare_gradients(as_read, small, reader.usual(small))
     if as_read is not written:
         _compare(written, reader.sharp, reader.spot(reader.sharp), "its real widths")
+        if not reader.same_program():
+            _compare(written, reader.sharp, reader.usual(reader.sharp), "all experts at their real widths")
     device = call.device if call.device.type not in ("cpu", "meta") else own.device
     bench = own if device == own.device and not reader.whole() else own.again(device=device, fewer=reader.whole())
     _compare(as_read, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)

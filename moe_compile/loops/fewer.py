@@ -34,7 +34,7 @@ class Fewer(NamedTuple):
         return self.few != self.all
 
     def shape(self, shape: Sequence[Any], single: bool = False) -> tuple[Any, ...]:
-        """A shape with few experts and narrow. They are the leading dim of stacks, any dim of matrices and lists, none of one expert's (`single`)."""
+        """A shape with few experts, and narrow. Experts are the leading dim of stacks, any dim of matrices; one of them has none."""
         widths, stack = dict(self.widths), len(shape) > 2
 
         def cut(i: int, d: Any) -> Any:

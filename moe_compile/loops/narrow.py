@@ -17,7 +17,8 @@ _SHARES = tuple(1 << n for n in range(1, 9))  # numbers of a row that may share 
 
 def narrow(shapes: Iterable[Sequence[int]], rows: Iterable[int], fixed: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Pairs of (size, narrow size); none where nothing is gained. shapes: of weights; rows: widths of rows; fixed: numbers that stay."""
-    stays, found, small = set(fixed), set(rows), set()
+    stays, found = set(fixed), set(rows)
+    small: set[int] = set()
     for shape in shapes:
         stays |= {shape[0]} if len(shape) > 2 else set()
         for d in shape[1:] if len(shape) > 2 else shape:
@@ -31,9 +32,9 @@ def narrow(shapes: Iterable[Sequence[int]], rows: Iterable[int], fixed: Iterable
 
 def _divisor(wide: set[int], groups: set[int], stays: set[int]) -> int:
     """The largest number that divides all of them, leaves enough of each, and makes none that is another's."""
-    most = min([*(d // _LEAST for d in wide), *(d // _GROUPS for d in groups)], default=1) if wide else 1
+    most = min([*(d // _LEAST for d in wide), *(d // _GROUPS for d in groups)]) if wide else 1
     common = math.gcd(*wide, *groups)
-    for by in range(min(most, common), 1, -1):
-        if common % by == 0 and not {d // by for d in wide} & (stays | wide | groups):
+    for by in range(most, 1, -1):
+        if common % by == 0 and not {d // by for d in wide} & stays:
             return by
     return 1

@@ -18,6 +18,7 @@ from .fewer import MANY, Fewer, pattern
 from .looks import has_loop, selects
 from .places import Place
 from .probe import candidates
+from .program import is_same
 from .record import record_symbolically
 from .rewrites import fold_masks, split_stacks
 
@@ -159,6 +160,12 @@ class Dispatch(_Reader):
         n, ends = self.all, -(-b.roles.k // 2) + 1
         return b.arguments(b.routing(2, sorted({*range(min(ends, n)), *range(max(n - ends, 0), n)})))
 
+    def same_program(self) -> bool:
+        """Whether every expert, narrow, runs the operations that it runs at its real width."""
+        whole, b = self.whole(), self.sharp
+        ids = b.routing(-(-self.all // b.roles.k) + 2, range(self.all))
+        return whole is not None and is_same(self.small, b, (self.small.arguments(ids), b.arguments(ids)), whole)
+
     def twice(self, b: DispatchBench) -> dict[str, Any] | None:
         """Some tokens have an expert twice: both their weights may count, or one of them."""
         ids = b.routing(7, range(self.all))
@@ -248,6 +255,9 @@ class Block(_Reader):
 
     def spot(self, b: BlockBench) -> dict[str, Any]:
         return b.arguments([*(1 for _ in self.lead[1:]), 2])
+
+    def same_program(self) -> bool:
+        return False  # which experts it runs is in its floats
 
     def twice(self, b: BlockBench) -> dict[str, Any] | None:
         return None

@@ -101,7 +101,7 @@ def _cheapest(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading
     """Read few experts in place of many, and narrow ones; more of them where that does not tell, up to a limit."""
     told: Exception | None = None
     for fewer in reader.cuts():
-        if told is not None and not (fewer and fewer.widths) and reader.heavy() and not _of_running(told):
+        if told is not None and reader.heavy() and not _of_running(told):
             break
         if told is not None and reader.all > LIMIT and not (fewer and fewer.cuts):
             why = f"it has {reader.all} experts, too many to be read one by one, and with fewer of them it is another function: {told}"
@@ -121,13 +121,15 @@ def _cheapest(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading
 def _for_good(e: Exception, fewer: Fewer) -> bool:
     """Whether a failure has nothing to do with how many experts there are, and how wide."""
     if isinstance(e, NoExperts):
-        return not fewer.widths
+        return not fewer.widths or not _of_running(e)
     return isinstance(e, Rejection) and (e.stage in _ANYWAY or e.code in MATHS)
 
 
-def _of_running(e: Exception) -> bool:
+def _of_running(e: BaseException) -> bool:
     """Whether the code itself could not do with other sizes."""
-    return isinstance(e, NoExperts) or not isinstance(e, Rejection) or e.__cause__ is not None
+    if isinstance(e, NoExperts):
+        return e.__cause__ is not None and _of_running(e.__cause__)
+    return not isinstance(e, Rejection) or e.__cause__ is not None
 
 
 def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:

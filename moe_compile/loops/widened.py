@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -20,6 +19,7 @@ class Widened(TorchDispatchMode):
         self.narrow, self.wide = narrow, wide
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = args, kwargs or {}
-        args, kwargs = pytree.tree_map_only(torch.dtype, lambda t: self.wide if t is self.narrow else t, given)
-        return func(*args, **kwargs)
+        return func(*map(self._widened, args), **{k: self._widened(v) for k, v in (kwargs or {}).items()})
+
+    def _widened(self, v: Any) -> Any:
+        return self.wide if v is self.narrow else v  # types are arguments of their own, in no list

@@ -37,7 +37,8 @@ class Shadow:
     `statement[s]`: the Dynamo node `tensor[...] = y` after which the tensor has the value s.
     `transformed`: shadow nodes made under a transform of torch.func (vmap, grad, jvp, ...): walls too, for the ops have no rule for it.
     `walls`: shadow nodes made inside a higher-order op (custom autograd.Function and the like), or whose gradient a hook changes:
-    never looked through; copies of what is written later are among them. `memory`: who shares which. `no_grad`: see `without_gradient`.
+    never looked through; copies of what is written later are among them. `inside[s]`: the Dynamo node of that op.
+    `memory`: who shares which. `no_grad`: see `without_gradient`.
     """
 
     def __init__(self, gm: fx.GraphModule, read: set[fx.Node] | None = None) -> None:
@@ -46,6 +47,7 @@ class Shadow:
         self.image: dict[fx.Node, fx.Node] = {}
         self.statement: dict[fx.Node, fx.Node] = {}
         self.walls: set[fx.Node] = set()
+        self.inside: dict[fx.Node, fx.Node] = {}
         self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
@@ -87,7 +89,8 @@ class Shadow:
             s.meta["trained"] = getattr(example_value(d), "requires_grad", False)
             if text := input_name(d):
                 s.meta[SAID] = text
-        self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)
+        self.inside = {by_name[x]: call for x, call in tracer.opaque.items() if x in by_name}
+        self.walls.update(self.inside)
         self.transformed.update(by_name[x] for x in tracer.transformed if x in by_name)
         return traced
 
@@ -104,13 +107,13 @@ class _Tracer(fx.Interpreter):
     """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
     `read`: the nodes that are run, None for all; what they take from others is a call of `given`, with the value Dynamo noted for it.
-    `opaque`, `transformed`: names of what was made in a higher-order op, under a transform of torch.func.
+    `opaque`, `transformed`: names of what was made in a higher-order op (with its node), under a transform of torch.func.
     """
 
     def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], read: set[fx.Node] | None = None) -> None:
         super().__init__(gm)
         self.records, self.read = records, read
-        self.opaque: set[str] = set()
+        self.opaque: dict[str, fx.Node] = {}
         self.transformed: set[str] = set()
         self.level = 0
         self.garbage_collect_values = False
@@ -153,14 +156,17 @@ class _Tracer(fx.Interpreter):
             return out
         if watched:
             made = {x.name for x in tracer.graph.nodes} - before
-            (self.opaque if is_hop else self.transformed).update(made)
+            if is_hop:
+                self.opaque.update(dict.fromkeys(made, n))
+            else:
+                self.transformed.update(made)
         value = out if target is None else target
         if isinstance(value, Tensor) and n.op not in ("placeholder", "output"):
             proxy = get_proxy_slot(value, tracer, None, lambda p: p.proxy)
             if proxy is not None and proxy is not old:  # a write through a view gives the tensor no new name
                 self.records.append((n, proxy.node))
                 if is_hop and "register_hook" in str(n.target):  # the very tensor that the hook is on
-                    self.opaque.add(proxy.node.name)
+                    self.opaque[proxy.node.name] = n
         return out
 
     def _region(self, n: fx.Node, tracer: Any) -> Any:
@@ -171,7 +177,7 @@ class _Tracer(fx.Interpreter):
             if new is not old and isinstance(new, Tensor):
                 made = get_proxy_slot(new, tracer, None, lambda p: p.proxy).node
                 sharded.as_leaf(made, old)
-                self.opaque.add(made.name)
+                self.opaque[made.name] = n
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

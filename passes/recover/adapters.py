@@ -23,7 +23,7 @@ from .linear import Linear
 from .match import Param
 from .matrices import LowRank, matrices
 from .packed import nodes_of
-from .rows import No, factors
+from .rows import Cause, No, factors
 
 DORA = "rows of a weight are divided by a norm that is computed from it (DoRA, weight norm): make them one weight before the product"
 APART = "a low-rank pair (LoRA) stands beside no single projection"
@@ -31,6 +31,13 @@ OTHER_INPUT = "a low-rank pair (LoRA) reads another input than its projection, a
 OTHER_ROWS = "a low-rank pair (LoRA) gives other rows than its projection"
 _NORMS, _NEAR = ("linalg_vector_norm", "norm"), 8
 NO_NUMBER = "the scale of a low-rank pair (LoRA) is no number"
+
+
+class NoPair(No):
+    """What is wrong with low-rank pairs: then that is the cause, whatever else there is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, cause=Cause.PAIR)
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,19 @@ class Pair:
     def tokens(self) -> Term:
         """The atom x[t, m] that it reads."""
         if len(self.input) != 1 or self.input[0].op != "a":
-            raise No(OTHER_INPUT)
+            raise NoPair(OTHER_INPUT)
         return T.subst(self.input[0], {self.m: T.named("m", self.m.args[1])})
 
     def beside(self, lin: Linear, scale: sp.Expr) -> LowRank:
         """As the pair of a projection, `scale` times it."""
         if not scale.is_number or not scale.is_real or scale == 0:
-            raise No(NO_NUMBER)
+            raise NoPair(NO_NUMBER)
         a = matrices(self.a, self.expert, self.r, self.m)
         b = matrices(self.b, self.expert, self.out, self.r)
         if (a.stride, a.offset) != (1, 0) or (b.stride, b.offset) != (lin.stride, lin.offset):
-            raise No(OTHER_ROWS)
+            raise NoPair(OTHER_ROWS)
         if a.listed != b.listed or a.listed != isinstance(lin.weight, tuple):
-            raise No("a low-rank pair (LoRA) is not stored as its projection's weights are: some are stacked and some are not")
+            raise NoPair("a low-rank pair (LoRA) is not stored as its projection's weights are: some are stacked and some are not")
         return LowRank(float(scale), a, b)
 
 
@@ -118,13 +125,13 @@ def _is_normed(a: Term) -> bool:
     return False
 
 
-def why_no_pair(part: Term, out: Term, expert: Term) -> str | None:
+def why_no_pair(part: Term, out: Term, expert: Term) -> NoPair | None:
     """What is wrong with an addend that holds a pair and is none itself."""
     both = [f for f in factors(part) if f.op == "add" and beside_others(f, out, expert)]
     if both and any(f.op == "a" and T.uses(f, expert) for f in factors(part)):
-        return "a scale multiplies a projection together with its low-rank pair (LoRA): it is no scale of the weight alone"
+        return NoPair("a scale multiplies a projection together with its low-rank pair (LoRA): it is no scale of the weight alone")
     inside = any(read(x, out, expert) is not None for x in T.walk(part) if x.op == "sum")
-    return "a low-rank pair (LoRA) has a bias of its own: merge the adapter, or leave its bias out" if inside else None
+    return NoPair("a low-rank pair (LoRA) has a bias of its own: merge the adapter, or leave its bias out") if inside else None
 
 
 def added(pairs: Sequence[LowRank]) -> LowRank | None:
@@ -142,10 +149,10 @@ def _beside(pair: Pair, down: Linear, scale: Term, rest: Term, i: Term) -> LowRa
     ours, number = _apart(rest, i)
     theirs, own = _apart(T.mul(*pair.input), pair.m)
     if T.canonical(T.subst(theirs, {pair.m: i})) is not T.canonical(ours):
-        raise No(OTHER_INPUT)
+        raise NoPair(OTHER_INPUT)
     ratio = T.mul(own, *pair.others, T.power(T.mul(number, scale), -1))
     if ratio.op != "c":
-        raise No(NO_NUMBER)
+        raise NoPair(NO_NUMBER)
     return pair.beside(down, sp.sympify(ratio.args[0]))
 
 
@@ -167,7 +174,7 @@ def scales(ups: Sequence[Linear], down: Linear, form: Form) -> dict[str, Any]:
 def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     """Gate and up in one weight have one pair; raises No for pairs that no op takes."""
     if form in (Form.CONCAT, Form.INTERLEAVED) and any(_of_all_rows(x.pair) != _of_all_rows(ups[0].pair) for x in ups):
-        raise No("a low-rank pair (LoRA) stands beside a part of a weight")
+        raise NoPair("a low-rank pair (LoRA) stands beside a part of a weight")
 
 
 def _of_all_rows(pair: LowRank | None) -> list[LowRank]:

@@ -88,9 +88,10 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            raise No(adapters.why_no_pair(part, h, expert) or f"an expert adds to its output what is no projection of its own{reads(part)}")
+            more = No(f"an expert adds to its output what is no projection of its own{reads(part)}")
+            raise adapters.why_no_pair(part, h, expert) or more
     if len(sums) != 1:
-        raise No(adapters.APART if pairs else "an expert's output is not one down projection")
+        raise adapters.NoPair(adapters.APART) if pairs else No("an expert's output is not one down projection")
     scale, total, channel = sums[0]
     return scale, total, bias, channel, pairs
 
@@ -260,7 +261,7 @@ class Reader(Bridge):
         projections = [a for a in parts if self._is_projection(a)]
         biases = [a for a in parts if a.op == "a" and T.uses(a, self.i)]
         if len(projections) != 1 or len(biases) > 1:
-            raise No(adapters.APART)
+            raise adapters.NoPair(adapters.APART)
         (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
         own = [f for f in factors(projections[0]) if self._is_own_scale(f)]

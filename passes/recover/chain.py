@@ -24,15 +24,16 @@ from . import adapters
 from .forms import tidy
 from .linear import Linear
 from .match import Param
-from .rows import No, data_dependent, factors, outer_atoms, reads
+from .rows import Cause, No, data_dependent, factors, outer_atoms, reads
 from .stages import Read, Stage, Tokens, matrix_of, products
 
 _MOST = 8  # stages
 _FEW = 5  # vectors
 
 
-class Telling(No):
+def _telling(reason: str) -> No:
     """Why experts are no chain, where that says more than why they are no two products."""
+    return No(reason, cause=Cause.TELLING)
 
 
 @dataclass
@@ -88,7 +89,7 @@ def read_chain(body: Term, h: Term, expert: Term) -> Chained:
 def _different(term: Term, out: Term, expert: Term) -> No:
     """Why a stage's products read different rows."""
     if any(adapters.read(s, out, expert) is not None for s, _ in products(term, expert, out)):
-        return Telling(
+        return _telling(
             "low-rank pairs (LoRA) in experts with norms, residuals or more than two products: merge the adapter into the weights"
         )
     return No("the products of an expert read different rows")
@@ -125,7 +126,7 @@ def _without_scalars(stage: Stage, expr: sp.Expr) -> tuple[sp.Expr, list[Term]]:
         if w not in expr.free_symbols:
             continue
         if any(data_dependent(i) for a in outer_atoms(term) for i in a.args[1]):
-            raise Telling(f"a routing value enters an expert's function{reads(term)}")
+            raise _telling(f"a routing value enters an expert's function{reads(term)}")
         powers = _powers(expr, w, {ir.product(i) for i in range(len(stage.linears))})
         for p in powers:
             out = _scaled_inputs(expr, w, p, len(stage.linears))
@@ -136,8 +137,17 @@ def _without_scalars(stage: Stage, expr: sp.Expr) -> tuple[sp.Expr, list[Term]]:
         else:
             if any(x.op == "ite" for x in T.walk(term)):
                 raise No(f"an expert's rows are masked by a condition{reads(term)}")
-            raise Telling(f"a number of a whole row (a mean, a norm, a gate) enters another product's rows than its own{reads(term)}")
+            if _chosen_by_ids(term):
+                raise _telling(
+                    f"the rows of some experts are masked by their ids (a factor {term}): no expert's function has such a factor"
+                )
+            raise _telling(f"a number of a whole row (a mean, a norm, a gate) enters another product's rows than its own{reads(term)}")
     return expr, moved
+
+
+def _chosen_by_ids(term: Term) -> bool:
+    """Whether a number hangs on which expert a row has, and on nothing that the row holds."""
+    return not outer_atoms(term) and any(x.op in ("lt", "eq", "not") for x in T.walk(term))
 
 
 def _powers(expr: sp.Expr, w: sp.Symbol, ys: set[sp.Symbol]) -> list[sp.Expr]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection, Rows
-from ...ir.operands import Join, Operands
+from ...ir.operands import Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
@@ -21,7 +20,7 @@ from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
 from .carrier import carrier
-from .chain import Telling, holds_rows_of_experts, holds_statistics, read_chain
+from .chain import holds_rows_of_experts, holds_statistics, read_chain
 from .copies import EXPERT, OneBody, one_body
 from .forms import layout
 from .linear import Linear
@@ -29,7 +28,8 @@ from .match import ExpertsMatch, Param
 from .merged import apart
 from .one_base import of_each
 from .rounding import unrounded
-from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
+from .rows import NO_EXPERTS, Cause, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
+from .ways import Function, Way, read
 
 
 def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejection:
@@ -61,7 +61,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
     body, up_rows, down_rows = unrounded(of_each(apart(body, expert), t, expert), h, expert)
-    f = _function(body, t, h, expert)
+    f = read(WAYS, body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
     _check_rows(ids, t, j, k)
@@ -80,37 +80,38 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h), f.join)
 
 
-@dataclass(frozen=True)
-class _Function:
-    """One expert's function as it was read: its fields of `Experts`, the atoms x[t, m] that it reads, the weight that it is added with."""
-
-    fields: dict[str, Any]
-    tokens: list[Term]
-    weight: Term
-    operands: Callable[[Experts], Operands[Param]]
-    join: Join | None = None
-
-
-def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
-    """Two products with an activation between them, or a chain of products and maps of rows."""
-    why: No | None = None
+def _as_two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
+    """Two products with an activation between them."""
     try:
         two = _two_products(body, t, h, expert)
-        if not holds_rows_of_experts(two.weight, expert, two.tokens if two.fields["weight_on_input"] else ()):
-            return two
     except No as e:
-        why = e
+        if e.cause is Cause.OTHER and holds_statistics(body, expert):
+            raise No(str(e), e.code, Cause.ROWS) from None
+        raise
+    if holds_rows_of_experts(two.weight, expert, two.tokens if two.fields["weight_on_input"] else ()):
+        raise No("a routing weight is a number of the experts' own rows", cause=Cause.ROWS)
+    return two
+
+
+def _as_chain(body: Term, t: Term, h: Term, expert: Term) -> Function:
+    """A chain of products and maps of rows."""
     try:
         c = read_chain(body, h, expert)
-    except No as e:
+    except No:
         if adapters.normed(body, t, expert):
-            raise No(adapters.DORA) from None
-        paired = "LoRA" in str(why)  # then that is the cause, whatever else there is
-        raise (e if why is None or not paired and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
-    return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
+            raise No(adapters.DORA, cause=Cause.WEIGHTS) from None
+        raise
+    return Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
 
 
-def _two_products(body: Term, t: Term, h: Term, expert: Term) -> _Function:
+_ROWS = frozenset({Cause.ROWS})
+WAYS = (
+    Way("two products", _as_two_products, {}),
+    Way("chain", _as_chain, dict.fromkeys(Cause, _ROWS) | {Cause.TELLING: _ROWS | {Cause.OTHER}, Cause.WEIGHTS: frozenset(Cause)}),
+)
+
+
+def _two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
     parsed, weight = _core_and_weight(body, t, h, expert)
     form, order, expression = layout(parsed)
     ups = [parsed.linears[s] for s in order]
@@ -131,7 +132,7 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     )
     stored = ups if form is Form.SEPARATE else ups[:1]
     join = adapters.join(stored, parsed.down, expert.args[1])
-    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
+    return Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import sympy as sp
@@ -18,12 +19,22 @@ WORDS = "moe_words"  # in a node's meta: the tensor of packed words that it is m
 NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
 
 
+class Cause(enum.Enum):
+    """What a failure is about, where that decides which of several is told (`ways`)."""
+
+    OTHER = "a predicate of one way to read experts"
+    PAIR = "low-rank pairs"
+    ROWS = "numbers of a whole row of an expert, as norms have"
+    WEIGHTS = "weights that are made of others"
+    TELLING = "what stands in the way, in any way to read it"
+
+
 class No(Exception):
     """The first predicate that failed. `code`: as a rejection's."""
 
-    def __init__(self, reason: str, code: str = "") -> None:
+    def __init__(self, reason: str, code: str = "", cause: Cause = Cause.OTHER) -> None:
         super().__init__(reason)
-        self.code = code
+        self.code, self.cause = code, cause
 
 
 def row_variable(tokens: Any) -> Term:

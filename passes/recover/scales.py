@@ -22,7 +22,7 @@ from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
 from .packed import cuts, is_packed, nodes_of
-from .rows import No, factors, reads
+from .rows import Cause, No, factors, reads
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel
     """s or 1 / s as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
     divides, a = bare(a) is not a, bare(a)
     if a.op != "a":
-        raise No("a projection has more than one scale beside its low-rank pair (LoRA)")
+        raise No("a projection has more than one scale beside its low-rank pair (LoRA)", cause=Cause.PAIR)
     first, *idx = a.args[1]
     if first is not expert:
         raise No(f"a scale is not indexed by its expert first{reads(a)}")

@@ -185,7 +185,7 @@ class ClampedGroupedBias(ClampedGrouped):
 class OutsideOneShort(ClampedGrouped):
     """Verdict: rejected. The mask takes the last expert's rows away."""
 
-    expect = Rejected()
+    expect = Rejected("masked by their ids")
     group, near = "", "ClampedGrouped"
     limit = E - 1
 
