@@ -10,7 +10,7 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries wheel test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -79,13 +79,16 @@ $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
 
 LIBRARIES := $(abspath $(VENV)-libraries)
 
-test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels (DOCS_WRITE=1 writes docs/libraries.md anew)
+test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels, and recipes that need some (DOCS_WRITE=1 writes docs/libraries.md and the recipes' versions anew)
 	$(LIBRARIES)/bin/python -m pytest -q -p no:cacheprovider tests/libraries
 
 $(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt
 	$(call borrowing,$(LIBRARIES))
 	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/requirements.txt
 	touch $@
+
+wheel: $(READY)  ## a wheel for this platform with CPU kernels in it, in dist/ (LEVELS="avx2 avx512_bf16": only these)
+	MOE_COMPILE_PREBUILD="$(or $(LEVELS),all)" $(BIN)/python -c "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
 
 # On a GPU machine, with the environment that is there: no virtual environment is made, torch is the one that finds the card
 test-cuda:  ## the CUDA kernels' tests on this machine's GPU (PYTHON=..., ARGS="-n 8"), then a small run under compute-sanitizer

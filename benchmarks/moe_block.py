@@ -14,6 +14,7 @@ import copy
 import datetime
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import time
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import axes as axes_of
 import roofline
 import torch
 import transformers
@@ -260,8 +262,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+_LINES = (
+    ("inductor", "Inductor", "o-"),
+    ("fused", "moe_fused", "s-"),
+    ("weights", "weights / bandwidth: the floor of few tokens", "k:"),
+    ("dense", "torch's matmul of as many FLOPs: no floor", "k--"),
+)
+
+
 def plot(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
-    """Milliseconds over tokens, both sides and the floor, one panel a dtype."""
+    """Milliseconds over tokens, both sides and what bounds them, one panel a dtype; below how many times as fast."""
     if not importlib.util.find_spec("matplotlib"):
         print("matplotlib is not installed: no plot")
         return
@@ -271,16 +281,22 @@ def plot(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(p["dtype"] for p in points))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.2), sharey=True, squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        here = [p for p in points if p["dtype"] == dtype and p["kind"] == "inference"]
-        tokens = [p["tokens"] for p in here]
-        for key, label, style in (("inductor", "Inductor", "o-"), ("fused", "moe_fused", "s-"), ("weights", "weights / bandwidth", "k:")):
-            axis.loglog(tokens, [p[f"{key}_ms"] for p in here], style, label=label, base=2)
-        axis.loglog(tokens, [p["dense_ms"] for p in here], "k--", label="dense matmul, same FLOPs", base=2)
-        axis.set(title=f"{dtype}", xlabel="tokens", xticks=tokens, xticklabels=[str(t) for t in tokens])
-        axis.grid(True, alpha=0.3)
+    size = (5.5 * len(dtypes), 5.6)
+    figure, axes = plt.subplots(2, len(dtypes), figsize=size, sharex="col", height_ratios=(3, 1), squeeze=False)
+    for axis, ratio, dtype in zip(*axes, dtypes, strict=True):
+        here = {p["tokens"]: p for p in points if p["dtype"] == dtype and p["kind"] == "inference"}
+        tokens = sorted(here)
+        for key, label, style in _LINES:
+            axes_of.line(axis, tokens, {t: here[t][f"{key}_ms"] for t in tokens}, style, label=label)
+        axes_of.scales(axis, tokens, (p[f"{key}_ms"] for p in points if p["kind"] == "inference" for key, *_ in _LINES))
+        faster = {t: here[t]["inductor_ms"] / here[t]["fused_ms"] for t in tokens}
+        axes_of.line(ratio, tokens, faster, "s-", color="tab:orange")
+        ratio.set(xlabel="tokens", ylim=(0, math.ceil(max(faster.values()))))
+        ratio.axhline(1, color="tab:blue")
+        ratio.grid(True, alpha=0.25)
+        axis.set_title(dtype)
     axes[0][0].set_ylabel("milliseconds")
+    axes[1][0].set_ylabel("times as fast")
     axes[0][0].legend()
     figure.suptitle(f"MoE block on {about['processor']}, {about['threads']} threads, torch {about['torch']}", fontsize=10)
     figure.tight_layout()
@@ -303,7 +319,10 @@ def main() -> None:
     roofline.add_arguments(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*functools.lru_cache.*")  # Dynamo on transformers' version checks
-    if args.device == "cuda" or args.plot_only or (args.device == "auto" and torch.cuda.is_available()):
+    if args.device == "cpu" and args.plot_only:
+        seen = json.loads((args.output / "cpu.json").read_text())
+        plot(seen["points"], seen["machine"], args.output / "cpu.png")
+    elif args.device == "cuda" or args.plot_only or (args.device == "auto" and torch.cuda.is_available()):
         on_gpu(args)
     else:
         on_cpu(args)

@@ -8,6 +8,7 @@ loaded on first use count for nobody. Plans kept on disk are not replayed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,7 +17,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,14 @@ EVERY_LAYER = {  # what makes every layer one with experts
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
     "mlp_only_layers": [],
 }
-HEAD = f"{'model':<26}{'tokens':>7}  {'sizes':<8}{'blocks':>7}{'left':>5}{'first':>8}{'validate':>9}{'equal':>7}  over the bar"
+CASES = (  # (tokens equal to the hidden size?, dynamic sizes?, transformers' implementation of the experts), most telling first
+    (True, False, ""),
+    (True, True, ""),
+    (True, False, "eager"),
+    (False, False, ""),
+    (False, True, ""),
+)
+HEAD = f"{'model':<26}{'tokens':>7}  {'sizes':<8}{'loop':<5}{'blocks':>7}{'left':>5}{'first':>8}{'validate':>9}{'equal':>7}  over the bar"
 
 
 def zoo() -> Any:
@@ -59,11 +67,13 @@ def real_config(entry: Any, layers: int) -> Any:
     return cls(**{k: v for k, v in {**EVERY_LAYER, **values}.items() if k in known or k in given})
 
 
-def build(entry: Any, layers: int) -> tuple[Any, int]:
-    """The model on the meta device in bf16, and its hidden size."""
+def build(entry: Any, layers: int, experts: str) -> tuple[Any, int]:
+    """The model on the meta device in bf16, and its hidden size. `experts`: which of transformers' implementations ("": its default)."""
     import torch
 
     config = real_config(entry, layers)
+    if experts:
+        config._experts_implementation = experts
     with torch.device("meta"):
         model = getattr(zoo()._module(entry.package, "modeling"), entry.model)(config).to(torch.bfloat16).eval()
     hidden = next(v for n in ("hidden_size", "d_model") if (v := getattr(config, n, None)))
@@ -79,45 +89,56 @@ def inputs_of(entry: Any, hidden: int, tokens: int) -> dict[str, Any]:
     return ids if entry.inputs == "tokens_only" else {**ids, "use_cache": False}
 
 
-def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
-    """Processor seconds of the passes in one compilation, and what they found."""
-    import torch
-
-    import moe_compile
-    from moe_compile.passes import pipeline
-
-    torch._dynamo.reset()
-    real, seconds = pipeline.run, []
+@contextlib.contextmanager
+def clocked(room: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up the processor seconds that a function of a module takes."""
+    real = getattr(room, name)
 
     def timed(*args: Any) -> Any:
         start = time.process_time()
         try:
             return real(*args)
         finally:
-            seconds.append(time.process_time() - start)
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
 
-    pipeline.run = timed
-    start = time.process_time()
+    setattr(room, name, timed)
     try:
-        with torch.no_grad():
-            torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
+        yield
     finally:
-        pipeline.run = real
+        setattr(room, name, real)
+
+
+def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
+    """Processor seconds of the passes in one compilation, loops read by example included, and what they found; nothing is known before."""
+    import torch
+
+    import moe_compile
+    from moe_compile.loops import capture
+    from moe_compile.passes import pipeline
+    from moe_compile.passes.prove import engine
+
+    torch._dynamo.reset()
+    capture._trials.clear()
+    engine.forget()
+    seconds: dict[str, float] = {}
+    start = time.process_time()
+    with torch.no_grad(), clocked(pipeline, "run", seconds), clocked(capture, "read", seconds):
+        torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
     report = moe_compile.last_report()
     return {
-        "passes": sum(seconds), "total": time.process_time() - start, "blocks": len(report.blocks),
+        "passes": sum(seconds.values()), "reading": seconds.get("read", 0.0), "total": time.process_time() - start, "blocks": len(report.blocks),
         "left": [r.reason for r in report.rejected if r.stage != "find"],
         "parts": {k: round(v, 3) for k, v in report.seconds.items()}, "validate": report.seconds.get("validate", 0.0),
     }  # fmt: skip
 
 
-def row_of(entry: Any, at_hidden: bool, dynamic: bool) -> dict[str, Any]:
-    models = {n: build(entry, n) for n in (FIRST, MORE)}
+def row_of(entry: Any, at_hidden: bool, dynamic: bool, experts: str) -> dict[str, Any]:
+    models = {n: build(entry, n, experts) for n in (FIRST, MORE)}
     hidden = models[FIRST][1]
     tokens = hidden if at_hidden else PLAIN_TOKENS
     one, three = (spent(m, inputs_of(entry, hidden, tokens), dynamic) for m, hidden in models.values())
     more = max(len(three["left"]) + three["blocks"] - len(one["left"]) - one["blocks"], 1)
-    row = {"model": entry.name, "tokens": tokens, "dynamic": dynamic, "hidden": hidden}
+    row = {"model": entry.name, "tokens": tokens, "dynamic": dynamic, "hidden": hidden, "experts": experts}
     row |= {"first": one["passes"], "validate": one["validate"], "equal": (three["passes"] - one["passes"]) / more}
     return {**row, "blocks": three["blocks"], "left": len(three["left"]), "one": one, "three": three}
 
@@ -126,7 +147,7 @@ def told(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{row['model']:<26}{row['failed']}"
     over = ", ".join(k for k, bar in BARS.items() if row[k] > bar)
-    cells = f"{row['tokens']:>7}  {'dynamic' if row['dynamic'] else 'static':<8}{row['blocks']:>7}{row['left']:>5}"
+    cells = f"{row['tokens']:>7}  {'dynamic' if row['dynamic'] else 'static':<8}{'loop' if row['experts'] else '':<5}{row['blocks']:>7}{row['left']:>5}"
     return f"{row['model']:<26}{cells}{row['first']:>8.2f}{row['validate']:>9.2f}{row['equal']:>7.2f}  {over}".rstrip()
 
 
@@ -165,11 +186,10 @@ def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
     warm_up()
     print(HEAD, flush=True)
     rows = []
-    for e in entries:
-        for case in itertools.product((False, True), (False, True)):
-            rows.append(in_a_fork(e, *case))
-            print(told(rows[-1]), flush=True)
-            out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": rows}, indent=1) + "\n")
+    for case, e in itertools.product(CASES, entries):
+        rows.append({**in_a_fork(e, *case), "load": os.getloadavg()[0]})
+        print(told(rows[-1]), flush=True)
+        out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": rows}, indent=1) + "\n")
     over = sum("failed" in r or any(r[k] > bar for k, bar in BARS.items()) for r in rows)
     print(f"{len(rows)} rows, {over} over the bar; written to {out}")
     return 0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import axes as axes_of
+
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 PARTS = ("experts", "route", "block", "backward")
 Point = dict[str, Any]  # part, shape, tokens, then figures: *_us, hit, floor_by, error
@@ -159,19 +161,19 @@ def plot(data: dict[str, Any], path: Path) -> bool:
     for axis in axes.flat[len(shapes) :]:
         axis.axis("off")
     for axis, shape in zip(axes.flat, shapes):
-        s = SHAPES[shape]
+        s, mine = SHAPES[shape], [p for p in experts if p["shape"] == shape]
+        tokens = sorted({p["tokens"] for p in mine})
         for key, label, style in (
             ("inductor_us", "transformers + Inductor", "o-"),
             ("ours_us", "moe_fused", "s-"),
             ("floor_us", "floor", "k--"),
         ):
-            here = [p for p in experts if p["shape"] == shape and p.get(key)]
-            if here:
-                axis.loglog([p["tokens"] for p in here], [p[key] for p in here], style, label=label, markersize=4)
-        axis.set_xscale("log", base=2)
+            if any(p.get(key) for p in mine):
+                axes_of.line(axis, tokens, {p["tokens"]: p.get(key) for p in mine}, style, label=label, markersize=4)
+        axes_of.scales(axis, tokens, (p.get(key) for p in mine for key in ("inductor_us", "ours_us", "floor_us")))
         axis.set(title=f"{shape}: E={s.experts} k={s.k} H={s.hidden} I={s.intermediate}", xlabel="tokens", ylabel="µs")
         axis.title.set_fontsize(9)
-        axis.grid(True, which="both", alpha=0.2)
+        axis.tick_params(labelsize=8)
     axes.flat[0].legend(fontsize=8)
     machine, limits = data.get("machine", {}), data.get("limits", {})
     measured = f"{limits['bandwidth'] / 1e12:.2f} TB/s, {limits['peak'] / 1e12:.0f} TFLOP/s measured" if limits else ""

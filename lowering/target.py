@@ -66,6 +66,7 @@ class Target:
     coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
     router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
     machine, "" for nothing.
+    machine: the family of devices that `refuses` and `says` depend on beside the IR, "" for none: plans on disk are kept for each.
     homes: folders of its sources, set where a target is found.
     """
 
@@ -86,6 +87,7 @@ class Target:
     chained: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""
+    machine: Callable[[], str] = lambda: ""
     homes: tuple[str, ...] = ()
 
     @cached_property

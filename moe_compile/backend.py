@@ -49,13 +49,9 @@ def moe_fused(
     before = Snapshot(gm)
     if divided.puts_together(gm):
         chosen = chosen.with_(overlap_shared=False)  # rows of experts travel, those of the shared expert do not
-    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
-    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
-    verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
-    blocks, rejected = verdict.blocks, verdict.rejected
-    divided.exchange(gm, verdict.experts)
+    verdict, seconds = _fuse(gm, before, chosen, target)
     seconds["passes"] = time.perf_counter() - started
-    flags.check(gm, rejected)
+    blocks, rejected = verdict.blocks, verdict.rejected
     part = Report()
     part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
 
@@ -87,6 +83,16 @@ def _compiled(inner: Callable[[], Callable[..., Any]], before: Snapshot, alone: 
             raise  # the graph is as the user wrote it: not our doing
         failed = _internal_error("the inner compiler failed on the fused graph", e)
         return inner(), failed
+
+
+def _fuse(gm: torch.fx.GraphModule, before: Snapshot, chosen: Options, target: Target) -> tuple[Verdict, dict[str, float]]:
+    """What is fused and what is not, told once, agreed upon by the ranks where they exchange experts; and the seconds of the passes."""
+    blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
+    rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
+    flags.check(gm, rejected)  # may ask for another trace, before the ranks are asked about this one
+    verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
+    divided.exchange(gm, verdict.experts)
+    return verdict, seconds
 
 
 def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], strict: bool) -> None:

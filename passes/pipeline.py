@@ -15,6 +15,7 @@ from ..ir import Rejection
 from . import steps, trace
 from . import terms as T
 from .aten.conditions import no_saving_hooks
+from .aten.wrapped import unwrapped
 from .recorded import recover_recorded as recover_recorded
 from .recover.glance import places
 from .recover.odd import explained
@@ -96,7 +97,7 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     seen = places(gm.graph)
     if not seen:
         return out
-    with trace.unit(gm):
+    with trace.unit(gm), unwrapped(gm):
         work = Work(gm, options, target, seen)
         _searched(work)
         for b in work.out.blocks:
@@ -118,7 +119,7 @@ def _searched(work: Work) -> None:
     gm, options, target = work.gm, work.options, work.target
     with _timed(work.out.seconds, "recall"):
         how = (bool(options.validate), options.activations, overlap.mode(gm.graph, options, target))
-        key = recall.key_of(gm.graph, (target.name, target.digest, *how))
+        key = recall.key_of(gm.graph, (target.name, target.digest, target.machine(), *how))
         if not trace.on() and work.recall(recall.load(key)):
             return
     with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:

@@ -87,4 +87,6 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update(m.nodes())
     ir.boundary["views"] = {q.node: q.view for q in m.operands if q.view is not None}
+    ir.boundary["orders"] = {q.node: q.order for q in m.operands if q.order is not None}
+    ir.boundary["join"] = m.join
     return Block(m, None, ir, ids, weights, ids, None, nodes.twins)

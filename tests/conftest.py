@@ -26,8 +26,8 @@ collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other ve
 if (
     "ASCEND_APART" in os.environ
 ):  # these run against the real wheel (`make test-ascend`), which has no gradients: what needs them stays here
-    parts = ("antiquant", "documents", "exchange", "formats", "int8", "law", "lowering", "quant", "recorder", "rules", "static", "streams",
-             "weights")  # fmt: skip
+    parts = ("antiquant", "documents", "dry_run", "exchange", "exchange_graphs", "formats", "int8", "law", "lowering", "quant", "recorder",
+             "rules", "static", "streams", "weights")  # fmt: skip
     collect_ignore_glob += [f"ascend/test_{part}.py" for part in parts]
 
 
@@ -153,9 +153,10 @@ def have_compiler() -> bool:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store of packed Ascend weights for this test alone: what other tests leave is collected at any time, and the shared count falls."""
-    from moe_compile.lowering.ascend import modes
+    from moe_compile.lowering.ascend import modes, rearrange
     from moe_compile.lowering.ascend.store import Store
 
     own = Store()
     monkeypatch.setattr(modes, "STORE", own)
+    monkeypatch.setattr(rearrange, "STORE", own)
     return own

@@ -217,6 +217,66 @@ def test_a_training_step_of_adapted_experts() -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 
+class Second(Adapter):
+    """A second adapter, of another rank and scale."""
+
+    def __init__(self, size: int, out: int, dropout: float) -> None:
+        super().__init__(size, out, dropout)
+        self.low2, self.high2 = nn.Linear(size, 5, bias=False), nn.Linear(5, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.high2(self.low2(x)) * 0.75
+
+
+def two(model: Loop) -> None:
+    for m in model.experts:
+        for name, x in m.items():
+            m[name] = Second(x.base.in_features, x.base.out_features, 0.0)
+
+
+def one_base(model: Loop) -> None:
+    for m in model.experts:
+        for name, x in m.items():
+            x.base = model.experts[0][name].base
+
+
+def on_the_gate(model: Loop) -> None:
+    model.gate = Adapter(H, E, 0.0)
+
+
+@pytest.mark.parametrize("change", [two, one_base, on_the_gate], ids=lambda f: f.__name__)
+def test_gradients_of_adapters_are_the_oracles(change: Any) -> None:
+    """In float64: several adapters, one base for all experts, an adapter on the router beside. Nothing frozen gets a gradient."""
+    torch.manual_seed(0)
+    model = Loop()
+    change(model)
+    model, x = model.double(), torch.randn(10, H, dtype=torch.float64)
+    for p in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(p, std=0.3)
+    twin = copy.deepcopy(model)
+    out, want = torch.compile(model, backend="moe_fused", options={"inner": "aot_eager", "strict": True})(x), twin(x)
+    (block,) = moe_compile.last_report().blocks
+    assert "low-rank pairs (up, down)" in block.experts and block.ir.gating is not None
+    torch.testing.assert_close(out, want, rtol=1e-11, atol=1e-12)
+    for y in (out, want):
+        y.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert (p.grad is None) == (q[1].grad is None) == name.endswith("base.weight"), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-9, atol=1e-11)
+
+
+def test_a_base_of_all_experts_that_is_trained_is_left() -> None:
+    """Its gradient would be made once for each expert."""
+    torch.manual_seed(0)
+    model = Loop()
+    one_base(model)
+    model.experts[0]["d"].base.requires_grad_(True)
+    torch.compile(model, backend="moe_fused", options={"inner": "aot_eager"})(torch.randn(10, H)).sum().backward()
+    report = moe_compile.last_report()
+    assert not report.blocks and any("one and the same" in r.reason for r in report.rejected), [r.reason for r in report.rejected]
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_dropout_inside_an_adapter(train: bool) -> None:
     """In training the adapter reads another input than its projection: left as written, and told. In evaluation dropout is nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,3 +139,20 @@ def test_a_run(dry: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(found) == {("experts", 1), ("experts", 16), ("route", 1), ("backward", 16)}
     assert all(p["ours_us"] == 1.0 and p["floor_us"] > 0 for p in found.values())
     assert found["experts", 16]["hit"] > 1 and found["experts", 16]["error"] < 0.02
+
+
+def test_axes_in_round_numbers_and_no_line_over_what_was_not_measured() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    import axes
+
+    assert axes.round_numbers(0.3, 70) == [0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    assert axes.round_numbers(20, 20) == [20] and axes.round_numbers(1, 1.5) == [1, 2]
+    figure, axis = pyplot.subplots()
+    axes.line(axis, [1, 4, 16], {1: 2.0, 4: None, 16: 3.0}, "o-")
+    axes.scales(axis, [1, 4, 16], [2.0, 3.0])
+    assert [math.isnan(y) for y in axis.lines[0].get_ydata()] == [False, True, False]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "4", "16"] and [t.get_text() for t in axis.get_yticklabels()] == [
+        "2",
+        "5",
+    ]
+    pyplot.close(figure)

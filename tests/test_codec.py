@@ -55,6 +55,9 @@ STORED = st.builds(
     exponents=st.sampled_from(Exponent),
     zero_order=st.permutations([0, 1]).map(tuple),
     zero_offset=NUMBERS,
+    second=st.sampled_from(Scale),
+    second_rows=st.integers(0, 128),
+    second_columns=st.integers(0, 128),
 )
 ROWS = st.builds(
     ir.Rows,
@@ -100,7 +103,8 @@ def test_a_gating_comes_back(gating):
 @settings(deadline=None)
 @given(EXPERTS)
 def test_experts_come_back(experts):
-    assert all(there_and_back(record, experts) == experts for record in (Layout, Storage, SharedLayout))
+    assert all(there_and_back(record, experts) == experts for record in (Layout, SharedLayout))
+    assert record_of(Storage, encode(Storage, experts)).storing == experts.storage
 
 
 @given(GATINGS, GATINGS)

@@ -1,4 +1,7 @@
-"""How rows travel, read off the collectives around fused experts: each form with its verdict, near misses beside them. One process, fake group."""
+"""How rows travel, read off the collectives around fused experts: each form with its verdict, near misses beside them.
+
+One process, in a group whose collectives do nothing.
+"""
 
 from __future__ import annotations
 

@@ -63,6 +63,9 @@ MEANINGS = {
     "bits of exponents": replace(
         CONCAT, up_stored=replace(MX4, exponents=Exponent.BITS), down_stored=replace(MX4, columns=3, exponents=Exponent.BITS)
     ),
+    "two scales, of a matrix and of channels": replace(
+        CONCAT, up_stored=replace(BLOCKS, second=Scale.TIMES), down_stored=replace(BLOCKS, second=Scale.DIVIDES, second_rows=1)
+    ),
     "weight on input": replace(CONCAT, weight_on_input=True),
 }
 
@@ -90,6 +93,12 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
             return []
         r, c = how.scales_of(shape)
         return many(leaf, parts, r, c) if how.zeroed == Zero.PLAIN else many(packed, parts, r, c // len(how.zero_order))
+
+    def of_seconds(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
+        return many(second, parts, *how.seconds_of(shape)) if how is not None and how.second else []
+
+    def second(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=gen) + 0.5).requires_grad_()
 
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
@@ -135,6 +144,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down_zero": of_zeros(e.down_stored, 1, down),
         "up_table": of_table(e.up_stored),
         "down_table": of_table(e.down_stored),
+        "up_second": of_seconds(e.up_stored, parts, up),
+        "down_second": of_seconds(e.down_stored, 1, down),
         "add": leaf(5, e.out_features),
     }
 

@@ -32,7 +32,6 @@ ONE_SEQUENCE_TOO = ("jetmoe", "dbrx", "longcat_flash", "llama4", "step3p7")  # o
 WAITS: dict[tuple[str, int], str] = {}
 # CI runs each model as it comes, and its other experts implementations for the odd ones and for one of each form.
 # `make golden` and `make zoo` run them all.
-ALL = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE", "COVERAGE_DOC"))
 
 
 def waiting(name: str, batch: int) -> list[pytest.MarkDecorator]:
@@ -44,7 +43,7 @@ def waiting(name: str, batch: int) -> list[pytest.MarkDecorator]:
 CASES = [
     pytest.param(e, i, shape, id=f"{e.name}-{i}-{shape[0]}x{shape[1]}", marks=waiting(e.name, shape[0]))
     for e, i in IMPLEMENTATIONS
-    if ALL or i == e.implementations[0] or e.name in (*zoo_run.WHOLE, *ONE_SEQUENCE_TOO)
+    if zoo_run.EVERY or i == e.implementations[0] or e.name in (*zoo_run.WHOLE, *ONE_SEQUENCE_TOO)
     for shape in ([SHAPES[i], (1, 7)] if e.name in ONE_SEQUENCE_TOO else [(1, 7)] if e.name in ONE_IMAGE else [SHAPES[i]])
 ]
 DECODED = ("qwen3_moe", "mixtral", "gpt_oss", "afmoe", "deepseek_v3", "dbrx")

@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import nn
 
 from ..target import Rest, Target
-from . import capability
+from . import capability, device
 from .options import AscendOptions
 
 
@@ -38,5 +38,6 @@ TARGET = Target(
     finish=_finish,
     rearrange=_rearrange,
     missing=capability.missing,
+    machine=lambda: device.family(),
     coded=True,  # int8 weights with scales: npu_grouped_matmul takes both
 )

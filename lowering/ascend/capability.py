@@ -28,6 +28,8 @@ def missing() -> str:
 def refuses(ir: MoeBlock) -> str | None:
     """None when the npu ops can run this block's experts, else the reason."""
     e = ir.experts
+    if e.coded and e.adapted:
+        return "low-rank pairs (LoRA) beside weights in few bits: no chain of npu_grouped_matmul is written for them"
     for p in _stored(e):
         if (why := _refuses_stored(p, e.rounded)) is not None:
             return why
@@ -74,7 +76,7 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
     if e.up_rows != e.down_rows:
         return "rows are rounded before one product as they are not before the other"
     assert e.up_rows is not None
-    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor):
+    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor, floored=e.up_rows.floored):
         return "npu_dynamic_quant rounds rows to int8 by max / 127 of each"
     if e.up_rows.floor > MAX_FLOOR:
         return f"a row's scale is at least {e.up_rows.floor}, the op's may be anything"

@@ -2,8 +2,8 @@
 
 `npu_moe_distribute_dispatch_v2` sends each token to the ranks of its experts, whose rows come out by expert;
 `npu_moe_distribute_combine_v2` sends the results back and sums them. Limits: op-plugin's pages of the two. Every rank calls both, in every
-layer with the same group. No hardware and no process group has run this; `emulate_exchange` does, with ranks in threads. Nothing emits it
-yet: a graph has to say first which experts are whose.
+layer with the same group. No hardware and no process group has run this; `emulate_exchange` does, with ranks in threads. `over_ranks` puts
+it into graphs. `mega`: all of it in one kernel, by option only.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ir import scalar as act
 from ..reference import generic
-from . import calls
+from . import calls, law, mega
 from .calls import Packed, call, cast
 
 MAX_EXPERTS, MAX_K = 1024, 16
@@ -29,7 +30,9 @@ class Spread:
     """A block whose experts are spread evenly over the `world` ranks of a group.
 
     tokens: of this rank, None where the number is not fixed. known: the ids of a row are distinct experts, whole top-k's that nobody has
-    written to. identity: experts that give their input back, with ids behind the others'. device: a family of `device.family`.
+    written to. identity: experts that give their input back, with ids behind the others'. device: a family of `device.family`. inner: the
+    experts' own width, swiglu: whether they are SwiGLU of [gate | up] without biases. one_kernel: what `AscendOptions.mega_moe` says.
+    shared: all ranks hold the same tokens. widens: experts have another number of outputs than inputs.
     """
 
     device: str
@@ -43,6 +46,21 @@ class Spread:
     identity: int = 0
     weight_on_input: bool = False
     training: bool = False
+    inner: int = 0
+    swiglu: bool = False
+    one_kernel: bool = False
+    shared: bool = False
+    widens: bool = False
+
+    @classmethod
+    def of(cls, family: str, world: int, x: Tensor, ids: Tensor, layout: generic.Layout, inner: int, biases: bool, **said: bool) -> Spread:
+        """Of the values at a block: x [T, H], ids [T, k]; `layout` counts the experts of all ranks; said: other fields."""
+        tokens, hidden = x.shape
+        swiglu = law.swiglu(act.decode(layout.act_ops, layout.act_consts), layout.form) and not biases
+        return cls(
+            family, world, layout.num_experts, ids.shape[1], int(hidden), tokens if type(tokens) is int else None, x.dtype,
+            identity=layout.num_identity, weight_on_input=layout.weight_on_input, inner=inner, swiglu=swiglu, **said,
+        )  # fmt: skip
 
 
 Check = Callable[[Spread], str | None]
@@ -83,6 +101,14 @@ def _combined_by_weight(s: Spread) -> str | None:
     return "the routing weight is applied to the input, the op applies it to the output" if s.weight_on_input else None
 
 
+def _own_tokens(s: Spread) -> str | None:
+    return "all ranks hold the same tokens, whose results are summed" if s.shared else None
+
+
+def _as_wide(s: Spread) -> str | None:
+    return "the experts have another number of outputs than inputs" if s.widens else None
+
+
 def _sizes(s: Spread) -> str | None:
     if not 1 <= s.experts <= MAX_EXPERTS or s.experts % s.world:
         return f"{s.experts} experts over {s.world} ranks: the op takes {MAX_EXPERTS}, evenly"
@@ -111,8 +137,31 @@ def _a3(s: Spread) -> str | None:
     return None if 0 < (s.tokens or 0) <= 512 else f"{s.tokens} tokens a rank, an A3 takes 512"
 
 
-_COMMON: tuple[Check, ...] = (_inference, _static, _halves, _known, _combined_by_weight, _sizes)
+def _asked(s: Spread) -> str | None:
+    return (mega.missing() or None) if s.one_kernel else "one kernel for everything is not asked for (mega_moe=True)"
+
+
+def _one_kernel(s: Spread) -> str | None:
+    if not s.swiglu or s.identity or s.dtype != torch.bfloat16:
+        return "the kernel has bf16 experts that are SwiGLU of [gate | up] without biases, and no identities"
+    low, high = mega.HIDDEN
+    if s.hidden % mega.STEP or not low <= s.hidden <= high:
+        return f"a hidden size of {s.hidden}: the kernel takes multiples of {mega.STEP} from {low} to {high}"
+    low, high = mega.INNER
+    if s.inner % mega.STEP or not low <= s.inner <= high:
+        return f"an intermediate size of {s.inner}: the kernel takes multiples of {mega.STEP} from {low} to {high}"
+    most = mega.MAX_TOKENS
+    return None if 0 < (s.tokens or 0) <= most else f"{s.tokens} tokens a rank, the kernel takes {most}"
+
+
+_COMMON: tuple[Check, ...] = (_inference, _static, _halves, _own_tokens, _as_wide, _known, _combined_by_weight, _sizes)
 EXCHANGES: tuple[Row, ...] = (
+    Row(
+        "one kernel",
+        "mega_moe",
+        "dispatch, both products, SwiGLU and combine over memory that all ranks see; known from its callers only",
+        (_asked, *_COMMON, _one_kernel),
+    ),
     Row(
         "dispatch and combine, A3",
         "npu_moe_distribute_dispatch_v2, npu_moe_distribute_combine_v2",
@@ -127,7 +176,7 @@ EXCHANGES: tuple[Row, ...] = (
     ),
     Row("collectives", "all_to_all of rows and counts", "anything: counts come to the host, so no graph captures it", ()),
 )
-A3, A2, COLLECTIVES = EXCHANGES
+MEGA, A3, A2, COLLECTIVES = EXCHANGES
 
 
 def choose(s: Spread) -> tuple[Row, list[tuple[Row, str]]]:
@@ -152,6 +201,14 @@ class Place:
     world: int
     rank: int
 
+    @classmethod
+    def of(cls, group: str) -> Place:
+        """Of the group that functional collectives call so: on an NPU HCCL has a name of its own for it."""
+        found: Any = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        npu = any(d.type == "npu" for d in found._device_types)
+        name = found._get_backend(torch.device("npu")).get_hccl_comm_name(found.rank()) if npu else group
+        return cls(str(name), int(found.size()), int(found.rank()))
+
 
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, p: Packed, layout: generic.Layout, row: Row, at: Place, active: Tensor | None = None
@@ -161,6 +218,9 @@ def experts(
     active: bool [T], tokens that take part, all of them before those that do not; what these get is zero.
     """
     wide = cast(weights, torch.float32)
+    if row is MEGA:
+        out = mega.experts(x, cast(ids, torch.int32), wide, p, layout.num_experts, at.group, active)
+        return out if active is None else torch.where(active[:, None], out, torch.zeros_like(out))
     plain = dict(x_active_mask=active, **SHARED_BEHIND, copy_expert_num=layout.num_identity)
     given = (at.group, at.world, at.rank, layout.num_experts)
     travels = {"expert_scales": wide} if row is A2 else {}
@@ -170,7 +230,7 @@ def experts(
     back: dict[str, Any] = {"expand_scales": scales} if row is A2 else {}
     if layout.num_identity:
         back["ori_x"] = x
-    out: Tensor = call("npu_moe_distribute_combine_v2", y, ids, info, received, wide, *given, **plain, **back)
+    out = call("npu_moe_distribute_combine_v2", y, ids, info, received, wide, *given, **plain, **back)
     return out if active is None else torch.where(active[:, None], out, torch.zeros_like(out))
 
 

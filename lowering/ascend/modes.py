@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ..target import Chosen, Rest
-from . import register, schemas, sharding, streams, workarounds
+from . import mega, over_ranks, register, schemas, sharding, streams, workarounds
 from .experts_call import EXPERTS, ops
 from .operands import Choices
 from .options import MODES, AscendOptions
@@ -33,18 +33,20 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
 
     A graph that cannot be lowered keeps its fused ops, which run on any device; the report says why. With `strict=True` it raises.
     """
-    if not any(n.target in (ops.route.default, *EXPERTS) for n in gm.graph.nodes):
+    if not any(n.target in (ops.route.default, *EXPERTS) or over_ranks.travels(n) for n in gm.graph.nodes):
         return _inner(rest, gm, example_inputs, False)
     register.ensure()
     options, mine = rest.options, own(rest.options)
     train = needs_gradients(gm)
+    if mine.mega_moe and (lacks := mega.missing()):
+        raise OptionError(f"option 'mega_moe' is True: {lacks}; allowed here: False")
     if train and mine.quantize is not None:
         raise OptionError("option 'quantize' is for inference: quantised experts have no gradients")
     if train and schemas.wheel() and not _on_npu(example_inputs):
         rest.tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
         return _inner(rest, gm, example_inputs, train)
     try:
-        lowered = lower(gm, Choices(train, mine.quantize, mine.weight_format == "nz", mine.combine == "finalize"))
+        lowered = lower(gm, Choices(train, mine.quantize, mine.weight_format == "nz", mine.combine == "finalize", mine.mega_moe))
     except Exception as e:
         if options.strict:
             raise
@@ -55,7 +57,9 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     chosen = graph_mode(rest, inputs, train)
     if chosen == "ge" and mine.combine == "unpermute":
         raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
-    rest.tell([*lowered.notes, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
+    alone = mine.mega_moe and not any(map(over_ranks.travels, gm.graph.nodes))
+    idle = ["mega_moe: no block of this graph has its experts over ranks, so that it has nothing to do"] if alone else []
+    rest.tell([*lowered.notes, *idle, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
     for sink in SINKS:
         sink(lowered)
     return _with_packed(_inner(rest, lowered.module, inputs, train), lowered)

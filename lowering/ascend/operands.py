@@ -24,13 +24,14 @@ SMALL = ("factors", "ones", "offsets", "shifts", "pair")  # parts of recipes who
 class Choices:
     """What the user asked for. train: with gradients; quantize: the option; nz: packed weights in the fractal format.
 
-    fused_combine: npu_moe_finalize_routing, not npu_moe_token_unpermute.
+    fused_combine: npu_moe_finalize_routing, not npu_moe_token_unpermute. one_kernel: for experts over ranks (`exchange.MEGA`).
     """
 
     train: bool = False
     quantize: int8.Quantize = None
     nz: bool = False
     fused_combine: bool = True
+    one_kernel: bool = False
 
 
 Nodes = dict[str, list[fx.Node]]

@@ -19,6 +19,7 @@ class AscendOptions:
     weight_format: "nz": packed expert weights in the fractal format, in training cast where they are used; "nd": as they are.
     combine: the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert inside) or
         "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
+    mega_moe: experts over ranks in one kernel, where cann_ops_transformer has it and the block is within its limits.
     core_limit: (cube cores, vector cores) that the side stream of the shared expert may use.
     """
 
@@ -26,6 +27,7 @@ class AscendOptions:
     quantize: str | tuple[str, float] | None = None
     weight_format: str = "nd"
     combine: str = "finalize"
+    mega_moe: bool = False
     core_limit: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -33,6 +35,7 @@ class AscendOptions:
         _check_quantize(self.quantize)
         one_of("weight_format", self.weight_format, ("nd", "nz"))
         one_of("combine", self.combine, ("finalize", "unpermute"))
+        one_of("mega_moe", self.mega_moe, (False, True))
         _check_core_limit(self.core_limit)
 
 

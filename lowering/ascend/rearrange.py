@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import OptionError
 from . import physical
+from .store import STORE
 
 log = logging.getLogger("moe_compile")
 
@@ -28,8 +29,10 @@ def prepare(model: nn.Module, training: bool = False, weight_format: str = "nd")
     from shapes: a wrong guess costs nothing but the copy on first use that there would have been without this call.
 
     training: see `physical.reparametrise`; lists of experts stay as they are. Raises OptionError where parameters are sharded already.
+    Copies that graphs hold are made again: they may be of weights that were written to where versions do not tell (`p.data.copy_`).
     """
     _not_sharded(model)
+    STORE.forget(itertools.chain(model.parameters(), model.buffers()))
     if training:
         return _for_training(model, weight_format)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

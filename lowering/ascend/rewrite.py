@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference import generic
 from ..reference.routing import Routing
-from . import calls, int8, law, quant, training
+from . import calls, exchange, int8, law, over_ranks, quant, training
 from .calls import Packed
 from .experts_call import EXPERTS, ExpertsCall, ops
 from .known import RESHAPES, addend, all_within
@@ -48,6 +48,8 @@ def lower(gm: fx.GraphModule, choices: Choices) -> Lowered:
             run.notes.append("int8 experts: the npu ops have no gradient to their rows, the fused op runs as it is")
         elif n.target in EXPERTS:
             run.experts(n)
+        elif over_ranks.travels(n):
+            run.experts_over_ranks(n)
     return run.done()
 
 
@@ -55,7 +57,7 @@ def needs_gradients(gm: fx.GraphModule) -> bool:
     """Whether anything that goes into a fused op asks for a gradient."""
     if not torch.is_grad_enabled():
         return False
-    work = [n for n in gm.graph.nodes if n.target in (ops.route.default, *EXPERTS)]
+    work = [n for n in gm.graph.nodes if n.target in (ops.route.default, *EXPERTS) or over_ranks.travels(n)]
     seen = set(work)
     while work:  # nodes that the passes put in hold no values: what they are made of does
         for a in work.pop().all_input_nodes:
@@ -165,6 +167,26 @@ class _Lowering:
             self.graph.erase_node(gone)
         r.drop_unused()
         late.drop_unused()
+
+    def experts_over_ranks(self, n: fx.Node) -> None:
+        """Dispatch, products, combine where a law takes the block; else rows travel as written, and the fused op runs as it is."""
+        c, group, shared = over_ranks.read(n)
+        at = exchange.Place.of(group)
+        row, why = over_ranks.choose(n, c, at, training=self.train, shared=shared, one_kernel=self.choices.one_kernel)
+        if row is exchange.COLLECTIVES:
+            self.notes.append(f"experts over {at.world} ranks: rows travel by collectives and the fused op runs as it is: {why}")
+            return
+        if self.choices.quantize is not None:
+            self.notes.append("a block is not quantised: its experts are over ranks")
+        nodes = self.operands.plain(n, c)
+        with recording(n, n, c.reads) as r:
+            values = [r.value(a) for a in (c.x, c.ids, c.weights)]
+            p = Packed.of({name: [r.value(a) for a in of] for name, of in nodes.items()}, c.layout, False)
+            out = over_ranks.emitted(values, p, r.value(c.base), c.layout, row, at)
+        n.replace_all_uses_with(r.node(out))
+        self.graph.erase_node(n)
+        r.drop_unused()
+        self.notes.append(f"experts over {at.world} ranks: {row.calls}")
 
     def _reshaped(self, n: fx.Node, place: fx.Node, between: Sequence[fx.Node]) -> fx.Node:
         """The views that stood between the result and the add, on the sum."""

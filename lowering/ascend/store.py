@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,13 @@ class Store:
         # a copy made under inference mode could not be written again outside of it
         with self.lock, torch.inference_mode(False), torch.no_grad():
             return self._make(key, recipe, tensors)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """What was made of these is made again, in its own memory: for who has written past the versions (`p.data.copy_`)."""
+        written = set(map(id, tensors))
+        for k in list(self.kept.values()):
+            if any(id(r()) in written for r in k.sources):
+                k.versions = ()
 
     def _make(self, key: tuple[Any, ...], recipe: Recipe, tensors: Sequence[Tensor]) -> Tensor:
         old = self.kept.get(key)

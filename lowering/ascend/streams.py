@@ -19,20 +19,25 @@ import torch
 import torch.fx as fx
 
 from ...calls import is_write
+from .side_stream import enter_side, exit_side, record_event, wait_event
 
 LABEL = "moe_shared"  # of the one side stream
 _PRODUCT = ("npu_grouped_matmul",)
 _PRODUCTS = ("mm", "addmm", "bmm", "linear", "matmul", "baddbmm", "npu_quant_matmul")
+_DISPATCH = ("npu_moe_init_routing_v2", "npu_moe_distribute_dispatch_v2")
+_AROUND = ("where", "view", "reshape", "_unsafe_view")
 _names = itertools.count()  # event names are unique in the process: graphs are captured side by side
 
 
 @dataclass
 class Side:
-    """One shared expert: its nodes in order, the node whose value is added, where it joins, what it reads from the main stream."""
+    """One shared expert: its nodes in order, the node whose value is added, where it joins, the routed value that it is added to there,
+    and what it reads from the main stream."""
 
     nodes: list[fx.Node]
     result: fx.Node
     join: fx.Node
+    routed: fx.Node
     inputs: list[fx.Node] = field(default_factory=list)
 
     def down(self) -> fx.Node | None:
@@ -73,12 +78,30 @@ def is_product(n: fx.Node) -> bool:
 def find_sides(graph: fx.Graph) -> list[Side]:
     """Every combine with an addend that is computed for it alone and holds a matrix product."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    found = [_side(n, order) for n in graph.nodes if n.op == "call_function" and name_of(n) == "npu_moe_finalize_routing"]
+    found = [_side(n, *joined, order) for n in graph.nodes if (joined := _joined(n)) is not None]
     return [s for s in found if s is not None]
 
 
-def _side(join: fx.Node, order: dict[fx.Node, int]) -> Side | None:
-    result = join.args[1]
+def _joined(n: fx.Node) -> tuple[Any, fx.Node] | None:
+    """(what a shared expert would be, the routed value) where the two come together: in the combine, or behind one over ranks."""
+    if n.op != "call_function":
+        return None
+    if name_of(n) == "npu_moe_finalize_routing":
+        return n.args[1], n.args[0]  # type: ignore[return-value]
+    if name_of(n) not in ("add", "add_") or n.kwargs or len(n.args) != 2:
+        return None
+    a, b = n.args
+    return (b, a) if _over_ranks(a) else (a, b) if _over_ranks(b) else None  # type: ignore[return-value]
+
+
+def _over_ranks(n: Any) -> bool:
+    """Whether a value is a combine over ranks, seen through what leaves tokens out and through views."""
+    while isinstance(n, fx.Node) and name_of(n) in _AROUND:
+        n = n.args[1 if name_of(n) == "where" else 0]
+    return isinstance(n, fx.Node) and name_of(n) == "npu_moe_distribute_combine_v2"
+
+
+def _side(join: fx.Node, result: Any, routed: fx.Node, order: dict[fx.Node, int]) -> Side | None:
     if not isinstance(result, fx.Node) or not _may_move(result) or set(result.users) != {join}:
         return None
     nodes = {result}
@@ -88,7 +111,7 @@ def _side(join: fx.Node, order: dict[fx.Node, int]) -> Side | None:
     if not any(map(is_product, ordered)):
         return None
     inputs = [a for a in dict.fromkeys(a for n in ordered for a in n.all_input_nodes) if a not in nodes and a.op not in _CONSTANT]
-    return Side(ordered, result, join, inputs)
+    return Side(ordered, result, join, routed, inputs)
 
 
 _CONSTANT = ("placeholder", "get_attr")
@@ -263,9 +286,9 @@ def _last_getitem(n: fx.Node) -> fx.Node:
 
 def _two_stages(side: Side) -> Stages | None:
     """Gate and up run against the dispatch (they wait for the ids), down against the second GEMM (it waits for the activation)."""
-    second = _nearest(side.join.args[0], _PRODUCT)
+    second = _nearest(side.routed, _PRODUCT)
     activated = None if second is None else second.args[0][0]  # type: ignore[index]
-    dispatch = _nearest(second, ("npu_moe_init_routing_v2",))  # its counts are the GEMM's groups: no other layer's is nearer
+    dispatch = _nearest(second, _DISPATCH)  # its counts are the GEMM's groups: no other layer's is nearer
     first, down = next(n for n in side.nodes if is_product(n)), side.down()
     if down is None or dispatch is None or _nearest(activated, (*_PRODUCT, "npu_grouped_matmul_swiglu_quant_v2")) is None:
         return None
@@ -284,56 +307,3 @@ def _nearest(n: Any, names: Sequence[str]) -> fx.Node | None:
         work += [a for a in node.all_input_nodes if a not in seen]
         seen.update(node.all_input_nodes)
     return None
-
-
-# ---- eager mode: what the nodes call ---------------------------------------------------------------------------------------
-
-
-class _Streams:
-    """One side stream and its events in a process; nothing at all on a machine without an NPU."""
-
-    def __init__(self) -> None:
-        self.side: Any = None
-        self.main: list[Any] = []
-        self.events: dict[str, Any] = {}
-
-    def npu(self) -> Any:
-        module = getattr(torch, "npu", None)
-        return module if module is not None and module.is_available() else None
-
-
-_streams = _Streams()
-
-
-def record_event(tag: str) -> None:
-    """Record the event `tag` on the current stream."""
-    npu = _streams.npu()
-    if npu is not None:
-        event = _streams.events.setdefault(tag, npu.Event())
-        event.record(npu.current_stream())
-
-
-def wait_event(tag: str) -> None:
-    """Make the current stream wait for the event `tag`."""
-    npu = _streams.npu()
-    if npu is not None:
-        npu.current_stream().wait_event(_streams.events[tag])
-
-
-def enter_side(core_limit: tuple[int, int] | None) -> None:
-    """Issue on the side stream from here on."""
-    npu = _streams.npu()
-    if npu is None:
-        return
-    _streams.side = _streams.side or npu.Stream()
-    if core_limit is not None:
-        npu.set_stream_limit(_streams.side, *core_limit)
-    _streams.main.append(npu.current_stream())
-    npu.set_stream(_streams.side)
-
-
-def exit_side() -> None:
-    """Back to the stream that was left."""
-    npu = _streams.npu()
-    if npu is not None:
-        npu.set_stream(_streams.main.pop())

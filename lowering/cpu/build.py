@@ -1,5 +1,7 @@
-"""Builds the CPU kernels: one small shared library per direction and storage type, compiled once per machine, kept on disk.
+"""The CPU kernels: one small shared library per direction and storage type, from the package or compiled once per machine and kept on disk.
 
+A wheel may bring some (`prebuilt`): one for the highest level of the processor is taken as it is; else they are built, and a lower one
+is what is left where they cannot be.
 The compiler is the one Inductor would use. Without one, or with one that fails, `library` returns None, the ops run in plain torch, a
 warning says so and `failure` why. Instructions: `levels`.
 The cache is `$MOE_COMPILE_CACHE_DIR`, else `$XDG_CACHE_HOME/moe_compile`, else `~/.cache/moe_compile`.
@@ -14,7 +16,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from concurrent.futures import Future
@@ -23,14 +24,11 @@ from pathlib import Path
 
 import torch
 
-from . import levels
+from . import levels, prebuilt
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "kernels"
 STORAGE = {torch.float32: "STORAGE_F32", torch.bfloat16: "STORAGE_BF16", torch.float16: "STORAGE_F16"}
-_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-_TIMEOUT_S = 300
 
 _Key = tuple[str, torch.dtype, str]  # direction, dtype, level of instructions
 _lock = threading.Lock()
@@ -93,8 +91,38 @@ class _NoKernels(RuntimeError):
 
 
 def _load(direction: str, dtype: torch.dtype, level: str) -> ctypes.CDLL:
+    best, other = _prebuilt(direction, STORAGE[dtype], level)
+    if (found := _opened(best)) is not None:
+        return found
+    try:
+        return _built(direction, dtype, level)
+    except _NoKernels:
+        if (found := _opened(other)) is not None:
+            return found
+        raise
+
+
+def _prebuilt(direction: str, storage: str, level: str) -> tuple[Path | None, Path | None]:
+    """The file to take, and the one to take where none can be built."""
+    if level != levels.NATIVE:
+        return prebuilt.path(direction, storage, level), None
+    best, other = prebuilt.best(direction, storage)
+    return None if os.environ.get("MOE_COMPILE_CPU_LEVEL") == levels.NATIVE else best, other
+
+
+def _opened(file: Path | None) -> ctypes.CDLL | None:
+    if file is None:
+        return None
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as e:  # an older C library than that of the machine it was built on
+        log.info("%s cannot be loaded here: %s", file.name, e)
+        return None
+
+
+def _built(direction: str, dtype: torch.dtype, level: str) -> ctypes.CDLL:
     compiler = _compiler()
-    flags = [*_FLAGS, *levels.flags(level), f"-D{STORAGE[dtype]}", str(SOURCES / f"{direction}.cpp")]
+    flags = prebuilt.flags(direction, STORAGE[dtype], level)
     path = _cache_dir() / f"{direction}-{_key(compiler, flags)}.so"
     if not path.exists():
         _compile(compiler, flags, path)
@@ -111,9 +139,9 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
     os.close(handle)
     try:
         command = [compiler, *flags, "-o", name]
-        if subprocess.run(command[:1] + _openmp_flags() + command[1:], capture_output=True, timeout=_TIMEOUT_S).returncode:
+        if subprocess.run(command[:1] + prebuilt.openmp() + command[1:], capture_output=True, timeout=prebuilt.TIMEOUT_S).returncode:
             # a compiler without OpenMP still gives correct kernels, on one thread
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=prebuilt.TIMEOUT_S)
             if done.returncode:
                 raise _NoKernels(f"the C++ compiler {compiler} failed: {done.stderr.strip()[-2000:] or 'it says nothing'}")
         os.replace(name, path)
@@ -137,11 +165,6 @@ def _compiler() -> str:
     return found
 
 
-def _openmp_flags() -> list[str]:
-    # The runtime is found by name: torch has loaded its own libgomp, so both share one pool of threads.
-    return [] if sys.platform == "darwin" else ["-fopenmp"]
-
-
 def _cache_dir() -> Path:
     named = os.environ.get("MOE_COMPILE_CACHE_DIR")
     if named:
@@ -151,10 +174,7 @@ def _cache_dir() -> Path:
 
 def _key(compiler: str, flags: list[str]) -> str:
     """Changes with the sources, the flags, the compiler and the processor (homes are shared between machines)."""
-    h = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        if file.suffix in (".h", ".cpp"):
-            h.update(file.name.encode() + file.read_bytes())
+    h = hashlib.sha256(prebuilt.sources())
     stat = os.stat(compiler)
     h.update(repr((flags, os.path.realpath(compiler), stat.st_size, stat.st_mtime_ns, _processor())).encode())
     return h.hexdigest()[:24]

@@ -50,13 +50,14 @@ def says(ir: MoeBlock) -> str:
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
     if stored:
+        pairs = ", low-rank pairs" if ir.experts.adapted else ""
         rows = f", {rows_text(ir.experts.down_rows or ir.experts.up_rows)}" if ir.experts.rounded else ""
         kernel = (
             ir.experts.dtype in CODED_TYPES
-            and not (ir.experts.num_identity or ir.experts.rounded)
+            and not (ir.experts.num_identity or ir.experts.rounded or ir.experts.adapted)
             and _depth(act.encode(ir.experts.activation)[0]) <= _MAX_DEPTH
         )
-        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)}{rows})"
+        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)}{pairs}{rows})"
     if ir.experts.adapted:
         return f"cpu torch ({dtype}, low-rank pairs)"
     if ir.experts.chain is not None:

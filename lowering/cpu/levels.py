@@ -24,6 +24,11 @@ _X86 = {
 _BASE = "base"  # whatever every processor of this kind has
 
 
+def named() -> tuple[str, ...]:
+    """The levels for this kind of processor that do not depend on the machine, from the least on."""
+    return (_BASE, *(_X86 if _is_x86() else ()))
+
+
 def supported() -> tuple[str, ...]:
     """The levels that run here, from the least to the processor's own."""
     has = _instructions()

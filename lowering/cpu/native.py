@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import ops
 from ..reference.generic import Layout
-from . import build, experts, frozen
+from . import build, experts, frozen, prebuilt
 from .call import Call
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _build() -> None:
         compiler = build._compiler()
         torch_folder = Path(torch.__file__).parent
         flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-        flags += [f"-I{torch_folder / 'include'}", str(build.SOURCES / "call.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        flags += [f"-I{torch_folder / 'include'}", str(prebuilt.SOURCES / "call.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         path = build._cache_dir() / f"call-{build._key(compiler, [*flags, torch.__version__])}.so"
         if not path.exists():
             build._compile(compiler, flags, path)

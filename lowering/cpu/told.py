@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ...ir import MoeBlock
 from ...ops import layout_of
-from . import build, experts, frozen
+from . import build, experts, frozen, prebuilt
 
 _EXPERTS_PLAIN = 8  # arguments of the op before the plain ones
 
@@ -29,7 +29,8 @@ def missing() -> str:
     try:
         build._compiler()
     except RuntimeError as e:
-        return f"{e}: ops run in plain torch"
+        held = prebuilt.held()
+        return f"{e}: ops run in the kernels of this package ({', '.join(held)})" if held else f"{e}: ops run in plain torch"
     return ""
 
 

@@ -27,17 +27,18 @@ class Held:
     scales: Sequence[Tensor]
     zeros: Sequence[Tensor]
     table: Tensor | None
+    seconds: Sequence[Tensor]
     how: Stored
 
     @classmethod
     def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
-        codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
-        return cls(codes, scales, zeros, table[0] if table else None, how)
+        codes, scales, zeros, table, seconds = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table", "_second"))
+        return cls(codes, scales, zeros, table[0] if table else None, seconds, how)
 
     def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
         """Matrix `e` of tensor i; `...` for all that it holds."""
-        scale, zero = (ts[i][e] if ts else None for ts in (self.scales, self.zeros))
-        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table)
+        scale, zero, second = (ts[i][e] if ts else None for ts in (self.scales, self.zeros, self.seconds))
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table, second)
 
 
 class _Stacked:
@@ -82,7 +83,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     wide = accumulate_dtype(x.dtype)
     both = zip(("up", "down"), storage.stored(), strict=True)
     ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
-    floats: Operands[Any] = Operands(ups, downs, p.up_bias, p.down_bias)  # type: ignore[arg-type]
+    floats: Operands[Any] = _with_pairs(Operands(ups, downs, p.up_bias, p.down_bias), p)  # type: ignore[arg-type]
     outer, inner = (None if how is None else _rounding(how, x.dtype) for how in storage.rows())
     return generic.forward(x.to(wide), ids, weights, floats, add, layout, outer, inner)[0].to(x.dtype)
 
@@ -103,4 +104,8 @@ def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Oper
 
     up, down = storage.stored()
     biases = (tuple([b.to(dtype) for b in group]) for group in (p.up_bias, p.down_bias))
-    return Operands(floats("up", up), floats("down", down), *biases)
+    return _with_pairs(Operands(floats("up", up), floats("down", down), *biases), p)
+
+
+def _with_pairs(floats: Operands[Any], p: Operands[Tensor]) -> Operands[Any]:
+    return replace(floats, up_a=p.up_a, up_b=p.up_b, down_a=p.down_a, down_b=p.down_b)

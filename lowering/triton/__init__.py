@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import functools
+import importlib
+from typing import Any
+
+from torch import Tensor
 
 from ... import ops
 from ..target import Target
 from . import capability, pairs, short
 
 short.define(ops.library, ops.anywhere.IMPLEMENTATIONS, ops.shapes.SHAPES)
+
+
+def _stored_adapted(*args: Any) -> Tensor:
+    """Looked up when it is called: what it launches is made by triton."""
+    found: Tensor = importlib.import_module(f"{__package__}.stored").experts_stored_adapted(*args)
+    return found
+
+
 TARGET = Target(
     name="cuda",
     devices=("cuda",),
     refuses=capability.refuses,
     says=capability.says,
     dispatch_key="CUDA",
-    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS} | pairs.KERNELS,
+    kernels={name: functools.partial(short.call, name) for name in short.SCHEMAS} | pairs.KERNELS
+    | {"experts_stored_adapted": _stored_adapted},
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
     coded=True,

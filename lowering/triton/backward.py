@@ -20,6 +20,7 @@ from ..reference import generic
 from ..reference.generic import Layout
 from . import activation, hopper_calls, library_backward
 from . import backward_kernels as kernels
+from . import backward_row_kernels as row_kernels
 from .backward_sums import bias_grads, grad_weights
 from .call import Call, read
 from .combine import combine
@@ -132,7 +133,7 @@ def _sorted(p: Pass, *sources: Tensor) -> list[Tensor]:
     blocks = [cdiv(source.shape[1], block) for source in sources]
     second: tuple[Tensor | None, Tensor | None] = (sources[1], outs[1]) if len(sources) > 1 else (None, None)
     launch(
-        kernels.sort_rows, (tiles.shape[1], sum(blocks)),
+        row_kernels.sort_rows, (tiles.shape[1], sum(blocks)),
         sources[0], second[0], outs[0], second[1], p.rows.order, p.rows.offsets, tiles, tiles.shape[1], blocks[0],
         sources[0].shape[1], sources[-1].shape[1], sources[0].stride(0), sources[-1].stride(0),
         SLOTS=p.k, PAD=PAD, BN=block, num_warps=4,
@@ -288,7 +289,7 @@ def weight_grad(p: Pass, targets: list[Tensor], out: Operand, into: Operand, tra
     even = m % tile.bm == 0 and n % tile.bn == 0
     if p.tiles.padded:
         launch(
-            kernels.weight_grad_padded, grid,
+            row_kernels.weight_grad_padded, grid,
             _rows(left.rows, (PAD, tile.bm)), _rows(right.rows, (PAD, tile.bn)), target, p.starts,
             m, n, left.first, right.first, blocks_m, blocks_n, m * n, n,
             TABLED=not p.layout.stacked, EVEN=even, PRECISION=p.precision, DTYPE=_TYPES[left.rows.dtype],
@@ -296,7 +297,7 @@ def weight_grad(p: Pass, targets: list[Tensor], out: Operand, into: Operand, tra
         )  # fmt: skip
         return
     launch(
-        kernels.weight_grad, grid,
+        row_kernels.weight_grad, grid,
         left.columns, right.columns, target, p.rows.order, p.rows.offsets,
         m, n, blocks_m, blocks_n, left.rows.stride(0), right.rows.stride(0), m * n, n,
         GATHER_LEFT=left.gather, GATHER_RIGHT=right.gather, SLOTS=p.k, TABLED=not p.layout.stacked,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backward_kernels as kernels
+from . import backward_row_kernels as kernels
 from .gradients import Pass
 from .host import cdiv, power_of_2
 from .launch.tape import empty, launch

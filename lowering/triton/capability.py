@@ -45,7 +45,7 @@ def _refuses_stored(e: Experts) -> str | None:
     if any(s is not None and s.bits > 8 for s in (e.up_stored, e.down_stored)):
         return "float expert weights with scales have no CUDA lowering"
     if e.rounded:
-        return None  # in plain torch
+        return None  # what no kernel takes runs in plain torch
     if e.dtype not in _KERNEL_DTYPES or e.num_identity:
         return f"expert weights in few bits with {'identity experts' if e.num_identity else f'rows of {e.dtype}'} have no CUDA lowering"
     return None
@@ -55,8 +55,10 @@ def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")
     stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
+    if stored and ir.experts.adapted:
+        return f"triton ({dtype}, low-rank pairs beside floats made of {', '.join(stored)}, in turns)"
     if stored and ir.experts.rounded:
-        return f"torch ({dtype}, {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
+        return f"triton ({dtype}, weights {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:
         return f"triton ({dtype}, weights {', '.join(stored)})"
     if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:

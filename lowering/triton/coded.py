@@ -12,10 +12,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...ir import Rows
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
-from . import activation, coded_gemm, codes_kernels, gemm
+from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, rounding
+from .coded_tiles import DECODING, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -42,40 +44,7 @@ class Coded:
     down_bias: Biases | None
     add: Tensor | None
     layout: Layout
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together.
-
-    early: scales go to the numbers even where they could go to the sums.
-    """
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-    group: int = 1
-    early: bool = False
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Columns and bytes of depth of a program of the few-token pair, warps."""
-
-    bn: int
-    bb: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a call runs: tiles of the up and the down projection."""
-
-    up: Tile
-    down: Tile
-    few: tuple[Vector, Vector] | None = None
+    hidden_rows: Rows | None = None  # how those of the down projection are rounded
 
 
 def forward(
@@ -110,7 +79,7 @@ def operands(
     """The operands for the kernels, None where they are beyond them."""
     up, down = storage.stored()
     floats = (*p.up_bias, *p.down_bias)
-    if x.dtype not in DTYPES or up is None or down is None or any(storage.rows()) or layout.num_identity or x.shape[1] == 0:
+    if x.dtype not in DTYPES or up is None or down is None or layout.num_identity or x.shape[1] == 0:
         return None
     if any(t.dtype != x.dtype for t in floats):
         return None
@@ -119,9 +88,20 @@ def operands(
     if u is None or d is None:
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
+    outer, inner = storage.rows()
+    if any(how is not None and not rounding.fits(how, width) for how, width in ((outer, u.k), (inner, d.k))):
+        return None
+    if (outer or inner) and layout.weight_on_input:
+        return None
+    x = x if outer is None else rounding.rounded(x, outer)
     add = add if add is None or add.stride(1) == 1 else add.contiguous()
     biases = up_biases(layout, p.up_bias), down_biases(layout, p.down_bias)
-    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout)
+    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout, inner)
+
+
+def _hidden(c: Coded, a: Tensor) -> Tensor:
+    """The rows of the down projection as its product reads them."""
+    return a if c.hidden_rows is None else rounding.rounded(a, c.hidden_rows)
 
 
 # ---- few tokens ----------------------------------------------------------------------------------------------------
@@ -130,7 +110,7 @@ def operands(
 def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     few_up(c, a, up)
-    few_down(c, a, out, down)
+    few_down(c, _hidden(c, a), out, down)
     return out
 
 
@@ -185,11 +165,18 @@ def _extents(w: Codes, v: Vector) -> dict[str, Any]:
 def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
     layout = c.layout
     a = empty(c.x, c.ids.numel(), c.up.at.n)
-    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((choice.up.bm, choice.down.bm))))
+    up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+    rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
-    grouped_gemm(c.x, c.up, c.up_bias, rows, a, choice.up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
-    grouped_gemm(a, c.down, c.down_bias, rows, y, choice.down)
-    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input)
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
+    grouped_gemm(_hidden(c, a), c.down, c.down_bias, rows, y, down)
+    rank = rows.rank if down.hopper else None
+    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input, rank=rank)
+
+
+def runnable(a: Tensor, w: Codes, tile: Tile) -> Tile:
+    """The tile, or where it is the warp-specialised kernel's, which does not take these operands, the plain kernel's."""
+    return tile if not tile.hopper or hopper_coded_calls.fits(a, w) else replace(tile, hopper=False)
 
 
 def grouped_gemm(
@@ -203,7 +190,13 @@ def grouped_gemm(
     gather: int = 0,
     row_weights: Tensor | None = None,
 ) -> None:
-    """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots."""
+    """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots.
+
+    The warp-specialised kernel (`tile.hopper`) leaves the results in the dispatch's rows.
+    """
+    if tile.hopper:
+        hopper_coded_calls.grouped_gemm(a, w, bias, rows, out, tile.group, layout, gather, row_weights)
+        return
     mode = gemm.PLAIN if layout is None else gemm.DUAL if layout.gated else gemm.SINGLE
     act = activation.functions(layout.act_ops, layout.act_consts).act if layout is not None else None
     tiles, pdl = rows.tiles[tile.bm], {"launch_pdl": True} if early_launch(a) else {}
@@ -276,30 +269,14 @@ def choose(c: Coded) -> Choice | None:
         tile = Tile(16, 16, 16, 4, 1)
         choice = Choice(tile, tile, (Vector(16, 16, 4), Vector(16, 16, 4)) if tokens <= 2 else None)
     else:
-        up, down = _packed(rows) if c.up.packed else _bytes(rows)
+        up, down = of_halves(rows) if c.up.packed else of_bytes(rows)
+        if decoding(rows, c.up.packed):
+            up = DECODING if hopper_coded_calls.fits(c.x, c.up) else up
+            down = DECODING if hopper_coded_calls.fits(c.x, c.down, c.up.at.n) else down
         choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):
         return None
     return choice
-
-
-def _bytes(rows: float) -> tuple[Tile, Tile]:
-    """Tiles of codes of a byte."""
-    if rows <= 40:
-        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3, early=True)
-        return tile, tile
-    if rows <= 100:
-        return Tile(64, 64, 128, 4, 3, 8, early=True), Tile(64, 128, 128, 8, 3, 8, early=True)
-    tile = Tile(128, 128, 64, 8, 3, 8, early=True)
-    return tile, tile
-
-
-def _packed(rows: float) -> tuple[Tile, Tile]:
-    """Tiles of codes of half a byte."""
-    if rows <= 40:
-        tile = Tile(16 if rows <= 12 else 32, 64, 128, 4, 3)
-        return tile, tile
-    return Tile(64 if rows <= 90 else 128, 64, 64, 4, 3, 8), Tile(64, 128, 64, 8, 3, 8)
 
 
 def _vectors(c: Coded) -> tuple[Vector, Vector]:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .codes_kernels import BITS, E4M3, EXPONENT, base_of, block_of, halves, number, scaling
-from .gemm import DUAL, PLAIN, _place
+from .gemm import DUAL, PLAIN, _place, rows_of
 
 NONE, BEHIND, STEPS, BEFORE = (tl.constexpr(i) for i in range(4))
 
@@ -132,19 +132,10 @@ def coded_gemm(
     row_tiles = tl.load(num_tiles)
     tile = tl.program_id(0)
     if tile < row_tiles * blocks:
+        SLOTS: tl.constexpr = GATHER or SCATTER or WEIGHTED
         at, block = _place(tile, row_tiles, blocks, GROUP)
         n0 = block * BN
-        e = tl.load(tiles + at)
-        first = tl.load(tiles + max_tiles + at)
-        end = tl.load(offsets + e + 1)
-        rows = first + tl.arange(0, BM)
-        live = rows < end
-        if GATHER or SCATTER or WEIGHTED:
-            slots = tl.load(order + rows, mask=live, other=0)
-        if GATHER:
-            source = (slots // slots_per_token).to(tl.int64)
-        else:
-            source = tl.where(live, rows, first).to(tl.int64)
+        e, rows, live, slots, source = rows_of(at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, SLOTS, BM)
         g = tl.zeros((BN, BM), tl.float32)
         u = tl.zeros((BN if MODE == DUAL else 16, BM), tl.float32)
         for k0 in tl.range(0, k, BK, num_stages=STAGES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,6 +152,38 @@ def _grouped(c: Call, out: Tensor, pre: Tensor | None, choice: Choice) -> Tensor
                    early=c.late is None, rank=rows.rank if in_rows else None)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Product:
+    """out[r] = epilogue(a[r] W[e]ᵀ) over the rows of a dispatch, with a tile.
+
+    `out`: [N, n], or where `depth_parts` is s [s·N, n], row r of part p at p·N + r. `layout`: whose activation runs on the projections;
+    None: the plain product. `gather` = k: row r of the product is a[slot(r) // k]. `pre`: keeps the pre-activations. `row_weights` [N] by
+    slot scale the input rows.
+    """
+
+    a: Tensor
+    w: Matrices
+    bias: Biases | None
+    rows: Dispatch
+    out: Tensor
+    tile: Tile
+    layout: Layout | None = None
+    gather: int = 0
+    pre: Tensor | None = None
+    row_weights: Tensor | None = None
+
+    @property
+    def mode(self) -> Any:
+        """What the epilogue does with the accumulators."""
+        mode = gemm.PLAIN if self.layout is None else _mode(self.layout)
+        return gemm.INTERLEAVED if mode == gemm.DUAL and self.w.whole is not None else mode
+
+    @property
+    def epilogue(self) -> dict[str, bool]:
+        return {"GATHER": self.gather > 0, "SAVE": self.pre is not None, "BIAS": self.bias is not None,
+                "WEIGHTED": self.row_weights is not None}  # fmt: skip
+
+
 def grouped_gemm(
     a: Tensor,
     w: Matrices,
@@ -165,44 +197,42 @@ def grouped_gemm(
     pre: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> None:
-    """out[r] = epilogue(a[r] W[e]ᵀ) over the rows of a dispatch.
-
-    `out`: [N, n], or where `depth_parts` is s [s·N, n], row r of part p at p·N + r. `layout`: whose activation runs on the projections;
-    None: the plain product. `gather` = k: row r of the product is a[slot(r) // k]. `scatter`: results go to out[slot(r)], which the
-    warp-specialised kernel does not do. `pre`: keeps the pre-activations. `row_weights` [N] by slot scale the input rows.
-    """
-    mode = gemm.PLAIN if layout is None else _mode(layout)
-    if mode == gemm.DUAL and w.whole is not None:
-        mode = gemm.INTERLEAVED
+    """A `Product`. `scatter`: results go to out[slot(r)], which the warp-specialised kernel does not do."""
+    p = Product(a, w, bias, rows, out, tile, layout, gather, pre, row_weights)
     if not scatter and uses_hopper(a, w, tile):
-        warp_specialised(a, w, bias, rows, out, tile, mode, layout, gather, pre, row_weights)
-        return
-    parts: tuple[Any, ...] = w.parts
-    stride_n, bn = w.stride_n, tile.bn
-    if w.whole is not None:
-        parts, stride_n, bn = (w.whole,), w.whole.stride(-2), max(tile.bn // 2, 16)
-    width = 2 * bn if mode == gemm.INTERLEAVED else bn
-    kind = _kind(w)
-    if tile.tma and not w.table and a.is_cuda and all(tma_fits(p) for p in parts):
-        kind = gemm.TMA
-        block = (width, tile.bk) if w.out_in else (tile.bk, width)
-        parts = tuple(descriptor(p, block) for p in parts)
+        warp_specialised(p)
+    else:
+        _plain(p, scatter)
+
+
+def _plain(p: Product, scatter: bool) -> None:
+    """A product by gemm.py."""
+    a, w, tile, rows, mode = p.a, p.w, p.tile, p.rows, p.mode
+    bn = tile.bn if w.whole is None else max(tile.bn // 2, 16)
+    parts, kind = _reached(p, (2 * bn if mode == gemm.INTERLEAVED else bn, tile.bk))
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
-    fns = activation.functions(layout.act_ops, layout.act_consts) if layout is not None else None
+    fns = activation.functions(p.layout.act_ops, p.layout.act_consts) if p.layout is not None else None
     most = tiles.shape[1] * cdiv(w.n, bn)
-    grid = (min(most, tile.per_sm * processors(a.device)) if tile.per_sm else most,)
     pdl = {"launch_pdl": True} if early_launch(a) else {}
     launch(
-        gemm.grouped_gemm, grid,
-        a, parts[0], parts[-1], *_bias_args(bias, a), row_weights, out, pre, rows.order, rows.offsets, tiles, count,
-        tiles.shape[1], w.n, w.k, max(gather, 1),
-        a.stride(0), w.stride_e, stride_n, w.stride_k, *_bias_strides(bias), out.stride(0), pre.stride(0) if pre is not None else 0,
-        MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in,
-        GATHER=gather > 0, SCATTER=scatter, SAVE=pre is not None, BIAS=bias is not None, WEIGHTED=row_weights is not None,
+        gemm.grouped_gemm, (min(most, tile.per_sm * processors(a.device)) if tile.per_sm else most,),
+        a, parts[0], parts[-1], *_bias_args(p.bias, a), p.row_weights, p.out, p.pre, rows.order, rows.offsets, tiles, count,
+        tiles.shape[1], w.n, w.k, max(p.gather, 1),
+        a.stride(0), w.stride_e, w.stride_n if w.whole is None else w.whole.stride(-2), w.stride_k, *_bias_strides(p.bias),
+        p.out.stride(0), p.pre.stride(0) if p.pre is not None else 0,
+        MODE=mode, ACT=fns.act if fns else None, WEIGHTS=kind, OUT_IN=w.out_in, SCATTER=scatter, **p.epilogue,
         EVEN_N=w.n % bn == 0, EVEN_K=w.k % tile.bk == 0, PRECISION=precision(a.dtype),
         BM=tile.bm, BN=bn, BK=tile.bk, STAGES=tile.stages, PDL=bool(pdl), GROUP=tile.group, ALIGNED=w.aligned,
         num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
+
+
+def _reached(p: Product, box: tuple[int, int]) -> tuple[tuple[Any, ...], Any]:
+    """The matrices as the plain kernel takes them, and how it reaches them; `box`: columns and depth of a tile."""
+    parts = _whole(p.w)
+    if not (p.tile.tma and not p.w.table and p.a.is_cuda and all(tma_fits(t) for t in parts)):
+        return parts, _kind(p.w)
+    return tuple(descriptor(t, box if p.w.out_in else box[::-1]) for t in parts), gemm.TMA
 
 
 def uses_hopper(a: Tensor, w: Matrices, tile: Tile) -> bool:
@@ -238,48 +268,34 @@ def hopper_fits(a: Tensor, w: Matrices, tile: Tile) -> bool:
     return card and rows and shape and a.dtype != torch.float32 and not w.table and all(flat_fits(p) for p in _whole(w))
 
 
-def warp_specialised(
-    a: Tensor,
-    w: Matrices,
-    bias: Biases | None,
-    rows: Dispatch,
-    out: Tensor,
-    tile: Tile,
-    mode: Any,
-    layout: Layout | None,
-    gather: int,
-    pre: Tensor | None,
-    row_weights: Tensor | None,
-    pad: int = 0,
-) -> None:
-    """`grouped_gemm` by hopper.py, in as many parts as `out` has rows for.
-
-    `pad`: every expert's rows of `a` are filled up to whole groups of so many.
-    """
+def warp_specialised(p: Product, pad: int = 0) -> None:
+    """A product by hopper.py, in as many parts as `out` has rows for. `pad`: every expert's rows of `a` fill whole groups of so many."""
     from . import hopper
 
+    a, w, tile, rows, out, pre = p.a, p.w, p.tile, p.rows, p.out, p.pre
     matrices = _whole(w)
-    box = (tile.bn, min(tile.bk, 128 // a.element_size())) if w.out_in else (tile.bk, tile.bn)
-    parts = [flat_descriptor(p, box) for p in matrices]
+    parts = [flat_descriptor(t, (tile.bn, min(tile.bk, 128 // a.element_size())) if w.out_in else (tile.bk, tile.bn)) for t in matrices]
     tiles, count = rows.tiles[tile.bm], rows.num_tiles[tile.bm]
-    row = max(matrices[0].stride()[1:])
     split = out.shape[0] // rows.order.shape[0]
-    blocks = split * cdiv(w.n, (1 if mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
-    fn = activation.gluon_act(layout.act_ops, layout.act_consts) if layout is not None else None
+    blocks = split * cdiv(w.n, (1 if p.mode in (gemm.DUAL, gemm.INTERLEAVED) else 2) * tile.bn * (_WARPED_ROWS[-1] // tile.bm))
     store = (hopper.HALF_ROWS.value, tile.bn)
     kept = [rows_descriptor(t, store) for t in pre.split(w.n, -1)] if pre is not None else [None]
-    together = 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k % (2 * split * tile.bk) == 0 else 1
     launch(
         hopper.grouped_gemm, (min(tiles.shape[1] * blocks, processors(a.device)),),
-        a, None if gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
-        *_bias_args(bias, a), row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
+        a, None if p.gather else rows_descriptor(a, (tile.bm, tile.bk)), parts[0], parts[-1],
+        *_bias_args(p.bias, a), p.row_weights, out, rows_descriptor(out, store), pre, kept[0], kept[-1],
         rows.order, rows.offsets, rows.tile_starts.get(pad), tiles, rows.tile_starts[tile.bm], count, rows.counters,
-        rows.order.shape[0], w.n, w.k, max(gather, 1), w.stride_e // row, a.stride(0), *_bias_strides(bias),
-        out.stride(0), pre.stride(0) if pre is not None else 0,
-        MODE=mode, ACT=fn, OUT_IN=w.out_in, GATHER=gather > 0, PAD=pad, SAVE=pre is not None, BIAS=bias is not None,
-        WEIGHTED=row_weights is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, SPLIT=split,
-        TOGETHER=together, EVEN_K=w.k % tile.bk == 0, num_warps=4,
+        rows.order.shape[0], w.n, w.k, max(p.gather, 1), w.stride_e // max(matrices[0].stride()[1:]), a.stride(0),
+        *_bias_strides(p.bias), out.stride(0), pre.stride(0) if pre is not None else 0,
+        MODE=p.mode, ACT=activation.gluon_act(p.layout.act_ops, p.layout.act_consts) if p.layout is not None else None,
+        OUT_IN=w.out_in, PAD=pad, **p.epilogue, BM=tile.bm, BN=tile.bn, BK=tile.bk, STAGES=tile.stages, GROUP=tile.group, SPLIT=split,
+        TOGETHER=_together(w, tile, split), EVEN_K=w.k % tile.bk == 0, num_warps=4,
     )  # fmt: skip
+
+
+def _together(w: Matrices, tile: Tile, split: int) -> int:
+    """Steps of depth that are asked for at a time."""
+    return 2 if tile.together == 2 and w.out_in and tile.stages > 2 and w.k % (2 * split * tile.bk) == 0 else 1
 
 
 def _whole(w: Matrices) -> tuple[Tensor, ...]:

@@ -64,6 +64,25 @@ def _place(tile, row_tiles, blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rows_of(
+    at, tiles, max_tiles, offsets, order, slots_per_token, GATHER: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Of a row tile: (expert, rows [BM], which of them are the expert's, their slots where SLOTS, the rows of `a` that they multiply)."""
+    e = tl.load(tiles + at)
+    first = tl.load(tiles + max_tiles + at)
+    rows = first + tl.arange(0, BM)
+    live = rows < tl.load(offsets + e + 1)
+    slots = rows
+    if SLOTS:
+        slots = tl.load(order + rows, mask=live, other=0)
+    if GATHER:
+        source = (slots // slots_per_token).to(tl.int64)
+    else:
+        source = tl.where(live, rows, first).to(tl.int64)
+    return e, rows, live, slots, source
+
+
+@triton.jit
 def _bias(bias, e, columns, n, stride_e, stride_n):
     return tl.load(bias + e.to(tl.int64) * stride_e + columns * stride_n, mask=columns < n, other=0.0).to(tl.float32)[None, :]
 
@@ -97,20 +116,11 @@ def grouped_gemm(
     row_tiles = tl.load(num_tiles)
     total = row_tiles * blocks
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
+        SLOTS: tl.constexpr = GATHER or SCATTER or WEIGHTED
         at, block = _place(tile, row_tiles, blocks, GROUP)
         n0 = block * BN
         wide0 = block * WIDTH
-        e = tl.load(tiles + at)
-        first = tl.load(tiles + max_tiles + at)
-        end = tl.load(offsets + e + 1)
-        rows = first + tl.arange(0, BM)
-        live = rows < end
-        if GATHER or SCATTER or WEIGHTED:
-            slots = tl.load(order + rows, mask=live, other=0)
-        if GATHER:
-            source = (slots // slots_per_token).to(tl.int64)
-        else:
-            source = tl.where(live, rows, first).to(tl.int64)
+        e, rows, live, slots, source = rows_of(at, tiles, max_tiles, offsets, order, slots_per_token, GATHER, SLOTS, BM)
         acc0 = tl.zeros((BM, WIDTH), tl.float32)
         acc1 = tl.zeros((BM, BN if MODE == DUAL else 16), tl.float32)
         for k0 in tl.range(0, k, BK, num_stages=STAGES):

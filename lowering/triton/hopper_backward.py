@@ -23,8 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import EARLY, _claim, _expert, _hear, _news, _place, _tell
-from .hopper import _release as _leave
+from .hopper_tiles import EARLY, channel, claim, expert_of, hear, leave, place_of, tell
 
 PAD = gl.constexpr(64)  # rows of a group and of a consumer; columns that an epilogue holds at once
 ROWS = gl.constexpr(128)
@@ -114,9 +113,9 @@ def _hidden_produce(
     rows, full, empty = ring[0], ring[2], ring[3]
     row_tiles = gl.load(num_tiles)
     tile = gl.program_id(0)
-    e = _expert(tile, tiles, row_tiles, blocks)
+    e = expert_of(tile, tiles, row_tiles, blocks)
     begin, end, group = gl.load(offsets + e), gl.load(offsets + e + 1), gl.load(starts + e)
-    row, block = _place(tile, gl.load(tile_starts + e), gl.load(tile_starts + e + 1), blocks, GROUP)
+    row, block = place_of(tile, gl.load(tile_starts + e), gl.load(tile_starts + e + 1), blocks, GROUP)
     claim_at = gl.maximum(steps - EARLY, 0)
     expert_at = gl.maximum(steps - EARLY + 3, 0)
     step = 0
@@ -125,11 +124,11 @@ def _hidden_produce(
         first = begin + row * ROWS
         at = group * PAD + row * ROWS
         now, column = e, block
-        _tell(news, told, heard, number, e, first, end, block, at)
+        tell(news, told, heard, number, e, first, end, block, at)
         step = _rows_feed(0, claim_at, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
-        tile = _claim(counter)
+        tile = claim(counter)
         step = _rows_feed(claim_at, expert_at, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
-        e = _expert(tile, tiles, row_tiles, blocks)
+        e = expert_of(tile, tiles, row_tiles, blocks)
         step = _rows_feed(expert_at, steps, step, grad, w, at, now, column, rows_per_expert, ring, N_FAST)
         begin, end, group = gl.load(offsets + e), gl.load(offsets + e + 1), gl.load(starts + e)
         tile_begin, tile_end = gl.load(tile_starts + e), gl.load(tile_starts + e + 1)
@@ -139,10 +138,10 @@ def _hidden_produce(
             if GATED:
                 tma.async_copy_global_to_shared(pre, [first, n + column * BN + j * PAD], full.index(s), _second(ring, s))
             step += 1
-        row, block = _place(tile, tile_begin, tile_end, blocks, GROUP)
+        row, block = place_of(tile, tile_begin, tile_end, blocks, GROUP)
         number += 1
-    _tell(news, told, heard, number, 0, -1, 0, 0, 0)
-    _leave(counter)
+    tell(news, told, heard, number, 0, -1, 0, 0, 0)
+    leave(counter)
 
 
 # ---- consumers ---------------------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def _hidden_consume(
     step = 0
     number = 0
     held = False  # the stage before still sends gradients
-    _, first, end, block, at = _hear(news, told, heard, number)
+    _, first, end, block, at = hear(news, told, heard, number)
     while first >= 0:
         if first + PART * PAD < end:
             live, slots = _rows_of(first, end, order, PART)
@@ -268,7 +267,7 @@ def _hidden_consume(
             held = False
         step += steps + BN // PAD
         number += 1
-        _, first, end, block, at = _hear(news, told, heard, number)
+        _, first, end, block, at = hear(news, told, heard, number)
     tma.store_wait(0)
 
 
@@ -286,7 +285,7 @@ def grad_hidden(
     """
     ring_a, ring_w = _ring(grad, STAGES), _ring(w, STAGES)
     staging = gl.allocate_shared_memory(grad.dtype, [2, PAD, PAD], gl.NVMMASharedLayout.get_default_for([PAD, PAD], grad.dtype))
-    news, told, heard = _news()
+    news, told, heard = channel()
     full, empty = _barriers(STAGES, 2)
     ring = (ring_a, ring_w, full, empty)
     blocks = n // BN

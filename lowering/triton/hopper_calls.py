@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...ir import Form
 from ..reference.generic import Layout
-from . import activation, gemm
+from . import activation
 from .call import Call
 from .dispatch import Dispatch
-from .experts import hopper_fits, warp_specialised
+from .experts import Product, hopper_fits, warp_specialised
 from .host import capability, cdiv, processors
 from .launch.tape import launch
 from .tune import Tile
@@ -97,7 +97,7 @@ def grad_hidden(
 
 def grad_input(d_pre: Tensor, w: Matrices, rows: Dispatch, out: Tensor) -> None:
     """out [N, H] by sorted row = d_pre W, d_pre in padded order."""
-    warp_specialised(d_pre, w, None, rows, out, INPUT, gemm.PLAIN, None, 0, None, None, pad=PAD)
+    warp_specialised(Product(d_pre, w, None, rows, out, INPUT), pad=PAD)
 
 
 def weight_grad(left: Tensor, left0: int, right: Tensor, right0: int, out: Tensor, rows: Dispatch) -> None:

@@ -1,7 +1,7 @@
 """The experts' weight gradients on Hopper, by hand: copies and products in warps of their own (Gluon).
 
-The contract of `backward_kernels.weight_grad_padded`, its twin: out[e] = Σ_r L[r]ᵀ R[r] over the expert's groups of 64 rows, zeros for an
-expert without rows.
+The contract of `backward_row_kernels.weight_grad_padded`, its twin: out[e] = Σ_r L[r]ᵀ R[r] over the expert's groups of 64 rows, zeros
+for an expert without rows.
 
     producer (1 warp)               claims a tile; 64 rows of both operands a step, by TMA, into a ring of stages
     consumer 0, 1, 2 (4 warps)      64 rows of the tile each, all its columns: wgmma on a stage as soon as it is full, then the epilogue
@@ -30,9 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import _claim, _hear, _news, _tell
-from .hopper import _release as _leave
 from .hopper_backward import PAD, _await_empty, _await_full, _barriers, _release, _ring, _skip
+from .hopper_tiles import channel, claim, hear, leave, tell
 
 CONSUMERS = gl.constexpr(3)
 
@@ -62,7 +61,7 @@ def _produce(
         block = tile - e * per_expert
         m0 = block // blocks_n * (CONSUMERS * PAD)
         n0 = block % blocks_n * (2 * WIDTH)
-        _tell(news, told, heard, number, e * m + m0, first, end, n0, m - m0)
+        tell(news, told, heard, number, e * m + m0, first, end, n0, m - m0)
         next_e, next_first, next_end = _groups(following, starts, total, per_expert)
         for group in range(first, end):
             s = _await_empty(full, empty, step, bytes)
@@ -71,12 +70,12 @@ def _produce(
             for i in gl.static_range(2):
                 tma.async_copy_global_to_shared(right, [group * PAD, right0 + n0 + i * WIDTH], full.index(s), ring_r.index(2 * s + i))
             step += 1
-        tile, following = following, gl.num_programs(0) + _claim(counter)
+        tile, following = following, gl.num_programs(0) + claim(counter)
         e, first, end = next_e, next_first, next_end
         number += 1
-    _tell(news, told, heard, number, 0, -1, 0, 0, 0)
+    tell(news, told, heard, number, 0, -1, 0, 0, 0)
     if following >= total:  # always: a program's numbers grow. So its last claim has arrived before it leaves
-        _leave(counter)
+        leave(counter)
 
 
 # ---- consumers ---------------------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ def _consume(out, ring_l, ring_r, place, full, empty, news, told, heard, PART: g
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     step = 0
     number = 0
-    row, first, end, column, rows = _hear(news, told, heard, number)
+    row, first, end, column, rows = hear(news, told, heard, number)
     while first >= 0:
         after = step + end - first
         if rows > PART * PAD:
@@ -125,7 +124,7 @@ def _consume(out, ring_l, ring_r, place, full, empty, news, told, heard, PART: g
             _skip(full, empty, step, end - first)
         step = after
         number += 1
-        row, first, end, column, rows = _hear(news, told, heard, number)
+        row, first, end, column, rows = hear(news, told, heard, number)
     tma.store_wait(0)
 
 
@@ -140,7 +139,7 @@ def weight_grad(left, right, out, starts, counter, experts, m, n, left0, right0,
     ring_l = _ring(left, STAGES * CONSUMERS)
     ring_r = _ring(right, STAGES * 2)
     places = _ring(out, CONSUMERS)
-    news, told, heard = _news(CONSUMERS)
+    news, told, heard = channel(CONSUMERS)
     full, empty = _barriers(STAGES, CONSUMERS)
     blocks_m = gl.cdiv(m, CONSUMERS * PAD)
     blocks_n = gl.cdiv(n, 2 * right.block_shape[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...ir import Form
 from ...ir.operands import Operands
 from . import activation, hopper_calls
-from .backward_kernels import _finish_part
+from .backward_kernels import finish_part
 from .backward_sums import grad_weights
 from .call import Call
 from .combine import combine
@@ -99,7 +99,7 @@ def _finish(
     mask = live[:, None] & (columns < n)[None, :]
     acc = tl.load(d_hidden + rows.to(tl.int64)[:, None] * n + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(weights + slots, mask=live, other=0.0).to(tl.float32)
-    total = _finish_part(acc, rows, rows, live, live, scale, pre, d_pre, None, hidden, block * BN, n, stride_pre,
+    total = finish_part(acc, rows, rows, live, live, scale, pre, d_pre, None, hidden, block * BN, n, stride_pre,
                          DUAL, GATED, False, True, D_PRE, False, HIDDEN, 0)  # fmt: skip
     if SUMS:
         tl.store(sums + slots.to(tl.int64) * blocks + block, total, mask=live)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ...ir import Stored
-from ...ir.operands import Operands
-from ...ir.records import Layout, Storage
+from ...ir.operands import ADAPTED, PLAIN, STORED_ADAPTED, Operands
+from ...ir.records import AdaptedLayout, Layout, Storage
+from ...ops.records import bundled, stored_adapted_of
 from ..reference import generic
 from ..reference import stored as reference
 from ..reference.stored import Held
@@ -25,6 +26,12 @@ from .launch.later import Later, NotRecorded
 
 CHUNK = 16  # experts whose matrices are floats at the same time
 FEW = 32  # (token, slot) pairs that have a matrix each
+
+
+def experts_stored_adapted(*args: Any) -> Tensor:
+    """As the op of this name: low-rank pairs beside a workspace of floats."""
+    x, ids, weights, p, (add, *plain) = bundled(args, STORED_ADAPTED)
+    return forward(x, ids, weights, p, add, *stored_adapted_of(plain))
 
 
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
@@ -82,7 +89,18 @@ def _run(
         down_bias=floats("down_bias", None, 1),
     )
     plain = replace(layout, num_experts=count, stacked=True)
+    if isinstance(layout, AdaptedLayout):
+        workspace = replace(workspace, **{name: tuple(_pairs(getattr(p, name), experts, layout, first)) for name in ADAPTED[len(PLAIN) :]})
+        return torch.ops.moe_compile.experts_adapted(  # type: ignore[no-any-return]
+            x, ids, weights, *workspace.lists(ADAPTED), add, *vars(plain).values()
+        )
     return torch.ops.moe_compile.experts(x, ids, weights, *workspace.lists(), add, *vars(plain).values())  # type: ignore[no-any-return]
+
+
+def _pairs(matrices: Sequence[Tensor], experts: Tensor, layout: Layout, first: int) -> list[Tensor]:
+    """[n, ..] of low-rank pairs, of each part that has one."""
+    starts = [part * layout.num_experts + first for part in range(len(matrices) // layout.num_experts)]
+    return _plain(matrices, experts, None if layout.stacked else starts)
 
 
 def _plain(weights: Sequence[Tensor], experts: Tensor, starts: list[int] | None) -> list[Tensor]:

@@ -133,7 +133,8 @@ def _in_shared(block: tuple[int, int], dtype: torch.dtype) -> Any:
     """How a box lies in shared memory, as the products take it."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    kinds = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8}
+    return gl.NVMMASharedLayout.get_default_for(list(block), kinds[dtype])
 
 
 def flat_fits(t: Tensor) -> bool:

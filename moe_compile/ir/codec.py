@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import sympy as sp
 import torch
 
-from . import chain, scalar
+from . import chain, scalar, storage
 from .chain import Chain
+from .storage import Storing
 
 T = TypeVar("T")
 # type of a record's field, as written -> (type in an op's schema, what makes such a value)
@@ -27,8 +28,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tuple[int, ...]": ("int[]", lambda v: [int(i) for i in v]),
     "tuple[float, ...]": ("float[]", lambda v: [float(c) for c in v]),
 }
-_PROGRAM = {"tuple[int, ...]": 0, "tuple[float, ...]": 1}  # an expression's or a chain's part in such a field: operations, constants
-_PROGRAMS: dict[Any, Any] = {sp.Expr: scalar, Chain: chain, Chain | None: chain}  # what encodes and decodes them
+_PROGRAM = {"tuple[int, ...]": 0, "tuple[float, ...]": 1}  # what part of a program such a field is
+_PROGRAMS: dict[Any, Any] = {sp.Expr: scalar, Chain: chain, Chain | None: chain, Storing: storage}  # what encodes and decodes them
 
 
 def schema(record: type, prefix: str = "") -> str:
@@ -84,7 +85,7 @@ def _read(record: type, f: Field[Any], meaning: Any) -> Any:
         value = getattr(value, name)
         if value is None:
             return getattr(record, "ABSENT", {}).get(f.name, 0)
-    coder = next((_PROGRAMS[kind] for kind in (sp.Expr, Chain) if isinstance(value, kind)), None)
+    coder = next((_PROGRAMS[kind] for kind in (sp.Expr, Chain, Storing) if isinstance(value, kind)), None)
     return value if coder is None else coder.encode(value)[_PROGRAM[str(f.type)]]
 
 

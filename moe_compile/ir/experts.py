@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
@@ -16,6 +16,7 @@ from . import scalar as act
 from .chain import Chain
 from .operands import Operands
 from .rows import Rows
+from .storage import Storing
 from .stored import Stored
 
 
@@ -90,6 +91,10 @@ class Experts:
         return self.up_rows is not None or self.down_rows is not None
 
     @property
+    def storage(self) -> Storing:
+        return Storing(self.up_stored, self.down_stored, self.up_rows, self.down_rows)
+
+    @property
     def adapted(self) -> bool:
         """Whether a projection has a low-rank pair."""
         return bool(self.up_pair or self.second_pair or self.down_pair)
@@ -114,10 +119,10 @@ class Experts:
             return t[0::2], t[1::2]
 
         def matrix(name: str, how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
-            t, scale, zero = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero"))
+            t, scale, zero, second = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero", "_second"))
             assert t is not None
             table = next(iter(getattr(p, f"{name}_table")), None)
-            t = t if how is None else how.matrix(t, scale, dtype, zero, table)
+            t = t if how is None else how.matrix(t, scale, dtype, zero, table, second)
             return t.t() if transposed else t
 
         up = ("up", self.up_stored, self.up_transposed)
@@ -183,6 +188,11 @@ class Experts:
         that is none of theirs.
         """
         return self.run(x, ids, weights, Operands.named(up=up, down=down, up_bias=up_bias, down_bias=down_bias, **others), add, dtype)
+
+    def resized(self, known: Mapping[int, int]) -> Experts:
+        """The same experts with other widths: old -> new."""
+        widths = {name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(self, name),)}
+        return replace(self, **widths, chain=None if self.chain is None else self.chain.resized(known))
 
     def run(self, x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As `evaluate`, on the parameters in one bundle."""

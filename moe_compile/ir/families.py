@@ -7,7 +7,7 @@ from typing import Any
 
 from . import Experts
 from .codec import encode
-from .operands import ADAPTED, CHAINED, CODED, PLAIN
+from .operands import ADAPTED, CHAINED, CODED, PLAIN, STORED_ADAPTED
 from .records import AdaptedLayout, ChainedLayout, Layout, Storage
 
 
@@ -27,12 +27,15 @@ class Family:
 EXPERTS = Family("experts", PLAIN, (Layout,))
 EXPERTS_STORED = Family("experts_stored", CODED, (Layout, Storage))
 EXPERTS_ADAPTED = Family("experts_adapted", ADAPTED, (AdaptedLayout,))
+EXPERTS_STORED_ADAPTED = Family("experts_stored_adapted", STORED_ADAPTED, (AdaptedLayout, Storage))
 EXPERTS_CHAINED = Family("experts_chained", CHAINED, (ChainedLayout,))
-FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED, EXPERTS_CHAINED)
+FAMILIES = (EXPERTS, EXPERTS_STORED, EXPERTS_ADAPTED, EXPERTS_STORED_ADAPTED, EXPERTS_CHAINED)
 
 
 def family_of(experts: Experts) -> Family:
     """Whose op runs them."""
     if experts.chain is not None:
         return EXPERTS_CHAINED
-    return EXPERTS_STORED if experts.coded else EXPERTS_ADAPTED if experts.adapted else EXPERTS
+    if experts.coded:
+        return EXPERTS_STORED_ADAPTED if experts.adapted else EXPERTS_STORED
+    return EXPERTS_ADAPTED if experts.adapted else EXPERTS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,8 +11,9 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
+CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second")
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
+STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
 CHAINED = ("parts",)
 
 
@@ -34,6 +35,8 @@ class Operands(Generic[T]):
     down_zero: tuple[T, ...] = ()
     up_table: tuple[T, ...] = ()
     down_table: tuple[T, ...] = ()
+    up_second: tuple[T, ...] = ()
+    down_second: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()
@@ -77,3 +80,30 @@ class Operands(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         return (x for group in self.groups() for x in group)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Several low-rank pairs of a projection as one:  Σ_i s_i b_i (a_i x) = s_0 [b_0, b_1 s_1/s_0, ...] ([a_0; a_1; ...] x).
+
+    `up` (one for each part that has pairs) and `down` (one, or none): s_i / s_0 of the pairs, which stand one after the other in the
+    lists of `Operands`, `each` matrices a pair.
+    """
+
+    up: tuple[tuple[float, ...], ...]
+    down: tuple[tuple[float, ...], ...]
+    each: int
+
+    def of(self, p: Operands[T], rows: Callable[[list[T]], T], columns: Callable[[list[T], Sequence[float]], T]) -> Operands[T]:
+        """One pair for each projection. `rows`: matrices one below the other; `columns`: side by side, each times its number."""
+
+        def joined(group: tuple[T, ...], parts: tuple[tuple[float, ...], ...], both: Callable[[list[T], Sequence[float]], T]) -> list[T]:
+            out, at = [], 0
+            for numbers in parts:
+                pairs = [group[at + i * self.each : at + (i + 1) * self.each] for i in range(len(numbers))]
+                out += [both(list(same), numbers) if len(numbers) > 1 else same[0] for same in zip(*pairs, strict=True)]
+                at += self.each * len(numbers)
+            return out
+
+        a = {f"{n}_a": tuple(joined(getattr(p, f"{n}_a"), getattr(self, n), lambda ts, _: rows(ts))) for n in ("up", "down")}
+        return replace(p, **a, **{f"{n}_b": tuple(joined(getattr(p, f"{n}_b"), getattr(self, n), columns)) for n in ("up", "down")})

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import Form, Rows, Stored
+from . import Form, Rows, Stored, storage
 from .chain import Chain, Kind, decode
 from .scalar import G
+from .storage import Storing
 
 _PROGRAM = {"act_ops": "activation", "act_consts": "activation"}
 
@@ -145,65 +146,22 @@ class ChainedLayout:
 class Storage:
     """Of experts whose weights are no plain floats, and of what is done to their rows, for `experts_stored`."""
 
-    AT: ClassVar = {f"{name}_{f.name}": f"{name}_stored.{f.name}" for name in ("up", "down") for f in fields(Stored)} | {
-        f"{name}_row_{f.name}": f"{name}_rows.{f.name}" for name in ("up", "down") for f in fields(Rows)
-    }
-    ABSENT: ClassVar = {
-        f"{name}_{what}": none
-        for name in ("up", "down")
-        for what, none in (("dtype", torch.float32), ("order", ()), ("values", ()), ("zero_order", ()), ("row_dtype", torch.float32))
-    }
+    AT: ClassVar = {"storage_ints": "storage", "storage_consts": "storage"}
 
-    up_bits: int
-    up_dtype: torch.dtype
-    up_scaled: int
-    up_rows: int
-    up_columns: int
-    up_axis: int
-    up_order: tuple[int, ...]
-    up_offset: float
-    up_values: tuple[float, ...]
-    up_tabled: bool
-    up_zeroed: int
-    up_exponents: int
-    up_zero_order: tuple[int, ...]
-    up_zero_offset: float
-    down_bits: int
-    down_dtype: torch.dtype
-    down_scaled: int
-    down_rows: int
-    down_columns: int
-    down_axis: int
-    down_order: tuple[int, ...]
-    down_offset: float
-    down_values: tuple[float, ...]
-    down_tabled: bool
-    down_zeroed: int
-    down_exponents: int
-    down_zero_order: tuple[int, ...]
-    down_zero_offset: float
-    up_row_bits: int
-    up_row_dtype: torch.dtype
-    up_row_group: int
-    up_row_floor: float
-    up_row_power: bool
-    up_row_floored: bool
-    down_row_bits: int
-    down_row_dtype: torch.dtype
-    down_row_group: int
-    down_row_floor: float
-    down_row_power: bool
-    down_row_floored: bool
+    storage_ints: tuple[int, ...]
+    storage_consts: tuple[float, ...]
+
+    @cached_property
+    def storing(self) -> Storing:
+        return storage.decode(self.storage_ints, self.storage_consts)
 
     def stored(self) -> tuple[Stored | None, Stored | None]:
         """Of the up projection and of the down projection."""
-        up, down = ([getattr(self, f"{name}_{f.name}") for f in fields(Stored)] for name in ("up", "down"))
-        return Stored(*up) if self.up_bits else None, Stored(*down) if self.down_bits else None
+        return self.storing.up, self.storing.down
 
     def rows(self) -> tuple[Rows | None, Rows | None]:
         """What is done to rows before the up projection and before the down projection."""
-        up, down = ([getattr(self, f"{name}_row_{f.name}") for f in fields(Rows)] for name in ("up", "down"))
-        return Rows(*up) if self.up_row_bits else None, Rows(*down) if self.down_row_bits else None
+        return self.storing.up_rows, self.storing.down_rows
 
 
 @dataclass(frozen=True)

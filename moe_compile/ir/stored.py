@@ -1,9 +1,10 @@
 """How weights lie in memory: codes of few bits, a scale for each block of them, and what a code stands for.
 
-    w[i, j] = (value(code[i, j]) - z[i // rows, j // columns]) · s[i // rows, j // columns]
+    w[i, j] = (value(code[i, j]) - z[i // rows, j // columns]) · s[i // rows, j // columns] · r[i // second_rows, j // second_columns]
 
 i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
-(1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32).
+(1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32). NVFP4 has scales of (1, 16),
+each a float8, and a second scale r for the whole matrix, which multiplies or divides.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Stored:
     place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
     has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
     scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
-    zero_offset is added to each.
+    zero_offset is added to each. second: whether there are second scales, and what they do; second_rows, second_columns: of the matrix
+    as stored that share one. They are laid out as scales that are no grid.
     """
 
     bits: int
@@ -71,10 +73,13 @@ class Stored:
     exponents: Exponent = Exponent.NONE
     zero_order: tuple[int, ...] = ()
     zero_offset: float = 0.0
+    second: Scale = Scale.NONE
+    second_rows: int = ALL
+    second_columns: int = ALL
 
     def __post_init__(self) -> None:
         """Plain numbers, as an op has them, are taken too."""
-        for name, kind in (("scaled", Scale), ("zeroed", Zero), ("exponents", Exponent)):
+        for name, kind in (("scaled", Scale), ("second", Scale), ("zeroed", Zero), ("exponents", Exponent)):
             object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
@@ -85,7 +90,8 @@ class Stored:
     @property
     def plain(self) -> bool:
         """Whether a code lies alone and is the number that it stands for."""
-        return not (self.axis or self.offset or self.values or self.tabled or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES)
+        coded = self.axis or self.offset or self.values or self.tabled
+        return not (coded or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES or self.second)
 
     def shape(self, words: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of codes in a matrix of words."""
@@ -94,13 +100,31 @@ class Stored:
 
     def scales_of(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of one matrix's scales, for a matrix of codes of `shape` as stored."""
-        r, c = (1 if b == ALL else -(-n // b) for n, b in zip(shape, (self.rows, self.columns), strict=True))
-        return (r, c) if self.grid else (max(r, c),)
+        return _blocks(shape, self.rows, self.columns)
+
+    def seconds_of(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """As `scales_of`, of second scales."""
+        return _blocks(shape, self.second_rows, self.second_columns)
 
     def matrix(
-        self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None = None, table: Tensor | None = None
+        self,
+        code: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        zero: Tensor | None = None,
+        table: Tensor | None = None,
+        second: Tensor | None = None,
     ) -> Tensor:
         """codes [.., R, C], scales (and zero points) as above -> the weights [.., R, C] in `dtype`, computed in it."""
+        w = self._once(code, scale, dtype, zero, table)
+        if second is None:
+            return w
+        r = second.to(dtype).unsqueeze(-2 if self.second_columns != ALL else -1)
+        r = 1 / r if self.second == Scale.DIVIDES else r
+        return times(w, r, max(self.second_rows, 1), max(self.second_columns, 1))
+
+    def _once(self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None, table: Tensor | None) -> Tensor:
+        """The weights without their second scales."""
         value = self.value(self.unpacked(code), table, dtype)
         if not self.scaled or scale is None:
             return value
@@ -145,6 +169,12 @@ class Stored:
         if code.is_cpu and code.dtype in _BYTES and type(code) in (Tensor, torch.nn.Parameter):  # a cast takes five times as long
             return _looked_up(torch.arange(256, dtype=torch.uint8).view(code.dtype).to(dtype), code.view(torch.uint8))
         return code.to(dtype) + self.offset if self.offset else code.to(dtype)
+
+
+def _blocks(shape: tuple[int, int], rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of what blocks of a matrix have one number of each."""
+    r, c = (1 if b == ALL else -(-n // b) for n, b in zip(shape, (rows, columns), strict=True))
+    return (r, c) if ALL not in (rows, columns) else (max(r, c),)
 
 
 def _looked_up(table: Tensor, code: Tensor) -> Tensor:

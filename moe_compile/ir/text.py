@@ -204,6 +204,10 @@ def stored_text(s: Stored | None) -> str:
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:
         return codes
+    if s.second:
+        again = replace(s, rows=s.second_rows, columns=s.second_columns, scaled=Scale.TIMES, second=Scale.NONE)
+        sign = "÷" if s.second == Scale.DIVIDES else "×"
+        return f"{stored_text(replace(s, second=Scale.NONE))} {sign}{stored_text(again).rpartition(' ×')[2]}"
     if s.scaled == Scale.DIVIDES:
         return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
     if s.columns == s.rows == ALL:

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..ir import Rejection
 from .call import Call, Roles, Spec
 from .fewer import Fewer
+from .narrow import narrow
 from .neutral import neutral
 from .places import Place
-from .probe import Probe, Windows, candidates
+from .probe import CONTAINERS, Probe, Windows, candidates
 from .rows import UNEVEN, Listener
 from .sealed import containers
 from .widened import Widened
@@ -122,6 +123,12 @@ class Bench:
         found |= {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int)}
         return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
 
+    def narrow(self) -> tuple[tuple[int, int], ...]:
+        """Narrow sizes for its wide ones."""
+        lists = {len(m) for m in (self.call.module.modules() if self.call.module else ()) if isinstance(m, CONTAINERS)}
+        rows = {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int) and s.dtype.is_floating_point}
+        return narrow([w.shape for w in self.weights()], rows, lists)
+
     def shape(self, name: str) -> tuple[Any, ...]:
         """The shape of a tensor that is handed in, on this bench."""
         shape, fewer = self.call.tensors[name].shape, self.probe.fewer
@@ -129,7 +136,9 @@ class Bench:
 
     def rows(self, lead: Sequence[int], spec: Spec) -> Tensor:
         """Tokens [*lead, H] of several magnitudes."""
-        x = torch.randn(*lead, spec.shape[-1], generator=self.generator)
+        fewer = self.probe.fewer
+        width = spec.shape[-1] if fewer is None else fewer.number(spec.shape[-1])
+        x = torch.randn(*lead, width, generator=self.generator)
         x = x * torch.tensor([0.25, 1.0, 4.0, 32.0])[torch.arange(x[..., 0].numel()) % 4].view(*lead, 1)
         return x.to(self.device, self.dtype or spec.dtype)
 

@@ -18,26 +18,33 @@ _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, tor
 _SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
 
 
-def confirm(written: Regenerated, reader: Any) -> None:
-    """The user's function against ours on inputs that the recording never saw. Raises `Rejection` where they differ."""
-    sharp, own, call = reader.sharp, reader.own, reader.call
-    for name, arguments in reader.trials(sharp):
-        _compare(written, sharp, arguments, name)
-    for name, arguments in reader.optional(sharp):
-        _compare(written, sharp, arguments, name, may_raise=True)
+def confirm(written: Regenerated, as_read: Regenerated, reader: Any) -> None:
+    """The user's function against ours on inputs that the recording never saw. Raises `Rejection` where they differ.
+
+    as_read: as wide as the recording was. Where that is not as wide as the experts are, all routings are tried on narrow ones, and one
+    on the real ones.
+    """
+    small, own, call = reader.small, reader.own, reader.call
+    for name, arguments in reader.trials(small):
+        _compare(as_read, small, arguments, name)
+    for name, arguments in reader.optional(small):
+        _compare(as_read, small, arguments, name, may_raise=True)
     if call.grad:
-        _compare_gradients(written, sharp, reader.usual(sharp))
-    bench = own if call.device.type in ("cpu", "meta") else own.again(device=call.device)
-    _compare(written, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)
+        _compare_gradients(as_read, small, reader.usual(small))
+    if as_read is not written:
+        _compare(written, reader.sharp, reader.spot(reader.sharp), "its real widths")
+    device = call.device if call.device.type not in ("cpu", "meta") else own.device
+    bench = own if device == own.device and not reader.whole() else own.again(device=device, fewer=reader.whole())
+    _compare(as_read, bench, reader.usual(bench), f"{bench.device.type} in its own types", call.autocast)
 
 
 def holds_for_repeats(written: Regenerated, reader: Any) -> bool:
     """Whether an expert that a token has twice counts twice in the user's function, as it does in ours."""
-    arguments = reader.twice(reader.sharp)
+    arguments = reader.twice(reader.small)
     if arguments is None:
         return True
     try:
-        _compare(written, reader.sharp, arguments, "an expert twice")
+        _compare(written, reader.small, arguments, "an expert twice")
     except Rejection:
         return False
     return True

@@ -28,6 +28,7 @@ _ALIGN = 16  # bytes
 # Types of one byte whose tensors are weights or their scales where they have rows and columns
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 WORDS = (torch.uint8, torch.int32)  # of packed codes, where each expert has rows and columns of them
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -155,8 +156,8 @@ class Probe(Sealed):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:
             raise Rejection(f"{path} is not strided", stage="tensors")
-        single = self.fewer is None or path.rpartition(".")[0] in self._single
-        shape = tuple(t.shape) if self.fewer is None or single else self.fewer.shape(t.shape)
+        single = path.rpartition(".")[0] in self._single
+        shape = tuple(t.shape) if self.fewer is None else self.fewer.shape(t.shape, single)
         weight = t.dtype in CODES and t.ndim > 1 or t.dtype in WORDS and t.ndim > 2
         if t.is_floating_point() and not weight:
             new = self._float(t, shape)
@@ -220,7 +221,7 @@ def candidates(module: nn.Module | None, weights: Callable[[], Iterator[Tensor]]
     """Numbers that may be the number of experts, largest first: leading dims of weights, lengths of containers, attributes."""
     found = {w.shape[0] for w in weights() if w.ndim >= 2}
     for m in module.modules() if module is not None else ():
-        if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)):
+        if isinstance(m, CONTAINERS):
             found.add(len(m))
             stacks = next((list(child.parameters(recurse=False)) for child in m.children()), [])
             found.update(len(m) * p.shape[0] for p in stacks if p.ndim > 2)

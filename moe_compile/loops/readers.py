@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,32 +23,56 @@ from .rewrites import fold_masks, split_stacks
 
 _COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
+_HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
 DRAWS = 4  # tries to choose every expert
 
 
 class _Reader:
-    """`all`: the number of experts (0: not known), `experts`: how many of them are recorded, on the bench `table`.
+    """`all`: the number of experts, `experts`: how many of them are recorded (0: as many as there are), on the bench `table`.
 
     lead: the token counts of the recording, as primes that divide no other size; known: every other size and number around.
+    sharp: the bench in float32, own: that in the call's types; small: float32, all experts, and narrow where the recording is.
     """
 
     all: int
     experts: int
     fewer: Fewer | None = None
+    reads: set[Place]
+    widths: tuple[tuple[int, int], ...]
     lead: list[int]
     known: set[int]
+    sharp: Any
+    own: Any
+    small: Any
+    table: Any
     _least: int
 
     def lay(self, fewer: Fewer | None) -> None:
         """The bench for the recording and how many tokens it takes."""
         raise NotImplementedError
 
-    def few(self) -> bool:
-        """Record few experts in place of many, if there are many."""
-        if self.all > MANY:
-            self.lay(Fewer(primes(self._least, self.known - {1})[0], self.all))
-        return self.fewer is not None
+    def cuts(self) -> Iterator[Fewer | None]:
+        """The ways to record it, the cheapest first: few experts in place of many, narrow ones in place of wide ones, or as it is."""
+        few = primes(self._least, self.known - {1})[0] if self.all > MANY else self.all
+        for widths in dict.fromkeys((self.widths, ())):
+            for count in dict.fromkeys((few, self.all)):
+                yield Fewer(count, self.all, widths) if widths or count != self.all else None
+
+    def heavy(self) -> bool:
+        """Whether all experts, as wide as they are, take more than a moment."""
+        return sum(w.numel() for w in self.sharp.weights()) > _HEAVY
+
+    def _benches(self, fewer: Fewer | None, **kw: Any) -> None:
+        self.fewer = fewer
+        self.table = self.own if fewer is None else self.sharp.again(fewer=fewer, **kw)
+        self.table.share(self.reads)
+        self.small = self.sharp.again(dtype=torch.float32, fewer=self.whole(), **kw) if self.whole() else self.sharp
+        self.small.share(self.reads)
+
+    def whole(self) -> Fewer | None:
+        """All experts, narrow where the recording is."""
+        return Fewer(self.all, self.all, self.fewer.widths) if self.fewer is not None and self.fewer.widths else None
 
     def counts_rows(self, size: int) -> bool:
         """Whether a dim of this size, in the recording, counts rows: those of all tokens, or of some."""
@@ -61,17 +86,25 @@ class Dispatch(_Reader):
         self.call, self.reads, self.ids, self._least = call, reads, roles.ids, max(11, roles.k + 3)
         self.sharp = DispatchBench(call, roles, torch.float32)
         self.sharp.share(reads)
-        self.all = number_of_experts(self.sharp)
+        self.widths = self.sharp.narrow()
+        self.all = self._count()
         self.own = self.sharp.again()
         self.own.share(reads)
         self.lay(None)
 
+    def _count(self) -> int:
+        if self.widths:
+            narrow = self.sharp.again(dtype=torch.float32, fewer=Fewer(0, 0, self.widths))
+            narrow.share(self.reads)
+            with contextlib.suppress(Rejection):
+                return number_of_experts(narrow)
+        return number_of_experts(self.sharp)
+
     def lay(self, fewer: Fewer | None) -> None:
         r = self.sharp.roles
-        self.fewer, self.experts = fewer, self.all if fewer is None else fewer.few
-        self.table = self.own if fewer is None else self.sharp.again(fewer=fewer)
-        self.table.share(self.reads)
-        self.known = self.own.sizes() | {self.experts, self.experts + 1, self.all, self.all + 1, r.k, 1}
+        self.experts = self.all if fewer is None else fewer.few
+        self._benches(fewer)
+        self.known = self.own.sizes() | self.table.sizes() | {self.experts, self.experts + 1, self.all, self.all + 1, r.k, 1}
         # more tokens than experts: then no expert's number is a token count
         least = max(17, self.experts + 1, -(-2 * self.experts // r.k))
         self.lead = primes(least, self.known - {1}, len(self.call.tensors[r.tokens].shape) - 1)
@@ -121,6 +154,11 @@ class Dispatch(_Reader):
         ids[::2, 0] = self.all
         yield "an id beyond the last expert", b.arguments(ids)
 
+    def spot(self, b: DispatchBench) -> dict[str, Any]:
+        """Few tokens, for the first experts and the last."""
+        n, ends = self.all, -(-b.roles.k // 2) + 1
+        return b.arguments(b.routing(2, sorted({*range(min(ends, n)), *range(max(n - ends, 0), n)})))
+
     def twice(self, b: DispatchBench) -> dict[str, Any] | None:
         """Some tokens have an expert twice: both their weights may count, or one of them."""
         ids = b.routing(7, range(self.all))
@@ -144,7 +182,9 @@ class Block(_Reader):
         self.sharp.share(reads)
         self.own = self.sharp.again(seed=draw)
         self.own.share(reads)
-        most = max(candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2)), default=0)
+        self.widths = self.sharp.narrow()
+        found = candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2))
+        most = max((n for n in found if n not in dict(self.widths)), default=0)
         if most < 2:
             raise NoExperts("nothing tells how many experts there are", stage="read")
         self.all = most
@@ -152,12 +192,11 @@ class Block(_Reader):
 
     def lay(self, fewer: Fewer | None) -> None:
         ((name, spec),) = self.call.tensors.items()
-        rank, self.fewer, self.experts = len(spec.shape) - 1, fewer, 0 if fewer is None else fewer.few
-        self.table = self.own if fewer is None else self.sharp.again(fewer=fewer, seed=self.draw)
-        self.table.share(self.reads)
+        rank, self.experts = len(spec.shape) - 1, fewer.few if fewer is not None and fewer.cuts else 0
+        self._benches(fewer, seed=self.draw)
         # each of few experts is to get two tokens and more, also where a token has one expert only
         most = min(self.experts or self.all, 512)
-        self.known = self.own.sizes() | {most, most + 1, self.all + 1, 1}
+        self.known = self.own.sizes() | self.table.sizes() | {most, most + 1, self.all + 1, 1}
         usual = max(4 * most, min(16 * most, 256 if self._cheap(256) else 128))
         self.lead = primes(max(most + 1, -(-usual // 5 ** (rank - 1))), self.known - {1}, rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
@@ -207,6 +246,9 @@ class Block(_Reader):
     def optional(self, b: BlockBench) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ()
 
+    def spot(self, b: BlockBench) -> dict[str, Any]:
+        return b.arguments([*(1 for _ in self.lead[1:]), 2])
+
     def twice(self, b: BlockBench) -> dict[str, Any] | None:
         return None
 
@@ -215,7 +257,7 @@ class Block(_Reader):
 
     def _cheap(self, tokens: int) -> bool:
         """Whether so many tokens are worked on in a moment."""
-        return _affordable(self.sharp, 8) >= tokens
+        return _affordable(self.small, 8) >= tokens
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:

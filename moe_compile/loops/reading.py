@@ -21,7 +21,8 @@ from ..passes.prove.region import one_thread
 from .bench import NoExperts
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
-from .fewer import LIMIT
+from .fewer import LIMIT, Fewer
+from .flags import MATHS
 from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
 from .readers import DRAWS, Block, Dispatch
@@ -85,7 +86,7 @@ def read(call: Call, recover: Recover) -> Trial:
 
 def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover, draw: int = 0) -> Reading | Rejection:
     try:
-        return _fewer(call, Block(call, reads, draw) if roles is None else Dispatch(call, roles, reads), recover)
+        return _cheapest(call, Block(call, reads, draw) if roles is None else Dispatch(call, roles, reads), recover)
     except NoExperts as r:
         return r
     except Rejection as r:
@@ -96,20 +97,37 @@ def _try(call: Call, roles: Roles | None, reads: set[Place], recover: Recover, d
         return Rejection(f"reading it failed: {type(e).__name__}: {e}", stage="read", source=call.source)
 
 
-def _fewer(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
-    """Read few experts in place of many; all of them where that does not tell, up to a limit."""
-    if reader.few():
+def _cheapest(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
+    """Read few experts in place of many, and narrow ones; more of them where that does not tell, up to a limit."""
+    told: Exception | None = None
+    for fewer in reader.cuts():
+        if told is not None and not (fewer and fewer.widths) and reader.heavy() and not _of_running(told):
+            break
+        if told is not None and reader.all > LIMIT and not (fewer and fewer.cuts):
+            why = f"it has {reader.all} experts, too many to be read one by one, and with fewer of them it is another function: {told}"
+            raise Rejection(why, stage="budget") from told
+        reader.lay(fewer)
         try:
             return _read(call, reader, recover)
         except Exception as e:
-            if isinstance(e, NoExperts) or isinstance(e, Rejection) and e.stage in _ANYWAY:
+            if fewer is None or _for_good(e, fewer):
                 raise
-            if reader.all > LIMIT:
-                why = f"it has {reader.all} experts, too many to be read one by one, and with fewer of them it is another function: {e}"
-                raise Rejection(why, stage="budget") from e
-            log.debug("capture: %s with fewer experts: %s: %s", call.source, type(e).__name__, e)
-        reader.lay(None)
-    return _read(call, reader, recover)
+            log.debug("capture: %s as %s: %s: %s", call.source, fewer, type(e).__name__, e)
+            told = e
+    assert told is not None
+    raise told
+
+
+def _for_good(e: Exception, fewer: Fewer) -> bool:
+    """Whether a failure has nothing to do with how many experts there are, and how wide."""
+    if isinstance(e, NoExperts):
+        return not fewer.widths
+    return isinstance(e, Rejection) and (e.stage in _ANYWAY or e.code in MATHS)
+
+
+def _of_running(e: Exception) -> bool:
+    """Whether the code itself could not do with other sizes."""
+    return isinstance(e, NoExperts) or not isinstance(e, Rejection) or e.__cause__ is not None
 
 
 def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
@@ -122,10 +140,15 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
     reader.follow()
-    written = Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped, reader.fewer)
-    confirm(written, reader)
-    ids = reader.ids if not holds_for_repeats(written, reader) else None
-    return Reading(written.experts, written.by_op, tuple(call.tensors), tuple(written.params), {}, call.source, ids)
+
+    def written(fewer: Fewer | None) -> Regenerated:
+        return Regenerated(call, gm, found.ir.experts, found.ir.boundary, reader.primes, reader.reshaped, fewer)
+
+    real, fewer = written(reader.fewer), reader.fewer
+    as_read = real if fewer is None or not fewer.widths else written(fewer._replace(widths=()))
+    confirm(real, as_read, reader)
+    ids = reader.ids if not holds_for_repeats(as_read, reader) else None
+    return Reading(real.experts, real.by_op, tuple(call.tensors), tuple(real.params), {}, call.source, ids)
 
 
 def roots(call: Call) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..ir import Experts, Rejection
+from ..ir.operands import Join, Operands
 from ..ops import bundled, family_of
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.names import LIKE, op_name
@@ -46,12 +47,14 @@ class Regenerated:
     ) -> None:
         self.call, self.gm, self.boundary, self.fewer = call, gm, boundary, fewer
         self.experts = experts if fewer is None else fewer.experts(experts)
-        self.primes = primes if fewer is None else {**primes, fewer.few: str(fewer.all)}
+        self.primes = primes if fewer is None or not fewer.cuts else {**primes, fewer.few: str(fewer.all)}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         self.family = family_of(experts)
         self.lists = [_listed(boundary.get(n)) for n in self.family.names]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
+        self.orders: Mapping[fx.Node, Any] = boundary.get("orders") or {}
+        self.join: Join | None = boundary.get("join")
         self.like = laid_out_like(self.out)
         self.live = self._live()
         if self.out not in self.live:
@@ -72,9 +75,9 @@ class Regenerated:
 
     def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
         """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
-        if self.fewer is None or len(nodes) != self.fewer.few:
+        if self.fewer is None or not self.fewer.cuts or len(nodes) != self.fewer.few:
             return []
-        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes):
+        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes) or self.join:
             raise Rejection("the weights of its experts are made of others", stage="read")
         paths = self.fewer.paths(self.call.module, [n.meta["param_path"] for n in nodes])[self.fewer.few :]
         self.params += [p for p in paths if p not in self.params]
@@ -160,6 +163,8 @@ class Regenerated:
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
         named = [[*(self._weight(n, env) for n in ns), *others] for ns, others in zip(self.lists, self.others, strict=True)]
+        p = Operands.read(named, self.family.names)
+        named = (p if self.join is None else self.join.of(p, _below, _beside)).lists(self.family.names)
         lists = ", ".join(f"[{', '.join(names)}]" for names in named)
         plain = ", ".join(_literal(v) for v in self.family.plain(self.experts))
         lines = [f"{env[self.out]} = {experts}({rows}, {ids}, {weights}, {lists}, {base}, {plain})"]
@@ -177,11 +182,12 @@ class Regenerated:
         return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
 
     def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
-        return env[n] if n not in self.views else f"{env[n]}.reshape({', '.join(self._extent(int(s)) for s in self.views[n])})"
+        seen = env[n] if n not in self.views else f"{env[n]}.reshape({', '.join(self._extent(int(s)) for s in self.views[n])})"
+        return seen if n not in self.orders else f"{seen}.permute({self.orders[n]})"
 
     def _extent(self, size: int) -> str:
-        """A size of a weight: that of all experts for that of the few."""
-        return str(self.fewer.all if self.fewer is not None and size == self.fewer.few else size)
+        """A size of a weight."""
+        return str(size if self.fewer is None else self.fewer.size(size))
 
     def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
         """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""
@@ -204,6 +210,7 @@ class Regenerated:
             if v % p == 0:
                 factors.append(spelled)
                 v //= p
+        v = v if self.fewer is None else self.fewer.size(v)
         return " * ".join([*factors, *([str(v)] if v != 1 or not factors else [])])
 
     @functools.cached_property
@@ -250,6 +257,16 @@ def _literal(v: Any) -> str:
     if v is None or isinstance(v, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
         return repr(v)
     raise Rejection(f"a constant of type {type(v).__name__} in its operations", stage="read")
+
+
+def _below(names: list[str]) -> str:
+    """Matrices one below the other, as code."""
+    return f"torch.cat([{', '.join(names)}], -2)"
+
+
+def _beside(names: list[str], numbers: Sequence[float]) -> str:
+    """Matrices side by side, each times its number, as code."""
+    return f"torch.cat([{', '.join(n if c == 1 else f'{n} * {c!r}' for n, c in zip(names, numbers, strict=True))}], -1)"
 
 
 def _listed(v: Any) -> list[fx.Node]:

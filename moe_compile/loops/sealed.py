@@ -87,7 +87,7 @@ class Sealed:
     def copy(self, v: Any, place: Place) -> Any:
         """`seal` inside of a copy: what hangs on it may be filled in later."""
         if type(v) in PLAIN:
-            return v if self.fewer is None or type(v) is not int or v != self.fewer.all else self.fewer.few
+            return v if self.fewer is None or type(v) is not int else self.fewer.number(v)
         known = self.memo.get(id(v))
         if known is None:
             new = self._new(v, place) if len(self.memo) < _MOST else self.forbid(f"it reads {place}, which holds too much to be copied")

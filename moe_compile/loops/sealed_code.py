@@ -10,18 +10,20 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, cast
 
+import torch
 from torch import nn
 
 from ..ir import Rejection
 from . import rows
 from .libraries import Forbidden, home, instead, is_library, why_not
-from .places import Place, Space
+from .places import PLAIN, Place, Space
 
 MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's own code looks up in every module
 # names by which code looks around behind its own data
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
 _PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
 _OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
+_OF_THE_METACLASS = {"_backward_cls"}  # what `torch.autograd.function.FunctionMeta` makes for every class, which points back at it
 _PROXIES = ("torch", "numpy", "contextlib", "math")  # libraries of which some names may be used and others not
 
 
@@ -109,6 +111,8 @@ class Code:
 
     def _function(self, fn: types.FunctionType, place: Place, own_class: types.CellType | None) -> Any:
         world, name, source = self.world, fn.__qualname__, home(fn)
+        if getattr(fn, "_dynamo_marked_constant", False):
+            return self._constant(fn)
         if getattr(fn, "_torchdynamo_disable", False) or source.startswith("torch._dynamo"):
             return world.forbid(f"it calls {name}, which is compiled, or kept from being compiled, on its own")
         if is_library(source) and not fn.__closure__:
@@ -130,6 +134,15 @@ class Code:
         world.memo[id(fn)] = fn, new
         world.later.append(lambda: self._rest(fn, new, place))
         return new
+
+    def _constant(self, fn: types.FunctionType) -> Callable[..., Any]:
+        """`torch._dynamo.assume_constant_result`: Dynamo asks it itself, and takes the answer for a constant."""
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            answer = fn(*args, **kwargs) if all(type(a) in PLAIN for a in (*args, *kwargs.values())) else self
+            return answer if type(answer) in PLAIN else self.world.refuse(f"it calls {fn.__qualname__}, whose answer is no plain value")
+
+        return ask
 
     def _rest(self, fn: types.FunctionType, new: types.FunctionType, place: Place) -> None:
         """Defaults and attributes, which may hold the function itself."""
@@ -209,6 +222,7 @@ class Code:
             return next(b for b in bases if type(b) is Forbidden)
         own = types.CellType()
         left_out = {"__dict__", "__weakref__", "__annotations__", "__init_subclass__", *(n for n, v in vars(cls).items() if _is_slot(v))}
+        left_out |= _OF_THE_METACLASS if issubclass(cls, torch.autograd.Function) else set()
         names = {k: self._of_class(v, place.attr(k), own) for k, v in vars(cls).items() if k not in left_out}
         if not self._classes.intersection(bases):
             names["__getattribute__"] = self._noting(bases[0])

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, CHAINED, CODED
+from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED
+from ..ir.records import Storage
 from ..lowering.reference import chained, generic, routing, stored
-from .records import adapted_of, bundled, chained_of, layout_of, product_of, routing_of, storage_of
+from .records import adapted_of, bundled, chained_of, layout_of, product_of, routing_of, storage_of, stored_adapted_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 _ops = torch.ops.moe_compile
@@ -123,12 +124,30 @@ def experts_stored(*args: Any) -> Tensor:
     return stored.forward(x, ids, weights, p, add, *storage_of(plain))
 
 
+def experts_stored_adapted(*args: Any) -> Tensor:
+    x, ids, weights, p, (add, *plain) = bundled(args, STORED_ADAPTED)
+    return stored.forward(x, ids, weights, p, add, *stored_adapted_of(plain))
+
+
+def adapted_as_floats(*args: Any) -> Tensor:
+    """`experts_adapted` on the floats that codes and scales stand for, with gradients to scales too."""
+    x, ids, weights, p, (add, *plain) = bundled(args, STORED_ADAPTED)
+    layout, storage = stored_adapted_of(plain)
+    _no_rounded_rows(storage, "experts_stored_adapted")
+    floats = stored.as_floats(p, storage, x.dtype).lists(ADAPTED)
+    return _ops.experts_adapted(x, ids, weights, *floats, add, *plain[: len(fields(layout))])  # type: ignore[no-any-return]
+
+
+def _no_rounded_rows(storage: Storage, name: str) -> None:
+    if any(storage.rows()):
+        raise NotImplementedError(f"moe_compile::{name} has no gradient through rounded rows")
+
+
 def experts_as_floats(*args: Any) -> Tensor:
     """`experts` on the floats that codes and scales stand for."""
     x, ids, weights, p, (add, *plain) = bundled(args, CODED)
     (layout, storage), wide = storage_of(plain), generic.accumulate_dtype(x.dtype)
-    if any(storage.rows()):
-        raise NotImplementedError("moe_compile::experts_stored has no gradient through rounded rows")
+    _no_rounded_rows(storage, "experts_stored")
     floats = stored.as_floats(p, storage, wide).lists()
     out: Tensor = _ops.experts(x.to(wide), ids, weights, *floats, add, *plain[: len(fields(layout))])
     return out.to(x.dtype)
@@ -150,6 +169,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
+    "experts_stored_adapted": experts_stored_adapted,
 }
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -44,4 +44,5 @@ for _device, _key in _AUTOCAST.items():
         library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
         library.impl("experts_adapted", _autocast(_device, _key, "experts_adapted"), _key)
         library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
+        library.impl("experts_stored_adapted", _autocast(_device, _key, "experts_stored_adapted"), _key)
         library.impl("experts", _autocast(_device, _key), _key)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..ir.families import EXPERTS, EXPERTS_ADAPTED, EXPERTS_CHAINED, Family
+from ..ir.operands import ADAPTED, STORED_ADAPTED
 from . import anywhere
-from .gradients import Experts, Route
-from .records import bundled
+from .gradients import Coded, Experts, Route
+from .records import bundled, stored_adapted_of
 from .schemas import below, library
 
 
@@ -31,6 +32,17 @@ def _with_backward(family: Family) -> Callable[..., Tensor]:
         return below(family.op, *args)  # type: ignore[no-any-return]
 
     return call
+
+
+def _stored_adapted(*args: Any) -> Tensor:
+    """The op, or its like with a gradient: to all but what is stored, or where that is asked for too as floats."""
+    x, ids, weights, p, (add, *plain) = bundled(args, STORED_ADAPTED)
+    if not _needs_grad([x, weights, add, *p]):
+        return below("experts_stored_adapted", *args)  # type: ignore[no-any-return]
+    held = [t for name, ts in p.by_name().items() if name not in ADAPTED for t in ts]
+    if _needs_grad(held) or any(stored_adapted_of(plain)[1].rows()):
+        return anywhere.adapted_as_floats(*args)
+    return Coded.apply(p.map(lambda _: None), plain, x, ids, weights, add, *p)  # type: ignore[no-any-return, no-untyped-call]
 
 
 experts = _with_backward(EXPERTS)
@@ -57,6 +69,7 @@ def _or_differentiable(name: str, differentiable: Callable[..., Any]) -> Callabl
 for _name, _run in (
     ("experts", experts),
     ("experts_adapted", _with_backward(EXPERTS_ADAPTED)),
+    ("experts_stored_adapted", _stored_adapted),
     ("experts_chained", _with_backward(EXPERTS_CHAINED)),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
     ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),

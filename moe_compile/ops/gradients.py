@@ -6,6 +6,7 @@ given) are copies that the forward ops return. A gradient that is to have one it
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from ..ir.codec import record_of
 from ..ir.families import Family
-from ..ir.operands import Operands
-from ..lowering.reference import twice
-from .records import routing_of
+from ..ir.operands import ADAPTED, STORED_ADAPTED, Operands
+from ..lowering.reference import stored, twice
+from .records import routing_of, stored_adapted_of
 from .schemas import IN_WEIGHTS, below
 
 
@@ -60,6 +61,39 @@ class Experts(torch.autograd.Function):
             given = iter(below(f"{ctx.family.op}_bwd", grad, pre, x, ids, weights, *lists, *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
+
+
+class Coded(torch.autograd.Function):
+    """`experts_stored_adapted` with a gradient to rows, routing weights, biases and low-rank pairs, none to what is stored.
+
+    Nothing of the size of the weights is kept: codes become floats in the backward pass once more, a call at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, places: Operands[None], plain: list[Any], x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None, *flat: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, ids.clone(), weights.clone(), *flat)
+        ctx.places, ctx.plain, ctx.add_dtype = places, plain, None if add is None else add.dtype
+        out = below("experts_stored_adapted", x, ids, weights, *places.filled(flat).lists(STORED_ADAPTED), add, *plain)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, ids, weights, *flat = ctx.saved_tensors
+        _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
+        p, asked = ctx.places.filled(flat), ctx.places.filled(need_flat)
+        layout, storage = stored_adapted_of(ctx.plain)
+        floats = stored.as_floats(p, storage, x.dtype)
+        lists, plain = floats.lists(ADAPTED), ctx.plain[: len(fields(layout))]
+        needs = [need_x, need_w, *(n for name in ADAPTED for n in getattr(asked, name))]
+        _, pre, kept_ids, kept_weights = below("experts_adapted_fwd", x, ids, weights, *lists, None, *plain)
+        given = iter(below("experts_adapted_bwd", grad, pre, x, kept_ids, kept_weights, *lists, *plain, needs))
+        of_x, of_w, *rest = [next(given) if n else None for n in needs]
+        found = floats.filled(rest)
+        of_flat = [g for name, ts in p.by_name().items() for g in (getattr(found, name) if name in ADAPTED else [None] * len(ts))]
+        return None, None, of_x, None, of_w, grad.to(ctx.add_dtype) if need_add else None, *of_flat
 
 
 class Route(torch.autograd.Function):

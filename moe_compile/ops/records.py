@@ -39,6 +39,12 @@ def adapted_of(args: Sequence[Any]) -> AdaptedLayout:
     return _same_adapted(tuple(act_ops), tuple(act_consts), *rest)
 
 
+def stored_adapted_of(args: Sequence[Any]) -> tuple[AdaptedLayout, Storage]:
+    """The records of the plain arguments of `experts_stored_adapted`, after the tensors."""
+    own = len(fields(AdaptedLayout))
+    return adapted_of(args[:own]), _same_storage(*[tuple(a) for a in args[own:]])
+
+
 def chained_of(args: Sequence[Any]) -> ChainedLayout:
     """The record of the plain arguments of `experts_chained`, after the tensors."""
     ints, consts, *rest = args

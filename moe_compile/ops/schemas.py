@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ir.codec import place, schema
-from ..ir.operands import ADAPTED, CHAINED, CODED, PLAIN
+from ..ir.operands import ADAPTED, CHAINED, CODED, PLAIN, STORED_ADAPTED
 from ..ir.records import AdaptedLayout, ChainedLayout, Layout, Routing, SharedLayout, Storage
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
@@ -48,6 +48,7 @@ SCHEMAS = (
     "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_chained_bwd(Tensor grad, Tensor pre, {_CHAINED}, {schema(ChainedLayout)}, bool[] needs) -> Tensor[]",
     f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
+    f"experts_stored_adapted({_ROUTED}, {lists(STORED_ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}, {schema(Storage)}) -> Tensor",
 )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, CHAINED, CODED, Operands
-from ..ir.records import Layout
-from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of
+from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED, Operands
+from ..ir.records import Layout, Storage
+from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of, stored_adapted_of
 from .schemas import IN_WEIGHTS, ROUTED, library
 
 
@@ -43,10 +43,18 @@ def experts(*args: Any) -> Tensor:
 
 def experts_stored(*args: Any) -> Tensor:
     x, _, _, p, (_, *plain) = bundled(args, CODED)
-    layout, storage = storage_of(plain)
+    return _stored(x, p, *storage_of(plain))
+
+
+def experts_stored_adapted(*args: Any) -> Tensor:
+    x, _, _, p, (_, *plain) = bundled(args, STORED_ADAPTED)
+    return _stored(x, p, *stored_adapted_of(plain))
+
+
+def _stored(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) -> Tensor:
     down, matrix = storage.stored()[1], p.down[0].shape[-2:]
     out, inner = matrix if down is None else down.shape(matrix)
-    return x.new_empty(x.shape[0], inner if layout.down_transposed else out)  # type: ignore[no-any-return]
+    return x.new_empty(x.shape[0], inner if layout.down_transposed else out)
 
 
 def experts_adapted(*args: Any) -> Tensor:
@@ -123,6 +131,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
+    "experts_stored_adapted": experts_stored_adapted,
 }
 _watching: dict[str, Callable[[Sequence[Any]], None]] = {}
 

@@ -24,7 +24,7 @@ from . import contracts, sharded, sorted_rows
 from .effects import Memory
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
-from .merge import merge_casts
+from .merge import merge_made
 from .node import example_value as example_value
 from .sources import input_name
 
@@ -53,7 +53,7 @@ class Shadow:
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)
         self.no_grad = without_gradient(self.graph) - self.walls
-        merge_casts(self.graph, self.memory, self.walls | self.no_grad)
+        merge_made(self.graph, self.memory, self.walls | self.no_grad)
         self.walls |= self.memory.frozen | self.transformed
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
@@ -79,10 +79,12 @@ class Shadow:
             elif s is not None:
                 self.origin.setdefault(s, []).append(dynamo_node)
                 self.image[dynamo_node] = s
-        shadows = (n for n in traced.graph.nodes if n.op == "placeholder")
+        held = {s for s in self.origin if s.op == "placeholder"}
+        shadows = (n for n in traced.graph.nodes if n.op == "placeholder" and n not in held)
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
             self.origin[s] = [d]
+            s.meta["trained"] = getattr(example_value(d), "requires_grad", False)
             if text := input_name(d):
                 s.meta[SAID] = text
         self.walls.update(by_name[x] for x in tracer.opaque if x in by_name)
@@ -93,6 +95,9 @@ class Shadow:
 def given() -> Tensor:
     """Stands in the shadow for a value whose making is not read."""
     raise AssertionError("the shadow is never run")
+
+
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)  # what Dynamo writes for `x.data`
 
 
 class _Tracer(fx.Interpreter):
@@ -123,10 +128,10 @@ class _Tracer(fx.Interpreter):
         ends = (n for n in self.graph.nodes if n in self.read and any(u not in self.read for u in n.users))
         return [v for n in ends if isinstance(v := self.env[n], Tensor)]
 
-    def _given(self, n: fx.Node) -> Any:
-        """The value that Dynamo noted for a node which is not read."""
+    def _given(self, n: fx.Node, op: str = "call_function") -> Any:
+        """The value that Dynamo noted for a node which is not read; `op`: "placeholder" for what a parameter holds."""
         tracer, value = _current_tracer(), example_value(n)
-        proxy = tracer.create_proxy("call_function", given, (), {})
+        proxy = tracer.create_proxy(op, given if op == "call_function" else n.name, (), {})
         proxy.node.meta.update({k: n.meta[k] for k in ("stack_trace",) if k in n.meta})
         track_tensor_tree(value, proxy, constant=None, tracer=tracer)
         self.records.append((n, proxy.node))
@@ -136,6 +141,8 @@ class _Tracer(fx.Interpreter):
         T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
+        if n.target is getattr and isinstance(example_value(n), Tensor):
+            return self._given(n, "placeholder")
         self.level += _change_of_level(n)
         watched = tracer is not None and (is_hop or self.level > 0)
         before = {x.name for x in tracer.graph.nodes} if watched else set()
@@ -168,7 +175,12 @@ class _Tracer(fx.Interpreter):
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A checkpointed body runs as it is: what is recomputed in the backward pass has no meaning here."""
+        """A checkpointed body runs as it is: what is recomputed in the backward pass has no meaning here.
+
+        `x.data` is a view of x; the tracer takes it for a constant, and what is written through it for no write.
+        """
+        if target is _DATA:
+            return args[0].detach()
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "tag_activation_checkpoint":
             return args[0](*args[1:])
         return super().call_function(target, args, kwargs)

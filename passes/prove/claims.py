@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -101,7 +101,14 @@ def _formula(b: Block, env: Env, ids: Tensor, w: Tensor) -> Tensor:
     m, e = b.match, env.small.experts
     add = None if m.base is None else env[m.base].reshape(-1, e.out_features)
     x = env[m.tokens].reshape(-1, e.hidden)
-    return e.run(x, ids, w, values(env, m.operands), add, torch.float64)
+    p = values(env, m.operands)
+    p = p if m.join is None else m.join.of(p, lambda ts: torch.cat(ts, -2), beside)
+    return e.run(x, ids, w, p, add, torch.float64)
+
+
+def beside(matrices: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+    """[c_0 m_0, c_1 m_1, ...]."""
+    return torch.cat([c * t for c, t in zip(numbers, matrices, strict=True)], -1)
 
 
 def values(env: Env, operands: Operands[Param]) -> Operands[Tensor]:

@@ -13,7 +13,7 @@ import torch.fx as fx
 from ...ir import Experts, Gating, Stored
 from ...ir.chain import Chain, Matrix
 from ...ir.operands import Operands
-from ...ir.stored import ALL
+from ...ir.stored import ALL, Scale
 from .. import terms as T
 from ..aten.element import shape_of
 from ..aten.places import never_negative
@@ -132,19 +132,12 @@ class Edge:
             if role in _PER_EXPERT:  # as many tokens as experts do not change how many experts there are
                 shapes.setdefault(n, tuple(s if s in (self.experts.num_experts, self.total) else new(s) for s in shape_of(n)))
             shapes.setdefault(n, sizes.shape(shape_of(n)) if role == "other" else tuple(new(s) for s in shape_of(n)))
-        return Small(sizes, shapes, views, resized(self.experts, sizes))
+        return Small(sizes, shapes, views, self.experts.resized(dict(sizes.atoms)))
 
 
 def _in_blocks(old: int, block: int, few: int) -> dict[int, int]:
     """A width as so few blocks, where it is whole blocks and more; and how many there are."""
     return {old: few * block, old // block: few} if old % block == 0 and old > few * block else {}
-
-
-def resized(e: Experts, sizes: Sizes) -> Experts:
-    """Experts with the widths of a probe."""
-    known = dict(sizes.atoms)
-    small = replace(e, **{name: known.get(w, w) for name in ("hidden", "intermediate", "out_features") for w in (getattr(e, name),)})
-    return small if e.chain is None else replace(small, chain=e.chain.resized(known))
 
 
 def _beside(old: int, known: Mapping[int, int]) -> int | None:
@@ -224,6 +217,7 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
         extents |= {name: _of_words(how, codes, widths), f"{name}_bias": (Extent(out),), f"{name}_table": ()}
         extents |= {f"{name}_a": (Extent(1), Extent(inner)), f"{name}_b": (Extent(out), Extent(1))}
         extents[f"{name}_scale"] = _of_scales(how, codes, widths)
+        extents[f"{name}_second"] = _of_seconds(how, codes, widths)
         extents[f"{name}_zero"] = _of_zeros(how, extents[f"{name}_scale"])
     found = [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() if name != "parts" for q in qs]
     return found if e.chain is None else [*found, *_of_chain(e, e.chain, operands.parts)]
@@ -243,8 +237,8 @@ def _of_chain(e: Experts, chain: Chain, parts: tuple[Param, ...]) -> list[tuple[
 
 
 def _role(name: str) -> str:
-    """ "weight" of a projection and of its low-rank pair; else what stands behind its name."""
-    what = name.rpartition("_")[2]
+    """ "weight" of a projection and of its low-rank pair; else what stands behind its name; second scales are scales."""
+    what = name.rpartition("_")[2].replace("second", "scale")
     return what if what in ("bias", "scale", "zero", "table") else "weight"
 
 
@@ -277,6 +271,12 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
     return tuple(both) if stored.grid else tuple(running) or (Extent(widths[0]),)
 
 
+def _of_seconds(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
+    if stored is None or not stored.second:
+        return ()
+    return _of_scales(replace(stored, scaled=Scale.TIMES, rows=stored.second_rows, columns=stored.second_columns), codes, widths)
+
+
 def _of_zeros(stored: Stored | None, scales: tuple[Extent, ...]) -> tuple[Extent, ...]:
     """Zero points lie as scales, several in a word where they are packed."""
     if stored is None or not stored.zero_order:
@@ -296,7 +296,8 @@ def _blocks(e: Experts) -> tuple[int, int, int]:
         if s is None:
             return 1, 1
         blocks = enumerate((s.rows, s.columns))
-        both = [math.lcm((b or 1) * _per(s, d), len(s.order) if s.axis == d + 1 else 1) for d, b in blocks]
+        seconds = (s.second_rows or 1, s.second_columns or 1)
+        both = [math.lcm((b or 1) * _per(s, d), len(s.order) if s.axis == d + 1 else 1, seconds[d]) for d, b in blocks]
         return (both[1], both[0]) if transposed else (both[0], both[1])
 
     up, down = block(e.up_stored, e.up_transposed), block(e.down_stored, e.down_transposed)

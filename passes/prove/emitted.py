@@ -25,7 +25,7 @@ from ..recover.region import Block
 from ..rewrite.plan import BlockPlan, Executor
 from . import probe
 from .claims import graph_choice
-from .edge import Small, edge_of, resized
+from .edge import Small, edge_of
 from .engine import Claim, Differs, Env
 from .region import Region
 from .sizes import regroup
@@ -41,7 +41,7 @@ def emitted_claim(b: Block, plan: BlockPlan, shadow: Shadow) -> Claim | Rejectio
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
     images = {name: shadow.image[names[name]] for name in plan.names() if names[name] in shadow.image}
     r, e = plan.route, plan.experts
-    plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead))
+    plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead, e.join))
     roles = tuple(region.number.get(images[name]) if name in images else None for name in plan.names())
     key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, b.wraps, plain, roles)
     edge = edge_of(b, mapped=False)
@@ -103,7 +103,7 @@ def in_small(b: Block, plan: BlockPlan, small: Small) -> BlockPlan:
         rows, new = shape_of(m.tokens)[:-1], small.shapes[m.tokens][:-1]
         sizes = [s for options in regroup(small.sizes, rows, new, shape_of(m.out)[:-1]) for s in options[0]]
         lead = tuple(size if isinstance(s, int) else s for s, size in zip(lead, sizes, strict=True))
-    return replace(plan, experts=replace(e, experts=resized(e.experts, small.sizes), lead=lead, operands=operands))
+    return replace(plan, experts=replace(e, experts=e.experts.resized(dict(small.sizes.atoms)), lead=lead, operands=operands))
 
 
 # ---- a graph with only what a plan needs -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 As a term the pair is  c Σ_r b[e, row, r] Σ_m a[e, r, m] x[m],  or  c Σ_m x[m] Σ_r b[e, row, r] a[e, r, m]  where the model adds it to the
 weight. It belongs to the projection in the same sum that gives the same rows; s is c over that projection's own factor.
+Several of them are one of their ranks' sum (`ir.operands.Join`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
+import torch.fx as fx
 
 from ...ir import Form
+from ...ir.operands import Join
 from .. import terms as T
+from ..aten.names import op_name
 from ..terms import Term
 from .linear import Linear
+from .match import Param
 from .matrices import LowRank, matrices
+from .packed import nodes_of
 from .rows import No, factors
 
-MORE = "a projection has more than one low-rank pair (LoRA) at once: merge all but one adapter into the weight"
+DORA = "rows of a weight are divided by a norm that is computed from it (DoRA, weight norm): make them one weight before the product"
 APART = "a low-rank pair (LoRA) stands beside no single projection"
 OTHER_INPUT = "a low-rank pair (LoRA) reads another input than its projection, as with dropout in training"
 OTHER_ROWS = "a low-rank pair (LoRA) gives other rows than its projection"
+_NORMS, _NEAR = ("linalg_vector_norm", "norm"), 8
 NO_NUMBER = "the scale of a low-rank pair (LoRA) is no number"
 
 
@@ -94,21 +101,44 @@ def beside_others(total: Term, out: Term, expert: Term) -> dict[Term, Pair]:
     return pairs if others else {}
 
 
+def normed(body: Term, t: Term, expert: Term) -> bool:
+    """Whether something is divided by a norm of an expert's weight: one that is looked into, or that a tensor of the graph holds."""
+    own = [x for x in T.walk(body) if T.uses(x, expert) and not T.uses(x, t)]
+    return any(x.op == "pow" and any(f.op == "sum" for f in T.walk(x)) for x in own) or any(_is_normed(x) for x in own if x.op == "a")
+
+
+def _is_normed(a: Term) -> bool:
+    n = nodes_of(a)[0]
+    for _ in range(_NEAR):  # the norm, and what divides by it
+        if not isinstance(n, fx.Node) or n.op != "call_function":
+            return False
+        if op_name(n) in _NORMS:
+            return True
+        n = n.args[1] if op_name(n) == "div" else n.args[0]
+    return False
+
+
 def why_no_pair(part: Term, out: Term, expert: Term) -> str | None:
     """What is wrong with an addend that holds a pair and is none itself."""
+    both = [f for f in factors(part) if f.op == "add" and beside_others(f, out, expert)]
+    if both and any(f.op == "a" and T.uses(f, expert) for f in factors(part)):
+        return "a scale multiplies a projection together with its low-rank pair (LoRA): it is no scale of the weight alone"
     inside = any(read(x, out, expert) is not None for x in T.walk(part) if x.op == "sum")
     return "a low-rank pair (LoRA) has a bias of its own: merge the adapter, or leave its bias out" if inside else None
 
 
-def only(pairs: Mapping[Term, Pair]) -> Pair | None:
-    """Raises No where there are several."""
-    if len(pairs) > 1:
-        raise No(MORE)
-    return next(iter(pairs.values()), None)
+def added(pairs: Sequence[LowRank]) -> LowRank | None:
+    """The pairs of one projection, in the order of their matrices' names, which is the same wherever they stand."""
+    first, *more = sorted(pairs, key=lambda p: str(p.a.nodes)) or (None,)
+    return first and replace(first, more=tuple(more))
 
 
-def beside(pair: Pair, down: Linear, scale: Term, rest: Term, i: Term) -> LowRank:
-    """The pair of a down projection scale · Σ_i down[e, h, i] rest(i), where it reads the same rest(i)."""
+def beside(pairs: Mapping[Term, Pair], down: Linear, scale: Term, rest: Term, i: Term) -> LowRank | None:
+    """The pairs of a down projection scale · Σ_i down[e, h, i] rest(i), where they read the same rest(i)."""
+    return added([_beside(pair, down, scale, rest, i) for pair in pairs.values()])
+
+
+def _beside(pair: Pair, down: Linear, scale: Term, rest: Term, i: Term) -> LowRank:
     ours, number = _apart(rest, i)
     theirs, own = _apart(T.mul(*pair.input), pair.m)
     if T.canonical(T.subst(theirs, {pair.m: i})) is not T.canonical(ours):
@@ -136,12 +166,30 @@ def scales(ups: Sequence[Linear], down: Linear, form: Form) -> dict[str, Any]:
 
 def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     """Gate and up in one weight have one pair; raises No for pairs that no op takes."""
-    if form in (Form.CONCAT, Form.INTERLEAVED) and len({_of_all_rows(x.pair) for x in ups}) != 1:
+    if form in (Form.CONCAT, Form.INTERLEAVED) and any(_of_all_rows(x.pair) != _of_all_rows(ups[0].pair) for x in ups):
         raise No("a low-rank pair (LoRA) stands beside a part of a weight")
-    scaled = any(found is not None for x in (*ups, down) for found in (x.channel, x.grid, x.words))
-    if scaled and any(x.pair is not None for x in (*ups, down)):
-        raise No("low-rank pairs (LoRA) beside weights that have scales")
 
 
-def _of_all_rows(pair: LowRank | None) -> LowRank | None:
-    return None if pair is None else replace(pair, b=replace(pair.b, stride=1, offset=0))
+def _of_all_rows(pair: LowRank | None) -> list[LowRank]:
+    return [] if pair is None else [replace(p, b=replace(p.b, stride=1, offset=0), more=()) for p in pair.all]
+
+
+def join(ups: Sequence[Linear], down: Linear, count: int) -> Join | None:
+    """How the pairs of each projection are put together; None where none has several. `ups`: as they are stored."""
+    up, low = ([tuple(p.scale / x.pair.scale for p in x.pair.all) for x in xs if x.pair is not None] for xs in (ups, [down]))
+    if all(len(numbers) == 1 for numbers in (*up, *low)):
+        return None
+    return Join(tuple(up), tuple(low), count if isinstance(down.weight, tuple) else 1)
+
+
+def operands(ups: Sequence[Linear], down: Linear, width: int, sizes: tuple[int, int, int]) -> dict[str, list[Param]]:
+    """The matrices of all pairs, by their names. `width`: rows of an up projection as it is stored; sizes: (in, inner, out)."""
+    hidden, inner, out = sizes
+    up = [p for x in ups if x.pair is not None for p in x.pair.all]
+    low = [] if down.pair is None else down.pair.all
+    return {
+        "up_a": [q for p in up for q in p.a.params(columns=hidden)],
+        "up_b": [q for p in up for q in p.b.params(rows=width)],
+        "down_a": [q for p in low for q in p.a.params(columns=inner)],
+        "down_b": [q for p in low for q in p.b.params(rows=out)],
+    }

@@ -41,7 +41,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     `outside`: what multiplies it. It and c belong to the activation when the routing weight scales the expert's input.
     `tables`: numbers of the experts that multiply it, scales of its projections among them; what is left of them is `Core.table`.
     """
-    scale, total, bias, channel, pair = _output(core, h, expert)
+    scale, total, bias, channel, pairs = _output(core, h, expert)
     i, inner = total.args
     downs = [f for f in factors(inner) if grids.belongs(f, expert) and T.uses(f, h)]
     parts = grids.split(downs)
@@ -53,8 +53,10 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
         raise No("the down projection reads a part of its weight")
     if bias is not None:
         down.bias = bias.args[0]
-    if pair is not None:
-        down.pair = adapters.beside(pair, down, scale, rest, i)
+    if pairs and channel is None and channels.coded_weights(core, expert):  # a matrix's own scale is not the pair's
+        own = [f for f in factors(scale) if channels.for_expert(channels.bare(f), expert)]
+        scale, channel = T.mul(*(f for f in factors(scale) if f not in own)), T.mul(*own) if own else None
+    down.pair = adapters.beside(pairs, down, scale, rest, i)
     if channel is not None:
         down.channel = channels.channel(channel, h, expert, 1, 0)
     reader = Reader(t, i, expert, channels.coded_weights(core, expert))
@@ -71,15 +73,15 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     return Core(down, reader.linears, expr, i.args[1], on_input, reader.tokens, None if table is None else reader.channels[table])
 
 
-def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, adapters.Pair | None]:
-    """core = scale · s[e, h] · (Σ_i ...) + bias + pair, the scale free of features: scale, sum, bias, s, a low-rank pair."""
+def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None, Term | None, dict[Term, adapters.Pair]]:
+    """core = scale · s[e, h] · (Σ_i ...) + bias + pairs, the scale free of features: scale, sum, bias, s, low-rank pairs."""
     sums: list[tuple[Term, Term, Term | None]] = []
     bias, pairs = None, adapters.beside_others(core, h, expert)
     for part in core.args if core.op == "add" else (core,):
         if part in pairs:
             continue
         found = [f for f in factors(part) if f.op == "sum" and T.uses(f, h)]
-        own = [f for f in factors(part) if f.op == "a" and T.uses(f, expert) and T.uses(f, h)]
+        own = [f for f in factors(part) if channels.bare(f).op == "a" and T.uses(f, expert) and T.uses(f, h)]
         others = [f for f in factors(part) if f not in found and f not in own]
         if len(found) == 1 and len(own) < 2 and not any(T.uses(f, h) for f in others):
             sums.append((T.mul(*others), found[0], own[0] if own else None))
@@ -90,7 +92,7 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
     if len(sums) != 1:
         raise No(adapters.APART if pairs else "an expert's output is not one down projection")
     scale, total, channel = sums[0]
-    return scale, total, bias, channel, adapters.only(pairs)
+    return scale, total, bias, channel, pairs
 
 
 def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
@@ -185,6 +187,8 @@ class Reader(Bridge):
     def _read(self, x: Term) -> sp.Expr:
         if x.op != "c" and not T.uses(x, self.i):
             return self.scalar(x)
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
         return self.add(x) if x.op == "add" else self.arithmetic(x, self.read)
 
     def number(self, v: Any) -> sp.Expr:
@@ -203,7 +207,14 @@ class Reader(Bridge):
         return No(f"no activation is known that uses {name}")
 
     def _is_channel(self, x: Term) -> bool:
+        x = channels.bare(x) if self.integers else x
         return x.op == "a" and T.uses(x, self.expert) and T.uses(x, self.i) and not T.uses(x, self.t)
+
+    def _inverse(self, x: Term) -> sp.Expr | None:
+        """(1 / s)^n, a power of the symbol of 1 / s, for a scale s of a weight in few bits."""
+        if not self.integers or x.op != "pow" or not isinstance(x.args[1], int) or x.args[1] >= 0 or not self._is_own_scale(x.args[0]):
+            return None
+        return self.channel(T.power(x.args[0], -1)) ** -x.args[1]
 
     def channel(self, x: Term) -> sp.Symbol:
         return _symbol_of(x, self.channels, "s", real=True)
@@ -214,10 +225,12 @@ class Reader(Bridge):
 
     def scalar(self, x: Term) -> sp.Expr:
         """A value that is the same for all features: factor by factor a symbol."""
-        if x.op in ("mul", "pow"):
-            return self.arithmetic(x, self.read)
+        if (inverse := self._inverse(x)) is not None:
+            return inverse
         if self.integers and channels.for_expert(x, self.expert):
             return self.channel(x)
+        if x.op in ("mul", "pow"):
+            return self.arithmetic(x, self.read)
         if T.uses(x, self.expert) and not (x.op == "a" and len(x.args[1]) == 1):
             raise No(f"an expert's inside reads a parameter that is no projection{reads(x)}")
         return self.symbol(x)
@@ -231,8 +244,8 @@ class Reader(Bridge):
         if not others and common != 1:  # -(Σ + b) comes as -Σ - b
             return self.number(common) * self.read(T.add(*(T.coefficient(a)[1] for a in x.args)))
         pairs = adapters.beside_others(x, self.i, self.expert)
-        if (pair := adapters.only(pairs)) is not None:
-            return self.with_pair(pair, [a for a in x.args if a not in pairs])
+        if pairs:
+            return self.with_pairs(list(pairs.values()), [a for a in x.args if a not in pairs])
         biases = [a for a in x.args if a.op == "a" and T.uses(a, self.i)]
         if not biases:
             return sp.Add(*(self.read(a) for a in x.args))
@@ -242,21 +255,28 @@ class Reader(Bridge):
             raise No("a bias that belongs to no single projection")
         return sp.Add(*rest, self.affine(projections[0], biases[0]))
 
-    def with_pair(self, pair: adapters.Pair, parts: list[Term]) -> sp.Expr:
-        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pair is one symbol."""
+    def with_pairs(self, pairs: list[adapters.Pair], parts: list[Term]) -> sp.Expr:
+        """c (Σ_m x W + s Σ_r b Σ_m a x) [+ bias] + ...: the projection with its low-rank pairs is one symbol."""
         projections = [a for a in parts if self._is_projection(a)]
         biases = [a for a in parts if a.op == "a" and T.uses(a, self.i)]
         if len(projections) != 1 or len(biases) > 1:
             raise No(adapters.APART)
         (s,) = (f for f in factors(projections[0]) if T.uses(f, self.i) and not self._is_channel(f))
         lin, number = self.projection(s)
-        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s))
-        self.tokens.append(pair.tokens())
-        lin.pair = pair.beside(lin, self._value(sp.Mul(*(self.read(f) for f in pair.others)) / scale))
+        own = [f for f in factors(projections[0]) if self._is_own_scale(f)]
+        if own:  # W's own, not the pair's
+            lin.channel = channels.channel(T.mul(*own), self.i, self.expert, lin.stride, lin.offset)
+        scale = number * sp.Mul(*(self.read(f) for f in factors(projections[0]) if f is not s and f not in own))
+        self.tokens += [pair.tokens() for pair in pairs]
+        lin.pair = adapters.added([p.beside(lin, self._value(sp.Mul(*(self.read(f) for f in p.others)) / scale)) for p in pairs])
         rest = [self.read(a) for a in parts if a not in projections and a not in biases]
         if biases:
             return sp.Add(*rest, self.biased(lin, biases[0], scale))
         return sp.Add(*rest, scale * self.name(lin))
+
+    def _is_own_scale(self, f: Term) -> bool:
+        """Whether a factor is a scale of a weight in few bits: of channels, or of the whole matrix."""
+        return self._is_channel(f) or self.integers and channels.for_expert(channels.bare(f), self.expert)
 
     def _value(self, e: sp.Expr) -> sp.Expr:
         """A number where numbers had symbols."""
@@ -302,7 +322,7 @@ class Reader(Bridge):
         return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
-        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid)
+        key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid, lin.channel)
         if key not in self.by_key:
             symbol = sp.Symbol(f"L{len(self.by_key)}", real=True)
             self.by_key[key] = symbol

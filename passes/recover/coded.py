@@ -34,6 +34,10 @@ def _stored(x: Linear) -> Stored | None:
     if _scaling(x) is Scale.NONE and dtype.is_floating_point and dtype.itemsize > 1:
         return None
     how = Stored(8 * dtype.itemsize, dtype, _scaling(x), *_block(x))
+    if x.grid is not None and x.channel is not None:
+        rows, columns = _of_channels(x)
+        second = Scale.DIVIDES if x.channel.divides else Scale.TIMES
+        how = replace(how, second=second, second_rows=rows, second_columns=columns)
     if x.words is None:
         return how
     w, tabled = x.words, x.words.table is not None
@@ -46,7 +50,8 @@ def _stored(x: Linear) -> Stored | None:
 def _scaling(x: Linear) -> Scale:
     if x.grid is None and x.channel is None:
         return Scale.NONE
-    return Scale.DIVIDES if x.divided else Scale.TIMES
+    divides = x.divided if x.grid is not None else x.channel is not None and x.channel.divides
+    return Scale.DIVIDES if divides else Scale.TIMES
 
 
 def _zeroed(x: Linear, words: Reading) -> dict[str, Any]:
@@ -87,6 +92,11 @@ def _block(x: Linear) -> tuple[int, int]:
     """Rows and columns, of the matrix as it is stored, that share a scale."""
     if x.grid is not None:
         return x.grid.rows, x.grid.columns
+    return _of_channels(x)
+
+
+def _of_channels(x: Linear) -> tuple[int, int]:
+    """Rows and columns that share a number of the projection's output channels."""
     if x.channel is None or x.channel.dim is None:
         return ALL, ALL
     return (ALL, x.channel.rows) if x.transposed else (x.channel.rows, ALL)
@@ -99,11 +109,16 @@ def scales(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
     return [] if x.channel is None else channels.params(x.channel, experts, shape[0])
 
 
+def seconds(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """Scales of channels, or of matrices, beside those of blocks, as operands."""
+    return [] if x.grid is None or x.channel is None else channels.params(x.channel, experts, shape[0])
+
+
 def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
     """Scales are stored as the weights are that they belong to, and gate and up of one weight have one scale tensor."""
     for x in (*ups, down):
-        if x.grid is not None and (x.channel is not None or x.flat):
-            raise No("a weight has scales of blocks, and " + ("is no stack of matrices" if x.flat else "of channels beside them"))
+        if x.grid is not None and x.flat:
+            raise No("a weight has scales of blocks, and is no stack of matrices")
         if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel, x.zero)):
             raise No("scales are not stored as their weights are")
     if len({(x.channel is None, x.grid is None) for x in ups}) > 1:

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, Form, Rejection, Rows
-from ...ir.operands import Operands
+from ...ir.operands import Join, Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
@@ -27,6 +27,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
+from .one_base import of_each
 from .rounding import unrounded
 from .rows import NO_EXPERTS, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 
@@ -59,7 +60,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, up_rows, down_rows = unrounded(apart(body, expert), h, expert)
+    body, up_rows, down_rows = unrounded(of_each(apart(body, expert), t, expert), h, expert)
     f = _function(body, t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
@@ -76,7 +77,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         **f.fields,
     )
     experts = _with_rows(experts, up_rows, down_rows)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h))
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h), f.join)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class _Function:
     tokens: list[Term]
     weight: Term
     operands: Callable[[Experts], Operands[Param]]
+    join: Join | None = None
 
 
 def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
@@ -101,6 +103,8 @@ def _function(body: Term, t: Term, h: Term, expert: Term) -> _Function:
     try:
         c = read_chain(body, h, expert)
     except No as e:
+        if adapters.normed(body, t, expert):
+            raise No(adapters.DORA) from None
         paired = "LoRA" in str(why)  # then that is the cause, whatever else there is
         raise (e if why is None or not paired and (isinstance(e, Telling) or holds_statistics(body, expert)) else why) from None
     return _Function(c.fields(), [c.tokens], c.weight, lambda _: Operands.named(parts=c.operands))
@@ -126,7 +130,8 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> _Function:
         **adapters.scales(ups, parsed.down, form),
     )
     stored = ups if form is Form.SEPARATE else ups[:1]
-    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down))
+    join = adapters.join(stored, parsed.down, expert.args[1])
+    return _Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -183,10 +188,9 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_zero=coded.zeros(down, count, down_shape),
         up_table=coded.table(store[0]),
         down_table=coded.table(down),
-        up_a=[q for x in store if x.pair is not None for q in x.pair.a.params(columns=e.hidden)],
-        up_b=[q for x in store if x.pair is not None for q in x.pair.b.params(rows=width)],
-        down_a=down.pair.a.params(columns=e.intermediate) if down.pair is not None else [],
-        down_b=down.pair.b.params(rows=e.out_features) if down.pair is not None else [],
+        up_second=[q for x in store for q in coded.seconds(x, count, up_shape)],
+        down_second=coded.seconds(down, count, down_shape),
+        **adapters.operands(store, down, width, (e.hidden, e.intermediate, e.out_features)),
     )
 
 

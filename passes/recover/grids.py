@@ -85,7 +85,7 @@ def split(weights: Sequence[Term]) -> Parts | None:
         else:
             return None
     if len(codes) == 2 and scale is None:  # the scales are made of words too
-        codes.sort(key=lambda a: math.prod(shape_of(nodes_of(a)[0])))
+        codes.sort(key=lambda a: math.prod(shape_of(nodes_of(a)[0])[not isinstance(a.args[0], tuple) :]))  # of one expert
         scale = codes.pop(0)
         exponents = is_packed(scale)
     return Parts(whole, codes[0], scale, zero, exponents, divided) if len(codes) == 1 else None

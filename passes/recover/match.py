@@ -8,7 +8,7 @@ from typing import Any
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import Operands
+from ...ir.operands import Join, Operands
 from ..aten.element import shape_of
 from ..terms import Term
 
@@ -51,6 +51,7 @@ class ExpertsMatch:
     k: int
     operands: Operands[Param]
     base: fx.Node | None = None
+    join: Join | None = None
 
     def nodes(self) -> dict[str, list[fx.Node]]:
         """The parameters' nodes, by their names."""

@@ -42,11 +42,16 @@ class Matrices:
 
 @dataclass(frozen=True)
 class LowRank:
-    """s · b (a x) of a projection."""
+    """s · b (a x) of a projection; `more`: others that are added to it."""
 
     scale: float
     a: Matrices
     b: Matrices
+    more: tuple[LowRank, ...] = ()
+
+    @property
+    def all(self) -> tuple[LowRank, ...]:
+        return (self, *self.more)
 
 
 def matrices(a: Term, expert: Term, row: Term, column: Term) -> Matrices:

@@ -31,20 +31,29 @@ def merged_pairs(graph: fx.Graph) -> set[fx.Node]:
             continue
         name = op_name(n)
         if name in _WITH_PRODUCT:
-            parts = [_down(x) for x in n.args[:3]]
+            parts = [_base(n.args[0], found), *(_down(x) for x in n.args[1:3])]
             if all(p is not None for p in parts):
                 found.update([n], *(p for p in parts if p is not None))
         elif name == "add" and len(n.args) > 1:
             for base, low in (n.args[:2], n.args[1::-1]):
-                plain, made = _down(base), _low(low)
+                plain, made = _base(base, found), _low(low)
                 if plain is not None and made is not None:
                     found.update([n], plain, made)
     return found
 
 
+def _base(n: Any, found: set[fx.Node]) -> list[fx.Node] | None:
+    """What stands between n and something given, or a sum that was found already; None where it is computed in another way."""
+    seen, source = _through(n)
+    return seen if source in found else _down(n)
+
+
 def _low(n: Any) -> list[fx.Node] | None:
-    """The nodes of s · b a; None where n is something else."""
+    """The nodes of s · b a, or of a sum of such; None where n is something else."""
     seen, product = _through(n)
+    if isinstance(product, fx.Node) and op_name(product) == "add" and len(product.args) > 1:
+        both = [_low(x) for x in product.args[:2]]
+        return None if None in both else [*seen, product, *(x for p in both if p is not None for x in p)]
     if not isinstance(product, fx.Node) or op_name(product) not in _PRODUCT:
         return None
     parts = [_down(x) for x in product.all_input_nodes]

@@ -27,11 +27,20 @@ from .rows import No, factors, reads
 
 @dataclass(frozen=True)
 class Channel:
-    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if any."""
+    """The scale s[e, row(i) // rows] of a projection: an atom's node (or E nodes), and which of its dims runs over the rows, if any.
+
+    `divides`: the projection is divided by it.
+    """
 
     node: Any
     dim: int | None
     rows: int = 1
+    divides: bool = False
+
+
+def bare(a: Term) -> Term:
+    """s of s and of 1 / s."""
+    return a.args[0] if a.op == "pow" and a.args[1] == -1 else a
 
 
 def is_coded(a: Term) -> bool:
@@ -81,7 +90,10 @@ def tables(core: Term, weight: Term, expert: Term) -> tuple[Term, Term]:
 
 
 def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel:
-    """An atom as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
+    """s or 1 / s as the scale of a projection whose rows are stride · i + offset. Raises No when it is laid out in another way."""
+    divides, a = bare(a) is not a, bare(a)
+    if a.op != "a":
+        raise No("a projection has more than one scale beside its low-rank pair (LoRA)")
     first, *idx = a.args[1]
     if first is not expert:
         raise No(f"a scale is not indexed by its expert first{reads(a)}")
@@ -92,11 +104,11 @@ def channel(a: Term, i: Term, expert: Term, stride: int, offset: int) -> Channel
     if is_integer(a):
         raise No("a scale is an integer")
     if not running:
-        return Channel(a.args[0], None)
+        return Channel(a.args[0], None, divides=divides)
     rows = block_of(idx[running[0]], T.add(T.mul(T.const(stride), i), T.const(offset)))
     if rows is None:
         raise No("a scale is not laid out like the rows of its projection: it may be another one's")
-    return Channel(a.args[0], running[0], rows)
+    return Channel(a.args[0], running[0], rows, divides)
 
 
 def block_of(index: Term, row: Term) -> int | None:
@@ -188,10 +200,10 @@ def put_in(
     while (place := _next(expr, set(linears) - set(found), left)) is not None:
         name, choice = place
         kin = {s for n, s in found.items() if linears[n].weight == linears[name].weight}
-        found[name] = min(choice, key=lambda s: (s not in kin, for_expert(scales[s], expert), str(s)))
+        found[name] = min(choice, key=lambda s: (s not in kin, for_expert(bare(scales[s]), expert), str(s)))
         expr = expr.subs(name, name / found[name])
     expr, whole = _whole(expr, left)
-    if whole is not None and not for_expert(scales[whole], expert):
+    if whole is not None and not for_expert(bare(scales[whole]), expert):
         raise No(APART)
     wrong = [s for s in found.values() if s != 1 and s not in left]
     if wrong:

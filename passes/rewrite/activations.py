@@ -11,8 +11,9 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts, MoeBlock, Rows, Stored
-from ...ir.codec import path, record_of
+from ...ir.codec import record_of
 from ...ir.records import Layout, Storage
+from ...ir.storage import encode
 from ...ir.stored import ALL
 from ...ir.text import rows_text
 from .target import Target
@@ -26,7 +27,7 @@ _ROWS, _WIDEST = 32, 1024  # of the rows that the error is measured on
 def requested(ir: MoeBlock, kind: str, target: Target) -> tuple[MoeBlock, str]:
     """The block with rows as asked for, and what is told of it; the block itself where they stay as they are."""
     e = ir.experts
-    if kind == MODEL or not e.coded or e.rounded:
+    if kind == MODEL or not e.coded or e.rounded or e.adapted:
         return ir, ""
     if torch.is_grad_enabled():
         return ir, f"activations={kind!r}: rows stay as they are where gradients are on"
@@ -89,13 +90,6 @@ def _ask(n: fx.Node, kind: str) -> None:
         return
     (up, down), layout = storage.stored(), {f.name: given[f.name] for f in fields(Layout)}
     rows = _rows(up, bool(layout["up_transposed"]), kind), _rows(down, bool(layout["down_transposed"]), kind)
-    n.args = tuple(_encoded(name, given[name], rows) for name in names)
-
-
-def _encoded(name: str, value: object, rows: tuple[Rows | None, Rows | None]) -> object:
-    """An argument, or what it is for such rows."""
-    if name not in {f.name for f in fields(Storage)}:
-        return value
-    place, _, part = path(Storage, name).partition(".")
-    how = {"up_rows": rows[0], "down_rows": rows[1]}.get(place)
-    return value if how is None else getattr(how, part)
+    ints, consts = encode(replace(storage.storing, up_rows=rows[0], down_rows=rows[1]))
+    given |= {"storage_ints": ints, "storage_consts": consts}
+    n.args = tuple(given[name] for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.fx as fx
 
 from ...ir import MaxK, MinK, Rejection, SumK, W
 from ...ir import scalar as act
+from ...ir.operands import Join, Operands
 from ..aten.node import example_value
 
 
@@ -28,6 +30,16 @@ def normalised(g: fx.Graph, expr: sp.Expr, w: fx.Node) -> fx.Node:
 
     out = act.fold(expr, _Nodes(g, w), known)
     return out if isinstance(out, fx.Node) else call(g, torch.full_like, (w, out), w)
+
+
+def joined(g: fx.Graph, join: Join, p: Operands[fx.Node], like: fx.Node) -> Operands[fx.Node]:
+    """Several low-rank pairs of a projection as one: their matrices are small, and gradients go through what joins them."""
+
+    def columns(nodes: list[fx.Node], numbers: Sequence[float]) -> fx.Node:
+        times = [n if c == 1 else call(g, operator.mul, (n, c), like) for n, c in zip(nodes, numbers, strict=True)]
+        return call(g, torch.cat, (times, -1), like)
+
+    return join.of(p, lambda nodes: call(g, torch.cat, (nodes, -2), like), columns)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import PLAIN, Operands
+from ...ir.operands import PLAIN, Join, Operands
 from ...ops import bundled, family_of, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
-from .calls import after, call, method, normalised, rows
+from .calls import after, call, joined, method, normalised, rows
 from .layout import dims_by_stride, of_its_own, restrided
 
 ops = torch.ops.moe_compile
@@ -55,7 +55,7 @@ class ExpertsPlan:
     `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
     `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
     `ends`: group ends, where rows stand in the order of their experts; ids and weights are None then.
-    `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",).
+    `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",). `join`: of several low-rank pairs.
     """
 
     out: str
@@ -71,6 +71,7 @@ class ExpertsPlan:
     wraps: bool = False
     constant: float | None = None
     ends: str | None = None
+    join: Join | None = None
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,7 @@ class Executor:
         g, dtype = self.graph, p.experts.dtype
         with g.inserting_before(out), self.no_autocast(value.device.type, out):
             family = family_of(p.experts)
-            nodes: Operands[fx.Node] = Operands.named(
-                **{name: [self.parameter(name, q, p.experts) for q in group] for name, group in p.operands.by_name().items()}
-            )
+            nodes = self.parameters(p, out)
             x = self.cast(rows(g, tokens, p.experts.hidden), self.names[p.tokens], dtype)
             add = None if p.base is None else rows(g, self.node(p.base), p.experts.out_features)
             rest = (*nodes.lists(family.names), add, *family.plain(p.experts))
@@ -233,6 +232,13 @@ class Executor:
         for d in aliases:
             self.now[d] = new
         return op
+
+    def parameters(self, p: ExpertsPlan, out: fx.Node) -> Operands[fx.Node]:
+        """As the op takes them."""
+        nodes: Operands[fx.Node] = Operands.named(
+            **{name: [self.parameter(name, q, p.experts) for q in group] for name, group in p.operands.by_name().items()}
+        )
+        return nodes if p.join is None else joined(self.graph, p.join, nodes, out)
 
     def chosen(self, p: ExpertsPlan, ids: fx.Node | None, weights: fx.Node | None, out: fx.Node) -> tuple[fx.Node, fx.Node]:
         """ids and weights [T, k] as the op takes them."""

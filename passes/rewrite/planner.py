@@ -15,6 +15,7 @@ from ..aten.effects import mutated_args
 from ..aten.element import shape_of
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
+from ..aten.wrapped import WHY, why_not
 from ..recover.fused import is_fused
 from ..recover.match import ExpertsMatch
 from ..recover.region import Block
@@ -122,6 +123,7 @@ class Planner:
             base=None if base is None else base.name,
             experts=m.experts,
             wraps=b.wraps,
+            join=m.join,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
 
@@ -131,11 +133,12 @@ class Planner:
         return self.locate(ends, m.out)
 
     def _check(self, m: ExpertsMatch, inputs: list[fx.Node], out: fx.Node) -> None:
-        kinds = [type(v) for v in map(example_value, inputs) if is_traceable_wrapper_subclass(v)]
-        kind = next((k for k in kinds if not k.__module__.startswith("torch.")), None)  # torch's own (DTensor) know the ops
-        if kind is not None:
-            what = f"a parameter of the block is a {kind.__name__}: it holds other tensors, and it alone knows what they stand for"
-            raise Rejection(what, m.out, "rewrite", code="subclass")
+        wrapped = [v for v in map(example_value, inputs) if is_traceable_wrapper_subclass(v)]
+        whole = next((n.meta[WHY] for n in inputs if WHY in n.meta), None) or next(
+            (why_not(v) for v in wrapped if not type(v).__module__.startswith("torch.")), None
+        )  # torch's own (DTensor) know the ops
+        if whole is not None:
+            raise Rejection(whole, m.out, "rewrite", code="subclass")
         devices = {m.out.meta["val"].device, *(example_value(n).device for n in inputs)}
         if len(devices) > 1:
             raise Rejection(f"the block's tensors are on different devices: {', '.join(sorted(map(str, devices)))}", m.out, "rewrite")

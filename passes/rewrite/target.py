@@ -10,7 +10,7 @@ from ...ir import MoeBlock
 
 class Target(Protocol):
     """router_tokens: for up to how many tokens the routing op takes the router's product in. shares: whether the experts' op takes the
-    shared expert in. digest: of its sources; what can be lowered is part of a plan on disk.
+    shared expert in. digest: of its sources, machine: the family of devices; what can be lowered is part of a plan on disk.
     """
 
     @property
@@ -21,6 +21,8 @@ class Target(Protocol):
     def shares(self) -> bool: ...
     @property
     def digest(self) -> str: ...
+    @property
+    def machine(self) -> Callable[[], str]: ...
     def reason(self, ir: MoeBlock) -> str | None:
         """Why a block cannot run there, None where it can."""
 

@@ -121,7 +121,9 @@ def stages(graph: fx.Graph) -> list[str]:
     p = simulate(graph)
     found: list[str] = []
     begin = 0
-    for join in [n for n in p.order if name_of(n) == "npu_moe_finalize_routing"]:
+    for join in [n for n in p.order if name_of(n) in ("npu_moe_finalize_routing", "npu_moe_distribute_combine_v2")]:
+        if name_of(join) == "npu_moe_distribute_combine_v2":  # the shared expert is added behind it
+            join = next(n for n in p.order if p.steps[n].index > p.steps[join].index and name_of(n) == "add")
         layer = [n for n in p.order if begin < p.steps[n].index < p.steps[join].index]
         begin = p.steps[join].index
         up, down = _shared([n for n in layer if p.steps[n].stream != MAIN])
@@ -151,6 +153,6 @@ def _shared(side: list[fx.Node]) -> tuple[list[fx.Node], fx.Node]:
 def _routed(p: Program, layer: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, fx.Node]:
     """ids, dispatch, first GEMM, activation, second GEMM of one layer."""
     main = [n for n in layer if p.steps[n].stream == MAIN]
-    (dispatch,) = [n for n in main if name_of(n) == "npu_moe_init_routing_v2"]
+    (dispatch,) = [n for n in main if name_of(n) in ("npu_moe_init_routing_v2", "npu_moe_distribute_dispatch_v2")]
     *_, first, second = [n for n in main if name_of(n) in ("npu_grouped_matmul", "npu_grouped_matmul_swiglu_quant_v2")]
     return dispatch.args[1], dispatch, first, second.args[0][0], second  # type: ignore[return-value,index]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
+import types
 from typing import Any
 
 import pytest
 import torch
+from ascend_blocks import block, compiled, zoo
 from torch import Tensor
 
 from moe_compile.ir import Form
@@ -29,6 +32,8 @@ A2 = dataclasses.replace(A3, device="A2", world=16)
     ({"known": False}, exchange.COLLECTIVES, "distinct experts"),
     ({"training": True}, exchange.COLLECTIVES, "no gradients"),
     ({"dtype": torch.float32}, exchange.COLLECTIVES, "fp16 and bf16"),
+    ({"shared": True}, exchange.COLLECTIVES, "the same tokens"),
+    ({"widens": True}, exchange.COLLECTIVES, "outputs than inputs"),
     ({"weight_on_input": True}, exchange.COLLECTIVES, "applied to the input"),
     ({"experts": 60}, exchange.COLLECTIVES, "evenly"),
     ({"experts": 2048}, exchange.COLLECTIVES, "1024"),
@@ -55,6 +60,69 @@ def test_an_a3_takes_what_its_page_says(changes: dict[str, Any], row: exchange.R
 def test_an_a2_takes_what_its_page_says(changes: dict[str, Any], row: exchange.Row, objection: str) -> None:
     found, refused = exchange.choose(dataclasses.replace(A2, **changes))
     assert found is row and (not objection or any(objection in why for _, why in refused))
+
+
+MEGA = dataclasses.replace(A3, inner=1024, swiglu=True, one_kernel=True)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The package of the one kernel, as its callers know it, with ranks in threads; the buffer is the rank."""
+    package, ranks = types.ModuleType("mega_moe"), threading.local()
+
+    def run(x: Tensor, ids: Tensor, w: Tensor, up: list[Tensor], down: list[Tensor], rank: int, **given: Any) -> tuple[Tensor, None]:
+        assert given == dict(x_active_mask=given["x_active_mask"], activation="swiglu", activation_clamp=None)
+        everyone = Fabric.groups["test"].meet(rank, [calls.Weight(torch.stack(up)), calls.Weight(torch.stack(down))])
+        ups, downs = (torch.cat([own[0][i].matrix for own in everyone]) for i in (0, 1))
+        whole = calls.Packed([calls.Weight(ups)], calls.Weight(downs))
+        return calls.experts(x, ids, w, whole, [], layout(0), all_known=True), None
+
+    package.mega_moe = run  # type: ignore[attr-defined]
+    package.ranks = ranks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, exchange.mega.MODULE, package)
+    monkeypatch.setattr(exchange.mega, "_buffer", lambda *sizes: ranks.rank)
+    return package
+
+
+@pytest.mark.parametrize(("changes", "objection"), [
+    ({}, ""),
+    ({"one_kernel": False}, "not asked for"),
+    ({"hidden": 1280}, "multiples of 512"),
+    ({"inner": 512}, "intermediate size of 512"),
+    ({"tokens": 4097}, "takes 4096"),
+    ({"swiglu": False}, "SwiGLU"),
+    ({"identity": 1}, "no identities"),
+    ({"known": False}, "distinct experts"),
+    ({"training": True}, "no gradients"),
+])  # fmt: skip
+def test_one_kernel_by_option_within_its_limits(changes: dict[str, Any], objection: str, kernel: types.ModuleType) -> None:
+    found, refused = exchange.choose(dataclasses.replace(MEGA, **changes))
+    assert (found is exchange.MEGA) == (not objection) and (not objection or objection in refused[0][1])
+
+
+def test_one_kernel_only_where_it_can_be_imported() -> None:
+    found, refused = exchange.choose(MEGA)
+    assert found is exchange.A3 and "cannot be imported" in refused[0][1]
+    with pytest.raises(Exception, match=r"'mega_moe' is True.*cannot be imported"):
+        compiled(block("afmoe"), mega_moe=True)(torch.randn(1, 2, zoo.HIDDEN))
+
+
+def test_one_kernel_gives_what_one_rank_gives(kernel: types.ModuleType) -> None:
+    up, down = torch.randn(E, H, 2 * I).bfloat16(), torch.randn(E, I, H).bfloat16() / 4
+    x, w = torch.randn(2, T, H).bfloat16(), torch.rand(2, T, K)
+    ids = torch.stack([torch.stack([torch.randperm(E)[:K] for _ in range(T)]) for _ in range(2)])
+
+    def run(rank: int) -> Tensor:
+        kernel.ranks.rank = rank
+        p = calls.Packed([calls.Weight(up[rank * 4 : rank * 4 + 4])], calls.Weight(down[rank * 4 : rank * 4 + 4]))
+        said = exchange.Spread.of("A3", 2, x[rank], ids[rank], layout(0), I, False, one_kernel=True)
+        assert (said.experts, said.k, said.hidden, said.inner, said.tokens, said.swiglu) == (E, K, H, I, T, True)
+        return exchange.experts(x[rank], ids[rank], w[rank], p, layout(0), exchange.MEGA, exchange.Place("test", 2, rank))
+
+    whole = calls.Packed([calls.Weight(up)], calls.Weight(down))
+    for rank, out in enumerate(on_ranks(2, run)):
+        want = calls.experts(x[rank], ids[rank], w[rank], whole, [], layout(0), all_known=True)
+        torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
 
 
 # ---- a block -----------------------------------------------------------------------------------------------------------------

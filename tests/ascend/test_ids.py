@@ -55,6 +55,8 @@ WRITES: dict[str, Write] = {
     "fill_ of a slice": lambda ids, late, _: ids[4:].fill_(-1),
     "fill_ of a chunk": chunked,
     "through view(-1)": viewed,
+    "through data": lambda ids, late, _: ids.data[4:].fill_(-1),
+    "through detach()": lambda ids, late, _: ids.detach()[4:].fill_(-1),
     "through t()": lambda ids, late, _: ids.t().masked_fill_(late, -1),
     "out=": put_out,
 }
@@ -126,6 +128,21 @@ def test_ids_written_in_place(name: str, target: str) -> None:
     assert relative(out, expected) <= 1e-5
     if target == "ascend":
         assert seen.lowered and knows(seen) == (name in OTHERS)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_what_data_was_written() -> None:
+    """`ids.data` is the ids' memory: whoever gathers by the ids behind a write through it gets other weights, on every target."""
+
+    class Swapped(Padded):
+        def forward(self, x: Tensor, real: Tensor) -> Tensor:
+            scores = F.linear(x, self.gate).sigmoid()
+            ids = scores.topk(K, dim=-1)[1]
+            ids.data[4:].fill_(0)
+            return self.experts(x, ids, scores.gather(1, ids))
+
+    module, x = Swapped(copied), torch.randn(T, H)
+    assert relative(compiled(module, target="cpu")(x, torch.tensor(4)), module(x, torch.tensor(4))) <= 1e-5
 
 
 @pytest.mark.parametrize("name", WRITES)

@@ -147,6 +147,14 @@ class RoundedByExpert(Rounded):
         return Dense.forward(self, x)
 
 
+class RoundedOverAFloor(RoundedByExpert):
+    """A floor under what is divided by, none under what is multiplied by: rows below it are nothing either way."""
+
+    def bytes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        s = rows.float().abs().amax(-1, keepdim=True) / self.steps
+        return torch.round(rows.float() / s.clamp(min=1e-8)).clamp(-128, 127).to(torch.int8), s
+
+
 def made(cls: type[nn.Module], dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
     """(module, tokens, the result in float64)."""
     torch.manual_seed(0)
@@ -206,7 +214,7 @@ def test_the_models_own_int8_in_the_w8a8_chain(cls: type[nn.Module]) -> None:
     assert {r.dtype for r in operands(seen).values() if not r.part} == {torch.int8}
 
 
-@pytest.mark.parametrize(("cls", "quantize"), [(Rounded, "w8a8c8"), (RoundedByExpert, None)])
+@pytest.mark.parametrize(("cls", "quantize"), [(Rounded, "w8a8c8"), (RoundedByExpert, None), (RoundedOverAFloor, None)])
 @torch.no_grad()
 def test_a_model_that_rounds_its_rows_is_w8a8_without_being_asked(cls: type[nn.Module], quantize: str | None) -> None:
     """The kernel's rounding is the model's: beside its float64 only roundings at the edge of a step differ; nothing is clipped."""

@@ -87,6 +87,18 @@ def test_a_copy_is_made_again_in_its_own_memory(change: Callable[[nn.Module], No
 
 
 @torch.no_grad()
+def test_preparing_again_makes_copies_anew(store: Store) -> None:
+    """A write through `.data` moves no version: `prepare` behind it is what tells, and the copies keep their memory."""
+    module, x, graph = block("qwen3_moe").to(torch.bfloat16), tokens().to(torch.bfloat16), AddressGraph(frozen=True)
+    moe_compile.prepare(module, target="ascend")
+    fn = compiled(module, inner=graph.backend, quantize="w8a8")
+    before = first(fn(x))
+    module.experts.down_proj.data.mul_(2)
+    moe_compile.prepare(module, target="ascend")
+    assert relative(first(fn(x)), 2 * before) <= 0.01 and graph.captures == 1
+
+
+@torch.no_grad()
 def test_preparing_late_gives_the_copies_back(store: Store) -> None:
     module, x = block("afmoe"), tokens()
     fn = compiled(module, inner=AddressGraph().backend)

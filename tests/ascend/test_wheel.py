@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ascend_blocks import Seen, block, compiled, first, relative, zoo
+from goldens import MOE, as_recorded
 from hazards import hazards, stages
 
 import moe_compile
@@ -21,10 +20,7 @@ if not schemas.wheel():
     pytest.skip("torch_npu cannot be imported here: see `make test-ascend`", allow_module_level=True)
 
 register.ensure()
-GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("afmoe", "deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_moe", "llama4")
-MOE = ("MoeGatingTopK", "MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeInitRoutingV3", "GroupedMatmul", "SwiGlu", "ClippedSwiglu",
-       "MoeFinalizeRoutingV2", "DequantSwigluQuant", "GroupedMatmulSwigluQuantV2", "DynamicQuant", "Bitcast")  # fmt: skip
 
 
 # ---- definitions -----------------------------------------------------------------------------------------------------------
@@ -97,6 +93,7 @@ def test_our_shapes_are_the_wheels(name: str, args: Any, kwargs: Any) -> None:
 # ---- GE --------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def ge_of(name: str, dynamic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> list[dry_run.GeNode]:
     """The GE graph of an entry's block; its output through the emulated ops is eager's."""
     module, x, found = block(name).to(dtype), torch.randn(2, 5, zoo.HIDDEN, dtype=dtype), []
@@ -146,24 +143,6 @@ def test_4_bits_in_ge() -> None:
         assert all(nodes[i.split(":")[0]].type == "Data" for i in n.inputs[5:7]), "scales and offsets"
 
 
-def plain(nodes: list[dry_run.GeNode]) -> list[dict[str, Any]]:
-    """The MoE nodes for a golden: placeholders of absent lists as one word."""
-
-    def source(i: str) -> str:
-        return "absent" if i.startswith("Fill") else i
-
-    return [{"type": n.type, "inputs": [source(i) for i in n.inputs], "attrs": n.attrs} for n in nodes if n.type in MOE]
-
-
-def as_recorded(name: str, nodes: list[dry_run.GeNode]) -> None:
-    """The MoE nodes against their golden; RECORD=1 writes it."""
-    got = json.loads(json.dumps(plain(nodes)))
-    path = GOLDEN / f"{name}.json"
-    if "RECORD" in os.environ:
-        path.write_text(json.dumps(got, indent=1) + "\n", encoding="utf-8")
-    assert got == json.loads(path.read_text(encoding="utf-8"))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_ge_graphs_are_as_recorded(name: str) -> None:
     as_recorded(name, ge_of(name))
@@ -207,6 +186,7 @@ def test_without_overlap_there_is_one_stream() -> None:
 # ---- npugraph_ex -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def acl_of(name: str, dynamic: bool = False, **options: Any) -> Any:
     """What npugraph_ex makes of an entry's block: its runner holds the optimised FX graph."""
     import npugraph_ex

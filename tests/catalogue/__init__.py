@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from . import (
+    adapters,
     base,
     chains,
     combine,
@@ -20,6 +21,7 @@ from . import (
     loops,
     loops_remote,
     lora,
+    lora_stored,
     near_norms,
     normalisers,
     packed,
@@ -55,9 +57,11 @@ FILES: tuple[ModuleType, ...] = (
     tokens,
     weights,
     lora,
+    adapters,
     chains,
     quantised,
     stored,
+    lora_stored,
     rounded,
     packed,
     combine,

@@ -268,25 +268,6 @@ class LoraScales(LoraLinears):
             m.w2 = Lora(m.w2, scale=1.0 + i % 2)
 
 
-class LoraTwo(LoraLinears):
-    """Verdict: rejected. One step from LoraLinears: two adapters at once."""
-
-    expect = Rejected("more than one low-rank pair LoRA")
-    near = "LoraLinears"
-    routes_all = False
-
-    def adapted(self, base: nn.Linear) -> nn.Module:
-        class Two(Lora):
-            def __init__(self, base: nn.Linear) -> None:
-                super().__init__(base)
-                self.other = Lora(base)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x) + 0.5 * self.other.b(self.other.a(x))
-
-        return Two(base)
-
-
 class LoraOtherInput(LoraLinears):
     """Verdict: rejected. One step from LoraLinears: the adapter reads its input through an activation."""
 

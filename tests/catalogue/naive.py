@@ -42,6 +42,8 @@ class Parts:
     down_zero: list[Tensor] = field(default_factory=list)
     up_table: list[Tensor] = field(default_factory=list)  # what each code stands for
     down_table: list[Tensor] = field(default_factory=list)
+    up_second: list[Tensor] = field(default_factory=list)  # scales beside those of blocks, [E, out] or [E, 1]
+    down_second: list[Tensor] = field(default_factory=list)
     up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
@@ -192,7 +194,14 @@ def unpacked_zeros(how: Stored, zeros: np.ndarray | None) -> np.ndarray | None:
     return np.array([[code(one, zeros, i, j) + how.zero_offset for j in range(columns)] for i in range(rows)])
 
 
-def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None, table: np.ndarray | None) -> np.ndarray:
+def decoded(
+    how: Stored,
+    words: np.ndarray,
+    scales: np.ndarray | None,
+    zeros: np.ndarray | None,
+    table: np.ndarray | None,
+    seconds: np.ndarray | None = None,
+) -> np.ndarray:
     """[R, C]: what is stored, element by element."""
     per, table = len(how.order), np.array(how.values) if how.values else table
     zeros = unpacked_zeros(how, zeros)
@@ -206,6 +215,9 @@ def decoded(how: Stored, words: np.ndarray, scales: np.ndarray | None, zeros: np
             scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
             if how.exponents == ir.stored.Exponent.BITS and scales[at] == 0:
                 scale = 0.0
+            if seconds is not None:
+                second = seconds[tuple([n // b for n, b in ((i, how.second_rows), (j, how.second_columns)) if b] or [0])]
+                value = value / second if how.second == ir.stored.Scale.DIVIDES else value * second
             out[i, j] = value / scale if how.scaled == ir.stored.Scale.DIVIDES else value * scale
     return out
 
@@ -248,9 +260,9 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         how, words = getattr(e, f"{name}_stored"), at(getattr(p, name), part)
         if how is None:
             return words
-        scales, zeros = (at(ts, part) if (ts := getattr(p, f"{name}_{what}")) else None for what in ("scale", "zero"))
+        scales, zeros, seconds = (at(ts, part) if (ts := getattr(p, f"{name}_{what}")) else None for what in ("scale", "zero", "second"))
         table = getattr(p, f"{name}_table")
-        return decoded(how, words, scales, zeros, array(table[0]) if table else None)
+        return decoded(how, words, scales, zeros, array(table[0]) if table else None, seconds)
 
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0

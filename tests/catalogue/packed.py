@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compile.ir import Stored
-from moe_compile.ir.stored import Exponent, Zero
+from moe_compile.ir.stored import Exponent, Scale, Zero
 
 from .base import E, H, I
-from .stored import FLOATS, RENORM, BlocksBatched, Fused, _Blocks, storing
+from .stored import F8, FLOATS, RENORM, BlocksBatched, BlocksHitExperts, Fused, _Blocks, storing
 
 G = 4  # inputs that share a scale, where checkpoints have 32 or 128
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -221,6 +221,51 @@ class Mxfp4Buffer(Mxfp4Table):
 
     def values(self, q: Tensor) -> Tensor:
         return torch.stack([self.table[(q & 15).long()], self.table[(q >> 4).long()]], -1).flatten(-2)
+
+
+class Nvfp4(Mxfp4Table):
+    """Verdict: fused. e2m1 pairs, a float8 for every group of inputs and a number for each matrix (NVFP4)."""
+
+    how = replace(MXFP4, exponents=Exponent.NONE, second=Scale.TIMES)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name in ("up", "down"):
+            self.register_buffer(f"{name}_scale_2", torch.rand(n) + 0.5)
+
+    def scales(self, *shape: int) -> Tensor:
+        return ((torch.rand(*shape) + 0.3) / 16).to(F8)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_second": [self.up_scale_2[:, None]], "down_second": [self.down_scale_2[:, None]]}
+
+    def both(self, s: Tensor, whole: Tensor) -> Tensor:
+        return s.float() * whole
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        s = self.both(getattr(self, f"{name}_scale_inv")[e], getattr(self, f"{name}_scale_2")[e])
+        return self.grouped(self.values(getattr(self, name)[e]), s)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.matrix("up", e)).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.matrix("down", e))
+
+
+class Nvfp4Hit(Nvfp4):
+    """Verdict: fused as Nvfp4. A loop over the experts that were hit, read by example."""
+
+    run_experts = BlocksHitExperts.run_experts
+
+
+class Nvfp4Divided(Nvfp4):
+    """Verdict: fused, another function: the number of a matrix divides (compressed-tensors' global scale)."""
+
+    expect = storing(replace(Nvfp4.how, second=Scale.DIVIDES))
+    near, differs = "Nvfp4", ("experts.down_stored.second", "experts.up_stored.second")
+
+    def both(self, s: Tensor, whole: Tensor) -> Tensor:
+        return s.float() / whole
 
 
 class Mxfp4Batched(Mxfp4Table):

@@ -99,8 +99,8 @@ def test_padded(name: str) -> None:
     case = replace(case, experts=meaning, tokens=90, k=2)
     with pytest.MonkeyPatch.context() as patch:
         seen: list[str] = []
-        grown = b.kernels.weight_grad_padded
-        patch.setattr(b.kernels, "weight_grad_padded", _Seen(grown, seen))
+        grown = b.row_kernels.weight_grad_padded
+        patch.setattr(b.row_kernels, "weight_grad_padded", _Seen(grown, seen))
         check(case, moved(tensors(case)), b.Tiles(PADDED, PADDED, PADDED, PADDED, padded=True))
         assert seen
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import bundle
 from test_ops import Case, close
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -29,18 +28,19 @@ from moe_compile.lowering.triton.tune import Choice, Tile
 PARTS = replace(GROUPED, down=replace(GROUPED.down, bk=16, hopper=True, split=3))
 
 
-def in_parts(a: Tensor, w: Any, bias: Any, rows: Any, out: Tensor, tile: Any, *_: Any) -> None:
+def in_parts(p: experts.Product) -> None:
     """What the warp-specialised kernel does with a split depth, in torch."""
+    a, w, bias, rows, out, tile = p.a, p.w, p.bias, p.rows, p.out, p.tile
     n, steps = a.shape[0], w.k // tile.bk
     parts = out.shape[0] // n
     assert parts == 3
     out.fill_(math.nan)
     ends = rows.offsets.tolist()
-    for p in range(parts):
-        depth = slice(p * steps // parts * tile.bk, (p + 1) * steps // parts * tile.bk)
+    for part in range(parts):
+        depth = slice(part * steps // parts * tile.bk, (part + 1) * steps // parts * tile.bk)
         for e, (first, end) in enumerate(itertools.pairwise(ends)):
             y = a[first:end, depth].double() @ w.parts[0][e, :, depth].double().T
-            out[p * n + first : p * n + end] = (y + bias.parts[0][e] if bias is not None and p == 0 else y).to(out.dtype)
+            out[part * n + first : part * n + end] = (y + bias.parts[0][e] if bias is not None and part == 0 else y).to(out.dtype)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def check(case: Case, t: dict[str, Any], tile: Tile, monkeypatch: pytest.MonkeyP
     """A split depth: the parts have run, the same bits every time, no further from the oracle than the whole depth in one tile."""
     heights = []
     run = experts.warp_specialised
-    monkeypatch.setattr(experts, "warp_specialised", lambda *a: (heights.append(a[4].shape[0]), run(*a)))
+    monkeypatch.setattr(experts, "warp_specialised", lambda *a: (heights.append(a[0].out.shape[0]), run(*a)))
     out, _ = kernel(case, t, Choice(WARP, tile, None))
     slots = t["ids"].numel()
     assert heights == [slots, tile.split * slots], "the depth was not split"
