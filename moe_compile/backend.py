@@ -54,17 +54,14 @@ def moe_fused(
     blocks, rejected = verdict.blocks, verdict.rejected
     part = Report()
     part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
-    try:
+
+    def inner() -> Callable[..., Any]:
         with reports.filling(part):
-            compiled = compile_with(chosen, mode, target, gm, example_inputs)
-    except (RestartAnalysis, OptionError):
-        raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
-    except Exception as e:
-        if not before.restore():
-            raise  # the graph is as the user wrote it: not our doing
-        rejected = [*rejected, _internal_error("the inner compiler failed on the fused graph", e)]
-        with reports.filling(part):
-            blocks, compiled = [], compile_with(chosen, mode, target, gm, example_inputs)
+            return compile_with(chosen, mode, target, gm, example_inputs)
+
+    compiled, failed = _compiled(inner, before, alone=not verdict.experts)
+    if failed is not None:
+        blocks, rejected = [], [*rejected, failed]
     seconds["total"] = time.perf_counter() - started
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
@@ -72,13 +69,29 @@ def moe_fused(
     return agreement.naming(compiled, verdict.talks) if verdict.talks else compiled
 
 
+def _compiled(inner: Callable[[], Callable[..., Any]], before: Snapshot, alone: bool) -> tuple[Callable[..., Any], Rejection | None]:
+    """What the inner compiler makes of the fused graph, or where it fails of the graph as written, and why.
+
+    `alone`: whether this process may decide that; no rank may whose collectives are not those of the graph as written.
+    """
+    try:
+        return inner(), None
+    except (RestartAnalysis, OptionError):
+        raise  # Dynamo's own way to say "trace once more"; what the user asked for cannot be had
+    except Exception as e:
+        if not alone or not before.restore():
+            raise  # the graph is as the user wrote it: not our doing
+        failed = _internal_error("the inner compiler failed on the fused graph", e)
+        return inner(), failed
+
+
 def _fuse(gm: torch.fx.GraphModule, before: Snapshot, chosen: Options, target: Target) -> tuple[Verdict, dict[str, float]]:
     """What is fused and what is not, told once, agreed upon by the ranks where they exchange experts; and the seconds of the passes."""
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
+    flags.check(gm, rejected)  # may ask for another trace, before the ranks are asked about this one
     verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
     divided.exchange(gm, verdict.experts)
-    flags.check(gm, verdict.rejected)
     return verdict, seconds
 
 
@@ -180,17 +193,18 @@ def _stack(node: Any) -> str:
 
 
 def of_no_graph(compiler_fn: Any) -> None:
-    """A frame has been compiled: loops that were met in it and reached no graph are told of now, before another model is compiled.
+    """A frame has been compiled: loops that were met in it and reached no graph are told of now, before another model is compiled, and so
+    is that Dynamo gave up on it.
 
     Raises `NotFused` with `strict=True`.
     """
     left = loops_left(())
-    if not left:
+    if not left and not reports.untold():
         return
     part = Report()
     part.add_rejected(left)
     reports.add(part, None)
-    if Options.parse(*hooks.asked(compiler_fn)).strict:
+    if left and Options.parse(*hooks.asked(compiler_fn)).strict:
         raise NotFused(left)
 
 

@@ -53,12 +53,17 @@ def why_not(n: fx.Node) -> str:
 
 def source(n: fx.Node) -> fx.Node | None:
     """What a stack of weights is a cast or transposition of, by expert; None where its experts are moved."""
-    while n.op == "call_method" and n.target in _CASTS:
+    while _view(n) in _CASTS:
         order = [a for a in n.args[1:] if isinstance(a, int)]
         if n.target == "permute" and order[0] != 0 or n.target == "transpose" and 0 in order:
             return None
         n = n.args[0]  # type: ignore[assignment]
     return None if n.op == "call_method" else n
+
+
+def _view(n: fx.Node) -> str:
+    """The name of a method, or of an attribute that is read."""
+    return str(n.target) if n.op == "call_method" else str(n.args[1]) if n.target is getattr else ""
 
 
 def divided(gm: fx.GraphModule) -> list[fx.Node]:
@@ -96,7 +101,7 @@ def exchange(gm: fx.GraphModule, experts: Sequence[fx.Node]) -> None:
         n.replace_all_uses_with(new)
         gm.graph.erase_node(n)
     for n in reversed(list(gm.graph.nodes)):
-        if not n.users and (is_whole(n) or n.op == "call_method" and n.target in _CASTS):
+        if not n.users and (is_whole(n) or _view(n) in _CASTS):
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()

@@ -27,13 +27,17 @@ class _SkippedFrames:
         self.seen: Counter[str] = Counter()
 
     def new(self) -> list[GraphBreak]:
+        found, self.seen = self.since()
+        return found
+
+    def since(self) -> tuple[list[GraphBreak], Counter[str]]:
+        """Those that were not told yet, and all that there are."""
         from torch._dynamo.utils import counters
 
         now = Counter(counters["unimplemented"])
         # after torch._dynamo.reset() the counters start from nothing
         fresh = [message for message, n in now.items() if n > self.seen[message] or n < self.seen[message]]
-        self.seen = now
-        return [b for b in map(skipped_frame, fresh) if b is not None]
+        return [b for b in map(skipped_frame, fresh) if b is not None], now
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,11 @@ def add(part: Report, gm: torch.fx.GraphModule | None) -> None:
     part.add_breaks(_store.breaks(gm))
     _store.report_for(gm).add(part)
     _store.keep(part)
+
+
+def untold() -> bool:
+    """Whether Dynamo gave up on a frame of which no graph told."""
+    return bool(_store.skipped.since()[0])
 
 
 @contextmanager

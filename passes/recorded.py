@@ -9,6 +9,7 @@ from . import terms as T
 from . import trace
 from .aten.effects import Memory
 from .aten.element import Puller
+from .aten.merge import merge_made
 from .prove.claims import Claims
 from .recover.counted import named
 from .recover.match import ExpertsMatch
@@ -52,6 +53,7 @@ def _explained(gm: fx.GraphModule, r: Rejection) -> Rejection:
 
 
 def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
+    merge_made(gm.graph, Memory(gm.graph), set())
     for _ in range(3):  # ids and weights may have to be put into tensors of their own
         T.reset()
         unify.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import catalogue
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue.base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, K
-from torch import Tensor
+from torch import Tensor, nn
 
+import moe_compile
 from moe_compile.errors import NotFused
 from moe_compile.report import Report, collecting
 
@@ -64,3 +66,38 @@ def test_what_is_left_is_told_once_and_strict_raises(name: str) -> None:
 def test_what_is_no_mixture_of_experts_is_not_told(name: str) -> None:
     report = told(catalogue.build(ENTRIES[name]), strict=True)
     assert not report.rejected, report.rejected
+
+
+class Normed(nn.Module):
+    """Experts with a BatchNorm, in a loop over a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e, m in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, m(x[token]) * w[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_frame_that_dynamo_gave_up_is_told(train: bool) -> None:
+    """A batch norm of as many rows as the data decides is a break inside the loop; in training it moves its statistics. Both are told."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Normed().train(train), torch.randn(30, 8)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x), twin(x))
+    report = moe_compile.last_report(model)
+    assert report is not None and not report.blocks and not report.fused
+    if train:
+        assert any("num_batches_tracked" in r.reason for r in report.rejected), str(report)
+    else:
+        assert any("break inside a loop" in b.reason and "test_told.py" in b.source for b in report.graph_breaks), str(report)
+    for p, q in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(p, q)

@@ -51,10 +51,10 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
         if options.strict:
             raise
         log.warning("the fused ops were not lowered to npu ops: %s: %s", type(e).__name__, e)
-        rest.tell([f"not lowered to npu ops, the fused ops run as they are: {type(e).__name__}: {e}"])
-        return _inner(rest, gm, example_inputs, train)
-    inputs = inputs_of(lowered, example_inputs)
-    chosen = graph_mode(rest, inputs, train)
+        rest.tell([f"not lowered to npu ops, the fused ops run as they are, op by op: {type(e).__name__}: {e}"])
+        return _inner(rest, gm, example_inputs, True)  # in plain torch they read counts back, which no graph mode captures
+    inputs, one_by_one = inputs_of(lowered, example_inputs), train or any(map(over_ranks.travels, lowered.module.graph.nodes))
+    chosen = graph_mode(rest, inputs, one_by_one)
     if chosen == "ge" and mine.combine == "unpermute":
         raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
     alone = mine.mega_moe and not any(map(over_ranks.travels, gm.graph.nodes))
@@ -62,7 +62,7 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     rest.tell([*lowered.notes, *idle, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
     for sink in SINKS:
         sink(lowered)
-    return _with_packed(_inner(rest, lowered.module, inputs, train), lowered)
+    return _with_packed(_inner(rest, lowered.module, inputs, one_by_one), lowered)
 
 
 def _remarks(lowered: Lowered, inputs: Sequence[Any], rest: Rest, chosen: str) -> list[str]:
@@ -133,26 +133,27 @@ def _with_packed(inner: Callable[..., Any], lowered: Lowered) -> Callable[..., A
     return run
 
 
-def _inner(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any], training: bool) -> Callable[..., Any]:
+def _inner(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any], one_by_one: bool) -> Callable[..., Any]:
     """The compiler behind: what the user named, else a graph mode of torch_npu, else (no NPU) the emulated ops, one by one."""
     options = rest.options
     if options.inner != "auto":
         return rest.compile_with(gm, example_inputs, None if rest.mode in MODES else rest.mode)
-    chosen = graph_mode(rest, example_inputs, training)
+    chosen = graph_mode(rest, example_inputs, one_by_one)
     if chosen == "ge":
         return ge_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
     if chosen == "npugraph_ex":
         return npugraph_ex_backend(options)(gm, example_inputs)  # type: ignore[no-any-return]
-    if overlaps(options) and not training:
+    if overlaps(options) and not one_by_one:
         streams.overlap(gm.graph, streams.Eager, own(options).core_limit)
         gm.recompile()
     return gm
 
 
-def graph_mode(rest: Rest, example_inputs: Sequence[Any], training: bool) -> str:
-    """Which mode compiles: training has none, because neither takes a backward pass with these ops; nor has a machine without an NPU."""
+def graph_mode(rest: Rest, example_inputs: Sequence[Any], one_by_one: bool) -> str:
+    """Which mode compiles. What runs op by op has none: training, because neither takes a backward pass with these ops, and fused ops that
+    were not lowered; nor has a machine without an NPU."""
     asked = rest.mode if rest.mode in MODES else own(rest.options).mode
-    if training or not _on_npu(example_inputs):
+    if one_by_one or not _on_npu(example_inputs):
         return "eager"
     return "npugraph_ex" if asked in ("auto", None) else asked
 

@@ -174,7 +174,7 @@ class _Lowering:
         at = exchange.Place.of(group)
         row, why = over_ranks.choose(n, c, at, training=self.train, shared=shared, one_kernel=self.choices.one_kernel)
         if row is exchange.COLLECTIVES:
-            self.notes.append(f"experts over {at.world} ranks: rows travel by collectives and the fused op runs as it is: {why}")
+            self.notes.append(f"experts over {at.world} ranks: rows travel by collectives and the fused op runs as it is, op by op: {why}")
             return
         if self.choices.quantize is not None:
             self.notes.append("a block is not quantised: its experts are over ranks")

@@ -81,7 +81,7 @@ class Shadow:
             elif s is not None:
                 self.origin.setdefault(s, []).append(dynamo_node)
                 self.image[dynamo_node] = s
-        held = {s for s in self.origin if s.op == "placeholder"}
+        held = {by_name[x] for x in tracer.held if x in by_name}
         shadows = (n for n in traced.graph.nodes if n.op == "placeholder" and n not in held)
         for d, s in zip((n for n in gm.graph.nodes if n.op == "placeholder"), shadows, strict=True):
             self.image[d] = s
@@ -107,13 +107,15 @@ class _Tracer(fx.Interpreter):
     """Runs the Dynamo graph under make_fx and notes which proxy each Dynamo node's value has.
 
     `read`: the nodes that are run, None for all; what they take from others is a call of `given`, with the value Dynamo noted for it.
-    `opaque`, `transformed`: names of what was made in a higher-order op (with its node), under a transform of torch.func.
+    Names of what was made: `opaque` in a higher-order op (with its node), `transformed` under a transform of torch.func; `held`: of inner
+    tensors.
     """
 
     def __init__(self, gm: fx.GraphModule, records: list[tuple[fx.Node, fx.Node]], read: set[fx.Node] | None = None) -> None:
         super().__init__(gm)
         self.records, self.read = records, read
         self.opaque: dict[str, fx.Node] = {}
+        self.held: set[str] = set()
         self.transformed: set[str] = set()
         self.level = 0
         self.garbage_collect_values = False
@@ -136,6 +138,8 @@ class _Tracer(fx.Interpreter):
         tracer, value = _current_tracer(), example_value(n)
         proxy = tracer.create_proxy(op, given if op == "call_function" else n.name, (), {})
         proxy.node.meta.update({k: n.meta[k] for k in ("stack_trace",) if k in n.meta})
+        if op == "placeholder":
+            self.held.add(proxy.node.name)
         track_tensor_tree(value, proxy, constant=None, tracer=tracer)
         self.records.append((n, proxy.node))
         return value

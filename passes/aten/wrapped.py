@@ -22,9 +22,7 @@ from .node import example_value
 
 _PACKAGE = "torchao."
 # Their products are those of their floats where nothing is done to rows
-_FLOATS = frozenset(
-    "Float8Tensor Int8Tensor Int4Tensor Int4PlainInt32Tensor IntxUnpackedToInt8Tensor NVFP4Tensor".split()
-)
+_FLOATS = frozenset("Float8Tensor Int8Tensor Int4Tensor Int4PlainInt32Tensor IntxUnpackedToInt8Tensor NVFP4Tensor".split())
 _ROWS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")  # what says that something is
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_HALF, *(-x for x in _HALF))

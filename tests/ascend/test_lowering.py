@@ -137,3 +137,25 @@ def test_the_other_combine(name: str, dtype: torch.dtype) -> None:
         out = first(compiled(module, combine="unpermute", strict=True)(x))
     assert relative(out, first(module(x))) <= (1e-5 if dtype == torch.float32 else 0.03)
     assert seen.calls()[-1] == "npu_moe_token_unpermute" and "npu_moe_finalize_routing" not in seen.calls()
+
+
+@torch.no_grad()
+def test_what_is_not_lowered_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain torch the fused ops read counts back to the host: on an NPU too they run op by op, whatever mode is asked for."""
+    from moe_compile.lowering.ascend import modes
+
+    def never(*_: object) -> None:
+        raise AssertionError("a graph mode got the fused ops")
+
+    def fails(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(modes, "lower", fails)
+    monkeypatch.setattr(modes, "_on_npu", lambda inputs: True)
+    for name in ("npugraph_ex_backend", "ge_backend"):
+        monkeypatch.setattr(modes, name, never)
+    module, x = block("qwen3_moe"), torch.randn(2, 5, zoo.HIDDEN)
+    for mode in ("auto", "ge"):
+        torch._dynamo.reset()
+        assert relative(first(compiled(module, mode=mode)(x)), first(module(x))) <= 1e-5
+        assert any("op by op: ValueError: no" in n for n in moe_compile.last_report().notes)

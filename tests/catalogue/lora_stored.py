@@ -101,4 +101,3 @@ class LoraOfAnotherExpert(LoraOnBlocks):
 
     def pair(self, name: str, e: int, x: Tensor) -> Tensor:
         return 2.0 * F.linear(F.linear(x, getattr(self, f"{name}_a")[e]), getattr(self, f"{name}_b")[(e + 1) % E])
-

@@ -1,0 +1,86 @@
+"""How rows travel, read off the collectives around fused experts: each form with its verdict, near misses beside them.
+
+One process, in a group whose collectives do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
+from torch import Tensor
+
+import moe_compile
+from moe_compile import exchange
+from moe_compile.ir import Exchange, Way
+
+E, K, H, I, T = 4, 2, 16, 16, 6
+Fn = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def experts(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    h = torch.relu(torch.einsum("th,tkih->tki", x, up[ids.clamp(max=E - 1)]))
+    return torch.einsum("tki,tkhi,tk->th", h, down[ids.clamp(max=E - 1)], w)
+
+
+def world() -> dist.ProcessGroup:
+    return dist.group.WORLD  # type: ignore[return-value]
+
+
+def shared(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SHARED: an all-reduce of the results."""
+    return exchange.shared(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world())
+
+
+def gathered(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """GATHER: rows gathered, sums scattered."""
+    return exchange.gathered(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world())
+
+
+def largest(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """None: the largest result of the ranks is no sum."""
+    return fc.wait_tensor(fc.all_reduce(experts(x, ids, w, up, down), "max", world()))
+
+
+def squared(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """None: what is summed is not the result, but its squares."""
+    return fc.wait_tensor(fc.all_reduce(experts(x, ids, w, up, down) ** 2, "sum", world()))
+
+
+def scattered(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """None: sums are scattered of rows that were not gathered."""
+    return fc.wait_tensor(torch.ops._c10d_functional.reduce_scatter_tensor(experts(x, ids, w, up, down), "sum", 2, world().group_name))
+
+
+def alone(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """None: no collective."""
+    return experts(x, ids, w, up, down) + 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("form", "way"), [(shared, Way.SHARED), (gathered, Way.GATHER), (largest, None), (squared, None), (scattered, None), (alone, None)]
+)
+def test_exchange(form: Fn, way: Way | None, training: bool) -> None:
+    torch._dynamo.reset()
+    x, w, up, down = torch.randn(T, H), torch.rand(T, K), torch.randn(E, I, H), torch.randn(E, H, I)
+    ids = torch.stack([torch.randperm(2 * E)[:K] for _ in range(T)])
+    report = moe_compile.Report()
+    with torch.set_grad_enabled(training):
+        tensors = [t.requires_grad_(training) for t in (x, w, up, down)]
+        torch.compile(form, backend="moe_fused", options={"inner": "eager"}, fullgraph=True)(tensors[0], ids, *tensors[1:])
+        report = moe_compile.last_report()  # type: ignore[assignment]
+    want = None if way is None else Exchange(way, world().group_name, 2, 1)
+    assert [b.ir.exchange for b in report.blocks] == [want]
