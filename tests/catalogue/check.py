@@ -39,7 +39,9 @@ LONG = frozenset(
     """TutorialOverTokens TutorialFirstChoice TutorialOtherScore TutorialNotChosen TutorialPut LoraActivated LoraOtherInput LoraOtherExpert
     LoraRanks LoraSomeExperts RowsOfTheGateOnly RowsByOtherScales ResidualOfAnother RowsOfTheNeighbour Overwrites OtherDestination
     AccumulatorFromOnes WeightOfOtherSlot ExpertTwice RoomForTen FirstSlotOnly RowsWeighedFirst AddsTwice SwitchPutElsewhere
-    SwitchNotChosen OneGridForTwo OtherTokens MissingMiddleExpert Mxfp4OtherBias WeightOnGateOnly""".split()
+    SwitchNotChosen OneGridForTwo OtherTokens MissingMiddleExpert Mxfp4OtherBias WeightOnGateOnly TutorialOnes AccumulatorDecays
+    LoraDoraUp LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween WrittenInLoop
+    RowsByANumber RowsOfTwoOrders TutorialPutRead AccumulatorReadByExpert""".split()
 )
 
 
