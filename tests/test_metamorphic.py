@@ -76,7 +76,7 @@ def expert_mutants(draw: st.DrawFn) -> tuple[Spec, Spelling, str]:
     return spec, how, mutation
 
 
-@examples(12)
+@examples(6)
 @given(expert_mutants())
 def test_mutated_experts_are_left_alone(mutant: tuple[Spec, Spelling, str]) -> None:
     spec, how, mutation = mutant

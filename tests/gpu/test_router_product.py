@@ -14,7 +14,8 @@ from moe_compile.lowering.triton import router
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
-SIZES = [(1, 8, 64), (8, 60, 96), (2, 300, 40), (3, 1, 17), (1, 16, 4100)] + ([(1, 128, 2048), (4, 256, 7168)] if ON_GPU else [])
+SIZES = [(1, 8, 64), (3, 20, 96), (2, 70, 40), (3, 1, 17), (1, 2, 4100)]
+SIZES += [(8, 60, 96), (2, 300, 40), (1, 16, 4100), (1, 128, 2048), (4, 256, 7168)] if ON_GPU else []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
