@@ -27,6 +27,7 @@ from .effects import mutated_args as mutated_args
 from .merge import merge_made
 from .node import example_value as example_value
 from .sources import input_name
+from .wrapped import HELD
 
 
 class Shadow:
@@ -148,7 +149,7 @@ class _Tracer(fx.Interpreter):
         T.look()
         tracer = _current_tracer()
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
-        if n.target is getattr and isinstance(example_value(n), Tensor):
+        if HELD in n.meta:
             return self._given(n, "placeholder")
         self.level += _change_of_level(n)
         watched = tracer is not None and (is_hop or self.level > 0)

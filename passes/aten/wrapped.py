@@ -26,7 +26,7 @@ _FLOATS = frozenset("Float8Tensor Int8Tensor Int4Tensor Int4PlainInt32Tensor Int
 _ROWS = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")  # what says that something is
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = (*_HALF, *(-x for x in _HALF))
-WHY = "why a parameter is not unwrapped"  # in a node's notes
+WHY, HELD = "why a parameter is not unwrapped", "is a tensor that a parameter holds"  # in a node's notes
 
 
 def why_not(t: Tensor) -> str:
@@ -83,7 +83,7 @@ def _floats(graph: fx.Graph, n: fx.Node, v: Any) -> fx.Node | None:
             if x.op == "placeholder":
                 name, value = next(held)
                 env[x] = graph.call_function(getattr, (n, name))
-                env[x].meta["example_value"] = value
+                env[x].meta.update({"example_value": value, HELD: True})
             elif x.op == "call_function":
                 env[x] = graph.node_copy(x, env.__getitem__)
                 env[x].meta = {"example_value": x.meta.get("val")}
