@@ -106,7 +106,7 @@ def test_weights_cast_to_half_precision_by_name_in_a_loop_over_hit_experts() -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(RoundedResult, "float8_e4m3fn"), (RoundedGroups, ""), (Adapted, "LoRA")], ids=["result", "groups of zeros", "LoRA"]
+    ("kind", "why"), [(RoundedResult, "float8_e4m3fn"), (RoundedGroups, "")], ids=["result", "groups of zeros"]
 )
 def test_what_is_near_runs_as_written(kind: type[Block], why: str) -> None:
     x = torch.randn(9, H)
@@ -115,6 +115,14 @@ def test_what_is_near_runs_as_written(kind: type[Block], why: str) -> None:
     got, report = compiled(m, x)
     assert not report.blocks and any(why in r.reason for r in report.rejected)
     assert torch.equal(got.isnan(), (want := m(x)).isnan()) and torch.allclose(got, want, equal_nan=True)
+
+
+def test_a_low_rank_pair_beside_the_codes() -> None:
+    m, x = Adapted(), torch.randn(9, H)
+    got, report = compiled(m, x)
+    (block,) = report.blocks
+    assert block.ir.experts.up_pair == 2.0 and block.ir.experts.up_stored is not None
+    torch.testing.assert_close(got, m(x), rtol=1e-5, atol=1e-5)
 
 
 def test_groups_of_zeros_among_the_weights() -> None:

@@ -135,8 +135,8 @@ def why_no_pair(part: Term, out: Term, expert: Term) -> NoPair | None:
 
 
 def added(pairs: Sequence[LowRank]) -> LowRank | None:
-    """The pairs of one projection, in the order of their matrices' names, which is the same wherever they stand."""
-    first, *more = sorted(pairs, key=lambda p: str(p.a.nodes)) or (None,)
+    """The pairs of one projection, the largest scale first, then by their matrices' names: the same order wherever they stand."""
+    first, *more = sorted(pairs, key=lambda p: (-abs(p.scale), p.scale, str(p.a.nodes))) or (None,)
     return first and replace(first, more=tuple(more))
 
 

@@ -74,6 +74,7 @@ class LoraTwoStacks(_Stacks):
     """Verdict: fused. Two pairs of every stack, both added to the weight before the products, as a parametrisation does it."""
 
     expect = Fused(RENORM, STACKED)
+    group = "lora two stacks"
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
@@ -96,8 +97,6 @@ class LoraTwoStacks(_Stacks):
 
 class LoraTwoStacksInTurn(LoraTwoStacks):
     """Verdict: fused as LoraTwoStacks. One parametrisation after the other."""
-
-    group = "lora two stacks"
 
     def merged(self, w: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
         return torch.baddbmm(w, b, a, alpha=2.0) + 0.5 * torch.bmm(d, c)
@@ -141,7 +140,7 @@ class LoraTwoOtherExpert(LoraTwoStacks):
     """Verdict: rejected. One step from LoraTwoStacks: the second pair's rows are those of the expert before."""
 
     expect = Rejected("weights of another expert")
-    near = "LoraTwoStacks"
+    near, group = "LoraTwoStacks", ""
 
     def project(self, x: Tensor, e: int, name: str) -> Tensor:
         w, a, b, c, d = (getattr(self, f"{name}{what}") for what in ("", "_a", "_b", "_c", "_d"))
