@@ -105,9 +105,7 @@ def test_weights_cast_to_half_precision_by_name_in_a_loop_over_hit_experts() -> 
     assert float((got.float() - want).abs().max()) <= 0.03 * float(want.abs().max())
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"), [(RoundedResult, "float8_e4m3fn"), (RoundedGroups, "")], ids=["result", "groups of zeros"]
-)
+@pytest.mark.parametrize(("kind", "why"), [(RoundedResult, "float8_e4m3fn"), (RoundedGroups, "")], ids=["result", "groups of zeros"])
 def test_what_is_near_runs_as_written(kind: type[Block], why: str) -> None:
     x = torch.randn(9, H)
     x[2, B : 2 * B] = 0
