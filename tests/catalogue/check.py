@@ -41,7 +41,8 @@ LONG = frozenset(
     AccumulatorFromOnes WeightOfOtherSlot ExpertTwice RoomForTen FirstSlotOnly RowsWeighedFirst AddsTwice SwitchPutElsewhere
     SwitchNotChosen OneGridForTwo OtherTokens MissingMiddleExpert Mxfp4OtherBias WeightOnGateOnly TutorialOnes AccumulatorDecays
     LoraDoraUp LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween WrittenInLoop
-    RowsByANumber RowsOfTwoOrders TutorialPutRead AccumulatorReadByExpert""".split()
+    RowsByANumber RowsOfTwoOrders TutorialPutRead AccumulatorReadByExpert FirstExpertsForgotten WrittenAfter WrittenBefore
+    WrittenOldView SwitchTwoPuts LoraSharedBare TutorialOtherScoreRead""".split()
 )
 
 
