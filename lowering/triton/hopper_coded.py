@@ -1,7 +1,7 @@
-"""The grouped GEMM for many rows on weights in few bits on Hopper, by hand (Gluon): `hopper`'s kernel with a warp group that decodes.
+"""The grouped GEMM for many rows on weights in few bits on Hopper, by hand (Gluon): `hopper`'s kernel with two warp groups that decode.
 
     producer (4 warps)      claims a tile; codes by TMA into a ring of their own, rows into the ring of stages
-    decoder (4 warps)       codes -> bf16 in the ring of stages, with their scales, one step ahead of the products
+    decoder 0, 1 (4 each)   codes -> bf16 in the ring of stages, with their scales, ahead of the products; they take steps in turns
     consumer 0, 1 (4 each)  `hopper`'s
 
 So a tile is multiplied while the next one is decoded. A number is code times scale with one rounding. Tiles have 128 rows; matrices are
@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .codes_kernels import _E2M1
 from .hopper_consumer import DUAL, INTERLEAVED, consume
 from .hopper_producer import produce
 from .hopper_tiles import HALF_ROWS, channel, eights, hear
@@ -32,13 +33,6 @@ prmt.b32 t, $5, z, 0x1404; shr.u32 m, t, 4; and.b32 m, m, 0x07F007F0; lop3.b32 m
 mul.bf16x2 m, m, c; mul.bf16x2 t, m, $10; fma.rn.bf16x2 $2, m, $6, t;
 prmt.b32 t, $5, z, 0x3424; shr.u32 m, t, 4; and.b32 m, m, 0x07F007F0; lop3.b32 m, t, 0x80008000, m, 0xEA;
 mul.bf16x2 m, m, c; mul.bf16x2 t, m, $10; fma.rn.bf16x2 $3, m, $6, t; }""")
-# Four bytes of two e2m1 each to pairs of bf16 from low halves and from high ones, as in `codes_kernels`
-_E2M1 = gl.constexpr("""{ .reg .b32 s, g, t, n, h, l, k;
-and.b32 s, $4, 0x77777777; shr.u32 g, $4, 3; and.b32 g, g, 0x11111111; mov.b32 k, 0;
-prmt.b32 h, 0x3F3F3F00, 0x40404040, s; prmt.b32 l, 0xC0800000, 0xC0804000, s; prmt.b32 n, 0x00008000, k, g;
-or.b32 h, h, n; prmt.b32 $0, l, h, 0x6240; prmt.b32 $2, l, h, 0x7351; shr.u32 t, s, 16; shr.u32 g, g, 16;
-prmt.b32 h, 0x3F3F3F00, 0x40404040, t; prmt.b32 l, 0xC0800000, 0xC0804000, t; prmt.b32 n, 0x00008000, k, g;
-or.b32 h, h, n; prmt.b32 $1, l, h, 0x6240; prmt.b32 $3, l, h, 0x7351; }""")
 
 
 @gluon.jit
