@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,49 @@ def test_strict(words: str) -> None:
 def test_explain(words: str) -> None:
     report = moe_compile.explain(small.Block().eval(), torch.randn(small.T, small.H))
     assert [b.lowering for b in report.blocks] == ["cpu torch (float32)"] and words in str(report.notes)
+
+
+ENDS = """
+import sys, time, torch
+from moe_compile.lowering.cpu import build
+build.start("forward", torch.float32)
+while not build._compilers:
+    time.sleep(0.01)
+print(next(iter(build._compilers)).pid)
+"""
+
+
+def slow_compiler(folder: Path) -> dict[str, str]:
+    """One that would take an hour, in a process of its own as that of a real compiler is."""
+    slow = folder / "slow-compiler"
+    slow.write_text("#!/bin/sh\nsleep 3600\n")
+    slow.chmod(0o755)
+    return {**os.environ, "CXX": str(slow), "MOE_COMPILE_CACHE_DIR": str(folder / "cache")}
+
+
+def test_a_process_that_ends_meanwhile_takes_the_compiler_along(tmp_path) -> None:
+    """It ends at once and as if nothing were built; neither the compiler nor half a file is left."""
+    done = subprocess.run([sys.executable, "-c", ENDS], env=slow_compiler(tmp_path), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(done.stdout), 0)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+FORKS = """
+import os
+import subprocess
+import sys
+child = os.fork()
+if child == 0:
+    assert not build._builds and not build._compilers and build._lock.acquire(blocking=False)
+    sys.exit(0)  # ends as its parent does, whose compiler goes on
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert next(iter(build._compilers)).poll() is None
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_waits_for_no_thread_of_its_parent(tmp_path) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS + FORKS], env=slow_compiler(tmp_path), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

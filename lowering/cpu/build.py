@@ -9,12 +9,14 @@ The cache is `$MOE_COMPILE_CACHE_DIR`, else `$XDG_CACHE_HOME/moe_compile`, else 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -34,6 +36,9 @@ _Key = tuple[str, torch.dtype, str]  # direction, dtype, level of instructions
 _lock = threading.Lock()
 _builds: dict[_Key, Future[ctypes.CDLL | str]] = {}  # of the kernels, or of why there are none
 _told: set[str] = set()
+_threads: list[threading.Thread] = []
+_compilers: set[subprocess.Popen[str]] = set()
+_ending = threading.Event()
 
 
 def start(direction: str, dtype: torch.dtype) -> None:
@@ -71,8 +76,42 @@ def _begun(direction: str, dtype: torch.dtype) -> Future[ctypes.CDLL | str]:
         if future is not None:
             return future
         future = _builds[key] = Future()
-    threading.Thread(target=_fill, args=(future, key), name="moe_compile kernel build", daemon=True).start()
+        thread = threading.Thread(target=_fill, args=(future, key), name="moe_compile kernel build", daemon=True)
+        _threads.append(thread)
+    thread.start()
     return future
+
+
+@atexit.register
+def _end() -> None:
+    """Stop what is still being built: the interpreter would take its threads away in the middle of what they do."""
+    _ending.set()
+    for compiler in list(_compilers):
+        _kill(compiler)
+    for thread in _threads:
+        thread.join(timeout=5)
+
+
+def _forked() -> None:
+    """A forked process has none of the building threads: what they have not built is begun again, and their compilers are not its own."""
+    global _lock
+    _lock = threading.Lock()
+    for key in [key for key, future in _builds.items() if not future.done()]:
+        del _builds[key]
+    _threads.clear()
+    _compilers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _kill(compiler: subprocess.Popen[str]) -> None:
+    """With the processes it has started itself, which hold the pipe it is listened to by."""
+    try:
+        os.killpg(compiler.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError):  # no process groups here, or ended already
+        compiler.kill()
 
 
 def _fill(future: Future[ctypes.CDLL | str], key: _Key) -> None:
@@ -80,7 +119,7 @@ def _fill(future: Future[ctypes.CDLL | str], key: _Key) -> None:
         future.set_result(_load(*key))
     except Exception as e:  # whatever goes wrong here, plain torch still works
         reason = str(e) if isinstance(e, _NoKernels) else f"{type(e).__name__}: {e}"
-        if reason not in _told:
+        if reason not in _told and not _ending.is_set():
             _told.add(reason)
             log.warning("no CPU kernels, the experts run in plain torch: %s", reason)
         future.set_result(reason)
@@ -139,14 +178,34 @@ def _compile(compiler: str, flags: list[str], path: Path) -> None:
     os.close(handle)
     try:
         command = [compiler, *flags, "-o", name]
-        if subprocess.run(command[:1] + prebuilt.openmp() + command[1:], capture_output=True, timeout=prebuilt.TIMEOUT_S).returncode:
+        if _said(command[:1] + prebuilt.openmp() + command[1:]) is not None:
             # a compiler without OpenMP still gives correct kernels, on one thread
-            done = subprocess.run(command, capture_output=True, text=True, timeout=prebuilt.TIMEOUT_S)
-            if done.returncode:
-                raise _NoKernels(f"the C++ compiler {compiler} failed: {done.stderr.strip()[-2000:] or 'it says nothing'}")
+            said = _said(command)
+            if said is not None:
+                raise _NoKernels(f"the C++ compiler {compiler} failed: {said.strip()[-2000:] or 'it says nothing'}")
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _said(command: list[str]) -> str | None:
+    """Run a compiler; None where it succeeds, else what it printed. Raises _NoKernels when the process ends meanwhile."""
+    if _ending.is_set():
+        raise _NoKernels("the process ended while the kernels were built")
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as compiler:
+        _compilers.add(compiler)
+        try:
+            if _ending.is_set():  # between the question above and the set
+                _kill(compiler)
+            _, said = compiler.communicate(timeout=prebuilt.TIMEOUT_S)
+        except BaseException:
+            _kill(compiler)
+            raise
+        finally:
+            _compilers.discard(compiler)
+    return said if compiler.returncode else None
 
 
 def _compiler() -> str:
