@@ -152,6 +152,7 @@ class Probe(Sealed):
         if id(t) in self._path_of:  # the experts of another module need not share theirs
             raise Rejection(f"{path} and {self._path_of[id(t)]} are one tensor", stage="shared")
         t, whole = own_part(t), t
+        self.sharded = path if t is not whole else self.sharded
         if not isinstance(t, nn.Buffer) and type(t) not in (Tensor, nn.Parameter):
             raise Rejection(f"{path} is a {type(t).__name__}, no plain tensor", stage="tensors")
         if t.layout is not torch.strided:

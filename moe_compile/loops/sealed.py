@@ -35,6 +35,8 @@ class Sealed:
         self.refused: Rejection | None = None
         self.memo: dict[int, tuple[Any, Any]] = {}  # id -> (what it is the id of, its copy)
         self.places: dict[int, tuple[Any, Place]] = {}  # id of a copy that notes reads -> (the copy, where the original is)
+        self.asks_sharded = False  # whether code asked if something is a DTensor
+        self.sharded = ""  # the path of a tensor that is one, though its copy is not
         self.fewer = fewer  # numbers and lists of all experts stand for few
         self.later: list[Callable[[], Any]] = []  # what is filled in once everything around it is there
         self.kept: list[tuple[Place, Any, list[Any]]] = []  # (place, a copy, what it held at first)
@@ -70,6 +72,8 @@ class Sealed:
         for place, now, before in (*self.kept, *arguments):
             if not _same(held(now), before):
                 raise Rejection(f"it writes to {place}", stage="effects")
+        if self.asks_sharded and self.sharded:
+            raise Rejection(f"it asks whether tensors are DTensors, and {self.sharded} is one", stage="tensors")
         self.code.check()
 
     def some(self, items: Any) -> list[Any]:

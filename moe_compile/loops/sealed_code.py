@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..ir import Rejection
+from ..passes.aten.sharded import sharded_class
 from . import rows
 from .libraries import Forbidden, home, instead, is_library, why_not
 from .places import PLAIN, Place, Space
@@ -43,6 +44,7 @@ class World(Protocol):
     places: dict[int, tuple[Any, Place]]
     later: list[Callable[[], Any]]
     builtins: dict[str, Any]
+    asks_sharded: bool
 
     def seal(self, v: Any, place: Place) -> Any: ...
     def copy(self, v: Any, place: Place) -> Any: ...
@@ -113,8 +115,10 @@ class Code:
         world, name, source = self.world, fn.__qualname__, home(fn)
         if getattr(fn, "_dynamo_marked_constant", False):
             return self._constant(fn)
+        if source.startswith("torch._dynamo") and (inner := vars(fn).get("_torchdynamo_inline")) is not None:
+            return world.copy(inner, place.attr("_torchdynamo_inline"))  # torch.compile: Dynamo looks through it as well
         if getattr(fn, "_torchdynamo_disable", False) or source.startswith("torch._dynamo"):
-            return world.forbid(f"it calls {name}, which is compiled, or kept from being compiled, on its own")
+            return world.forbid(f"it calls {name}, which is kept from being compiled")
         if is_library(source) and not fn.__closure__:
             reason = why_not(fn, str(place))
             return world.forbid(reason) if reason else rows.apart(fn) if source.startswith("einops") else fn
@@ -211,7 +215,26 @@ class Code:
 
     # ---- classes -------------------------------------------------------------------------------------------------------------
 
+    def _only_asked(self, cls: type) -> type:
+        """In place of DTensor: no copy is one, so that `isinstance` says no; where a tensor of the user's is, the world is refused."""
+        world = self.world
+
+        class OnlyAsked(type):
+            def __instancecheck__(self, v: Any) -> bool:
+                world.asks_sharded = True
+                return False
+
+            def __getattribute__(self, name: str) -> Any:
+                return type.__getattribute__(self, name) if name.startswith("__") else world.refuse(f"it uses {cls.__name__}.{name}")
+
+            def __call__(self, *_: Any, **__: Any) -> NoReturn:
+                world.refuse(f"it makes a {cls.__name__}")
+
+        return OnlyAsked(cls.__name__, (), {})
+
     def class_(self, cls: type, place: Place) -> Any:
+        if cls is sharded_class():
+            return self._only_asked(cls)
         if is_library(home(cls)):
             reason = why_not(cls, str(place))
             return self.world.forbid(reason) if reason else cls

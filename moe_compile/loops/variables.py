@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..ir import Rejection
+from ..passes.aten.sharded import is_sharded
 from .call import Call, Fields, Given, Leaf, Made, Owner, Spec
 from .places import MODULE, Place
 
@@ -63,6 +64,8 @@ class Arguments:
         return self._object(variable, label, effects)
 
     def _leaf(self, variable: Any, value: torch.Tensor, label: str) -> Leaf:
+        if is_sharded(value):
+            self.unread = self.unread or f"{label} is a DTensor, no plain tensor"
         wide = value.shape[-1:] if value.ndim > 1 else ()  # the only dim of a list counts its rows
         rows = value.shape[: value.ndim - len(wide)]
         name = re.sub(r"\W+", "_", label).strip("_")

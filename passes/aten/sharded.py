@@ -23,10 +23,16 @@ def leaf() -> None:
     """The target of a leaf's node in the shadow: a plain tensor that comes out of an opaque region."""
 
 
-def is_sharded(value: Any) -> bool:
-    """Whether a value is a DTensor, or holds one. There is none where nobody has imported them."""
+def sharded_class() -> Any:
+    """DTensor; None where nobody has imported it, so that there is none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and value is not None and tree_any(lambda v: isinstance(v, module.DTensor), value)
+    return None if module is None else module.DTensor
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a DTensor, or holds one."""
+    cls = sharded_class()
+    return cls is not None and value is not None and tree_any(lambda v: isinstance(v, cls), value)
 
 
 def is_region(n: fx.Node) -> bool:
