@@ -46,6 +46,11 @@ define("rows_by_expert(Tensor rows, Tensor weight, Tensor ends) -> Tensor", grou
 define("put_back(Tensor base, Tensor rows, Tensor token) -> Tensor", combine, lambda b, r, t: torch.empty_like(b))
 for _name, (_more, _run) in FLOAT8.items():
     define(f"{_name}({BLOCK.format(_more)}) -> Tensor", _run, lambda A, B, *_: A.new_empty(A.shape[0], B.shape[-2]))
+define(
+    "deterministic_scatter_add(Tensor out, Tensor index, Tensor src) -> Tensor",
+    lambda out, index, src: out.scatter_add(0, index, src),
+    lambda out, index, src: torch.empty_like(out),
+)
 OPS = torch.ops.outside_build_7f3a
 
 
@@ -96,6 +101,40 @@ def test_an_op_from_outside_is_read_by_its_contract(own: None) -> None:
     assert block.ir.experts == ir.Experts(E, H, I, H, ir.Form.CONCAT, block.ir.experts.activation, up_transposed=True, down_transposed=True)
     with torch.no_grad():
         torch.testing.assert_close(got, m(x))
+
+
+class ScattersBack(Sorted):
+    """torchtitan's combine: rows in bf16 by counts of a one-hot map, weighed in fp32, added by an op that fixes the order of the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).sigmoid()
+        ids = scores.topk(K, sorted=False).indices
+        counts = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ids, True).sum(0)
+        order = ids.view(-1).argsort(stable=True)
+        rows, ends = x[order // K].bfloat16(), counts.cumsum(0, dtype=torch.int32)
+        g, u = F.grouped_mm(rows, self.up.bfloat16(), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(F.silu(g) * u, self.down.bfloat16(), offs=ends).type_as(x)
+        y = (y.float() * scores.gather(-1, ids).view(-1)[order].view(-1, 1)).to(y.dtype)
+        return OPS.deterministic_scatter_add(torch.zeros_like(x), self.places(order).view(-1, 1).expand_as(y), y)
+
+    def places(self, order: Tensor) -> Tensor:
+        return order // K
+
+
+class ScattersElsewhere(ScattersBack):
+    """Near miss: rows are added to the place of their row, not of their token. As written."""
+
+    def places(self, order: Tensor) -> Tensor:
+        return order % len(order) // (K + 1)
+
+
+@pytest.mark.parametrize(("cls", "fused"), [(ScattersBack, 1), (ScattersElsewhere, 0)])
+def test_rows_added_by_an_op_of_a_library(cls: type[ScattersBack], fused: int) -> None:
+    m, x = cls(), torch.randn(9, H)
+    got, report = compiled(m, x)
+    assert len(report.blocks) == fused
+    with torch.no_grad():
+        torch.testing.assert_close(got, m(x), rtol=2e-2, atol=2e-2)
 
 
 def test_a_contract_that_is_not_the_ops_is_found_out(own: None) -> None:

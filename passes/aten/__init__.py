@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  (they fill element.RULES and the table of contracts)
     contracts_float8,
+    contracts_rows,
     contracts_scaled,
     definitions_gather,
     definitions_norms,

@@ -26,7 +26,7 @@ H = 16
 
 
 class Layer(NamedTuple):
-    """A module of a library: how it is made, the shape of its tokens, and what is to come of it ("" or words of the reason)."""
+    """A module of a library: how it is made, the shape of its tokens, what is to come of it ("" or words of the reason), how exactly."""
 
     library: str
     module: str
@@ -34,6 +34,7 @@ class Layer(NamedTuple):
     make: Callable[[Any], nn.Module]
     shape: tuple[int, ...] = (2, 7, H)
     left: str = ""
+    near: float = 1e-5  # of eager; a layer that multiplies in bf16 is near to that
 
 
 def _litgpt(**more: Any) -> Callable[[Any], nn.Module]:
@@ -59,7 +60,45 @@ def _mistral(m: Any) -> nn.Module:
     return m.MoeLayer([Expert() for _ in range(4)], gate, args)
 
 
+def _torchtitan(m: Any, **router: Any) -> nn.Module:
+    config, dispatch = importlib.import_module("torchtitan.models.common.config_utils"), m.LocalTokenDispatcher
+    experts = m.GroupedExperts.Config(dim=H, hidden_dim=8, num_experts=8)
+    routed = m.RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatch.Config(num_experts=8, top_k=2))
+    gate = config.make_router_config(dim=H, num_experts=8, gate_param_init={}, top_k=2, **router)
+    layer: nn.Module = m.MoE.Config(num_experts=8, router=gate, routed_experts=routed).build()
+    return layer
+
+
+def _automodel(m: Any, **more: Any) -> nn.Module:
+    sizes = dict(n_routed_experts=8, n_shared_experts=1, n_activated_experts=2, dim=H, inter_dim=8, moe_inter_dim=8)
+    groups = dict(n_expert_groups=1, n_limited_groups=1, score_func="softmax", route_scale=1.0, norm_topk_prob=True)
+    training = dict(train_gate=True, gate_bias_update_factor=0.0, aux_loss_coeff=0.0, dtype=torch.float32)
+    backend = importlib.import_module("nemo_automodel.components.models.common").BackendConfig
+    layer: nn.Module = m.MoE(
+        m.MoEConfig(**(sizes | groups | training | more)),
+        backend(attn="sdpa", linear="torch", rms_norm="torch", experts="torch", dispatcher="torch", fake_balanced_gate=False),
+    )
+    return layer
+
+
+_GROUPS = dict(score_func="sigmoid", n_expert_groups=4, n_limited_groups=2, route_scale=2.5)
 LAYERS = (
+    Layer(
+        "torchtitan",
+        "torchtitan.models.common.moe",
+        "MoE, sigmoid, groups, normalised",
+        lambda m: _torchtitan(m, route_norm=True, route_scale=2.5, num_expert_groups=4, num_limited_groups=2),
+        near=2e-2,
+    ),
+    Layer(
+        "torchtitan",
+        "torchtitan.models.common.moe",
+        "MoE, softmax",
+        lambda m: _torchtitan(m, score_func="softmax"),
+        near=2e-2,
+    ),
+    Layer("nemo-automodel", "nemo_automodel.components.moe.layers", "MoE, a loop, shared expert", _automodel),
+    Layer("nemo-automodel", "nemo_automodel.components.moe.layers", "MoE, sigmoid, groups", lambda m: _automodel(m, **_GROUPS)),
     Layer("litgpt", "litgpt.model", "LLaMAMoE, softmax over the selected", _litgpt()),
     Layer("litgpt", "litgpt.model", "LLaMAMoE, shared expert, scale 2.5", _litgpt(n_shared_expert=1, routed_scaling_factor=2.5)),
     Layer("mistral_inference", "mistral_inference.moe", "MoeLayer", _mistral, (9, H)),
@@ -120,7 +159,7 @@ def _row(layer: Layer, report: Report, exact: float, gradients: float) -> str:
         "yes" if report.blocks and not report.rejected else f"no: {'; '.join(dict.fromkeys(r.reason for r in report.rejected)) or '–'}"
     )
     version = importlib.metadata.version(layer.library)
-    near = ["yes" if e < 1e-5 else f"{e:.0e}" for e in (exact, gradients)]
+    near = ["yes" if e < 1e-5 else "as bf16 is" if e < layer.near else f"{e:.0e}" for e in (exact, gradients)]
     return f"| {layer.library} {version} | {layer.what} | {verdict} | {near[0]} | {near[1]} | {report.graph_count} |"
 
 
@@ -135,7 +174,7 @@ def test_a_layer_of_a_library(layer: Layer) -> None:
     for p in m.parameters():
         nn.init.normal_(p, std=0.3)
     run = _run(layer, m)
-    assert run.exact < 1e-5 and run.gradients < 1e-4
+    assert run.exact < layer.near and run.gradients < 10 * layer.near
     if layer.what in BY_DESIGN:
         assert not run.report.blocks
         assert any(layer.left in r.reason for r in run.report.rejected) if layer.left else True, str(run.report)
