@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single
 
 import moe_compile
 from moe_compile.report import Report
@@ -122,6 +124,48 @@ def test_rows_in_order(f: Fn, fused: bool, dynamic: bool) -> None:
     for a, b in zip((out, *grads[0]), (want, *grads[1]), strict=True):
         a, b = (a[:10], b[:10]) if a.shape == x.shape else (a, b)
         assert float((a - b).detach().norm() / b.detach().norm()) < 0.02  # both in bf16
+
+
+def exchanged(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, again: int = 0) -> Tensor:
+    """Fused behind the exchange: torchtitan's all-to-all, counts first; rows arrive rank by rank and are sorted by expert."""
+    group, own = dist.group.WORLD, torch.ops._c10d_functional
+    w, ids = (x @ gate.mT).sigmoid().topk(K)
+    order = ids.view(-1).argsort(stable=True)
+    counts = torch.zeros(len(x), E, dtype=torch.bool).scatter_(-1, ids, True).sum(0)
+    came = own.wait_tensor(all_to_all_single(counts.view(1, -1), None, None, group=group)).reshape(-1)
+    there, here = counts.view(1, -1).sum(1).tolist(), came.view(1, -1).sum(1).tolist()
+    rows = all_to_all_single(x[order // K], here, there, group)
+    part = torch.arange(E).repeat_interleave(came, output_size=rows.shape[0])
+    starts = came.cumsum(0) - came
+    place = starts[part] + torch.arange(part.shape[0]) - starts[part]
+    ends = came.view(1, -1).sum(0).cumsum(0, dtype=torch.int32)
+    y = products(rows[place, :], ends, came.flip(0).cumsum(0, dtype=torch.int32) if again else ends, up, down)
+    back = y.new_empty(rows.shape)
+    back[place, :] = y
+    back = all_to_all_single(back, there, here, group) * w.view(-1)[order][:, None]
+    return torch.zeros_like(x).index_add(0, order // K, back)
+
+
+def exchanged_by_other_counts(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: the rows of the second product are grouped otherwise."""
+    return exchanged(x, gate, up, down, again=1)
+
+
+@pytest.mark.parametrize(("f", "fused"), [(exchanged, True), (exchanged_by_other_counts, False)])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_rows_that_came_from_other_devices(f: Fn, fused: bool) -> None:
+    """In a world of one; what is said of the selection is that its rows go elsewhere."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        up, down = weights()
+        x, gate = torch.randn(T, H), torch.randn(E, H)
+        with torch.no_grad():
+            out, report = compiled(f, x, gate, up, down)
+            want = f(x, gate, up, down)
+    finally:
+        dist.destroy_process_group()
+    assert len(report.blocks) == fused and any("the selected rows go to other devices" in r.reason for r in report.rejected)
+    assert float((out - want).norm() / want.norm()) < 0.02
 
 
 def test_op_of_rows_in_order_is_experts_in_float64() -> None:

@@ -96,6 +96,23 @@ for _name in (*_ONE, *(p + n for n in _TWO for p in ("", "r", "i"))):
     setattr(Forbidden, f"__{_name}__", _use)
 
 
+def only_asked(world: Any, cls: type) -> type:
+    """In place of DTensor: no copy is one, so that `isinstance` says no; where a tensor of the user's is, the world is refused."""
+
+    class OnlyAsked(type):
+        def __instancecheck__(self, v: Any) -> bool:
+            world.asks_sharded = True
+            return False
+
+        def __getattribute__(self, name: str) -> Any:
+            return type.__getattribute__(self, name) if name.startswith("__") else world.refuse(f"it uses {cls.__name__}.{name}")
+
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            world.refuse(f"it makes a {cls.__name__}")
+
+    return OnlyAsked(cls.__name__, (), {})
+
+
 def is_library(name: str | None) -> bool:
     """Whether code of a module of this name is no user's: Python's, torch's, numpy's, einops'. Others' is read as his."""
     top = (name or "").partition(".")[0]

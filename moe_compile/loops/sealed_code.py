@@ -16,7 +16,7 @@ from torch import nn
 from ..ir import Rejection
 from ..passes.aten.sharded import sharded_class
 from . import rows
-from .libraries import Forbidden, home, instead, is_library, why_not
+from .libraries import Forbidden, home, instead, is_library, only_asked, why_not
 from .places import PLAIN, Place, Space
 
 MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's own code looks up in every module
@@ -215,26 +215,9 @@ class Code:
 
     # ---- classes -------------------------------------------------------------------------------------------------------------
 
-    def _only_asked(self, cls: type) -> type:
-        """In place of DTensor: no copy is one, so that `isinstance` says no; where a tensor of the user's is, the world is refused."""
-        world = self.world
-
-        class OnlyAsked(type):
-            def __instancecheck__(self, v: Any) -> bool:
-                world.asks_sharded = True
-                return False
-
-            def __getattribute__(self, name: str) -> Any:
-                return type.__getattribute__(self, name) if name.startswith("__") else world.refuse(f"it uses {cls.__name__}.{name}")
-
-            def __call__(self, *_: Any, **__: Any) -> NoReturn:
-                world.refuse(f"it makes a {cls.__name__}")
-
-        return OnlyAsked(cls.__name__, (), {})
-
     def class_(self, cls: type, place: Place) -> Any:
         if cls is sharded_class():
-            return self._only_asked(cls)
+            return only_asked(self.world, cls)
         if is_library(home(cls)):
             reason = why_not(cls, str(place))
             return self.world.forbid(reason) if reason else cls

@@ -18,6 +18,7 @@ from .element import Puller, rule, size_of
 from .names import op_name
 
 MARK = "expert_of_row"
+EXCHANGED = "exchanged"  # of a mark: whether the group sizes came from other devices
 _MOST = 200  # nodes looked at behind the group sizes
 
 
@@ -25,13 +26,16 @@ def mark(graph: fx.Graph) -> None:
     """Put in the experts of the rows of every grouped product whose group sizes no selection or sorting is behind."""
     for n in list(graph.nodes):
         ends = _ends(n) if op_name(n) in names.GROUPED else None
-        if ends is None or marked(ends, n) is not None or _chosen(ends):
+        if ends is None or marked(ends, n) is not None:
+            continue
+        chosen, exchanged = _behind(ends)
+        if chosen:
             continue
         x = n.args[0]
         with graph.inserting_before(n):
             new = graph.call_function(torch.ops.moe_compile.expert_of_row.default, (ends, x))
         v = x.meta["val"]  # type: ignore[union-attr]
-        new.meta = {"val": v.new_empty(v.shape[:1], dtype=torch.int64, device=ends.meta["val"].device)}
+        new.meta = {EXCHANGED: exchanged, "val": v.new_empty(v.shape[:1], dtype=torch.int64, device=ends.meta["val"].device)}
 
 
 def marked(ends: fx.Node, product: fx.Node) -> fx.Node | None:
@@ -52,16 +56,20 @@ def _ends(n: fx.Node) -> fx.Node | None:
     return ends if plain and isinstance(ends, fx.Node) else None
 
 
-def _chosen(ends: fx.Node) -> bool:
-    seen, waiting = {ends}, [ends]
+def _behind(ends: fx.Node) -> tuple[bool, bool]:
+    """Whether a selection or sorting is behind group ends, and whether an exchange is: what is behind that is other devices'."""
+    seen, waiting, exchanged = {ends}, [ends], False
     while waiting and len(seen) < _MOST:
         n = waiting.pop()
         if op_name(n) in names.SELECTION:
-            return True
+            return True, exchanged
+        if "c10d" in str(n.target):
+            exchanged = True
+            continue
         new = [x for x in n.all_input_nodes if x not in seen]
         seen.update(new)
         waiting += new
-    return bool(waiting)
+    return bool(waiting), exchanged
 
 
 @rule(MARK)

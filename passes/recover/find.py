@@ -21,7 +21,7 @@ from .counted import named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
-from .given_ids import given_ids, is_last
+from .given_ids import given_ids, is_last, rows_in_order
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
@@ -73,6 +73,7 @@ class Finder:
             codes |= rounded_nodes(graph)
         self.opened = codes | merged_pairs(graph)  # weights that are looked into for what they are made of
         self.fallbacks = [set(s) for s in {frozenset(codes): None, frozenset(): None} if s != self.opened]
+        self.in_order: frozenset[fx.Node] = frozenset()  # rows that are taken as they come, whatever put them in the order of their experts
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
     def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
@@ -203,6 +204,7 @@ class Finder:
 
     def attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         """What weights are made of (codes, low-rank pairs) is looked for first; where that is of an unknown kind, they are weights."""
+        self.in_order = rows_in_order(n) if label and self.sources[label - 1] in self.opaque else frozenset()
         out = again = self._attempt(n, label)
         kept = self.opened
         for fewer in self.fallbacks:
@@ -250,7 +252,9 @@ class Finder:
         """Whether the experts' pass takes a node as a given tensor."""
         if n in self.opened and WORDS in n.meta:
             return True
-        if is_joined(n) or is_table(n) or n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
+        if n in self.in_order or is_joined(n) or is_table(n):
+            return True
+        if n in self.memory.stale and op_name(n) == "clone":  # no copy any more of what it was made of
             return True
         if self.live.get(n, self.static[n]) == label or n in self.opened:
             return False

@@ -16,7 +16,7 @@ from ..aten.element import RULES
 from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.sharded import leaf
-from ..aten.sorted_rows import is_mark
+from ..aten.sorted_rows import EXCHANGED, is_mark
 from ..terms import Term
 from .selections import is_selection
 
@@ -83,7 +83,7 @@ def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:
         n = waiting.pop()
         if is_selection(n) or len(seen) > _MOST:
             return set()
-        ends = n.op in ("placeholder", "get_attr") or n in walls or _is_collective(n)
+        ends = n.op in ("placeholder", "get_attr") or n in walls or is_collective(n)
         if ends or not _has_rule(n):
             found |= {n} if _holds_integers(n) else set()
         if ends:
@@ -94,7 +94,7 @@ def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _is_collective(n: fx.Node) -> bool:
+def is_collective(n: fx.Node) -> bool:
     """Whether other devices have a part in a value: even a selection's indices are other ones behind it."""
     return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
 
@@ -120,6 +120,22 @@ def is_last(n: fx.Node) -> bool:
         seen.update(new)
         waiting += new
     return True
+
+
+def rows_in_order(product: fx.Node) -> frozenset[fx.Node]:
+    """The rows that the first product of these groups reads, before casts, where other devices made the groups: nothing tells the
+    rows' ids but the groups' ends.
+    """
+    if op_name(product) not in names.GROUPED:
+        return frozenset()
+    rows = [u.args[1] for ends in product.all_input_nodes for u in ends.users if is_mark(u) and u.meta[EXCHANGED]]
+    return frozenset(_uncast(x) for x in rows if isinstance(x, fx.Node))
+
+
+def _uncast(n: fx.Node) -> fx.Node:
+    while op_name(n) in names.CAST and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n
 
 
 def ends_of(ids: Term) -> fx.Node | None:

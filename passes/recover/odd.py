@@ -18,6 +18,7 @@ from ..aten.element import RULES, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.sources import code_of
 from .counted import indices
+from .given_ids import is_collective
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
@@ -42,7 +43,7 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code="opaque" if n in walls else "inside")
+            return Rejection(what, n, "experts", code="elsewhere" if is_collective(n) else "opaque" if n in walls else "inside")
     return None
 
 
@@ -99,6 +100,8 @@ def _over_features(n: fx.Node) -> bool:
 
 def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
+    if is_collective(n):
+        return f"the selected rows go to other devices ({name}): they get their experts where they arrive, which is a block of its own"
     if n in walls:
         return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
     if name in _NORMS and getattr(call_args(n), "training", True):
