@@ -107,8 +107,8 @@ def only_asked(world: Any, cls: type) -> type:
         def __getattribute__(self, name: str) -> Any:
             return type.__getattribute__(self, name) if name.startswith("__") else world.refuse(f"it uses {cls.__name__}.{name}")
 
-        def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            world.refuse(f"it makes a {cls.__name__}")
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return world.refuse(f"it makes a {cls.__name__}")
 
     return OnlyAsked(cls.__name__, (), {})
 
