@@ -52,7 +52,7 @@ class _Flow:
         self.whole = whole
         self.nodes = list(graph.nodes)
         self.at = {n: i for i, n in enumerate(self.nodes)}
-        self.storages = [storage_of(n) for n in self.nodes]
+        self.storage = {n: storage_of(n) for n in self.nodes}
         self.written = {storage_of(t) for n in self.nodes if is_write(n) for t in targets_of(n)}
         self.inputs = [[self.at[x] for x in found] for found in self._inputs()]
         self.above = [0] * len(self.nodes)
@@ -73,7 +73,7 @@ class _Flow:
         """What each node depends on: its arguments, and what has been written into their memory so far."""
         wrote: dict[int | None, list[fx.Node]] = {s: [] for s in self.written}
         for n in self.nodes:
-            yield [*n.all_input_nodes, *(w for x in n.all_input_nodes if storage_of(x) in wrote for w in wrote[storage_of(x)])]
+            yield [*n.all_input_nodes, *(w for x in n.all_input_nodes for w in wrote.get(self.storage[x], ()))]
             for t in targets_of(n) if is_write(n) else ():
                 wrote[storage_of(t)] = [n]
 
@@ -255,13 +255,13 @@ class _Flow:
             out.add(n)
             waiting += (*filter(_is_read_through, n.all_input_nodes), *self.whole.get(n, ()))
             for x in (n, *n.all_input_nodes):
-                waiting += named.pop(storage_of(x), ())
+                waiting += named.pop(self.storage[x], ())
         return out
 
     def _names_of_written(self) -> dict[int | None, list[fx.Node]]:
         named: dict[int | None, list[fx.Node]] = {s: [] for s in self.written}
-        for n, storage in zip(self.nodes, self.storages, strict=True):
-            for s in {storage, *(storage_of(t) for t in targets_of(n) if is_write(n))}:
+        for n in self.nodes:
+            for s in {self.storage[n], *(storage_of(t) for t in targets_of(n) if is_write(n))}:
                 if s in named:
                     named[s].append(n)
         return named
