@@ -28,7 +28,8 @@ def is_write(n: fx.Node) -> bool:
     if schema is not None:
         return bool(schema.is_mutable)
     name = getattr(n.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    is_operator = getattr(n.target, "__module__", "") == "_operator"  # `a & b` is and_: no word of Python's own ends in one otherwise
+    return name.endswith("_") and not name.endswith("__") and not is_operator
 
 
 def _asked_in_place(n: fx.Node) -> bool:

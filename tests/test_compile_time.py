@@ -9,6 +9,8 @@ from test_bad_input import H, K, Moe, T
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile.calls import is_write
+from moe_compile.passes import steps
 from moe_compile.passes.prove.engine import forget
 from moe_compile.passes.rewrite import recall
 from moe_compile.passes.terms import budget
@@ -81,6 +83,70 @@ def test_unrolled_layers_one_after_the_other():
         torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
     report = moe_compile.last_report()
     assert [b.ir.shared for b in report.blocks] == [None] * 3 and not report.rejected
+
+
+FAR = 20
+
+
+class Residuals(nn.Module):
+    """MoE layers in a residual stream that is no plain sum; each layer must be cut off from the next."""
+
+    def __init__(self, kind: str, n: int) -> None:
+        super().__init__()
+        self.kind, self.layers = kind, nn.ModuleList(Moe(sigmoid=True) for _ in range(n))
+        self.first, self.mix, self.key = nn.Linear(H, H), nn.Linear(H, 4), nn.Linear(H, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            if self.kind == "keys":  # tokens attend to the best T // 2 of themselves
+                best = (self.key(x) @ x.mT).topk(T // 2).indices
+                mask = torch.zeros(T, T, device=x.device, dtype=torch.bool).scatter(-1, best, True) & torch.ones_like(
+                    best[:1, :1], dtype=torch.bool
+                )
+                x = x + torch.where(mask, x @ x.mT, -torch.inf).softmax(-1) @ x
+            if self.kind == "transform":
+                x = x + torch.func.vmap(torch.sin)(self.key(x))
+            for _ in range(FAR):
+                x = x.tanh()
+            x = self.first(x)
+            normed = nn.functional.rms_norm(x, (H,))
+            if self.kind == "mixed":  # two streams, as hyper-connections have them
+                streams = torch.stack((x, 2 * x), 1)
+                comb = self.mix(normed).view(T, 2, 2).softmax(-1)
+                x = (0.5 * layer(normed).unsqueeze(1) + comb.mT @ streams).sum(1)
+            else:
+                x = x * 0.7 + layer(normed) * 0.3
+        return x
+
+
+@pytest.mark.parametrize("kind", ["scaled", "mixed", "keys", "transform"])
+def test_what_stands_between_layers_is_not_read(monkeypatch, kind):
+    """However the residual stream goes on, and whatever else selects: FAR nodes between two layers are left out."""
+    left: list[int] = []
+    near = steps.nodes_near
+
+    def counted(graph, *places):
+        read = near(graph, *places)
+        left.append(0 if read is None else len(graph.nodes) - len(read))
+        return read
+
+    monkeypatch.setattr(steps, "nodes_near", counted)
+    monkeypatch.setattr(recall, "folder", lambda: None)
+    torch._dynamo.reset()
+    model, x = Residuals(kind, 2), torch.randn(T, H)
+    with torch.no_grad():
+        got = torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+    report = moe_compile.last_report()
+    assert len(report.blocks) == 2 and all(r.stage == "find" for r in report.rejected), report.rejected
+    assert left[0] >= 2 * FAR, left
+
+
+def test_and_is_no_write():
+    """Python's own `a & b` ends in an underscore as torch's in-place operations do."""
+    graph = torch.fx.symbolic_trace(lambda a, b: ((a & b) | b, a.add_(b))).graph
+    assert [str(n.target) for n in graph.nodes if is_write(n)] == ["add_"]
 
 
 def test_layers_cost_the_same_each():

@@ -136,6 +136,12 @@ def is_transform(n: fx.Node) -> bool:
     return n.op == "call_function" and any(s in str(n.target) for s in ("nesting", "batch_dim"))
 
 
+def change_of_level(n: fx.Node) -> int:
+    """1 where a node of Dynamo's graph enters a transform of torch.func, -1 where it leaves one."""
+    name = str(getattr(n.target, "__name__", ""))
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
 def has_effect(n: fx.Node) -> bool:
     if n.op in ("placeholder", "output", "call_module"):
         return True

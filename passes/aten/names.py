@@ -7,6 +7,7 @@ stands in `definitions_*`, where an op of a kind whose members all read alike (R
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -96,5 +97,6 @@ def op_name(n: fx.Node) -> str:
 _IN_PLACE = _row("iadd isub imul ipow imatmul iand ior ixor ilshift irshift")
 
 
+@functools.lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     return name if name.startswith("__") else name.rstrip("_")

@@ -1,20 +1,23 @@
 """Which nodes of Dynamo's graph are near a selection: those are read, the rest (attention, the head, other layers' norms) is not.
 
 Around each selection s the graph is cut twice. Above: at the tokens that the router's product reads, and what few operations make of
-the residual stream for it. Below: at the residual sum h + y, where h is what the tokens were made of and y what came of s. A cut is
-only made where no rows of features pass it by; without one all that follows is read, as written.
+the residual stream for it. Below: at the residual sum h + y, where h is what the tokens were made of, or the stream weighed or mixed
+anew (a·h + b·y, C·h + b·y), and y what came of s; how h was made is not read. A cut is only made where no rows of features pass it by;
+without one all that follows is read, as written. Nothing is read behind a selection among the tokens themselves (keys in attention).
+What stands under a transform of torch.func is read as a whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.fx as fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ...calls import is_write
 from . import names
-from .effects import has_effect, is_transform, storage_of, targets_of
+from .effects import change_of_level, has_effect, is_transform, storage_of, targets_of
 from .names import op_name
 from .node import example_value
 
@@ -28,9 +31,10 @@ def nodes_near(graph: fx.Graph, selections: Iterable[fx.Node], routers: Iterable
 
     `routers`: products that may weigh experts without a selection; they count where products for as many experts stand beside them.
     """
-    if any(is_transform(n) or is_write(n) and any(storage_of(t) is None for t in targets_of(n)) for n in graph.nodes):
+    whole = _transformed(graph)
+    if whole is None or any(is_write(n) and any(storage_of(t) is None for t in targets_of(n)) for n in graph.nodes):
         return None
-    flow = _Flow(graph)
+    flow = _Flow(graph, whole)
     near = 0
     for s in (*selections, *filter(flow.has_beside, routers)):
         near |= flow.around(s)
@@ -44,10 +48,11 @@ class _Flow:
     `above[i]`, `below[i]`: all that node i depends on, all that depends on it.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, whole: dict[fx.Node, list[fx.Node]]) -> None:
+        self.whole = whole
         self.nodes = list(graph.nodes)
         self.at = {n: i for i, n in enumerate(self.nodes)}
-        self.storages = [storage_of(n) for n in self.nodes]
+        self.storage = {n: storage_of(n) for n in self.nodes}
         self.written = {storage_of(t) for n in self.nodes if is_write(n) for t in targets_of(n)}
         self.inputs = [[self.at[x] for x in found] for found in self._inputs()]
         self.above = [0] * len(self.nodes)
@@ -68,7 +73,7 @@ class _Flow:
         """What each node depends on: its arguments, and what has been written into their memory so far."""
         wrote: dict[int | None, list[fx.Node]] = {s: [] for s in self.written}
         for n in self.nodes:
-            yield [*n.all_input_nodes, *(w for x in n.all_input_nodes if storage_of(x) in wrote for w in wrote[storage_of(x)])]
+            yield [*n.all_input_nodes, *(w for x in n.all_input_nodes for w in wrote.get(self.storage[x], ()))]
             for t in targets_of(n) if is_write(n) else ():
                 wrote[storage_of(t)] = [n]
 
@@ -86,6 +91,8 @@ class _Flow:
         """What is read around one selection."""
         s = self.at[selection]
         scores, tokens = self._scores(s)
+        if self._is_among_tokens(scores):
+            return scores | sum(1 << x for x in self.readers[s])
         upper = scores | self._residual(tokens)
         beyond = 0
         for n in self.of(upper):
@@ -96,9 +103,18 @@ class _Flow:
         if end is not None:
             self.cuts |= 1 << end
             inside &= ~self.below[end]
-        for n in self.of(inside):
-            upper |= self.above[self.at[n]]
+        for i in map(self.at.__getitem__, self.of(inside)):
+            upper |= self.above[i] if i != end else 0
         return (upper | inside) & ~beyond
+
+    def _is_among_tokens(self, scores: int) -> bool:
+        """Whether tokens are selected by tokens, as keys in attention are: what stands on one side of the product is made of the other."""
+        products = [self.at[n] for n in self.of(scores) if op_name(n) in _FAR]
+        return bool(products) and all(self._is_of_itself(i) for i in products)
+
+    def _is_of_itself(self, i: int) -> bool:
+        sides = [self.above[x] | 1 << x for x in self._tensors(i)]
+        return len(sides) == 2 and any(self._floats(self.at[n]) for n in self.of(sides[0] & sides[1]))
 
     def has_beside(self, router: fx.Node) -> bool:
         """Whether what a product with a column for each expert reads goes into products for all experts as well.
@@ -173,17 +189,41 @@ class _Flow:
         stream = 0
         for x in tokens:
             stream |= self.above[x] | 1 << x
-        found = (i for i in self.sums if i > s and self.below[s] >> i & 1 and self._adds(i, s, stream))
         widths = {self._width(x) for x in tokens} - {None}
-        for i, _ in zip(found, range(_SUMS), strict=False):
-            if not self._passed_by(s, i, {self._width(i), *widths}):
-                return i
+        for is_of in (self._is_of, self._is_made_of):
+            found = (i for i in self.sums if i > s and self.below[s] >> i & 1 and self._adds(i, s, stream, is_of))
+            for i, _ in zip(found, range(_SUMS), strict=False):
+                if not self._passed_by(s, i, {self._width(i), *widths}):
+                    return i
         return None
 
-    def _adds(self, i: int, s: int, stream: int) -> bool:
+    def _adds(self, i: int, s: int, stream: int, is_of: Callable[[int, int, int], bool]) -> bool:
         """Whether one operand comes from the selection and the other is of the stream that the tokens were made of."""
         a, b = self._tensors(i)
-        return any(self.below[s] >> y & 1 and stream >> h & 1 and self._width(h) == self._width(i) for h, y in ((a, b), (b, a)))
+        return any(self.below[s] >> y & 1 and self._width(h) == self._width(i) and is_of(h, s, stream) for h, y in ((a, b), (b, a)))
+
+    def _is_of(self, h: int, s: int, stream: int) -> bool:
+        return bool(stream >> h & 1)
+
+    def _is_made_of(self, h: int, s: int, stream: int) -> bool:
+        """Whether h is the stream, weighed or mixed anew: rows of it, through anything but a product with weights, nothing selected."""
+        if self.below[s] >> h & 1 or not self.above[h] & stream:
+            return False
+        seen, waiting = 0, [h]
+        while waiting:
+            i = waiting.pop()
+            if seen >> i & 1 or self.nodes[i].op in ("placeholder", "get_attr"):
+                continue
+            seen |= 1 << i
+            if stream >> i & 1 and self._width(i) == self._width(h):
+                return True
+            waiting += () if self._weighs(i) else self.inputs[i]
+        return False
+
+    def _weighs(self, i: int) -> bool:
+        """Whether a node is a product with given weights, or a call of who knows what."""
+        name = op_name(self.nodes[i])
+        return not name or name in names.CONTRACTION and any(map(_is_given, self.nodes[i].all_input_nodes))
 
     def _passed_by(self, s: int, end: int, widths: set[str | None]) -> bool:
         """Whether rows of features behind `end` are made of what the selection gave, but not by way of `end`."""
@@ -206,24 +246,42 @@ class _Flow:
         """With inputs, effects, all names of memory that is written, and what views, sizes and indices that are read are made of."""
         named = self._names_of_written()
         given = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
-        out, waiting = set(given), [*read, *(n for n in self.nodes if has_effect(n) and not _reads_tensor(n))]
+        alone = (n for n in self.nodes if has_effect(n) and not _reads_tensor(n) and n not in self.whole)
+        out, waiting = set(given), [*read, *alone]
         while waiting:
             n = waiting.pop()
             if n in out or n.op == "output":
                 continue
             out.add(n)
-            waiting += filter(_is_read_through, n.all_input_nodes)
+            waiting += (*filter(_is_read_through, n.all_input_nodes), *self.whole.get(n, ()))
             for x in (n, *n.all_input_nodes):
-                waiting += named.pop(storage_of(x), ())
+                waiting += named.pop(self.storage[x], ())
         return out
 
     def _names_of_written(self) -> dict[int | None, list[fx.Node]]:
         named: dict[int | None, list[fx.Node]] = {s: [] for s in self.written}
-        for n, storage in zip(self.nodes, self.storages, strict=True):
-            for s in {storage, *(storage_of(t) for t in targets_of(n) if is_write(n))}:
+        for n in self.nodes:
+            for s in {self.storage[n], *(storage_of(t) for t in targets_of(n) if is_write(n))}:
                 if s in named:
                     named[s].append(n)
         return named
+
+
+def _transformed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]] | None:
+    """All that stands under one transform of torch.func, at each node of it; None where that cannot be told from the graph."""
+    whole: dict[fx.Node, list[fx.Node]] = {}
+    level, part = 0, list[fx.Node]()
+    for n in graph.nodes:
+        level += change_of_level(n)
+        if level < 0 or not part and is_transform(n) and level == 0:
+            return None
+        if level or part:
+            part.append(n)
+            whole[n] = part
+        if level == 0:
+            part = []
+    wrapped = (n for n in whole if isinstance(v := example_value(n), torch.Tensor) and is_functorch_wrapped_tensor(v))
+    return None if level or any(u not in whole for n in wrapped for u in n.users) else whole
 
 
 def _reads_stack(n: fx.Node, count: int) -> bool:
@@ -236,6 +294,13 @@ def _reads_stack(n: fx.Node, count: int) -> bool:
         if op_name(x) in names.VIEW | names.CAST | names.LOOKUP | {"getitem"}:
             seen += (y for y in x.all_input_nodes if y not in seen)
     return False
+
+
+def _is_given(n: fx.Node) -> bool:
+    """Whether a node is an input of the graph, in one view or another."""
+    while op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n.op in ("placeholder", "get_attr")
 
 
 def _is_read_through(n: fx.Node) -> bool:

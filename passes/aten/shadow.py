@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .. import terms as T
 from ..terms.text import SAID
 from . import contracts, sharded, sorted_rows
-from .effects import Memory
+from .effects import Memory, change_of_level
 from .effects import aliased_arg as aliased_arg
 from .effects import mutated_args as mutated_args
 from .merge import merge_made
@@ -90,10 +90,21 @@ class Shadow:
             s.meta["trained"] = getattr(example_value(d), "requires_grad", False)
             if text := input_name(d):
                 s.meta[SAID] = text
+        self._mark_cuts(gm, traced.graph)
         self.inside = {by_name[x]: call for x, call in tracer.opaque.items() if x in by_name}
         self.walls.update(self.inside)
         self.transformed.update(by_name[x] for x in tracer.transformed if x in by_name)
         return traced
+
+    def _mark_cuts(self, gm: fx.GraphModule, graph: fx.Graph) -> None:
+        """Results of the shadow that do not leave Dynamo's graph: only their readers are not read."""
+        end, last = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (gm.graph, graph))
+        for s in last.all_input_nodes:
+            if self.read is not None and s in self.origin and not any(d in end.all_input_nodes for d in self.origin[s]):
+                s.meta[CUT] = True
+
+
+CUT = "cut"  # in the meta of a shadow node: see `Shadow._mark_cuts`
 
 
 def given() -> Tensor:
@@ -151,7 +162,7 @@ class _Tracer(fx.Interpreter):
         is_hop = n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator)
         if HELD in n.meta:
             return self._given(n, "placeholder")
-        self.level += _change_of_level(n)
+        self.level += change_of_level(n)
         watched = tracer is not None and (is_hop or self.level > 0)
         before = {x.name for x in tracer.graph.nodes} if watched else set()
         target = self.env[n.args[0]] if n.target is operator.setitem and isinstance(n.args[0], fx.Node) else None
@@ -195,12 +206,6 @@ class _Tracer(fx.Interpreter):
         if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "tag_activation_checkpoint":
             return args[0](*args[1:])
         return super().call_function(target, args, kwargs)
-
-
-def _change_of_level(n: fx.Node) -> int:
-    """1 where a node of Dynamo's graph enters a transform of torch.func, -1 where it leaves one."""
-    name = str(getattr(n.target, "__name__", ""))
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
 
 
 def _current_tracer() -> Any:

@@ -17,6 +17,7 @@ from ..aten.definitions_views import TUPLES
 from ..aten.effects import Memory
 from ..aten.element import NO_RULE, RULES, Puller, shape_of
 from ..aten.names import op_name
+from ..aten.shadow import CUT
 from .counted import named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
@@ -149,7 +150,7 @@ class Finder:
             if r.code != NO_EXPERTS:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
-        if any(self.live.get(n) == label for n in output.all_input_nodes):
+        if any(self.live.get(n) == label and CUT not in n.meta for n in output.all_input_nodes):
             return Rejection("the selected indices leave this graph before any expert is applied", source, "capture", code=LEAVES)
         return Rejection("selection found, no block: the selected indices choose no experts in this graph", source, FIND, code="no block")
 
