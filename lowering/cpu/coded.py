@@ -103,7 +103,7 @@ def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) 
 def _taken(p: Operands[Tensor], name: str, how: Stored, transposed: bool) -> bool:
     codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
     alike = all(len({(t.dtype, t.stride()) for t in ts}) <= 1 for ts in (codes, scales, zeros))
-    if how.second or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
+    if how.second or how.indexed or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
         return False
     if transposed or not alike or codes[0].stride(-1) != 1 or any(t.dtype not in NUMBERS for t in (*scales, *zeros)):
         return False

@@ -75,7 +75,7 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
     kind = _kind(how)
     packing = _packing(how, transposed)
     held = [_bytes(t, how) for t in getattr(p, name)]
-    if how.second or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
+    if how.second or how.indexed or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
         return None
     if kind is None or packing is None or any(t is None for t in held):
         return None

@@ -122,7 +122,9 @@ class Experts:
             t, scale, zero, second = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero", "_second"))
             assert t is not None
             table = next(iter(getattr(p, f"{name}_table")), None)
-            t = t if how is None else how.matrix(t, scale, dtype, zero, table, second)
+            groups = getattr(p, f"{name}_group")
+            group = groups[part] if groups and self.stacked and groups[part].ndim == 1 else pick(groups, part)
+            t = t if how is None else how.matrix(t, scale, dtype, zero, table, second, group)
             return t.t() if transposed else t
 
         up = ("up", self.up_stored, self.up_transposed)

@@ -46,7 +46,7 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
                 fixed.add(n)
         elif n.op == "call_function" and all(x in leaf or x in fixed for x in n.all_input_nodes):
             of = {leaf[x] for x in n.all_input_nodes if x in leaf}
-            if op_name(n) in names.REPEAT and any(x in packed for x in n.all_input_nodes):
+            if _spreads(n) and n.args[0] in packed:
                 continue  # zero points spread over their groups: terms say that
             if not of and (n.all_input_nodes or op_name(n) in names.CREATION):
                 fixed.add(n)
@@ -58,6 +58,13 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
     for n in found:
         n.meta[WORDS] = leaf[n]
     return found
+
+
+def _spreads(n: fx.Node) -> bool:
+    """Whether a node holds numbers more often than what it is made of."""
+    v, source = n.meta.get("val"), n.args[0].meta.get("val") if n.args and isinstance(n.args[0], fx.Node) else None
+    both = isinstance(v, Tensor) and isinstance(source, Tensor)
+    return op_name(n) in names.REPEAT or op_name(n) in ("index", "index_select") and both and v.numel() > source.numel()  # type: ignore[union-attr]
 
 
 def is_packed(a: Term) -> bool:
