@@ -28,6 +28,8 @@ MX4 = ir.Stored(4, torch.uint8, True, 1, 4, 2, (0, 1), values=(*E2M1, *(-v for v
 INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset=-8.0, zeroed=Zero.PLAIN)
 AWQ = ir.Stored(4, torch.int32, True, 4, 1, 2, INT4.order, zeroed=Zero.COLUMNS, zero_order=INT4.order, zero_offset=1.0)
 ROWS = ir.Stored(4, torch.uint8, True, 4, 1, 1, (1, 0), tabled=True)
+BY_INDEX = replace(AWQ, rows=1, indexed=1, groups=3)
+ALONG_INPUTS = replace(CHANNELS, columns=1, indexed=2, groups=3)
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
     "stacked": CONCAT,
@@ -56,6 +58,12 @@ MEANINGS = {
     ),
     "eight codes a word, packed zero points": replace(
         CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=AWQ, down_stored=AWQ
+    ),
+    "groups by an index": replace(
+        CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=BY_INDEX, down_stored=BY_INDEX
+    ),
+    "groups of inputs by an index of each, lists": replace(
+        CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=ALONG_INPUTS, down_stored=ALONG_INPUTS
     ),
     "blocks that divide": replace(
         CONCAT, up_stored=replace(BLOCKS, scaled=Scale.DIVIDES), down_stored=replace(BLOCKS, scaled=Scale.DIVIDES)
@@ -99,6 +107,12 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
 
     def second(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=gen) + 0.5).requires_grad_()
+
+    def of_groups(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
+        """One for all beside stacks; some count from the last block."""
+        if how is None or not how.indexed:
+            return []
+        return [torch.randint(-3, 3, (shape[how.indexed - 1],), generator=gen) for _ in range(parts if e.stacked else parts * e.num_experts)]
 
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
@@ -146,6 +160,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down_table": of_table(e.down_stored),
         "up_second": of_seconds(e.up_stored, parts, up),
         "down_second": of_seconds(e.down_stored, 1, down),
+        "up_group": of_groups(e.up_stored, parts, up),
+        "down_group": of_groups(e.down_stored, 1, down),
         "add": leaf(5, e.out_features),
     }
 
@@ -209,6 +225,15 @@ def test_a_parameter_with_fewer_experts_is_an_error() -> None:
     t = tensors(CONCAT)
     with pytest.raises(ValueError, match="fewer experts"), torch.no_grad():
         call(CONCAT, {**t, "down_scale": [t["down_scale"][0][:3]]})
+
+
+def test_a_group_that_is_none_is_an_error_as_in_eager_code() -> None:
+    e = MEANINGS["groups by an index"]
+    t = tensors(e)
+    assert all(target_of(name).reason(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16))) is None for name in ("cpu", "cuda"))
+    assert "index" in str(target_of("ascend").reason(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16))))
+    with pytest.raises(IndexError), torch.no_grad():
+        call(e, {**t, "up_group": [torch.full_like(t["up_group"][0], 3)]})
 
 
 def test_who_lowers_them() -> None:
