@@ -60,7 +60,14 @@ MEANINGS = {
         CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=AWQ, down_stored=AWQ
     ),
     "groups by an index": replace(
-        CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=BY_INDEX, down_stored=BY_INDEX
+        CONCAT,
+        hidden=16,
+        intermediate=8,
+        out_features=16,
+        up_transposed=True,
+        down_transposed=True,
+        up_stored=BY_INDEX,
+        down_stored=BY_INDEX,
     ),
     "groups of inputs by an index of each, lists": replace(
         CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=ALONG_INPUTS, down_stored=ALONG_INPUTS
@@ -112,7 +119,9 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         """One for all beside stacks; some count from the last block."""
         if how is None or not how.indexed:
             return []
-        return [torch.randint(-3, 3, (shape[how.indexed - 1],), generator=gen) for _ in range(parts if e.stacked else parts * e.num_experts)]
+        return [
+            torch.randint(-3, 3, (shape[how.indexed - 1],), generator=gen) for _ in range(parts if e.stacked else parts * e.num_experts)
+        ]
 
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
