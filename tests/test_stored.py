@@ -18,6 +18,7 @@ from moe_compile.ir import scalar as act
 from moe_compile.ir.stored import Exponent, Scale, Zero
 from moe_compile.ir.text import experts_text
 from moe_compile.lowering import target as target_of
+from moe_compile.passes.rewrite import activations
 from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
@@ -234,6 +235,36 @@ def test_a_parameter_with_fewer_experts_is_an_error() -> None:
     t = tensors(CONCAT)
     with pytest.raises(ValueError, match="fewer experts"), torch.no_grad():
         call(CONCAT, {**t, "down_scale": [t["down_scale"][0][:3]]})
+
+
+def test_what_is_said_of_codes_that_no_kernel_decodes() -> None:
+    """NVFP4, scales that divide, packed zero points and indexes become floats in torch, and the report says so; blocks do not."""
+    for name in (
+        "two scales, of a matrix and of channels",
+        "blocks that divide",
+        "eight codes a word, packed zero points",
+        "groups by an index",
+    ):
+        for target in ("cpu", "cuda"):
+            assert "floats made" in target_of(target).says(ir.MoeBlock(None, replace(MEANINGS[name], dtype=torch.bfloat16))), (name, target)
+    for name in ("blocks", "stacked"):
+        for target in ("cpu", "cuda"):
+            assert "weights " in target_of(target).says(ir.MoeBlock(None, replace(MEANINGS[name], dtype=torch.bfloat16))), (name, target)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"up_pair": 0.5}, "low-rank pairs"),
+        ({"up_rows": ir.Rows(8, torch.int8)}, "rounds them itself"),
+        ({"up_stored": None, "down_stored": None}, "floats"),
+    ],
+)
+def test_rows_that_the_option_leaves_are_told(more: dict[str, Any], why: str) -> None:
+    block = ir.MoeBlock(None, replace(CONCAT, **more))
+    with torch.no_grad():
+        found, told = activations.requested(block, "fp8", target_of("cpu"))
+        assert found is block and why in told and activations.requested(block, "model", target_of("cpu")) == (block, "")
 
 
 def test_a_group_that_is_none_is_an_error_as_in_eager_code() -> None:

@@ -35,6 +35,7 @@ class Grid:
 
     `dims`: those of one matrix's scales that run over its rows and over its columns; None where there is one for all of them.
     `words`: what packed zero points mean. `by_bits`: exponents are bits of a float32. `lookup`: what says the block of each row or column.
+    `flat`: those of a row's blocks lie behind those of the row before.
     """
 
     node: Any
@@ -44,6 +45,7 @@ class Grid:
     words: Reading | None = None
     by_bits: bool = False
     lookup: Lookup | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
         if first is not expert:
             raise No(f"a scale is not indexed by its expert first{reads(a)}")
         node, sizes = a.args[0], shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
+    if len(idx) == 1 and (rows := _in_rows(idx[0], sizes[0], matrix)) is not None:
+        return Grid(node, 1, rows, (0, None), words, by_bits, flat=True)
     running = [d for d, x in enumerate(idx) if not (T.is_c(x, 0) and sizes[d] == 1)]
     blocks = [[block_of(idx[d], at) for at in matrix] for d in running]
     if (found := _looked_up(idx, sizes, running, matrix, expert)) is not None:
@@ -141,6 +145,16 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
     if len(running) == 1 and any(block_of(idx[running[0]], at) is not None for at in matrix):
         raise No("a scale is over an input channel, or in groups of them, for all output channels")
     raise No(f"a scale belongs to no block of its weight{reads(a)}")
+
+
+def _in_rows(index: Term, size: Any, matrix: Sequence[Term]) -> int | None:
+    """b where scales of runs of b numbers are read at f // b, f being the number of the element in the whole matrix; rows are whole runs."""
+    width = next((v.args[1] for v in matrix[1].atoms if matrix[1] is v), None)
+    blocks = sorted({x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}) if isinstance(width, int) else []
+    for b in (b for b in blocks if isinstance(b, int) and width % b == 0 and size % (width // b) == 0):
+        if T.canonical(index) is T.canonical(T.add(T.mul(T.const(width // b), matrix[0]), T.fdiv(matrix[1], b))):
+            return b
+    return None
 
 
 def _looked_up(
@@ -169,6 +183,8 @@ def params(g: Grid, experts: int, shape: tuple[int, int]) -> list[Param]:
     for n in nodes:
         own = shape_of(n)
         sizes = own[len(lead) :]
+        if g.flat and sizes == (want[0] * want[1],) and own[: len(lead)] == lead:
+            continue
         if tuple(sizes[d] for d in g.dims if d is not None) != want or lead and own[0] < experts:
             raise No(f"expert parameter {n} has shape {own}, used as the scales of {want[0]} x {want[1]} blocks")
         if len(sizes) != 2 and lead and own[0] != experts:
