@@ -148,10 +148,12 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
 
 
 def _in_rows(index: Term, size: Any, matrix: Sequence[Term]) -> int | None:
-    """b where scales of runs of b numbers are read at f // b, f being the number of the element in the whole matrix; rows are whole runs."""
-    width = next((v.args[1] for v in matrix[1].atoms if matrix[1] is v), None)
-    blocks = sorted({x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}) if isinstance(width, int) else []
-    for b in (b for b in blocks if isinstance(b, int) and width % b == 0 and size % (width // b) == 0):
+    """b where scales of runs of b numbers are read at f // b, f being an element's number in the whole matrix; rows are whole runs."""
+    width = matrix[1].args[1] if matrix[1].op == "v" else None
+    blocks = {x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}
+    for b in sorted(b for b in blocks if isinstance(b, int)):
+        if not isinstance(width, int) or width % b or size % (width // b):
+            continue
         if T.canonical(index) is T.canonical(T.add(T.mul(T.const(width // b), matrix[0]), T.fdiv(matrix[1], b))):
             return b
     return None

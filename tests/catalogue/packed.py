@@ -280,3 +280,41 @@ class Mxfp4OtherBias(Mxfp4Table):
     def weights(self) -> dict[str, list[Tensor]]:
         stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
         return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}
+
+
+class Nf4(_Packed):
+    """Verdict: fused. A table of 16 numbers, the high nibble first, matrices flattened, a number for each run (NF4, its absmax plain)."""
+
+    table = tuple(-1 + i * (i + 9) / 180 for i in range(16))  # any 16 numbers do
+    how = Stored(4, torch.uint8, True, 1, G, 2, (1, 0), tabled=True)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
+            self.register_buffer(name, torch.randint(0, 256, (n, shape[0] * shape[1] // 2)).to(torch.uint8))
+            self.register_buffer(f"{name}_scale_inv", torch.rand(n, shape[0] * shape[1] // G) + 0.3)
+        self.register_buffer("code", torch.tensor(self.table))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        stacks = (("up", self.up, self.up_scale_inv, 2 * I), ("down", self.down, self.down_scale_inv, H))
+        found = {name: [q.view(E, rows, -1)] for name, q, _, rows in stacks}
+        found |= {f"{name}_scale": [s.view(E, rows, -1)] for name, _, s, rows in stacks}
+        return super().weights() | found | {"up_table": [self.code], "down_table": [self.code]}
+
+    def nibbles(self, b: Tensor) -> Tensor:
+        return torch.stack([b >> 4, b & 15], -1).flatten()
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        flat = self.code[self.nibbles(q).long()] * s.repeat_interleave(G)
+        return flat.view(2 * I if q.numel() == I * H else H, -1)
+
+
+class Nf4LowFirst(Nf4):
+    """Verdict: fused, another function: the low nibble comes first."""
+
+    how = replace(Nf4.how, order=(0, 1))
+    expect = storing(how)
+    near, differs = "Nf4", ("experts.down_stored.order", "experts.up_stored.order")
+
+    def nibbles(self, b: Tensor) -> Tensor:
+        return torch.stack([b & 15, b >> 4], -1).flatten()
