@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.ir import Stored
+from moe_compile.ir import Form, Stored
 from moe_compile.ir.stored import Exponent, Scale, Zero
 
 from .base import E, H, I
+from .constant_near_misses import capped
 from .stored import F8, FLOATS, RENORM, BlocksBatched, BlocksHitExperts, Fused, _Blocks, storing
 
 G = 4  # inputs that share a scale, where checkpoints have 32 or 128
@@ -280,6 +281,45 @@ class Mxfp4OtherBias(Mxfp4Table):
     def weights(self) -> dict[str, list[Tensor]]:
         stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
         return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}
+
+
+class GptOssMxfp4(Mxfp4Table):
+    """Verdict: fused. gpt-oss as its checkpoint lies, made floats by its own maths: blocks [.., K / G, G / 2], gate and up in turn."""
+
+    expect = Fused(RENORM, replace(storing(MXFP4).experts, form=Form.INTERLEAVED, up_bias=True, down_bias=True, activation=capped(7)))
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name in ("up", "down"):
+            setattr(self, name, getattr(self, name).unflatten(-1, (-1, G // 2)))
+            self.register_buffer(f"{name}_bias", torch.randn(n, 2 * I if name == "up" else H) / 2)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        codes = {"up": [self.up.flatten(-2)], "down": [self.down.flatten(-2)]}
+        return super().weights() | codes | {"up_bias": [self.up_bias], "down_bias": [self.down_bias]}
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return torch.ldexp(self.values(q), s.int()[..., None] - 127).flatten(-2)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, self.floats(self.up[e], self.up_scale_inv[e]), self.up_bias[e])
+        g, u = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+        return F.linear((u + 1) * (g * torch.sigmoid(g * 1.702)), self.floats(self.down[e], self.down_scale_inv[e]), self.down_bias[e])
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return BlocksHitExperts.run_experts(self, x, ids, w)  # type: ignore[arg-type]
+
+
+class GptOssHalvesSideBySide(GptOssMxfp4):
+    """Verdict: fused, another layout: all gates first."""
+
+    expect = Fused(RENORM, replace(GptOssMxfp4.expect.experts, form=Form.CONCAT))
+    near, differs = "GptOssMxfp4", ("experts.form",)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.floats(self.up[e], self.up_scale_inv[e]), self.up_bias[e]).chunk(2, -1)
+        g, u = g.clamp(max=7.0), u.clamp(-7.0, 7.0)
+        return F.linear((u + 1) * (g * torch.sigmoid(g * 1.702)), self.floats(self.down[e], self.down_scale_inv[e]), self.down_bias[e])
 
 
 class Nf4(_Packed):
