@@ -49,7 +49,9 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
     a, weight, words = parts.codes, parts.codes.args[0], None
     idx = list(a.args[1])
     if packed.is_packed(a):
-        found = packed.in_rows(packed.place(a, expert), inp.args[1])
+        found = packed.place(a, expert)
+        if inp not in (found.row, found.column):  # a matrix that lies flattened
+            found = packed.in_rows(found, inp.args[1])
         weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
     flat = False
     if idx and idx[0] is expert:
