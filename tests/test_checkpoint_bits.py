@@ -186,7 +186,7 @@ def test_experts_take_turns_on_the_cpu(stacked: bool, dtype: torch.dtype, monkey
     ids = torch.randint(0, E + 1, (7, K))
     none: list[Tensor] = []
     order = ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
-    order += ("up_second", "down_second")
+    order += ("up_second", "down_second", "up_group", "down_group")
     t: dict[str, Any] = {"x": x, "ids": ids, "weights": w, **{n: lists.get(n, none) for n in order}, "add": add}
     got = torch.ops.moe_compile.experts_stored(*t.values(), *ops.experts_args(e))
     want = replace(e, dtype=torch.float64).evaluate(**t)

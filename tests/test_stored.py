@@ -18,6 +18,7 @@ from moe_compile.ir import scalar as act
 from moe_compile.ir.stored import Exponent, Scale, Zero
 from moe_compile.ir.text import experts_text
 from moe_compile.lowering import target as target_of
+from moe_compile.passes.rewrite import activations
 from moe_compile.passes.rewrite import planner as rewrite
 from moe_compile.report import collecting
 
@@ -28,6 +29,8 @@ MX4 = ir.Stored(4, torch.uint8, True, 1, 4, 2, (0, 1), values=(*E2M1, *(-v for v
 INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset=-8.0, zeroed=Zero.PLAIN)
 AWQ = ir.Stored(4, torch.int32, True, 4, 1, 2, INT4.order, zeroed=Zero.COLUMNS, zero_order=INT4.order, zero_offset=1.0)
 ROWS = ir.Stored(4, torch.uint8, True, 4, 1, 1, (1, 0), tabled=True)
+BY_INDEX = replace(AWQ, rows=1, indexed=1, groups=3)
+ALONG_INPUTS = replace(CHANNELS, columns=1, indexed=2, groups=3)
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
     "stacked": CONCAT,
@@ -56,6 +59,19 @@ MEANINGS = {
     ),
     "eight codes a word, packed zero points": replace(
         CONCAT, hidden=16, intermediate=8, out_features=16, up_transposed=True, down_transposed=True, up_stored=AWQ, down_stored=AWQ
+    ),
+    "groups by an index": replace(
+        CONCAT,
+        hidden=16,
+        intermediate=8,
+        out_features=16,
+        up_transposed=True,
+        down_transposed=True,
+        up_stored=BY_INDEX,
+        down_stored=BY_INDEX,
+    ),
+    "groups of inputs by an index of each, lists": replace(
+        CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=ALONG_INPUTS, down_stored=ALONG_INPUTS
     ),
     "blocks that divide": replace(
         CONCAT, up_stored=replace(BLOCKS, scaled=Scale.DIVIDES), down_stored=replace(BLOCKS, scaled=Scale.DIVIDES)
@@ -99,6 +115,14 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
 
     def second(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=gen) + 0.5).requires_grad_()
+
+    def of_groups(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
+        """One for all beside stacks; some count from the last block."""
+        if how is None or not how.indexed:
+            return []
+        return [
+            torch.randint(-3, 3, (shape[how.indexed - 1],), generator=gen) for _ in range(parts if e.stacked else parts * e.num_experts)
+        ]
 
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
@@ -146,6 +170,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down_table": of_table(e.down_stored),
         "up_second": of_seconds(e.up_stored, parts, up),
         "down_second": of_seconds(e.down_stored, 1, down),
+        "up_group": of_groups(e.up_stored, parts, up),
+        "down_group": of_groups(e.down_stored, 1, down),
         "add": leaf(5, e.out_features),
     }
 
@@ -209,6 +235,45 @@ def test_a_parameter_with_fewer_experts_is_an_error() -> None:
     t = tensors(CONCAT)
     with pytest.raises(ValueError, match="fewer experts"), torch.no_grad():
         call(CONCAT, {**t, "down_scale": [t["down_scale"][0][:3]]})
+
+
+def test_what_is_said_of_codes_that_no_kernel_decodes() -> None:
+    """NVFP4, scales that divide, packed zero points and indexes become floats in torch, and the report says so; blocks do not."""
+    for name in (
+        "two scales, of a matrix and of channels",
+        "blocks that divide",
+        "eight codes a word, packed zero points",
+        "groups by an index",
+    ):
+        for target in ("cpu", "cuda"):
+            assert "floats made" in target_of(target).says(ir.MoeBlock(None, replace(MEANINGS[name], dtype=torch.bfloat16))), (name, target)
+    for name in ("blocks", "stacked"):
+        for target in ("cpu", "cuda"):
+            assert "weights " in target_of(target).says(ir.MoeBlock(None, replace(MEANINGS[name], dtype=torch.bfloat16))), (name, target)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"up_pair": 0.5}, "low-rank pairs"),
+        ({"up_rows": ir.Rows(8, torch.int8)}, "rounds them itself"),
+        ({"up_stored": None, "down_stored": None}, "floats"),
+    ],
+)
+def test_rows_that_the_option_leaves_are_told(more: dict[str, Any], why: str) -> None:
+    block = ir.MoeBlock(None, replace(CONCAT, **more))
+    with torch.no_grad():
+        found, told = activations.requested(block, "fp8", target_of("cpu"))
+        assert found is block and why in told and activations.requested(block, "model", target_of("cpu")) == (block, "")
+
+
+def test_a_group_that_is_none_is_an_error_as_in_eager_code() -> None:
+    e = MEANINGS["groups by an index"]
+    t = tensors(e)
+    assert all(target_of(name).reason(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16))) is None for name in ("cpu", "cuda"))
+    assert "index" in str(target_of("ascend").reason(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16))))
+    with pytest.raises(IndexError), torch.no_grad():
+        call(e, {**t, "up_group": [torch.full_like(t["up_group"][0], 3)]})
 
 
 def test_who_lowers_them() -> None:

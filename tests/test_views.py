@@ -38,7 +38,7 @@ CALLS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "slice": [lambda x: x[:, 1:, ::2], lambda x: x[..., -2:]],
     "expand": [lambda x: x[:, :1].expand(2, 5, 4)],
     "repeat": [lambda x: x.repeat(2, 1, 3), lambda x: x.repeat(2, 1, 1, 1)],
-    "repeat_interleave": [lambda x: x.repeat_interleave(2, 1)],
+    "repeat_interleave": [lambda x: x.repeat_interleave(2, 1), lambda x: x.repeat_interleave(3)],
     "reshape": [lambda x: x.reshape(4, 6), lambda x: x.flatten(1), lambda x: x.unflatten(2, (2, 2))],
     "stack": [lambda x: torch.stack([x[0], x[1]], 1)],
     "cat": [lambda x: torch.cat([x[:, 1:], x], 1)],

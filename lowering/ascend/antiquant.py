@@ -89,6 +89,8 @@ def _whole(p: Problem) -> str | None:
 def _multiplied(p: Problem) -> str | None:
     if p.stored.scaled == Scale.DIVIDES:
         return "scales divide, npu_grouped_matmul multiplies by them"
+    if p.stored.indexed:
+        return "an index says which group an input is in, npu_grouped_matmul takes groups that lie side by side"
     if p.stored.second:
         return "weights have second scales, npu_grouped_matmul takes one"
     return "zero points lie several in a word, npu_grouped_matmul takes them one by one" if p.stored.zero_order else None

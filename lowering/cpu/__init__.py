@@ -40,7 +40,7 @@ TARGET = Target(
     name="cpu",
     devices=("cpu",),
     refuses=experts.refuses,
-    says=experts.says,
+    says=told.says,
     dispatch_key="CPU",
     kernels={  # and `experts`: `native`
         "route": _route,

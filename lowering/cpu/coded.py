@@ -100,18 +100,22 @@ def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) 
     return Prepared(library, call, _coding(call, p, "up", up, layout), _coding(call, p, "down", down, layout))
 
 
+def takes(how: Stored, transposed: bool) -> bool:
+    """Whether the kernels know such codes, for all that the record says."""
+    plain = not (how.second or how.indexed or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN))
+    return plain and not transposed and _kind(how) is not None
+
+
 def _taken(p: Operands[Tensor], name: str, how: Stored, transposed: bool) -> bool:
     codes, scales, zeros, table = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table"))
     alike = all(len({(t.dtype, t.stride()) for t in ts}) <= 1 for ts in (codes, scales, zeros))
-    if how.second or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
-        return False
-    if transposed or not alike or codes[0].stride(-1) != 1 or any(t.dtype not in NUMBERS for t in (*scales, *zeros)):
+    if not takes(how, transposed) or not alike or codes[0].stride(-1) != 1 or any(t.dtype not in NUMBERS for t in (*scales, *zeros)):
         return False
     if zeros and (not how.grid or zeros[0].stride() != scales[0].stride() or how.exponents):
         return False
     if scales and (bool(how.exponents) or scales[0].dtype is torch.float8_e8m0fnu) != (NUMBERS[scales[0].dtype] == NUMBERS[torch.uint8]):
         return False
-    return _kind(how) is not None and (not table or (table[0].dtype is torch.float32 and table[0].is_contiguous()))
+    return not table or (table[0].dtype is torch.float32 and table[0].is_contiguous())
 
 
 def _kind(how: Stored) -> int | None:

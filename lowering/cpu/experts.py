@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir import MoeBlock
+from ...ir import Experts, MoeBlock
 from ...ir import scalar as act
 from ...ir.chain import program
 from ...ir.operands import Operands
-from ...ir.text import rows_text, stored_text
 from ..reference import generic
 from ..reference.generic import Layout
 from . import build, frozen, route
@@ -45,26 +44,11 @@ def refuses(ir: MoeBlock) -> str | None:
     return None
 
 
-def says(ir: MoeBlock) -> str:
-    """What runs the block, a kernel or plain torch, and the dtype of its products."""
-    dtype = str(ir.experts.dtype).removeprefix("torch.")
-    stored = dict.fromkeys(stored_text(s) for s in (ir.experts.up_stored, ir.experts.down_stored) if s is not None)
-    if stored:
-        pairs = ", low-rank pairs" if ir.experts.adapted else ""
-        rows = f", {rows_text(ir.experts.down_rows or ir.experts.up_rows)}" if ir.experts.rounded else ""
-        kernel = (
-            ir.experts.dtype in CODED_TYPES
-            and not (ir.experts.num_identity or ir.experts.rounded or ir.experts.adapted)
-            and _depth(act.encode(ir.experts.activation)[0]) <= _MAX_DEPTH
-        )
-        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {', '.join(stored)}{pairs}{rows})"
-    if ir.experts.adapted:
-        return f"cpu torch ({dtype}, low-rank pairs)"
-    if ir.experts.chain is not None:
-        return f"cpu torch ({dtype}, maps of whole rows)"
-    ops, _ = act.encode(ir.experts.activation)
-    kernel = ir.experts.dtype in build.STORAGE and _depth(ops) <= _MAX_DEPTH
-    return f"cpu {'kernel' if kernel else 'torch'} ({dtype})"
+def has_kernel(e: Experts) -> bool:
+    """Whether experts run in a kernel, where it could be built: on their floats, or on codes."""
+    if e.chain is not None or e.adapted or _depth(act.encode(e.activation)[0]) > _MAX_DEPTH:
+        return False
+    return e.dtype in CODED_TYPES and not (e.num_identity or e.rounded) if e.coded else e.dtype in build.STORAGE
 
 
 def prepare(ir: MoeBlock) -> None:

@@ -32,7 +32,7 @@ def experts_stored(*args: Any) -> Tensor:
 
 def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage) -> Tensor:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
-    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    generic.check_sizes(layout, p.of_experts())
     done = coded.forward(x, ids, weights, p, add, layout, storage) if ids.numel() else None
     if done is not None:
         return done

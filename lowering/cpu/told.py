@@ -1,4 +1,4 @@
-"""What the CPU target has to say about a compilation: kernels that could not be built, weights that are read from packed copies."""
+"""What the CPU target says: what runs a block, kernels that could not be built, weights that are read from packed copies."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from typing import Any
 from torch import Tensor, fx
 
 from ...ir import MoeBlock
+from ...ir.text import rows_text, stored_text
 from ...ops import layout_of
-from . import build, experts, frozen, prebuilt
+from . import build, coded, experts, frozen, prebuilt
 
 _EXPERTS_PLAIN = 8  # arguments of the op before the plain ones
+
+
+def says(ir: MoeBlock) -> str:
+    """What runs the block, a kernel or plain torch, on which weights, and the dtype of its products."""
+    e, dtype = ir.experts, str(ir.experts.dtype).removeprefix("torch.")
+    kernel = experts.has_kernel(e)
+    if e.coded:
+        stored = ", ".join(dict.fromkeys(stored_text(s) for s in (e.up_stored, e.down_stored) if s is not None))
+        both = ((e.up_stored, e.up_transposed), (e.down_stored, e.down_transposed))
+        if kernel and not all(how is not None and coded.takes(how, transposed) for how, transposed in both):
+            return f"cpu kernel ({dtype}, floats made in torch of {stored}, in turns)"
+        rows = f", {rows_text(e.down_rows or e.up_rows)}" if e.rounded else ""
+        return f"cpu {'kernel' if kernel else 'torch'} ({dtype}, weights {stored}{', low-rank pairs' if e.adapted else ''}{rows})"
+    more = ", low-rank pairs" if e.adapted else ", maps of whole rows" if e.chain is not None else ""
+    return f"cpu {'kernel' if kernel else 'torch'} ({dtype}{more})"
 
 
 def lacks(ir: MoeBlock, patience: float | None = None) -> tuple[str, str] | None:
@@ -19,9 +35,9 @@ def lacks(ir: MoeBlock, patience: float | None = None) -> tuple[str, str] | None
 
     Waits for their build, `patience` seconds at most.
     """
-    says = experts.says(ir)
-    why = build.failure("forward", ir.experts.dtype, patience) if "kernel" in says else None
-    return None if why is None else (says.replace("kernel", "torch"), f"fused, but in plain torch, at about half the speed: {why}")
+    told = says(ir)
+    why = build.failure("forward", ir.experts.dtype, patience) if "kernel" in told else None
+    return None if why is None else (told.replace("kernel", "torch"), f"fused, but in plain torch, at about half the speed: {why}")
 
 
 def missing() -> str:

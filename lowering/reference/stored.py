@@ -28,17 +28,21 @@ class Held:
     zeros: Sequence[Tensor]
     table: Tensor | None
     seconds: Sequence[Tensor]
+    groups: Sequence[Tensor]
     how: Stored
 
     @classmethod
     def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
-        codes, scales, zeros, table, seconds = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_table", "_second"))
-        return cls(codes, scales, zeros, table[0] if table else None, seconds, how)
+        codes, scales, zeros, seconds, groups = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_second", "_group"))
+        table = getattr(p, f"{name}_table")
+        return cls(codes, scales, zeros, table[0] if table else None, seconds, groups, how)
 
     def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
         """Matrix `e` of tensor i; `...` for all that it holds."""
         scale, zero, second = (ts[i][e] if ts else None for ts in (self.scales, self.zeros, self.seconds))
-        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table, second)
+        group = self.groups[i] if self.groups else None
+        group = group[e] if group is not None and group.ndim > 1 else group
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table, second, group)
 
 
 class _Stacked:
@@ -79,7 +83,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
 
     Raises ValueError where a parameter holds fewer experts than the call says.
     """
-    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    generic.check_sizes(layout, p.of_experts())
     wide = accumulate_dtype(x.dtype)
     both = zip(("up", "down"), storage.stored(), strict=True)
     ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)

@@ -9,6 +9,7 @@ import torch
 from ...ir import Experts, MoeBlock
 from ...ir import scalar as act
 from ...ir.text import rows_text, stored_text
+from . import codes
 
 ROUTER_TOKENS = 8  # a program of `router` reads a row of the matrix for each: beyond, a library's product is as fast
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # that a kernel makes floats of
@@ -60,7 +61,10 @@ def says(ir: MoeBlock) -> str:
     if stored and ir.experts.rounded:
         return f"triton ({dtype}, weights {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:
-        return f"triton ({dtype}, weights {', '.join(stored)})"
+        both = ((ir.experts.up_stored, ir.experts.up_transposed), (ir.experts.down_stored, ir.experts.down_transposed))
+        decoded = all(how is not None and codes.takes(how, transposed) for how, transposed in both)
+        what = f"weights {', '.join(stored)}" if decoded else f"floats made of {', '.join(stored)}, in turns"
+        return f"triton ({dtype}, {what})"
     if ir.experts.adapted and ir.experts.dtype in _KERNEL_DTYPES:
         return f"triton ({dtype}, low-rank pairs)"
     return f"triton ({dtype})" if ir.experts.dtype in _KERNEL_DTYPES else f"torch ({dtype})"

@@ -83,7 +83,7 @@ def operands(
         return None
     if any(t.dtype != x.dtype for t in floats):
         return None
-    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    generic.check_sizes(layout, p.of_experts())
     u, d = read(p, "up", up, layout), read(p, "down", down, layout)
     if u is None or d is None:
         return None

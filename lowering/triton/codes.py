@@ -75,19 +75,15 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
     kind = _kind(how)
     packing = _packing(how, transposed)
     held = [_bytes(t, how) for t in getattr(p, name)]
-    if how.second or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN):
-        return None
-    if kind is None or packing is None or any(t is None for t in held):
+    if not takes(how, transposed) or kind is None or packing is None or any(t is None for t in held):
         return None
     matrices = (up_matrices if name == "up" else down_matrices)(layout, held)  # type: ignore[arg-type]
     if matrices is None:
         return None
     packed, high = packing
     rows, columns = (how.columns, how.rows) if transposed else (how.rows, how.columns)
-    if columns % (2 if packed else 1):
-        return None
     scales, zeros = (_by_part(_as_numbers(getattr(p, f"{name}_{what}")), layout, name) for what in ("scale", "zero"))
-    if scales is None or zeros is None or (how.zeroed and how.exponents):
+    if scales is None or zeros is None:
         return None
     if zeros and (not scales or zeros[0][0].shape != scales[0][0].shape or zeros[0][0].stride() != scales[0][0].stride()):
         return None
@@ -99,6 +95,15 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
         tuple(t for t, _ in zeros), table[0] if table else None, rows, columns, _strides(p, name, how, layout.stacked, transposed),
         step, first, scales[0][1] if scales else torch.float32, zeros[0][1] if zeros else torch.float32,
     )  # fmt: skip
+
+
+def takes(how: Stored, transposed: bool) -> bool:
+    """Whether the kernels know such codes, for all that the record says."""
+    packing = _packing(how, transposed)
+    if packing is None or _kind(how) is None or how.second or how.indexed or how.scaled == Scale.DIVIDES:
+        return False
+    columns = how.rows if transposed else how.columns
+    return columns % (2 if packing[0] else 1) == 0 and (not how.zeroed or how.zeroed == Zero.PLAIN and not how.exponents)
 
 
 def _kind(how: Stored) -> int | None:

@@ -38,7 +38,7 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype. Raises ValueError where a parameter holds too few experts."""
     if isinstance(x, Later):
         raise NotRecorded("a workspace of floats")
-    generic.check_sizes(layout, replace(p, up_table=(), down_table=()))
+    generic.check_sizes(layout, p.of_experts())
     if any(storage.rows()):
         return reference.forward(x, ids, weights, p, add, layout, storage)
     experts = layout.num_experts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,26 +118,36 @@ class Experts:
                 return t[: self.intermediate], t[self.intermediate :]
             return t[0::2], t[1::2]
 
-        def matrix(name: str, how: Stored | None, transposed: bool, part: int = 0) -> Tensor:
-            t, scale, zero, second = (pick(getattr(p, f"{name}{what}"), part) for what in ("", "_scale", "_zero", "_second"))
-            assert t is not None
-            table = next(iter(getattr(p, f"{name}_table")), None)
-            t = t if how is None else how.matrix(t, scale, dtype, zero, table, second)
+        def matrix(name: str, transposed: bool, part: int = 0) -> Tensor:
+            t = self._stored_matrix(name, lambda ts: pick(ts, part), part, p, dtype)
             return t.t() if transposed else t
 
-        up = ("up", self.up_stored, self.up_transposed)
+        up = ("up", self.up_transposed)
         if self.form is Form.SEPARATE:
             g, u = matrix(*up), matrix(*up, part=1)
             gb, ub = pick(p.up_bias, 0), pick(p.up_bias, 1)
         else:
             (g, u), (gb, ub) = split(matrix(*up)), split(pick(p.up_bias, 0))
-        d, db = matrix("down", self.down_stored, self.down_transposed), pick(p.down_bias, 0)
+        d, db = matrix("down", self.down_transposed), pick(p.down_bias, 0)
         first, second = self._pair(p.up_a, p.up_b, 0, e, self.up_pair), self._pair(p.up_a, p.up_b, bool(self.up_pair), e, self.second_pair)
         if self.form is not Form.SEPARATE and first is not None:
             a, b = first
             first, second = ((a, half) if half is not None else None for half in split(b))
         low = dict(gl=first, ul=second, dl=self._pair(p.down_a, p.down_b, 0, e, self.down_pair))
         return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low)
+
+    def _stored_matrix(
+        self, name: str, pick: Callable[[Sequence[Tensor]], Tensor | None], part: int, p: Operands[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The matrix of what `pick` takes of each parameter, as stored. An index of groups beside stacks may be one for all."""
+        code, scale, zero, second = (pick(getattr(p, f"{name}{what}")) for what in ("", "_scale", "_zero", "_second"))
+        how: Stored | None = getattr(self, f"{name}_stored")
+        assert code is not None
+        if how is None:
+            return code
+        table, groups = next(iter(getattr(p, f"{name}_table")), None), getattr(p, f"{name}_group")
+        group = groups[part] if groups and self.stacked and groups[part].ndim == 1 else pick(groups)
+        return how.matrix(code, scale, dtype, zero, table, second, group)
 
     def _pair(self, a: Sequence[Tensor], b: Sequence[Tensor], part: int, e: int, scale: float) -> tuple[Tensor, Tensor] | None:
         """An expert's (a [r, in], scale · b [out, r]), the `part`-th of those that are there."""

@@ -11,7 +11,8 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second")
+_OF_CODES = ("scale", "zero", "table", "second", "group")
+CODED = (*PLAIN, *(f"{name}_{what}" for what in _OF_CODES for name in ("up", "down")))
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
 CHAINED = ("parts",)
@@ -21,8 +22,9 @@ CHAINED = ("parts",)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
-    the weights are stored. `parts`: all parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
+    A table is one for all, and so may be an index of blocks (`group`) beside stacks: one for each of these. Low-rank pairs stand beside
+    the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored. `parts`: all parameters of
+    experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
     up: tuple[T, ...] = ()
@@ -37,6 +39,8 @@ class Operands(Generic[T]):
     down_table: tuple[T, ...] = ()
     up_second: tuple[T, ...] = ()
     down_second: tuple[T, ...] = ()
+    up_group: tuple[T, ...] = ()
+    down_group: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()
@@ -74,6 +78,10 @@ class Operands(Generic[T]):
     def groups(self) -> tuple[tuple[T, ...], ...]:
         """Up, down, their biases, their scales, their low-rank pairs."""
         return tuple(getattr(self, f.name) for f in fields(self))
+
+    def of_experts(self) -> Operands[T]:
+        """Those of which each expert has its own, tables and indexes of blocks apart."""
+        return replace(self, up_table=(), down_table=(), up_group=(), down_group=())
 
     def by_name(self) -> dict[str, tuple[T, ...]]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

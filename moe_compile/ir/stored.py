@@ -4,7 +4,8 @@
 
 i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
 (1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32). NVFP4 has scales of (1, 16),
-each a float8, and a second scale r for the whole matrix, which multiplies or divides.
+each a float8, and a second scale r for the whole matrix, which multiplies or divides. Where blocks are looked up (GPTQ's g_idx), g[i]
+stands in the place of i // rows, or g[j] in that of j // columns.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Stored:
     has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
     scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
     zero_offset is added to each. second: whether there are second scales, and what they do; second_rows, second_columns: of the matrix
-    as stored that share one. They are laid out as scales that are no grid.
+    as stored that share one. They are laid out as scales that are no grid. indexed: along which dim an index says the block of each row
+    (1) or column (2), 0 for none: there are `groups` of them, rows (columns) is 1 then, and scales are a grid. The index [R] (or [C]) is
+    one for all experts or each expert's own; numbers below zero count from the last block.
     """
 
     bits: int
@@ -76,6 +79,8 @@ class Stored:
     second: Scale = Scale.NONE
     second_rows: int = ALL
     second_columns: int = ALL
+    indexed: int = 0
+    groups: int = 0
 
     def __post_init__(self) -> None:
         """Plain numbers, as an op has them, are taken too."""
@@ -90,7 +95,7 @@ class Stored:
     @property
     def plain(self) -> bool:
         """Whether a code lies alone and is the number that it stands for."""
-        coded = self.axis or self.offset or self.values or self.tabled
+        coded = self.axis or self.offset or self.values or self.tabled or self.indexed
         return not (coded or self.zeroed or self.exponents or self.scaled == Scale.DIVIDES or self.second)
 
     def shape(self, words: tuple[int, int]) -> tuple[int, int]:
@@ -100,7 +105,8 @@ class Stored:
 
     def scales_of(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of one matrix's scales, for a matrix of codes of `shape` as stored."""
-        return _blocks(shape, self.rows, self.columns)
+        r, c = (self.groups if self.indexed == d else n for d, n in enumerate(shape, 1))
+        return _blocks((r, c), self.rows, self.columns)
 
     def seconds_of(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """As `scales_of`, of second scales."""
@@ -114,16 +120,23 @@ class Stored:
         zero: Tensor | None = None,
         table: Tensor | None = None,
         second: Tensor | None = None,
+        group: Tensor | None = None,
     ) -> Tensor:
-        """codes [.., R, C], scales (and zero points) as above -> the weights [.., R, C] in `dtype`, computed in it."""
-        w = self._once(code, scale, dtype, zero, table)
+        """codes [.., R, C], scales (and zero points) as above -> the weights [.., R, C] in `dtype`, computed in it.
+
+        group: the index of blocks [R] (or [C]), or [.., R] where each matrix has its own. Raises IndexError or RuntimeError on a number
+        of no block, where the device does.
+        """
+        w = self._once(code, scale, dtype, zero, table, group)
         if second is None:
             return w
         r = second.to(dtype).unsqueeze(-2 if self.second_columns != ALL else -1)
         r = 1 / r if self.second == Scale.DIVIDES else r
         return times(w, r, max(self.second_rows, 1), max(self.second_columns, 1))
 
-    def _once(self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None, table: Tensor | None) -> Tensor:
+    def _once(
+        self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None, table: Tensor | None, group: Tensor | None
+    ) -> Tensor:
         """The weights without their second scales."""
         value = self.value(self.unpacked(code), table, dtype)
         if not self.scaled or scale is None:
@@ -133,8 +146,12 @@ class Stored:
             lone = -2 if self.columns != ALL else -1
             s, zero = s.unsqueeze(lone), None if zero is None else zero.unsqueeze(lone)
         rows, columns = max(self.rows, 1), max(self.columns, 1)
-        if zero is not None:
-            value = value - times(torch.ones_like(value), self.zeros(zero, dtype), rows, columns)
+        z = None if zero is None else self.zeros(zero, dtype)
+        if group is not None:
+            s, z = (None if t is None else looked_up(t, group, self.indexed - 3) for t in (s, z))
+            assert s is not None
+        if z is not None:
+            value = value - times(torch.ones_like(value), z, rows, columns)
         return times(value, s, rows, columns)
 
     def factor(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,6 +192,16 @@ def _blocks(shape: tuple[int, int], rows: int, columns: int) -> tuple[int, ...]:
     """The shape of what blocks of a matrix have one number of each."""
     r, c = (1 if b == ALL else -(-n // b) for n, b in zip(shape, (rows, columns), strict=True))
     return (r, c) if ALL not in (rows, columns) else (max(r, c),)
+
+
+def looked_up(blocks: Tensor, group: Tensor, dim: int) -> Tensor:
+    """blocks[.., g[i], :] (or, along the last dim, blocks[.., g[j]]); one index for all matrices, or one for each."""
+    count = blocks.shape[dim]
+    own = torch.where(group < 0, group + count, group).long()
+    if own.ndim == 1:
+        return blocks.index_select(dim, own)
+    own = own.unsqueeze(-1 if dim == -2 else -2)
+    return blocks.gather(dim, own.expand(*(n if d != own.ndim + dim else own.shape[dim] for d, n in enumerate(blocks.shape))))
 
 
 def _looked_up(table: Tensor, code: Tensor) -> Tensor:

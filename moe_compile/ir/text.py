@@ -210,6 +210,8 @@ def stored_text(s: Stored | None) -> str:
         return f"{stored_text(replace(s, second=Scale.NONE))} {sign}{stored_text(again).rpartition(' ×')[2]}"
     if s.scaled == Scale.DIVIDES:
         return stored_text(replace(s, scaled=Scale.TIMES)).replace(" × ", " ÷ ", 1)
+    if s.indexed:
+        return f"{codes} × scale of {'rows' if s.indexed == 1 else 'columns'} by index"
     if s.columns == s.rows == ALL:
         return f"{codes} × scale of an expert"
     if not s.grid:

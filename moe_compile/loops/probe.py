@@ -64,8 +64,8 @@ class Windows:
         return self.buffers[dtype]
 
     def _noise(self, size: int, dtype: torch.dtype) -> Tensor:
-        if dtype is torch.uint8:  # moderate powers of two, where they are exponents
-            return torch.randint(112, 144, (size,), generator=self.generator)
+        if dtype is torch.uint8:  # small powers of two, where they are exponents: no activation saturates
+            return torch.randint(112, 123, (size,), generator=self.generator)
         if dtype is torch.int32:
             return torch.randint(-(1 << 31), 1 << 31, (size,), generator=self.generator)
         block = torch.randn(size, generator=self.generator) * (1 if dtype.itemsize == 1 else self.scale)

@@ -247,8 +247,11 @@ def _repeat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 @rule("repeat_interleave")
 def _repeat_interleave(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
-    if not isinstance(a.repeats, int) or a.dim is None:
+    if not isinstance(a.repeats, int):
         raise Opaque("repeat_interleave by a tensor")
+    if a.dim is None:  # of all elements in a row
+        shape = shape_of(src)
+        return p.at(src, reindex((T.fdiv(idx[0], a.repeats),), (sp.Mul(*shape),), shape))
     d = normal_dim(a.dim, len(idx))
     return p.at(src, replace(idx, d, T.fdiv(idx[d], a.repeats)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy as sp
@@ -58,7 +58,8 @@ class Edge:
 
     `rows`: node -> its width, for tensors with a row for each token (tokens, ids, weights, logits, base, a gate). `groups`: the
     experts' parameters with what their last dims are. `roles`: node -> what it is. `mapped`: ids may be any numbers
-    `within` (least, largest; None: not known). `wraps`: those below zero count from the last expert.
+    `within` (least, largest; None: not known). `wraps`: those below zero count from the last expert. `counts`: of the blocks that an
+    index of blocks is into.
     """
 
     tokens: fx.Node
@@ -72,6 +73,7 @@ class Edge:
     mapped: bool = False
     within: tuple[int | None, int | None] = (None, None)
     wraps: bool = False
+    counts: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
     def lead(self) -> tuple[Dim, ...]:
@@ -194,7 +196,8 @@ def edge_of(b: Block, mapped: bool) -> Edge:
     roles.update({q.node: role for q, _, role in groups if q.node not in roles})
     pairs = tuple((q, extents) for q, extents, _ in groups)
     within = (0 if never_negative(m.ids) and not b.wraps else None, T.upper(m.ids))
-    return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, None if g is None else g.gating, mapped, within, b.wraps)
+    gating = None if g is None else g.gating
+    return Edge(m.tokens, m.experts, m.k, roles, rows, pairs, b.twins, gating, mapped, within, b.wraps, _counts(m.experts, m.operands))
 
 
 def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
@@ -219,8 +222,18 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
         extents[f"{name}_scale"] = _of_scales(how, codes, widths)
         extents[f"{name}_second"] = _of_seconds(how, codes, widths)
         extents[f"{name}_zero"] = _of_zeros(how, extents[f"{name}_scale"])
+        extents[f"{name}_group"] = () if how is None or not how.indexed else (Extent(widths[how.indexed - 1]),)
     found = [(q, _as_stored(q, extents[name]), _role(name)) for name, qs in operands.by_name().items() if name != "parts" for q in qs]
     return found if e.chain is None else [*found, *_of_chain(e, e.chain, operands.parts)]
+
+
+def _counts(e: Experts, operands: Operands[Param]) -> dict[fx.Node, int]:
+    """How many blocks each index of blocks is into; the least where one is used twice."""
+    found: dict[fx.Node, int] = {}
+    for how, params in ((e.up_stored, operands.up_group), (e.down_stored, operands.down_group)):
+        for q in params:
+            found[q.node] = min(found.get(q.node, how.groups), how.groups) if how is not None else 0
+    return found
 
 
 def _of_chain(e: Experts, chain: Chain, parts: tuple[Param, ...]) -> list[tuple[Param, tuple[Extent, ...], str]]:
@@ -239,7 +252,7 @@ def _of_chain(e: Experts, chain: Chain, parts: tuple[Param, ...]) -> list[tuple[
 def _role(name: str) -> str:
     """ "weight" of a projection and of its low-rank pair; else what stands behind its name; second scales are scales."""
     what = name.rpartition("_")[2].replace("second", "scale")
-    return what if what in ("bias", "scale", "zero", "table") else "weight"
+    return what if what in ("bias", "scale", "zero", "table", "group") else "weight"
 
 
 def _as_stored(q: Param, extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
@@ -266,7 +279,8 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
     if stored is None or not stored.scaled:
         return ()
     shape = _codes(stored, codes)
-    both = [Extent(w, n, b) for w, n, b in zip(widths, shape, (stored.rows, stored.columns), strict=True)]
+    blocks = zip(widths, shape, (stored.rows, stored.columns), (1, 2), strict=True)
+    both = [Extent(1) if d == stored.indexed else Extent(w, n, b) for w, n, b, d in blocks]
     running = [x for x in both if x.block != ALL]
     return tuple(both) if stored.grid else tuple(running) or (Extent(widths[0]),)
 
@@ -274,14 +288,14 @@ def _of_scales(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[in
 def _of_seconds(stored: Stored | None, codes: tuple[Param, ...], widths: tuple[int, int]) -> tuple[Extent, ...]:
     if stored is None or not stored.second:
         return ()
-    return _of_scales(replace(stored, scaled=Scale.TIMES, rows=stored.second_rows, columns=stored.second_columns), codes, widths)
+    return _of_scales(replace(stored, indexed=0, scaled=Scale.TIMES, rows=stored.second_rows, columns=stored.second_columns), codes, widths)
 
 
 def _of_zeros(stored: Stored | None, scales: tuple[Extent, ...]) -> tuple[Extent, ...]:
     """Zero points lie as scales, several in a word where they are packed."""
     if stored is None or not stored.zero_order:
         return scales
-    return tuple(replace(x, block=x.block * _per(stored, d)) for d, x in enumerate(scales))
+    return tuple(x if stored.indexed == d + 1 else replace(x, block=x.block * _per(stored, d)) for d, x in enumerate(scales))
 
 
 def _per(stored: Stored, d: int) -> int:

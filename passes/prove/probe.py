@@ -95,6 +95,8 @@ class _Draw:
             return torch.randint(118, 123, shape, generator=self.generator).to(dtype)
         if role in ("weight", "zero") and dtype in (torch.uint8, torch.int32):
             return word_windows(shape, dtype, self.generator)
+        if role == "group":
+            return torch.randint(0, self.edge.counts[n], shape, generator=self.generator).to(dtype)
         if not dtype.is_floating_point:
             return whole_windows(shape, dtype, self.generator) if role == "weight" else self._integers(shape).to(dtype)
         if role == "scale":  # so that products of bytes come out of order one

@@ -11,6 +11,7 @@ from .. import terms as T
 from ..terms import Term
 from .identity import numbered
 from .rows import No, data_dependent, factors, ids_atom, outer_atoms, plain_row
+from .scales import is_coded
 
 
 @dataclass
@@ -94,14 +95,23 @@ def _chosen_once(f: Term) -> bool:
 
 
 def _routes(s: Term) -> bool:
-    """Whether a sum runs over the selected experts: its variable stands inside expert ids."""
+    """Whether a sum runs over the selected experts: its variable stands inside expert ids, and along no weight in few bits.
+
+    Along the inputs of such a weight it may stand inside whole numbers too, which say the group of each input.
+    """
     v = s.args[0]
+    if any(x.op == "a" and not ids_atom(x) and is_coded(x) and _runs_along(x, v) for x in T.walk(s.args[1])):
+        return False
     for x in T.walk(s.args[1]):
         if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):
             return True
         if x.op == "a" and ids_atom(x) and any(T.uses(i, v) for i in x.args[1]):
             return True
     return False
+
+
+def _runs_along(a: Term, v: Term) -> bool:
+    return any(T.uses(i, v) and not data_dependent(i) for i in a.args[1])
 
 
 def _open(body: Term, dense: Any) -> list[Part]:

@@ -34,6 +34,8 @@ def _stored(x: Linear) -> Stored | None:
     if _scaling(x) is Scale.NONE and dtype.is_floating_point and dtype.itemsize > 1:
         return None
     how = Stored(8 * dtype.itemsize, dtype, _scaling(x), *_block(x))
+    if x.grid is not None and x.grid.lookup is not None:
+        how = replace(how, indexed=x.grid.lookup.dim, groups=x.grid.lookup.blocks)
     if x.grid is not None and x.channel is not None:
         rows, columns = _of_channels(x)
         second = Scale.DIVIDES if x.channel.divides else Scale.TIMES
@@ -83,6 +85,21 @@ def table(x: Linear) -> list[Param]:
     return [] if x.words is None or x.words.table is None else [Param(x.words.table)]
 
 
+def groups(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
+    """The index of blocks as an operand [R] or [C] of all experts, [E, R] of each its own; a list: E of them."""
+    lookup = None if x.grid is None else x.grid.lookup
+    if lookup is None:
+        return []
+    size = (shape[::-1] if x.transposed else shape)[lookup.dim - 1]
+    nodes = _nodes(lookup.node)
+    if isinstance(x.weight, tuple):
+        nodes = nodes if len(nodes) == experts else nodes * experts
+    for n in nodes:
+        if shape_of(n) != ((experts, size) if lookup.own and not isinstance(lookup.node, tuple) else (size,)):
+            raise No(f"expert parameter {n} has shape {shape_of(n)}, used to say the groups of {size} inputs or outputs")
+    return [Param(n) for n in nodes]
+
+
 def zeros(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
     """The zero points as operands, laid out as the scales."""
     return [] if x.zero is None else grids.params(x.zero, experts, shape[::-1] if x.transposed else shape)
@@ -121,6 +138,9 @@ def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
             raise No("a weight has scales of blocks, and is no stack of matrices")
         if any(s is not None and isinstance(s.node, tuple) != isinstance(x.weight, tuple) for s in (x.grid, x.channel, x.zero)):
             raise No("scales are not stored as their weights are")
+        if (lookup := None if x.grid is None else x.grid.lookup) is not None and lookup.own:
+            if isinstance(lookup.node, tuple) != isinstance(x.weight, tuple):
+                raise No("an index of groups is not stored as its weights are")
     if len({(x.channel is None, x.grid is None) for x in ups}) > 1:
         raise No("gate and up projections are scaled differently")
     if form is not Form.SEPARATE and len({x.zero for x in ups}) > 1:

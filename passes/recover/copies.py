@@ -109,6 +109,8 @@ def _looked_up(part: Part) -> OneBody:
         if plain_row(a) or len(a.args[1]) < 2 or not any(data_dependent(i) for i in a.args[1]):
             continue
         for d, i in enumerate(a.args[1]):
+            if d and data_dependent(a.args[1][0]):
+                break  # behind the ids: the groups of inputs
             for piece in i.args if i.op == "add" else (i,):
                 if data_dependent(piece):
                     found[T.coefficient(piece)[1]] = None

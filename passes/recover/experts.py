@@ -189,6 +189,8 @@ def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param
         down_zero=coded.zeros(down, count, down_shape),
         up_table=coded.table(store[0]),
         down_table=coded.table(down),
+        up_group=[q for x in store for q in coded.groups(x, count, up_shape)],
+        down_group=coded.groups(down, count, down_shape),
         up_second=[q for x in store for q in coded.seconds(x, count, up_shape)],
         down_second=coded.seconds(down, count, down_shape),
         **adapters.operands(store, down, width, (e.hidden, e.intermediate, e.out_features)),

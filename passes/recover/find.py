@@ -29,7 +29,7 @@ from .mixture import mixtures
 from .odd import COMBINED, between
 from .rounding import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
-from .scales import made_floats
+from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .soft import soft_mixtures
 from .writes import harmless
@@ -57,7 +57,9 @@ class Finder:
         self.graph, self.walls, self.memory = graph, walls, memory
         self.order = memory.order
         self.opaque, readers = (set(), set()) if id_inputs else given_ids(graph, walls)
-        self.sources = [n for n in graph.nodes if (is_id_input(n) if id_inputs else n in self.opaque or is_selection(n))]
+        codes = made_floats(graph)
+        chosen = (n for n in graph.nodes if (is_id_input(n) if id_inputs else n in self.opaque or is_selection(n)))
+        self.sources = [n for n in chosen if not says_groups(n, codes)]
         self.silent = self.opaque - readers  # numbers that are compared: of the experts, or for reasons of their own
         self.given = frozenset(self.sources if id_inputs else ())
         for n in self.sources:
@@ -68,7 +70,6 @@ class Finder:
         self.within = Counter(self.static.values())  # how many nodes carry a label
         self.left: dict[int, int] = {}  # elements that may still be asked for around a selection, all attempts together
         self.steps: dict[int, T.Budget] = {}  # and the work on terms
-        codes = made_floats(graph)
         self.packed = any(WORDS in n.meta for n in codes)
         if codes:
             codes |= rounded_nodes(graph)

@@ -15,7 +15,18 @@ from ..terms import Term
 from .match import Param
 from .packed import Reading, is_packed, nodes_of, place
 from .rows import No, outer_atoms, reads
-from .scales import block_of, is_coded
+from .scales import block_of, is_coded, is_whole
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An index that says the block of each row (`dim` 1) or column (2) of a matrix as stored: its node (or E nodes), whether each expert
+    has its own, how many blocks there are."""
+
+    node: Any
+    dim: int
+    own: bool
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,8 @@ class Grid:
     """The scales of a weight: an atom's node (or E nodes), and how many rows and columns of the matrix as stored share one.
 
     `dims`: those of one matrix's scales that run over its rows and over its columns; None where there is one for all of them.
-    `words`: what packed zero points mean. `by_bits`: exponents are bits of a float32.
+    `words`: what packed zero points mean. `by_bits`: exponents are bits of a float32. `lookup`: what says the block of each row or column.
+    `flat`: those of a row's blocks lie behind those of the row before.
     """
 
     node: Any
@@ -32,6 +44,8 @@ class Grid:
     dims: tuple[int | None, int | None]
     words: Reading | None = None
     by_bits: bool = False
+    lookup: Lookup | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,14 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
         if first is not expert:
             raise No(f"a scale is not indexed by its expert first{reads(a)}")
         node, sizes = a.args[0], shape_of(nodes_of(a)[0])[0 if isinstance(a.args[0], tuple) else 1 :]
+    if len(idx) == 1 and (rows := _in_rows(idx[0], sizes[0], matrix)) is not None:
+        return Grid(node, 1, rows, (0, None), words, by_bits, flat=True)
     running = [d for d, x in enumerate(idx) if not (T.is_c(x, 0) and sizes[d] == 1)]
     blocks = [[block_of(idx[d], at) for at in matrix] for d in running]
+    if (found := _looked_up(idx, sizes, running, matrix, expert)) is not None:
+        lookup, other = found
+        rows, columns = (1, other) if lookup.dim == 1 else (other, 1)
+        return Grid(node, rows, columns, (running[0], running[1]), words, by_bits, lookup)
     if len(running) == 2 and None not in (blocks[0][0], blocks[1][1]):
         return Grid(node, blocks[0][0] or 1, blocks[1][1] or 1, (running[0], running[1]), words, by_bits)
     if len(running) == 2 and None not in (blocks[0][1], blocks[1][0]):
@@ -127,15 +147,46 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
     raise No(f"a scale belongs to no block of its weight{reads(a)}")
 
 
+def _in_rows(index: Term, size: Any, matrix: Sequence[Term]) -> int | None:
+    """b where scales of runs of b numbers are read at f // b, f being an element's number in the whole matrix; rows are whole runs."""
+    width = matrix[1].args[1] if matrix[1].op == "v" else None
+    blocks = {x.args[1].args[0] for x in T.walk(index) if x.op == "fdiv" and T.is_c(x.args[1])}
+    for b in sorted(b for b in blocks if isinstance(b, int)):
+        if not isinstance(width, int) or width % b or size % (width // b):
+            continue
+        if T.canonical(index) is T.canonical(T.add(T.mul(T.const(width // b), matrix[0]), T.fdiv(matrix[1], b))):
+            return b
+    return None
+
+
+def _looked_up(
+    idx: Sequence[Term], sizes: Sequence[Any], running: Sequence[int], matrix: Sequence[Term], expert: Term
+) -> tuple[Lookup, int] | None:
+    """(the index, how many of the other dim share a number) of scales read at s[g[i], j // n] or s[i // n, g[j]]; None for others."""
+    if len(running) != 2:
+        return None
+    for d, here in enumerate(running):
+        block = block_of(idx[running[1 - d]], matrix[1 - d])
+        index = idx[here].args[0] if idx[here].op == "mod" and T.is_c(idx[here].args[1], sizes[here]) else idx[here]
+        if block is not None and index.op == "a" and not is_packed(index) and is_whole(nodes_of(index)[0].meta["val"].dtype):
+            own = index.args[1][:-1] == (expert,)
+            if index.args[1] == ((expert, matrix[d]) if own else (matrix[d],)):
+                return Lookup(index.args[0], d + 1, own, sizes[here]), block
+    return None
+
+
 def params(g: Grid, experts: int, shape: tuple[int, int]) -> list[Param]:
     """The scales as an operand [E, R / rows, C / columns] of matrices of `shape`; a list: without E."""
     per = [1, 1] if g.words is None else [len(g.words.order) if g.words.axis == d + 1 else 1 for d in range(2)]
-    want = (-(-shape[0] // g.rows) // per[0], -(-shape[1] // g.columns) // per[1])
+    blocks = [g.lookup.blocks if g.lookup is not None and g.lookup.dim == d else n for d, n in enumerate(shape, 1)]
+    want = (-(-blocks[0] // g.rows) // per[0], -(-blocks[1] // g.columns) // per[1])
     nodes: tuple[fx.Node, ...] = g.node if isinstance(g.node, tuple) else (g.node,)
     lead = () if isinstance(g.node, tuple) else (experts,)
     for n in nodes:
         own = shape_of(n)
         sizes = own[len(lead) :]
+        if g.flat and sizes == (want[0] * want[1],) and own[: len(lead)] == lead:
+            continue
         if tuple(sizes[d] for d in g.dims if d is not None) != want or lead and own[0] < experts:
             raise No(f"expert parameter {n} has shape {own}, used as the scales of {want[0]} x {want[1]} blocks")
         if len(sizes) != 2 and lead and own[0] != experts:

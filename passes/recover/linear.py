@@ -50,6 +50,8 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
     idx = list(a.args[1])
     if packed.is_packed(a):
         found = packed.place(a, expert)
+        if inp not in (found.row, found.column):  # a matrix that lies flattened
+            found = packed.in_rows(found, inp.args[1])
         weight, words, idx = found.words, found.reading, [expert, found.row, found.column]
     flat = False
     if idx and idx[0] is expert:
@@ -68,11 +70,16 @@ def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
             stride, offset = affine(r, out)
             scale = None if parts.scale is None else grids.grid(parts.scale, idx, expert)
             zero = None if parts.zero is None else grids.grid(parts.zero, idx, expert, zeros=True)
-            if zero is not None and (scale is None or (scale.rows, scale.columns) != (zero.rows, zero.columns)):
+            if zero is not None and (scale is None or _blocks(scale) != _blocks(zero)):
                 raise No("zero points are not laid out as the scales")
             blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents, "divided": parts.divided}
             return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
     raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
+
+
+def _blocks(g: Grid) -> tuple[object, ...]:
+    """How a matrix falls into blocks."""
+    return g.rows, g.columns, g.lookup
 
 
 def affine(r: Term, v: Term) -> tuple[int, int]:

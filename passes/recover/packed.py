@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
                 fixed.add(n)
         elif n.op == "call_function" and all(x in leaf or x in fixed for x in n.all_input_nodes):
             of = {leaf[x] for x in n.all_input_nodes if x in leaf}
-            if op_name(n) in names.REPEAT and any(x in packed for x in n.all_input_nodes):
+            if _spreads(n) and n.args[0] in packed:
                 continue  # zero points spread over their groups: terms say that
             if not of and (n.all_input_nodes or op_name(n) in names.CREATION):
                 fixed.add(n)
@@ -58,6 +58,13 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
     for n in found:
         n.meta[WORDS] = leaf[n]
     return found
+
+
+def _spreads(n: fx.Node) -> bool:
+    """Whether a node holds numbers more often than what it is made of."""
+    v, source = n.meta.get("val"), n.args[0].meta.get("val") if n.args and isinstance(n.args[0], fx.Node) else None
+    both = isinstance(v, Tensor) and isinstance(source, Tensor)
+    return op_name(n) in names.REPEAT or op_name(n) in ("index", "index_select") and both and v.numel() > source.numel()  # type: ignore[union-attr]
 
 
 def is_packed(a: Term) -> bool:
@@ -124,7 +131,16 @@ def read(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading
         return None
     if expert is None and v.shape[0] != words.shape[0]:
         return None
-    stacked = words.ndim > 2 and words.shape[0] >= experts
+    ways = (True,) if expert is None or words.ndim > 2 else (False, True)  # [E, words of a whole matrix] is a stack too
+    found = (_read(n, leaf, expert, stacked and words.shape[0] >= experts) for stacked in ways)
+    return next((f for f in found if f is not None), None)
+
+
+def _read(n: fx.Node, leaf: fx.Node, expert: int | None, stacked: bool) -> Reading | None:
+    """The reading of a node where its leaf is a stack, or is none."""
+    v, words = n.meta["val"], leaf.meta["val"]
+    if stacked and expert is not None and v.numel() * words.shape[0] % words.numel():
+        return None
     tables = [x for x in _made_of(n) if x.op == "placeholder" and x is not leaf]
     given: dict[fx.Node, Any] = {t: torch.randperm(t.meta["val"].shape[0], generator=_generator(0)).double() + 0.5 for t in tables}
     runs: list[tuple[Tensor, Tensor]] = []
@@ -132,7 +148,8 @@ def read(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading
         given[leaf] = _words(tuple(words.shape), words.dtype, stacked, turn)
         out = _value(n, dict(given))
         for e in (0, words.shape[0] - 1) if expert is None else (expert,):
-            runs.append(((given[leaf][e] if stacked else given[leaf]).flatten(1), out[e] if expert is None else out))
+            own = given[leaf][e] if stacked else given[leaf]
+            runs.append((own.flatten(1) if own.ndim > 1 else own[None], out[e] if expert is None else out))
     found = _looked_at(runs)
     if found is None:
         return None
@@ -260,6 +277,16 @@ class Place:
     row: Term
     column: Term
     reading: Reading
+
+
+def in_rows(p: Place, width: int) -> Place:
+    """The same element of a matrix that has so many columns; p itself where a word would lie in two rows or elements are not in a row."""
+    (rows, columns), per = p.reading.shape, max(len(p.reading.order), 1)
+    if columns == width or p.reading.axis == 1 or rows * columns % width or width % per:
+        return p
+    shape = (rows * columns // width, width)
+    row, column = reindex((p.row, p.column), p.reading.shape, shape)
+    return Place(p.words, row, column, replace(p.reading, shape=shape))
 
 
 def place(a: Term, expert: Term) -> Place:

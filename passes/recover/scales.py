@@ -146,6 +146,7 @@ def _check_size(n: fx.Node, dim: int | None, rows: int) -> None:
 _OF_MORE = frozenset({"mul", "stack"})  # read more tensors than one
 _BY = frozenset({"div", "true_divide"})  # what is divided is the first
 _OF_PACKED = frozenset({"sub", "add", "ldexp"})  # the same, of what packed codes stand for
+_OF_GROUPS = frozenset({"index", "index_select"})  # zero points, by an index of groups
 _SPREAD = names.VIEW | names.CAST | frozenset({"kron", "index", "index_select"})  # what scales go through on their way to their weight
 
 
@@ -163,11 +164,26 @@ def made_floats(graph: fx.Graph) -> set[fx.Node]:
         elif op_name(n) in names.VIEW | names.CAST | _OF_MORE | _BY:
             if any(x in found for x in n.all_input_nodes[: None if op_name(n) in _OF_MORE else 1]):
                 found.add(n)
-        elif op_name(n) in _OF_PACKED and any(x in unpacked for x in n.all_input_nodes):
+        elif op_name(n) in _OF_PACKED | _OF_GROUPS and not unpacked.isdisjoint(_made_from(n)):
             found.add(n)
         if n in found and any(x in unpacked for x in n.all_input_nodes):
             unpacked.add(n)
     return found | {x for n in found if op_name(n) in _BY | {"mul"} for s in n.all_input_nodes if s not in found for x in _spread(s)}
+
+
+def _made_from(n: fx.Node) -> list[fx.Node]:
+    """The inputs of a node whose elements it holds, an index apart."""
+    return n.all_input_nodes[:1] if op_name(n) in _OF_GROUPS else n.all_input_nodes
+
+
+def says_groups(n: fx.Node, codes: set[fx.Node]) -> bool:
+    """Whether whole numbers that the graph is given do nothing but choose scales or zero points, one for each input: no expert ids."""
+    ends: list[fx.Node] = []
+    shown = [n]
+    for x in shown:
+        for u in x.users:
+            (shown if op_name(u) in names.VIEW | names.CAST else ends).append(u)
+    return n.op in ("placeholder", "get_attr") and bool(ends) and all(u in codes and op_name(u) in _OF_GROUPS for u in ends)
 
 
 def _spread(n: fx.Node) -> list[fx.Node]:

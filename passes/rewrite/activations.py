@@ -27,16 +27,27 @@ _ROWS, _WIDEST = 32, 1024  # of the rows that the error is measured on
 def requested(ir: MoeBlock, kind: str, target: Target) -> tuple[MoeBlock, str]:
     """The block with rows as asked for, and what is told of it; the block itself where they stay as they are."""
     e = ir.experts
-    if kind == MODEL or not e.coded or e.rounded or e.adapted:
+    if kind == MODEL:
         return ir, ""
-    if torch.is_grad_enabled():
-        return ir, f"activations={kind!r}: rows stay as they are where gradients are on"
+    if (stays := _stay(e)) is not None:
+        return ir, f"activations={kind!r}: rows stay as they are, {stays}"
     asked = rounded(e, kind)
     found = replace(ir, experts=asked)
     if (why := target.reason(found)) is not None:
         return ir, f"activations={kind!r}: rows stay as they are, {why}"
     told = rows_text(asked.up_rows or asked.down_rows)
     return found, f"{told} because activations={kind!r}: {error(asked):.1e} of the result's norm on random rows"
+
+
+def _stay(e: Experts) -> str | None:
+    """Why rows stay as the model has them whatever is asked for, None where they need not."""
+    if not e.coded:
+        return "the weights are floats"
+    if e.rounded:
+        return "the model rounds them itself"
+    if e.adapted:
+        return "low-rank pairs read them too"
+    return "gradients are on" if torch.is_grad_enabled() else None
 
 
 def rounded(e: Experts, kind: str) -> Experts:

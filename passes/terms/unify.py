@@ -1,7 +1,7 @@
 """E unrolled copies of one expert, made one: every copy must be the same function of expert e's own weights.
 
-Copies are compared atom by atom. Where they differ they may differ only in which parameter is read (a list of E
-parameters) or in a number that grows linearly with e (row e of a stacked parameter).
+Copies are compared atom by atom, those inside another one's index too. Where they differ they may differ only in which parameter is
+read (a list of E parameters) or in a number that grows linearly with e (row e of a stacked parameter).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def skeleton(t: Term) -> int:
         if x in _skeleton:
             continue
         if x.op == "a":
-            parts: list[Any] = [show(constant_part(i)[1]) for i in x.args[1]]
+            parts: list[Any] = [_skeleton[i] if _holds_atoms(i) else show(constant_part(i)[1]) for i in x.args[1]]
         else:
             parts = [_skeleton[c] for c in children(x)]
         op = OPS[x.op]
@@ -82,11 +82,15 @@ def _align_atom(x: Term, y: Term, found: Pair) -> bool:
     for i, k in zip(x.args[1], y.args[1], strict=True):
         ci, ri = constant_part(i)
         ck, rk = constant_part(k)
-        if ri is not rk:
+        if not (align(ri, rk, found) if _holds_atoms(ri) else ri is rk):  # atoms inside come before it in `found`
             return False
         offsets.append(ck - ci)
     here = (y.args[0], tuple(offsets))
     return found.setdefault(x, here) == here
+
+
+def _holds_atoms(t: Term) -> bool:
+    return any(x.op == "a" for x in walk(t))
 
 
 def unify(copies: dict[int, Term], expert: Term) -> Term | str:
@@ -116,11 +120,11 @@ def unify(copies: dict[int, Term], expert: Term) -> Term | str:
             if any(s[d] != int(slope) * (e - ids[0]) for s, e in zip(steps, ids, strict=True)):
                 return "an expert reads the weights of another expert"
             offset = mul(const(int(slope)), add(expert, const(-ids[0])))
-            idx.append(add(i, offset))
+            idx.append(add(subst(i, mapping), offset))
         if all(n is nodes[0] for n in nodes):
             mapping[x] = atom(x.args[0], tuple(idx))
         elif any(s != steps[0] for s in steps):
             return "experts read different parameters at different places"
         else:
-            mapping[x] = atom(nodes, (expert, *x.args[1]))
+            mapping[x] = atom(nodes, (expert, *(subst(i, mapping) for i in x.args[1])))
     return subst(first, mapping)

@@ -42,7 +42,8 @@ LONG = frozenset(
     SwitchNotChosen OneGridForTwo OtherTokens MissingMiddleExpert Mxfp4OtherBias WeightOnGateOnly TutorialOnes AccumulatorDecays
     LoraDoraUp LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween WrittenInLoop
     RowsByANumber RowsOfTwoOrders TutorialPutRead AccumulatorReadByExpert FirstExpertsForgotten WrittenAfter WrittenBefore
-    WrittenOldView SwitchTwoPuts LoraSharedBare TutorialOtherScoreRead""".split()
+    WrittenOldView SwitchTwoPuts LoraSharedBare TutorialOtherScoreRead Int4GroupsLessOne Int4GroupsAlongInputs
+    Int4GroupsHit""".split()
 )
 
 

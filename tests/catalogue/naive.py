@@ -44,6 +44,8 @@ class Parts:
     down_table: list[Tensor] = field(default_factory=list)
     up_second: list[Tensor] = field(default_factory=list)  # scales beside those of blocks, [E, out] or [E, 1]
     down_second: list[Tensor] = field(default_factory=list)
+    up_group: list[Tensor] = field(default_factory=list)  # the block of scales of each row or column, [E, R] or [R] for all
+    down_group: list[Tensor] = field(default_factory=list)
     up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
@@ -201,6 +203,7 @@ def decoded(
     zeros: np.ndarray | None,
     table: np.ndarray | None,
     seconds: np.ndarray | None = None,
+    group: np.ndarray | None = None,
 ) -> np.ndarray:
     """[R, C]: what is stored, element by element."""
     per, table = len(how.order), np.array(how.values) if how.values else table
@@ -210,7 +213,8 @@ def decoded(
     for i in range(rows):
         for j in range(columns):
             q = code(how, words, i, j) if how.axis else words[i, j]
-            at = tuple([n // b for n, b in ((i, how.rows), (j, how.columns)) if b] or [0])
+            row, column = ((i if group is None or how.indexed == 2 else group[i]), (j if group is None or how.indexed == 1 else group[j]))
+            at = tuple([int(n) // b for n, b in ((row, how.rows), (column, how.columns)) if b] or [0])
             value = (q if table is None else table[int(q)]) + how.offset - (0 if zeros is None else zeros[at])
             scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
             if how.exponents == ir.stored.Exponent.BITS and scales[at] == 0:
@@ -262,7 +266,9 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
             return words
         scales, zeros, seconds = (at(ts, part) if (ts := getattr(p, f"{name}_{what}")) else None for what in ("scale", "zero", "second"))
         table = getattr(p, f"{name}_table")
-        return decoded(how, words, scales, zeros, array(table[0]) if table else None, seconds)
+        groups = getattr(p, f"{name}_group")
+        group = None if not groups else array(groups[part]) if e.stacked and groups[part].ndim == 1 else at(groups, part)
+        return decoded(how, words, scales, zeros, array(table[0]) if table else None, seconds, group)
 
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_compile.ir import Stored
+from moe_compile.ir import Form, Stored
 from moe_compile.ir.stored import Exponent, Scale, Zero
 
 from .base import E, H, I
+from .constant_near_misses import capped
 from .stored import F8, FLOATS, RENORM, BlocksBatched, BlocksHitExperts, Fused, _Blocks, storing
 
 G = 4  # inputs that share a scale, where checkpoints have 32 or 128
@@ -151,27 +152,6 @@ class Int4ZerosLessOne(Int4PackedZeros):
     less = 1
 
 
-class Int4GroupsByIndex(Int4PackedZeros):
-    """Verdict: fused, the weights being floats. `g_idx` says which group an input is in, which may be any (GPTQ's desc_act)."""
-
-    expect = Fused(RENORM, replace(FLOATS, up_transposed=True, down_transposed=True))
-    near = "Int4PackedZeros"
-    differs = ("experts.down_stored", "experts.stacked", "experts.up_stored")
-
-    def build_experts(self, n: int) -> None:
-        super().build_experts(n)
-        for name, inner in (("up", H), ("down", I)):
-            self.register_buffer(f"{name}_group", (torch.arange(inner) // G)[torch.randperm(inner)])
-
-    def matrix(self, name: str, e: Any) -> Tensor:
-        group = getattr(self, f"{name}_group")
-        z, s = self.codes(getattr(self, f"{name}_zero")[e]), getattr(self, f"{name}_scale_inv")[e]
-        return ((self.codes(getattr(self, name)[e]) - z[group]) * s[group]).t()
-
-    def weights(self) -> dict[str, list[Tensor]]:
-        return {name: [self.matrix(name, e).t() for e in range(E)] for name in ("up", "down")}
-
-
 class Mxfp4Table(_Packed):
     """Verdict: fused. e2m1 pairs, low nibble first, looked up in a table of numbers; exponents by ldexp (gpt-oss)."""
 
@@ -301,3 +281,80 @@ class Mxfp4OtherBias(Mxfp4Table):
     def weights(self) -> dict[str, list[Tensor]]:
         stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
         return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}
+
+
+class GptOssMxfp4(Mxfp4Table):
+    """Verdict: fused. gpt-oss as its checkpoint lies, made floats by its own maths: blocks [.., K / G, G / 2], gate and up in turn."""
+
+    expect = Fused(RENORM, replace(storing(MXFP4).experts, form=Form.INTERLEAVED, up_bias=True, down_bias=True, activation=capped(7)))
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name in ("up", "down"):
+            setattr(self, name, getattr(self, name).unflatten(-1, (-1, G // 2)))
+            self.register_buffer(f"{name}_bias", torch.randn(n, 2 * I if name == "up" else H) / 2)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        codes = {"up": [self.up.flatten(-2)], "down": [self.down.flatten(-2)]}
+        return super().weights() | codes | {"up_bias": [self.up_bias], "down_bias": [self.down_bias]}
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return torch.ldexp(self.values(q), s.int()[..., None] - 127).flatten(-2)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, self.floats(self.up[e], self.up_scale_inv[e]), self.up_bias[e])
+        g, u = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+        return F.linear((u + 1) * (g * torch.sigmoid(g * 1.702)), self.floats(self.down[e], self.down_scale_inv[e]), self.down_bias[e])
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return BlocksHitExperts.run_experts(self, x, ids, w)  # type: ignore[arg-type]
+
+
+class GptOssHalvesSideBySide(GptOssMxfp4):
+    """Verdict: fused, another layout: all gates first."""
+
+    expect = Fused(RENORM, replace(GptOssMxfp4.expect.experts, form=Form.CONCAT))
+    near, differs = "GptOssMxfp4", ("experts.form",)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.floats(self.up[e], self.up_scale_inv[e]), self.up_bias[e]).chunk(2, -1)
+        g, u = g.clamp(max=7.0), u.clamp(-7.0, 7.0)
+        return F.linear((u + 1) * (g * torch.sigmoid(g * 1.702)), self.floats(self.down[e], self.down_scale_inv[e]), self.down_bias[e])
+
+
+class Nf4(_Packed):
+    """Verdict: fused. A table of 16 numbers, the high nibble first, matrices flattened, a number for each run (NF4, its absmax plain)."""
+
+    table = tuple(-1 + i * (i + 9) / 180 for i in range(16))  # any 16 numbers do
+    how = Stored(4, torch.uint8, True, 1, G, 2, (1, 0), tabled=True)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
+            self.register_buffer(name, torch.randint(0, 256, (n, shape[0] * shape[1] // 2)).to(torch.uint8))
+            self.register_buffer(f"{name}_scale_inv", torch.rand(n, shape[0] * shape[1] // G) + 0.3)
+        self.register_buffer("code", torch.tensor(self.table))
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        stacks = (("up", self.up, self.up_scale_inv, 2 * I), ("down", self.down, self.down_scale_inv, H))
+        found = {name: [q.view(E, rows, -1)] for name, q, _, rows in stacks}
+        found |= {f"{name}_scale": [s.view(E, rows, -1)] for name, _, s, rows in stacks}
+        return super().weights() | found | {"up_table": [self.code], "down_table": [self.code]}
+
+    def nibbles(self, b: Tensor) -> Tensor:
+        return torch.stack([b >> 4, b & 15], -1).flatten()
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        flat = self.code[self.nibbles(q).long()] * s.repeat_interleave(G)
+        return flat.view(2 * I if q.numel() == I * H else H, -1)
+
+
+class Nf4LowFirst(Nf4):
+    """Verdict: fused, another function: the low nibble comes first."""
+
+    how = replace(Nf4.how, order=(0, 1))
+    expect = storing(how)
+    near, differs = "Nf4", ("experts.down_stored.order", "experts.up_stored.order")
+
+    def nibbles(self, b: Tensor) -> Tensor:
+        return torch.stack([b & 15, b >> 4], -1).flatten()
