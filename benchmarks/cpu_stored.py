@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import CODED, PLAIN, Operands
 
 RESULTS = Path(__file__).parent / "results"
 F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -62,7 +63,8 @@ def matrices(experts: int, rows: int, columns: int, how: ir.Stored | None) -> li
 
 def side(shape: Shape, how: ir.Stored | None, tokens: int) -> Callable[[int], Tensor]:
     """Call number i, on a layer and inputs of its own."""
-    held = ir.Experts(shape.experts, shape.hidden, shape.intermediate, shape.hidden, ir.Form.CONCAT, act.SWIGLU, dtype=BF16, up_stored=how, down_stored=how)
+    h, i = shape.hidden, shape.intermediate
+    held = ir.Experts(shape.experts, h, i, h, ir.Form.CONCAT, act.SWIGLU, dtype=BF16, up_stored=how, down_stored=how)
     count = max(1, min(16, int(TOTAL / bytes_of(shape, how))))
     layers = []
     for _ in range(count):
@@ -76,21 +78,20 @@ def side(shape: Shape, how: ir.Stored | None, tokens: int) -> Callable[[int], Te
         routed.append((torch.randn(tokens, shape.hidden, generator=gen).to(BF16), ids, weights / weights.sum(-1, keepdim=True)))
     plain = ops.experts_args(held)
 
+    lists = [parameters(up, down, how) for up, down in layers]
+
     def call(i: int) -> Tensor:
-        (up, up_scale, up_zero), (down, down_scale, down_zero) = layers[i % count]
         x, ids, weights = routed[i % INPUTS]
-        if how is None:
-            return torch.ops.moe_compile.experts(x, ids, weights, up, down, [], [], None, *plain)
-        return torch.ops.moe_compile.experts_stored(*operands(x, ids, weights, up, down, up_scale, down_scale, up_zero, down_zero), *plain)
+        op = torch.ops.moe_compile.experts if how is None else torch.ops.moe_compile.experts_stored
+        return op(x, ids, weights, *lists[i % count], None, *plain)
 
     return call
 
 
-def operands(x: Tensor, ids: Tensor, weights: Tensor, up, down, up_scale, down_scale, up_zero, down_zero) -> list[object]:
-    from moe_compile.ir.operands import CODED, Operands
-
-    named = {"up_scale": up_scale, "down_scale": down_scale, "up_zero": up_zero, "down_zero": down_zero}
-    return [x, ids, weights, *Operands.named(up=up, down=down, **named).lists(CODED), None]
+def parameters(up: list[list[Tensor]], down: list[list[Tensor]], how: ir.Stored | None) -> list[list[Tensor]]:
+    """An op's lists."""
+    named = {name + what: part for name, parts in (("up", up), ("down", down)) for what, part in zip(("", "_scale", "_zero"), parts, strict=True)}
+    return Operands.named(**named).lists(PLAIN if how is None else CODED)
 
 
 def measure(sides: dict[str, Callable[[int], Tensor]], seconds: float) -> dict[str, float]:
