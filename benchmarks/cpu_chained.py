@@ -50,7 +50,8 @@ def row(name: str, kind: str, tokens: int, seconds: float) -> dict[str, object]:
     dtype, gen = TYPES[kind], torch.Generator().manual_seed(0)
     e = ir.Experts(experts, hidden, inner, hidden, Form.SINGLE, act.G, chain=chain_of(hidden, inner), stacked=True, dtype=dtype)
     parts = [
-        (torch.randn(*shape, generator=gen) * 0.03).to(dtype) for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner), (hidden,))
+        (torch.randn(*shape, generator=gen) * 0.03).to(dtype)
+        for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner), (hidden,))
     ]
     weights, ids = torch.rand(tokens, experts, generator=gen).topk(k)
     x, weights, plain = torch.randn(tokens, hidden, generator=gen).to(dtype), weights.to(dtype), ops.experts_args(e)

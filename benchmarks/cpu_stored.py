@@ -90,7 +90,9 @@ def side(shape: Shape, how: ir.Stored | None, tokens: int) -> Callable[[int], Te
 
 def parameters(up: list[list[Tensor]], down: list[list[Tensor]], how: ir.Stored | None) -> list[list[Tensor]]:
     """An op's lists."""
-    named = {name + what: part for name, parts in (("up", up), ("down", down)) for what, part in zip(("", "_scale", "_zero"), parts, strict=True)}
+    named = {
+        name + what: part for name, parts in (("up", up), ("down", down)) for what, part in zip(("", "_scale", "_zero"), parts, strict=True)
+    }
     return Operands.named(**named).lists(PLAIN if how is None else CODED)
 
 
