@@ -27,9 +27,10 @@ CHUNK = 16  # experts whose matrices are floats at the same time
 def experts_stored(*args: Any) -> Tensor:
     """As the op of this name."""
     key = coded.key_of(args)
-    found = coded.again(key) if args[1].numel() else None
+    x, ids, weights = args[:3]
+    found = coded.again(key) if ids.numel() else None
     if found is not None:
-        return coded.run(found, *args[:3], args[3 + len(CODED)])
+        return coded.run(found, x, ids, weights, args[3 + len(CODED)])
     x, ids, weights, p, (add, *plain) = bundled(args, CODED)
     layout, storage = storage_of(plain)
     out = forward(x, ids, weights, p, add, layout, storage)
