@@ -83,3 +83,15 @@ def test_sums_are_not_rounded_between_turns(monkeypatch: pytest.MonkeyPatch) -> 
     x, ids, weights, p, (add,) = ops.bundled([*t.values()], CODED)
     got, want = stored.forward(x, ids, weights, p, add, *ops.storage_of(ops.experts_args(e))), e.evaluate(**t)
     assert float((got.double() - want).norm() / want.norm()) <= 2e-3
+
+
+def test_operands_that_were_seen_before() -> None:
+    """Other tokens and other values in the same parameters."""
+    e = replace(WIDE, up_stored=SCHEMES["channels"], down_stored=SCHEMES["channels"], dtype=torch.float32)
+    t = operands(e, 5, torch.float32)
+    for tokens in (5, 2, 7):
+        other = operands(e, tokens, torch.float32)
+        t |= {k: other[k] for k in ("x", "ids", "weights", "add")}
+        t["up"][0].bitwise_xor_(1)
+        got, want = torch.ops.moe_compile.experts_stored(*t.values(), *ops.experts_args(e)), e.evaluate(**t)
+        assert float((got.double() - want).norm() / want.norm()) <= 1e-6

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from ...ir import Form, Stored
-from ...ir.operands import Operands
+from ...ir.operands import CODED, Operands
 from ...ir.records import Layout, Storage
 from ...ir.stored import ALL, Exponent, Scale, Zero
+from ..reference import generic
 from . import build, experts
 from .call import _I64, _PTR, Args, Call
 
 HALVES, INT8, E4M3, BYTES = range(4)  # Kind
 NUMBERS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4, torch.float8_e8m0fnu: 4}  # NumberKind
 _BITS = 5
+_END = 3 + len(CODED)  # arguments of the op before `add` and the plain ones
 _RUN, _WORD = 16, 8  # codes of half a byte in a run, and in 32 bits
 
 
@@ -55,21 +57,44 @@ class Prepared:
     down: Coding
 
 
+_MOST = 4096  # operands that are remembered
 _found: dict[Any, Prepared | None] = {}
+_seen: dict[Any, Prepared] = {}  # by an op's own arguments
+
+
+def key_of(args: Sequence[Any]) -> Any:
+    """Everything about the arguments of `experts_stored` but its tokens and the values of its parameters."""
+    x = args[0]
+    lists = [[(t.data_ptr(), t.stride(), t.shape, t.dtype) for t in ts] for ts in args[3:_END]]
+    plain = [tuple(a) if isinstance(a, (list, tuple)) else a for a in args[_END + 1 :]]
+    return x.dtype, x.shape[1], tuple([tuple(ts) for ts in lists]), tuple(plain)
+
+
+def again(key: Any) -> Prepared | None:
+    """What operands come to that `remember` was told of."""
+    return _seen.get(key)
+
+
+def remember(key: Any, x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) -> None:
+    """Let `again` know, if the kernels take these operands."""
+    found = _prepared_once(x, p, layout, storage)
+    if found is not None:
+        if len(_seen) > _MOST:
+            _seen.clear()
+        _seen[key] = found
 
 
 def forward(
     x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: Tensor | None, layout: Layout, storage: Storage
 ) -> Tensor | None:
     """x [T, H], ids and weights [T, k] -> [T, H_out] in x.dtype; None where the kernels do not take these operands."""
-    key = (x.dtype, x.shape[1], layout, storage, *map(experts._described, p.groups()))
-    if key not in _found:
-        if len(_found) > 4096:
-            _found.clear()
-        _found[key] = _prepared(x, p, layout, storage)
-    found = _found[key]
-    if found is None:
-        return None
+    found = _prepared_once(x, p, layout, storage)
+    return None if found is None else run(found, x, ids, weights, add)
+
+
+def run(found: Prepared, x: Tensor, ids: Tensor, weights: Tensor, add: Tensor | None) -> Tensor:
+    """As `forward`. Raises MemoryError where there is none for the workspace."""
+    generic.check_rows(x, ids, weights)
     x = x if x.stride(1) == 1 else x.contiguous()
     call = found.call.on(x, ids.long().contiguous(), weights.float().contiguous())
     out = x.new_empty(x.shape[0], call.args.out_features)
@@ -77,6 +102,15 @@ def forward(
     if found.library.moe_experts_coded(ctypes.byref(CodedArgs(call.args, found.up, found.down))):
         raise MemoryError("no memory for the expert kernel's workspace")
     return out
+
+
+def _prepared_once(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) -> Prepared | None:
+    key = (x.dtype, x.shape[1], layout, storage, *map(experts._described, p.groups()))
+    if key not in _found:
+        if len(_found) > _MOST:
+            _found.clear()
+        _found[key] = _prepared(x, p, layout, storage)
+    return _found[key]
 
 
 def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) -> Prepared | None:

@@ -1,5 +1,5 @@
 // Entry point of the library for weights in few bits. Returns 0, or 1 when there is no memory.
-#include "coded.h"
+#include "coded_forward.h"
 
 extern "C" int moe_experts_coded(const CodedArgs* args) {
   try {

@@ -1,5 +1,4 @@
-// The phases on weights that lie as codes of few bits with scales: a few rows at a time become floats in the first-level cache, and are
-// multiplied there by all tokens of their expert. No more of a matrix is ever floats; memory is read once, as codes.
+// Weights that lie as codes of few bits with scales, and rows of them made floats.
 #pragma once
 #include "forward.h"
 
@@ -48,18 +47,19 @@ struct CodedMatrix {
   const uint8_t* base;
   const void *scales, *zeros;
   i64 stride, first, k;
+  const uint16_t* order;  // in which x meets its codes (coded_dots.h)
   const stored* operator()(i64, i64) const { return nullptr; }
 
   // Where the scales of a row begin.
   i64 place(i64 row) const { return c.rows ? (row * c.step + first) / c.rows * c.scale_n : 0; }
 };
 
-// One code of a row.
-static inline float code_value(const Coding& c, const uint8_t* row, i64 k) {
+// One code of a row of `all`.
+static inline float code_value(const Coding& c, const uint8_t* row, i64 k, i64 all) {
   if (c.kind == INT8) return int8_t(row[k]);
   if (c.kind != HALVES) return c.table[row[k]];
-  uint32_t word;
-  memcpy(&word, row + k / 8 * 4, 4);
+  uint32_t word = 0;
+  memcpy(&word, row + k / 8 * 4, size_t(std::min<i64>(4, (all + 1) / 2 - k / 8 * 4)));
   return c.table[word >> c.order[k % 16] & 15];
 }
 
@@ -189,7 +189,7 @@ static void decode(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 stride)
 #if defined(CODED_VECTORS)
       if (k0 % VL == 0) k = decode_vectors<KIND, ZERO>(vectors, row, k, k1, z, s, to);
 #endif
-      for (; k < k1; k++) to[k] = to_element((code_value(c, row, k) - z) * s);
+      for (; k < k1; k++) to[k] = to_element((code_value(c, row, k, m.k) - z) * s);
     }
     for (i64 k = m.k; k < units(m.k) * PER; k++) to[k] = element(0);
   }
@@ -202,48 +202,3 @@ static void decode_rows(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 st
       {decode<E4M3, false>, decode<E4M3, true>}, {decode<BYTES, false>, decode<BYTES, true>}};
   kinds[m.c.kind][m.c.zero_kind != 0](m, n, nb, to, stride);
 }
-
-struct CodedForward : Phases<CodedForward> {
-  const CodedArgs& coded;
-  explicit CodedForward(const CodedArgs& args) : Phases(args.args), coded(args) {}
-
-  static constexpr i64 TOGETHER = 2 * DOT_SET;  // rows that are floats at a time
-
-  CodedMatrix matrix(const Coding& c, const void* const* bases, i64 expert_stride, i64 scale_expert, i64 stride, i64 half, i64 e, i64 k) const {
-    auto of = [&](const void* const* list, i64 bytes) -> const void* {
-      if (!list) return nullptr;
-      return expert_stride ? static_cast<const uint8_t*>(list[half]) + e * bytes : list[half * a.experts + e];
-    };
-    auto width = [](i64 kind) { return kind == FLOAT32 ? 4 : kind >= EXPONENT ? 1 : 2; };
-    return {c, static_cast<const uint8_t*>(of(bases, expert_stride)), of(c.scales, scale_expert * width(c.scale_kind)),
-            of(c.zeros, scale_expert * width(c.zero_kind)), stride, half ? c.second : 0, k};
-  }
-  CodedMatrix up(i64 half, i64 e) const { return matrix(coded.up, a.up, a.up_expert, coded.up.scale_expert, a.up_n, half, e, a.hidden); }
-  CodedMatrix down(i64 e) const { return matrix(coded.down, a.down, a.down_expert, coded.down.scale_expert, a.down_n, 0, e, a.inter); }
-
-  // As `Forward::product`. Rows that floats are made of for `dots` are stored ones: what is stored is what an element is made of.
-  static void product(
-      const Strip& p, const CodedMatrix& m, i64 n, i64 nb, const unit* panel, const element** rows, bool, const stored*, Scratch& s,
-      float* out, i64 os) {
-    const i64 depth = units(m.k) * PER;
-    if (p.lanes) {
-      const element* w[MAX_BLOCK];
-      decode_rows(m, n, nb, s.w_rows, depth);
-      for (i64 r = 0; r < nb; r++) w[r] = s.w_rows + r * depth;
-      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os);
-      return;
-    }
-    stored* narrow = reinterpret_cast<stored*>(s.w_rows);
-    for (i64 i = 0; i < nb; i += TOGETHER) {
-      const i64 some = std::min(TOGETHER, nb - i);
-      if constexpr (DIRECT) {
-        decode_rows(m, n + i, some, s.w_rows, depth);
-      } else {
-        element* wide = s.w_rows + TOGETHER * depth;
-        decode_rows(m, n + i, some, wide, depth);
-        store_row(reinterpret_cast<const float*>(wide), some * depth, narrow);
-      }
-      dots(rows, p.rows, Stream{narrow, depth, some, nullptr}, m.k, nullptr, out + i, os, false);
-    }
-  }
-};
