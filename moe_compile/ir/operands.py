@@ -11,7 +11,8 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second")
+CODED = (*PLAIN, "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table", "up_second", "down_second",
+         "up_smooth", "down_smooth")  # fmt: skip
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
 CHAINED = ("parts",)
@@ -21,7 +22,7 @@ CHAINED = ("parts",)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
+    A table is one for all. Smooth scales, numbers of a projection's inputs, are [E, in] or a list like the weights, or [in] for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
     the weights are stored. `parts`: all parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
@@ -37,6 +38,8 @@ class Operands(Generic[T]):
     down_table: tuple[T, ...] = ()
     up_second: tuple[T, ...] = ()
     down_second: tuple[T, ...] = ()
+    up_smooth: tuple[T, ...] = ()
+    down_smooth: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()
