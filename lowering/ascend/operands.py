@@ -98,15 +98,16 @@ class Operands:
             else:
                 found[name] = self._group(c.x, c, name, not stored, dtype, "int8")
                 found[f"{name}_scale"] = self._group(c.x, c, name, not stored, dtype, "scale")
-            if (k := getattr(c.p, f"{name}_smooth")) and c.storage is not None:
+            rows = None if c.storage is None else c.storage.rows()[name == "down"]
+            if rows is not None and rows.smooth:
                 kept = c.dtype if row is int8.STEPS and name == "down" else torch.float32
-                found[f"{name}_smooth"] = [self._smooth(c, k, c.storage.rows()[name == "down"], kept)]
+                found[f"{name}_smooth"] = [self._smooth(c, getattr(c.p, f"{name}_smooth"), rows, kept)]
         return found
 
-    def _smooth(self, c: ExpertsCall, nodes: Sequence[fx.Node], rows: Rows | None, dtype: torch.dtype) -> fx.Node:
+    def _smooth(self, c: ExpertsCall, nodes: Sequence[fx.Node], rows: Rows, dtype: torch.dtype) -> fx.Node:
         """Smooth scales [E, in]: what rows are multiplied by."""
-        inverse = rows is not None and rows.smooth == Scale.DIVIDES
-        return self._operand(c.x, nodes, Recipe((), c.layout.num_experts, len(nodes) == 1, False, dtype, "inverse" if inverse else "smooth"))
+        part = "inverse" if rows.smooth == Scale.DIVIDES else "smooth"
+        return self._operand(c.x, nodes, Recipe((), c.layout.num_experts, len(nodes) == 1, False, dtype, part))
 
     # ---- one operand -----------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ _ENUM = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torc
 class Quantised:
     """Weights [E, in, out] in int8 and scales [E, out], in the dtypes that the chain `row` asks for; `up` holds one, or gate and up apart.
 
-    alpha: rows are clipped to alpha times their largest value, where the chain clips. up_smooth, down_smooth [E, in], one or none: what rows
-    are multiplied by before they are rounded, in fp32, and in the dtype of the rows for the chain "step by step".
+    alpha: rows are clipped to alpha times their largest value, where the chain clips. up_smooth, down_smooth [E, in], one or none: what
+    rows are multiplied by before they are rounded, in fp32, and in the dtype of the rows for the chain "step by step".
     """
 
     up: Sequence[Tensor]

@@ -89,7 +89,7 @@ class Store:
                 k.versions = ()
 
     def sweep(self) -> None:
-        """Drops what was made of tensors that are gone. A tensor that has only got other memory keeps its copy, and the copy its address."""
+        """Drops what was made of tensors that are gone. One that has only got other memory keeps its copy, and the copy its address."""
         lost = {key: k.owners for key, k in list(self.kept.items()) if k.lost}
         if lost:
             wanted = {i for owners in lost.values() for i in owners}

@@ -58,8 +58,8 @@ class Recipe:
     """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not.
 
     part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself, "pair" for a matrix of a low-rank
-    pair, "smooth" for smooth scales k [E, in] (of [in] too) and "inverse" for 1 / k. Of weights in few bits that the model has, `coding`: "codes", "factors" of these sources or "ones", "offsets" of these sources or
-    "shifts". nz: in the fractal format.
+    pair, "smooth" for smooth scales k [E, in] (of [in] too) and "inverse" for 1 / k. Of weights in few bits that the model has, `coding`:
+    "codes", "factors" of these sources or "ones", "offsets" of these sources or "shifts". nz: in the fractal format.
     """
 
     sources: tuple[Source, ...]

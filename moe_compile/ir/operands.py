@@ -22,8 +22,9 @@ CHAINED = ("parts",)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all. Smooth scales, numbers of a projection's inputs, are [E, in] or a list like the weights, or [in] for all. Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way
-    the weights are stored. `parts`: all parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
+    A table is one for all. Smooth scales, numbers of a projection's inputs, are [E, in] or a list like the weights, or one [in] for all.
+    Low-rank pairs stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored.
+    `parts`: all parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
     up: tuple[T, ...] = ()

@@ -2,7 +2,7 @@
 
 q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
 
-With smooth scales k (SmoothQuant), a number of each input channel, x k (or x / k) stands in the place of x everywhere: 1 / k is in the weights.
+With smooth scales k (SmoothQuant), a number of each input channel, x k (or x / k) stands in the place of x: 1 / k is in the weights.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class Rows:
         return rows / k if self.smooth == Scale.DIVIDES else rows * k
 
     def rounded(self, rows: Tensor, scales: Tensor | None = None) -> Tensor:
-        """rows [N, K] as the product reads them, in their own type; `scales`: smooth ones. Raises RuntimeError where groups do not divide K."""
+        """rows [N, K] as the product reads them, in their own type; `scales`: smooth ones.
+
+        Raises RuntimeError where groups do not divide K.
+        """
         q, s = self.codes(self.smoothed(rows, scales))
         return (q * s).flatten(-2)

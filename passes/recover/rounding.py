@@ -5,6 +5,7 @@ With y in the place of q · s the rest is read as if nothing were rounded; that 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -56,8 +57,8 @@ def unrounded(body: Term, h: Term, expert: Term, smooth: bool = False) -> Roundi
     """
     weights = [f for f in factors(body) if not T.uses(f, h) and not _products(f, expert) and any(map(_is_round, T.walk(f)))]
     core, found = _core_unrounded(T.mul(*(f for f in factors(body) if f not in weights)), expert, smooth)
-    rows, scales = [None if x is None else x[0] for x in found], [None if x is None else x[1] for x in found]
-    return Rounding(T.mul(*weights, core), *rows, *scales)
+    (up, up_smooth), (down, down_smooth) = (x or (None, None) for x in found)
+    return Rounding(T.mul(*weights, core), up, down, up_smooth, down_smooth)
 
 
 _Found = tuple[Rows, Term | None] | None  # how rows are rounded, and their smooth scales
@@ -122,19 +123,14 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
     along = {s.along for s in scales.values()}
     for floored, mapping in ((True, plain), (False, plain | bare)):
         ks: set[Term | None] = set()
-        out = _cancelled(body, rounds, mapping, along, lambda y: _taken(y, along, expert, ks) if smooth else y)
+        read = functools.partial(smoothing.without, along=along, expert=expert, found=ks if smooth else None)
+        out = _cancelled(body, rounds, mapping, along, read)
         if not any(s in out.atoms for s in steps.values()):
             if len(ks) > 1:
                 raise No(_told(rounds[0]))
             k = ks.pop() if ks else None
             return out, (replace(how, floored=floored and how.floored, smooth=smoothing.kind(k)), k)
     raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
-
-
-def _taken(y: Term, along: set[Term], expert: Term, ks: set[Term | None]) -> Term:
-    rest, k = smoothing.split(y, along, expert)
-    ks.add(k)
-    return rest
 
 
 def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], read: Callable[[Term], Term]) -> Term:

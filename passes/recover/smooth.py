@@ -1,7 +1,7 @@
 """Smooth scales: numbers k of a projection's inputs in front of the rounding of its rows, q = round(x k / s), s = max|x k| / largest.
 
-    Σ_m (q s)[m] W[m] with x k in the place of q s is also a product of x with k W: so k is only told by where it stands, and what stands
-    in a rounding must not cancel against what stands behind it, because round(x k / s) s / k is not round(x / s) s.
+Σ_m (q s)[m] W[m] with x k in the place of q s is also a product of x with k W: so k is only told by where it stands, and what stands
+in a rounding must not cancel against what stands behind it, because round(x k / s) s / k is not round(x / s) s.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ def split(rounded: Term, along: set[Term], expert: Term) -> tuple[Term, Term | N
     if len(found) != 1:
         return rounded, None
     return T.mul(*(f for f in factors(rounded) if f is not found[0])), found[0]
+
+
+def without(rounded: Term, along: set[Term], expert: Term, found: set[Term | None] | None) -> Term:
+    """What is rounded without its smooth scales, which go into `found`; as it is where that is None."""
+    if found is None:
+        return rounded
+    rest, k = split(rounded, along, expert)
+    found.add(k)
+    return rest
 
 
 def cancels(rounded: Iterable[Term], along: set[Term], rest: Term) -> bool:

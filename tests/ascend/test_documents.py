@@ -89,7 +89,7 @@ CALLS: dict[str, list[Any]] = {
         lambda: ((half(T, H),), {}),
         lambda: ((half(6, H),), dict(smooth_scales=torch.rand(3, H).bfloat16() + 0.5, group_index=counts().cumsum(0).int()))],
     "npu_dequant_swiglu_quant": [
-        lambda left=left: ((torch.randint(-999, 999, (6, 8)).int(),), dict(
+        lambda left=left, smooth=smooth: ((torch.randint(-999, 999, (6, 8)).int(),), dict(
             weight_scale=torch.rand(3, 8), activation_scale=torch.rand(6), group_index=counts(), activate_left=left, quant_mode=1,
             quant_scale=torch.rand(3, 4) + 0.5 if smooth else None))
         for left in (True, False) for smooth in (True, False)],
