@@ -56,7 +56,7 @@ def _refuses_stored(p: antiquant.Problem, rounded: bool) -> str | None:
     why, row = antiquant.why_not(p), antiquant.choose(p)
     if why is None and p.float8_rows:
         assert row is not None
-        return f"{row.calls}: known from documents only, no calls are emitted"
+        return f"{row.calls}: {row.unknown()}"
     return why
 
 
