@@ -197,6 +197,14 @@ def test_rounded_rows_are_the_oracles_and_have_no_gradient(smooth: Scale, stacke
         call(e, {**t, "x": t["x"].requires_grad_()})
 
 
+def test_smooth_scales_run_in_plain_torch_and_that_is_told() -> None:
+    rows = ir.Rows(8, torch.int8, floor=1e-6, smooth=Scale.TIMES)
+    block = ir.MoeBlock(None, replace(CONCAT, up_rows=rows, down_rows=rows))
+    for target in ("cpu", "cuda"):
+        assert target_of(target).reason(block) is None
+        assert "torch" in target_of(target).says(block) and "rows in int8, smoothed" in target_of(target).says(block)
+
+
 def test_smooth_scales_stand_where_they_are_told() -> None:
     """x k instead of x and W / k instead of W: the product is the same but for the steps, which k makes other ones."""
     rows = ir.Rows(8, torch.int8, smooth=Scale.TIMES)
