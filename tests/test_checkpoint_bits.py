@@ -15,6 +15,7 @@ from torch._dynamo import reset
 import moe_compile
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import CODED
 from moe_compile.lowering.cpu import build
 from moe_compile.lowering.cpu import stored as on_cpu
 from moe_compile.passes.prove.literals import Literals
@@ -185,9 +186,7 @@ def test_experts_take_turns_on_the_cpu(stacked: bool, dtype: torch.dtype, monkey
     x, w, add = torch.randn(7, H, dtype=dtype), torch.rand(7, K), torch.randn(7, H, dtype=dtype)
     ids = torch.randint(0, E + 1, (7, K))
     none: list[Tensor] = []
-    order = ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale", "up_zero", "down_zero", "up_table", "down_table")
-    order += ("up_second", "down_second", "up_group", "down_group")
-    t: dict[str, Any] = {"x": x, "ids": ids, "weights": w, **{n: lists.get(n, none) for n in order}, "add": add}
+    t: dict[str, Any] = {"x": x, "ids": ids, "weights": w, **{n: lists.get(n, none) for n in CODED}, "add": add}
     got = torch.ops.moe_compile.experts_stored(*t.values(), *ops.experts_args(e))
     want = replace(e, dtype=torch.float64).evaluate(**t)
     assert float((got.double() - want).abs().max()) <= (1e-5 if dtype is torch.float32 else 0.02) * float(want.abs().max())

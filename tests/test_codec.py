@@ -67,6 +67,7 @@ ROWS = st.builds(
     floor=NUMBERS,
     power=st.booleans(),
     floored=st.booleans(),
+    smooth=st.sampled_from(Scale),
 )
 EXPERTS = st.builds(
     ir.Experts,

@@ -127,6 +127,12 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
     def of_table(how: ir.Stored | None) -> list[Tensor]:
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
 
+    def of_smooth(how: ir.Rows | None, inner: int) -> list[Tensor]:
+        """Times: of each expert; divides: one set for all."""
+        if how is None or not how.smooth:
+            return []
+        return many(second, 1, inner) if how.smooth == Scale.TIMES else [second(inner)]
+
     def packed(*shape: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, shape, generator=gen).int()
 
@@ -172,6 +178,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down_second": of_seconds(e.down_stored, 1, down),
         "up_group": of_groups(e.up_stored, parts, up),
         "down_group": of_groups(e.down_stored, 1, down),
+        "up_smooth": of_smooth(e.up_rows, e.hidden),
+        "down_smooth": of_smooth(e.down_rows, e.intermediate),
         "add": leaf(5, e.out_features),
     }
 
@@ -200,17 +208,36 @@ def test_the_op_is_the_oracle_and_so_are_its_gradients(e: ir.Experts) -> None:
         close(mine, torch.zeros_like(leaf) if theirs is None else theirs, 2e-5)
 
 
-def test_rounded_rows_are_the_oracles_and_have_no_gradient() -> None:
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("smooth", Scale)
+def test_rounded_rows_are_the_oracles_and_have_no_gradient(smooth: Scale, stacked: bool) -> None:
     """In float64, where no sum comes close to the edge of a step; a row of zeros stays one."""
-    rows = ir.Rows(8, torch.int8, floor=1e-6)
-    e = replace(CONCAT, up_rows=rows, down_rows=rows)
+    rows = ir.Rows(8, torch.int8, floor=1e-6, smooth=smooth)
+    e = replace(CONCAT, up_rows=rows, down_rows=rows, stacked=stacked)
     t = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in tensors(e).items()}
     t["x"] = t["x"].detach().index_fill(0, torch.tensor([1]), 0.0)
     with torch.no_grad():
         close(call(e, t), e.evaluate(**t), 1e-12)
-        assert not torch.allclose(call(e, t), call(CONCAT, t), rtol=1e-4)
+        assert not torch.allclose(call(e, t), call(replace(e, up_rows=None, down_rows=None), t), rtol=1e-4)
     with pytest.raises(NotImplementedError, match="rounded rows"):
         call(e, {**t, "x": t["x"].requires_grad_()})
+
+
+def test_smooth_scales_run_in_plain_torch_and_that_is_told() -> None:
+    rows = ir.Rows(8, torch.int8, floor=1e-6, smooth=Scale.TIMES)
+    block = ir.MoeBlock(None, replace(CONCAT, up_rows=rows, down_rows=rows))
+    for target in ("cpu", "cuda"):
+        assert target_of(target).reason(block) is None
+        assert "torch" in target_of(target).says(block) and "rows in int8, smoothed" in target_of(target).says(block)
+
+
+def test_smooth_scales_stand_where_they_are_told() -> None:
+    """x k instead of x and W / k instead of W: the product is the same but for the steps, which k makes other ones."""
+    rows = ir.Rows(8, torch.int8, smooth=Scale.TIMES)
+    x, k = torch.randn(3, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.5
+    assert torch.equal(rows.rounded(x, k), replace(rows, smooth=Scale.NONE).rounded(x * k))
+    assert torch.equal(replace(rows, smooth=Scale.DIVIDES).rounded(x, k), replace(rows, smooth=Scale.NONE).rounded(x / k))
+    assert not torch.allclose(rows.rounded(x, k) / k, replace(rows, smooth=Scale.NONE).rounded(x))
 
 
 @pytest.mark.parametrize("name", ["stacked", "lists of gates and ups, biases"])

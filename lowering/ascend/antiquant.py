@@ -6,6 +6,7 @@ express and the first with nothing to say is taken. Limits: aclnnGroupedMatmulV4
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...ir import Stored
 from ...ir.stored import Scale
 from ...ir.text import stored_text
+from . import schemas
 
 NIBBLES = 8  # whole numbers of 4 bits in an int32, the first in the lowest bits
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -62,16 +64,34 @@ class Problem:
 Check = Callable[[Problem], str | None]
 
 
+class Evidence(enum.Enum):
+    """What a law is known from."""
+
+    RUN = "emulated, and converted by the wheel"
+    DECLARED = "the wheel declares the ops, the documents say what they do"
+    DOCUMENT = "the documents say it"
+
+
 @dataclass(frozen=True)
 class Row:
-    """One form of weights. bits: of the op's codes. `verified`: False where the documents say it and nothing but them is known."""
+    """One form of weights. bits: of the op's codes. needs: ops beside the product (`schemas.RAISED`) that round its rows.
+
+    Where nothing but a declaration or a document is known (`evidence`) of how rows in float8 lie, nothing is emitted.
+    """
 
     name: str
     bits: int
     calls: str
     holds: str
     checks: tuple[Check, ...]
-    verified: bool = True
+    evidence: Evidence = Evidence.RUN
+    needs: tuple[str, ...] = ()
+
+    def unknown(self) -> str | None:
+        """Why nothing is emitted for rows in float8."""
+        if (op := schemas.lacking(self.needs)) is not None:
+            return f"{op} is not among torch_npu's ops here"
+        return None if self.evidence is Evidence.RUN else "known from documents only, no calls are emitted"
 
     def refuses(self, p: Problem) -> tuple[int, str] | None:
         """The first objection and how many checks it came behind, or None."""
@@ -178,7 +198,8 @@ FORMS: tuple[Row, ...] = (
         "grouped_matmul (float8 blocks × rows in float8)",
         "Σ over blocks of 128 inputs of (Σ q x) · s of the row's block · s of the weight's, as G-B of the documents",
         (*_COMMON, _float8, _only_950, _square_blocks, _rows_too),
-        verified=False,
+        evidence=Evidence.DECLARED,
+        needs=("npu_dynamic_block_quant", "npu_swiglu_group_quant"),
     ),
     Row(
         "MX",
@@ -186,7 +207,8 @@ FORMS: tuple[Row, ...] = (
         "grouped_matmul (MX × MX rows)",
         "the same over blocks of 32 inputs with powers of two; float8 under float8, e2m1 under e2m1",
         (*_ALWAYS, _mx, _mx_codes, _only_950, _rows_too),
-        verified=False,
+        evidence=Evidence.DECLARED,
+        needs=("npu_dynamic_mx_quant", "npu_swiglu_mx_quant"),
     ),
     Row(
         "float8 by channel",
@@ -194,7 +216,7 @@ FORMS: tuple[Row, ...] = (
         "grouped_matmul (float8 × scale)",
         "q · s with a scale for each output channel, no offset, the codes as they are",
         (*_COMMON, _float8, _only_950, _float8_by_channel),
-        verified=False,
+        evidence=Evidence.DOCUMENT,
     ),
     Row(
         "4 bits by channel",

@@ -206,14 +206,17 @@ def identity_addend(x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, n
     return cast(cast(x, wide) * cast(w, wide), x.dtype)
 
 
-def init_routing(x: Tensor, ids: Tensor, num_experts: int, quant_mode: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def init_routing(
+    x: Tensor, ids: Tensor, num_experts: int, quant_mode: int = -1, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, H], ids [T, k] int32 -> rows by expert [T k, H], where each slot went [T k], rows per expert [E], scales of the rows [T k].
 
-    quant_mode 1: rows in int8, each with its own scale; -1: as they are, without scales.
+    quant_mode 1: rows in int8, each with its own scale, multiplied by `smooth` [E, H] of their expert before; -1: as they are.
     """
     return call(  # type: ignore[no-any-return]
         "npu_moe_init_routing_v2", x, ids, active_num=-1, expert_num=num_experts, drop_pad_mode=0, expert_tokens_num_type=1,
         expert_tokens_num_flag=True, quant_mode=quant_mode, active_expert_range=[0, num_experts], row_idx_type=0,
+        **({} if smooth is None else {"scale": smooth}),
     )  # fmt: skip
 
 

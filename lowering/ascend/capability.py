@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 
 from ...ir import Experts, Form, MoeBlock, Rows
 from ...ir import scalar as act
+from ...ir.stored import Scale
 from ...ir.text import rows_text
 from ...ops import route_args
 from ..reference.routing import Routing
@@ -54,7 +56,7 @@ def _refuses_stored(p: antiquant.Problem, rounded: bool) -> str | None:
     why, row = antiquant.why_not(p), antiquant.choose(p)
     if why is None and p.float8_rows:
         assert row is not None
-        return f"{row.calls}: known from documents only, no calls are emitted"
+        return f"{row.calls}: {row.unknown()}"
     return why
 
 
@@ -73,10 +75,10 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
     e = ir.experts
     if e.num_identity:
         return "identity experts take rows that are not rounded"
-    if e.up_rows != e.down_rows:
+    assert e.up_rows is not None or e.down_rows is not None
+    if e.up_rows is None or e.down_rows is None or _unsmoothed(e.up_rows) != _unsmoothed(e.down_rows):
         return "rows are rounded before one product as they are not before the other"
-    assert e.up_rows is not None
-    if e.up_rows != Rows(8, torch.int8, floor=e.up_rows.floor, floored=e.up_rows.floored):
+    if _unsmoothed(e.up_rows) != Rows(8, torch.int8, floor=e.up_rows.floor, floored=e.up_rows.floored):
         return "npu_dynamic_quant rounds rows to int8 by max / 127 of each"
     if e.up_rows.floor > MAX_FLOOR:
         return f"a row's scale is at least {e.up_rows.floor}, the op's may be anything"
@@ -85,7 +87,15 @@ def _refuses_rounded(ir: MoeBlock) -> str | None:
 
 def _problem(ir: MoeBlock) -> int8.Problem:
     e = ir.experts
-    return int8.Problem("w8a8", e.activation, int(e.form), e.hidden, e.intermediate, e.up_bias or e.down_bias, e.weight_on_input, e.dtype)
+    smooth = Scale.NONE if e.down_rows is None else e.down_rows.smooth
+    biases = e.up_bias or e.down_bias
+    return int8.Problem(
+        "w8a8", e.activation, int(e.form), e.hidden, e.intermediate, biases, e.weight_on_input, e.dtype, smooth=smooth, smooth_dtype=e.dtype
+    )
+
+
+def _unsmoothed(rows: Rows) -> Rows:
+    return replace(rows, smooth=Scale.NONE)
 
 
 def says(ir: MoeBlock) -> str:

@@ -10,6 +10,7 @@ import functools
 import weakref
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -18,13 +19,13 @@ from .formats import is_nz, refuses_nz, to_nz
 
 @dataclass
 class _Cast:
-    owner: weakref.ref[Tensor]
+    memory: weakref.ref[torch.UntypedStorage]  # and not the tensor, which could not be swapped then
     state: tuple[int, int, tuple[int, ...]]
     nz: Tensor
 
     def alive(self) -> bool:
-        owner = self.owner()
-        return owner is not None and owner.untyped_storage().nbytes() > 0
+        memory = self.memory()
+        return memory is not None and memory.nbytes() > 0
 
 
 class Casts:
@@ -41,10 +42,10 @@ class Casts:
         key = (id(owner), tuple(weight.shape))
         state = (owner._version, weight.data_ptr(), tuple(weight.stride()))
         found = self.kept.get(key)
-        if found is not None and found.owner() is owner and found.state == state and found.alive():
+        if found is not None and found.memory() is owner.untyped_storage() and found.state == state and found.alive():
             return found.nz
         self.kept = {k: c for k, c in self.kept.items() if c.alive() and k != key}
-        self.kept[key] = _Cast(weakref.ref(owner), state, to_nz(weight.detach()))
+        self.kept[key] = _Cast(weakref.ref(owner.untyped_storage()), state, to_nz(weight.detach()))
         return self.kept[key].nz
 
     def clear(self) -> None:

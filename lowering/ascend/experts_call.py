@@ -12,6 +12,7 @@ from ...ir import scalar as act
 from ...ir.codec import record_of
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
+from ...ir.stored import Scale
 from ...ops import bundled
 from . import antiquant, device, int8
 
@@ -71,4 +72,9 @@ class ExpertsCall:
         hidden = int(self.x.meta["example_value"].shape[-1])
         biases = bool(self.p.up_bias or self.p.down_bias)
         pairs = bool(self.p.up_a or self.p.down_a)
-        return int8.Problem(chain, expr, layout.form, hidden, inner, biases, layout.weight_on_input, self.dtype, nz, pairs)
+        rows = None if self.storage is None else self.storage.rows()[1]
+        smooth = next((k.meta["example_value"].dtype for k in self.p.down_smooth), None)
+        return int8.Problem(
+            chain, expr, layout.form, hidden, inner, biases, layout.weight_on_input, self.dtype, nz, pairs,
+            Scale.NONE if rows is None else rows.smooth, smooth,
+        )  # fmt: skip

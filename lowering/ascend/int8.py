@@ -12,6 +12,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
+from ...ir.stored import Scale
 from . import law, schemas
 from .formats import refuses_nz
 
@@ -47,7 +48,10 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Problem:
-    """A block whose experts are to run in int8. nz: weights may be in the fractal format; pairs: there are low-rank ones."""
+    """A block whose experts are to run in int8. nz: weights may be in the fractal format; pairs: there are low-rank ones.
+
+    smooth: what the smooth scales of the down projection do to rows; smooth_dtype: their type.
+    """
 
     chain: str
     activation: sp.Expr
@@ -59,6 +63,8 @@ class Problem:
     dtype: torch.dtype
     nz: bool = False
     pairs: bool = False
+    smooth: Scale = Scale.NONE
+    smooth_dtype: torch.dtype | None = None
 
     @property
     def swiglu(self) -> bool:
@@ -96,6 +102,18 @@ def _plain(p: Problem) -> str | None:
 
 def _swiglu(p: Problem) -> str | None:
     return None if p.swiglu else "the op is SwiGLU of [gate | up]"
+
+
+def _not_smooth(p: Problem) -> str | None:
+    return "rows have smooth scales between the products: the op takes them for weights of 4 bits only" if p.smooth else None
+
+
+def _smooth_as_rows(p: Problem) -> str | None:
+    """npu_dynamic_quant wants smooth scales in the type of its rows: others would be rounded, and 1 / k in the weights would not."""
+    if p.smooth == Scale.NONE or p.smooth == Scale.TIMES and p.smooth_dtype == p.dtype:
+        return None
+    how = "divide" if p.smooth == Scale.DIVIDES else f"are {p.smooth_dtype}"
+    return f"smooth scales between the products {how}: npu_dynamic_quant multiplies by {p.dtype} ones, as the rows are"
 
 
 def _not_clipped(p: Problem) -> str | None:
@@ -146,7 +164,7 @@ CHAINS: tuple[Row, ...] = (
         "in one kernel",
         "npu_grouped_matmul_swiglu_quant_v2",
         "product, scales, silu(left) · right and dynamic int8 in one launch: the sums are never written",
-        (_plain, _not_clipped, _swiglu, _fractal, _fused_limits),
+        (_plain, _not_clipped, _not_smooth, _swiglu, _fractal, _fused_limits),
         torch.float32,
     ),
     Row(
@@ -160,7 +178,7 @@ CHAINS: tuple[Row, ...] = (
         "step by step",
         "int8 grouped_matmul, activation, npu_dynamic_quant",
         "the first product comes out scaled in the dtype of the rows; any activation; rows are quantised by the op for it",
-        (_plain, _not_clipped),
+        (_plain, _not_clipped, _smooth_as_rows),
     ),
 )
 CLIPPED, FUSED, SUMS, STEPS = CHAINS

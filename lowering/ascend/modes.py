@@ -62,7 +62,18 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
     rest.tell([*lowered.notes, *idle, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])
     for sink in SINKS:
         sink(lowered)
-    return _with_packed(_inner(rest, lowered.module, inputs, one_by_one), lowered)
+    inner = _inner(rest, lowered.module, inputs, one_by_one)
+    _let_go(lowered.module.graph)
+    return _with_packed(inner, lowered)
+
+
+def _let_go(graph: fx.Graph) -> None:
+    """A compiled graph that runs as it is refers to no tensor of the model, not even weakly: `torch.utils.swap_tensors` refuses those.
+
+    Dynamo leaves with each input what it was made of.
+    """
+    for n in graph.nodes:
+        n.meta.pop("grapharg", None)
 
 
 def _remarks(lowered: Lowered, inputs: Sequence[Any], rest: Rest, chosen: str) -> list[str]:

@@ -11,13 +11,15 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ...ir import Rows
+from ...ir.stored import Scale
 from . import antiquant, calls, int8
 from .experts_call import ExpertsCall
 from .formats import refuses_nz
 from .record import recording
 from .weights import Recipe, trace_back
 
-SMALL = ("factors", "ones", "offsets", "shifts", "pair")  # parts of recipes whose copies are not worth telling
+SMALL = ("factors", "ones", "offsets", "shifts", "pair", "smooth", "inverse")  # parts of recipes whose copies are not worth telling
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Operands:
         row, why = int8.choose(problem)[0], int8.why_not(problem)
         stored = [s for name in ("up", "down") if (s := c.stored(name)) is not None]
         why = why or next((w for s in stored if (w := antiquant.int8_by_channel(s)) is not None), None)
-        every = (*c.p.up, *c.p.down, *c.p.up_scale, *c.p.down_scale)
+        every = (*c.p.up, *c.p.down, *c.p.up_scale, *c.p.down_scale, *c.p.up_smooth, *c.p.down_smooth)
         if why is None and any(trace_back(n, self.placeholders) is None for n in every):
             why = "the weights are computed in the graph"
         if why is not None and c.rows:
@@ -96,7 +98,16 @@ class Operands:
             else:
                 found[name] = self._group(c.x, c, name, not stored, dtype, "int8")
                 found[f"{name}_scale"] = self._group(c.x, c, name, not stored, dtype, "scale")
+            rows = None if c.storage is None else c.storage.rows()[name == "down"]
+            if rows is not None and rows.smooth:
+                kept = c.dtype if row is int8.STEPS and name == "down" else torch.float32
+                found[f"{name}_smooth"] = [self._smooth(c, getattr(c.p, f"{name}_smooth"), rows, kept)]
         return found
+
+    def _smooth(self, c: ExpertsCall, nodes: Sequence[fx.Node], rows: Rows, dtype: torch.dtype) -> fx.Node:
+        """Smooth scales [E, in]: what rows are multiplied by."""
+        part = "inverse" if rows.smooth == Scale.DIVIDES else "smooth"
+        return self._operand(c.x, nodes, Recipe((), c.layout.num_experts, len(nodes) == 1, False, dtype, part))
 
     # ---- one operand -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ _ENUM = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.float32: 6, torc
 class Quantised:
     """Weights [E, in, out] in int8 and scales [E, out], in the dtypes that the chain `row` asks for; `up` holds one, or gate and up apart.
 
-    alpha: rows are clipped to alpha times their largest value, where the chain clips.
+    alpha: rows are clipped to alpha times their largest value, where the chain clips. up_smooth, down_smooth [E, in], one or none: what
+    rows are multiplied by before they are rounded, in fp32, and in the dtype of the rows for the chain "step by step".
     """
 
     up: Sequence[Tensor]
@@ -32,6 +33,8 @@ class Quantised:
     down_scale: Tensor
     row: int8.Row
     alpha: float = 1.0
+    up_smooth: Sequence[Tensor] = ()
+    down_smooth: Tensor | None = None
 
 
 Rows = tuple[Tensor, Tensor]  # rows in int8 and their scales
@@ -51,7 +54,7 @@ def _sums(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: torc
     (sums,) = call("npu_grouped_matmul", [rows], [q.up[0]], **groups(counts), **tuning(rows, counts), output_dtype=_ENUM[torch.int32])
     out: Rows = call(
         "npu_dequant_swiglu_quant", sums, weight_scale=q.up_scale[0], activation_scale=row_scale, group_index=counts, activate_left=True,
-        quant_mode=1,
+        quant_mode=1, **({} if q.down_smooth is None else {"quant_scale": q.down_smooth}),
     )  # fmt: skip
     return out
 
@@ -69,7 +72,8 @@ def _fused(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, _: tor
 def _steps(rows: Tensor, row_scale: Tensor, q: Quantised, counts: Tensor, dtype: torch.dtype, layout: generic.Layout) -> Rows:
     """Scaled products, the activation as it is without quantisation, rows quantised again."""
     products = [_product(rows, row_scale, w, s, counts, dtype) for w, s in zip(q.up, q.up_scale)]
-    out: Rows = call("npu_dynamic_quant", calls.activate(products, layout))
+    groups = {} if q.down_smooth is None else {"smooth_scales": q.down_smooth, "group_index": calls.cast(counts.cumsum(0), torch.int32)}
+    out: Rows = call("npu_dynamic_quant", calls.activate(products, layout), **groups)
     return out
 
 
@@ -86,7 +90,7 @@ _FIRST = {int8.CLIPPED: _clipped, int8.FUSED: _fused, int8.SUMS: _sums, int8.STE
 
 def experts_rows(x: Tensor, ids: Tensor, weights: Tensor, q: Quantised, layout: generic.Layout) -> tuple[Tensor, Tensor, Tensor]:
     """As `calls.experts_rows`, in int8."""
-    rows, index, counts, row_scale = calls.init_routing(x, ids, layout.num_experts, quant_mode=1)
+    rows, index, counts, row_scale = calls.init_routing(x, ids, layout.num_experts, 1, next(iter(q.up_smooth), None))
     inner, inner_scale = _FIRST[q.row](rows, row_scale, q, counts, x.dtype, layout)
     return _product(inner, inner_scale, q.down, q.down_scale, counts, x.dtype), index, weights
 

@@ -219,6 +219,7 @@ class _Lowering:
             elif n.users or self.placeholders[n] not in used:
                 inputs.append(self.placeholders[n])
             else:
+                n.meta.clear()  # a graph remembers nodes that are gone, and these the model's tensors (`modes`)
                 self.graph.erase_node(n)
         if self.operands.copied:
             size = f"{self.operands.copied / 2**20:.1f} MiB more memory"

@@ -79,6 +79,23 @@ NPU = (
     "float glu_bias=1.) -> (Tensor, Tensor)",
 )
 
+# what the 950 would round rows in float8 with, known from these declarations and the documents: nothing emits them (`antiquant`)
+RAISED = {
+    name: f"{name}({rest}"
+    for name, rest in (
+        ("npu_dynamic_block_quant", "Tensor x, *, float min_scale=0., str round_mode=\"rint\", int dst_type=1, int row_block_size=1, "
+         "int col_block_size=128, float dst_type_max=0.) -> (Tensor y, Tensor scale)"),
+        ("npu_swiglu_group_quant", "Tensor x, *, Tensor? weight=None, Tensor? group_index=None, Tensor? scale=None, int dst_type=291, "
+         "int quant_mode=0, int block_size=0, bool round_scale=False, float clamp_limit=-1., float dst_type_max=15., "
+         "bool output_origin=False) -> (Tensor, Tensor, Tensor)"),
+        ("npu_dynamic_mx_quant", "Tensor input, *, int axis=-1, str round_mode=\"rint\", int dst_type=296, int block_size=32, "
+         "int? scale_alg=0, float dst_type_max=0., float max_low_bound=0.) -> (Tensor, Tensor)"),
+        ("npu_swiglu_mx_quant", "Tensor x, *, Tensor? group_index=None, int activate_dim=-1, bool activate_left=False, int swiglu_mode=0, "
+         "float clamp_limit=7., float glu_alpha=1.702, float glu_bias=1., int group_mode=0, int axis=-1, int dst_type=296, "
+         "str round_mode=\"rint\", int scale_alg=0, float max_dtype_value=0) -> (Tensor, Tensor)"),
+    )
+}  # fmt: skip
+
 # ops of other packages, used where they are registered: this one comes with the custom ops of cann-recipes-infer
 CUSTOM = {
     "npu_swiglu_clip_quant": "npu_swiglu_clip_quant(Tensor x, Tensor group_index, Tensor group_alpha, *, bool activate_left=False, "
@@ -108,6 +125,16 @@ def wheel() -> bool:
     except Exception:  # no CANN on this machine: torch_npu cannot be loaded
         return False
     return True
+
+
+def lacking(names: tuple[str, ...]) -> str | None:
+    """The first of these ops (of `RAISED`) that torch_npu does not declare here, or with other arguments than are known; None for none."""
+    return next((n for n in names if not _declared(n)), None)
+
+
+def _declared(name: str) -> bool:
+    op = getattr(torch.ops.npu, name, None) if wheel() else None
+    return op is not None and str(op.default._schema) == str(torch._C.parse_schema(f"npu::{RAISED[name]}"))
 
 
 def custom(name: str) -> bool:

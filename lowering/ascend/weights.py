@@ -58,8 +58,8 @@ class Recipe:
     """How one packed operand is made: the first `experts` of a stacked tensor, or one of many; transposed or not, cast or not.
 
     part: "int8" for the quantised weight, "scale" for its scales in `dtype`, "" for the weight itself, "pair" for a matrix of a low-rank
-    pair. Of weights in few bits that the model has, `coding`: "codes", "factors" of these sources or "ones", "offsets" of these sources or
-    "shifts". nz: in the fractal format.
+    pair, "smooth" for smooth scales k [E, in] (of [in] too) and "inverse" for 1 / k. Of weights in few bits that the model has, `coding`:
+    "codes", "factors" of these sources or "ones", "offsets" of these sources or "shifts". nz: in the fractal format.
     """
 
     sources: tuple[Source, ...]
@@ -86,6 +86,9 @@ class Recipe:
     def made(self, parts: Sequence[Tensor], differentiable: bool = False) -> Tensor:
         """The same, of what the sources' views and casts give."""
         t = parts[0] if self.stacked else torch.stack(list(parts)) if differentiable else _together(parts)
+        if self.part in ("smooth", "inverse"):
+            t = t.expand(self.experts, -1) if t.ndim == 1 else t[: self.experts]
+            return (1 / t.float() if self.part == "inverse" else t).to(self.dtype)
         t = t if t.shape[0] == self.experts else t[: self.experts]
         if self.coding is not None:
             return self._decoded(t, self.coding)

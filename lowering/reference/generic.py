@@ -25,7 +25,9 @@ from .rows import Block, TokenSums, group_rows
 
 def check_sizes(layout: Layout, p: Operands[Any]) -> None:
     """The kernels index by expert number: a parameter with fewer experts than the call says must not reach them."""
-    for ts in p.groups():
+    for name, ts in p.by_name().items():
+        if name.endswith("_smooth"):  # may be one for all experts
+            continue
         short = any(t.shape[0] < layout.num_experts for t in ts) if layout.stacked else bool(ts) and len(ts) < layout.num_experts
         if short:
             raise ValueError(f"moe_compile::experts: num_experts is {layout.num_experts}, but a parameter holds fewer experts")
@@ -75,8 +77,8 @@ def forward(
     p: Operands[Tensor],
     add: Tensor | None,
     layout: Layout,
-    outer: Callable[[Tensor], Tensor] | None = None,
-    inner: Callable[[Tensor], Tensor] | None = None,
+    outer: Callable[[Tensor, Block], Tensor] | None = None,
+    inner: Callable[[Tensor, Block], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [T, H] -> (out [T, H_out] in x.dtype, pre-activations [T * k, (g | u)] in x.dtype, ordered by expert, zeros behind).
 
@@ -93,10 +95,10 @@ def forward(
         inputs, mine = x.index_select(0, block.tokens), pre[block.here]
         if early:
             inputs = (inputs.to(acc) * block.by_row(w)).to(x.dtype)
-        _up(layout, p, block, inputs if outer is None else outer(inputs), mine)
+        _up(layout, p, block, inputs if outer is None else outer(inputs, block), mine)
         a = _activate(layout, mine, acc).to(x.dtype)
         y = x.new_empty(len(mine), width, dtype=acc)
-        _down(layout, p, block, a if inner is None else inner(a), y)
+        _down(layout, p, block, a if inner is None else inner(a, block), y)
         out.add(block, y if early else y.mul_(block.by_row(w)))
     if layout.num_identity:
         same = rows.identity

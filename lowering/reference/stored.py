@@ -17,6 +17,7 @@ from ...ir.operands import Operands
 from ...ir.records import Storage
 from . import generic
 from .generic import Layout, accumulate_dtype
+from .rows import Block
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,22 @@ def forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], add: T
     both = zip(("up", "down"), storage.stored(), strict=True)
     ups, downs = (lazy(p, name, stored, layout.stacked, wide) for name, stored in both)
     floats: Operands[Any] = _with_pairs(Operands(ups, downs, p.up_bias, p.down_bias), p)  # type: ignore[arg-type]
-    outer, inner = (None if how is None else _rounding(how, x.dtype) for how in storage.rows())
+    smooth = (p.up_smooth, p.down_smooth)
+    outer, inner = (None if how is None else _rounding(how, ks, x.dtype) for how, ks in zip(storage.rows(), smooth, strict=True))
     return generic.forward(x.to(wide), ids, weights, floats, add, layout, outer, inner)[0].to(x.dtype)
 
 
-def _rounding(how: Rows, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _rounding(how: Rows, scales: Sequence[Tensor], dtype: torch.dtype) -> Callable[[Tensor, Block], Tensor]:
     """Rows as a product reads them. They have the type of the tokens before they are rounded, as a model's have."""
-    return lambda rows: how.rounded(rows.to(dtype).to(rows.dtype))
+
+    def rounded(rows: Tensor, block: Block) -> Tensor:
+        rows = rows.to(dtype).to(rows.dtype)
+        if len(scales) == 1 and scales[0].ndim == 1 or not scales:
+            return how.rounded(rows, scales[0] if scales else None)
+        per = [scales[e] if len(scales) > 1 else scales[0][e] for e in block.experts]
+        return how.rounded(rows, torch.stack(per).repeat_interleave(torch.tensor(block.counts, device=rows.device), 0))
+
+    return rounded
 
 
 def as_floats(p: Operands[Tensor], storage: Storage, dtype: torch.dtype) -> Operands[Tensor]:

@@ -134,7 +134,8 @@ class Experts:
             a, b = first
             first, second = ((a, half) if half is not None else None for half in split(b))
         low = dict(gl=first, ul=second, dl=self._pair(p.down_a, p.down_b, 0, e, self.down_pair))
-        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low)
+        smooth = dict(us=smooth_of(p.up_smooth, e, self.num_experts), ds=smooth_of(p.down_smooth, e, self.num_experts))
+        return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low, **smooth)
 
     def _stored_matrix(
         self, name: str, pick: Callable[[Sequence[Tensor]], Tensor | None], part: int, p: Operands[Tensor], dtype: torch.dtype
@@ -168,8 +169,8 @@ class Experts:
         def project(rows: Tensor, name: str) -> Tensor:
             w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
             assert w is not None
-            how = self.down_rows if name == "d" else self.up_rows
-            rows = rows if how is None else how.rounded(rows)
+            how, smooth = (self.down_rows, "ds") if name == "d" else (self.up_rows, "us")
+            rows = rows if how is None else how.rounded(rows, m.get(smooth))
             out = F.linear(rows, w)
             if (pair := m[name + "l"]) is not None:
                 low, high = (t.to(x.dtype) for t in pair)
@@ -219,6 +220,14 @@ class Experts:
             t, j = torch.where((ids >= self.num_experts) & (ids < self.num_experts + self.num_identity))
             out = out.index_add(0, t, x[t] * weights[t, j, None])
         return out
+
+
+def smooth_of(scales: Sequence[Tensor], e: int, experts: int) -> Tensor | None:
+    """Expert e's smooth scales [in], of [E, in] of all, of a list of E, or of [in] for all; None where there are none."""
+    if not scales:
+        return None
+    t = scales[e] if len(scales) > 1 else scales[0]
+    return t[e] if t.ndim == 2 else t
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ U = TypeVar("U")
 
 # Which parameters an op takes, in the order of its lists
 PLAIN = ("up", "down", "up_bias", "down_bias")
-_OF_CODES = ("scale", "zero", "table", "second", "group")
+_OF_CODES = ("scale", "zero", "table", "second", "group", "smooth")
 CODED = (*PLAIN, *(f"{name}_{what}" for what in _OF_CODES for name in ("up", "down")))
 ADAPTED = (*PLAIN, "up_a", "up_b", "down_a", "down_b")
 STORED_ADAPTED = (*CODED, *ADAPTED[len(PLAIN) :])
@@ -22,9 +22,10 @@ CHAINED = ("parts",)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all, and so may be an index of blocks (`group`) beside stacks: one for each of these. Low-rank pairs stand beside
-    the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored. `parts`: all parameters of
-    experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
+    A table is one for all, and so may be an index of blocks (`group`) beside stacks: one for each of these. Smooth scales, numbers of a
+    projection's inputs, are [E, in] or a list like the weights, or one [in] for all. Low-rank pairs stand beside the projections that
+    have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored. `parts`: all parameters of experts that are a
+    chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
     up: tuple[T, ...] = ()
@@ -41,6 +42,8 @@ class Operands(Generic[T]):
     down_second: tuple[T, ...] = ()
     up_group: tuple[T, ...] = ()
     down_group: tuple[T, ...] = ()
+    up_smooth: tuple[T, ...] = ()
+    down_smooth: tuple[T, ...] = ()
     up_a: tuple[T, ...] = ()
     up_b: tuple[T, ...] = ()
     down_a: tuple[T, ...] = ()

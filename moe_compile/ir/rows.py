@@ -1,6 +1,8 @@
 """How rows are rounded before a product, where a model does that: W8A8.
 
 q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
+
+With smooth scales k (SmoothQuant), a number of each input channel, x k (or x / k) stands in the place of x: 1 / k is in the weights.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stored import ALL
+from .stored import ALL, Scale
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Rows:
     bits, dtype: of what they are rounded to: int8 (whole numbers up to 127), or a float of one byte, whose largest number is that of its
     type. group: inputs that share a scale, `ALL` for a row's. floor: the least that is divided by; 0: no such limit, and a group of zeros
     is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has
-    max(s, floor), and not s.
+    max(s, floor), and not s. smooth: whether there are smooth scales, and what they do; they are operands of the experts.
     """
 
     bits: int
@@ -29,6 +31,11 @@ class Rows:
     floor: float = 0.0
     power: bool = False
     floored: bool = True
+    smooth: Scale = Scale.NONE
+
+    def __post_init__(self) -> None:
+        """A plain number, as an op has it, is taken too."""
+        object.__setattr__(self, "smooth", Scale(self.smooth))
 
     @property
     def largest(self) -> float:
@@ -48,7 +55,17 @@ class Rows:
             q = (x / torch.where(least == 0, 1.0, least)).round()
         return q, least if self.floored else s
 
-    def rounded(self, rows: Tensor) -> Tensor:
-        """rows [N, K] as the product reads them, in their own type. Raises RuntimeError where groups do not divide K."""
-        q, s = self.codes(rows)
+    def smoothed(self, rows: Tensor, scales: Tensor | None) -> Tensor:
+        """rows [N, K] with their smooth scales [K] or [N, K], in their own type."""
+        if not self.smooth or scales is None:
+            return rows
+        k = scales.to(rows.dtype)
+        return rows / k if self.smooth == Scale.DIVIDES else rows * k
+
+    def rounded(self, rows: Tensor, scales: Tensor | None = None) -> Tensor:
+        """rows [N, K] as the product reads them, in their own type; `scales`: smooth ones.
+
+        Raises RuntimeError where groups do not divide K.
+        """
+        q, s = self.codes(self.smoothed(rows, scales))
         return (q * s).flatten(-2)

@@ -225,7 +225,7 @@ def rows_text(r: Rows | None) -> str:
     if r is None:
         return "rows as they are"
     groups = f" by {r.group}" if r.group else ""
-    return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}"
+    return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}{', smoothed' if r.smooth else ''}"
 
 
 def _layout(e: Experts) -> str:

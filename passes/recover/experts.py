@@ -15,7 +15,7 @@ from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from . import adapters, coded
+from . import adapters, coded, smooth
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
@@ -27,7 +27,7 @@ from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
 from .one_base import of_each
-from .rounding import unrounded
+from .rounding import Rounding, unrounded
 from .rows import NO_EXPERTS, Cause, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 from .ways import Function, Way, read
 
@@ -60,8 +60,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    body, up_rows, down_rows = unrounded(of_each(apart(body, expert), t, expert), h, expert)
-    f = read(WAYS, body, t, h, expert)
+    f, rounding = _read(of_each(apart(body, expert), t, expert), t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, t, h)
     _check_rows(ids, t, j, k)
@@ -76,8 +75,25 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         first=one.first,
         **f.fields,
     )
-    experts = _with_rows(experts, up_rows, down_rows)
-    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, f.operands(experts), base_node(p, base, out, t, h), f.join)
+    experts = _with_rows(experts, rounding.up, rounding.down)
+    scales = {f"{n}_smooth": tuple(smooth.operands(getattr(rounding, f"{n}_smooth"), experts.stacked, count)) for n in ("up", "down")}
+    operands = replace(f.operands(experts), **scales)
+    return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, operands, base_node(p, base, out, t, h), f.join)
+
+
+def _read(body: Term, t: Term, h: Term, expert: Term) -> tuple[Function, Rounding]:
+    """An expert's function without rounding. Numbers in what is rounded are smooth scales where the function is none of ours with them."""
+    try:
+        plain = unrounded(body, h, expert)
+        return read(WAYS, plain.body, t, h, expert), plain
+    except No as e:
+        try:
+            found = unrounded(body, h, expert, smooth=True)
+            if found.up_smooth is found.down_smooth is None:
+                raise e
+            return read(WAYS, found.body, t, h, expert), found
+        except No:
+            raise e from None
 
 
 def _as_two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:

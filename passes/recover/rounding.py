@@ -5,8 +5,10 @@ With y in the place of q · s the rest is read as if nothing were rounded; that 
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ..aten import names
 from ..aten.definitions_views import SMALL
 from ..aten.names import op_name
 from ..terms import Term
+from . import smooth as smoothing
 from .rows import No, factors
 
 ROUNDED = "rows are rounded to fewer bits in a way that is not recovered: by max / largest of each row or of equal groups of it"
@@ -33,31 +36,47 @@ class _Scale:
     bare: Term | None
     bare_factor: float
     rows: Rows
+    along: Term  # what runs along a row
 
 
-def unrounded(body: Term, h: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
-    """An expert's body without rounding; how rows were rounded before the up projections, and before the down projection.
+@dataclass(frozen=True)
+class Rounding:
+    """An expert's body without rounding; how rows were rounded before the up projections, and before the down projection; smooth scales."""
+
+    body: Term
+    up: Rows | None = None
+    down: Rows | None = None
+    up_smooth: Term | None = None
+    down_smooth: Term | None = None
+
+
+def unrounded(body: Term, h: Term, expert: Term, smooth: bool = False) -> Rounding:
+    """An expert's body without rounding. `smooth`: numbers of a row's places in what is rounded are smooth scales, and left out.
 
     A routing weight beside it, that may be rounded too, stays as it is. Raises No for any other rounding.
     """
     weights = [f for f in factors(body) if not T.uses(f, h) and not _products(f, expert) and any(map(_is_round, T.walk(f)))]
-    core, up, down = _core_unrounded(T.mul(*(f for f in factors(body) if f not in weights)), expert)
-    return T.mul(*weights, core), up, down
+    core, found = _core_unrounded(T.mul(*(f for f in factors(body) if f not in weights)), expert, smooth)
+    (up, up_smooth), (down, down_smooth) = (x or (None, None) for x in found)
+    return Rounding(T.mul(*weights, core), up, down, up_smooth, down_smooth)
 
 
-def _core_unrounded(body: Term, expert: Term) -> tuple[Term, Rows | None, Rows | None]:
-    found: list[Rows | None] = [None, None]
+_Found = tuple[Rows, Term | None] | None  # how rows are rounded, and their smooth scales
+
+
+def _core_unrounded(body: Term, expert: Term, smooth: bool) -> tuple[Term, list[_Found]]:
+    found: list[_Found] = [None, None]
     for _ in range(3):
         rounds = _innermost(body)
         if not rounds:
-            return body, found[0], found[1]
+            return body, found
         if torch.is_grad_enabled():
             raise No("rows are rounded to fewer bits where a gradient may be wanted")
         level = {_level(r, expert) for r in rounds}
         if len(level) != 1 or (which := level.pop()) > 1 or found[which] is not None:
             raise No(_told(rounds[0]))
         _check_every(body, which, expert)
-        body, found[which] = _without(body, rounds)
+        body, found[which] = _without(body, rounds, expert, smooth)
     raise No(_told(_innermost(body)[0]))
 
 
@@ -91,8 +110,8 @@ def _check_every(body: Term, level: int, expert: Term) -> None:
                 raise No("rows are rounded to fewer bits before some of the up projections only")
 
 
-def _without(body: Term, rounds: list[Term]) -> tuple[Term, Rows]:
-    """The body with y in the place of s · round(y / s)."""
+def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tuple[Term, _Found]:
+    """The body with y in the place of s · round(y / s); with y / k where k are smooth scales."""
     scales = {s.base: s for r in rounds if (s := _scale(r)) is not None}
     hows = {s.rows for s in scales.values()}
     if len(hows) != 1:
@@ -101,18 +120,25 @@ def _without(body: Term, rounds: list[Term]) -> tuple[Term, Rows]:
     steps = {base: T.var(1, "s") for base in scales}  # base = factor · s: numbers go out where they came in
     plain = {base: T.mul(T.const(s.factor), steps[base]) for base, s in scales.items()}
     bare = {s.bare: T.mul(T.const(s.bare_factor), steps[base]) for base, s in scales.items() if s.bare is not None}
+    along = {s.along for s in scales.values()}
     for floored, mapping in ((True, plain), (False, plain | bare)):
-        out = _cancelled(body, rounds, mapping)
+        ks: set[Term | None] = set()
+        read = functools.partial(smoothing.without, along=along, expert=expert, found=ks if smooth else None)
+        out = _cancelled(body, rounds, mapping, along, read)
         if not any(s in out.atoms for s in steps.values()):
-            kept = how if floored else Rows(how.bits, how.dtype, how.group, how.floor, how.power, False)
-            return out, kept
+            if len(ks) > 1:
+                raise No(_told(rounds[0]))
+            k = ks.pop() if ks else None
+            return out, (replace(how, floored=floored and how.floored, smooth=smoothing.kind(k)), k)
     raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
 
 
-def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term]) -> Term:
-    """The body where scales are symbols and nothing is rounded: (y / s) s = y."""
+def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], read: Callable[[Term], Term]) -> Term:
+    """The body where scales are symbols and nothing is rounded: (y / s) s = y, as `read` has it. Raises No where y cancels with others."""
     body = T.subst(body, mapping)
-    mapping = {r: _clamped(r.args[1][0]) for r in _innermost(body)}
+    mapping = {r: read(_clamped(r.args[1][0])) for r in _innermost(body)}
+    if smoothing.cancels(mapping.values(), along, T.subst(body, dict.fromkeys(mapping, T.const(1)))):
+        raise No(_told(rounds[0]))
     for x in T.walk(body):
         if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
             mapping[x] = mapping[x.args[1][0]] if _beyond(x, _largest_of(x.args[1][0])) else x
@@ -221,11 +247,11 @@ def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None
     found = _largest(core, y)
     if found is None or power and k != 1:
         return None
-    times, group = found
+    times, group, along = found
     if not math.isclose(k / (float(c) * times), largest, rel_tol=1e-6):
         return None
     rows = Rows(8, _TYPES[r.args[0]], group, max(0.0, float(bound) / own), power)
-    return _Scale(base, own, core if floored and not power else None, own / float(c), rows)
+    return _Scale(base, own, core if floored and not power else None, own / float(c), rows, along)
 
 
 def _is_not_zero(condition: Term, most: Term) -> bool:
@@ -246,8 +272,8 @@ def _power(base: Term) -> tuple[Term, bool]:
     return x, True
 
 
-def _largest(most: Term, y: Term) -> tuple[float, int] | None:
-    """(c, group) of max_v |c y[v]|, over the variable that runs along y's row, or along a group of it; None where it is something else."""
+def _largest(most: Term, y: Term) -> tuple[float, int, Term] | None:
+    """(c, group, u) of max_v |c y[v]|, over the variable u that runs along y's row, or along a group of it; None for something else."""
     if most.op != "max" or most.args[1].op != "fn" or most.args[1].args[0] != "abs":
         return None
     v, body = most.args
@@ -255,10 +281,10 @@ def _largest(most: Term, y: Term) -> tuple[float, int] | None:
     own, n = T.canonical(own), v.args[1]
     for u in y.atoms:
         if T.same_size(u.args[1], n) and own is T.canonical(T.subst(y, {u: v})):
-            return abs(float(c)), 0
+            return abs(float(c)), 0, u
         if isinstance(n, int) and isinstance(u.args[1], int) and u.args[1] > n and u.args[1] % n == 0:
             if own is T.canonical(T.subst(y, {u: T.add(T.mul(T.const(n), T.fdiv(u, n)), v)})):
-                return abs(float(c)), n
+                return abs(float(c)), n, u
     return None
 
 

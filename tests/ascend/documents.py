@@ -105,16 +105,17 @@ def init_routing_v2(
     row_idx_type: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Slots sorted by expert, those outside the range left out; where each slot went (-1: nowhere); how many each expert has."""
-    assert active_num == -1 and drop_pad_mode == 0 and expert_tokens_num_type == 1 and expert_tokens_num_flag and scale is None
+    assert active_num == -1 and drop_pad_mode == 0 and expert_tokens_num_type == 1 and expert_tokens_num_flag
+    assert scale is None or quant_mode == 1 and scale.dtype == torch.float32 and scale.shape == (expert_num, x.shape[1])
     (t, h), k, (first, last) = x.shape, expert_idx.shape[1], active_expert_range
     slots = [(e, i, j) for i, row in enumerate(expert_idx.tolist()) for j, e in enumerate(row) if first <= e < last]
     slots.sort()  # by expert, then token, then slot
     rows = x.float().tolist()
     expanded, scales, where = [[NAN] * h for _ in range(t * k)], [NAN] * (t * k), [-1] * (t * k)
-    for place, (_, i, j) in enumerate(slots):
-        expanded[place] = rows[i]
+    for place, (e, i, j) in enumerate(slots):
+        expanded[place] = rows[i] if scale is None else [v * k for v, k in zip(rows[i], scale[e - first].tolist(), strict=True)]
         if quant_mode == 1:
-            expanded[place], scales[place] = _rounded(rows[i])  # type: ignore[call-overload]
+            expanded[place], scales[place] = _rounded(expanded[place])  # type: ignore[call-overload]
         if row_idx_type == 0:
             where[i * k + j] = place
         else:
@@ -231,20 +232,29 @@ def _quantised(rows: list[Row], total: int, width: int) -> tuple[Tensor, Tensor]
     return _tensor(q, torch.int8, (total, width)), _tensor([s for _, s in found] + [NAN] * (total - len(rows)), torch.float32, (total,))
 
 
-def dynamic_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantised(x.float().tolist(), *x.shape)
+def dynamic_quant(x: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """smooth_scales[0] is for rows [0, group_index[0]), smooth_scales[i] for [group_index[i - 1], group_index[i]), all in x's type."""
+    rows = x.float().tolist()
+    if smooth_scales is not None and group_index is not None:
+        assert smooth_scales.dtype == x.dtype and group_index.dtype == torch.int32 and int(group_index[-1]) == x.shape[0]
+        ends = group_index.tolist()
+        groups = [next(g for g, end in enumerate(ends) if m < end) for m in range(x.shape[0])]
+        rows = [[v * k for v, k in zip(row, smooth_scales[g].float().tolist(), strict=True)] for g, row in zip(groups, rows, strict=True)]
+    return _quantised(rows, *x.shape)
 
 
 def dequant_swiglu_quant(
-    x: Tensor, *, weight_scale: Tensor, activation_scale: Tensor, group_index: Tensor, activate_left: bool = False, quant_mode: int = 0
-) -> tuple[Tensor, Tensor]:
-    """x · weight_scale · activation_scale, swish of the left half (or the right one) times the other, quantised by row."""
+    x: Tensor, *, weight_scale: Tensor, activation_scale: Tensor, group_index: Tensor, activate_left: bool = False, quant_mode: int = 0,
+    quant_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x · weight_scale · activation_scale, swish of the left half (or the right one) times the other, smoothed, quantised by row."""
     assert quant_mode == 1
     half, out = x.shape[1] // 2, []
     for m, e in enumerate(_experts_of(group_index, 1)):
         v = [n * float(weight_scale[e, c]) * float(activation_scale[m]) for c, n in enumerate(x[m].tolist())]
         left, right = (v[:half], v[half:]) if activate_left else (v[half:], v[:half])
-        out.append([a * _sigmoid(a) * b for a, b in zip(left, right)])
+        smooth = [1.0] * half if quant_scale is None else quant_scale[e].float().tolist()
+        out.append([a * _sigmoid(a) * b * k for a, b, k in zip(left, right, smooth, strict=True)])
     return _quantised(out, x.shape[0], half)
 
 

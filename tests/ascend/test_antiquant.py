@@ -16,7 +16,7 @@ import moe_compile
 from moe_compile.ir import Experts, Form, MoeBlock, Rows, Stored
 from moe_compile.ir import scalar as act
 from moe_compile.ir.stored import Scale
-from moe_compile.lowering.ascend import antiquant, capability, device, register, weights
+from moe_compile.lowering.ascend import antiquant, capability, device, register, schemas, weights
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from catalogue import packed, stored
@@ -89,9 +89,14 @@ def test_each_row_takes_what_it_can_express(how: Stored, changes: dict[str, Any]
         assert antiquant.choose(p) is expected and why is None
 
 
-@pytest.mark.parametrize(("family", "told"), [("A3", "A2 and A3 have int8 and int4 only"), ("950", "known from documents only")])
-def test_blocks_of_float8_under_rows_in_float8(family: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "lacks", "told"), [
+    ("A3", None, "A2 and A3 have int8 and int4 only"),
+    ("950", None, "known from documents only"),
+    ("950", "npu_dynamic_block_quant", "npu_dynamic_block_quant is not among"),
+])  # fmt: skip
+def test_blocks_of_float8_under_rows_in_float8(family: str, lacks: str | None, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' FP8Experts: the 950 has the product, and nothing emits it."""
+    monkeypatch.setattr(schemas, "_declared", lambda name: name != lacks)
     monkeypatch.setattr(device, "family", lambda: family)
     blocks, rows = Stored(8, E4M3, rows=128, columns=128), Rows(8, E4M3, group=128)
     experts = Experts(4, 256, 256, 256, Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16, up_stored=blocks, down_stored=blocks, up_rows=rows,
@@ -100,7 +105,12 @@ def test_blocks_of_float8_under_rows_in_float8(family: str, told: str, monkeypat
 
 
 def test_what_only_documents_say_is_marked() -> None:
-    assert [row.name for row in antiquant.FORMS if not row.verified] == ["float8 in blocks", "MX", "float8 by channel"]
+    known = {row.name: row.evidence for row in antiquant.FORMS if row.evidence is not antiquant.Evidence.RUN}
+    assert known == {
+        "float8 in blocks": antiquant.Evidence.DECLARED, "MX": antiquant.Evidence.DECLARED, "float8 by channel": antiquant.Evidence.DOCUMENT
+    }  # fmt: skip
+    assert all(bool(row.needs) == (row.evidence is antiquant.Evidence.DECLARED) for row in antiquant.FORMS)
+    assert all(name in schemas.RAISED for row in antiquant.FORMS for name in row.needs)
 
 
 @pytest.mark.parametrize(("how", "transposed"), [

@@ -61,6 +61,7 @@ CALLS: dict[str, list[Any]] = {
     "npu_moe_init_routing_v2": [
         lambda: ((torch.randn(T, H), ids()), dict(ROUTING, active_expert_range=[0, E])),
         lambda: ((half(T, H), ids()), dict(ROUTING, active_expert_range=[0, E], quant_mode=1)),
+        lambda: ((half(T, H), ids()), dict(ROUTING, active_expert_range=[0, E], quant_mode=1, scale=torch.rand(E, H) + 0.5)),
         lambda: ((torch.randn(T, H), ids()), dict(ROUTING, active_expert_range=[2, 6])),
     ],
     "npu_moe_finalize_routing": [
@@ -84,11 +85,14 @@ CALLS: dict[str, list[Any]] = {
     "npu_clipped_swiglu": [
         lambda: ((torch.randn(T, H) * 5,), dict(limit=2.0, alpha=1.5)),
         lambda: ((torch.randn(T, H) * 5,), dict(interleaved=False, bias=0.5))],
-    "npu_dynamic_quant": [lambda: ((half(T, H),), {})],
+    "npu_dynamic_quant": [
+        lambda: ((half(T, H),), {}),
+        lambda: ((half(6, H),), dict(smooth_scales=torch.rand(3, H).bfloat16() + 0.5, group_index=counts().cumsum(0).int()))],
     "npu_dequant_swiglu_quant": [
-        lambda left=left: ((torch.randint(-999, 999, (6, 8)).int(),), dict(
-            weight_scale=torch.rand(3, 8), activation_scale=torch.rand(6), group_index=counts(), activate_left=left, quant_mode=1))
-        for left in (True, False)],
+        lambda left=left, smooth=smooth: ((torch.randint(-999, 999, (6, 8)).int(),), dict(
+            weight_scale=torch.rand(3, 8), activation_scale=torch.rand(6), group_index=counts(), activate_left=left, quant_mode=1,
+            quant_scale=torch.rand(3, 4) + 0.5 if smooth else None))
+        for left in (True, False) for smooth in (True, False)],
     "npu_grouped_matmul_swiglu_quant_v2": [
         lambda: ((int8(6, H), [int8(3, H, 8)], [torch.rand(3, 8)], torch.rand(6), counts()), dict(group_list_type=1)),
         lambda: ((int8(6, H), [int8(3, H, 8)], [torch.rand(3, 8)], torch.rand(6), counts().cumsum(0)), dict(group_list_type=0))],

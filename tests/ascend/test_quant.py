@@ -85,6 +85,35 @@ def test_the_chain_is_the_arithmetic_it_claims(row: int8.Row) -> None:
     assert error(out, expected) <= (0.01 if row is int8.STEPS else 0.005)  # step by step the first product is rounded to bf16
 
 
+@pytest.mark.parametrize("row", [None, int8.SUMS, int8.FUSED, int8.STEPS], ids=lambda row: row.name if row else "bf16")
+@torch.no_grad()
+def test_one_expert_is_a_list_of_type_0(row: int8.Row | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of one group is its running sum; type 1 may not have length 1. The rows are those of two experts of which one has none."""
+    t, h, i, types = 6, 32, 256, []
+    real = calls.call
+
+    def call(name: str, *args: Any, **kwargs: Any) -> Any:
+        if "grouped_matmul" in name:
+            types.append((kwargs["group_list_type"], len(args[4] if len(args) > 4 else kwargs["group_list"])))
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(calls, "call", call)
+    monkeypatch.setattr(quant, "call", call)
+    x, up, down = torch.randn(t, h, dtype=torch.bfloat16), torch.randn(2, h, 2 * i), torch.randn(2, i, h)
+    ids, w, found = torch.zeros(t, 1, dtype=torch.int32), torch.rand(t, 1), []
+    for n in (1, 2):
+        u, d = up[:n], down[:n]
+        if row is None:
+            p = calls.Packed([calls.Weight(u.bfloat16())], calls.Weight(d.bfloat16()))
+            found.append(calls.experts_rows(x, ids, w, p, layout(num_experts=n))[0])
+            continue
+        scales = int8.channel_scale(u).to(row.up_scale or torch.bfloat16), int8.channel_scale(d).to(torch.bfloat16)
+        q = quant.Quantised([int8.to_int8(u, scales[0])], [scales[0]], int8.to_int8(d, scales[1]), scales[1], row)
+        found.append(quant.experts_rows(x, ids, w, q, layout(num_experts=n))[0])
+    assert torch.equal(*found)
+    assert types == [(0, 1), (0, 1), (1, 2), (1, 2)]
+
+
 @torch.no_grad()
 def test_expert_weights_take_a_quarter_less_memory_than_half(store: Store) -> None:
     module, x = block("qwen3_moe").to(torch.bfloat16), torch.randn(2, 4, zoo.HIDDEN, dtype=torch.bfloat16)

@@ -108,6 +108,14 @@ def test_a_weight_written_without_an_optimiser_is_cast_again(watch: Watch) -> No
     assert len(watch.store.kept) == 2
 
 
+def test_a_weight_that_was_cast_can_be_swapped_and_is_cast_again(watch: Watch) -> None:
+    owner, other = (nn.Parameter(torch.randn(2, 16, 16, dtype=BF)) for _ in range(2))
+    watch.store.get(owner, owner)
+    wanted = other.detach().clone()
+    torch.utils.swap_tensors(owner, other)
+    assert torch.equal(watch.store.get(owner, owner), wanted) and watch.count == 2
+
+
 def test_memory_that_its_owner_frees_takes_the_cast_along(watch: Watch) -> None:
     """FSDP2 frees a weight by resizing its storage to nothing; the next cast of any weight drops what was made of it."""
     owners = [nn.Parameter(torch.randn(2, 16, 16, dtype=BF)) for _ in range(3)]

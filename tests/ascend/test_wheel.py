@@ -45,6 +45,10 @@ def test_our_schemas_are_the_wheels(schema: str) -> None:
     assert str(getattr(torch.ops.npu, name).default._schema) == str(torch._C.parse_schema(f"npu::{schema}"))
 
 
+def test_the_ops_of_the_950_are_declared_as_they_are_known() -> None:
+    assert schemas.lacking(tuple(schemas.RAISED)) is None
+
+
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -86,9 +90,16 @@ CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("_npu_moe_token_unpermute", (_meta(15, 8), _meta(15, dtype=I32), _meta(5, 3)), {}),
     ("npu_moe_token_unpermute_grad_v2", (_meta(5, 8), _meta(15, dtype=I32), 15, torch.float32, _meta(5, 3), False, None, _meta(15, 8)), {}),
     ("npu_dynamic_quant", (_meta(15, 8, dtype=F16),), {}),
+    ("npu_dynamic_quant", (_meta(15, 8, dtype=F16),), dict(smooth_scales=_meta(4, 8, dtype=F16), group_index=_meta(4, dtype=I32))),
+    ("npu_moe_init_routing_v2", (_meta(5, 8, dtype=F16), _meta(5, 3, dtype=I32)), dict(
+        active_num=-1, expert_num=4, expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[0, 4], quant_mode=1,
+        scale=_meta(4, 8))),
     ("npu_grouped_matmul_swiglu_quant_v2", (
         _meta(15, 32, dtype=I8), [_meta(4, 32, 64, dtype=I8)], [_meta(4, 64)], _meta(15), _meta(4, dtype=I64)), dict(
             dequant_mode=0, dequant_dtype=6, quant_mode=0, quant_dtype=1, group_list_type=1)),
+    ("npu_dequant_swiglu_quant", (_meta(15, 512, dtype=I32),), dict(
+        weight_scale=_meta(4, 512), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1,
+        quant_scale=_meta(4, 256))),
     ("npu_dequant_swiglu_quant", (_meta(15, 512, dtype=I32),), dict(
         weight_scale=_meta(4, 512), activation_scale=_meta(15), group_index=_meta(4, dtype=I64), activate_left=True, quant_mode=1)),
 ]  # fmt: skip
@@ -383,6 +394,26 @@ def test_the_fused_int8_chain_in_ge(every_attribute: None) -> None:
     _, _, fused, second, _ = chain
     assert (fused.attrs["group_list_type"], fused.attrs["quant_dtype"]) == (1, 2), "GE's number of int8"
     assert second.inputs[0] == "GroupedMatmulSwigluQuantV2:0"
+
+
+@pytest.mark.parametrize(("name", "changes", "quantised", "place"), [
+    ("sums", {"own": False}, "DequantSwigluQuant", 3),
+    ("steps", {"act": staticmethod(torch.nn.functional.gelu), "dtype": torch.bfloat16}, "DynamicQuant", 1),
+])  # fmt: skip
+def test_smooth_scales_in_ge(every_attribute: None, name: str, changes: dict[str, Any], quantised: str, place: int) -> None:
+    """They are inputs of the graph, for rows that are sent and for rows between the products, and nothing stands on them."""
+    import test_smooth
+
+    module, x = test_smooth.made(**changes)
+    found: list[list[dry_run.GeNode]] = []
+    with torch.no_grad():
+        out = compiled(module, inner=dry_run.ge_backend(Options(), found.append), strict=True, dynamic=False)(x)
+        assert test_smooth.error(out, test_smooth.exact(module, x)) <= 0.02
+    as_recorded(f"w8a8_smooth_{name}", found[0])
+    by_name = {n.name: n for n in found[0]}
+    (dispatch,), (rows,) = ([n for n in found[0] if n.type == kind] for kind in ("MoeInitRoutingV3", quantised))
+    for scales in (dispatch.inputs[2], rows.inputs[place]):
+        assert by_name[scales.split(":")[0]].type == "Data", (dispatch, rows)
 
 
 def test_small_intermediate_sizes_go_step_by_step_in_ge(every_attribute: None) -> None:

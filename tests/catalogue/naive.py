@@ -46,6 +46,8 @@ class Parts:
     down_second: list[Tensor] = field(default_factory=list)
     up_group: list[Tensor] = field(default_factory=list)  # the block of scales of each row or column, [E, R] or [R] for all
     down_group: list[Tensor] = field(default_factory=list)
+    up_smooth: list[Tensor] = field(default_factory=list)  # of a projection's inputs: [in], [E, in], or one for each expert
+    down_smooth: list[Tensor] = field(default_factory=list)
     up_a: list[Tensor] = field(default_factory=list)  # low-rank pairs, of the projections that have one: [E, r, in] and [E, out, r]
     up_b: list[Tensor] = field(default_factory=list)
     down_a: list[Tensor] = field(default_factory=list)
@@ -226,10 +228,12 @@ def decoded(
     return out
 
 
-def rounded(how: ir.Rows | None, x: np.ndarray) -> np.ndarray:
+def rounded(how: ir.Rows | None, x: np.ndarray, smooth: np.ndarray | None = None) -> np.ndarray:
     """One row as a product reads it, group by group."""
     if how is None:
         return x
+    if smooth is not None and how.smooth:
+        x = x / smooth if how.smooth == ir.stored.Scale.DIVIDES else x * smooth
     out = np.empty_like(x)
     size = how.group or len(x)
     largest = torch.finfo(how.dtype).max if how.dtype.is_floating_point else 127
@@ -273,7 +277,13 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0
 
-    x = rounded(e.up_rows, x)
+    def smooth(ts: list[Tensor]) -> np.ndarray | None:
+        if not ts:
+            return None
+        k = array(ts[index] if len(ts) > 1 else ts[0])
+        return k[index] if k.ndim > 1 else k
+
+    x = rounded(e.up_rows, x, smooth(p.up_smooth))
     up = product(matrix("up"), e.up_transposed, x, bias(p.up_bias)) + pair(e.up_pair, p.up_a, p.up_b, x)
     halves: dict[Form, tuple[np.ndarray, np.ndarray | None]] = {
         Form.SINGLE: (up, None),
@@ -285,7 +295,7 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         g, u = up, product(matrix("up", 1), e.up_transposed, x, bias(p.up_bias, 1)) + second
     else:
         g, u = halves[e.form]
-    a = rounded(e.down_rows, activation(e.activation, g, u))
+    a = rounded(e.down_rows, activation(e.activation, g, u), smooth(p.down_smooth))
     y = product(matrix("down"), e.down_transposed, a, bias(p.down_bias))
     return y + pair(e.down_pair, p.down_a, p.down_b, a)
 
