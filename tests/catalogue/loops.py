@@ -319,6 +319,56 @@ class LoopRootFrame(_List):
         return out
 
 
+class LoopRootShape(_List):
+    """Verdict: fused as DenseLoopOneHot. Type C. Router and loop in one forward, which asks for a number of rows by its shape and keeps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K)
+        w = w / w.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        for e in range(E):
+            slot, token = torch.where(mask[e])
+            n = token.shape[0]
+            if not n:
+                continue
+            out.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return out
+
+
+class LoopRootRows(_List):
+    """Verdict: fused as DenseLoopOneHot. Type C. Nothing but `if y.shape[0] > 0` in a loop over masks asks for what depends on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K, sorted=False)
+        w = w / w.sum(-1, keepdim=True)
+        rows, flat = x.repeat_interleave(K, dim=0), ids.view(-1)
+        out = torch.empty_like(rows)
+        for e, expert in enumerate(self.experts):
+            y = expert(rows[flat == e])
+            if y.shape[0] > 0:
+                out[flat == e] = y.to(out.dtype)
+        return (out.view(*w.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
+
+
+class LoopRootFewLeftOut(_List):
+    """Verdict: rejected. As LoopRootShape, but an expert with a single row is left out too."""
+
+    expect = Rejected("rows")
+    group = ""
+    near = "LoopRootShape"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K)
+        w = w / w.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            if token.shape[0] > 1:
+                out.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return out
+
+
 class NanoCapacity(_Stacked):
     """Verdict: rejected. nanoMoE: experts have a capacity, tokens over it are dropped, so a row depends on the others."""
 
