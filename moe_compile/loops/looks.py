@@ -18,6 +18,7 @@ from .sealed_code import codes
 # names in code that does more than compute
 ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "numel"}  # what an expert loop asks its ids
 _ROWS = {"numel", "nelement", "len", "shape", "size"}  # what tells a number of rows
+_OF_ROWS = (".shape[0]", ".size(0)", ".size(dim=0)", ".size()[0]", ".numel()", ".nelement()")
 _MASKS = {"bool", "eq", "ne", "gt", "ge", "lt", "le", "isin", "logical_and"}  # what gives a mask
 _EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
 _COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
@@ -68,21 +69,18 @@ def branches_on_rows(code: types.CodeType) -> bool:
     tree = _tree(code)
     if tree is None:
         return bool(_ROWS & set(code.co_names))
-    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For)] or [tree]
-    inside = [n for loop in loops for n in ast.walk(loop)]
+    loops: list[ast.AST] = [n for n in ast.walk(tree) if isinstance(n, ast.For)]
+    inside = [n for loop in loops or [tree] for n in ast.walk(loop)]
     named = {t.id for n in inside if isinstance(n, ast.Assign) and _holds_rows(n.value) for t in n.targets if isinstance(t, ast.Name)}
     return any(_holds_rows(n.test, named) for n in inside if isinstance(n, (ast.If, ast.IfExp, ast.While, ast.Assert)))
 
 
 def _holds_rows(of: ast.expr, named: Container[str] = ()) -> bool:
-    """Whether an expression holds a number of rows: ``x.shape[0]``, ``x.size(0)``, ``x.numel()``, ``len(x)`` or such a name."""
-    return any(
-        isinstance(n, ast.Name) and n.id in named
-        or isinstance(n, ast.Subscript) and ast.unparse(n).endswith(".shape[0]")
-        or isinstance(n, ast.Call) and ast.unparse(n).endswith((".size(0)", ".size(dim=0)", ".size()[0]", ".numel()", ".nelement()"))
-        or isinstance(n, ast.Call) and ast.unparse(n.func) == "len"
-        for n in ast.walk(of)
-    )
+    """Whether an expression holds a number of rows: ``x.shape[0]``, ``x.size(0)``, ``x.numel()``, ``len(x)`` or a name of one."""
+    parts = [n for n in ast.walk(of) if isinstance(n, (ast.Name, ast.Subscript, ast.Call))]
+    if any(isinstance(n, ast.Name) and n.id in named for n in parts):
+        return True
+    return any(ast.unparse(n).endswith(_OF_ROWS) or isinstance(n, ast.Call) and ast.unparse(n.func) == "len" for n in parts)
 
 
 def _tree(code: types.CodeType) -> ast.Module | None:

@@ -18,6 +18,7 @@ from ..aten.element import RULES, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.sources import code_of
 from .counted import indices
+from .fused import is_fused
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
@@ -99,6 +100,8 @@ def _over_features(n: fx.Node) -> bool:
 
 def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
+    if is_fused(n):  # a loop that was read: what is amiss stands around it
+        return None
     if n in walls:
         return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
     if name in _NORMS and getattr(call_args(n), "training", True):

@@ -320,7 +320,7 @@ class LoopRootFrame(_List):
 
 
 class LoopRootShape(_List):
-    """Verdict: fused as DenseLoopOneHot. Type C. Router and loop in one forward, which asks for a number of rows by its shape and keeps it."""
+    """Verdict: fused as DenseLoopOneHot. Type C. Router and loop in one forward, which keeps a number of rows and asks for that."""
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = F.linear(x, self.gate).softmax(-1).topk(K)
