@@ -56,7 +56,7 @@ class Planner:
         when = [at, *reads(memory, s, results)]
         writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
         if writer is not None:
-            raise Rejection(f"{s.name} is overwritten before the block's result", writer, "rewrite")
+            raise Rejection(f"`{code_of(s) or s.name}` is overwritten before the block's result", writer, "rewrite")
 
     def overwritten(self, s: fx.Node) -> bool:
         """Whether the memory of a shadow node is written after it was made."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, mlp
+from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, Sound, mlp
 
 
 class _Stacked(Case):
@@ -387,3 +387,18 @@ class NanoCapacity(_Stacked):
         batch = torch.einsum("tec,th->ech", (combine != 0).to(x.dtype), x)
         g, u = torch.bmm(batch, self.up.transpose(1, 2)).chunk(2, dim=-1)
         return torch.einsum("tec,ech->th", combine, torch.bmm(F.silu(g) * u, self.down.transpose(1, 2)))
+
+
+class LoopOntoShared(_List):
+    """Verdict: either. Rows are added to the shared expert's own output, in place: left for that write, told in the user's words."""
+
+    expect = Sound()
+    group = ""
+    near = "LoopMaskSum"
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = self.experts[0](x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] += expert(x[token]) * w[token, slot, None]
+        return out
