@@ -37,7 +37,9 @@ class _SkippedFrames:
         now = Counter(counters["unimplemented"])
         # after torch._dynamo.reset() the counters start from nothing
         fresh = [message for message, n in now.items() if n > self.seen[message] or n < self.seen[message]]
-        return [b for b in map(skipped_frame, fresh) if b is not None], now
+        # a frame that is tried again is given up again: told once
+        frames = {b.source: b for b in map(skipped_frame, fresh) if b is not None}
+        return list(frames.values()), now
 
 
 @dataclass(frozen=True)

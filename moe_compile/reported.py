@@ -13,6 +13,7 @@ from .drawing import STYLE
 from .findings import BlockReport, Findings, GraphBreak
 from .ir import MoeBlock, Rejection
 from .ir.text import exchange_text, experts_text, formula, shared_text
+from .loops.lines import line_given_up
 from .report_html import fragment, page
 from .table import render
 
@@ -140,4 +141,7 @@ def skipped_frame(message: str) -> GraphBreak | None:
     where = message.split(marker, 1)[1].split("\n", 1)[0]  # "forward (/path/file.py line 523)"
     name, _, place = where.partition(" (")
     path, _, line = place.rstrip(")").rpartition(" line ")
-    return GraphBreak(f"{name} holds a break inside a loop: it runs in plain Python, nothing in it is compiled", f"{path}:{line}")
+    frame, cause = f"{path}:{line}", _headline(message).rstrip(".")
+    why = "" if "graph break in loop" in cause else f" ({cause})"
+    told = f"{name} holds a break inside a loop: it runs in plain Python, nothing in it is compiled{why}"
+    return GraphBreak(told, line_given_up(frame) or frame)

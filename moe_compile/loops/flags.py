@@ -83,7 +83,7 @@ def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]
     whose ids are counted by an op that has as many counts as the data wants."""
     if has_loop(code) and asks(code):
         return True
-    found = list(_reached(code, names, values))
+    found = list(reached(code, names, values))
     return _loops(found) or _counts(found) or _unrolled(found)
 
 
@@ -113,7 +113,7 @@ def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
         key = frozenset(type(x) for x in m.modules()), type(m)
         if key not in known:
             user = isinstance(forward, types.FunctionType) and not is_library(home(forward))
-            known[key] = user and _loops(_reached(forward.__code__, forward.__globals__, [m]))
+            known[key] = user and _loops(reached(forward.__code__, forward.__globals__, [m]))
         return known[key]
 
     modules = list(_modules(values))
@@ -126,7 +126,7 @@ def _modules(values: Iterable[Any]) -> Iterator[nn.Module]:
     return (m for v in values if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
 
 
-def _reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
+def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
     """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
     values = list(values)
     modules = list(_modules(values))

@@ -156,6 +156,9 @@ def _hook_flags() -> None:
         try:
             with lines.kept():
                 return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+        except Exception as e:
+            lines.given_up(given["code"], e)
+            raise
         finally:
             for f in after_frame:
                 f(given["compiler_fn"])

@@ -6,13 +6,18 @@ While it traces for this backend they stay in: the user's `exec` has that name t
 
 from __future__ import annotations
 
+import os
 import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _NAMELESS = "<string>"
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _now = threading.local()
+_given_up: dict[str, str] = {}
 
 
 @contextmanager
@@ -43,3 +48,15 @@ def span(code: types.CodeType) -> tuple[int, int]:
     inner = [span(c) for c in code.co_consts if isinstance(c, types.CodeType)]
     own = [line for _, _, line in code.co_lines() if line]
     return code.co_firstlineno, max([code.co_firstlineno, *own, *(last for _, last in inner)])
+
+
+def given_up(code: types.CodeType, e: Exception) -> None:
+    """Dynamo gives up a frame: its error knows the line that it could not go on from, which its counters do not tell."""
+    stack = [f for f in getattr(e, "real_stack", None) or () if not f.filename.startswith(_TORCH)]
+    if stack:
+        _given_up[f"{code.co_filename}:{code.co_firstlineno}"] = f"{stack[-1].filename}:{stack[-1].lineno}"
+
+
+def line_given_up(frame: str) -> str:
+    """file:line of what a frame (file:line of its first line) was given up for; "" where that is not known."""
+    return _given_up.get(frame, "")

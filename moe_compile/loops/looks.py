@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 import types
+from collections.abc import Container
 
 import torch
 from torch import fx
@@ -16,6 +17,9 @@ from .sealed_code import codes
 
 # names in code that does more than compute
 ASKS = {"nonzero", "where", "item", "tolist", "numpy", "any", "unique", "bincount", "numel"}  # what an expert loop asks its ids
+_ROWS = {"numel", "nelement", "len", "shape", "size"}  # what tells a number of rows
+_OF_ROWS = (".shape[0]", ".size(0)", ".size(dim=0)", ".size()[0]", ".numel()", ".nelement()")
+_MASKS = {"bool", "eq", "ne", "gt", "ge", "lt", "le", "isin", "logical_and"}  # what gives a mask
 _EFFECTS = {"print", "breakpoint", "exec", "setattr", "delattr", "logger", "logging", "warnings", "warn"}
 _COLLECTIVES = {"dist", "distributed", "all_reduce", "all_gather", "all_to_all", "all_to_all_single", "reduce_scatter", "broadcast"}
 _WRITES = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
@@ -50,14 +54,41 @@ def effect(code: types.CodeType) -> str:
 @functools.cache
 def line_of_loop(code: types.CodeType) -> int:
     """The line of the first loop in code itself that asks for what depends on data, or of its first; where it has none, its own."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, SyntaxError):
+    tree = _tree(code)
+    if tree is None:
         lines = (i.positions.lineno for i in dis.get_instructions(code) if i.opname == "FOR_ITER" and i.positions is not None)
         return next((n for n in lines if n is not None), code.co_firstlineno)
     loops = sorted((n for n in ast.walk(tree) if isinstance(n, ast.For)), key=lambda n: n.lineno)
     asking = [n for n in loops if any(getattr(x, "attr", getattr(x, "id", "")) in ASKS for x in ast.walk(n))]
     return code.co_firstlineno + next((n.lineno for n in (*asking, *loops)), 1) - 1
+
+
+@functools.cache
+def branches_on_rows(code: types.CodeType) -> bool:
+    """Whether code may branch on how many rows a tensor has, as in ``if rows.shape[0] == 0``, inside of a loop if it has one."""
+    tree = _tree(code)
+    if tree is None:
+        return bool(_ROWS & set(code.co_names))
+    loops: list[ast.AST] = [n for n in ast.walk(tree) if isinstance(n, ast.For)]
+    inside = [n for loop in loops or [tree] for n in ast.walk(loop)]
+    named = {t.id for n in inside if isinstance(n, ast.Assign) and _holds_rows(n.value) for t in n.targets if isinstance(t, ast.Name)}
+    return any(_holds_rows(n.test, named) for n in inside if isinstance(n, (ast.If, ast.IfExp, ast.While, ast.Assert)))
+
+
+def _holds_rows(of: ast.expr, named: Container[str] = ()) -> bool:
+    """Whether an expression holds a number of rows: ``x.shape[0]``, ``x.size(0)``, ``x.numel()``, ``len(x)`` or a name of one."""
+    parts = [n for n in ast.walk(of) if isinstance(n, (ast.Name, ast.Subscript, ast.Call))]
+    if any(isinstance(n, ast.Name) and n.id in named for n in parts):
+        return True
+    return any(ast.unparse(n).endswith(_OF_ROWS) or isinstance(n, ast.Call) and ast.unparse(n.func) == "len" for n in parts)
+
+
+def _tree(code: types.CodeType) -> ast.Module | None:
+    """The source of code, parsed; None where it has none of its own, such as a lambda."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError):
+        return None
 
 
 def line_of_effect(code: types.CodeType) -> int:
@@ -75,11 +106,12 @@ def line_of_effect(code: types.CodeType) -> int:
 def asks(code: types.CodeType) -> bool:
     """Whether code asks its tensors for something that depends on data; `where(mask, a, b)` does not, `where(mask)` does."""
     found = {n for c in codes(code) for n in c.co_names} & ASKS
+    if not found:
+        return has_loop(code) and compares(code) and branches_on_rows(code)
     if found != {"where"}:
-        return bool(found)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, SyntaxError):
+        return True
+    tree = _tree(code)
+    if tree is None:
         return True
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
     return any(getattr(n.func, "attr", getattr(n.func, "id", "")) == "where" and len(n.args) + len(n.keywords) < 2 for n in calls)
@@ -92,8 +124,9 @@ def selects(code: types.CodeType) -> bool:
 
 @functools.cache
 def compares(code: types.CodeType) -> bool:
-    """Whether code compares and subscripts, as in ``x[ids == e]``."""
-    return {"COMPARE_OP", "BINARY_SUBSCR"} <= {i.opname.replace("BINARY_OP", "BINARY_SUBSCR") for i in dis.get_instructions(code)}
+    """Whether code compares and subscripts, as in ``x[ids == e]`` and ``x[chosen.bool()[:, e]]``."""
+    found = {i.opname.replace("BINARY_OP", "BINARY_SUBSCR") for i in dis.get_instructions(code)}
+    return "BINARY_SUBSCR" in found and ("COMPARE_OP" in found or bool(_MASKS & set(code.co_names)))
 
 
 def is_collective(code: types.CodeType) -> bool:

@@ -15,14 +15,14 @@ from ..ir import Rejection
 from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
-from .looks import has_loop, selects
+from .flags import reached
+from .looks import branches_on_rows, has_loop, selects
 from .places import Place
 from .probe import candidates
 from .program import is_same
 from .record import record_symbolically
 from .rewrites import fold_masks, split_stacks
 
-_COUNTS = {"numel", "nelement", "len"}
 _MANY, _WORK = 2048, 1 << 30
 _HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
@@ -225,9 +225,10 @@ class Block(_Reader):
         return self.table.call_user(tensors)
 
     def _counts_rows(self, gm: fx.GraphModule) -> bool:
-        """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells."""
+        """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells; its experts may ask too."""
         picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
-        return picks and (not has_loop(self.call.fn.__code__) or bool(_COUNTS & set(self.call.fn.__code__.co_names)))
+        code = self.call.fn.__code__
+        return picks and (not has_loop(code) or any(map(branches_on_rows, reached(code, self.call.fn.__globals__, [self.call.module]))))
 
     def follow(self) -> None:
         b = self.sharp.again(dtype=self.table.dtype, listening=True, seed=self.draw, fewer=self.fewer)

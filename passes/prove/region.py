@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,7 +115,11 @@ def _copies(written: dict[fx.Node, Tensor], given: Mapping[fx.Node, Any]) -> dic
     """Copies of what is written, and of what shares its memory, which go on sharing it."""
     memory = {v.untyped_storage().data_ptr() for v in written.values()}
     concerned = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.untyped_storage().data_ptr() in memory} if memory else {}
-    return dict(zip(concerned, copy.deepcopy(list(concerned.values())), strict=True))
+    shared = Counter(v.untyped_storage().data_ptr() for v in concerned.values())
+    # a gradient goes through the copy of what shares its memory with nothing
+    alone = {n: v.clone() for n, v in concerned.items() if v.requires_grad and shared[v.untyped_storage().data_ptr()] == 1}
+    rest = [n for n in concerned if n not in alone]
+    return alone | dict(zip(rest, copy.deepcopy([concerned[n] for n in rest]), strict=True))
 
 
 def _constant_key(n: fx.Node) -> Any:

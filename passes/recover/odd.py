@@ -19,6 +19,7 @@ from ..aten.names import op_name
 from ..aten.sources import code_of
 from .counted import indices
 from .given_ids import is_collective
+from .fused import is_fused
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
@@ -102,6 +103,8 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
     if is_collective(n):
         return f"the selected rows go to other devices ({name}): they get their experts where they arrive, which is a block of its own"
+    if is_fused(n):  # a loop that was read: what is amiss stands around it
+        return None
     if n in walls:
         return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
     if name in _NORMS and getattr(call_args(n), "training", True):

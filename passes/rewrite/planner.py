@@ -15,6 +15,7 @@ from ..aten.effects import mutated_args
 from ..aten.element import shape_of
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
+from ..aten.sources import code_of
 from ..aten.wrapped import WHY, why_not
 from ..recover.fused import is_fused
 from ..recover.match import ExpertsMatch
@@ -38,9 +39,16 @@ class Planner:
         """The Dynamo node that holds shadow node `s` and still does where shadow node `until` is computed."""
         found = self.shadow.origin.get(s)
         if not found:
-            raise Rejection(f"{s.name} has no counterpart in the captured graph", s, "rewrite")
+            raise Rejection(self._nameless(s), s, "rewrite")
         self._unwritten(s, [until], self.shadow.order[until])
         return found[0]
+
+    def _nameless(self, s: fx.Node) -> str:
+        """Why no Dynamo node holds a shadow node: a statement that writes gives no tensor, others are steps of one of Dynamo's."""
+        if s in self.shadow.statement:
+            code = code_of(s) or "x[i] = y"
+            return f"`{code}` writes a tensor of the block in place: masked_fill, torch.where and index_put give a new one"
+        return f"{s.name} has no counterpart in the captured graph"
 
     def _unwritten(self, s: fx.Node, results: list[fx.Node], at: int) -> None:
         """What an op that stands at `at` is to read is not written between there and where it is read on the way to the results."""
@@ -48,7 +56,7 @@ class Planner:
         when = [at, *reads(memory, s, results)]
         writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
         if writer is not None:
-            raise Rejection(f"{s.name} is overwritten before the block's result", writer, "rewrite")
+            raise Rejection(f"`{code_of(s) or s.name}` is overwritten before the block's result", writer, "rewrite")
 
     def overwritten(self, s: fx.Node) -> bool:
         """Whether the memory of a shadow node is written after it was made."""

@@ -171,6 +171,18 @@ class GatherCutRemainder(GatherShifted):
         return torch.fmod(ids - 3, 4)
 
 
+class GatherSetInPlace(GatherShifted):
+    """Verdict: rejected. `ids[rows] = 0` is a statement, it gives no tensor that an op could take: the reason quotes it."""
+
+    expect = Rejected("writes a tensor of the block in place")
+    near = "GatherShifted"
+    routes_all: ClassVar[bool] = False
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        ids[x.detach()[:, 0] > 0] = 0
+        return Case.run_experts(self, x, ids, w)
+
+
 class WeightsCut(Case):
     """Verdict: experts fused, routing as written: the fractional part of a weight is no remainder of indices."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, mlp
+from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, Sound, mlp
 
 
 class _Stacked(Case):
@@ -319,6 +319,56 @@ class LoopRootFrame(_List):
         return out
 
 
+class LoopRootShape(_List):
+    """Verdict: fused as DenseLoopOneHot. Type C. Router and loop in one forward, which keeps a number of rows and asks for that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K)
+        w = w / w.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        for e in range(E):
+            slot, token = torch.where(mask[e])
+            n = token.shape[0]
+            if not n:
+                continue
+            out.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return out
+
+
+class LoopRootRows(_List):
+    """Verdict: fused as DenseLoopOneHot. Type C. Nothing but `if y.shape[0] > 0` in a loop over masks asks for what depends on data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K, sorted=False)
+        w = w / w.sum(-1, keepdim=True)
+        rows, flat = x.repeat_interleave(K, dim=0), ids.view(-1)
+        out = torch.empty_like(rows)
+        for e, expert in enumerate(self.experts):
+            y = expert(rows[flat == e])
+            if y.shape[0] > 0:
+                out[flat == e] = y.to(out.dtype)
+        return (out.view(*w.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
+
+
+class LoopRootFewLeftOut(_List):
+    """Verdict: rejected. As LoopRootShape, but an expert with few rows is left out too."""
+
+    expect = Rejected()
+    group = ""
+    near = "LoopRootShape"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.linear(x, self.gate).softmax(-1).topk(K)
+        w = w / w.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            if token.shape[0] > 12:
+                out.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return out
+
+
 class NanoCapacity(_Stacked):
     """Verdict: rejected. nanoMoE: experts have a capacity, tokens over it are dropped, so a row depends on the others."""
 
@@ -337,3 +387,18 @@ class NanoCapacity(_Stacked):
         batch = torch.einsum("tec,th->ech", (combine != 0).to(x.dtype), x)
         g, u = torch.bmm(batch, self.up.transpose(1, 2)).chunk(2, dim=-1)
         return torch.einsum("tec,ech->th", combine, torch.bmm(F.silu(g) * u, self.down.transpose(1, 2)))
+
+
+class LoopOntoShared(_List):
+    """Verdict: either. Rows are added to the shared expert's own output, in place: left for that write, told in the user's words."""
+
+    expect = Sound()
+    group = ""
+    near = "LoopMaskSum"
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = self.experts[0](x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out[token] += expert(x[token]) * w[token, slot, None]
+        return out
