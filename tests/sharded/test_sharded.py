@@ -115,6 +115,22 @@ def test_parallelize_is_the_undivided_model(cell: str, own: list[dict[str, Any]]
         assert told["gathers weights"] is False, told
 
 
+def test_one_rank_compiles_again(own: list[dict[str, Any]]) -> None:
+    """For a number of its own: rows travel as agreed, and nothing is asked of the other. In another mode: agreed anew."""
+    for rank, of_rank in enumerate(own):
+        assert of_rank["recompiled / one rank"] == {"graphs": 1 + rank, "off": pytest.approx(0, abs=1e-5)}
+        assert of_rank["recompiled / another mode"] == {"graphs": 2 + rank, "off": pytest.approx(0, abs=1e-5)}
+        assert all(not part for part in of_rank["recompiled / gathers weights"])
+
+
+def test_ranks_out_of_step_raise_alike(own: list[dict[str, Any]]) -> None:
+    """One rank has fewer tokens; one is behind Dynamo's limit and runs the model as written."""
+    for of_rank in own:
+        for cell in ("other tokens", "as written"):
+            told = of_rank[f"recompiled / {cell}"]
+            assert "different numbers of tokens" in told["raised"] and "recompile_limit" in told["raised"] and told["after"] < 50, told
+
+
 def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     told = own[0]["parallelize / refused"]
     assert "3 experts, which 2 ranks cannot share equally" in told["three experts"]
@@ -140,6 +156,13 @@ def test_exchange_is_the_oracle(exchanged: list[dict[str, Any]]) -> None:
         told = of_rank["gathered"]
         assert told["exchange"] == [f"rank {exchanged.index(of_rank)} of 4: all-gather, reduce-scatter"]
         assert told["fused"] == [1] and told["same"] and told["out"] < 1e-6 and told["grad"] < 1e-6, told
+
+
+def test_rows_by_all_to_all_are_the_oracle(exchanged: list[dict[str, Any]]) -> None:
+    """Batches of 6, 0, 1 and 12 tokens: result and every gradient as `ir.evaluate_world` in float64, the same bits twice."""
+    for of_rank in exchanged:
+        told = of_rank["rows"]
+        assert told["same"] and told["out"] < 1e-6 and told["grad"] < 1e-6, told
 
 
 def test_different_numbers_of_tokens_raise_on_every_rank(exchanged: list[dict[str, Any]]) -> None:
