@@ -131,6 +131,17 @@ def test_ranks_out_of_step_raise_alike(own: list[dict[str, Any]]) -> None:
             assert "different numbers of tokens" in told["raised"] and "recompile_limit" in told["raised"] and told["after"] < 50, told
 
 
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="four processes for one step: make zoo")
+def test_a_step_of_experts_divided_under_fsdp(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two ranks divide experts, two such pairs average by FSDP2: output, every gradient, and the output after a step of SGD."""
+    for rank, of_rank in enumerate(_found("both_ways", tmp_path_factory, 240, world=4)):
+        for batch, way in (("own", "all-gather, reduce-scatter"), ("shared", "shared rows, all-reduce")):
+            assert batch in of_rank, of_rank["said"]
+            told = of_rank[batch]
+            assert max(told["out"], told["grad"], told["after"]) < 2e-6, told
+            assert told["exchange"] == [f"rank {rank % 2} of 2: {way}"]
+
+
 def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     told = own[0]["parallelize / refused"]
     assert "3 experts, which 2 ranks cannot share equally" in told["three experts"]
