@@ -111,3 +111,17 @@ def test_choices_are_one_message(dtype: torch.dtype) -> None:
     with Collectives() as seen:
         out.sum().backward()
     assert sorted(seen.called) == ["all_gather_into_tensor"] + ["reduce_scatter_tensor"] * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "way"),
+    [(2, 65536, Way.GATHER), (4, 65536, Way.GATHER), (8, 64, Way.GATHER), (8, 4096, Way.GATHER), (8, 65536, Way.ROWS)],
+)
+def test_cheapest(ranks: int, tokens: int, way: Way) -> None:
+    """E 128, k 8: at most a tenth is gathered in vain up to four ranks; counts that are read back cost more than few rows; one expert a
+    token is rows wherever there are enough of them."""
+    assert exchange.cheapest(ranks, 128, 8, tokens, 4096) is way
+    assert exchange.cheapest(ranks, 128, 1, 1, 4096) is Way.GATHER
+    assert exchange.cheapest(ranks, 128, 1, 1 << 20, 4096) is Way.ROWS
+    with pytest.raises(ValueError, match="one node of 8"):
+        exchange.cheapest(16, 128, 8, tokens, 4096)
