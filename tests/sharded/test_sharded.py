@@ -111,6 +111,12 @@ def test_inference_of_transformers(spelling: str, theirs: list[dict[str, Any]]) 
     assert theirs[1][f"ep, moe_compile / {spelling} / inference"]["exchange"] == ["rank 1 of 2: shared rows, all-reduce"]
 
 
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="the graphs of training without gradients: make zoo")
+@pytest.mark.parametrize(("setup", "spelling"), [(s, x) for s, x in CELLS if s in ("tp", "ep, all_reduce", "ep, all_to_all")])
+def test_inference_of_what_is_transformers_own(setup: str, spelling: str, theirs: list[dict[str, Any]]) -> None:
+    _check(theirs, f"{setup} / {spelling} / inference", *THEIRS[setup][spelling == "eager"])
+
+
 # ---- moe_compile.parallelize ---------------------------------------------------------------------------------------------------
 
 
