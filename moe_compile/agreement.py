@@ -31,7 +31,8 @@ NAMING = 5.0  # seconds in which a rank that saw an exchange fail answers the ot
 class Talk:
     """A group whose ranks talk, which may be destroyed meanwhile.
 
-    `timeout`: of its collectives, in seconds. `said`: how often on each topic; `settled`: in how many blocks of a graph's code rows travel.
+    `timeout`: of its collectives, in seconds. `said`: how often on each topic; `settled`: the stacks whose rows travel in place of them, by
+    what the ranks have agreed upon (`alike.key_of`).
     """
 
     known: weakref.ref[Any]
@@ -39,7 +40,7 @@ class Talk:
     size: int
     timeout: float
     said: Counter[str] = field(default_factory=Counter)
-    settled: dict[str, int] = field(default_factory=dict)
+    settled: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def store(self) -> Any:

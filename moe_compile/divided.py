@@ -80,6 +80,19 @@ def _sources(n: fx.Node) -> list[Any]:
     return [source(w) for w in bundled(n.args)[3]]
 
 
+def name_of(whole: fx.Node) -> str:
+    """The parameter that weights are put together from: the same in every graph of the same code."""
+    n = whole
+    while n.op != "placeholder" and n.all_input_nodes:
+        n = n.all_input_nodes[0]
+    return n.name
+
+
+def stacks(n: fx.Node) -> str:
+    """The parameters of an op that is divided."""
+    return " ".join(map(name_of, _sources(n)))
+
+
 def how(n: fx.Node) -> Exchange:
     """How the rows of an op travel."""
     _, size, group, shared = _sources(n)[0].args

@@ -22,14 +22,21 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     fast code. The model runs once on the arguments, in the caller's grad mode; the random state is left as it was.
     Raises `OptionError` on a wrong option, `NotFused` with `strict=True`, and whatever the model itself raises.
     """
+    return explained(model, args, kwargs, options)[0]
+
+
+def explained(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any] | None
+) -> tuple[Report, Any]:
+    """`explain`, and what the model gave."""
     chosen = Options.parse({"inner": "eager", **(options or {})})
     devices = [d for d in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     compiled = torch.compile(original(model), backend=BACKEND_NAME, options=chosen.by_name(), **_apart())
     loops_left(())  # what was met earlier is not part of this
     with torch.random.fork_rng(devices), collecting() as report:
-        compiled(*args, **kwargs)
+        out = compiled(*args, **kwargs)
         report.add_rejected(loops_left([b.source for b in report.blocks]))
-    return report
+    return report, out
 
 
 def _apart() -> dict[str, Any]:

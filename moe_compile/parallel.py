@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, divided
-from .explain import explain
+from . import agreement, divided, kinds
+from .explain import explained
 from .loops.probe import WHOLE
 from .lowering import target_for
 from .ops import bundled
 from .report import collecting
+
+log = logging.getLogger("moe_compile")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class _Stack:
     name: str
     reader: str
     experts: int
+
+    def within(self, path: str) -> _Stack:
+        """The same of a module that stands at `path` in another one."""
+        return _Stack(f"{path}.{self.name}", f"{path}.{self.reader}".rstrip("."), self.experts)
 
 
 def parallelize(
@@ -74,8 +81,48 @@ def _stacks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opt
             raise ValueError("parallelize: give an example of the model's arguments behind the mesh, as for moe_compile.explain")
         device = next(model.parameters()).device
         kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    names = {id(p): n for n, p in model.named_parameters()}
-    modules = dict(model.named_modules())
+    found = _of_kinds(model, args, kwargs, options)
+    if found:
+        return found
+    out, why = _explained(model, model, args, kwargs, options)[1:]
+    if why or not out:
+        told = "; ".join(dict.fromkeys(why)) or "no experts were found in what the example ran"
+        raise ValueError(f"parallelize: the model's experts cannot be divided: {told}")
+    return out
+
+
+def _of_kinds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any] | None) -> list[_Stack]:
+    """The stacks of a model of layers, of which one of each kind is explained; [] where the whole model must be."""
+    found = kinds.kinds(model)
+    layers = [layer for k in found for layer in k.layers]
+    if len(found) == len(layers) or not kinds.rest_is_dense(model, layers):
+        return []
+    stacks: list[_Stack] = []
+    clear = True
+
+    def look(k: kinds.Kind, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        nonlocal clear
+        first = k.layers[0].module
+        out, of_first, why = _explained(first, first.forward, given, named, options)
+        clear = clear and not why
+        stacks.extend(s.within(layer.path) for layer in k.layers for s in of_first)
+        return out
+
+    try:
+        with kinds.one_of_each(found, look), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as e:  # whatever a shortened run meets, the whole one tells
+        log.info("the layers of %s cannot be looked at one by one (%s: %s)", type(model).__name__, type(e).__name__, e)
+        return []
+    return list(dict.fromkeys(stacks)) if clear else []
+
+
+def _explained(
+    owner: nn.Module, called: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Mapping[str, Any] | None
+) -> tuple[Any, list[_Stack], list[str]]:
+    """What `called` gives, the stacks of `owner` in it, and why some of its experts cannot be divided."""
+    names = {id(p): n for n, p in owner.named_parameters()}
+    modules = dict(owner.named_modules())
     found: dict[str, _Stack] = {}
     why: list[str] = []
 
@@ -87,14 +134,12 @@ def _stacks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opt
                     found.update({s.name: s for s in _of_op(n, names, modules, why)})
         return gm.forward
 
+    chosen = {"overlap_shared": False, **(options or {}), "inner": look}
     with collecting(), torch.no_grad():
-        report = explain(model, *args, options={"overlap_shared": False, **(options or {}), "inner": look}, **kwargs)
+        report, out = explained(called, args, kwargs, chosen)
     torch._dynamo.reset()
     missed = [f"{r.source or 'unknown source'}: {r.reason} [{r.code}]" for r in report.rejected if r.stage != "find"]
-    if missed or why or not found:
-        told = "; ".join(dict.fromkeys([*missed, *why])) or "no experts were found in what the example ran"
-        raise ValueError(f"parallelize: the model's experts cannot be divided: {told}")
-    return list(found.values())
+    return out, list(found.values()), [*missed, *why]
 
 
 def _of_op(n: torch.fx.Node, names: Mapping[int, str], modules: Mapping[str, nn.Module], why: list[str]) -> Iterator[_Stack]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_compile
 from moe_compile import exchange
@@ -84,3 +85,43 @@ def test_exchange(form: Fn, way: Way | None, training: bool) -> None:
         report = moe_compile.last_report()  # type: ignore[assignment]
     want = None if way is None else Exchange(way, world().group_name, 2, 1)
     assert [b.ir.exchange for b in report.blocks] == [want]
+
+
+class Collectives(TorchDispatchMode):
+    """The names of the collectives that are called, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "_c10d_functional" and "wait" not in func._opname and not func._opname.startswith("_"):
+            self.called.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_choices_are_one_message(dtype: torch.dtype) -> None:
+    """Counts of tokens, ids beside weights, rows; sums back. Gradients: of the sums, the weights, the rows."""
+    x, w = torch.randn(T, H, dtype=dtype, requires_grad=True), torch.rand(T, K, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(2 * E)[:K] for _ in range(T)])
+    with Collectives() as seen:
+        out = gathered(x, ids, w, torch.randn(E, I, H, dtype=dtype), torch.randn(E, H, I, dtype=dtype))
+    assert seen.called == ["all_gather_into_tensor"] * 3 + ["reduce_scatter_tensor"] and out.dtype == dtype
+    with Collectives() as seen:
+        out.sum().backward()
+    assert sorted(seen.called) == ["all_gather_into_tensor"] + ["reduce_scatter_tensor"] * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "way"),
+    [(2, 65536, Way.GATHER), (4, 65536, Way.GATHER), (8, 64, Way.GATHER), (8, 4096, Way.GATHER), (8, 65536, Way.ROWS)],
+)
+def test_cheapest(ranks: int, tokens: int, way: Way) -> None:
+    """E 128, k 8: at most a tenth is gathered in vain up to four ranks; counts that are read back cost more than few rows; one expert a
+    token is rows wherever there are enough of them."""
+    assert exchange.cheapest(ranks, 128, 8, tokens, 4096) is way
+    assert exchange.cheapest(ranks, 128, 1, 1, 4096) is Way.GATHER
+    assert exchange.cheapest(ranks, 128, 1, 1 << 20, 4096) is Way.ROWS
+    with pytest.raises(ValueError, match="one node of 8"):
+        exchange.cheapest(16, 128, 8, tokens, 4096)

@@ -11,6 +11,8 @@ needs a certain other one of P ranks with probability 1 - C(E - E/P, k) / C(E, k
 so that little is gathered in vain, nothing is read back to the host, and all shapes are known beforehand (one graph, CUDA graphs).
 Where all ranks hold the same batch nothing is gathered, and the results are summed by one all-reduce.
 
+`ep_implementation="moe_compile_rows"` sends a row to the ranks whose experts it chose, by all-to-all: batches may differ in length.
+
 Needs transformers 5.23 or newer. Raises ImportError where it has no registry for implementations.
 """
 
@@ -29,15 +31,17 @@ except ImportError as e:
 
 from .. import agreement, exchange
 
-NAME = "moe_compile"
-UNEVEN = 'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "all_to_all"'
+NAME, ROWS = "moe_compile", "moe_compile_rows"
+UNEVEN = (
+    'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "moe_compile_rows"'
+)
 
 
 class GatherEP(EPImplementation):  # type: ignore[misc]
     """Rows of all ranks to all ranks, sums back. hidden [T, H], ids and weights [T, k] -> [T, H], with the same T on all ranks.
 
     The ranks agree upon what they fuse, and refuse to start with different versions of this package (`moe_compile.agreement`).
-    Where batches differ in length every rank raises RuntimeError; pad them, or use "all_to_all". Ids outside of this rank's experts are
+    Where batches differ in length every rank raises RuntimeError; pad them, or use `RowsEP`. Ids outside of this rank's experts are
     `num_local_experts` with weight 0, as transformers' experts take them.
     """
 
@@ -52,4 +56,16 @@ class GatherEP(EPImplementation):  # type: ignore[misc]
         return exchange.shared(*batch, *own) if self.shares_batch else exchange.gathered(*batch, *own, UNEVEN)
 
 
+class RowsEP(GatherEP):
+    """A row to each rank whose experts it chose, once, and its results back. hidden [T, H], ids and weights [T, k] -> [T, H], T of any
+    number on each rank. Split sizes are read back to the host, so that a compiled layer is several graphs and no CUDA graph."""
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.shares_batch:
+            return super().__call__(hidden_states, top_k_index, top_k_weights)
+        batch = (hidden_states, top_k_index, top_k_weights)
+        return exchange.by_rows(*batch, self.experts_forward, self.num_local_experts, self.ep_mesh.get_group())
+
+
 EPImplementationInterface.register(NAME, GatherEP)
+EPImplementationInterface.register(ROWS, RowsEP)

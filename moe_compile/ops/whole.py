@@ -13,11 +13,24 @@ from torch import Tensor
 
 from .schemas import library
 
+AS_WRITTEN = -1  # where an exchange of rows begins with the number of this rank's tokens
+UNEVEN = (
+    "the ranks of a group that divides experts have different numbers of tokens (pad the batches to one length), or one of them runs the "
+    "model as written where others run compiled code (as Dynamo does behind torch._dynamo.config.recompile_limit)"
+)
+
 library.define("whole(Tensor local, SymInt size, str group, bool shared) -> Tensor")
 
 
 def whole(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
-    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient."""
+    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient.
+
+    Raises RuntimeError, on every rank, where one of them exchanges rows meanwhile (`exchange.gathered`): both begin with one number.
+    """
+    if not shared:
+        own = torch.full((1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
+        said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group))
+        torch._assert_async((said == AS_WRITTEN).all(), UNEVEN)
     out = torch.ops._c10d_functional.all_gather_into_tensor(local.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 

@@ -137,6 +137,7 @@ SETUPS: dict[str, Made] = {
 # Of these the loop is left to `make zoo`: it meets nothing there that it does not meet in the others
 GROUPED = ("ddp, optimize_ddp=False", "fsdp, whole", "fsdp, mixed precision", "fsdp, accumulation", "fsdp, kept")
 GROUPED = () if "ZOO_ALL" in os.environ else GROUPED
+INFERENCE = ("ddp", "fsdp, by layer", "fsdp, experts apart") if "ZOO_ALL" not in os.environ else tuple(SETUPS)
 
 
 # ---- a cell ------------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
         for grouped in (True, False)[: 1 if name in GROUPED else 2]:
             for train in (True, False):
                 spelling, mode = ("grouped_mm" if grouped else "loop"), ("training" if train else "inference")
-                if not train and name not in ("ddp", "fsdp, by layer", "fsdp, experts apart"):
+                if not train and name not in INFERENCE:
                     continue
                 yield f"{name} / {spelling} / {mode}", cell(name, grouped, train, rank, world, mesh)
     if not names:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
-from moe_compile.integrations.transformers import GatherEP
+from moe_compile.integrations.transformers import GatherEP, RowsEP
 from moe_compile.ir import Experts, Form, evaluate_world
 from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import Operands
@@ -56,6 +56,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     off = beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)
     told = [b.exchange for b in moe_compile.last_report().blocks]
     yield "gathered", {"fused": ops, "exchange": told, "same": bool(torch.equal(out, again)), **off}
+    yield "rows", by_rows(rank, world, local, up, down)
     yield from failing.table(rank, world, local, (xs[rank], ids[rank], ws[rank]))
     run, x, w = failing.compiled(local, world), xs[rank], ws[rank]  # in the group that was made anew
     run(x, ids[rank], w)
@@ -65,14 +66,36 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     yield "dead", failing.failure(lambda: run(x, ids[rank], w))
 
 
-def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[Tensor, ...], rank: int) -> dict[str, float]:
+def by_rows(rank: int, world: int, local: Local, up: Tensor, down: Tensor) -> dict[str, Any]:
+    """`exchange.by_rows` of batches of their own lengths, one of them empty, one whose tokens all choose the first experts."""
+    g = torch.Generator().manual_seed(1)
+    counts = [T, 0, 1, 2 * T][:world]
+    xs, ws = [torch.randn(t, H, generator=g) for t in counts], [torch.rand(t, K, generator=g) for t in counts]
+    ids = [
+        torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(t)]) if t else torch.zeros(0, K, dtype=torch.long) for t in counts
+    ]
+    ids[-1] = torch.arange(K).expand(counts[-1], K).contiguous()
+    local.zero_grad()
+    run = RowsEP(local, *(init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "tp"))[name] for name in ("ep", "tp")))
+    x, w = xs[rank].clone().requires_grad_(), ws[rank].clone().requires_grad_()
+    out = run(x, ids[rank], w)
+    (out * torch.arange(H)).sum().backward()
+    again = run(x, ids[rank], w)
+    return {"same": bool(torch.equal(out, again)), **beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)}
+
+
+def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[Any, ...], rank: int) -> dict[str, float]:
     """How far result and gradients are from `evaluate_world` in float64."""
     world, n = dist.get_world_size(), local.num_experts
-    xs, ids, ws, up, down = (t.double().requires_grad_() if t.is_floating_point() else t for t in whole)
+    xs, ids, ws = whole[:3]
+    xs, ws = ([t.double().requires_grad_() for t in each] for each in (xs, ws))
+    up, down = (t.double().requires_grad_() for t in whole[3:])
     kinds = [Experts(n, H, I, H, Form.CONCAT, act.SWIGLU, first=r * n) for r in range(world)]
     params = [Operands.named(up=[up[r * n :][:n]], down=[down[r * n :][:n]]) for r in range(world)]
     want = evaluate_world(kinds, params, list(xs), list(ids), list(ws))
     sum((y * torch.arange(H)).sum() for y in want).backward()  # type: ignore[union-attr]
     mine = slice(rank * n, rank * n + n)
-    pairs = [(x.grad, xs.grad[rank]), (w.grad, ws.grad[rank]), (local.up.grad, up.grad[mine]), (local.down.grad, down.grad[mine])]
-    return {"out": cells.worst(out, want[rank].float()), "grad": max(cells.worst(a, b.float()) for a, b in pairs)}
+    pairs = [(x.grad, xs[rank].grad), (w.grad, ws[rank].grad), (local.up.grad, up.grad[mine]), (local.down.grad, down.grad[mine])]
+    zero = torch.zeros(())  # the gradient of no tokens
+    off = max(cells.worst(a, zero if b is None else b.float()) for a, b in pairs)
+    return {"out": cells.worst(out, want[rank].float()), "grad": off}

@@ -32,6 +32,7 @@ CONFIGS = {
 }
 # Of these the loop is left to `make zoo`
 GROUPED = ("tp", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()
+INFERENCE = ("ep, moe_compile",) if "ZOO_ALL" not in os.environ else ("ep, moe_compile", "tp", "ep, all_reduce", "ep, all_to_all")
 
 
 def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
@@ -47,7 +48,7 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     for name in names or CONFIGS:
         for spelling in ("grouped_mm", "eager"):
             for train in (True, False):
-                if spelling == "eager" and name in ("ep, all_to_all", *GROUPED) or not train and name != "ep, moe_compile":
+                if spelling == "eager" and name in ("ep, all_to_all", *GROUPED) or not train and name not in INFERENCE:
                     continue
                 found = cell(shared[0], CONFIGS[name], spelling, train, rank, "fsdp" in name)
                 yield f"{name} / {spelling} / {'training' if train else 'inference'}", found

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cells
+import recompiled
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     for names in CELLS:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
+    yield from recompiled.table(rank, mesh)
 
 
 def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""Layers that are alike: of a model with many, one of each kind is looked at, and what is found there holds for the others.
+
+alike(a, b) <=> the same classes, parameters of the same shapes, and the same attributes, but for numbers that count the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OWN = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`path`: in the model; `place`: its number in the list that holds it."""
+
+    path: str
+    place: int
+    module: nn.Module
+
+
+@dataclass
+class Kind:
+    """Layers that are alike, the first of which stands for all."""
+
+    layers: list[Layer]
+
+
+def kinds(model: nn.Module) -> list[Kind]:
+    """The kinds of layers of a model: children of its outermost lists of modules."""
+    found: list[Kind] = []
+    for layer in _layers(model):
+        known = next((k for k in found if _alike(k.layers[0], layer)), None)
+        if known is None:
+            found.append(Kind([layer]))
+        else:
+            known.layers.append(layer)
+    return found
+
+
+def _layers(model: nn.Module, path: str = "") -> Iterator[Layer]:
+    for name, child in model.named_children():
+        below = f"{path}{name}"
+        if isinstance(child, nn.ModuleList):
+            yield from (Layer(f"{below}.{i}", i, m) for i, m in enumerate(child))
+        else:
+            yield from _layers(child, f"{below}.")
+
+
+def rest_is_dense(model: nn.Module, layers: list[Layer]) -> bool:
+    """Whether nothing outside of the layers could hold experts: no parameter of three dimensions, no other collection of parts."""
+    inside = {id(m) for layer in layers for m in layer.module.modules()}
+    lists = {path.rpartition(".")[0] for path in (layer.path for layer in layers)}
+    for path, m in model.named_modules():
+        if id(m) in inside:
+            continue
+        if any(p.dim() > 2 for p in m.parameters(recurse=False)):
+            return False
+        if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)) and path not in lists:
+            return False
+    return True
+
+
+def _alike(a: Layer, b: Layer) -> bool:
+    ours, others = (dict(x.module.named_modules()) for x in (a, b))
+    return ours.keys() == others.keys() and all(_same_module(m, others[n], (a.place, b.place)) for n, m in ours.items())
+
+
+def _same_module(a: nn.Module, b: nn.Module, places: tuple[int, int]) -> bool:
+    if type(a) is not type(b) or any(_tensors(a, name) != _tensors(b, name) for name in ("_parameters", "_buffers")):
+        return False
+    ours, others = ({k: v for k, v in vars(m).items() if k not in _OWN} for m in (a, b))
+    return ours.keys() == others.keys() and all(_same(v, others[k], places) for k, v in ours.items())
+
+
+def _tensors(m: nn.Module, which: str) -> list[Any]:
+    return [(k, None if t is None else (t.shape, t.dtype, t.device, t.requires_grad)) for k, t in getattr(m, which).items()]
+
+
+def _same(a: Any, b: Any, places: tuple[int, int]) -> bool:
+    """Whether two attributes are the same, or are the numbers of their layers."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) is int and (a, b) == places:
+        return True
+    if isinstance(a, _PLAIN):
+        return bool(a == b)
+    if isinstance(a, Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    if isinstance(a, (list, tuple, set, frozenset)):
+        return len(a) == len(b) and (all(map(_same, a, b, [places] * len(a))) if isinstance(a, (list, tuple)) else bool(a == b))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(v, b[k], places) for k, v in a.items())
+    return False  # what cannot be compared may differ: another kind
+
+
+Look = Callable[[Kind, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def one_of_each(found: list[Kind], look: Look) -> Iterator[None]:
+    """While this lasts the first layer of a kind is called through `look`, and the others give what it gave: a value of the same form."""
+    kept = [(layer.module, vars(layer.module).get("forward")) for k in found for layer in k.layers]
+    for k in found:
+        stand = _stand(k, look)
+        for layer in k.layers:
+            layer.module.forward = stand  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, own in kept:
+            _put_back(module, own)
+
+
+def _put_back(module: nn.Module, own: Any) -> None:
+    vars(module).pop("forward", None)
+    if own is not None:
+        module.forward = own  # type: ignore[method-assign]
+
+
+def _stand(k: Kind, look: Look) -> Callable[..., Any]:
+    """In place of the forward of a kind's layers; what they give is kept by the form of their arguments."""
+    first, given = k.layers[0].module, {}
+    own = vars(first).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        form = repr(_form((args, kwargs)))
+        if form not in given:
+            _put_back(first, own)
+            try:
+                given[form] = look(k, args, kwargs)
+            finally:
+                first.forward = forward  # type: ignore[method-assign]
+        return given[form]
+
+    return forward
+
+
+def _form(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return (tuple(x.shape), x.dtype, x.device)
+    if isinstance(x, (list, tuple)):
+        return [_form(v) for v in x]
+    if isinstance(x, dict):
+        return {k: _form(v) for k, v in x.items()}
+    return x if isinstance(x, (int, float, bool, str, type(None))) else type(x).__name__
