@@ -18,8 +18,8 @@ from ..aten.element import RULES, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.sources import code_of
 from .counted import indices
-from .given_ids import is_collective
 from .fused import is_fused
+from .given_ids import is_collective
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
