@@ -140,7 +140,7 @@ CORNERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", CORNERS)
 def test_slopes_at_a_corner(name: str, train: bool) -> None:
-    """Verdict: fused, or left where a gradient is wanted that no activation of the ops has. At 0 relu's is 0, clamp's 1, maximum's 1/2."""
+    """Verdict: fused, or left where a gradient is wanted that no activation of the ops has. At 0 relu has 0, maximum 1/2, clamp 1 or 0."""
     f, fused = CORNERS[name]
     module, x = Corner(f), torch.randn(T, H)
     x[::2] = 0

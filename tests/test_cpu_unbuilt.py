@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,12 +106,18 @@ def slow_compiler(folder: Path) -> dict[str, str]:
     return {**os.environ, "CXX": str(slow), "MOE_COMPILE_CACHE_DIR": str(folder / "cache")}
 
 
+def alive(group: int) -> list[str]:
+    """The processes of a group that still run: what was killed may wait for its parent to ask after it."""
+    said = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in said if line.split()[0] == str(group) and not line.split()[1].startswith("Z")]
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")
 def test_a_process_that_ends_meanwhile_takes_the_compiler_along(tmp_path) -> None:
     """It ends at once and as if nothing were built; neither the compiler nor half a file is left."""
     done = subprocess.run([sys.executable, "-c", ENDS], env=slow_compiler(tmp_path), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(int(done.stdout), 0)
+    assert alive(int(done.stdout)) == []
     assert list((tmp_path / "cache").iterdir()) == []
 
 

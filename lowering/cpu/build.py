@@ -20,15 +20,20 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from ...ir.scalar import LIMITS_PASS
 from . import levels, prebuilt
 
 log = logging.getLogger(__name__)
+
+if not LIMITS_PASS:
+    prebuilt.variant = ("-DOPEN_CLAMP",)
 
 STORAGE = {torch.float32: "STORAGE_F32", torch.bfloat16: "STORAGE_BF16", torch.float16: "STORAGE_F16"}
 
@@ -76,10 +81,16 @@ def _begun(direction: str, dtype: torch.dtype) -> Future[ctypes.CDLL | str]:
         if future is not None:
             return future
         future = _builds[key] = Future()
-        thread = threading.Thread(target=_fill, args=(future, key), name="moe_compile kernel build", daemon=True)
-        _threads.append(thread)
+        thread = began(_fill, future, key, name="moe_compile kernel build")
     thread.start()
     return future
+
+
+def began(work: Callable[..., None], *args: object, name: str) -> threading.Thread:
+    """A thread that builds, not started yet, whose compiler and itself are stopped when the process ends."""
+    thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+    _threads.append(thread)
+    return thread
 
 
 @atexit.register

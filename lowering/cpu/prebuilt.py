@@ -19,6 +19,7 @@ from . import levels
 SOURCES = Path(__file__).parent / "kernels"
 FOLDER = Path(__file__).parent / "prebuilt"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+variant: tuple[str, ...] = ()  # more flags for the torch that is there; a wheel is built for the others
 TYPES = ("STORAGE_F32", "STORAGE_BF16", "STORAGE_F16")
 KERNELS = tuple((d, t) for d in ("forward", "packed", "backward", "coded") for t in TYPES) + (("route", "STORAGE_F32"),)
 TIMEOUT_S = 300
@@ -26,7 +27,7 @@ TIMEOUT_S = 300
 
 def flags(direction: str, storage: str, level: str) -> list[str]:
     """What a compiler is given, without its output."""
-    return [*FLAGS, *levels.flags(level), f"-D{storage}", str(SOURCES / f"{direction}.cpp")]
+    return [*FLAGS, *variant, *levels.flags(level), f"-D{storage}", str(SOURCES / f"{direction}.cpp")]
 
 
 def openmp() -> list[str]:
@@ -46,7 +47,7 @@ def sources() -> bytes:
 
 def name(direction: str, storage: str, level: str) -> str:
     """File name of a kernel: of these sources and flags, for one level."""
-    key = hashlib.sha256(sources() + repr((FLAGS, levels.flags(level))).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources() + repr((FLAGS + variant, levels.flags(level))).encode()).hexdigest()[:16]
     return f"{direction}-{storage.removeprefix('STORAGE_').lower()}-{level}-{key}.so"
 
 

@@ -43,7 +43,8 @@ def run_dual(ops: Sequence[int], consts: Sequence[float], g: Tensor, u: Tensor |
         elif op == act.OP_CLAMP:
             lo, hi = next(const), next(const)
             v, vg, vu = stack.pop()
-            slope = ((v >= lo) & (v <= hi)).to(v.dtype)
+            inside = (v >= lo) & (v <= hi) if act.LIMITS_PASS else (v > lo) & (v < hi)
+            slope = inside.to(v.dtype)
             stack.append((v.clamp(lo, hi), _times(vg, slope), _times(vu, slope)))
         else:
             v, vg, vu = stack.pop()

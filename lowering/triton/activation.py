@@ -169,13 +169,13 @@ def _raised(v: str, p: float) -> str:
 
 def _clamp(w: _Writer, x: _Dual, lo: float, hi: float) -> _Dual:
     """Limits by comparison: a NaN passes, as in torch."""
-    inside, v = [], x.v
+    inside, v, at = [], x.v, "=" if act.LIMITS_PASS else ""
     if lo != -float("inf"):
         v = f"tl.where({x.v} < {_number(lo)}, {_number(lo)}, {v})"
-        inside.append(f"({x.v} >= {_number(lo)})")
+        inside.append(f"({x.v} >{at} {_number(lo)})")
     if hi != float("inf"):
         v = f"tl.where({x.v} > {_number(hi)}, {_number(hi)}, {v})"
-        inside.append(f"({x.v} <= {_number(hi)})")
+        inside.append(f"({x.v} <{at} {_number(hi)})")
     return w.chain(x, w.let(v), f"tl.where({' & '.join(inside)}, 1.0, 0.0)") if inside else x
 
 

@@ -64,7 +64,7 @@ class exp2(sp.Function):  # type: ignore[misc]
 
 
 class clamp(sp.Function):  # type: ignore[misc]
-    """clamp(x, lo, hi); an absent limit is -oo or oo. Its slope at a limit is 1, relu's at 0 is 0."""
+    """clamp(x, lo, hi); an absent limit is -oo or oo. Its slope at a limit is torch's own (`LIMITS_PASS`), relu's at 0 is 0."""
 
     nargs = 3
 
@@ -80,6 +80,16 @@ def gelu(x: Any) -> Any:
 
 
 SWIGLU = silu(G) * U
+
+
+def _limits_pass() -> bool:
+    x = torch.zeros(1, device="cpu", requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(x.clamp(min=0), x)
+    return bool(slope)
+
+
+LIMITS_PASS = _limits_pass()  # whether clamp's slope at a limit is 1, as it is before torch 2.14; 0 from there on
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def _clamp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def clamp_term(x: Term, lo: Any, hi: Any, name: str = "clamp") -> Term:
     """clamp(x; lo, hi) = x  where lo <= 0 <= x <= hi is certain, as it is of an index that already lies inside.
 
-    As functions all spellings are one; at a limit clamp's slope is 1, maximum's is 1/2, hardtanh's and relu's 0.
+    As functions all spellings are one; at a limit clamp's slope is 1 (0 from torch 2.14 on), maximum's is 1/2, hardtanh's and relu's 0.
     """
     lo, hi = -math.inf if lo is None else lo, math.inf if hi is None else hi
     top = T.upper(x)

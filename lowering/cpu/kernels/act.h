@@ -180,7 +180,11 @@ static void run_program(const Program& p, const float* g, const float* u, float*
     } else if (op == OP_CLAMP) {
       float lo = c[0], hi = c[1];
       c += 2;
+#ifdef OPEN_CLAMP  // the slope at a limit is 0, not 1: torch's own from 2.14 on
+      if (DUAL) EACH(s[i] = a[i] > lo && a[i] < hi ? 1.f : 0.f);
+#else
       if (DUAL) EACH(s[i] = a[i] >= lo && a[i] <= hi ? 1.f : 0.f);
+#endif
       EACH(a[i] = a[i] < lo ? lo : a[i]);
       EACH(a[i] = a[i] > hi ? hi : a[i]);
     } else {
