@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> Divided | None:
     device, mesh = start(args)
     try:
         found = measured(args, device, mesh)
+        dist.barrier()  # nobody closes its connections while another one still reads from them
         return found if dist.get_rank() == 0 else None
     finally:
         dist.destroy_process_group()

@@ -188,3 +188,15 @@ def test_a_layer_of_a_library(layer: Layer) -> None:
         text = pattern.sub(lambda _: row, text) if pattern.search(text) else text.replace("<!-- end -->", f"{row}\n<!-- end -->")
         DOC.write_text(text, encoding="utf-8")
     assert row in text, row
+
+
+def test_the_all_to_all_of_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, batches of unequal length: experts fuse where rows arrive; the undivided result, eager's gradients."""
+    pytest.importorskip("torchtitan")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    ranks = importlib.import_module("ranks")
+    for found in ranks.start(Path(__file__).with_name("exchanged.py"), "cells", tmp_path):
+        cell = found.get("layer")
+        assert cell is not None, found["said"]
+        assert cell["fused"] == 1 and cell["left"] == ["elsewhere"]
+        assert max(cell["out"], cell["whole"], cell["grad"]) < 2e-2, cell
