@@ -33,7 +33,7 @@ class _Kept:
 
     owners: tuple[int, ...]
     memory: tuple[weakref.ref[torch.UntypedStorage], ...]
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
     packed: Tensor | None
     bytes: int
 
@@ -53,9 +53,9 @@ class _Kept:
         return old is not None and old.shape == plain.shape and old.dtype == plain.dtype and old.device == plain.device
 
 
-def versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """What changes when a weight is written to, or gets other memory."""
-    return tuple(v for t in tensors for v in (0 if t.is_inference() else t._version, t.data_ptr()))
+def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What changes when a weight is written to, gets other memory, or lies in it otherwise (`p.data = p.data.transpose(1, 2)`)."""
+    return tuple((0 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors)
 
 
 class Store:

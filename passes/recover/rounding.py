@@ -124,7 +124,7 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
     for floored, mapping in ((True, plain), (False, plain | bare)):
         ks: set[Term | None] = set()
         read = functools.partial(smoothing.without, along=along, expert=expert, found=ks if smooth else None)
-        out = _cancelled(body, rounds, mapping, along, read)
+        out = _cancelled(body, rounds, mapping, along, expert, read)
         if not any(s in out.atoms for s in steps.values()):
             if len(ks) > 1:
                 raise No(_told(rounds[0]))
@@ -133,9 +133,14 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
     raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
 
 
-def _cancelled(body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], read: Callable[[Term], Term]) -> Term:
+def _cancelled(
+    body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], expert: Term, read: Callable[[Term], Term]
+) -> Term:
     """The body where scales are symbols and nothing is rounded: (y / s) s = y, as `read` has it. Raises No where y cancels with others."""
     body = T.subst(body, mapping)
+    inner = set(_innermost(body))
+    if smoothing.behind(body, inner | {x for x in T.walk(body) if x.op == "fn" and x.args[1][0] in inner}, along, expert):
+        raise No(_told(rounds[0]))
     mapping = {r: read(_clamped(r.args[1][0])) for r in _innermost(body)}
     if smoothing.cancels(mapping.values(), along, T.subst(body, dict.fromkeys(mapping, T.const(1)))):
         raise No(_told(rounds[0]))

@@ -50,6 +50,23 @@ def cancels(rounded: Iterable[Term], along: set[Term], rest: Term) -> bool:
     return any(x in own for x in T.walk(rest))
 
 
+def behind(body: Term, rounded: Iterable[Term], along: set[Term], expert: Term) -> bool:
+    """Whether numbers of a row's places stand between its rounding and its product: Σ_m round(y / s)[m] k[m] W[m].
+
+    They would be taken for a part of y, which is rounded as it is. A matrix of one row is no such numbers: nothing else is there then.
+    """
+    found = set(rounded)
+    for s in T.walk(body):
+        parts = set(factors(s.args[1])) if s.op == "sum" else set()
+        if found.isdisjoint(parts):
+            continue
+        others = {f for f in parts - found if T.uses(f, s.args[0])}
+        k = {f for f in others if _is_smooth(f.args[0] if f.op == "pow" else f, along | {s.args[0]}, expert)}
+        if k and k != others:
+            return True
+    return False
+
+
 def _is_smooth(f: Term, along: set[Term], expert: Term) -> bool:
     """k[m], k[e, m], or one of them as 1 / k."""
     a = channels.bare(f)

@@ -11,7 +11,7 @@ from torch import nn
 
 import moe_compile
 from moe_compile.lowering.ascend.store import Store
-from moe_compile.lowering.ascend.weights import Recipe
+from moe_compile.lowering.ascend.weights import Recipe, Source
 
 
 class Lists(nn.Module):
@@ -90,6 +90,16 @@ def test_weights_written_to_later_are_seen(prepared: bool) -> None:
     assert relative(first(fn(x)), first(other(x))) <= 1e-5
     module.experts.down_proj.data = module.experts.down_proj.data * 2
     assert relative(first(fn(x)), first(module(x))) <= 1e-5
+
+
+@torch.no_grad()
+def test_memory_that_is_seen_otherwise_is_packed_anew() -> None:
+    """A square weight transposed in place: neither its version nor its address tells, and a copy must not stay."""
+    store, p = Store(), nn.Parameter(torch.randn(2, 4, 4))
+    recipe = Recipe((Source(0),), 2, stacked=True, transposed=True, dtype=torch.float32)
+    assert torch.equal(store.get(recipe, [p]), p.transpose(1, 2))
+    p.data = p.data.transpose(1, 2)
+    assert torch.equal(store.get(recipe, [p]), p.transpose(1, 2))
 
 
 @torch.no_grad()

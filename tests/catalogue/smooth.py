@@ -158,3 +158,22 @@ class SmoothTwice(_Near):
 
     def smoothed(self, x: Tensor, k: Tensor) -> Tensor:
         return x * k * k.flip(0)
+
+
+class SmoothTakenBackOfOneProjection(SmoothRowsOfEachExpert):
+    """Verdict: rejected. Between two products without an activation numbers behind a rounding look like scales of the first product."""
+
+    expect = Rejected("in a way that is not recovered")
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.register_buffer("up_of_one", stored(n, I, H))
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        up, down = self.up_of_one.to(x.dtype) / 100, self.down.to(x.dtype) * self.down_scale[..., None]
+        k = self.hidden_smooth[:, None]
+        q, s = self.bytes_of(x)
+        q, s = self.bytes_of(torch.bmm(q.expand(E, -1, -1), up.transpose(1, 2)) * s * k)
+        y = torch.bmm(q / k**2, down.transpose(1, 2)) * s
+        dense = torch.zeros(x.shape[0], E, dtype=w.dtype).scatter_(1, ids, w)
+        return (y * dense.t()[..., None]).sum(0)
