@@ -85,8 +85,7 @@ SWIGLU = silu(G) * U
 def _limits_pass() -> bool:
     x = torch.zeros(1, device="cpu", requires_grad=True)
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(x.clamp(min=0), x)
-    return bool(slope)
+        return bool(torch.autograd.grad(x.clamp(min=0), x)[0])
 
 
 LIMITS_PASS = _limits_pass()  # whether clamp's slope at a limit is 1, as it is before torch 2.14; 0 from there on

@@ -113,8 +113,15 @@ class _Flow:
         return bool(products) and all(self._is_of_itself(i) for i in products)
 
     def _is_of_itself(self, i: int) -> bool:
+        """Whether both sides of a product are made of one tensor of floats, and neither of parameters alone."""
         sides = [self.above[x] | 1 << x for x in self._tensors(i)]
-        return len(sides) == 2 and any(self._floats(self.at[n]) for n in self.of(sides[0] & sides[1]))
+        if len(sides) != 2 or any(map(self._is_of_parameters, sides)):
+            return False
+        return any(self._floats(self.at[n]) for n in self.of(sides[0] & sides[1]))
+
+    def _is_of_parameters(self, side: int) -> bool:
+        given = [n for n in self.of(side) if n.op in ("placeholder", "get_attr")]
+        return all(isinstance(example_value(n), torch.nn.Parameter) for n in given)
 
     def has_beside(self, router: fx.Node) -> bool:
         """Whether what a product with a column for each expert reads goes into products for all experts as well.

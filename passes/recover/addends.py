@@ -11,7 +11,7 @@ from .. import terms as T
 from ..terms import Term
 from .identity import numbered
 from .rows import No, data_dependent, factors, ids_atom, outer_atoms, plain_row
-from .scales import is_coded
+from .scales import is_coded, is_held
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _routes(s: Term) -> bool:
     Along the inputs of such a weight it may stand inside whole numbers too, which say the group of each input.
     """
     v = s.args[0]
-    if any(x.op == "a" and not ids_atom(x) and is_coded(x) and _runs_along(x, v) for x in T.walk(s.args[1])):
+    if any(x.op == "a" and not ids_atom(x) and is_coded(x) and is_held(x) and _runs_along(x, v) for x in T.walk(s.args[1])):
         return False
     for x in T.walk(s.args[1]):
         if x.op == "topk" and any(T.uses(i, v) for i in x.args[1]):

@@ -44,7 +44,7 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code="elsewhere" if is_collective(n) else "opaque" if n in walls else "inside")
+            return Rejection(what, n, "experts", code="opaque" if n in walls else "elsewhere" if is_collective(n) else "inside")
     return None
 
 
@@ -101,12 +101,12 @@ def _over_features(n: fx.Node) -> bool:
 
 def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     name = op_name(n)
+    if n in walls:
+        return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
     if is_collective(n):
         return f"the selected rows go to other devices ({name}): they get their experts where they arrive, which is a block of its own"
     if is_fused(n):  # a loop that was read: what is amiss stands around it
         return None
-    if n in walls:
-        return f"a custom autograd.Function, a hook or a checkpoint of its own stands {INSIDE}: it cannot be looked through"
     if name in _NORMS and getattr(call_args(n), "training", True):
         return f"{name} stands {INSIDE}: its statistics are not those of one row, as layer_norm's and rms_norm's are"
     if "dropout" in name and _active(n):

@@ -18,11 +18,12 @@ from .. import terms as T
 from ..aten import names
 from ..aten.element import shape_of
 from ..aten.names import op_name
+from ..aten.sharded import leaf
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
 from .packed import cuts, is_packed, nodes_of
-from .rows import Cause, No, factors, reads
+from .rows import WORDS, Cause, No, factors, reads
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ def is_coded(a: Term) -> bool:
         return True
     values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in nodes_of(a)]
     return all(isinstance(v, torch.Tensor) and (is_whole(v.dtype) or is_small_float(v.dtype)) for v in values)
+
+
+def is_held(a: Term) -> bool:
+    """Whether an atom reads tensors that the graph is given, or words of them: nothing that it has computed, as ids are."""
+    found = (n for n in nodes_of(a) if isinstance(n, fx.Node))
+    return all(n.op in ("placeholder", "get_attr") or WORDS in n.meta or n.target is leaf for n in found)
 
 
 def is_integer(a: Term) -> bool:
