@@ -162,3 +162,13 @@ def test_layers_that_are_one_module_and_layers_that_share_one_tensor(mesh: Any) 
     with pytest.raises(ValueError, match="shared with another module"):
         moe_compile.parallelize(tied, mesh, torch.randn(T, H))
     assert not divided(tied)
+
+
+def test_experts_that_were_divided_are_read(mesh: Any) -> None:
+    """The stacks are put together by an op whose making is not read."""
+    net = moe_compile.parallelize(Net(Layer(0), Layer(1)), mesh, torch.randn(T, H))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(net, backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
+    report = moe_compile.last_report()
+    assert len(report.blocks) == 2 and not report.rejected, report.rejected
