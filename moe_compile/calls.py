@@ -13,13 +13,14 @@ _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul,
 }  # fmt: skip
+_DUNDERS = {f"__{f.__name__}__" for f in _IN_PLACE}  # called by name: x.__itruediv__(2)
 
 
 def is_write(n: fx.Node) -> bool:
     """Whether a Dynamo node changes its first argument (or its `out=`)."""
     if n.op == "call_method":
         name = str(n.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+        return (name.endswith("_") and not name.endswith("__")) or name in _DUNDERS
     if n.op != "call_function":
         return False
     if n.target in _IN_PLACE or n.kwargs.get("out") is not None or _asked_in_place(n):

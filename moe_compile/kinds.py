@@ -1,10 +1,11 @@
 """Layers that are alike: of a model with many, one of each kind is looked at, and what is found there holds for the others.
 
-alike(a, b) <=> the same classes, parameters of the same shapes, and the same attributes, but for numbers that count the layers.
+alike(a, b) <=> the same classes, parameters of the same shapes, the same attributes and no hooks, but for numbers that count the layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_OWN = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+_OWN = {"_parameters", "_buffers", "_modules"}
+_MOST = 10_000  # calls of layers of a kind: a loop that ends once what a layer gives is large enough goes on forever
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -34,9 +36,10 @@ class Kind:
 
 
 def kinds(model: nn.Module) -> list[Kind]:
-    """The kinds of layers of a model: children of its outermost lists of modules."""
+    """The kinds of layers of a model: children of its outermost lists of modules, each once."""
     found: list[Kind] = []
-    for layer in _layers(model):
+    once = {id(layer.module): layer for layer in reversed(list(_layers(model)))}
+    for layer in reversed(once.values()):
         known = next((k for k in found if _alike(k.layers[0], layer)), None)
         if known is None:
             found.append(Kind([layer]))
@@ -49,7 +52,7 @@ def _layers(model: nn.Module, path: str = "") -> Iterator[Layer]:
     for name, child in model.named_children():
         below = f"{path}{name}"
         if isinstance(child, nn.ModuleList):
-            yield from (Layer(f"{below}.{i}", i, m) for i, m in enumerate(child))
+            yield from (Layer(f"{below}.{i}", i, m) for i, m in enumerate(child) if m is not None)
         else:
             yield from _layers(child, f"{below}.")
 
@@ -130,9 +133,11 @@ def _put_back(module: nn.Module, own: Any) -> None:
 def _stand(k: Kind, look: Look) -> Callable[..., Any]:
     """In place of the forward of a kind's layers; what they give is kept by the form of their arguments."""
     first, given = k.layers[0].module, {}
-    own = vars(first).get("forward")
+    own, calls = vars(first).get("forward"), itertools.count()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= _MOST:
+            raise RuntimeError("the model calls its layers on and on")
         form = repr(_form((args, kwargs)))
         if form not in given:
             _put_back(first, own)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def parallelize(
     for s in stacks:
         if s.experts % mesh.size():
             raise ValueError(f"parallelize: {s.name} holds {s.experts} experts, which {mesh.size()} ranks cannot share equally")
+    _untied(model, stacks)
     _alike(mesh.get_group(), stacks)
     for s in stacks:
         _place(model, s.name, mesh)
@@ -114,7 +116,8 @@ def _of_kinds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     except Exception as e:  # whatever a shortened run meets, the whole one tells
         log.info("the layers of %s cannot be looked at one by one (%s: %s)", type(model).__name__, type(e).__name__, e)
         return []
-    return list(dict.fromkeys(stacks)) if clear else []
+    known = dict(model.named_parameters())  # under one name each: layers that share one are looked at with the whole model
+    return list(dict.fromkeys(stacks)) if clear and all(s.name in known for s in stacks) else []
 
 
 def _explained(
@@ -160,6 +163,14 @@ def _reader(n: torch.fx.Node, name: str, modules: Mapping[str, nn.Module]) -> st
         parts = [p for p in re.findall(r"\w+", re.sub(r"^L\['\w+'\]", "", str(path))) if p != "_modules"]
         known.add(".".join(parts))
     return max((k for k in known if k in modules and (not k or name.startswith(k + "."))), key=len)
+
+
+def _untied(model: nn.Module, stacks: list[_Stack]) -> None:
+    """Raises ValueError where a stack is a parameter of another module, or of another name, as well: divided, they would be two."""
+    held = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for s in stacks:
+        if held[id(model.get_parameter(s.name))] > 1:
+            raise ValueError(f"parallelize: {s.name} is shared with another module of the model (tied weights), which cannot be divided")
 
 
 def _alike(group: Any, stacks: list[_Stack]) -> None:

@@ -152,3 +152,12 @@ def test_weights_that_are_sharded_take_the_other_branch(mesh: object) -> None:
         setattr(m, name, nn.Parameter(distribute_tensor(getattr(m, name).detach(), mesh, [Replicate()])))  # type: ignore[arg-type]
     ops, reasons = run(m)
     assert ops == 0 and any("DTensor" in r for r in reasons), reasons
+
+
+def test_what_one_module_holds_is_not_held_against_another() -> None:
+    """Refused for a part that nothing asks about: another module of its class, without it, is read."""
+    m = Loop()
+    m.helper = torch.compile(nn.Linear(H, H), backend="eager")
+    assert run(m) == (0, ["module helper is a OptimizedModule, which cannot be copied"])
+    torch._dynamo.reset()
+    assert run(Loop()) == (1, [])

@@ -143,6 +143,28 @@ def test_what_stands_between_layers_is_not_read(monkeypatch, kind):
     assert left[0] >= 2 * FAR, left
 
 
+@pytest.mark.parametrize("shared", ["projection", "scale", "tokens"])
+def test_a_router_whose_sides_have_something_in_common(shared):
+    """It selects experts all the same, not tokens by tokens as the keys of attention are."""
+
+    def model(x: Tensor) -> Tensor:
+        x = x + (x @ weight.mT).tanh()
+        other = {"projection": centre @ weight.mT, "scale": centre * scale, "tokens": centre * x.mean(0)}[shared]
+        scores = {"projection": x @ weight.mT, "scale": x * scale, "tokens": x}[shared] @ other.mT
+        w, ids = scores.softmax(-1).topk(K)
+        h = torch.einsum("th,tkih->tki", x, up[ids]).relu()
+        return x + torch.einsum("tki,tkhi,tk->th", h, down[ids], w)
+
+    weight, centre, scale, up, down = (torch.randn(s) / 4 for s in ((H, H), (8, H), (H,), (8, 6, H), (8, H, 6)))
+    x = torch.randn(T, H)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+    report = moe_compile.last_report()
+    assert len(report.blocks) == 1 and not report.rejected, report.rejected
+
+
 def test_and_is_no_write():
     """Python's own `a & b` ends in an underscore as torch's in-place operations do."""
     graph = torch.fx.symbolic_trace(lambda a, b: ((a & b) | b, a.add_(b))).graph

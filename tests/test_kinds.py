@@ -80,6 +80,21 @@ def test_layers_that_differ(other: nn.Module) -> None:
     assert places(Net(Layer(0), Layer(1), other)) == [[0, 1], [2]]
 
 
+def test_a_hook_makes_a_kind_and_an_empty_place_none() -> None:
+    net = Net(*map(Layer, range(3)))
+    net.layers[1].gate.register_forward_hook(lambda m, args, out: out * 2)
+    net.layers.add_module("3", None)
+    assert places(net) == [[0, 2], [1]]
+
+
+def test_a_loop_over_what_a_layer_gives_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_MOST", 5)
+    net = Net(Dense())
+    with kinds.one_of_each(kinds.kinds(net), lambda k, args, named: args[0]), pytest.raises(RuntimeError, match="on and on"):
+        while True:
+            net.layers[0](torch.ones(T, H))
+
+
 def test_what_else_may_hold_experts() -> None:
     net, outside, lists = (Net(Layer(0), Layer(1)) for _ in range(3))
     outside.extra = nn.Parameter(torch.randn(E, H, H))
@@ -134,3 +149,26 @@ def test_layers_that_a_model_looks_into_are_looked_at_with_it(mesh: Any) -> None
     net = Counts(Layer(0), Layer(1))
     moe_compile.parallelize(net, mesh, torch.randn(T, H))
     assert len(divided(net)) == 4
+
+
+def test_layers_that_are_one_module_and_layers_that_share_one_tensor(mesh: Any) -> None:
+    """One layer three times is divided once, and still runs; a tensor of two layers would become two."""
+    layer = Layer(0)
+    net = Net(layer, layer, layer)
+    moe_compile.parallelize(net, mesh, torch.randn(T, H))
+    assert divided(net) == {"layers.0.up", "layers.0.down"} and net(torch.randn(T, H)).shape == (T, H)
+    tied = Net(Layer(0), Layer(1))
+    tied.layers[1].up = tied.layers[0].up
+    with pytest.raises(ValueError, match="shared with another module"):
+        moe_compile.parallelize(tied, mesh, torch.randn(T, H))
+    assert not divided(tied)
+
+
+def test_experts_that_were_divided_are_read(mesh: Any) -> None:
+    """The stacks are put together by an op whose making is not read."""
+    net = moe_compile.parallelize(Net(Layer(0), Layer(1)), mesh, torch.randn(T, H))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(net, backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
+    report = moe_compile.last_report()
+    assert len(report.blocks) == 2 and not report.rejected, report.rejected

@@ -154,7 +154,16 @@ def test_a_write_that_reaches_ids_is_a_fact_of_the_graph() -> None:
     assert [effects.written(c) is write for c in casts] == [False, True]
 
 
-@pytest.mark.parametrize("how", [lambda v: nn.functional.relu(v, True), lambda v: nn.functional.relu(v, inplace=True), lambda v: v.relu_()])
+IN_PLACE = [
+    lambda v: nn.functional.relu(v, True),
+    lambda v: nn.functional.relu(v, inplace=True),
+    lambda v: v.relu_(),
+    lambda v: v.__isub__(1),
+    lambda v: v.__itruediv__(3.0),
+]
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
 def test_functions_in_place_are_writes(how: Any) -> None:
     def f(x: Tensor) -> Tensor:
         y = x * 2

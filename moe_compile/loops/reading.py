@@ -80,7 +80,8 @@ def read(call: Call, recover: Recover) -> Trial:
     marks = {r: mark(find(r, roots(call))) for r in reads}
     if isinstance(outcome, Reading):
         outcome = replace(outcome, reads=marks)
-    lasting = isinstance(outcome, Reading) or outcome.stage not in _NEVER
+    # a refusal before anything was asked rests on the module at hand, and no mark would tell another one from it
+    lasting = isinstance(outcome, Reading) or outcome.stage not in _NEVER and bool(marks)
     return Trial(outcome, marks, not isinstance(outcome, NoExperts), lasting)
 
 

@@ -9,6 +9,7 @@ What stands under a transform of torch.func is read as a whole or not at all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -91,7 +92,7 @@ class _Flow:
         """What is read around one selection."""
         s = self.at[selection]
         scores, tokens = self._scores(s)
-        if self._is_among_tokens(scores):
+        if self._is_among_tokens(s, scores):
             return scores | sum(1 << x for x in self.readers[s])
         upper = scores | self._residual(tokens)
         beyond = 0
@@ -107,10 +108,28 @@ class _Flow:
             upper |= self.above[i] if i != end else 0
         return (upper | inside) & ~beyond
 
-    def _is_among_tokens(self, scores: int) -> bool:
-        """Whether tokens are selected by tokens, as keys in attention are: what stands on one side of the product is made of the other."""
+    def _is_among_tokens(self, s: int, scores: int) -> bool:
+        """Whether tokens are selected by tokens, as keys in attention are: the sides of the product are made of something in common.
+
+        So may be those of a router's (a projection, a scale); but as many experts as it has columns stand below.
+        """
         products = [self.at[n] for n in self.of(scores) if op_name(n) in _FAR]
-        return bool(products) and all(self._is_of_itself(i) for i in products)
+        return bool(products) and all(self._is_of_itself(i) and not self._chooses_of_stack(s, i) for i in products)
+
+    def _chooses_of_stack(self, s: int, i: int) -> bool:
+        """Whether a product below the selection reads a stack that is as long as the product i is wide, or high."""
+        v = example_value(self.nodes[i])
+        counts = [d for d in v.shape[-2:] if isinstance(d, int)] if isinstance(v, torch.Tensor) else []
+        return any(self.below[s] & self.of_stacks.get(d, 0) for d in counts)
+
+    @functools.cached_property
+    def of_stacks(self) -> dict[int, int]:
+        """The products that read a stack of a length."""
+        found: dict[int, int] = {}
+        for i, n in enumerate(self.nodes):
+            for d in _stacks(n) if op_name(n) in names.CONTRACTION else ():
+                found[d] = found.get(d, 0) | 1 << i
+        return found
 
     def _is_of_itself(self, i: int) -> bool:
         """Whether both sides of a product are made of one tensor of floats, and neither of parameters alone."""
@@ -135,7 +154,7 @@ class _Flow:
         v = example_value(router)
         count = v.shape[-1] if isinstance(v, torch.Tensor) else 0
         products = [n for n in self.of(beside) if op_name(n) in names.CONTRACTION and (not self._comes_of(r, n) or self._looked_up(r, n))]
-        return len(products) > count or any(_reads_stack(n, count) for n in products)
+        return len(products) > count or any(count in _stacks(n) for n in products)
 
     def _comes_of(self, r: int, n: fx.Node) -> bool:
         return bool(self.below[r] >> self.at[n] & 1) or self.at[n] == r
@@ -291,16 +310,16 @@ def _transformed(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]] | None:
     return None if level or any(u not in whole for n in wrapped for u in n.users) else whole
 
 
-def _reads_stack(n: fx.Node, count: int) -> bool:
-    """Whether a product reads a given tensor with a matrix for each of `count` experts, in one view or another."""
-    seen = list(n.all_input_nodes)
+def _stacks(n: fx.Node) -> set[int]:
+    """How many matrices the given stacks hold that a product reads, in one view or another."""
+    seen, found = list(n.all_input_nodes), set[int]()
     for x in seen:
         v = example_value(x)
-        if x.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3 and v.shape[0] == count:
-            return True
+        if x.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim == 3 and isinstance(v.shape[0], int):
+            found.add(v.shape[0])
         if op_name(x) in names.VIEW | names.CAST | names.LOOKUP | {"getitem"}:
             seen += (y for y in x.all_input_nodes if y not in seen)
-    return False
+    return found
 
 
 def _is_given(n: fx.Node) -> bool:

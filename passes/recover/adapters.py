@@ -121,7 +121,10 @@ def _is_normed(a: Term) -> bool:
             return False
         if op_name(n) in _NORMS:
             return True
-        n = n.args[1] if op_name(n) == "div" else n.args[0]
+        operands = n.args[1:] if op_name(n) == "div" else n.args
+        if not operands:  # a value whose making is not read
+            return False
+        n = operands[0]
     return False
 
 
