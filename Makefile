@@ -36,7 +36,7 @@ golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalo
 	git --no-pager diff --stat tests/golden.txt
 
 zoo: $(READY)  ## every experts implementation of every architecture, one token of every catalogue entry (make test runs a part)
-	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_cpu_packed.py tests/test_caches.py tests/sharded
+	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_cpu_packed.py tests/test_caches.py tests/test_metamorphic.py tests/sharded
 
 docs: $(READY)  ## write what docs/architecture.md prints of a trace anew; read its diff
 	DOCS_WRITE=1 $(BIN)/python -m pytest -q tests/test_trace.py -k document
