@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from ...calls import is_write
 from ...ir import Rejection
+from .names import op_name
 from .node import example_value
 
 
@@ -33,6 +34,11 @@ def is_sharded(value: Any) -> bool:
     """Whether a value is a DTensor, or holds one."""
     cls = sharded_class()
     return cls is not None and value is not None and tree_any(lambda v: isinstance(v, cls), value)
+
+
+def is_collective(n: fx.Node) -> bool:
+    """Whether other devices have a part in a value: even a selection's indices are other ones behind it."""
+    return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
 
 
 def is_region(n: fx.Node) -> bool:

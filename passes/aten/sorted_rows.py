@@ -16,6 +16,7 @@ from ..terms import Term
 from . import names
 from .element import Puller, rule, size_of
 from .names import op_name
+from .sharded import is_collective
 
 MARK = "expert_of_row"
 EXCHANGED = "exchanged"  # of a mark: whether the group sizes came from other devices
@@ -63,7 +64,7 @@ def _behind(ends: fx.Node) -> tuple[bool, bool]:
         n = waiting.pop()
         if op_name(n) in names.SELECTION:
             return True, exchanged
-        if "c10d" in str(n.target):
+        if is_collective(n):
             exchanged = True
             continue
         new = [x for x in n.all_input_nodes if x not in seen]

@@ -15,7 +15,7 @@ from ..aten.definitions_views import TUPLES
 from ..aten.element import RULES
 from ..aten.names import op_name
 from ..aten.node import example_value
-from ..aten.sharded import leaf
+from ..aten.sharded import is_collective, leaf
 from ..aten.sorted_rows import EXCHANGED, is_mark
 from ..terms import Term
 from .selections import is_selection
@@ -92,11 +92,6 @@ def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:
         seen.update(new)
         waiting += new
     return found
-
-
-def is_collective(n: fx.Node) -> bool:
-    """Whether other devices have a part in a value: even a selection's indices are other ones behind it."""
-    return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
 
 
 def _has_rule(n: fx.Node) -> bool:

@@ -16,10 +16,10 @@ from ..aten import names
 from ..aten.definitions_views import TUPLES
 from ..aten.element import RULES, call_args, shape_of
 from ..aten.names import op_name
+from ..aten.sharded import is_collective
 from ..aten.sources import code_of
 from .counted import indices
 from .fused import is_fused
-from .given_ids import is_collective
 from .match import ExpertsMatch
 
 INSIDE = "inside the expert"
