@@ -44,7 +44,7 @@ golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalo
 	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
 	git --no-pager diff --stat tests/golden.txt
 
-ZOO := tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_caches.py tests/test_metamorphic.py tests/sharded
+ZOO := tests/test_examples.py tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_caches.py tests/test_metamorphic.py tests/sharded
 
 zoo: $(READY)  ## every experts implementation of every architecture, one token of every catalogue entry (make test runs a part)
 	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) $(sort $(ZOO) $(shell $(PYTHON) tests/sampled.py))

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,7 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
         import parallelized
 
         yield from parallelized.table(rank, world)
+        yield "example", example()
 
 
 def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: DeviceMesh) -> dict[str, Any]:
@@ -187,6 +189,19 @@ def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: Dev
         "fused": sum(ops), "graphs": len(ops), "out": worst(out, want[rank]), "grad": gradients(owner, one) if train else 0.0,
         "left": [r.reason for r in report.rejected],
     }  # fmt: skip
+
+
+def example() -> dict[str, Any]:
+    """What `examples/run_trinity.py --ep 2 --explain` tells, in the process group that is there; nothing in all ranks but the first."""
+    from unittest import mock
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import divided
+    import run_trinity
+
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        found = divided.run(run_trinity.parse(["--ep", "2", "--explain", "--json"], ""))
+    return {} if found is None else divided.as_json(found) | {"complete": found.complete}
 
 
 def counting(ops: list[int], traced: bool = True) -> Callable[..., Any]:
