@@ -51,7 +51,7 @@ def test_eager_is_the_naive_reading(name: str) -> None:
     case = catalogue.build(cls).eval()
     torch.manual_seed(1)
     first = case.example_inputs()
-    for label, inputs in itertools.chain([("first", first)], check.routings(case)):
+    for label, inputs in itertools.chain([("first", first)], check.routings(case, tokens=0 if check.EVERY else 4)):
         with torch.no_grad():
             got = check.tensors(case(*inputs))[0]
             want = torch.from_numpy(naive.block(cls.expect.gating, cls.expect.experts, case.parts(*inputs)))
