@@ -49,7 +49,7 @@ BROKEN = {
 
 def cases() -> list[object]:
     every = "COMPAT_ALL" in os.environ
-    some = None if VERSION == OLD[0] else 1
+    some = None if OLD[0] == VERSION else 1
     pairs = [(e, i) for e in zoo.ENTRIES for i in (e.implementations if every else DOZEN.get(e.name, ())[:some])]
     return [pytest.param(e, i, id=f"{e.name}-{i}", marks=_marks(e.name, i)) for e, i in pairs]
 
