@@ -27,8 +27,8 @@ collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other ve
 if (
     "ASCEND_APART" in os.environ
 ):  # these run against the real wheel (`make test-ascend`), which has no gradients: what needs them stays here
-    parts = ("antiquant", "documents", "dry_run", "exchange", "exchange_graphs", "formats", "int8", "law", "lowering", "quant", "recorder",
-             "rules", "static", "streams", "weights")  # fmt: skip
+    parts = ("antiquant", "documents", "documents_catalogue", "dry_run", "exchange", "exchange_graphs", "formats", "int8", "law",
+             "lowering", "physical", "quant", "recorder", "rules", "smooth", "static", "streams", "weights")  # fmt: skip
     collect_ignore_glob += [f"ascend/test_{part}.py" for part in parts]
 
 
