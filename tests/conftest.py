@@ -28,7 +28,7 @@ if (
     "ASCEND_APART" in os.environ
 ):  # these run against the real wheel (`make test-ascend`), which has no gradients: what needs them stays here
     parts = ("antiquant", "documents", "documents_catalogue", "dry_run", "exchange", "exchange_graphs", "formats", "int8", "law",
-             "lowering", "physical", "quant", "recorder", "rules", "smooth", "static", "streams", "weights")  # fmt: skip
+             "lowering", "quant", "recorder", "rules", "smooth", "static", "streams", "weights")  # fmt: skip
     collect_ignore_glob += [f"ascend/test_{part}.py" for part in parts]
 
 
