@@ -161,8 +161,8 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     if not names:
         import parallelized
 
-        yield from parallelized.table(rank, world)
         yield "example", example()
+        yield from parallelized.table(rank, world)
 
 
 def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: DeviceMesh) -> dict[str, Any]:
