@@ -81,7 +81,7 @@ def _sizes(n: Any) -> int:
 
 def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
     """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop, or a selection
-    whose ids are counted by an op that has as many counts as the data wants, or whose rows, as many as a mask has, are multiplied by group."""
+    beside an op that has as many counts as the data wants, or beside grouped products, whose rows a mask may pick."""
     if has_loop(code) and asks(code):
         return True
     found = list(reached(code, names, values))
