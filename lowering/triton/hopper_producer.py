@@ -125,9 +125,10 @@ def produce(
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    WIDTH: gl.constexpr = 128 // ring_a.dtype.primitive_bitwidth  # 16 bytes
+    layout: gl.constexpr = gl.BlockedLayout([1, WIDTH], [4, 8], [gl.num_warps(), 1], [1, 0])
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    at_k = gl.arange(0, min(BK, 64), layout=gl.SliceLayout(0, layout))
+    at_k = gl.arange(0, min(BK, 8 * WIDTH), layout=gl.SliceLayout(0, layout))
     row_tiles = gl.load(num_tiles)
     tile = gl.program_id(0)
     e = expert_of(tile, tiles, row_tiles, blocks)

@@ -1,4 +1,4 @@
-"""Rows rounded as a model rounds them before a product (W8A8), for kernels that multiply in the rows' own type: q · s, a launch.
+"""Rows rounded as a model rounds them before a product (W8A8), a launch: q · s for kernels that multiply in the rows' own type, or q and s.
 
     s = max|x| / largest over each group of a row,   q = to8(x / max(s, floor)),   out = q · (max(s, floor) or s)
 
@@ -33,10 +33,10 @@ def _as_e4m3(v):
 
 @triton.jit(do_not_specialize=["count"])
 def _round_rows(
-    x, out, count, groups, stride, width, largest, floor,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, FLOAT: tl.constexpr, FLOORED: tl.constexpr,
+    x, out, scales, count, groups, stride, width, largest, floor,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, FLOAT: tl.constexpr, FLOORED: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """`count` groups of GROUP inputs, `groups` a row; MANY a program."""
+    """`count` groups of GROUP inputs, `groups` a row; MANY a program. CODES: the e4m3 codes by themselves, beside their scales."""
     g = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
     j = tl.arange(0, BLOCK)
     inside = (g < count)[:, None] & (j < GROUP)[None, :]
@@ -51,8 +51,13 @@ def _round_rows(
     else:
         q = tl.div_rn(v, tl.broadcast_to(tl.where(least == 0.0, 1.0, least)[:, None], v.shape))
         q = (q + 12582912.0) - 12582912.0  # to the nearest whole number, ties to even
-    q = q * (least if FLOORED else s)[:, None]
-    tl.store(out + (row * width + first)[:, None] + j[None, :], q.to(out.dtype.element_ty), mask=inside)
+    used = least if FLOORED else s
+    if CODES:
+        tl.store(scales + g, used, mask=g < count)
+        q = q.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        q = (q * used[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (row * width + first)[:, None] + j[None, :], q, mask=inside)
 
 
 def fits(how: Rows, width: int) -> bool:
@@ -65,13 +70,30 @@ def fits(how: Rows, width: int) -> bool:
 def rounded(x: Tensor, how: Rows) -> Tensor:
     """x [N, K], K contiguous -> the rows as the product reads them, in their own type. Needs `fits`."""
     out = empty(x, *x.shape)
-    group = how.group or x.shape[1]
-    groups, block = x.shape[1] // group, power_of_2(group)
+    _round(x, how, out, None)
+    return out
+
+
+def coded(x: Tensor, how: Rows) -> tuple[Tensor, Tensor]:
+    """x [N, K], K contiguous -> (e4m3 codes as bytes [N, K], fp32 scales [N, groups]). Needs `fits`, and e4m3."""
+    codes, scales = empty(x, *x.shape, dtype=torch.uint8), empty(x, x.shape[0], _groups(x, how), dtype=torch.float32)
+    _round(x, how, codes, scales)
+    return codes, scales
+
+
+def _groups(x: Tensor, how: Rows) -> int:
+    return x.shape[1] // (how.group or x.shape[1])
+
+
+def _round(x: Tensor, how: Rows, out: Tensor, scales: Tensor | None) -> None:
+    groups = _groups(x, how)
+    group = x.shape[1] // groups
+    block = power_of_2(group)
     many = max(1, _ELEMENTS // block)
     count = x.shape[0] * groups
     launch(
         _round_rows, (cdiv(count, many),),
-        x, out, count, groups, x.stride(0), x.shape[1], how.largest, how.floor,
-        GROUP=group, BLOCK=block, MANY=many, FLOAT=how.dtype.is_floating_point, FLOORED=how.floored, num_warps=4,
+        x, out, scales, count, groups, x.stride(0), x.shape[1], how.largest, how.floor,
+        GROUP=group, BLOCK=block, MANY=many, FLOAT=how.dtype.is_floating_point, FLOORED=how.floored, CODES=scales is not None,
+        num_warps=4,
     )  # fmt: skip
-    return out
