@@ -195,8 +195,8 @@ def grouped_gemm(
 
     `how`: the rows are rounded so first. The warp-specialised kernels (`tile.by_row`) leave the results in the dispatch's rows.
     """
-    if how is not None and tile.float8:
-        hopper_float8_calls.grouped_gemm(*rounding.coded(a, how), how, w, bias, rows, out, tile.group, layout, gather, row_weights)
+    if tile.float8:
+        hopper_float8_calls.grouped_gemm(a, w, bias, rows, out, tile.group, layout, gather, row_weights, how)
         return
     a = _rounded(a, how)
     if tile.hopper:
@@ -278,7 +278,7 @@ def choose(c: Coded) -> Choice | None:
         if decoding(rows, c.up.packed):
             up = DECODING if hopper_coded_calls.fits(c.x, c.up) else up
             down = DECODING if hopper_coded_calls.fits(c.x, c.down, c.up.at.n) else down
-        if rows > FLOAT8_FROM:
+        if rows >= FLOAT8_FROM:
             up = FLOAT8 if hopper_float8_calls.fits(c.x, c.up, c.rows[0]) else up
             down = FLOAT8 if hopper_float8_calls.fits(c.x, c.down, c.rows[1]) else down
         choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)

@@ -4,6 +4,8 @@
 
 A block is 128 of depth: its product starts from zero and is added up in fp32 with both scales, since the tensor cores keep 14 bits of a
 float8 sum. A consumer's two column blocks take turns in the registers of one product: while one consumer adds up, the other's product runs.
+
+Rows that nobody rounds come as two codes, x = (q + q') s, and both are multiplied (`PARTS` 2): no weight is ever decoded.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -35,10 +37,13 @@ def _block(k, last, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _added(total, rows, weights, scale, mma: gl.constexpr):
-    """total + scale · (rows weightsᵀ), scale [64]."""
+def _added(total, ring, at, weights, scale, AT: gl.constexpr, PARTS: gl.constexpr, mma: gl.constexpr):
+    """total + scale · Σ (rows weightsᵀ) over the parts of a stage, of 64 rows from AT on, scale [64]."""
     zero = gl.zeros(total.shape, gl.float32, mma)
-    pending = warpgroup_mma(rows, weights.permute((1, 0)), zero, use_acc=False, is_async=True)
+    weights = weights.permute((1, 0))
+    pending = warpgroup_mma(ring.index(at).slice(AT, HALF_ROWS), weights, zero, use_acc=False, is_async=True)
+    if PARTS == 2:
+        pending = warpgroup_mma(ring.index(at + 1).slice(AT, HALF_ROWS), weights, pending, is_async=True)
     product = warpgroup_mma_wait(num_outstanding=0, deps=(pending,))
     return total + product * gl.expand_dims(scale, 1)
 
@@ -55,7 +60,10 @@ def _consume(
     COLUMNS: gl.constexpr = BN if MODE == DUAL else 2 * BN  # of the result
     NEXT: gl.constexpr = 0 if MODE == DUAL else BN
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
-    ring_a = ring_a._reinterpret(gl.float8e4nv, ring_a.shape, ring_a.layout)
+    DEPTH: gl.constexpr = ring_w.shape[2]
+    PARTS: gl.constexpr = ring_a.shape[2] // DEPTH
+    # a row's 256 bytes of a step lie as two blocks of 128 bytes, one behind the other
+    ring_a = ring_a._reinterpret(gl.float8e4nv, [STAGES * PARTS, 2 * HALF_ROWS, DEPTH], ring_w.layout)
     ring_w = ring_w._reinterpret(gl.float8e4nv, ring_w.shape, ring_w.layout)
     stage = stages_out.index(HALF)
     at_row = gl.arange(0, HALF_ROWS, layout=gl.SliceLayout(1, mma))
@@ -82,13 +90,12 @@ def _consume(
                 mbarrier.wait(full.index(s), (step // STAGES) & 1)
                 if GATHER:
                     fence_async_shared()  # rows came by cp.async, wgmma reads through the other proxy
-                a = ring_a.index(s).slice(HALF * HALF_ROWS, HALF_ROWS)
                 # the next step's, asked for before this one's products
                 next_a = gl.load(from_a + _block(k + 1, steps - 1, GROUP))
                 next0 = gl.load(from0 + _block(k + 1, steps - 1, BLOCK) * scale_k).to(gl.float32)
                 next1 = gl.load(from1 + _block(k + 1, steps - 1, BLOCK) * scale_k).to(gl.float32)
-                acc0 = _added(acc0, a, ring_w.index(2 * s), sa * s0, mma)
-                acc1 = _added(acc1, a, ring_w.index(2 * s + 1), sa * s1, mma)
+                acc0 = _added(acc0, ring_a, PARTS * s, ring_w.index(2 * s), sa * s0, HALF * HALF_ROWS, PARTS, mma)
+                acc1 = _added(acc1, ring_a, PARTS * s, ring_w.index(2 * s + 1), sa * s1, HALF * HALF_ROWS, PARTS, mma)
                 mbarrier.arrive(empty.index(s))
                 sa, s0, s1 = next_a, next0, next1
                 step += 1
@@ -118,10 +125,11 @@ def float8_gemm(
     stride_be, stride_bn, stride_out,
     MODE: gl.constexpr, ACT: gl.constexpr, GATHER: gl.constexpr, BIAS: gl.constexpr, WEIGHTED: gl.constexpr,
     FIRST0: gl.constexpr, FIRST1: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, WALK: gl.constexpr, EVEN_K: gl.constexpr,
+    STAGES: gl.constexpr, WALK: gl.constexpr, EVEN_K: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """As `hopper.grouped_gemm`, tiles of 128 rows and two blocks of 128 columns, 128 of depth a step; all codes are bytes.
 
+    `a` [., k], or [., blocks of 128 · 2 · 128] for rows in two parts (then k is whole blocks).
     `scales_a` [., blocks of GROUP steps]: of the rows of `a`. `scales0`, `scales1`: of the first matrix of each part; a column's scale i
     lies at (column + FIRST) // ROWS (0: the first), i by steps // BLOCK (0: the first). n and ROWS: FIRST + 128 c begins no block midway.
     """
@@ -131,7 +139,8 @@ def float8_gemm(
     BM: gl.constexpr = 2 * HALF_ROWS
     BN: gl.constexpr = codes0.block_shape[0]
     BK: gl.constexpr = codes0.block_shape[1]
-    ring_a = gl.allocate_shared_memory(gl.uint8, [STAGES, BM, BK], gl.NVMMASharedLayout.get_default_for([BM, BK], gl.uint8))
+    layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, PARTS * BK], gl.uint8)
+    ring_a = gl.allocate_shared_memory(gl.uint8, [STAGES, BM, PARTS * BK], layout_a)
     ring_w = gl.allocate_shared_memory(gl.uint8, [2 * STAGES, BN, BK], codes0.layout)
     stages_out = gl.allocate_shared_memory(DTYPE, [2, HALF_ROWS, BN], out_tma.layout)
     news, told, heard = channel()

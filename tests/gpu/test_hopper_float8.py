@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from calls import DEVICE
 
 from moe_compile import ir, ops
+from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import Operands
 from moe_compile.lowering.triton import coded, hopper_float8_calls, rounding
 from moe_compile.lowering.triton.coded_tiles import FLOAT8
@@ -36,7 +37,15 @@ CASES = {
     "blocks of 256": rounding_both(meaning(replace(BLOCKS, rows=256, columns=256), 512, 256), GROUPS),
     "ragged depth and columns": rounding_both(meaning(replace(BLOCKS, rows=0), 272, 208), ir.Rows(8, F8)),
     "biases, weight after": rounding_both(meaning(BLOCKS, 256, 256, up_bias=True, down_bias=True), GROUPS),
-    "one projection": rounding_both(meaning(BLOCKS, 256, 128, ir.Form.SINGLE), GROUPS),
+    "one projection": rounding_both(replace(meaning(BLOCKS, 256, 128, ir.Form.SINGLE), activation=act.relu(act.G) ** 2), GROUPS),
+}
+
+
+AS_THEY_ARE = {
+    "blocks": meaning(BLOCKS, 256, 384),
+    "one scale a matrix": meaning(replace(BLOCKS, rows=0, columns=0), 128, 128),
+    "ragged columns": meaning(replace(BLOCKS, rows=0, columns=128), 384, 384),
+    "weight on the input, biases": meaning(BLOCKS, 256, 128, weight_on_input=True, up_bias=True, down_bias=True),
 }
 
 
@@ -60,6 +69,34 @@ def test_the_oracle(name: str, tokens: int) -> None:
     want, got = e.evaluate(**t), run(e, t).double()
     assert float((got - want).norm() / want.norm()) <= 2.5e-2
     assert torch.equal(run(e, t), got.to(BF16)), "another result the second time"
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [1, 70, 700])
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_rows_in_two_parts(name: str, tokens: int) -> None:
+    """No more than rounding the hidden layer and the result to bf16 costs."""
+    e = AS_THEY_ARE[name]
+    t = tensors(e, tokens)
+    t["x"] *= torch.logspace(-3, 3, e.hidden, device=DEVICE).to(BF16)
+    want, got = e.evaluate(**t), run(e, t).double()
+    assert float((got - want).norm() / want.norm()) <= 4e-3
+    assert torch.equal(run(e, t), got.to(BF16)), "another result the second time"
+
+
+def test_two_parts_are_the_row() -> None:
+    """Exact within 2^-9 of a block's largest number; below, off by 2^-17 of it at most."""
+    x = (torch.randn(9, 256, device=DEVICE) * torch.logspace(-7, 7, 256, device=DEVICE)).to(BF16)
+    x[3], x[4, :128], x[5, 7] = 0.0, 1e-38, float("nan")
+    codes, scales = rounding.in_two(x)
+    parts = codes.view(F8).float().view(9, 2, 2, 128)
+    got, want = (parts.sum(2) * scales[..., None]).cpu(), x.cpu().float().view(9, 2, 128)
+    largest = want.abs().amax(-1, keepdim=True)
+    near = want.abs() > largest * 2**-9
+    assert got[5, 0, 7].isnan() and int(got.isnan().sum()) == 1
+    rows = [i for i in range(9) if i not in (4, 5)]
+    assert torch.equal(got[rows][near[rows]], want[rows][near[rows]])
+    assert bool(((got - want).abs() <= largest * 2**-17)[rows].all()) and float(got[4, 0].abs().max()) <= 2e-38
 
 
 @on_hopper
@@ -109,5 +146,6 @@ def test_what_does_not_fit() -> None:
     p = Operands.named(**{n: ts for n, ts in t.items() if n not in ("x", "ids", "weights")})
     c = coded.operands(t["x"], t["ids"], t["weights"], p, None, *ops.storage_of(ops.experts_args(e)))
     assert c is not None and c.layout.num_experts == EXPERTS
-    for how in (None, ir.Rows(8, F8, 64), ir.Rows(8, torch.int8)):
+    for how in (ir.Rows(8, F8, 64), ir.Rows(8, torch.int8)):
         assert not hopper_float8_calls.fits(c.x, c.up, how)
+    assert not hopper_float8_calls.fits(c.x.half(), c.up, None), "fp16 has eleven digits"
