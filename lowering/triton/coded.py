@@ -17,7 +17,7 @@ from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
 from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, hopper_float8_calls, rounding
-from .coded_tiles import DECODING, FLOAT8, FLOAT8_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
+from .coded_tiles import DECODING, FLOAT8, TWO_PARTS_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -237,7 +237,8 @@ def depth(w: Codes, bk: int, early: bool = False) -> tuple[Any, int]:
 def fits(w: Codes, bk: int) -> bool:
     """Whether blocks of scales and steps of depth meet."""
     grouping, step = depth(w, bk)
-    return grouping is not coded_gemm.BEFORE or (step % w.columns == 0 and w.columns & (w.columns - 1) == 0)
+    in_step = step % w.columns == 0 and w.columns & (w.columns - 1) == 0 if w.columns else True
+    return grouping is not coded_gemm.BEFORE or w.columns % step == 0 or in_step
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------
@@ -278,8 +279,8 @@ def choose(c: Coded) -> Choice | None:
         if decoding(rows, c.up.packed):
             up = DECODING if hopper_coded_calls.fits(c.x, c.up) else up
             down = DECODING if hopper_coded_calls.fits(c.x, c.down, c.up.at.n) else down
-        if rows >= FLOAT8_FROM:
-            up = FLOAT8 if hopper_float8_calls.fits(c.x, c.up, c.rows[0]) else up
+        up = FLOAT8 if hopper_float8_calls.fits(c.x, c.up, c.rows[0]) else up
+        if c.rows[1] is not None or rows > TWO_PARTS_FROM:
             down = FLOAT8 if hopper_float8_calls.fits(c.x, c.down, c.rows[1]) else down
         choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):

@@ -48,8 +48,8 @@ class Choice:
 
 
 DECODING = Tile(128, 128, 64, 4, 3, 8, hopper=True)
-FLOAT8 = Tile(128, 128, 64, 8, 3, 8, early=True, float8=True)
-FLOAT8_FROM = 1  # rows an expert from which products of codes are faster, where rows are rounded
+FLOAT8 = Tile(128, 128, 64, 8, 3, 8, float8=True)
+TWO_PARTS_FROM = 12  # rows an expert from which hidden rows in two parts pay: they cost a launch; tokens do always
 _FROM = {False: 24, True: 12}  # rows an expert from which a warp group that decodes is faster: codes of a byte, of half a byte
 
 

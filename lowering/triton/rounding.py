@@ -33,8 +33,11 @@ def _as_e4m3(v):
 
 
 @triton.jit
-def _code(q):
-    """The byte of a number that is an e4m3's."""
+def _code(v, NATIVE: tl.constexpr):
+    """The byte of the e4m3 nearest to v. NATIVE: by the card's own conversion, which does the same."""
+    if NATIVE:
+        return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    q = _as_e4m3(v)
     bits, size = q.to(tl.int32, bitcast=True), tl.abs(q)
     code = tl.where(size < 0.015625, (size * 512.0).to(tl.int32), ((bits >> 20) & 0x7FF) - 960)
     return (tl.where(q != q, 0x7F, code) | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -73,7 +76,9 @@ def _round_rows(
     most = tl.where(tl.max((v != v).to(tl.int32), 1) == 1, float("nan"), most)
     s = tl.div_rn(most, tl.full((MANY,), 1.0, tl.float32) * largest)
     least = tl.where(s < floor, floor, s)
-    if FLOAT:
+    if CODES:
+        q = _divided(v, least, FUSED)
+    elif FLOAT:
         q = _as_e4m3(_divided(v, least, FUSED))
     else:
         q = tl.div_rn(v, tl.broadcast_to(tl.where(least == 0.0, 1.0, least)[:, None], v.shape))
@@ -81,14 +86,14 @@ def _round_rows(
     used = least if FLOORED else s
     if CODES:
         tl.store(scales + g, used, mask=g < count)
-        q = _code(q)
+        q = _code(q, FUSED)
     else:
         q = (q * used[:, None]).to(out.dtype.element_ty)
     tl.store(out + (row * width + first)[:, None] + j[None, :], q, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _split_rows(x, out, scales, count, groups, stride, GROUP: tl.constexpr, MANY: tl.constexpr):
+def _split_rows(x, out, scales, count, groups, stride, GROUP: tl.constexpr, MANY: tl.constexpr, NATIVE: tl.constexpr):
     """`count` groups of GROUP inputs, `groups` a row, x = (q + q') s: q, then q', of a group after the other; MANY a program."""
     g = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
     j = tl.arange(0, GROUP)
@@ -99,11 +104,14 @@ def _split_rows(x, out, scales, count, groups, stride, GROUP: tl.constexpr, MANY
     exponent = tl.maximum(tl.max(tl.abs(v), 1).to(tl.int32, bitcast=True) >> 23, 27)
     s = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
     v = v * ((261 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    q = _as_e4m3(v)
     tl.store(scales + g, s, mask=g < count)
     at = out + (g * (2 * GROUP))[:, None] + j[None, :]
-    tl.store(at, _code(q), mask=inside)
-    tl.store(at + GROUP, _code(_as_e4m3(v - q)), mask=inside)
+    if NATIVE:
+        q = v.to(tl.float8e4nv).to(tl.float32)
+    else:
+        q = _as_e4m3(v)
+    tl.store(at, _code(q, NATIVE), mask=inside)
+    tl.store(at + GROUP, _code(v - q, NATIVE), mask=inside)
 
 
 def fits(how: Rows, width: int) -> bool:
@@ -137,7 +145,10 @@ def in_two(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.shape[1] // _SPLIT
     codes, scales = empty(x, x.shape[0], 2 * x.shape[1], dtype=torch.uint8), empty(x, x.shape[0], groups, dtype=torch.float32)
     count, many = x.shape[0] * groups, _ELEMENTS // _SPLIT
-    launch(_split_rows, (cdiv(count, many),), x, codes, scales, count, groups, x.stride(0), GROUP=_SPLIT, MANY=many, num_warps=4)
+    launch(
+        _split_rows, (cdiv(count, many),),
+        x, codes, scales, count, groups, x.stride(0), GROUP=_SPLIT, MANY=many, NATIVE=x.is_cuda, num_warps=4,
+    )  # fmt: skip
     return codes, scales
 
 

@@ -15,7 +15,7 @@ from calls import DEVICE
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.ir.operands import Operands
+from moe_compile.ir.operands import CODED, Operands
 from moe_compile.lowering.triton import coded, hopper_float8_calls, rounding
 from moe_compile.lowering.triton.coded_tiles import FLOAT8
 
@@ -127,6 +127,21 @@ def test_what_is_no_number() -> None:
     got[7] = False
     hit[7] = False
     assert int(got.sum()) == int(hit.sum())
+
+
+@on_hopper
+@pytest.mark.parametrize("e", [CASES["groups of 128"], AS_THEY_ARE["blocks"]], ids=["rounded", "in two parts"])
+def test_the_op(e: ir.Experts) -> None:
+    """By its plan, with the tiles that the rule chooses, on other rows each time."""
+    plain = ops.experts_args(e)
+    for _ in range(3):
+        t = tensors(e, 150)
+        p = Operands.named(**{n: ts for n, ts in t.items() if n not in ("x", "ids", "weights")})
+        got = torch.ops.moe_compile.experts_stored(t["x"], t["ids"], t["weights"], *p.lists(CODED), None, *plain)
+        want = e.evaluate(**t)
+        assert float((got.double() - want).norm() / want.norm()) <= (2.5e-2 if e.up_rows else 4e-3)
+        c = coded.operands(t["x"], t["ids"], t["weights"], p, None, *ops.storage_of(plain))
+        assert c is not None and coded.choose(c) == coded.Choice(FLOAT8, FLOAT8)
 
 
 def test_codes_and_scales() -> None:
