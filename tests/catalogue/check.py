@@ -70,8 +70,8 @@ def one_token_too(cls: type[Case]) -> bool:
 
 
 def symbolic(cls: type[Case]) -> bool:
-    """Whether an entry is compiled for any number of tokens. So are those that their number makes a difference to, and all in 16 bits, where
-    errors are held against eager's, on many tokens."""
+    """Whether an entry is compiled for any number of tokens. So are those that their number makes a difference to, and all in 16 bits,
+    where errors are held against eager's, on many tokens."""
     return EVERY or _turn(cls, 4) == 1 or cls.dtype is not torch.float32 or f"catalogue/{cls.__name__}" in TELLING
 
 
