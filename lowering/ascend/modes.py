@@ -46,7 +46,7 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
         rest.tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
         return _inner(rest, gm, example_inputs, train)
     try:
-        lowered = lower(gm, Choices(train, mine.quantize, mine.weight_format == "nz", mine.combine == "finalize", mine.mega_moe))
+        lowered = lower(gm, Choices.of(mine, train))
     except Exception as e:
         if options.strict:
             raise
