@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import documents
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from ascend_blocks import Seen, compiled, relative
+from functorch.compile import make_boxed_func
+from hazards import hazards
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import moe_compile
 from moe_compile.ir import placement
-from moe_compile.lowering.ascend import device, emulate, places, register, schemas
+from moe_compile.lowering.ascend import device, emulate, places, register, schemas, streams
 
 register.ensure()
 T, K, H, I, E, P = 9, 2, 16, 12, 6, 10
@@ -229,6 +234,33 @@ def test_tokens_of_any_number() -> None:
 def test_other_targets_gather() -> None:
     module, x = Placed(READS["token: t % n + 1"]), torch.randn(T, H)
     assert relative(compiled(module, target="cpu", inner="eager")(x), module(x)) <= 1e-5
+
+
+class Beside(Placed):
+    """With a shared expert."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__(read)
+        self.one, self.two = nn.Linear(H, I, bias=False), nn.Linear(I, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.two(F.silu(self.one(x)))
+
+
+@pytest.mark.parametrize("name", ["token: t % n + 1", "rank: -(-w // n)"])
+@torch.no_grad()
+def test_the_stream_program_is_sound(name: str) -> None:
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: object) -> object:
+        found.append(copy.deepcopy(gm))
+        return make_boxed_func(gm.forward)
+
+    inner = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+    compiled(Beside(READS[name]), inner=inner, overlap_shared=False)(torch.randn(T, H))
+    assert streams.overlap(found[0].graph, streams.NpugraphEx) == 1
+    assert hazards(found[0].graph) == []
+    assert "npu_moe_update_expert" in map(streams.name_of, found[0].graph.nodes)
 
 
 def test_gradients() -> None:
