@@ -41,6 +41,13 @@ class AscendOptions:
         one_of("mega_moe", self.mega_moe, (False, True))
         one_of("distinct_places", self.distinct_places, (False, True))
         _check_core_limit(self.core_limit)
+        if self.mode == "ge":
+            refuse_in_ge(self.combine)
+
+
+def refuse_in_ge(combine: str) -> None:
+    if combine == "unpermute":
+        raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
 
 
 def _check_quantize(quantize: Any) -> None:

@@ -277,6 +277,11 @@ def test_gradients() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_ge_has_no_unpermute_wherever_it_is_asked_for() -> None:
+    with pytest.raises(moe_compile.OptionError, match=r"'combine' is 'unpermute'.*'finalize'"):
+        compiled(nn.Linear(2, 2), mode="ge", combine="unpermute")(torch.randn(2, 2))
+
+
 def test_the_option_says_what_it_takes() -> None:
     with pytest.raises(moe_compile.OptionError, match="'distinct_places' is 1; allowed: False, True"):
         compiled(nn.Linear(2, 2), distinct_places=1)(torch.randn(2, 2))
