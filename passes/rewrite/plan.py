@@ -260,12 +260,13 @@ class Executor:
             logical = rows(g, self.node(p.placed.logical), p.k)
             ids = call(g, physical, (logical, self.node(p.placed.table), p.placed.world, p.placed.rank), out)
         assert ids is not None
+        ids = rows(g, ids, p.k)  # what is made of them here has no example value
         ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
         ids = call(g, operator.sub, (ids, p.experts.first), out) if p.experts.first else ids
         if weights is None:
             assert p.constant is not None
             weights = call(g, torch.full_like, (self.cast_to(ids, p.experts.dtype, out), p.constant), out)
-        return rows(g, ids, p.k), rows(g, weights, p.k)
+        return ids, rows(g, weights, p.k)
 
     def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
         """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""

@@ -179,6 +179,27 @@ def test_a_loop_and_a_narrow_table() -> None:
     assert "npu_moe_update_expert" in ran(Looped(READS["token: t % n + 1"], torch.int32), torch.randn(T, H))
 
 
+class Batched(Placed):
+    """Tokens [B, S, H], which take the places of an expert in turn over the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.choose(x)
+        ids = self.read(self.table, ids)
+        g, u = torch.einsum("bth,btkih->btki", x, self.up[ids]).chunk(2, -1)
+        return (torch.einsum("btki,btkhi->btkh", F.silu(g) * u, self.down[ids]) * w[..., None]).sum(2)
+
+
+@pytest.mark.parametrize(("steps", "op"), [(10, True), (5, False)])
+@torch.no_grad()
+def test_batches(steps: int, op: bool) -> None:
+    """Near miss: in turn over each sequence."""
+
+    def read(t: Tensor, ids: Tensor) -> Tensor:
+        return t[ids, 1 + torch.arange(steps).view(-1, 5, 1) % t[ids, 0]]
+
+    assert ("npu_moe_update_expert" in ran(Batched(read), torch.randn(2, 5, H))) == op
+
+
 @torch.no_grad()
 def test_a_table_that_is_written_to() -> None:
     """Rebalancing: the table is an input of the graph, its values are those of the call."""
