@@ -254,58 +254,47 @@ struct CodedRow {
   Lanes lane;
 };
 
-// to[n * M + m] = Σ over row n of s (c - z) x[m], lane by lane, for N rows side by side.
-template <class C, int M, int N, bool ZERO>
-static inline void coded_row(const C& table, const CodedRow* r, const element* const* x, const float* const* sums, vf* to) {
-  constexpr int U = N == 1 && M == 1 ? int(C::VECTORS) : N * M <= 4 && C::VECTORS > 1 ? 2 : 1;  // sums of a row of x that are under way
+// to[m] = Σ over the row of s (c - z) x[m], lane by lane. A row at a time: the hardware follows one stream of codes, but not several.
+template <class C, int M, bool ZERO>
+static inline void coded_row(const C& table, const CodedRow& r, const element* const* x, const float* const* sums, vf* to) {
+  constexpr int U = M == 1 ? int(C::VECTORS) : M <= 4 && C::VECTORS > 1 ? 2 : 1;  // sums of a row of x that are under way
   const C chunk = table;
-  const i64 all = r->k, step = r->step, groups = r->groups;
-  vf acc[N * M];
-  each<N * M>(EACH_OF(j) { acc[j] = vf{}; });
-  Held scales[N], zeros[N];
+  const i64 all = r.k, step = r.step, groups = r.groups;
+  vf acc[M];
+  each<M>(EACH_OF(m) { acc[m] = vf{}; });
+  Held scales, zeros;
   for (i64 k = 0, g = 0; k < all; k += step, g += groups) {
-    if (g % 16 == 0)
-      each<N>(EACH_OF(n) {
-        scales[n] = held(r[n].scales, r[n].at + g, r->count - g, r->scale_kind);
-        if (ZERO) zeros[n] = held(r[n].zeros, r[n].at + g, r->count - g, r->zero_kind);
-      });
+    if (g % 16 == 0) {
+      scales = held(r.scales, r.at + g, r.count - g, r.scale_kind);
+      if (ZERO) zeros = held(r.zeros, r.at + g, r.count - g, r.zero_kind);
+    }
     const i64 end = std::min(all, k + step);
-    vf part[N * M * U];
-    each<N * M * U>(EACH_OF(j) { part[j] = vf{}; });
-    auto one = [&](const uint8_t* const* p, i64 at) __attribute__((always_inline)) {
-      each<N>(EACH_OF(n) {
-        vu v[C::VECTORS];
-        chunk(p[n], v);
-        if constexpr (ZERO) {
-          const vf less = lanes_of(zeros[n], g, r->lane);
-          each<M>(EACH_OF(m) { part[(n * M + m) * U] -= less * *(const vf_any*)(sums[m] + at / C::CODES * VL); });
-        }
-        each<C::VECTORS>(EACH_OF(i) {
-          each<M>(EACH_OF(m) { part[(n * M + m) * U + i % U] = madd(part[(n * M + m) * U + i % U], load_units(x[m] + at + i * STEP), v[i]); });
-        });
+    vf part[M * U];
+    each<M * U>(EACH_OF(j) { part[j] = vf{}; });
+    const vf less = ZERO ? lanes_of(zeros, g, r.lane) : vf{};
+    auto one = [&](const uint8_t* p, i64 at) __attribute__((always_inline)) {
+      vu v[C::VECTORS];
+      chunk(p, v);
+      if (ZERO) each<M>(EACH_OF(m) { part[m * U] -= less * *(const vf_any*)(sums[m] + at / C::CODES * VL); });
+      each<C::VECTORS>(EACH_OF(i) {
+        each<M>(EACH_OF(m) { part[m * U + i % U] = madd(part[m * U + i % U], load_units(x[m] + at + i * STEP), v[i]); });
       });
     };
-    const uint8_t* p[N];
-    each<N>(EACH_OF(n) { p[n] = r[n].codes + k * C::BYTES / C::CODES; });
     i64 at = k;
-    for (; at + C::CODES <= end; at += C::CODES) {
-      one(p, at);
-      each<N>(EACH_OF(n) { p[n] += C::BYTES; });
-    }
+    const uint8_t* p = r.codes + k * C::BYTES / C::CODES;
+    for (; at + C::CODES <= end; at += C::CODES, p += C::BYTES) one(p, at);
     if (__builtin_expect(at < end, 0)) {
-      alignas(64) uint8_t rest[N][C::BYTES] = {};
-      each<N>(EACH_OF(n) { memcpy(rest[n], p[n], size_t(((end - at) * C::BYTES + C::CODES - 1) / C::CODES)), p[n] = rest[n]; });
-      one(p, at);
+      alignas(64) uint8_t rest[C::BYTES] = {};
+      memcpy(rest, p, size_t(((end - at) * C::BYTES + C::CODES - 1) / C::CODES));
+      one(rest, at);
     }
-    each<N>(EACH_OF(n) {
-      const vf times = lanes_of(scales[n], g, r->lane);
-      each<M>(EACH_OF(m) {
-        each<U - 1>(EACH_OF(u) { part[(n * M + m) * U] += part[(n * M + m) * U + u + 1]; });
-        acc[n * M + m] += part[(n * M + m) * U] * times;
-      });
+    const vf times = lanes_of(scales, g, r.lane);
+    each<M>(EACH_OF(m) {
+      each<U - 1>(EACH_OF(u) { part[m * U] += part[m * U + u + 1]; });
+      acc[m] += part[m * U] * times;
     });
   }
-  each<N * M>(EACH_OF(j) { to[j] = acc[j]; });
+  each<M>(EACH_OF(m) { to[m] = acc[m]; });
 }
 
 // What a matrix is multiplied by, and where scales of DOT_SET of its rows are made floats.
@@ -344,8 +333,7 @@ static void coded_set(const C& chunk, const CodedTask& t, const CodedRow* rows, 
     x[m] = t.rows.x + row[m] * t.rows.x_stride, sums[m] = t.rows.sums + row[m] * t.rows.sum_stride;
   });
   vf acc[S * M];
-  constexpr int N = S == 1 || M > 4 ? 1 : M > 1 || !IN_PLACE ? 2 : 4;  // rows of codes side by side, as far as registers go
-  for (int i = 0; i < S; i += N) coded_row<C, M, N, ZERO>(chunk, rows + i, x, sums, acc + i * M);
+  for (int i = 0; i < S; i++) coded_row<C, M, ZERO>(chunk, rows[i], x, sums, acc + i * M);
   each<M>(EACH_OF(m) {
     if constexpr (S == DOT_SET) sum4(acc[m], acc[M + m], acc[2 * M + m], acc[3 * M + m], out + row[m] * os);
     else out[row[m] * os] = sum_lanes(acc[m]);
