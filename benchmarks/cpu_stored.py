@@ -136,7 +136,8 @@ def main() -> None:
 def machine() -> str:
     with open("/proc/cpuinfo") as f:
         seen = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in f if ":" in line}
-    return f"{seen.get('model name', platform.processor())}, family {seen.get('cpu family')}, model {seen.get('model')}, {levels.supported()[-2]}"
+    name, level = seen.get("model name", platform.processor()), levels.supported()[-2]
+    return f"{name}, family {seen.get('cpu family')}, model {seen.get('model')}, {level}"
 
 
 if __name__ == "__main__":
