@@ -17,7 +17,6 @@ from moe_compile import ir, ops
 from moe_compile.ir import Form
 from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import ADAPTED, Operands
-from moe_compile.lowering.cpu import adapted
 
 E, H, I, T, K = 5, 12, 8, 11, 2
 RANKS = {"up": (3, 2), "down": (4,)}
@@ -287,29 +286,3 @@ def test_dropout_inside_an_adapter(train: bool) -> None:
     report = moe_compile.last_report()
     assert len(report.blocks) == (not train)
     assert not train or any("dropout" in r.reason for r in report.rejected), [r.reason for r in report.rejected]
-
-
-@pytest.mark.parametrize("name", ["stacked", "second only", "concat", "interleaved"])
-def test_many_rows_in_half_precision_go_to_merged_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, by the rule of `lowering/cpu/adapted.py`: the op and its gradients against float64."""
-    monkeypatch.setattr(adapted, "ROWS", 1)
-    e = replace(MEANINGS[name], stacked=True)
-    t = tensors(e, torch.float64)
-    t["ids"] = torch.randint(0, E, (40, K))
-    t |= {"x": torch.randn(40, H, dtype=torch.float64), "weights": torch.rand(40, K, dtype=torch.float64), "add": None}
-
-    def as_type(dtype: torch.dtype) -> dict[str, Any]:
-        def one(v: Any) -> Any:
-            return v.detach().bfloat16().to(dtype).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-
-        return {k: [one(x) for x in v] if isinstance(v, list) else one(v) for k, v in t.items()}
-
-    half, wide = as_type(torch.bfloat16), as_type(torch.float64)
-    out, want = call(e, half), call(e, wide)
-    assert float((out.detach().double() - want.detach()).norm() / want.detach().norm()) < 8e-3
-    g = torch.randn_like(want).bfloat16()
-    got = torch.autograd.grad(out, leaves(half), g, allow_unused=True)
-    for mine, theirs in zip(got, torch.autograd.grad(want, leaves(wide), g.double(), allow_unused=True), strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            assert float((mine.double() - theirs).norm() / theirs.norm().clamp(min=1e-9)) < 2e-2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...ops import bundled, layout_of, routing_of
 from ...ops.anywhere import with_copies
 from ..target import Target
-from . import adapted, experts, frozen, native, route, stored, told
+from . import experts, frozen, native, route, stored, told
 
 
 def _route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,6 @@ TARGET = Target(
         "experts_fwd": with_copies(_experts_fwd),
         "experts_bwd": _experts_bwd,
         "experts_stored": stored.experts_stored,
-        "experts_adapted": adapted.experts_adapted,
-        "experts_adapted_fwd": with_copies(adapted.experts_adapted_fwd),
-        "experts_adapted_bwd": adapted.experts_adapted_bwd,
     },
     prepare=experts.prepare,
     rearrange=_rearrange,
