@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile import backend
 from moe_compile.loops import capture
+from moe_compile.loops.bench import NoExperts
 from moe_compile.loops.fewer import MANY
 from moe_compile.loops.readers import UNROLLED
 
@@ -64,6 +66,18 @@ class NeighbourAdded(Added):
         return out
 
 
+class FromOnes(Added):
+    """Verdict: as written. The sum starts from ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.ones_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * w[t, j, None])
+        return out
+
+
 def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[type]:
     """Compiles and compares; what the readings came to."""
     outcomes: list[type] = []
@@ -106,3 +120,12 @@ def test_what_is_not_read_is_told_by_the_graph_alone(monkeypatch: pytest.MonkeyP
     assert capture.Reading not in compiled(NeighbourAdded(UNROLLED + 1), monkeypatch)
     report = moe_compile.last_report()
     assert not report.blocks and len(report.rejected) == 1, report.rejected
+
+
+def test_what_was_tried_is_not_traced_again_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph with a block missed is traced again if whole blocks may be read in its place, but for those that this has been tried with."""
+    graphs: list[int] = []
+    kept = backend.flags.check
+    monkeypatch.setattr(backend.flags, "check", lambda gm, missed: graphs.append(len(missed)) or kept(gm, missed))
+    assert compiled(FromOnes(3), monkeypatch) == [NoExperts] and graphs == [1]
+    assert moe_compile.last_report().rejected[0].stage == "experts"
