@@ -165,7 +165,6 @@ def _hook_flags() -> None:
 
     def retried(given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
-        tried: set[types.CodeType] = set()
         for last in (False, True):
             try:
                 with flags.on(outer, last) as tried:
