@@ -23,7 +23,7 @@ def writes_onto_base(m: ExpertsMatch, shadow: Shadow, result: fx.Node, names: li
     if base is None or m.base not in _chain(m.out) or shadow.memory.root[m.base].op != "call_function":
         return []
     found = [w for w in writers(base) if base < w and not result < w]
-    own = {shadow.statement[w] if w in shadow.statement else d for w in _chain(m.out)[:-1] for d in shadow.origin.get(w, (None,))}
+    own = {shadow.statement.get(w, d) for w in _chain(m.out)[:-1] for d in shadow.origin.get(w, (None,))}
     if not found or not own.issuperset(found):
         return []
     storage = storage_of(base)
