@@ -26,7 +26,7 @@ _ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
 _COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
 _MOST = 200
 CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
-ROOM = "tokens take places in their expert's queue, which has room for all of them: none is dropped, but rows are not read through places"
+ROOM = "tokens take places in their expert's queue, whose capacity is enough for all: none is dropped, but rows are not read through places"
 EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
 
 

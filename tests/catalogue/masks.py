@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .base import RENORM, SHARED, SWIGLU_EXPERTS, Case, E, Fused, H, Rejected, SwiGlu, mlp
+from .base import RENORM, SHARED, SWIGLU_EXPERTS, AsWritten, Case, E, Fused, H, Rejected, SwiGlu, mlp
 
 
 class _WeightMask(Case):
@@ -171,3 +172,26 @@ class OntoItself(Case):
             rows, slot = torch.where(ids == e)
             x.index_add_(0, rows, mlp(x[rows], self.up[e], self.down[e]) * w[rows, slot, None])
         return x
+
+
+class IdsByAnOperationWithoutRule(Case):
+    """Verdict: experts fused, routing as written. Neighbouring experts change places: the ids go through an operation without a rule."""
+
+    expect = AsWritten(SWIGLU_EXPERTS)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return super().run_experts(x, ids ^ 1, w)
+
+
+class CapacityForAll(Case):
+    """Verdict: rejected, truthfully: an expert has a place for every token, so that none is dropped."""
+
+    expect = Rejected("none is dropped")
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        chosen = F.one_hot(ids, E).sum(1)
+        place = (chosen.cumsum(0) - 1) * chosen
+        dispatch = (F.one_hot(place, x.shape[0]) * chosen[..., None]).to(x.dtype)
+        g, u = torch.einsum("tec,th,eoh->eco", dispatch, x, self.up).chunk(2, -1)
+        y = torch.einsum("eci,ehi->ech", F.silu(g) * u, self.down)
+        return torch.einsum("tec,te,ech->th", dispatch, x.new_zeros(x.shape[0], E).scatter(1, ids, w), y)
