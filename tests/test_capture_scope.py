@@ -37,6 +37,16 @@ def _plain(m: nn.Module, x: Tensor, **kw: Any) -> int:
     return len(counter.graphs)
 
 
+def test_a_method_that_is_compiled_by_itself() -> None:
+    """It is the first frame, which Dynamo never inlines: it gets a frame around it, as a module's forward does."""
+    m, x = Loop(), torch.randn(9, H)
+    torch._dynamo.reset()
+    ours = Counter()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(m.forward, ours)(x), m(x))
+    assert len(ours.graphs) == 1 and ours.ops > 0
+
+
 def test_other_backends_see_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     m, x = Loop(), torch.randn(9, H)
     with_hooks = _plain(m, x)

@@ -107,10 +107,10 @@ def _hook_root() -> None:
 
     @functools.wraps(original)
     def call(self: Any, fn: Any) -> Any:
-        forward = getattr(getattr(fn, "forward", None), "__func__", None) if isinstance(fn, nn.Module) else fn
+        forward, module = _forward_of(fn)
         if not isinstance(forward, types.FunctionType) or not enabled() or not for_us(getattr(self, "callback", None)):
             return original(self, fn)
-        if not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([fn])):
+        if not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([module])):
             return original(self, fn)
         if not isinstance(fn, nn.Module):
             return original(self, functools.wraps(fn)(_frame_around(fn, fn)))
@@ -120,6 +120,15 @@ def _hook_root() -> None:
         return compiled
 
     _TorchDynamoContext.__call__ = call
+
+
+def _forward_of(fn: Any) -> tuple[Any, Any]:
+    """The user's function that would be the first frame, and whose it is: a module's forward, or a method that is compiled by itself."""
+    if isinstance(fn, nn.Module):
+        return getattr(fn.forward, "__func__", None), fn
+    owner = getattr(fn, "__self__", None)
+    ours = isinstance(owner, nn.Module) and not getattr(fn, "__module__", "").startswith("torch.")  # torch's own frames are not traced
+    return (fn.__func__, owner) if ours else (fn, fn)
 
 
 def _frame_around(self: Callable[..., Any], code: types.FunctionType) -> Callable[..., Any]:

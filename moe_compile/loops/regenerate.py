@@ -114,14 +114,22 @@ class Regenerated:
             raise Rejection("its result lies in memory with gaps, or over itself", stage="read")
 
     def _check_writes(self) -> None:
-        """Raise `Rejection` if an in-place operation that is left out changes what a remaining one reads."""
+        """Raise `Rejection` if an in-place operation that is left out changes what a remaining one reads after it.
+
+        Not after it: what rows are accumulated onto, which goes into the experts' op as it was before the first of them.
+        """
         root: dict[fx.Node, fx.Node] = {}
-        for n in self.gm.graph.nodes:
+        order = {n: i for i, n in enumerate(self.gm.graph.nodes)}
+        for n in order:
             source = aliased_arg(n)
             root[n] = n if source is None or n is self.out else root[source]  # ours is a tensor of its own
-        kept = {root[n] for n in self.live if n.op != "output"}
-        for n in self.gm.graph.nodes:
-            if n not in self.live and any(root[m] in kept for m in mutated_args(n)):
+        last: dict[fx.Node, int] = {}  # when the memory is read by what remains; of an argument always, by whoever gave it
+        for n in self.live:
+            at = len(order) if n.op == "placeholder" else -1
+            for x, when in ((n, at), *((x, -1 if n is self.out else order[n]) for x in self._inputs(n))):
+                last[root[x]] = max(last.get(root[x], -1), when)
+        for n in order:
+            if n not in self.live and any(last.get(root[m], -1) > order[n] for m in mutated_args(n)):
                 raise Rejection(f"{n.name} writes to a tensor that is read outside of the experts", stage="read")
 
     # ---- code ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from .. import terms as T
 from ..terms import Term
 from .names import op_name
 from .node import schema_of
+from .signs import is_positive
 
 Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
 RULES: dict[str, Rule] = {}
@@ -122,6 +123,8 @@ def opaque(node: fx.Node, idx: tuple[Term, ...]) -> Term:
     """An element that is not looked into."""
     if getattr(node.meta.get("val"), "dtype", None) in _UNSIGNED:
         T.facts().know(node, None)
+    if is_positive(node):
+        T.facts().positive.add(node)
     return T.atom(node, idx)
 
 

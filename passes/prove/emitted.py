@@ -131,6 +131,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
 
     e = plan.experts
     gone = [*(() if plan.route is None else (*plan.route.ids, *plan.route.weights)), *(() if e is None else (e.out, *e.same_tensor))]
+    gone = [name for name in gone if e is None or name != e.base]
     for name in plan.reads():
         if name not in gone:
             add("placeholder", name)
@@ -143,6 +144,7 @@ def small_graph(plan: BlockPlan, names: dict[str, fx.Node]) -> tuple[fx.Graph, l
         seen = add("call_function", source) if last is None else add("call_function", source, (last,), view_stub)
         last = add("call_function", product, (seen,))
     output = graph.output(last) if e is not None else None
+    e = None if e is None else replace(e, written=())
     weights, ids = Executor(graph).block(BlockPlan(plan.route, e, plan.folded, (), plan.reader))
     if e is None or output is None:
         assert weights is not None and ids is not None

@@ -15,7 +15,7 @@ import torch.fx as fx
 from ...ir import Rejection
 from .. import terms as T
 from ..aten import names
-from ..aten.element import Opaque, Puller, shape_of
+from ..aten.element import Opaque, Puller, call_args, shape_of, size_of
 from ..aten.names import op_name
 from .rows import rows
 
@@ -26,6 +26,7 @@ _ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
 _COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
 _MOST = 200
 CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
+ROOM = "tokens take places in their expert's queue, whose capacity is enough for all: none is dropped, but rows are not read through places"
 EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
 
 
@@ -88,7 +89,7 @@ def _of_one_token(u: fx.Node, choice: fx.Node, walls: set[fx.Node]) -> bool:
 def named(choice: fx.Node) -> Rejection | None:
     """Why a selection is left as written, where that has a name."""
     if (queue := dropped(choice)) is not None:
-        return Rejection(CAPACITY, queue, "experts", code="capacity")
+        return Rejection(ROOM if _has_room(queue) else CAPACITY, queue, "experts", code="capacity")
     if (rows_at := chosen_by_experts(choice)) is not None:
         return Rejection(EXPERT_CHOICE, rows_at, "experts", code="expert choice")
     return None
@@ -116,6 +117,30 @@ def _made_of(sources: Iterable[fx.Node]) -> list[fx.Node]:
 def _compares(n: fx.Node) -> bool:
     """Whether a node compares with a number; a place compared with other places, such as where groups end, is a search."""
     return op_name(n) == "one_hot" or op_name(n) in ("lt", "le", "gt", "ge") and not isinstance(n.args[1], fx.Node)
+
+
+def _has_room(queue: fx.Node) -> bool:
+    """Whether there are as many places as are counted, or more, so that none is beyond them; False where places start behind others."""
+    if op_name(queue) != "cumsum":
+        return False
+    places, limits = [queue], []
+    for n in places:
+        limits += [_places(u) for u in n.users if _compares(u)]
+        places += [u for u in n.users if not _compares(u) and u not in places and _is_place(u)]
+    if any(op_name(n) in ("add", "sub") and isinstance(n.args[1], fx.Node) for n in places):
+        return False
+    most = shape_of(queue)[call_args(queue).dim]  # each of these chooses an expert once
+    return all(isinstance(n, (int, sp.Expr)) and bool(sp.expand(n - most).is_nonnegative) for n in limits)
+
+
+def _is_place(n: fx.Node) -> bool:
+    v = n.meta.get("val")
+    return isinstance(v, torch.Tensor) and v.dtype in (torch.int64, torch.int32)
+
+
+def _places(u: fx.Node) -> Any:
+    """How many places a comparison leaves: [place < n], or as many as one_hot has columns."""
+    return shape_of(u)[-1] if op_name(u) == "one_hot" else size_of(u.args[1]) + (op_name(u) in ("le", "gt"))  # type: ignore[operator]
 
 
 def chosen_by_experts(choice: fx.Node) -> fx.Node | None:

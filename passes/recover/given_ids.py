@@ -64,7 +64,7 @@ def _holds_integers(n: object) -> bool:
 
 
 def _is_stack(n: object) -> bool:
-    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given."""
+    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given, or the sum of such and an adapter's."""
     if not isinstance(n, fx.Node):
         return False
     v, source = example_value(n), n
@@ -72,6 +72,8 @@ def _is_stack(n: object) -> bool:
         return False
     while op_name(source) in names.VIEW | names.CAST and isinstance(source.args[0], fx.Node):
         source = source.args[0]
+    if op_name(source) == "add":
+        return any(map(_is_stack, source.args[:2]))
     return source.op in ("placeholder", "get_attr") or source.target is leaf or op_name(source) == "to_local"
 
 

@@ -113,6 +113,7 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
         found.update(ids=a.ids, weights=a.weights)
         p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
+    reached |= {x.args[0] for x in T.walk(m.ids) if x.op == "a" and isinstance(x.args[0], fx.Node)}
     for n in sorted(reached, key=order.__getitem__):
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:

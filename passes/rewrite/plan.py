@@ -63,7 +63,7 @@ class PlacedPlan:
 class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
-    `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place).
+    `same_tensor`: nodes that are the result's tensor object (what was accumulated into in place). `written`: what writes onto `base`.
     `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
     `ends`: group ends, where rows stand in the order of their experts; ids and weights are None then.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",). `join`: of several low-rank pairs.
@@ -85,6 +85,7 @@ class ExpertsPlan:
     ends: str | None = None
     join: Join | None = None
     placed: PlacedPlan | None = None
+    written: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,9 @@ class Executor:
                 u.replace_input_with(d, new)
         for d in aliases:
             self.now[d] = new
+        for write in [self.names[name] for name in reversed(p.written)]:
+            write.replace_all_uses_with(write.args[0])  # what still reads it was made for the next write
+            g.erase_node(write)
         return op
 
     def parameters(self, p: ExpertsPlan, out: fx.Node) -> Operands[fx.Node]:

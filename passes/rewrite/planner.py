@@ -26,6 +26,7 @@ from ..recover.writes import reads
 from ..terms import same_size
 from .calls import can_emit
 from .layout import dims_by_stride
+from .onto import writes_onto_base
 from .plan import BlockPlan, ExpertsPlan, Operand, PlacedPlan, RoutePlan
 
 
@@ -109,19 +110,22 @@ class Planner:
         m, routed = b.match, b.gating is not None
         out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
-        base = None if m.base is None else self.locate(m.base, m.out)
+        names = self._aliases(m.out)
+        written = writes_onto_base(m, self.shadow, out, names)
+        base = None if m.base is None else self.shadow.origin[m.base][0] if written else self.locate(m.base, m.out)
         ends = None if b.ends is None else self._ends(b.ends, m)
         ids = self._required(b.ids, m.out, "expert ids") if ends is None and (not routed or b.ids is not b.raw_ids) else None
         weights = None if routed or b.constant is not None else self._required(b.weights, m.out, "routing weights")
         inputs = [tokens, *params.values(), *(n for n in (base, ids, ends, weights) if n is not None)]
         inputs += [self.locate(n, n) for n in b.routing_inputs()]
         self._check(m, inputs, out)
-        for d in self._aliases(m.out):
+        for d in names:
             dims_by_stride(example_value(d), m.out)
 
         return ExpertsPlan(
             out=out.name,
-            same_tensor=tuple(d.name for d in self._aliases(m.out)),
+            same_tensor=tuple(d.name for d in names),
+            written=tuple(d.name for d in written),
             tokens=tokens.name,
             ids=None if ids is None else ids.name,
             weights=None if weights is None else weights.name,

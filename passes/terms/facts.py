@@ -6,6 +6,9 @@ Facts of single tensors come from whoever reads the graph; those of terms follow
   not None. The slots of one top-k choose different positions.
 - `zero_beyond`: the axiom that an expert weight read beyond its experts is 0. No program reads there (it would fail), but a reading may:
   where Σ_e [ids = e] f(e) became f(ids), an id that is no expert contributes nothing, as in the sum. It holds for expert weights only.
+- `positive`: tensors whose elements are more than 0, but for underflow, where their gradients are 0 as well (softmax, sigmoid, exp).
+
+`trains`: whether a gradient may be wanted, so that a law must hold for gradients too.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from typing import Any
 
 import sympy as sp
 
-from .arithmetic import add, coefficient
-from .numbers import exact_div, same_size
+from .arithmetic import TRUTHS, add, coefficient
+from .numbers import exact_div, is_plain, same_size
 from .term import Term, addends, const, is_c, mk
 
 Range = tuple[bool, Any]  # is it never negative; n if it is also at most n - 1, else None
@@ -27,9 +30,11 @@ _TRUTH: Range = (True, 2)
 class Facts:
     """`normal`: what the rewriter at work makes of a term, for rules that have to know."""
 
-    def __init__(self) -> None:
+    def __init__(self, trains: bool = True) -> None:
+        self.trains = trains
         self.extents: dict[Any, Any] = {}
         self.zero_beyond: dict[Any, tuple[Any, ...]] = {}  # expert weight -> its shape
+        self.positive: set[Any] = set()
         self.normal: Callable[[Term], Term] = lambda t: t
         self._ranges: dict[Term, Range] = {}
 
@@ -65,6 +70,16 @@ class Facts:
         """Whether 0 <= t < n is certain."""
         extent = self.range(t)[1]
         return extent is not None and at_most(extent, n)
+
+    def still_at_zero(self, t: Term) -> bool:
+        """Whether t is a sum of products of truth values and positive numbers: never negative, and 0 only where a condition fails."""
+        if t.op in ("mul", "add", "sum"):
+            return all(map(self.still_at_zero, t.parts))
+        if t.op == "pow":
+            return self.still_at_zero(t.args[0])
+        if t.op == "c":
+            return is_plain(t.args[0]) and t.args[0] > 0
+        return t.op in TRUTHS or t.op == "a" and t.args[0] in self.positive or t.op == "fn" and t.args[0] in ("exp", "sigmoid", "softplus")
 
     def inside(self, t: Term, n: Any) -> tuple[Term, ...]:
         """Factors of [0 <= t < n], those left out that are certain."""

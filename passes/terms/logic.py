@@ -175,6 +175,12 @@ def _choice_or_zero(t: Term, facts: Facts) -> Term | None:
     return mul(c, a) if is_c(b, 0) and is_truth(c) else None
 
 
+@rule("ite(c, 0, b) = (not c) · b   where b is no number", "ite")
+def _zero_or_choice(t: Term, facts: Facts) -> Term | None:
+    c, a, b = t.args
+    return mul(mk("not", c), b) if is_c(a, 0) and not is_c(b) and is_truth(c) else None
+
+
 @rule("ite(c, 0, 1) = not c", "ite")
 def _choice_is_a_truth(t: Term, facts: Facts) -> Term | None:
     c, a, b = t.args
@@ -208,6 +214,7 @@ LOGIC = Rules(
         _no_choice,
         _choice_that_is_known,
         _choice_or_zero,
+        _zero_or_choice,
         _choice_is_a_truth,
         _masked_addend,
     )

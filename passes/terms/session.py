@@ -19,19 +19,20 @@ from .rewrite import Rewriter
 from .rules import Trace
 from .sums import SUMS
 from .term import Term, children, const, mk, table, walk
+from .zeros import ZEROS
 
-NORMAL = LOGIC + FUNCTIONS + INDEX + ORDERS + REDUCTIONS + SUMS
+NORMAL = LOGIC + FUNCTIONS + INDEX + ORDERS + REDUCTIONS + SUMS + ZEROS
 
 _facts = Facts()
 _rewriter = Rewriter(NORMAL, _facts)
 
 
-def reset() -> None:
-    """Forget all terms (once a compilation; terms of different compilations must not meet)."""
+def reset(trains: bool = True) -> None:
+    """Forget all terms (once a compilation; terms of different compilations must not meet). `trains`: as in `Facts`."""
     global _facts, _rewriter
     table.clear()
     budget.reset()
-    _facts = Facts()
+    _facts = Facts(trains)
     _rewriter = Rewriter(NORMAL, _facts, _rewriter.trace)
 
 

@@ -5,11 +5,13 @@ The routing is RenormDiv's throughout; weights are stacked or a ModuleList as ea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, Sound, mlp
+from .base import LIST_EXPERTS, RENORM, SHARED, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, mlp
 
 
 class _Stacked(Case):
@@ -390,11 +392,10 @@ class NanoCapacity(_Stacked):
 
 
 class LoopOntoShared(_List):
-    """Verdict: either. Rows are added to the shared expert's own output, in place: left for that write, told in the user's words."""
+    """Verdict: fused, the first expert twice. Rows are added in place to its own output, which is that of a shared expert here."""
 
-    expect = Sound()
+    expect = Fused(RENORM, LIST_EXPERTS, SHARED)
     group = ""
-    near = "LoopMaskSum"
 
     def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         out = self.experts[0](x)
@@ -402,3 +403,6 @@ class LoopOntoShared(_List):
             token, slot = torch.where(ids == e)
             out[token] += expert(x[token]) * w[token, slot, None]
         return out
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"add": self.experts[0](x)}

@@ -271,7 +271,9 @@ class RandomWorld(World):
         if key not in self.tables:
             drawn = hash((self.seed, node.number, *at)) & 0xFFFFFF
             least = -1 if node.negative else 0
-            self.tables[key] = least + drawn % (node.whole - least) if node.whole else (drawn % 9 - 4) / (1 + drawn // 9 % 3 // 2)
+            number = (drawn % 9 - 4) / (1 + drawn // 9 % 3 // 2)
+            number = abs(number) + 1 if node in self.facts.positive else number
+            self.tables[key] = least + drawn % (node.whole - least) if node.whole else number
         return self.tables[key]
 
     def chosen(self, node: Choice, at: tuple[int, ...]) -> Any:

@@ -151,7 +151,7 @@ def _(s: Source) -> Term:
     return n("ite", a, build("mul", s.r.choice((a, a, b)), number(s)), number(s))
 
 
-@sample("choice or zero", "choice is a truth")
+@sample("choice or zero", "zero or choice", "choice is a truth")
 def _(s: Source) -> Term:
     zero, one = c(0), c(1)
     a, b = s.r.choice(((number(s, s.var(3)), zero), (zero, one), (one, zero), (zero, number(s)), (c(-float("inf")), zero)))
@@ -406,6 +406,21 @@ def _(s: Source) -> Term:
     hit, other = condition(s, u, v), condition(s, u, v)
     asked = T.subst(s.r.choice((hit, hit, hit, other)), {v: w})
     return n("mul", T.mk("any", w, asked), T.mk("sum", v, build("mul", hit, T.atom(s.tensor(3, 5), (v, u)))), number(s, u))
+
+
+@sample("zero anyhow")
+def _(s: Source) -> Term:
+    s.facts.trains = s.chance(0.5)
+    v, w, u = s.var(3, "j"), s.var(3, "j"), s.var()
+    positive = s.tensor(3, 5)
+    s.facts.positive.add(positive)
+    body = build("mul", condition(s, u, v), T.atom(s.r.choice((positive, s.tensor(3, 5))), (v, u)))
+    x = T.mk("sum", v, s.r.choice((body, body, build("add", body, c(-1)))))
+    again = T.mk("sum", w, T.subst(x.args[1], {v: w}))
+    over = build("pow", number(s, u), -1)
+    y = build("mul", s.r.choice((again, again, again, number(s, u))), over, number(s, u))
+    asked = s.r.choice((x, x, build("mul", x, over)))
+    return n("mul", s.r.choice((T.not_(T.eq(asked, c(0))), T.lt(c(0), asked))), y)
 
 
 # ---- axioms ------------------------------------------------------------------------------------------------------------
