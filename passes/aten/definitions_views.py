@@ -240,7 +240,7 @@ def _stack(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 
 def _of_each(parts: Sequence[Term], at: Term) -> Term | None:
-    """stack(F(W_0), F(W_1), ...)[e] = F(stack(W)[e]), as of weights that are made of each expert's codes and scales; None of anything else."""
+    """stack(F(W_0), F(W_1), ...)[e] = F(stack(W)[e]), as of weights made of each expert's codes and scales; None of others."""
     if not all(_is_made_of_given(t) for t in parts):
         return None
     e = T.var(len(parts), "e")

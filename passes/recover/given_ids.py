@@ -86,7 +86,7 @@ def _is_given(n: fx.Node) -> bool:
 
 
 def _is_made_of_codes(n: fx.Node) -> bool:
-    """Whether a tensor is one of few bits that the graph is given, times scales, less zero points, looked up in a table; or a stack of such."""
+    """Whether a tensor is codes that the graph is given times scales, less zero points, looked up in a table; or a stack of such."""
     waiting, seen = [n], {n}
     while waiting and len(seen) < _MOST:
         x = _shown(waiting.pop())
@@ -101,7 +101,9 @@ def _is_made_of_codes(n: fx.Node) -> bool:
     return False
 
 
-_CODES = frozenset({torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
+_CODES = frozenset(
+    {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
+)
 _MADE = frozenset(
     "mul div true_divide sub add ldexp stack cat index select getitem bitwise_and __and__ and_ bitwise_right_shift __rshift__ rshift".split()
 )
