@@ -31,8 +31,10 @@ def _add(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         return T.subst(whole, dict(zip(variables, idx, strict=True)))
     name = op_name(n)
     if name == "add" and (addends := _addends(p, n)):
+        if p.coded and len(addends) > 2 and not _all_places(n, idx) and _read_at_variables(p, n):
+            return _add(p, n, a, idx)
         first, *others = (T.mul(T.const(c), p.broadcast(x, idx)) for x, c in addends)
-        return _total(p, n, first, others, idx)
+        return _total(p, n, first, others, idx) if p.coded else T.add(first, *others)
     x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
     if name == "rsub":
         x, y = y, x
@@ -56,15 +58,20 @@ def _total(p: Puller, n: fx.Node, first: Term, others: list[Term], idx: Idx) -> 
     if whole is None:
         rest = joined(others) if not T.is_c(first, 0) else None
         return T.add(first, *others) if rest is None else T.add(first, rest)
-    if all(i.op == "v" and T.same_size(i.args[1], size) for i, size in zip(idx, shape_of(n), strict=True)) and len(set(idx)) == len(idx):
+    if _all_places(n, idx):
         p.wholes[n] = (idx, whole)
-        return whole
-    return p.at(n, idx) if _read_at_variables(p, n) else whole
+    return whole
+
+
+def _all_places(n: fx.Node, idx: Idx) -> bool:
+    """Whether an index is a variable for each dim, which runs over all of it."""
+    whole = (i.op == "v" and T.same_size(i.args[1], size) for i, size in zip(idx, shape_of(n), strict=True))
+    return all(whole) and len(set(idx)) == len(idx)
 
 
 def _read_at_variables(p: Puller, n: fx.Node) -> bool:
-    """Whether an element at variables could be had."""
-    p.at(n, tuple(T.var(size, "d") for size in shape_of(n)))
+    """Whether an element at variables is a product in blocks: looked at once."""
+    p.at(n, tuple(T.named(f"place{d}", size) for d, size in enumerate(shape_of(n))))
     return n in p.wholes
 
 

@@ -221,7 +221,7 @@ class Finder:
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self._elements(label), self.spend(label))
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
-        p.given = self.given
+        p.given, p.coded = self.given, bool(self.opened)
         try:
             with self.budget(label).within():
                 out = self._match(n, p, label)

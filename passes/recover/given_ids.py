@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from ..aten import names
-from ..aten.definitions_views import TUPLES
+from ..aten.definitions_views import SMALL, TUPLES
 from ..aten.element import RULES
 from ..aten.names import op_name
 from ..aten.node import example_value
@@ -101,11 +101,9 @@ def _is_made_of_codes(n: fx.Node) -> bool:
     return False
 
 
-_CODES = frozenset(
-    {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
-)
-_MADE = frozenset(
-    "mul div true_divide sub add ldexp stack cat index select getitem bitwise_and __and__ and_ bitwise_right_shift __rshift__ rshift".split()
+_CODES = frozenset({torch.uint8, torch.int8, torch.int32, *SMALL})
+_MADE = frozenset("mul div true_divide sub add ldexp stack cat index select getitem".split()) | frozenset(
+    "bitwise_and __and__ and_ bitwise_right_shift __rshift__ rshift".split()
 )
 
 
