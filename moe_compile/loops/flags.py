@@ -24,6 +24,7 @@ from .sealed_code import codes
 
 _SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
 _CHOOSES = {"topk", "argmax", "sort", "argsort", "max"}
+_OF_DATA = {"bincount", "grouped_mm", "_grouped_mm"}  # what counts ids, and products whose rows a mask may have picked
 _TOLD = {"find", "lower", "internal"}  # what reading by example would not change: these stages, and what is said of the maths
 MATHS = {"inside", "unlike", "capacity", "expert choice", "dense", "soft", "subclass"}
 _now = threading.local()
@@ -80,7 +81,7 @@ def _sizes(n: Any) -> int:
 
 def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
     """Whether a frame of `code`, with the globals `names` and the locals and closure `values`, may reach an expert loop, or a selection
-    whose ids are counted by an op that has as many counts as the data wants."""
+    beside an op that has as many counts as the data wants, or beside grouped products, whose rows a mask may pick."""
     if has_loop(code) and asks(code):
         return True
     found = list(reached(code, names, values))
@@ -101,7 +102,7 @@ def _unrolled(found: Iterable[types.CodeType]) -> bool:
 
 def _counts(found: Iterable[types.CodeType]) -> bool:
     called = {n for c in found for i in codes(c) for n in i.co_names}
-    return "bincount" in called and bool(_CHOOSES & called)
+    return bool(_OF_DATA & called) and bool(_CHOOSES & called)
 
 
 def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:

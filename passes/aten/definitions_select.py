@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from .. import terms as T
 from ..terms import Term
 from . import names
 from .definitions_views import TUPLES
-from .element import Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
+from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
 from .places import least
 from .sorted_rows import marked
@@ -168,20 +169,40 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
     return T.canonical(T.subst(ids, at))
 
 
-def group_of(p: Puller, offs: fx.Node, row: Term) -> Term:
-    """Which group of a grouped matmul a row is in: the sorted id of that row."""
+def group_of(p: Puller, offs: fx.Node, row: Term, values: Iterable[Term] = ()) -> Term:
+    """Which group of a grouped matmul a row is in. values: terms of the row itself, which tell of a mask whose true elements rows are."""
     node: Any = offs
     while op_name(node) in names.CAST | names.SAME:
         node = node.args[0]
     if op_name(node) != "cumsum":
         raise Opaque("group offsets that are no running sum")
-    return T.sv(counted_key(p, node.args[0]), row)
+    return _group_at(p, node.args[0], row, values)
+
+
+def _group_at(p: Puller, counts: fx.Node, row: Term, values: Iterable[Term]) -> Term:
+    """The group of a row where group e has counts[e] rows: nz(m, row, 0) where counts[e] = Σ_i m[e, i], else the sorted id.
+
+    The true elements of m in row-major order are those of m[0], then those of m[1], ... values: terms that read such elements.
+    """
+    for m in {u.args[0]: None for t in values for u in T.walk(t) if u.op == "nz" and u.args[1] is row}:
+        if len(m.shape) > 1 and T.same_size(m.shape[0], shape_of(counts)[0]) and _counts_true(p, counts, m):
+            return T.mk("nz", m, row, 0)
+    return T.sv(counted_key(p, counts), row)
+
+
+def _counts_true(p: Puller, counts: fx.Node, m: Mask) -> bool:
+    """Whether counts[e] = Σ_i m[e, i]."""
+    e, *others = (T.var(s, "e") for s in m.shape)
+    total = m.at((e, *others))
+    for v in reversed(others):
+        total = T.reduce_("sum", v, total)
+    return T.canonical(p.at(counts, (e,))) == T.canonical(total)
 
 
 def _group(p: Puller, product: fx.Node, offs: fx.Node, row: Term) -> Term:
     """`group_of`, or the expert of the row where rows came in order and nothing says by which ids."""
     try:
-        return group_of(p, offs, row)
+        return group_of(p, offs, row, [p.at(product.args[0], (row, T.var(shape_of(product)[1], "m")))])  # type: ignore[arg-type]
     except Opaque:
         told = marked(offs, product)
         if told is None:
@@ -285,7 +306,7 @@ def _counted_cases(p: Puller, parts: list[fx.Node], idx: Idx) -> tuple[Term, dic
         start = start + size
     if len(counts) != 1 or shape_of(next(iter(counts)))[0] != len(parts):
         return None
-    return T.sv(counted_key(p, counts.pop()), idx[0]), pieces
+    return _group_at(p, counts.pop(), idx[0], pieces.values()), pieces
 
 
 def scalar_sources(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:

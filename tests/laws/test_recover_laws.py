@@ -185,3 +185,13 @@ def test_groups_that_are_all_kept(groups: int, kept: int):
     hit = T.eq(T.mk("topk", chosen, slots), group)
     cond = T.mk("any", j, hit) if kept > 1 else hit
     assert keeps_all(cond, e) == always == (kept == groups)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_group_of_a_true_element(seed: int):
+    """nz(m, row, 0) = e where Σ_{f<e} n[f] <= row < Σ_{f<=e} n[f], with n[f] = Σ_i m[f, i]: `definitions_select._group_at`."""
+    r = random.Random(seed)
+    shape = [r.randint(1, 5) for _ in range(r.randint(2, 3))]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < r.choice((0.0, 0.3, 1.0))
+    counts = mask.flatten(1).sum(1)
+    assert torch.equal(torch.where(mask)[0], torch.repeat_interleave(torch.arange(shape[0]), counts))

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +38,7 @@ class Layer(NamedTuple):
     shape: tuple[int, ...] = (2, 7, H)
     left: str = ""
     near: float = 1e-5  # of eager; a layer that multiplies in bf16 is near to that
+    graphs: int = 1
 
 
 def _litgpt(**more: Any) -> Callable[[Any], nn.Module]:
@@ -81,6 +85,63 @@ def _automodel(m: Any, **more: Any) -> nn.Module:
     return layer
 
 
+def _alone() -> None:
+    """A group of one process, for libraries that always divide."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _llama4(m: Any, k: int) -> nn.Module:
+    _alone()
+    importlib.import_module("fairscale.nn.model_parallel.initialize").initialize_model_parallel(1)
+    args = importlib.import_module("models.llama4.args").MoEArgs(num_experts=4, top_k=k)
+    layer: nn.Module = m.MoE(dim=H, hidden_dim=12, ffn_dim_multiplier=1.0, multiple_of=8, moe_args=args)
+    return layer
+
+
+def _megatron(m: Any, **more: Any) -> nn.Module:
+    """One process; on the CPU, where the library asks CUDA for the current device all the same."""
+    _alone()
+    importlib.import_module("megatron.core.parallel_state").initialize_model_parallel(1, 1)
+    importlib.import_module("megatron.core.transformer.moe.moe_utils").te_general_gemm = None
+    config = importlib.import_module("megatron.core.transformer.transformer_config").TransformerConfig
+    sizes = dict(num_layers=1, hidden_size=H, num_attention_heads=2, num_moe_experts=8, moe_ffn_hidden_size=8, moe_router_topk=2)
+    dispatch = dict(moe_token_dispatcher_type="allgather", moe_router_load_balancing_type="none", moe_grouped_gemm=False)
+    expert = dict(gated_linear_unit=True, activation_func=nn.functional.silu, add_bias_linear=False, bias_activation_fusion=False)
+    plain = dict(use_cpu_initialization=True, gradient_accumulation_fusion=False, params_dtype=torch.float32)
+    specs = importlib.import_module("megatron.core.models.gpt.moe_module_specs")
+    spec = specs.get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
+    layer: nn.Module = m.MoELayer(config(**(sizes | dispatch | expert | plain | more)), spec.submodules)
+    return layer
+
+
+@pytest.fixture
+def as_megatron_runs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its own linear layer warns of its own call in every forward: Dynamo is told to leave warnings out of its graphs."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    if importlib.util.find_spec("megatron"):
+        router, utils = (importlib.import_module(f"megatron.core.transformer.moe.{x}") for x in ("router", "moe_utils"))
+
+        def gating(self: Any, x: Tensor) -> Tensor:
+            """Theirs without the lines that move the weight to a GPU."""
+            return utils.router_gating_linear(x, self.weight, self.bias, x.dtype)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(router.Router, "gating", gating)
+    with torch._dynamo.config.patch(ignore_logging_functions={*torch._dynamo.config.ignore_logging_functions, warnings.warn}):
+        yield
+    if divided := sys.modules.get("megatron.core.parallel_state"):
+        divided.destroy_model_parallel()
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Any:
+    yield
+    if torch.distributed.is_initialized():
+        if divided := sys.modules.get("fairscale.nn.model_parallel.initialize"):
+            divided.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
 _GROUPS = dict(score_func="sigmoid", n_expert_groups=4, n_limited_groups=2, route_scale=2.5)
 LAYERS = (
     Layer(
@@ -99,6 +160,16 @@ LAYERS = (
     ),
     Layer("nemo-automodel", "nemo_automodel.components.moe.layers", "MoE, a loop, shared expert", _automodel),
     Layer("nemo-automodel", "nemo_automodel.components.moe.layers", "MoE, sigmoid, groups", lambda m: _automodel(m, **_GROUPS)),
+    Layer("megatron-core", "megatron.core.transformer.moe.moe_layer", "MoELayer, all-gather, softmax over the selected", _megatron),
+    Layer(
+        "megatron-core",
+        "megatron.core.transformer.moe.moe_layer",
+        "MoELayer, all-gather, sigmoid, scale 2.5",
+        lambda m: _megatron(m, moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.5),
+    ),
+    # fairscale's reduction behind the block ends the graph
+    Layer("llama-models", "models.llama4.moe", "Llama 4's MoE, top 1", lambda m: _llama4(m, 1), graphs=2),
+    Layer("llama-models", "models.llama4.moe", "Llama 4's MoE, top 2", lambda m: _llama4(m, 2), graphs=2),
     Layer("litgpt", "litgpt.model", "LLaMAMoE, softmax over the selected", _litgpt()),
     Layer("litgpt", "litgpt.model", "LLaMAMoE, shared expert, scale 2.5", _litgpt(n_shared_expert=1, routed_scaling_factor=2.5)),
     Layer("mistral_inference", "mistral_inference.moe", "MoeLayer", _mistral, (9, H)),
@@ -164,7 +235,9 @@ def _row(layer: Layer, report: Report, exact: float, gradients: float) -> str:
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda x: f"{x.library}: {x.what}")
-def test_a_layer_of_a_library(layer: Layer) -> None:
+def test_a_layer_of_a_library(layer: Layer, request: pytest.FixtureRequest) -> None:
+    if layer.library == "megatron-core":
+        request.getfixturevalue("as_megatron_runs")
     try:
         module = importlib.import_module(layer.module)
     except ImportError as e:
@@ -179,7 +252,7 @@ def test_a_layer_of_a_library(layer: Layer) -> None:
         assert not run.report.blocks
         assert any(layer.left in r.reason for r in run.report.rejected) if layer.left else True, str(run.report)
     else:
-        assert run.report.fused and run.report.graph_count == 1, str(run.report)
+        assert run.report.fused and run.report.graph_count == layer.graphs, str(run.report)
     row = _row(layer, run.report, run.exact, run.gradients)
     text = DOC.read_text(encoding="utf-8")
     if WRITE:
