@@ -1,4 +1,4 @@
-"""Weights in few bits as reference code spells them: stacks of each expert's floats, products block by block, rows by calibrated numbers."""
+"""Weights in few bits as reference code spells them: stacks of each expert's floats, products block by block, rows by numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BlocksStackedOfAnother(BlocksStacked):
 
 
 class InBlocks(_Blocks):
-    """Verdict: fused, with what is done to rows. Products of blocks of the inputs, each times both scales, added up in Python (DeepSeek)."""
+    """Verdict: fused, with what is done to rows. Products of blocks of the inputs, each times both scales, added up in Python."""
 
     rows = Rows(8, F8, B, floor=1e-12 / LARGEST)
     expect = Fused(RENORM, replace(STORED, up_rows=rows, down_rows=rows))
@@ -130,7 +130,8 @@ class StaticRowsByConstants(StaticRows):
     """Verdict: fused, other rows: numbers that are written in the code, one for each projection."""
 
     expect = Fused(
-        RENORM, replace(StaticRows.expect.experts, **{f"{n}_rows": replace(StaticRows.rows, step=s) for n, s in (("up", 0.25), ("down", 0.5))})
+        RENORM,
+        replace(StaticRows.expect.experts, **{f"{n}_rows": replace(StaticRows.rows, step=s) for n, s in (("up", 0.25), ("down", 0.5))}),
     )
     near, differs = "StaticRows", ("experts.down_rows.step", "experts.up_rows.step")
 
