@@ -59,11 +59,8 @@ class InBlocks(_Blocks):
         out = torch.zeros(x.shape[0], q.shape[0])
         for k in range(s.shape[1]):
             part = a[:, k].float() @ q[:, k * B : (k + 1) * B].float().t()
-            out = out + part * self.back(sa, k)[:, None] * s[:, k].repeat_interleave(B)
+            out = out + part * sa[:, k, None] * s[:, k].repeat_interleave(B)
         return out
-
-    def back(self, sa: Tensor, k: int) -> Tensor:
-        return sa[:, k]
 
     def expert(self, e: Any, x: Tensor) -> Tensor:
         g, u = self.product(x, self.up[e], self.up_scale_inv[e]).chunk(2, -1)
@@ -75,16 +72,6 @@ class InBlocksHit(InBlocks):
 
     near, differs = "", ()
     run_experts = BlocksHitExperts.run_experts
-
-
-class InBlocksByTheFirst(InBlocks):
-    """Verdict: rejected. Every block's sum is multiplied by the first block's row scales."""
-
-    expect = Rejected("in a way that is not recovered")
-    near, differs = "InBlocks", ()
-
-    def back(self, sa: Tensor, k: int) -> Tensor:
-        return sa[:, 0]
 
 
 class StaticRows(_Blocks):
