@@ -14,11 +14,11 @@ def joined(parts: Sequence[Term]) -> Term | None:
 
     `parts`: one for each of k blocks, in their order. None where they are no blocks of one range.
     """
-    opened = [_opened(t) for t in parts]
-    if len(parts) < 2 or any(x is None for x in opened):
+    opened = [x for t in parts if (x := _opened(t)) is not None]
+    if len(opened) < max(len(parts), 2):
         return None
-    (n, *others), bodies = ([x[i] for x in opened if x is not None] for i in (0, 1))
-    if any(other != n for other in others) or not _follows(bodies[0], bodies[1], n):
+    n, bodies = opened[0][0], [body for _, body in opened]
+    if any(other != n for other, _ in opened) or not _follows(bodies[0], bodies[1], n):
         return None
     block, u = var(len(parts), "b"), var(len(parts) * n, "u")
     one = unify({b: canonical(t) for b, t in enumerate(bodies)}, block)

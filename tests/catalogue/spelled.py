@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moe_compile.ir import Rows, Stored
 
-from .base import RENORM, E, Fused, H, I, Rejected
+from .base import RENORM, E, Fused, Rejected
 from .packed import Int4Offset, Nf4
-from .stored import F8, FLOATS, STORED, B, BlocksBatched, BlocksHitExperts, _Blocks, storing
+from .stored import F8, STORED, B, BlocksBatched, BlocksHitExperts, _Blocks, storing
 
 LARGEST = 448.0
 WHOLE = Stored(8, F8)
@@ -145,33 +145,11 @@ class Nf4Hit(Nf4):
     run_experts = BlocksHitExperts.run_experts
 
 
-class Nf4Twice(Nf4):
-    """Verdict: rejected. The numbers of runs are in eight bits themselves: a table, a number for each eight runs, and an offset."""
-
-    expect = Rejected("")
-    near, differs = "Nf4", ()
-
-    def build_experts(self, n: int) -> None:
-        super().build_experts(n)
-        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
-            runs = shape[0] * shape[1] // 4
-            setattr(self, f"{name}_scale_inv", torch.randint(0, 256, (n, runs)).to(torch.uint8))
-            self.register_buffer(f"{name}_outer", torch.rand(n, runs // 8) + 0.3)
-        self.register_buffer("outer_code", torch.rand(256))
-
-    def expert(self, e: Any, x: Tensor) -> Tensor:
-        g, u = F.linear(x, self.floats(self.up[e], self.runs("up", e))).chunk(2, -1)
-        return F.linear(F.silu(g) * u, self.floats(self.down[e], self.runs("down", e)))
-
-    def runs(self, name: str, e: Any) -> Tensor:
-        return self.outer_code[getattr(self, f"{name}_scale_inv")[e].long()] * getattr(self, f"{name}_outer")[e].repeat_interleave(8) + 0.5
-
-
 class Int4ShiftsInABuffer(Int4Offset):
-    """Verdict: fused, the weights being floats: by how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
+    """Verdict: rejected. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
 
-    expect = Fused(RENORM, FLOATS)
-    near, differs = "Int4Offset", ("experts.down_stored", "experts.stacked", "experts.up_stored")
+    expect = Rejected("an expert weight is no matrix")
+    near, differs = "Int4Offset", ()
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
@@ -179,7 +157,3 @@ class Int4ShiftsInABuffer(Int4Offset):
 
     def codes(self, q: Tensor) -> Tensor:
         return (torch.bitwise_right_shift(q.unsqueeze(-1), self.wf.unsqueeze(0)) & 15).flatten(-2)
-
-    def weights(self) -> dict[str, list[Tensor]]:
-        stacks = ((self.up, self.up_scale_inv), (self.down, self.down_scale_inv))
-        return {name: [self.floats(q[e], s[e]) for e in range(E)] for name, (q, s) in zip(("up", "down"), stacks, strict=True)}
