@@ -228,9 +228,12 @@ def backward(name: str, tokens: list[int], limits: dict[str, float], args: argpa
         sets = input_sets(s, t)
         us, by = floor("backward", s, t, hits([ids for _, ids, _ in sets]), **limits)
         found = point("backward", name, t, floor_us=us, floor_by=by, ours_us=training(fused(s, up, down), sets, up, down))
+        found["graph_us"] = attempt("graph", lambda sets=sets: captured_training(fused(s, up, down), sets, up, down))
         if not args.no_peers:
             free()
             found["inductor_us"] = attempt("inductor", lambda sets=sets: training(inductor(s, up, down), sets, up, down))
+            peer = inductor(s, up, down)
+            found["inductor_graph_us"] = attempt("graph", lambda sets=sets, f=peer: captured_training(f, sets, up, down))
         yield found
 
 
@@ -252,6 +255,22 @@ def training(f: Callable[..., Tensor], sets: list[Routing], up: nn.Parameter, do
     for leaf in (up, down):
         leaf.grad = None
     return statistics.median(seen[1:])
+
+
+def captured_training(f: Callable[..., Tensor], sets: list[Routing], up: nn.Parameter, down: nn.Parameter) -> float:
+    """Microseconds of a step of forward and backward in a CUDA graph: the device alone."""
+    leaves = [(x.clone().requires_grad_(), ids, w.clone().requires_grad_()) for x, ids, w in sets]
+    grad = torch.randn_like(sets[0][0])
+
+    def step(x: Tensor, ids: Tensor, w: Tensor) -> None:
+        for leaf in (x, w, up, down):
+            leaf.grad = None
+        f(x, ids, w).backward(grad)
+
+    us = tuner.microseconds([lambda args=args: step(*args) for args in leaves], SECONDS)
+    for leaf in (up, down):
+        leaf.grad = None
+    return us
 
 
 def elapsed(f: Callable[[], object]) -> float:

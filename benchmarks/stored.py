@@ -37,9 +37,12 @@ SCHEMES = {
     "int4": ir.Stored(4, torch.int32, True, 1, 128, 2, tuple(range(8)), offset=-8.0),
     "int8": ir.Stored(8, torch.int8, True, rows=1),
 }
+SCHEMES["w8a8"] = SCHEMES["fp8"]
+ROUNDED = {"w8a8": ir.Rows(8, F8, 128, floor=1e-12)}  # as the model rounds its rows
 MODELS = {**SHAPES, "gpt-oss-20b": Shape(32, 4, 2880, 2880), "gpt-oss-120b": Shape(128, 4, 2880, 2880)}
 CASES = {
     "fp8": ("Qwen3-30B-A3B", "Trinity-mini", "DeepSeek-V3"),
+    "w8a8": ("Qwen3-30B-A3B", "Trinity-mini", "DeepSeek-V3"),
     "mxfp4": ("gpt-oss-20b", "gpt-oss-120b"),
     "int4": ("Qwen3-30B-A3B",),
     "int8": ("Qwen3-30B-A3B",),
@@ -47,10 +50,14 @@ CASES = {
 PEERS_OF = ("Qwen3-30B-A3B", "gpt-oss-20b")  # whose floats of all experts fit beside what else is held
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 # microseconds to reach on an H100, from the issue of stored weights
+FLOAT8_TARGETS = {
+    "Qwen3-30B-A3B": (17, 138, 208, 218, 235, 340),
+    "Trinity-mini": (22, 182, 276, 288, 310, 450),
+    "DeepSeek-V3": (126, 1530, 3330, 3850, 4150, 5000),
+}
 TARGETS = {
-    ("fp8", "Qwen3-30B-A3B"): (17, 138, 208, 218, 235, 340),
-    ("fp8", "Trinity-mini"): (22, 182, 276, 288, 310, 450),
-    ("fp8", "DeepSeek-V3"): (126, 1530, 3330, 3850, 4150, 5000),
+    **{("fp8", n): us for n, us in FLOAT8_TARGETS.items()},
+    **{("w8a8", n): us for n, us in FLOAT8_TARGETS.items()},
     ("mxfp4", "gpt-oss-20b"): (24, 138, 162, 180, 380, 1500),
     ("mxfp4", "gpt-oss-120b"): (24, 245, 530, 620, 680, 1650),
 }
@@ -79,11 +86,10 @@ class Weights:
 
 def meaning(s: Shape, scheme: str) -> ir.Experts:
     gpt = scheme == "mxfp4"
-    how = SCHEMES[scheme]
+    how, rows = SCHEMES[scheme], ROUNDED.get(scheme)
     form, act = (ir.Form.INTERLEAVED if gpt else ir.Form.CONCAT), activation.SWIGLU
-    return ir.Experts(
-        s.experts, s.hidden, s.intermediate, s.hidden, form, act, dtype=BF16, up_bias=gpt, down_bias=gpt, up_stored=how, down_stored=how
-    )
+    kept = {"up_bias": gpt, "down_bias": gpt, "up_stored": how, "down_stored": how, "up_rows": rows, "down_rows": rows}
+    return ir.Experts(s.experts, s.hidden, s.intermediate, s.hidden, form, act, dtype=BF16, **kept)
 
 
 def weights_of(s: Shape, scheme: str) -> Weights:
@@ -103,7 +109,7 @@ def weights_of(s: Shape, scheme: str) -> Weights:
             return torch.randint(118, 122, shape, dtype=torch.uint8, device=DEVICE)
         return (torch.rand(shape, device=DEVICE) + 0.5) * columns**-0.5 / wide
 
-    wide = {"fp8": 60.0, "int8": 60.0, "int4": 5.0, "mxfp4": 1.0}[scheme]
+    wide = {"fp8": 60.0, "w8a8": 60.0, "int8": 60.0, "int4": 5.0, "mxfp4": 1.0}[scheme]
     up, down = (2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)
     biases = [(torch.randn(s.experts, n, device=DEVICE).to(BF16),) if scheme == "mxfp4" else () for n in (up[0], down[0])]
     return Weights(how, codes(*up), codes(*down), scales(*up, wide), scales(*down, wide), *biases)
@@ -131,6 +137,10 @@ def workspace(s: Shape, scheme: str, w: Weights) -> Callable[..., Tensor]:
     layout, storage = moe_compile.ops.storage_of(moe_compile.ops.experts_args(meaning(s, scheme)))
     p = Operands.read(w.lists(), CODED)
     return lambda x, ids, ws: by_workspace.forward(x, ids, ws, p, None, layout, storage)
+
+
+def how_float8(scheme: str) -> bool:
+    return SCHEMES[scheme].dtype is F8
 
 
 def written(s: Shape, w: Weights) -> Callable[..., Tensor]:
@@ -186,12 +196,12 @@ def measured(scheme: str, name: str, tokens: list[int], bandwidth: float, peak: 
         with torch.no_grad():
             wrong = error(s, scheme, w, f, sets[0])
         figures |= {"error": wrong, "ours_us": microseconds(f, sets)}
-        if t in peers and name in PEERS_OF:
+        if t in peers and name in PEERS_OF and scheme not in ROUNDED:
             figures["workspace_us"] = attempt("workspace", lambda sets=sets: microseconds(workspace(s, scheme, w), sets[:2]))
-        if peers and scheme == "fp8":
+        if peers and how_float8(scheme):
             peer = attempt("scaled_grouped_mm", lambda sets=sets: microseconds(scaled(s, w, sets[0]), sets[:1]))  # type: ignore[arg-type]
             figures["scaled_us"] = peer
-        if t in peers and name in PEERS_OF:
+        if t in peers and name in PEERS_OF and scheme not in ROUNDED:
             torch._dynamo.reset()
             with torch.no_grad():
                 figures["inductor_us"] = attempt("inductor", lambda sets=sets: microseconds(written(s, w), sets))

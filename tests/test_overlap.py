@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import build
+from catalogue import build, lora, stored
 from catalogue import shared as cases
 from catalogue.base import H
 from torch import Tensor
@@ -150,7 +150,31 @@ class WeightsComputed(cases._Shared):
         return self.routed(x) + self.shared.w2(F.silu(F.linear(x, w1)) * F.linear(x, w3))
 
 
-NEAR = [WeightsComputed, UsedTwice, InsideUsed, OtherInput, Scaled, Weighted, RoutedUsedTwice, GateOfResult]
+class InFewBits(stored.BlocksRepeated):
+    """Near miss: the routed experts' weights are codes, and their op takes no shared expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = cases.SwiGlu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return self.run_experts(x, ids, w) + self.shared(x)
+
+
+class WithPairs(lora.LoraLinears):
+    """Near miss: so does that of experts with low-rank pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = cases.SwiGlu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return self.run_experts(x, ids, w) + self.shared(x)
+
+
+NEAR = [WeightsComputed, InFewBits, WithPairs, UsedTwice, InsideUsed, OtherInput, Scaled, Weighted, RoutedUsedTwice, GateOfResult]
 NEAR += [cases.SharedInPlace, cases.SharedLiveOutside, cases.SharedMultiplied, cases.SharedOfOtherTokens, cases.SharedSubtracted]
 
 

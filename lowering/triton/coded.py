@@ -16,8 +16,8 @@ from ...ir import Rows
 from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
-from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, rounding
-from .coded_tiles import DECODING, Choice, Tile, Vector, decoding, of_bytes, of_halves
+from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, hopper_float8_calls, rounding
+from .coded_tiles import DECODING, FLOAT8, TWO_PARTS_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -44,7 +44,7 @@ class Coded:
     down_bias: Biases | None
     add: Tensor | None
     layout: Layout
-    hidden_rows: Rows | None = None  # how those of the down projection are rounded
+    rows: tuple[Rows | None, Rows | None] = (None, None)  # how those of the up and of the down projection are rounded first
 
 
 def forward(
@@ -93,15 +93,14 @@ def operands(
         return None
     if (outer or inner) and layout.weight_on_input:
         return None
-    x = x if outer is None else rounding.rounded(x, outer)
     add = add if add is None or add.stride(1) == 1 else add.contiguous()
     biases = up_biases(layout, p.up_bias), down_biases(layout, p.down_bias)
-    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout, inner)
+    return Coded(x, ids.contiguous(), weights.contiguous(), u, d, *biases, add, layout, (outer, inner))
 
 
-def _hidden(c: Coded, a: Tensor) -> Tensor:
-    """The rows of the down projection as its product reads them."""
-    return a if c.hidden_rows is None else rounding.rounded(a, c.hidden_rows)
+def _rounded(a: Tensor, how: Rows | None) -> Tensor:
+    """Rows as a product in their own type reads them."""
+    return a if how is None else rounding.rounded(a, how)
 
 
 # ---- few tokens ----------------------------------------------------------------------------------------------------
@@ -109,8 +108,8 @@ def _hidden(c: Coded, a: Tensor) -> Tensor:
 
 def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
-    few_up(c, a, up)
-    few_down(c, _hidden(c, a), out, down)
+    few_up(replace(c, x=_rounded(c.x, c.rows[0])), a, up)
+    few_down(c, _rounded(a, c.rows[1]), out, down)
     return out
 
 
@@ -163,20 +162,21 @@ def _extents(w: Codes, v: Vector) -> dict[str, Any]:
 
 
 def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
-    layout = c.layout
+    layout, (outer, inner) = c.layout, c.rows
     a = empty(c.x, c.ids.numel(), c.up.at.n)
-    up, down = runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+    up, down = runnable(c.x, c.up, choice.up, outer), runnable(a, c.down, choice.down, inner)
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
-    grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None)
-    grouped_gemm(_hidden(c, a), c.down, c.down_bias, rows, y, down)
-    rank = rows.rank if down.hopper else None
+    grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None, outer)
+    grouped_gemm(a, c.down, c.down_bias, rows, y, down, how=inner)
+    rank = rows.rank if down.by_row else None
     return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input, rank=rank)
 
 
-def runnable(a: Tensor, w: Codes, tile: Tile) -> Tile:
-    """The tile, or where it is the warp-specialised kernel's, which does not take these operands, the plain kernel's."""
-    return tile if not tile.hopper or hopper_coded_calls.fits(a, w) else replace(tile, hopper=False)
+def runnable(a: Tensor, w: Codes, tile: Tile, how: Rows | None = None) -> Tile:
+    """The tile, or where it is a warp-specialised kernel's, which does not take these operands, the plain kernel's."""
+    hopper = tile.hopper and hopper_coded_calls.fits(a, w)
+    return replace(tile, hopper=hopper, float8=tile.float8 and hopper_float8_calls.fits(a, w, how))
 
 
 def grouped_gemm(
@@ -189,11 +189,16 @@ def grouped_gemm(
     layout: Layout | None = None,
     gather: int = 0,
     row_weights: Tensor | None = None,
+    how: Rows | None = None,
 ) -> None:
     """The up projection with its activation, gathered (`layout`), or the down projection, scattered to the slots.
 
-    The warp-specialised kernel (`tile.hopper`) leaves the results in the dispatch's rows.
+    `how`: the rows are rounded so first. The warp-specialised kernels (`tile.by_row`) leave the results in the dispatch's rows.
     """
+    if tile.float8:
+        hopper_float8_calls.grouped_gemm(a, w, bias, rows, out, tile.group, layout, gather, row_weights, how)
+        return
+    a = _rounded(a, how)
     if tile.hopper:
         hopper_coded_calls.grouped_gemm(a, w, bias, rows, out, tile.group, layout, gather, row_weights)
         return
@@ -232,7 +237,8 @@ def depth(w: Codes, bk: int, early: bool = False) -> tuple[Any, int]:
 def fits(w: Codes, bk: int) -> bool:
     """Whether blocks of scales and steps of depth meet."""
     grouping, step = depth(w, bk)
-    return grouping is not coded_gemm.BEFORE or (step % w.columns == 0 and w.columns & (w.columns - 1) == 0)
+    in_step = step % w.columns == 0 and w.columns & (w.columns - 1) == 0 if w.columns else True
+    return grouping is not coded_gemm.BEFORE or w.columns % step == 0 or in_step
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------
@@ -273,6 +279,9 @@ def choose(c: Coded) -> Choice | None:
         if decoding(rows, c.up.packed):
             up = DECODING if hopper_coded_calls.fits(c.x, c.up) else up
             down = DECODING if hopper_coded_calls.fits(c.x, c.down, c.up.at.n) else down
+        up = FLOAT8 if hopper_float8_calls.fits(c.x, c.up, c.rows[0]) else up
+        if c.rows[1] is not None or rows > TWO_PARTS_FROM:
+            down = FLOAT8 if hopper_float8_calls.fits(c.x, c.down, c.rows[1]) else down
         choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):
         return None

@@ -10,7 +10,7 @@ class Tile:
     """Rows, columns and depth (codes) of a program of the grouped GEMM, warps, pipeline stages; row tiles walked together.
 
     early: scales go to the numbers even where they could go to the sums. hopper: the kernel with warps that decode (128 rows, 2 x 128
-    columns) where it takes the operands.
+    columns) where it takes the operands. float8: the kernel that multiplies codes by codes, likewise.
     """
 
     bm: int
@@ -21,6 +21,12 @@ class Tile:
     group: int = 1
     early: bool = False
     hopper: bool = False
+    float8: bool = False
+
+    @property
+    def by_row(self) -> bool:
+        """Whether results lie by the dispatch's rows, else by the slots."""
+        return self.hopper or self.float8
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Choice:
 
 
 DECODING = Tile(128, 128, 64, 4, 3, 8, hopper=True)
+FLOAT8 = Tile(128, 128, 64, 8, 3, 8, float8=True)
+TWO_PARTS_FROM = 12  # rows an expert from which hidden rows in two parts pay: they cost a launch; tokens do always
 _FROM = {False: 24, True: 12}  # rows an expert from which a warp group that decodes is faster: codes of a byte, of half a byte
 
 

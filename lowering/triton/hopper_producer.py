@@ -28,7 +28,7 @@ def _feed(
     BK: gl.constexpr = ring_a.shape[2]
     PARTS: gl.constexpr = 2 * HALF_ROWS // ring_a.shape[1]
     CHUNKS: gl.constexpr = ring_w.shape[0] // (2 * STAGES * PARTS)  # boxes along the depth: rows of 128 bytes each
-    DEPTH: gl.constexpr = BK // CHUNKS
+    DEPTH: gl.constexpr = w0.block_shape[1] if OUT_IN else BK  # of a box; rows in two parts have twice as many bytes a step as weights
     bytes: gl.constexpr = PARTS * CHUNKS * (w0.block_type.nbytes + w1.block_type.nbytes) + (0 if GATHER else a_tma.block_type.nbytes)
     for k in range(begin, end, TOGETHER):
         for i in gl.static_range(TOGETHER):
@@ -39,7 +39,7 @@ def _feed(
             column = n0 + part * WIDE
             for i in gl.static_range(2 * TOGETHER * CHUNKS):  # by block, then depth
                 s = (step + i // CHUNKS % TOGETHER) % STAGES
-                depth = (k + i // CHUNKS % TOGETHER) * BK + i % CHUNKS * DEPTH
+                depth = ((k + i // CHUNKS % TOGETHER) * CHUNKS + i % CHUNKS) * DEPTH
                 at = 2 * ((s * PARTS + part) * CHUNKS + i % CHUNKS) + i // (TOGETHER * CHUNKS)
                 if i < TOGETHER * CHUNKS:
                     _ask(w0, row_w, column, depth, full.index(s), ring_w.index(at), OUT_IN)
@@ -125,9 +125,10 @@ def produce(
 ):  # fmt: skip
     BM: gl.constexpr = ring_a.shape[1]
     BK: gl.constexpr = ring_a.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    WIDTH: gl.constexpr = 128 // ring_a.dtype.primitive_bitwidth  # 16 bytes
+    layout: gl.constexpr = gl.BlockedLayout([1, WIDTH], [4, 8], [gl.num_warps(), 1], [1, 0])
     at_row = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    at_k = gl.arange(0, min(BK, 64), layout=gl.SliceLayout(0, layout))
+    at_k = gl.arange(0, min(BK, 8 * WIDTH), layout=gl.SliceLayout(0, layout))
     row_tiles = gl.load(num_tiles)
     tile = gl.program_id(0)
     e = expert_of(tile, tiles, row_tiles, blocks)
