@@ -30,6 +30,8 @@ def divided(arg: Term, expert: Term, dtype: torch.dtype, limits: Limits) -> tupl
     A constant has a variable in its place, which nothing else reads.
     """
     steps = [f.args[0] for f in factors(arg) if f.op == "pow" and f.args[1] == -1 and is_step(f.args[0], expert)]
+    if any(f.op == "pow" and any(x.op == "max" for x in T.walk(f.args[0])) for f in factors(arg)):
+        return None  # by the rows' own largest numbers, in some way
     k, _ = T.coefficient(arg)
     along = [v for v in arg.atoms if v is not expert and v.args[0] not in ("t", "slot")]
     if len(along) != 1 or len(steps) > 1 or steps and k != 1 or not steps and float(k) <= 0:
