@@ -176,8 +176,8 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
 
 
 def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
-    if not e.coded and (up or down):
-        raise No("rows are rounded to fewer bits and weights are not")
+    if not e.coded and (how := up or down):
+        raise No(f"rows are rounded to fewer bits ({how.dtype}) and weights are not".replace("torch.", ""))
     return replace(e, up_rows=up, down_rows=down)
 
 
