@@ -10,15 +10,24 @@ ASCEND := $(abspath $(VENV)-ascend)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries wheel test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite environments quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries wheel test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
 
+# Lint and the suite, while pip fetches what the other environments need; then the tests of those, each in one process, $(JOBS) at once. What
+# they print is kept apart, where make can do so.
+APART := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+LINUX := $(filter Linux,$(shell uname -s))
+
 test: $(READY)  ## lint, type check and run all tests
-	$(MAKE) --no-print-directory -j2 lint suite $(if $(filter Linux,$(shell uname -s)),ASCEND_APART=1)
-	$(MAKE) --no-print-directory test-ascend
-	$(MAKE) --no-print-directory test-compat
+	$(MAKE) --no-print-directory -j3 lint suite environments $(if $(LINUX),ASCEND_APART=1)
+	$(MAKE) --no-print-directory -j$(JOBS) $(APART) test-ascend test-compat ALONE=1
+
+environments: $(if $(LINUX),$(ASCEND)/.ready) $(COMPAT:%=$(abspath $(VENV))-transformers-%/.ready)
+
+# Workers of the tests of other environments: none where several of these run at once, since each worker imports and collects anew
+WORKERS = $(if $(ALONE),0,$(JOBS))
 
 suite: $(READY)  ## all tests but those of other environments (ASCEND_APART=1: without those that test-ascend runs too)
 	$(if $(ASCEND_APART),ASCEND_APART=1) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -35,8 +44,10 @@ golden: $(READY)  ## write tests/golden.txt anew: IR and verdict of every catalo
 	GOLDEN_WRITE=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_catalogue.py tests/test_zoo.py -k "golden or inference"
 	git --no-pager diff --stat tests/golden.txt
 
+ZOO := tests/test_examples.py tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_caches.py tests/test_metamorphic.py tests/sharded
+
 zoo: $(READY)  ## every experts implementation of every architecture, one token of every catalogue entry (make test runs a part)
-	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/test_zoo.py tests/test_zoo_training.py tests/test_catalogue.py tests/test_cpu_levels.py tests/test_cpu_packed.py tests/test_caches.py tests/test_metamorphic.py tests/sharded
+	ZOO_ALL=1 $(BIN)/python -m pytest -q -n $(JOBS) $(sort $(ZOO) $(shell $(PYTHON) tests/sampled.py))
 
 docs: $(READY)  ## write what docs/architecture.md prints of a trace anew; read its diff
 	DOCS_WRITE=1 $(BIN)/python -m pytest -q tests/test_trace.py -k document
@@ -56,7 +67,7 @@ test-ascend:  ## the Ascend lowering against the real torch_npu wheel
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) --no-print-directory run-ascend; else echo "test-ascend: torch_npu has wheels for Linux only"; fi
 
 run-ascend: $(ASCEND)/.ready
-	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider --ignore=tests/ascend/test_ids.py --ignore=tests/ascend/test_lora.py tests/ascend
+	LD_LIBRARY_PATH=$(ASCEND)/cann $(ASCEND)/bin/python -m pytest -q -n $(WORKERS) -p no:cacheprovider --ignore=tests/ascend/test_ids.py --ignore=tests/ascend/test_lora.py --ignore=tests/ascend/test_places.py tests/ascend
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
 	$(call borrowing,$(ASCEND))
@@ -69,7 +80,7 @@ $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.t
 test-compat: $(COMPAT:%=compat-%)  ## a dozen architectures on other versions of transformers (all: COMPAT_ALL=1; one version: COMPAT=5.17)
 
 compat-%: $(abspath $(VENV))-transformers-%/.ready
-	COMPAT=$* $(dir $<)bin/python -m pytest -q -n $(JOBS) -p no:cacheprovider tests/compat
+	COMPAT=$* $(dir $<)bin/python -m pytest -q -n $(WORKERS) -p no:cacheprovider tests/compat
 
 .PRECIOUS: $(abspath $(VENV))-transformers-%/.ready
 $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt

@@ -24,6 +24,7 @@ from torch import Tensor
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import CODED, PLAIN, Operands
+from moe_compile.lowering.cpu import levels
 
 RESULTS = Path(__file__).parent / "results"
 F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -135,7 +136,8 @@ def main() -> None:
 def machine() -> str:
     with open("/proc/cpuinfo") as f:
         seen = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in f if ":" in line}
-    return f"{seen.get('model name', platform.processor())}, family {seen.get('cpu family')}, model {seen.get('model')}"
+    name, level = seen.get("model name", platform.processor()), levels.supported()[-2]
+    return f"{name}, family {seen.get('cpu family')}, model {seen.get('model')}, {level}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A model is its default configuration with few layers, compiled with one MoE layer and with three: the first block of a kind is what the one
 costs, an equal block half of the rest. `tokens`: a plain number, and one that equals the model's hidden size, which is what sizes that
 are told by value would be confused by. Each model is a process of its own, forked after a small model has been compiled, so that modules
-loaded on first use count for nobody. Plans kept on disk are not replayed.
+loaded on first use count for nobody. Plans kept on disk are not replayed. Rows taken before stay in the table until they are taken anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN_TOKENS = 1000
-LIMIT = 60  # processor seconds after which a model is given up
+LIMIT = 240  # processor seconds after which a model is given up: Dynamo alone takes 30 a layer of some with dynamic sizes
 BARS = {"first": 2.0, "validate": 0.7, "equal": 0.15}
 FIRST, MORE = 1, 3  # MoE layers compiled
 KEPT = ("n_group", "topk_group", "shared_expert_intermediate_size")  # sizes whose default makes no model
@@ -51,13 +51,17 @@ def zoo() -> Any:
     return zoo
 
 
-def real_config(entry: Any, layers: int) -> Any:
-    """The default configuration of an architecture with `layers` layers, all of them MoE; what is no size is the zoo's."""
+def real_config(entry: Any, layers: int, sized: bool = True) -> Any:
+    """The default configuration of an architecture with `layers` layers, all of them MoE; what is no size is the zoo's, and what has no
+    default where there is no model without (`sized` is false)."""
     z = zoo()
     cls = getattr(z._module(entry.package, "configuration"), entry.config)
-    known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    known = {*defaults, *cls.attribute_map}
     given = entry.kwargs
     values = {k: v for k, v in given.items() if isinstance(v, (str, bool)) or k in KEPT}
+    unset = {k: v for k, v in {**z.COMMON, **given}.items() if defaults.get(cls.attribute_map.get(k, k), "") is None}
+    values |= {k: v for k, v in unset.items() if not sized or k in given or k == "num_experts_per_tok"}
     blocks = given.get("layers_block_type", ())
     if len(set(blocks)) > 1:  # layers of attention alone stand between those with experts
         values["layers_block_type"] = blocks[:2] * layers
@@ -71,11 +75,17 @@ def build(entry: Any, layers: int, experts: str) -> tuple[Any, int]:
     """The model on the meta device in bf16, and its hidden size. `experts`: which of transformers' implementations ("": its default)."""
     import torch
 
-    config = real_config(entry, layers)
-    if experts:
-        config._experts_implementation = experts
-    with torch.device("meta"):
-        model = getattr(zoo()._module(entry.package, "modeling"), entry.model)(config).to(torch.bfloat16).eval()
+    for sized in (True, False):
+        try:
+            config = real_config(entry, layers, sized)
+            if experts:
+                config._experts_implementation = experts
+            with torch.device("meta"):
+                model = getattr(zoo()._module(entry.package, "modeling"), entry.model)(config).to(torch.bfloat16).eval()
+            break
+        except (TypeError, AttributeError):
+            if not sized:
+                raise
     hidden = next(v for n in ("hidden_size", "d_model") if (v := getattr(config, n, None)))
     return model, int(hidden)
 
@@ -166,14 +176,29 @@ def in_a_fork(entry: Any, *case: Any) -> dict[str, Any]:
                 row = row_of(entry, *case)
             except BaseException as e:
                 last = traceback.extract_tb(e.__traceback__)[-1]
-                row = {"model": entry.name, "failed": f"{type(e).__name__}: {str(e)[:150]} ({last.name})"}
+                row = failed(entry, case, f"{type(e).__name__}: {str(e)[:150]} ({last.name})")
             json.dump(row, out)
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
         text = answer.read()
     os.waitpid(child, 0)
-    return json.loads(text) if text else {"model": entry.name, "failed": f"not done in {LIMIT} s"}
+    return json.loads(text) if text else failed(entry, case, f"not done in {LIMIT} s")
+
+
+def failed(entry: Any, case: Sequence[Any], why: str) -> dict[str, Any]:
+    return {"model": entry.name, "at_hidden": case[0], "dynamic": case[1], "experts": case[2], "failed": why}
+
+
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Which model and case a row is of."""
+    return row["model"], row.get("at_hidden", row.get("tokens") == row.get("hidden")), row.get("dynamic", False), row.get("experts", "")
+
+
+def kept_rows(out: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows taken before, by what they are of."""
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    return {case_of(r): r for r in rows}
 
 
 def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
@@ -187,12 +212,13 @@ def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
     entries = [e for e in zoo().ENTRIES if not names or e.name in names]
     warm_up()
     print(HEAD, flush=True)
-    rows = []
+    rows = kept_rows(out)
     for case, e in itertools.product(CASES, entries):
-        rows.append({**in_a_fork(e, *case), "load": os.getloadavg()[0]})
-        print(told(rows[-1]), flush=True)
-        out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": rows}, indent=1) + "\n")
-    over = sum("failed" in r or any(r[k] > bar for k, bar in BARS.items()) for r in rows)
+        row = {**in_a_fork(e, *case), "load": round(os.getloadavg()[0], 1)}
+        rows[case_of(row)] = row
+        print(told(row), flush=True)
+        out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": list(rows.values())}, indent=1) + "\n")
+    over = sum("failed" in r or any(r[k] > bar for k, bar in BARS.items()) for r in rows.values())
     print(f"{len(rows)} rows, {over} over the bar; written to {out}")
     return 0
 

@@ -64,6 +64,7 @@ class Target:
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
     coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
+    places: whether its `finish` takes the calls that make physical experts of logical ones (`ir.placement.physical`).
     router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
     machine, "" for nothing.
     machine: the family of devices that `refuses` and `says` depend on beside the IR, "" for none: plans on disk are kept for each.
@@ -85,6 +86,7 @@ class Target:
     remarks: Callable[[fx.GraphModule, Sequence[Any]], Sequence[str]] | None = None
     coded: bool = False
     chained: bool = False
+    places: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""
     machine: Callable[[], str] = lambda: ""

@@ -16,12 +16,14 @@ from .prove.claims import Claims, shared_claim
 from .prove.emitted import emitted_claim
 from .prove.engine import Claim, prove
 from .prove.gradients import with_gradients
+from .prove.placed import disproved
 from .recover import writes
 from .recover.exchange import exchange_of
 from .recover.find import LEAVES
 from .recover.fused import zero_gradients
 from .recover.match import ExpertsMatch
 from .recover.output_scale import Fold, fold_of, scaled
+from .recover.placed import placed
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
 from .recover.shared import match_shared
@@ -72,17 +74,21 @@ def _assembled(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> B
     if isinstance(found, Rejection) and ids is not None and (valid := where_valid(m)) is not None:
         again = match_gating(valid, shadow.walls)
         found, masked = (again, True) if isinstance(again, GatingMatch) else (found, False)
+    place, raw = (None if ids is None else placed(m, ids, shadow.walls)), nodes.raw
+    if isinstance(found, Rejection) and place is not None:
+        found, raw = match_gating(replace(m, ids=place.chosen), shadow.walls), place.raw
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
     note = found.reason if isinstance(found, Rejection) else ""
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
     shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)
-    ir = MoeBlock(None if gating is None else gating.gating, m.experts, None if shared is None else shared.ir, note)
+    told = m.experts if place is None else replace(m.experts, ids_mapped=True)
+    ir = MoeBlock(None if gating is None else gating.gating, told, None if shared is None else shared.ir, note)
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update(m.nodes())
     if gating is not None:
         ir.boundary.update(logits=gating.logits, bias=gating.bias, expert_scale=gating.expert_scale)
-    return Block(m, gating, ir, ids, weights, nodes.raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps)
+    return Block(m, gating, ir, ids, weights, raw, shared, nodes.twins, masked=masked, wraps=nodes.wraps, placed=place)
 
 
 def as_written(b: Block, note: str) -> Block:
@@ -156,14 +162,27 @@ def plan(work: Work, c: Candidate) -> Candidate:
 
 
 def emit(work: Work, c: Candidate) -> Candidate:
-    """What the plan emits is what the block computes."""
+    """What the plan emits is what the block computes; ids come out of a table of replicas where the target has an op for that."""
     if not work.options.validate:
-        return c
+        return _with_places(work, c)
     claim = emitted_claim(c.block, c.plan, work.shadow)
     refusal = proved([claim], c.block) if isinstance(claim, Claim) else claim
     if refusal is not None:
         raise refusal
-    return c
+    return _with_places(work, c)
+
+
+def _with_places(work: Work, c: Candidate) -> Candidate:
+    """The plan with the physical ids made of the logical ones and the table, where that is wanted and proved, else as they are."""
+    b, p = c.block, c.block.placed
+    if not work.target.places or p is None or p.how is None or b.ids is None:
+        return c
+    why = disproved(p, b.ids)
+    try:
+        how = c.plan if why else work.planner.placed(b, c.plan)
+    except Rejection as r:
+        how, why = c.plan, r.reason
+    return replace(c, how=how, found=replace(b, placed=replace(p, how=None, why=why)) if why else b)
 
 
 def share(work: Work, c: Candidate) -> Candidate:
@@ -184,7 +203,8 @@ def keep(work: Work, c: Candidate) -> Candidate:
     out, tokens = (work.shadow.origin.get(n) for n in (b.match.out, b.match.tokens))
     exchange = exchange_of(tokens[0], out[0]) if tokens and out else None
     ir, rows = activations.requested(replace(b.ir, exchange=exchange), work.options.activations, work.target)
-    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows)))
+    places = f"physical experts stay a gather: {b.placed.why}" if work.target.places and b.placed is not None and b.placed.why else ""
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows, places)))
     told = Recovered(ir, source, bool(work.options.validate), work.target.says(ir), note, c.plan.shared is not None)
     work.plans.append(c.plan)
     work.out.blocks.append(told)

@@ -52,9 +52,9 @@ FACTOR = int(os.environ.get("MOE_COMPILE_EXAMPLES", "1"))
 
 
 def examples(n: int) -> Any:
-    """Hypothesis settings: half of n examples, the same ones every time, in CI; n times the factor from the environment elsewhere."""
+    """Hypothesis settings: a quarter of n examples, the same ones every time, in CI; n times the factor from the environment elsewhere."""
     slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    count = n * FACTOR if FACTOR > 1 or "ZOO_ALL" in os.environ else n // 2
+    count = n * FACTOR if FACTOR > 1 or "ZOO_ALL" in os.environ else -(-n // 4)
     return settings(max_examples=count, deadline=None, derandomize=FACTOR == 1, suppress_health_check=slow)
 
 

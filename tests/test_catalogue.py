@@ -51,7 +51,7 @@ def test_eager_is_the_naive_reading(name: str) -> None:
     case = catalogue.build(cls).eval()
     torch.manual_seed(1)
     first = case.example_inputs()
-    for label, inputs in itertools.chain([("first", first)], check.routings(case)):
+    for label, inputs in itertools.chain([("first", first)], check.routings(case, tokens=0 if check.EVERY else 4)):
         with torch.no_grad():
             got = check.tensors(case(*inputs))[0]
             want = torch.from_numpy(naive.block(cls.expect.gating, cls.expect.experts, case.parts(*inputs)))
@@ -66,10 +66,10 @@ def test_near_miss_is_different_maths(name: str) -> None:
     cls, other = ENTRIES[name], ENTRIES[ENTRIES[name].near]
     case = catalogue.build(cls).eval()
     torch.manual_seed(1)
-    plain = case.example_inputs(60)
+    plain = case.example_inputs(24)
     # dtypes of the weights are a difference of rounding only
     limit = 3e-5 if cls.differs != ("gating.weight_dtype",) else 0.0
-    assert max(distance(case, other, inputs) for inputs in (plain, (plain[0] * 5, *plain[1:]))) > limit
+    assert any(distance(case, other, inputs) > limit for inputs in (plain, (plain[0] * 5, *plain[1:])))
 
 
 def distance(case: Case, neighbour: type[Case], inputs: tuple[Any, ...]) -> float:

@@ -21,6 +21,7 @@ SCHEMES = {
     "blocks": ir.Stored(8, F8, rows=16, columns=32),
     "blocks of a type by table": ir.Stored(8, torch.float8_e4m3fnuz, rows=5, columns=24),
     "channels": ir.Stored(8, torch.int8, rows=1),
+    "bytes, zero points": ir.Stored(8, torch.int8, True, rows=1, columns=8, zeroed=ir.stored.Zero.PLAIN),
     "mxfp4": replace(MX4, columns=8),
     "mxfp4 by bits": replace(MX4, columns=16, order=(1, 0), exponents=ir.stored.Exponent.BITS),
     "int4, any order, zero points": replace(INT4, columns=8),

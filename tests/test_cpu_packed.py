@@ -126,6 +126,30 @@ def test_a_written_weight_is_read_as_it_is(change: Any, which: str, caplog: pyte
         assert packed() > 0
 
 
+@pytest.mark.parametrize("how", ["swap_tensors", "another parameter"])
+def test_a_frozen_weight_may_be_swapped(how: str) -> None:
+    """torch.utils.swap_tensors (torch.__future__.set_swap_module_params_on_conversion) refuses tensors that anybody refers to weakly."""
+    e = LAYOUTS["transposed"]
+    t = make(e, ROUTINGS["few"](e.num_experts))
+    module = frozen(t)
+    with torch.no_grad():
+        cpu.forward(*bundle(t), layout(e), save=False)
+        assert packed() > 0
+        name, old = next((n, p) for n, p in module.named_parameters() if p is t["up"][0])
+        new = nn.Parameter(old * 2)
+        if how == "swap_tensors":
+            torch.utils.swap_tensors(old, new)
+        else:
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, new)
+            t["up"][0] = new
+        out, _ = cpu.forward(*bundle(t), layout(e), save=False)
+        assert relative(out, e.evaluate(**t)) < 2e-6
+        moe_compile.prepare(module, target="cpu")
+        cpu.forward(*bundle(t), layout(e), save=False)
+        assert packed() > 0
+
+
 def test_copies_go_with_the_model() -> None:
     e = LAYOUTS["concat"]
     t = make(e, ROUTINGS["few"](e.num_experts))

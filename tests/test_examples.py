@@ -243,6 +243,7 @@ def test_explain_shows_every_moe_layer_validated(capsys) -> None:
 
 
 @needs_passes
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="started by torchrun: make zoo; in processes that are there: tests/sharded")
 def test_experts_over_two_processes() -> None:
     """`--ep 2` under torchrun: every MoE layer fused, results as of the undivided model, half of the experts' weights in each process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "run_trinity.py")]

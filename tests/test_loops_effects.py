@@ -185,7 +185,7 @@ EFFECTS: dict[str, Callable[[Any, int, int], Any]] = {
 @pytest.mark.parametrize("what", EFFECTS)
 @torch.no_grad()
 def test_an_effect_is_neither_run_nor_lost(what: str) -> None:
-    cls, x = effect(EFFECTS[what]), torch.randn(9, H)
+    cls, x = effect(EFFECTS[what]), torch.randn(3, H)  # each expert that is hit is graphs of its own
     found = []
     for run in ("eager", "compiled"):
         torch.manual_seed(0)

@@ -39,5 +39,6 @@ TARGET = Target(
     rearrange=_rearrange,
     missing=capability.missing,
     machine=lambda: device.family(),
+    places=True,
     coded=True,  # int8 weights with scales: npu_grouped_matmul takes both
 )

@@ -93,6 +93,11 @@ class Row:
             return f"{op} is not among torch_npu's ops here"
         return None if self.evidence is Evidence.RUN else "known from documents only, no calls are emitted"
 
+    @property
+    def told(self) -> str:
+        """The calls, for the report."""
+        return self.calls if self.evidence is Evidence.RUN else f"{self.calls}, unverified: known from documents only"
+
     def refuses(self, p: Problem) -> tuple[int, str] | None:
         """The first objection and how many checks it came behind, or None."""
         return next(((i, why) for i, c in enumerate(self.checks) if (why := c(p)) is not None), None)

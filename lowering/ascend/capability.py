@@ -109,6 +109,6 @@ def says(ir: MoeBlock) -> str:
         chain, _ = int8.choose(_problem(ir))
         assert chain is not None
         return f"{routing}; {chain.calls}"
-    products = [form.calls for p in _stored(ir.experts) if (form := antiquant.choose(p)) is not None] or ["grouped_matmul"]
+    products = [form.told for p in _stored(ir.experts) if (form := antiquant.choose(p)) is not None] or ["grouped_matmul"]
     product = " and ".join(dict.fromkeys(products))
     return f"{routing}; {product}, {law.activation_call(ir.experts.activation, ir.experts.form)}"

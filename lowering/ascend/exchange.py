@@ -232,25 +232,3 @@ def experts(
         back["ori_x"] = x
     out = call("npu_moe_distribute_combine_v2", y, ids, info, received, wide, *given, **plain, **back)
     return out if active is None else torch.where(active[:, None], out, torch.zeros_like(out))
-
-
-# ---- logical to physical experts ---------------------------------------------------------------------------------------------
-
-
-def placement(table: Tensor) -> Tensor:
-    """table [E] or [E, R], the places of each logical expert (-1: no more) -> [E, 1 + R] int32 as npu_moe_update_expert reads it.
-
-    Raises ValueError for an expert that is nowhere: the op's tables have one place at least.
-    """
-    places = table.reshape(len(table), -1).to(torch.int32)
-    count = (places >= 0).sum(1, keepdim=True, dtype=torch.int32)
-    if bool((count == 0).any()):
-        raise ValueError(f"expert {int((count == 0).nonzero()[0, 0])} is in no place: every logical expert needs one")
-    order = (places < 0).to(torch.int32).argsort(dim=1, stable=True)
-    return torch.cat([count, places.gather(1, order)], 1)
-
-
-def physical(ids: Tensor, table: Tensor, at: Place | None = None) -> Tensor:
-    """ids [T, k] of logical experts -> of physical ones, by `placement`'s table: replicas by rank, or (no place) by token in turn."""
-    how = dict(balance_mode=1) if at is None else dict(local_rank_id=at.rank, world_size=at.world, balance_mode=0)
-    return call("npu_moe_update_expert", cast(ids, torch.int32), table, **how)[0]  # type: ignore[no-any-return]

@@ -20,18 +20,28 @@ _SAME_IDS = ("to", "view", "reshape", "flatten", "int", "long", "contiguous", "d
 # ---- ids -----------------------------------------------------------------------------------------------------------------
 
 
-def all_within(ids: fx.Node, num_experts: int, at: fx.Node) -> bool:
+def all_within(ids: fx.Node, num_experts: int, at: fx.Node, distinct: bool = False) -> bool:
     """Whether ids are a top-k's over exactly these experts where node `at` reads them, seen through views and casts.
 
-    Not where anything writes to their memory, by whatever view, before `at`: an id may be anything then.
+    Not where anything writes to their memory, by whatever view, before `at`: an id may be anything then. `distinct`: whether those of a
+    row are to differ, too: what is modulo the experts is an expert, but may be the same one twice.
     """
     seen = [ids]
     while True:
         n = seen[-1]
+        if "places" in n.meta:  # of whatever experts: the user's word
+            found = True
+            break
         if "experts_of" in n.meta:
             found = bool(n.meta["experts_of"] == num_experts)
             break
         if n.op == "call_method" and n.target in _SAME_IDS and isinstance(n.args[0], fx.Node) and _holds_ids(n, num_experts):
+            seen.append(n.args[0])
+            continue
+        if n.target is torch.remainder and n.args[1] == num_experts and isinstance(n.args[0], fx.Node):
+            if not distinct:
+                found = True
+                break
             seen.append(n.args[0])
             continue
         found = _selected(n) == num_experts

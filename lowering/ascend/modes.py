@@ -16,7 +16,7 @@ from ..target import Chosen, Rest
 from . import mega, over_ranks, register, schemas, sharding, streams, workarounds
 from .experts_call import EXPERTS, ops
 from .operands import Choices
-from .options import MODES, AscendOptions
+from .options import MODES, AscendOptions, refuse_in_ge
 from .rewrite import Lowered, lower, needs_gradients
 from .store import STORE
 from .weights import Recipe
@@ -46,7 +46,7 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
         rest.tell(["tensors are on the CPU, where torch_npu's ops have no gradients: the fused ops run as they are"])
         return _inner(rest, gm, example_inputs, train)
     try:
-        lowered = lower(gm, Choices(train, mine.quantize, mine.weight_format == "nz", mine.combine == "finalize", mine.mega_moe))
+        lowered = lower(gm, Choices.of(mine, train))
     except Exception as e:
         if options.strict:
             raise
@@ -55,8 +55,8 @@ def finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Cal
         return _inner(rest, gm, example_inputs, True)  # in plain torch they read counts back, which no graph mode captures
     inputs, one_by_one = inputs_of(lowered, example_inputs), train or any(map(over_ranks.travels, lowered.module.graph.nodes))
     chosen = graph_mode(rest, inputs, one_by_one)
-    if chosen == "ge" and mine.combine == "unpermute":
-        raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
+    if chosen == "ge":
+        refuse_in_ge(mine.combine)
     alone = mine.mega_moe and not any(map(over_ranks.travels, gm.graph.nodes))
     idle = ["mega_moe: no block of this graph has its experts over ranks, so that it has nothing to do"] if alone else []
     rest.tell([*lowered.notes, *idle, *_sharding(lowered, example_inputs), *_remarks(lowered, inputs, rest, chosen)])

@@ -16,6 +16,7 @@ from ...ir.stored import Scale
 from . import antiquant, calls, int8
 from .experts_call import ExpertsCall
 from .formats import refuses_nz
+from .options import AscendOptions
 from .record import recording
 from .weights import Recipe, trace_back
 
@@ -27,6 +28,7 @@ class Choices:
     """What the user asked for. train: with gradients; quantize: the option; nz: packed weights in the fractal format.
 
     fused_combine: npu_moe_finalize_routing, not npu_moe_token_unpermute. one_kernel: for experts over ranks (`exchange.MEGA`).
+    distinct_places: the user's word that no table of replicas has a place twice, or one that is none.
     """
 
     train: bool = False
@@ -34,6 +36,13 @@ class Choices:
     nz: bool = False
     fused_combine: bool = True
     one_kernel: bool = False
+    distinct_places: bool = False
+
+    @classmethod
+    def of(cls, chosen: AscendOptions, train: bool) -> Choices:
+        return cls(
+            train, chosen.quantize, chosen.weight_format == "nz", chosen.combine == "finalize", chosen.mega_moe, chosen.distinct_places
+        )
 
 
 Nodes = dict[str, list[fx.Node]]

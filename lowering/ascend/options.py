@@ -20,6 +20,8 @@ class AscendOptions:
     combine: the op that sums the experts' rows at inference: "finalize" (npu_moe_finalize_routing, in fp32, shared expert inside) or
         "unpermute" (npu_moe_token_unpermute, what training uses; not with mode "ge"), to tell one from the other.
     mega_moe: experts over ranks in one kernel, where cann_ops_transformer has it and the block is within its limits.
+    distinct_places: your word that a table of replicas (count, places) names physical experts, each once: what is read from it counts as
+        distinct experts then, as dispatch over ranks needs them.
     core_limit: (cube cores, vector cores) that the side stream of the shared expert may use.
     """
 
@@ -28,6 +30,7 @@ class AscendOptions:
     weight_format: str = "nd"
     combine: str = "finalize"
     mega_moe: bool = False
+    distinct_places: bool = False
     core_limit: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -36,7 +39,15 @@ class AscendOptions:
         one_of("weight_format", self.weight_format, ("nd", "nz"))
         one_of("combine", self.combine, ("finalize", "unpermute"))
         one_of("mega_moe", self.mega_moe, (False, True))
+        one_of("distinct_places", self.distinct_places, (False, True))
         _check_core_limit(self.core_limit)
+        if self.mode == "ge":
+            refuse_in_ge(self.combine)
+
+
+def refuse_in_ge(combine: str) -> None:
+    if combine == "unpermute":
+        raise OptionError("option 'combine' is 'unpermute', which GE has no converter for; allowed with mode 'ge': 'finalize'")
 
 
 def _check_quantize(quantize: Any) -> None:

@@ -35,7 +35,7 @@ def choose(n: fx.Node, c: ExpertsCall, at: exchange.Place, **said: bool) -> tupl
     whole, down = over_all(c.layout, at), [d.meta["example_value"] for d in c.p.down]
     spread = exchange.Spread.of(
         device.family(), at.world, x, ids, whole, int(c.layout.intermediate(down)), bool(c.p.up_bias or c.p.down_bias),
-        known=all_within(c.ids, whole.num_experts, n), widens=int(c.layout.out_features(down)) != int(x.shape[-1]), **said,
+        known=all_within(c.ids, whole.num_experts, n, distinct=True), widens=int(c.layout.out_features(down)) != int(x.shape[-1]), **said,
     )  # fmt: skip
     row, refused = exchange.choose(spread)
     told = dict.fromkeys(why for r, why in refused if r is not exchange.MEGA or spread.one_kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ...ir.placement import physical
 from ..reference import generic
 from ..reference.routing import Routing
-from . import calls, exchange, int8, law, over_ranks, quant, training
+from . import calls, exchange, int8, law, over_ranks, places, quant, training
 from .calls import Packed
 from .experts_call import EXPERTS, ExpertsCall, ops
 from .known import RESHAPES, addend, all_within
@@ -43,6 +45,9 @@ def lower(gm: fx.GraphModule, choices: Choices) -> Lowered:
     for n in list(run.graph.nodes):
         if n.target is ops.route.default:
             run.route(n)
+    for n in list(run.graph.nodes):
+        if n.target is physical:
+            run.places(n)
     for n in list(run.graph.nodes):
         if n.target is ops.experts_stored.default and choices.train:
             run.notes.append("int8 experts: the npu ops have no gradient to their rows, the fused op runs as it is")
@@ -104,6 +109,14 @@ def _fill_values(graph: fx.Graph) -> None:
                 n.meta["example_value"] = run(*args[1:], **kwargs) if run is not None else n.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def _forget_values(ids: fx.Node) -> None:
+    """Example values of what the passes made of ids that are of another dtype now."""
+    for u in ids.users:
+        if u.target in (torch.remainder, operator.sub, "reshape"):
+            u.meta.pop("example_value", None)
+            _forget_values(u)
+
+
 class _Lowering:
     def __init__(self, gm: fx.GraphModule, choices: Choices) -> None:
         self.gm, self.graph, self.choices, self.train = gm, gm.graph, choices, choices.train
@@ -123,19 +136,36 @@ class _Lowering:
             self.notes.append(f"routing as ATen ops: {why}")
         with recording(n, n, tensors) as r:
             w, ids = calls.route(r.value(logits), r.value(bias), r.value(table), Routing(*plain), self.train)  # type: ignore[arg-type]
-            others = [u for g in n.users if g.args[1] == 1 for u in g.users if u.target not in EXPERTS]
+            others = [u for g in n.users if g.args[1] == 1 for u in g.users if u.target not in (*EXPERTS, physical)]
             wide = ids.to(torch.int64) if others and ids.dtype != torch.int64 else ids
         for g in list(n.users):
             if g.args[1] == 0:
                 g.replace_all_uses_with(r.node(w))
             else:
                 for u in list(g.users):
-                    u.replace_input_with(g, r.node(ids if u.target in EXPERTS else wide))
+                    u.replace_input_with(g, r.node(ids if u.target in (*EXPERTS, physical) else wide))
             self.graph.erase_node(g)
         self.graph.erase_node(n)
         for t in (ids, wide):
             r.node(t).meta["experts_of"] = value.shape[-1]
         r.drop_unused()
+
+    def places(self, n: fx.Node) -> None:
+        """ids = physical(logical ids, table): the op that makes them, or a gather."""
+        ids, table, world, rank = n.args
+        with recording(n, n, [ids, table]) as r:  # type: ignore[list-item]
+            given = (r.value(ids), r.value(table), world, rank)  # type: ignore[arg-type]
+            out = places.emitted(*given)  # type: ignore[arg-type]
+        why = places.refuses(places.case(*given))  # type: ignore[arg-type]
+        if why is not None:
+            self.notes.append(f"physical experts stay a gather: {why}")
+        elif self.choices.distinct_places and all_within(ids, int(table.meta["example_value"].shape[0]), n, True):  # type: ignore[union-attr,arg-type]
+            r.node(out).meta["places"] = True
+        n.replace_all_uses_with(r.node(out))
+        self.graph.erase_node(n)
+        r.drop_unused()
+        _forget_values(r.node(out))
+        _fill_values(self.graph)
 
     # ---- experts -------------------------------------------------------------------------------------------------------
 

@@ -157,6 +157,8 @@ def _kind(how: Stored) -> int | None:
         return HALVES if how.axis == 2 and how.bits == 4 and _order(how) is not None else None
     if how.bits != 8 or how.tabled:
         return None
+    if how.zeroed:
+        return BYTES
     if how.dtype is torch.int8 and not how.offset and not how.values:
         return INT8
     return E4M3 if how.dtype is torch.float8_e4m3fn and not how.offset else BYTES

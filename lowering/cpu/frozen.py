@@ -1,14 +1,16 @@
 """Weights that `moe_compile.prepare` froze: which they are, and whether they still are what they were.
 
-A weight is known by its memory, because compiled graphs read views of parameters. It is looked at through the parameter itself, whose
-version counts what is written to it, and through a spot of each expert that the kernel compares (kernels/packed.h), for writes
-past that count (`.data`, numpy). One that was written to is frozen no longer.
+A weight is known by its memory, because compiled graphs read views of parameters. It is looked at through the parameter that its module
+holds, whose version counts what is written to it, and through a spot of each expert that the kernel compares (kernels/packed.h), for
+writes past that count (`.data`, numpy). One that was written to, or that another one stands for now, is frozen no longer. No tensor is
+referred to weakly: `torch.utils.swap_tensors` refuses those that are.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,16 +29,31 @@ log = logging.getLogger("moe_compile")
 COLUMNS = 32  # of a packed panel (kernels/plan.h)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A parameter or buffer by the module that holds it, with its version when it was frozen."""
+
+    module: weakref.ref[nn.Module]
+    name: str
+    version: int
+
+    def tensor(self) -> Tensor | None:
+        """What stands there now."""
+        module = self.module()
+        return None if module is None else module._parameters.get(self.name, module._buffers.get(self.name))
+
+
 @dataclass
 class _Weight:
-    """Memory of frozen parameters, and them with their versions. The weak reference keeps the address from being used again."""
+    """Memory of frozen parameters, and where these are. The weak reference keeps the address from being used again."""
 
     memory: StorageWeakRef
-    parameters: list[tuple[weakref.ref[Tensor], int]]
+    parameters: list[_Held]
 
     def unchanged(self) -> bool:
         address = self.memory.cdata
-        return all((p := ref()) is not None and p._version == v and _address(p) == address for ref, v in self.parameters)
+        now = ((h.tensor(), h.version) for h in self.parameters)
+        return all(p is not None and p._version == v and _address(p) == address for p, v in now)
 
 
 _frozen: dict[int, _Weight] = {}  # by address of the storage
@@ -50,14 +67,18 @@ def freeze(model: nn.Module) -> dict[str, int]:
     an experts op reads. Raises `OptionError` where a parameter cannot be watched.
     """
     tensors = [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if _can_be_read(t)]
+    modules = dict(model.named_modules())
     blind = next((n for n, t in tensors if t.is_inference()), None)
     if blind is not None:
         raise OptionError(f"{blind!r} was made under torch.inference_mode(), where writes leave no trace: make the model outside of it")
-    for address in {_address(t) for _, t in tensors}:
+    others = {a for a, w in _frozen.items() if not w.unchanged()}  # parameters that other ones stand for now
+    for address in {_address(t) for _, t in tensors} | others:
         _drop(address)
-    for _, t in tensors:
+    for path, t in tensors:
         weight = _frozen.setdefault(_address(t), _Weight(StorageWeakRef(t.untyped_storage()), []))
-        weight.parameters.append((weakref.ref(t, functools.partial(_gone, _address(t))), t._version))
+        owner, _, name = path.rpartition(".")
+        module = weakref.ref(modules[owner], functools.partial(_gone, _address(t)))
+        weight.parameters.append(_Held(module, name, t._version))
     _tell(None)
     return {n: t.numel() * t.element_size() for n, t in _look_like_experts(model)}
 
@@ -95,7 +116,7 @@ class Sources:
 
     def parameters(self) -> list[tuple[Tensor, int]]:
         """The parameters and their versions when they were frozen."""
-        return [(p, v) for w in self.weights.values() for ref, v in w.parameters if (p := ref()) is not None]
+        return [(p, h.version) for w in self.weights.values() for h in w.parameters if (p := h.tensor()) is not None]
 
     def thaw(self) -> None:
         """They were written to: from now on they are read as the model holds them."""
@@ -139,7 +160,8 @@ def _address(t: Any) -> int:
 
 
 def _gone(address: int, _: object) -> None:
-    _drop(address)
+    if not sys.is_finalizing():  # whom to tell may be gone, too
+        _drop(address)
 
 
 def _drop(address: int) -> None:

@@ -101,6 +101,7 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
     call = arguments.call(tx, fn, bound) if bound else None
     if call is None or not (roles_of(call.tensors) or _may_be_block(call)):
         return None
+    flags.tried(fn.__code__)
     try:
         reading = _read(tx, call, arguments)
         return None if reading is None else _captured(tx, func, call, arguments, reading)

@@ -35,30 +35,37 @@ class Again(Exception):
 
 
 @contextmanager
-def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[None]:
+def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[set[types.CodeType]]:
     """The flags, for a frame that is compiled inside. `outer`: whole blocks that may be read, though their loops are in other functions;
-    last: they are what this time is for."""
-    was, _now.state = getattr(_now, "state", None), (outer, last)
+    last: they are what this time is for. Yields the functions that are `tried`, as it goes."""
+    known: set[types.CodeType] = set()
+    was, _now.state = getattr(_now, "state", None), (outer, last, known)
     try:
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
-            yield
+            yield known
     finally:
         _now.state = was
 
 
 def blocks() -> frozenset[types.CodeType]:
     """The functions of whole blocks that are to be read this time."""
-    outer, last = getattr(_now, "state", None) or (frozenset, False)
+    outer, last, _ = getattr(_now, "state", None) or (frozenset, False, None)
     return outer() if last else frozenset()
+
+
+def tried(code: types.CodeType) -> None:
+    """Reading this function was tried: whatever came of it, it would come of it another time."""
+    if (state := getattr(_now, "state", None)) is not None:
+        state[2].add(code)
 
 
 def check(gm: fx.GraphModule, missed: Sequence[Rejection]) -> None:
     """Raise `Again` if a graph that has such sizes through our flags asserts what the user's code does not, or if whole blocks of its frame
-    may be read in place of what was `missed`."""
-    outer, last = getattr(_now, "state", None) or (None, False)
+    that were not tried yet may be read in place of what was `missed`."""
+    outer, last, known = getattr(_now, "state", None) or (None, False, None)
     if outer is None:
         return
-    if not last and any(r.stage not in _TOLD and r.code not in MATHS for r in missed) and outer():
+    if not last and any(r.stage not in _TOLD and r.code not in MATHS for r in missed) and outer() - known:
         raise Again("whole blocks are read by example")
     for n in gm.graph.nodes:
         if n.target is torch.ops.aten._assert_scalar.default and _equates(n.args[0]):

@@ -167,13 +167,13 @@ def _hook_flags() -> None:
         outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
         for last in (False, True):
             try:
-                with flags.on(outer, last):
+                with flags.on(outer, last) as tried:
                     return original(*args, **kwargs)
             except Exception as e:
                 if not flags.from_data_dependence(e):
                     raise
                 log.info("capture: a frame is compiled again: %s", e)
-            if not outer():
+            if not outer() - tried:
                 break
         return original(*args, **kwargs)
 

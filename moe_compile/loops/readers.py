@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
 from .bench import Bench, BlockBench, DispatchBench, NoExperts, lies_flat, number_of_experts, primes
@@ -26,6 +27,7 @@ from .rewrites import fold_masks, split_stacks
 _MANY, _WORK = 2048, 1 << 30
 _HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
+UNROLLED = 16  # experts beyond which a loop that Dynamo can unroll is read all the same
 DRAWS = 4  # tries to choose every expert
 
 
@@ -34,11 +36,13 @@ class _Reader:
 
     lead: the token counts of the recording, as primes that divide no other size; known: every other size and number around.
     sharp: the bench in float32, own: that in the call's types; small: float32, all experts, and narrow where the recording is.
+    spare: Dynamo can do without the reading.
     """
 
     all: int
     experts: int
     fewer: Fewer | None = None
+    spare = False
     reads: set[Place]
     widths: tuple[tuple[int, int], ...]
     lead: list[int]
@@ -214,9 +218,10 @@ class Block(_Reader):
             gm = record_symbolically(self._run, given, self.table.probe, self.call.grad, self.counts_rows)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
             raise r if selects(self.call.fn.__code__) else NoExperts(r.reason, stage="read") from r
-        if self.draw < DRAWS - 1 and _leaves_out(gm, self.table.probe.tensors):
+        if self.draw < DRAWS - 1 and (_leaves_out(gm, self.table.probe.tensors) or any(map(_is_empty, _picks(gm)))):
             raise Rejection("its probes choose some experts only", stage="draw")
-        if not gm.meta["host_reads"] and not self._counts_rows(gm):
+        self.spare = not gm.meta["host_reads"] and not self._counts_rows(gm)
+        if self.spare and not self._is_long(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")
         split_stacks(gm)
         return gm
@@ -224,11 +229,15 @@ class Block(_Reader):
     def _run(self, *module: Any, **tensors: Tensor) -> Any:
         return self.table.call_user(tensors)
 
+    def _is_long(self, gm: fx.GraphModule) -> bool:
+        """Whether rows are picked for each of many experts, whatever they are: Dynamo unrolls such a loop, at a high price for each."""
+        return self.all > UNROLLED and len(_picks(gm)) >= (self.experts or self.all)
+
     def _counts_rows(self, gm: fx.GraphModule) -> bool:
         """Whether the code asks how many rows an expert got (`if token.numel() > 0`), which no operation tells; its experts may ask too."""
-        picks = any(torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()) for n in gm.graph.nodes)
         code = self.call.fn.__code__
-        return picks and (not has_loop(code) or any(map(branches_on_rows, reached(code, self.call.fn.__globals__, [self.call.module]))))
+        inside = reached(code, self.call.fn.__globals__, [self.call.module])
+        return bool(_picks(gm)) and (not has_loop(code) or any(map(branches_on_rows, inside)))
 
     def follow(self) -> None:
         b = self.sharp.again(dtype=self.table.dtype, listening=True, seed=self.draw, fewer=self.fewer)
@@ -269,6 +278,16 @@ class Block(_Reader):
     def _cheap(self, tokens: int) -> bool:
         """Whether so many tokens are worked on in a moment."""
         return _affordable(self.small, 8) >= tokens
+
+
+def _picks(gm: fx.GraphModule) -> list[fx.Node]:
+    """Operations whose results have as many rows as the data wants."""
+    return [n for n in gm.graph.nodes if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ())]
+
+
+def _is_empty(pick: fx.Node) -> bool:
+    """Whether no row was picked."""
+    return any(0 in t.shape for t in pytree.tree_leaves(pick.meta["val"]))
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:

@@ -111,6 +111,8 @@ def _cheapest(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading
         try:
             return _read(call, reader, recover)
         except Exception as e:
+            if reader.spare and not isinstance(e, NoExperts):
+                raise NoExperts(f"Dynamo can unroll it, and reading it failed: {e}", stage="read") from e
             if fewer is None or _for_good(e, fewer):
                 raise
             log.debug("capture: %s as %s: %s: %s", call.source, fewer, type(e).__name__, e)

@@ -51,7 +51,7 @@ class Regenerated:
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         self.family = family_of(experts)
-        self.lists = [_listed(boundary.get(n)) for n in self.family.names]
+        self.lists = [self._parts(_listed(boundary.get(n))) for n in self.family.names]
         self.views: Mapping[fx.Node, Any] = boundary.get("views") or {}
         self.orders: Mapping[fx.Node, Any] = boundary.get("orders") or {}
         self.join: Join | None = boundary.get("join")
@@ -66,12 +66,17 @@ class Regenerated:
         self.stacks = list(dict.fromkeys(n.meta["param_path"] for n in placeholders if "index" in n.meta))  # taken apart
         self.names = {n: n.meta["arg"] if "arg" in n.meta else self._parameter(n) for n in placeholders}
         self.function_name = name if (name := call.fn.__name__).isidentifier() else "expert_loop"
-        self.others = [self._others(ns) for ns in self.lists]
+        self.others = [[self._others(ns) for ns in parts] for parts in self.lists]
         self.device = f"{next(iter(call.tensors))}.device"
 
     def _parameter(self, n: fx.Node) -> str:
         name = f"_p{self.params.index(n.meta['param_path'])}"
         return f"{name}s[{n.meta['index']}]" if "index" in n.meta else name
+
+    def _parts(self, nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
+        """A list in parts of one for each expert that was recorded: gate and up projections stand one after the other."""
+        n = len(nodes) if self.fewer is None or len(nodes) % self.fewer.few else self.fewer.few
+        return [nodes[i : i + n] for i in range(0, len(nodes), n or 1)]
 
     def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
         """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
@@ -87,7 +92,7 @@ class Regenerated:
         if n is not self.out:
             return n.all_input_nodes
         given = [*(self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")), self.like]
-        return [x for x in (*given, *(w for ws in self.lists for w in ws)) if x is not None]
+        return [x for x in (*given, *(w for parts in self.lists for ws in parts for w in ws)) if x is not None]
 
     def _live(self) -> set[fx.Node]:
         stack, seen = [next(n for n in self.gm.graph.nodes if n.op == "output")], set()
@@ -162,7 +167,7 @@ class Regenerated:
         b, out = self.boundary, self.out.meta["val"]
         rows, ids, weights = (self._rows(b[n], env) for n in ("tokens", "ids", "weights"))
         base = "None" if b.get("base") is None else self._rows(b["base"], env)
-        named = [[*(self._weight(n, env) for n in ns), *others] for ns, others in zip(self.lists, self.others, strict=True)]
+        named = [self._named(*both, env) for both in zip(self.lists, self.others, strict=True)]
         p = Operands.read(named, self.family.names)
         named = (p if self.join is None else self.join.of(p, _below, _beside)).lists(self.family.names)
         lists = ", ".join(f"[{', '.join(names)}]" for names in named)
@@ -176,6 +181,10 @@ class Regenerated:
             v, like = env[self.out], env[self.like]
             lines.append(f"{v} = {v} if {like}.is_contiguous() else torch.empty_like({like}, dtype={v}.dtype).copy_({v})")
         return lines
+
+    def _named(self, parts: Sequence[Sequence[fx.Node]], others: Sequence[Sequence[str]], env: dict[fx.Node, str]) -> list[str]:
+        """The weights of a list: in each of its parts those of the experts recorded, then those of the others."""
+        return [w for ns, more in zip(parts, others, strict=True) for w in (*(self._weight(n, env) for n in ns), *more)]
 
     def _rows(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
         v = n.meta["val"]

@@ -28,7 +28,7 @@ from .match import ExpertsMatch, Param
 from .merged import apart
 from .one_base import of_each
 from .rounding import Rounding, unrounded
-from .rows import NO_EXPERTS, Cause, No, factors, ids_atom, mapped, reads, row_index, row_variable, rows
+from .rows import NO_EXPERTS, Cause, No, data_dependent, factors, ids_atom, mapped, reads, row_index, row_variable, rows
 from .ways import Function, Way, read
 
 
@@ -234,7 +234,10 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
         if x.op == "topk" or x.op == "a" and len(x.args[1]) > 1:
             *lead, last = x.args[1]
             free = {v for i in x.args[1] for v in i.atoms}
-            if free - {t, j} or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
+            beyond = bool(free - {t, j})
+            if not beyond and any(data_dependent(i) for i in x.args[1]):  # a table, read at a choice that is looked at itself
+                continue
+            if beyond or (last is not j and T.uses(last, t)) or any(T.uses(i, j) for i in lead if j.op == "v"):
                 raise No(f"the expert ids are not one row a token{reads(ids)}")
             if t.op == "v" and len(lead) == 1 and lead[0].op in ("fdiv", "mod") and lead[0].args[1].args[0] == k > 1:
                 raise No(f"the expert ids are not one row a token{reads(ids)}")

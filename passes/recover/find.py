@@ -13,9 +13,10 @@ import torch.fx as fx
 from ...ir import Rejection
 from .. import terms as T
 from ..aten import names
+from ..aten.definitions_gather import accumulated_value
 from ..aten.definitions_views import TUPLES
 from ..aten.effects import Memory
-from ..aten.element import NO_RULE, RULES, Puller, shape_of
+from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.shadow import CUT
 from .counted import named, only_counted
@@ -179,7 +180,7 @@ class Finder:
         """Whether u goes on accumulating onto n."""
         name = op_name(u)
         if name in names.ACCUMULATE:
-            return u.args[0] is n
+            return u.args[0] is n or name in names.PUT and call_args(u).values is n and accumulated_value(u) is not None
         if name == "add":
             others = [x for x in u.args[:2] if x is not n and isinstance(x, fx.Node)]
             return bool(others) and all(self.static[x] == label or is_zero(x) for x in others)

@@ -18,6 +18,7 @@ from .fused import is_fused
 from .given_ids import ends_of
 from .match import ExpertsMatch
 from .output_scale import Fold
+from .placed import Placed
 from .routing import GatingMatch
 from .rows import row_index, rows
 from .shared import SharedMatch
@@ -30,6 +31,7 @@ class Block:
     `ids`, `weights`: the shadow's own [.., k] tensors; `raw_ids`: the top-k's, before any table or mask (the same as `ids`
     when there is none). None where no node of the graph holds that value. `fold`: a scale of the result that is in the gating.
     `masked`: the weights are those of the gating only where the ids are experts. `wraps`: ids below zero count from the last expert.
+    `placed`: how the ids come out of a table, where one maps a selection's.
     """
 
     match: ExpertsMatch
@@ -43,6 +45,7 @@ class Block:
     fold: Fold = field(default_factory=Fold)
     masked: bool = False
     wraps: bool = False
+    placed: Placed | None = None
 
     @property
     def constant(self) -> float | None:

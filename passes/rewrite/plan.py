@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from ...ir import Experts
 from ...ir.operands import PLAIN, Join, Operands
+from ...ir.placement import physical
 from ...ops import bundled, family_of, shared_args
 from ..aten.effects import live_nodes, remove_dead
 from ..aten.node import example_value
@@ -49,6 +50,16 @@ class RoutePlan:
 
 
 @dataclass(frozen=True)
+class PlacedPlan:
+    """ids = physical(logical, table, world, rank): see `ir.placement`."""
+
+    logical: str
+    table: str
+    world: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class ExpertsPlan:
     """out = experts(tokens, ids, weights, ...), or experts_stored(...); ids or weights None: those of the route op.
 
@@ -56,6 +67,7 @@ class ExpertsPlan:
     `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
     `ends`: group ends, where rows stand in the order of their experts; ids and weights are None then.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",). `join`: of several low-rank pairs.
+    `placed`: what makes `ids` out of logical ones, where a target has an op for it.
     """
 
     out: str
@@ -72,6 +84,7 @@ class ExpertsPlan:
     constant: float | None = None
     ends: str | None = None
     join: Join | None = None
+    placed: PlacedPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -243,13 +256,17 @@ class Executor:
     def chosen(self, p: ExpertsPlan, ids: fx.Node | None, weights: fx.Node | None, out: fx.Node) -> tuple[fx.Node, fx.Node]:
         """ids and weights [T, k] as the op takes them."""
         g = self.graph
+        if p.placed is not None:
+            logical = rows(g, self.node(p.placed.logical), p.k)
+            ids = call(g, physical, (logical, self.node(p.placed.table), p.placed.world, p.placed.rank), out)
         assert ids is not None
+        ids = rows(g, ids, p.k)  # what is made of them here has no example value
         ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids
         ids = call(g, operator.sub, (ids, p.experts.first), out) if p.experts.first else ids
         if weights is None:
             assert p.constant is not None
             weights = call(g, torch.full_like, (self.cast_to(ids, p.experts.dtype, out), p.constant), out)
-        return rows(g, ids, p.k), rows(g, weights, p.k)
+        return ids, rows(g, weights, p.k)
 
     def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
         """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..recover.writes import reads
 from ..terms import same_size
 from .calls import can_emit
 from .layout import dims_by_stride
-from .plan import BlockPlan, ExpertsPlan, Operand, RoutePlan
+from .plan import BlockPlan, ExpertsPlan, Operand, PlacedPlan, RoutePlan
 
 
 class Planner:
@@ -134,6 +135,15 @@ class Planner:
             join=m.join,
             lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
         )
+
+    def placed(self, b: Block, plan: BlockPlan) -> BlockPlan:
+        """The plan in which the ids come out of the table of replicas by the function that says so. Raises Rejection."""
+        e, found = plan.experts, b.placed
+        if e is None or e.ids is None or found is None or found.how is None:
+            return plan
+        logical, table = self.locate(found.raw, b.match.out), self.locate(found.table, b.match.out)
+        placed = PlacedPlan(logical.name, table.name, found.how.world, found.how.rank)
+        return replace(plan, experts=replace(e, placed=placed))
 
     def _ends(self, ends: fx.Node, m: ExpertsMatch) -> fx.Node:
         if family_of(m.experts) is not EXPERTS:

@@ -104,6 +104,15 @@ def test_blocks_of_float8_under_rows_in_float8(family: str, lacks: str | None, t
     assert told in str(capability.refuses(MoeBlock(None, experts)))
 
 
+def test_the_report_says_what_only_documents_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float8 under rows of floats, on the 950; near: int8, which is emulated and converted."""
+    monkeypatch.setattr(device, "family", lambda: "950")
+    for dtype, marked in ((E4M3, True), (torch.int8, False)):
+        how = Stored(8, dtype, rows=1)
+        experts = Experts(4, 256, 256, 256, Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16, up_stored=how, down_stored=how)
+        assert ("unverified: known from documents only" in capability.says(MoeBlock(None, experts))) == marked
+
+
 def test_what_only_documents_say_is_marked() -> None:
     known = {row.name: row.evidence for row in antiquant.FORMS if row.evidence is not antiquant.Evidence.RUN}
     assert known == {

@@ -190,27 +190,3 @@ def test_what_the_kernels_reject_is_rejected() -> None:
     x, ids, w = torch.randn(T, H).bfloat16(), torch.zeros(T, K, dtype=torch.int64), torch.rand(T, K)
     with pytest.raises(AssertionError, match="twice"):
         on_ranks(2, lambda rank: exchange.experts(x, ids, w, p, layout(0), exchange.A3, exchange.Place("test", 2, rank)))
-
-
-# ---- logical to physical experts ---------------------------------------------------------------------------------------------
-
-
-def test_one_place_each_is_a_table_of_ids() -> None:
-    table = torch.randperm(12)[:8]
-    ids = torch.randint(0, 8, (6, 3))
-    assert torch.equal(exchange.physical(ids, exchange.placement(table)), table[ids].int())
-
-
-def test_replicas_are_taken_in_turn() -> None:
-    """By token, and by rank: ranks 0 and 1 of four the first of two replicas, ranks 2 and 3 the second."""
-    table = exchange.placement(torch.tensor([[3, -1], [-1, 5], [0, 1]]))
-    assert table.tolist() == [[1, 3, -1], [1, 5, -1], [2, 0, 1]]
-    ids = torch.tensor([[2, 0], [2, 1], [2, 0]])
-    assert exchange.physical(ids, table).tolist() == [[0, 3], [1, 5], [0, 3]]
-    by_rank = [exchange.physical(ids, table, exchange.Place("ep", 4, rank))[:, 0].tolist() for rank in range(4)]
-    assert by_rank == [[0] * 3, [0] * 3, [1] * 3, [1] * 3]
-
-
-def test_an_expert_without_a_place_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expert 1 is in no place"):
-        exchange.placement(torch.tensor([0, -1, 2]))

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moe_compile.divided import divided_experts
-from moe_compile.ir import Form
+from moe_compile.ir import Form, placement
 from moe_compile.ir import scalar as act
 from moe_compile.ir.records import Layout
-from moe_compile.lowering.ascend import calls, device, exchange, modes, register, rewrite, schemas, streams
+from moe_compile.lowering.ascend import calls, device, exchange, modes, places, register, rewrite, schemas, streams
 from moe_compile.lowering.ascend.operands import Choices
 
 register.ensure()
@@ -43,7 +43,7 @@ def traced(row: exchange.Row, masked: bool, identity: int) -> fx.GraphModule:
 
     def layer(x: Tensor, ids: Tensor, w: Tensor, table: Tensor, up: Tensor, down: Tensor, s1: Tensor, s2: Tensor, active: Tensor) -> Tensor:
         shared = torch.nn.functional.silu(x @ s1) @ s2
-        chosen = ids if identity else exchange.physical(ids, table, at)  # identities stand behind the experts, in no table
+        chosen = ids if identity else places.physical(ids, table, at.world, at.rank)  # identities stand behind the experts, in no table
         p = calls.Packed([calls.Weight(up)], calls.Weight(down))
         return exchange.experts(x, chosen, w, p, layout(identity), row, at, active if masked else None) + shared
 
@@ -118,16 +118,20 @@ def test_ge_graphs_are_as_recorded(name: str, row: exchange.Row, masked: bool, i
 # ---- blocks of a graph that the passes have divided --------------------------------------------------------------------------
 
 
-def divided_graph(tokens: int, hidden: int, shared: bool = False, base: bool = False, written: bool = False) -> fx.GraphModule:
-    """Dynamo's graph of a block over two ranks: a selection among 8 experts, 4 of which are this rank's."""
+def divided_graph(
+    tokens: int, hidden: int, shared: bool = False, base: bool = False, written: bool = False, placed: bool = False
+) -> fx.GraphModule:
+    """Dynamo's graph of a block over two ranks: a selection among 8 experts, 4 of which are this rank's; placed: among 6, in 8 places."""
     ops, consts = act.encode(act.SWIGLU)
     local = Layout(tuple(ops), tuple(consts), int(Form.CONCAT), 4, True, False, False, False, 0)
     g = fx.Graph()
-    sizes = {"x": (tokens, hidden), "scores": (tokens, 8), "up": (4, 2 * I, hidden), "down": (4, hidden, I), "add": (tokens, hidden)}
+    sizes = {"x": (tokens, hidden), "scores": (tokens, 6 if placed else 8), "up": (4, 2 * I, hidden), "down": (4, hidden, I),
+             "add": (tokens, hidden), **({"table": (6, 3)} if placed else {})}  # fmt: skip
     p = {name: g.placeholder(name) for name in sizes}
     with FakeTensorMode():
         for name, n in p.items():
-            n.meta["example_value"] = torch.empty(sizes[name], dtype=torch.float32 if name == "scores" else torch.bfloat16)
+            dtype = {"scores": torch.float32, "table": torch.int64}.get(name, torch.bfloat16)
+            n.meta["example_value"] = torch.empty(sizes[name], dtype=dtype)
         top = g.call_method("topk", (p["scores"], 2), {"dim": -1})
         top.meta["example_value"] = p["scores"].meta["example_value"].topk(2, dim=-1)
         w, ids = (g.call_function(operator.getitem, (top, i)) for i in (0, 1))
@@ -135,6 +139,7 @@ def divided_graph(tokens: int, hidden: int, shared: bool = False, base: bool = F
             n.meta["example_value"] = top.meta["example_value"][i]
         if written:
             g.call_method("masked_fill_", (ids, False, -1)).meta["example_value"] = ids.meta["example_value"]
+        ids = g.call_function(placement.physical, (ids, p["table"], 0, 0)) if placed else ids
         lists = [[p["up"]], [p["down"]], [], []]
         plain = list(dataclasses.astuple(local))
         out = g.call_function(divided_experts, (p["x"], ids, w, lists, p["add"] if base else None, plain, "ep", shared))
@@ -185,6 +190,36 @@ def test_what_dispatch_does_not_take_travels_as_written(two_a3: threading.local,
         lowered = rewrite.lower(divided_graph(**{"tokens": T, "hidden": H, **changes}), Choices())
     assert any("by collectives" in n and reason in n for n in lowered.notes), lowered.notes
     assert any(n.target is divided_experts for n in lowered.module.graph.nodes) and all(isinstance(i, int) for i in lowered.inputs)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_logical_experts_become_physical_ones_before_the_dispatch(two_a3: threading.local, told: bool) -> None:
+    """That places are distinct is the user's word; without it the ids of a row are not known to differ, and rows travel as written."""
+    up, down = torch.randn(8, 2 * I, H).bfloat16() / 8, torch.randn(8, H, I).bfloat16() / 4
+    x, scores = torch.randn(2, T, H).bfloat16(), torch.rand(2, T, 6)
+    table = torch.tensor([[2, 7, 0], [1, 3, -1], [1, 5, -1], [2, 2, 6], [1, 1, -1], [1, 4, -1]])
+    first = rewrite.lower(divided_graph(T, H, placed=True), Choices(distinct_places=told))
+    names = [streams.name_of(n) for n in first.module.graph.nodes]
+    assert "npu_moe_update_expert" in names and ("npu_moe_distribute_dispatch_v2" in names) == told
+    if not told:
+        assert any("distinct experts" in n for n in first.notes)
+        return
+
+    def run(rank: int) -> Tensor:
+        two_a3.rank = rank
+        lowered = rewrite.lower(divided_graph(T, H, placed=True), Choices(distinct_places=True))
+        mine = slice(4 * rank, 4 * rank + 4)
+        given = (x[rank], scores[rank], up[mine], down[mine], x[rank], table)
+        inputs = [given[i] if isinstance(i, int) else i.pack([given[s.position] for s in i.sources]) for i in lowered.inputs]
+        return lowered.module(*inputs)[0]
+
+    p = calls.Packed([calls.Weight(up.mT.contiguous())], calls.Weight(down.mT.contiguous()))
+    for rank, out in enumerate(on_ranks(2, run)):
+        w, ids = scores[rank].topk(2, dim=-1)
+        whole = dataclasses.replace(layout(), num_experts=8)
+        want = calls.experts(x[rank], placement.physical(ids, table, 0, 0), w, p, [], whole, all_known=True)
+        torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
 
 
 def test_training_travels_as_written(two_a3: threading.local) -> None:

@@ -194,6 +194,34 @@ class LogicalToPhysicalGather(LogicalToPhysical):
         return loop(x, physical, w, self.up, self.down)
 
 
+class LogicalToPhysicalOfLayer(LogicalToPhysical):
+    """Verdict: fused as LogicalToPhysical. The table is a row of one for all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [3, 9, 0, 1, 7, 2, 8, 4]]))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        return self.table[1][ids]
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"table": self.table[1]}
+
+
+class LogicalToPhysicalReplicas(LogicalToPhysical):
+    """Verdict: fused as LogicalToPhysical. A count in front of each expert's places, tokens take them in turn."""
+
+    expect = Sound()
+
+    def __init__(self) -> None:
+        super().__init__()
+        counted = [[1, 3, 0], [2, 9, 5], [1, 0, 0], [1, 1, 0], [2, 6, 7], [1, 2, 0], [1, 8, 0], [1, 4, 0]]
+        self.register_buffer("table", torch.tensor(counted))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        return self.table[ids, 1 + torch.arange(ids.shape[0])[:, None] % self.table[ids, 0]]
+
+
 class LogicalToPhysicalUnsorted(LogicalToPhysical):
     """Verdict: fused as LogicalToPhysical. The selected experts in no promised order."""
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,20 +135,23 @@ SETUPS: dict[str, Made] = {
 }
 
 
-# Of these the loop is left to `make zoo`: it meets nothing there that it does not meet in the others
-GROUPED = ("ddp, optimize_ddp=False", "fsdp, whole", "fsdp, mixed precision", "fsdp, accumulation", "fsdp, kept")
-GROUPED = () if "ZOO_ALL" in os.environ else GROUPED
-INFERENCE = ("ddp", "fsdp, by layer", "fsdp, experts apart") if "ZOO_ALL" not in os.environ else tuple(SETUPS)
+# Left to `make zoo`: set-ups that differ from another one by a setting of torch's alone; the loop where it meets nothing that it does not
+# meet in the others; inference where nothing is gathered; AOTAutograd, but for one of DDP and one of FSDP2
+EVERY = "ZOO_ALL" in os.environ
+LEFT = () if EVERY else ("ddp, optimize_ddp=False", "fsdp, kept")
+GROUPED = () if EVERY else ("fsdp, whole", "fsdp, mixed precision", "fsdp, accumulation")
+INFERENCE = tuple(SETUPS) if EVERY else ("fsdp, by layer", "fsdp, experts apart")
+TRACED = tuple(SETUPS) if EVERY else ("ddp", "fsdp, by layer")
 
 
 # ---- a cell ------------------------------------------------------------------------------------------------------------------
 
 
 def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
-    """Every set-up that is asked for (all, if none is), with both spellings, in training and without gradients."""
+    """Every set-up that is asked for (all but `LEFT`, if none is), with both spellings, in training and without gradients."""
     logging.getLogger("moe_compile").setLevel(logging.CRITICAL)
     mesh = init_device_mesh("cpu", (world,))
-    for name in names or SETUPS:
+    for name in names or (s for s in SETUPS if s not in LEFT):
         for grouped in (True, False)[: 1 if name in GROUPED else 2]:
             for train in (True, False):
                 spelling, mode = ("grouped_mm" if grouped else "loop"), ("training" if train else "inference")
@@ -157,6 +161,7 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     if not names:
         import parallelized
 
+        yield "example", example()
         yield from parallelized.table(rank, world)
 
 
@@ -167,7 +172,7 @@ def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: Dev
     xs = [torch.randn(T, H, generator=torch.Generator().manual_seed(7 + r)) for r in range(world)]
     weigh = torch.randn(T, H, generator=torch.Generator().manual_seed(3))
     ops: list[int] = []
-    called, owner = SETUPS[name](copy.deepcopy(one), mesh, {"backend": "moe_fused", "options": {"inner": counting(ops)}})
+    called, owner = SETUPS[name](copy.deepcopy(one), mesh, {"backend": "moe_fused", "options": {"inner": counting(ops, name in TRACED)}})
     steps = 2 if name == "fsdp, accumulation" else 1
     with torch._dynamo.config.patch(optimize_ddp=name != "ddp, optimize_ddp=False"), torch.enable_grad() if train else torch.no_grad():
         for step in range(steps):
@@ -186,14 +191,27 @@ def cell(name: str, grouped: bool, train: bool, rank: int, world: int, mesh: Dev
     }  # fmt: skip
 
 
-def counting(ops: list[int]) -> Callable[..., Any]:
-    """aot_eager, and for each graph how many experts ops it has."""
+def example() -> dict[str, Any]:
+    """What `examples/run_trinity.py --ep 2 --explain` tells, in the process group that is there; nothing in all ranks but the first."""
+    from unittest import mock
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    import divided
+    import run_trinity
+
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        found = divided.run(run_trinity.parse(["--ep", "2", "--explain", "--json"], ""))
+    return {} if found is None else divided.as_json(found) | {"complete": found.complete}
+
+
+def counting(ops: list[int], traced: bool = True) -> Callable[..., Any]:
+    """The graphs as they are, or `traced` by AOTAutograd, and for each how many experts ops it has."""
 
     def inner(gm: torch.fx.GraphModule, examples: Any) -> Any:
         from torch._dynamo.backends.registry import lookup_backend
 
         ops.append(sum(str(n.target).startswith("moe_compile.experts") for n in gm.graph.nodes))
-        return lookup_backend("aot_eager")(gm, examples)
+        return lookup_backend("aot_eager")(gm, examples) if traced else gm.forward
 
     return inner
 

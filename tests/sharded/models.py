@@ -30,8 +30,8 @@ CONFIGS = {
     "ep, moe_compile": dict(tp_size=2, tp_plan="auto", ep_size=2, ep_implementation="moe_compile"),
     "fsdp and ep, moe_compile": dict(fsdp_size=2, ep_size=2, ep_implementation="moe_compile"),
 }
-# Of these the loop is left to `make zoo`
-GROUPED = ("tp", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()
+# Of these the loop is left to `make zoo`, and AOTAutograd of all but ours
+GROUPED = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()
 INFERENCE = ("ep, moe_compile",) if "ZOO_ALL" not in os.environ else ("ep, moe_compile", "tp", "ep, all_reduce", "ep, all_to_all")
 
 
@@ -50,18 +50,19 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
             for train in (True, False):
                 if spelling == "eager" and name in ("ep, all_to_all", *GROUPED) or not train and name not in INFERENCE:
                     continue
-                found = cell(shared[0], CONFIGS[name], spelling, train, rank, "fsdp" in name)
+                found = cell(shared[0], name, spelling, train, rank)
                 yield f"{name} / {spelling} / {'training' if train else 'inference'}", found
 
 
-def cell(path: str, config: dict[str, Any], spelling: str, train: bool, rank: int, apart: bool) -> dict[str, Any]:
+def cell(path: str, name: str, spelling: str, train: bool, rank: int) -> dict[str, Any]:
     torch._dynamo.reset()
+    config, apart = CONFIGS[name], "fsdp" in name
     kwargs = dict(experts_implementation=spelling, attn_implementation="eager")
     one = AutoModelForCausalLM.from_pretrained(path, **kwargs).train(train)
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**config), **kwargs).train(train)
     batches = [torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(5 + r * apart)) for r in range(dist.get_world_size())]
     ops: list[int] = []
-    options = {"backend": "moe_fused", "options": {"inner": cells.counting(ops)}}
+    options = {"backend": "moe_fused", "options": {"inner": cells.counting(ops, cells.EVERY or name == "ep, moe_compile")}}
     if apart:
         for layer in model.model.layers:
             layer.compile(**options)

@@ -76,7 +76,10 @@ def _check(found: list[dict[str, Any]], cell: str, fused: int, graphs: int, off:
         assert told["out"] <= off and told["grad"] <= off, told
 
 
-@pytest.mark.parametrize(("setup", "spelling"), [(s, x) for s in OWN for x in (BOTH[:1] if s in cells.GROUPED else BOTH)])
+TRAINED = [(s, x) for s in OWN if s not in cells.LEFT for x in (BOTH[:1] if s in cells.GROUPED else BOTH)]
+
+
+@pytest.mark.parametrize(("setup", "spelling"), TRAINED)
 def test_training(setup: str, spelling: str, own: list[dict[str, Any]]) -> None:
     off = 0.03 if "mixed" in setup else 2e-6  # gathered in bf16, beside fp32
     _check(own, f"{setup} / {spelling} / training", *OWN[setup][BOTH.index(spelling)], off)
@@ -96,7 +99,7 @@ def test_a_bucket_that_cuts_a_block_is_told_with_what_to_do(own: list[dict[str, 
 
 
 CELLS = [(s, x) for s, each in THEIRS.items() for x in ("grouped_mm", "eager")[: len(each)]]
-LONG = ("tp", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()  # as in models.py
+LONG = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()  # as in models.py
 
 
 @pytest.mark.parametrize(("setup", "spelling"), [(s, x) for s, x in CELLS if x != "eager" or s not in LONG])
@@ -129,6 +132,13 @@ def test_parallelize_is_the_undivided_model(cell: str, own: list[dict[str, Any]]
         way = "shared rows, all-reduce" if "shared" in cell else "all-gather, reduce-scatter"
         assert told["exchange"] == ([] if "eager" in cell else [f"rank {rank} of 2: {way}"] * 2)
         assert told["gathers weights"] is False, told
+
+
+def test_the_example_is_the_undivided_model(own: list[dict[str, Any]]) -> None:
+    """Every MoE layer fused, results as of the undivided model, half of the experts' weights in each process."""
+    found = own[0]["example"]
+    assert found["complete"] and found["fused"] == found["moe_layers"] == 3 and found["exchange"] == "rank 0 of 2: shared rows, all-reduce"
+    assert found["difference"] < 1e-3 and found["parameter_bytes"][0] == found["parameter_bytes"][1] < 0.7 * found["undivided_bytes"]
 
 
 def test_one_rank_compiles_again(own: list[dict[str, Any]]) -> None:

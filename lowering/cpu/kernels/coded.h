@@ -19,7 +19,7 @@ struct CodedArgs {
   Coding up, down;
 };
 
-enum Kind : i64 { HALVES, INT8, E4M3, BYTES };                  // half bytes by table, ..., bytes by table
+enum Kind : i64 { HALVES, INT8, E4M3, BYTES };  // half bytes by table, ..., bytes by table; bytes with zero points are always by table
 enum NumberKind : i64 { NO_NUMBER, FLOAT32, BFLOAT16, FLOAT16, EXPONENT, BITS };
 
 static inline float half_to_float(uint16_t h) {
@@ -51,7 +51,13 @@ struct CodedMatrix {
   const stored* operator()(i64, i64) const { return nullptr; }
 
   // Where the scales of a row begin.
-  i64 place(i64 row) const { return c.rows ? (row * c.step + first) / c.rows * c.scale_n : 0; }
+  i64 place(i64 row) const { return c.rows ? block(row) * c.scale_n : 0; }
+  i64 block(i64 row) const { return c.rows == 1 ? row * c.step + first : (row * c.step + first) / c.rows; }
+  // The first row behind `row` that has others.
+  i64 end_of_block(i64 row) const {
+    if (c.rows <= 1) return c.rows ? row + 1 : INT64_MAX;
+    return ((block(row) + 1) * c.rows - first + c.step - 1) / c.step;
+  }
 };
 
 // One code of a row of `all`.
@@ -198,7 +204,7 @@ static void decode(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 stride)
 static void decode_rows(const CodedMatrix& m, i64 n, i64 nb, element* to, i64 stride) {
   typedef void (*Decode)(const CodedMatrix&, i64, i64, element*, i64);
   static constexpr Decode kinds[][2] = {
-      {decode<HALVES, false>, decode<HALVES, true>}, {decode<INT8, false>, decode<INT8, true>},
-      {decode<E4M3, false>, decode<E4M3, true>}, {decode<BYTES, false>, decode<BYTES, true>}};
+      {decode<HALVES, false>, decode<HALVES, true>}, {decode<INT8, false>, nullptr}, {decode<E4M3, false>, nullptr},
+      {decode<BYTES, false>, decode<BYTES, true>}};
   kinds[m.c.kind][m.c.zero_kind != 0](m, n, nb, to, stride);
 }

@@ -1,8 +1,8 @@
 // The phases on weights in few bits. A few rows of x meet codes in registers (coded_dots.h); for panels of many a few rows of weights at a
-// time become floats in the first-level cache, and are multiplied there by all tokens of their expert. No more of a matrix is ever floats;
-// memory is read once, as codes.
+// time become bf16 (coded_panel.h) or floats in the first-level cache, and are multiplied there by all tokens of their expert. No more of a
+// matrix is ever floats; memory is read once, as codes.
 #pragma once
-#include "coded_dots.h"
+#include "coded_panel.h"
 
 struct CodedForward : Phases<CodedForward> {
   const CodedArgs& coded;
@@ -30,6 +30,7 @@ struct CodedForward : Phases<CodedForward> {
       float* out, i64 os) {
     const i64 depth = units(m.k) * PER;
     if (p.lanes) {
+      if (many_rows(panel, p.lanes, m, n, nb, s, out, os)) return;
       const element* w[MAX_BLOCK];
       decode_rows(m, n, nb, s.w_rows, depth);
       for (i64 r = 0; r < nb; r++) w[r] = s.w_rows + r * depth;

@@ -1,0 +1,131 @@
+"""Unrolled loops over many experts: Dynamo could take them, at a high price for each expert, so they are read by example."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moe_compile
+from moe_compile import backend
+from moe_compile.loops import capture
+from moe_compile.loops.bench import NoExperts
+from moe_compile.loops.fewer import MANY
+from moe_compile.loops.readers import UNROLLED
+
+H, I, K, T = 16, 6, 2, 9
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((H, I), (H, I), (I, H)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Added(nn.Module):
+    """Verdict: fused. The rows of each expert are picked, whether there are any or not."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(H, experts, bias=False), nn.ModuleList(Expert() for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * w[t, j, None])
+        return out
+
+
+class AddedInPlace(Added):
+    """Verdict: fused, with work that is linear in the experts: each sum is a part of the next one, no result of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = (ids == e).nonzero(as_tuple=True)
+            out[t] += expert(x[t]) * w[t, j, None]
+        return out
+
+
+class NeighbourAdded(Added):
+    """Verdict: as written. An expert gets the rows of its own, and adds to those of the next tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, (t + 1) % x.shape[0], expert(x[t]) * w[t, j, None])
+        return out
+
+
+class FromOnes(Added):
+    """Verdict: as written. The sum starts from ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.ones_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * w[t, j, None])
+        return out
+
+
+def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Compiles and compares; what the readings came to."""
+    outcomes: list[type] = []
+    read = capture.read
+
+    def noted(*args: object) -> capture.Trial:
+        trial = read(*args)
+        outcomes.append(type(trial.outcome))
+        return trial
+
+    monkeypatch.setattr(capture, "read", noted)
+    torch._dynamo.reset()
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        got = torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+    return outcomes
+
+
+@pytest.mark.parametrize("cls", [Added, AddedInPlace])
+@pytest.mark.parametrize("experts", [UNROLLED + 1, MANY + 2])
+def test_many_are_read_by_example(cls: type[nn.Module], experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: where there are more than MANY, few of them tell, whether gate and up projections are one matrix or two."""
+    model = cls(experts)
+    recordings: list[int] = []
+    kept = capture._recover
+    monkeypatch.setattr(capture, "_recover", lambda gm: recordings.append(len(gm.graph.nodes)) or kept(gm))
+    assert compiled(model, monkeypatch) == [capture.Reading]
+    assert len(recordings) == 1 and len(moe_compile.last_report().blocks) == 1
+    assert moe_compile.last_report().blocks[0].ir.experts.num_experts == experts
+
+
+def test_few_are_left_to_dynamo(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert capture.Reading not in compiled(Added(4), monkeypatch)
+    assert len(moe_compile.last_report().blocks) == 1
+
+
+def test_what_is_not_read_is_told_by_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo unrolls it, and what is said of it is said once."""
+    assert capture.Reading not in compiled(NeighbourAdded(UNROLLED + 1), monkeypatch)
+    report = moe_compile.last_report()
+    assert not report.blocks and len(report.rejected) == 1, report.rejected
+
+
+def test_what_was_tried_is_not_traced_again_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph with a block missed is traced again if whole blocks may be read in its place, but for those that this has been tried with."""
+    graphs: list[int] = []
+    kept = backend.flags.check
+    monkeypatch.setattr(backend.flags, "check", lambda gm, missed: graphs.append(len(missed)) or kept(gm, missed))
+    assert compiled(FromOnes(3), monkeypatch) == [NoExperts] and graphs == [1]
+    assert moe_compile.last_report().rejected[0].stage == "experts"
