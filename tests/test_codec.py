@@ -68,6 +68,10 @@ ROWS = st.builds(
     power=st.booleans(),
     floored=st.booleans(),
     smooth=st.sampled_from(Scale),
+    static=st.booleans(),
+    step=NUMBERS,
+    low=NUMBERS,
+    top=NUMBERS,
 )
 EXPERTS = st.builds(
     ir.Experts,

@@ -129,6 +129,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
 
     def of_smooth(how: ir.Rows | None, inner: int) -> list[Tensor]:
         """Times: of each expert; divides: one set for all."""
+        if how is not None and how.static and not how.step:
+            return many(second, 1, 1)
         if how is None or not how.smooth:
             return []
         return many(second, 1, inner) if how.smooth == Scale.TIMES else [second(inner)]
@@ -219,6 +221,24 @@ def test_rounded_rows_are_the_oracles_and_have_no_gradient(smooth: Scale, stacke
     with torch.no_grad():
         close(call(e, t), e.evaluate(**t), 1e-12)
         assert not torch.allclose(call(e, t), call(replace(e, up_rows=None, down_rows=None), t), rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="rounded rows"):
+        call(e, {**t, "x": t["x"].requires_grad_()})
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_static_rows_are_the_oracles_and_have_no_gradient(dtype: torch.dtype, stacked: bool) -> None:
+    """Divided by an operand of each expert before the up projection, by a constant before the down projection; both saturate."""
+    given = ir.Rows(8, dtype, static=True, low=-1.0, top=1.0)
+    e = replace(CONCAT, up_rows=given, down_rows=replace(given, step=0.25), stacked=stacked)
+    t = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in tensors(e).items()}
+    with torch.no_grad():
+        close(call(e, t), e.evaluate(**t), 1e-12)
+        for other in (replace(given, low=0.0, top=0.0), replace(given, top=2.0)):
+            assert not torch.allclose(call(e, t), call(replace(e, up_rows=other), t), rtol=1e-4)
+    assert "torch" in target_of("cuda").says(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16)))
+    assert "by a calibrated number" in experts_text(e)
+    assert target_of("ascend").reason(ir.MoeBlock(None, replace(e, dtype=torch.bfloat16)))
     with pytest.raises(NotImplementedError, match="rounded rows"):
         call(e, {**t, "x": t["x"].requires_grad_()})
 

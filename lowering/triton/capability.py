@@ -59,8 +59,8 @@ def says(ir: MoeBlock) -> str:
     if stored and ir.experts.adapted:
         return f"triton ({dtype}, low-rank pairs beside floats made of {', '.join(stored)}, in turns)"
     if stored and ir.experts.rounded:
-        smooth = any(r is not None and r.smooth for r in (ir.experts.up_rows, ir.experts.down_rows))
-        how = "torch" if smooth else "triton"  # no kernel rounds rows with smooth scales
+        smooth = any(r is not None and (r.smooth or r.static) for r in (ir.experts.up_rows, ir.experts.down_rows))
+        how = "torch" if smooth else "triton"  # no kernel rounds rows with smooth scales, or by a calibrated number
         return f"{how} ({dtype}, weights {', '.join(stored)}, {rows_text(ir.experts.down_rows or ir.experts.up_rows)})"
     if stored:
         both = ((ir.experts.up_stored, ir.experts.up_transposed), (ir.experts.down_stored, ir.experts.down_transposed))

@@ -115,10 +115,10 @@ def _split_rows(x, out, scales, count, groups, stride, GROUP: tl.constexpr, MANY
 
 
 def fits(how: Rows, width: int) -> bool:
-    """Whether the kernel rounds rows of `width` so: to int8 or e4m3, groups that divide a row, scales that are no powers of two."""
+    """Whether the kernel rounds rows of `width` so: to int8 or e4m3, in groups, by scales of its own, no powers of two."""
     group = how.group or width
     known = how.dtype is torch.int8 if not how.dtype.is_floating_point else how.dtype is torch.float8_e4m3fn
-    return known and how.bits == 8 and not how.power and not how.smooth and width % group == 0 and group <= _WIDEST
+    return known and how.bits == 8 and not (how.power or how.smooth or how.static) and width % group == 0 and group <= _WIDEST
 
 
 def rounded(x: Tensor, how: Rows) -> Tensor:

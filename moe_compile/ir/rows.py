@@ -2,6 +2,8 @@
 
 q = round(x / max(s, floor)),   s = max|x| / largest over each group of a row,   the product reads q · s
 
+Static rows are divided by a number that is none of theirs: s is a constant, or an operand, and q is kept within limits first.
+
 With smooth scales k (SmoothQuant), a number of each input channel, x k (or x / k) stands in the place of x: 1 / k is in the weights.
 """
 
@@ -23,6 +25,8 @@ class Rows:
     type. group: inputs that share a scale, `ALL` for a row's. floor: the least that is divided by; 0: no such limit, and a group of zeros
     is 0 / 0, which is no number (in int8: 0). power: s is rounded up to a power of two. floored: whether the product has
     max(s, floor), and not s. smooth: whether there are smooth scales, and what they do; they are operands of the experts.
+    static: s is `step`, or where that is 0 an operand in the place of smooth scales, one number or one of each expert. low, top: what
+    x / s is kept within before it is rounded; both 0: it is not, and a float of one byte does what torch's cast does.
     """
 
     bits: int
@@ -32,6 +36,10 @@ class Rows:
     power: bool = False
     floored: bool = True
     smooth: Scale = Scale.NONE
+    static: bool = False
+    step: float = 0.0
+    low: float = 0.0
+    top: float = 0.0
 
     def __post_init__(self) -> None:
         """A plain number, as an op has it, is taken too."""
@@ -55,6 +63,13 @@ class Rows:
             q = (x / torch.where(least == 0, 1.0, least)).round()
         return q, least if self.floored else s
 
+    def _static(self, rows: Tensor, scales: Tensor | None) -> Tensor:
+        """rows [N, K] by a number that is none of theirs: `step`, or scales [1] or [N, 1]."""
+        s = self.step if scales is None else scales.to(rows.dtype)
+        q = rows / s
+        q = q.clamp(self.low, self.top) if self.low or self.top else q
+        return (q.to(self.dtype).to(rows.dtype) if self.dtype.is_floating_point else q.round()) * s
+
     def smoothed(self, rows: Tensor, scales: Tensor | None) -> Tensor:
         """rows [N, K] with their smooth scales [K] or [N, K], in their own type."""
         if not self.smooth or scales is None:
@@ -63,9 +78,11 @@ class Rows:
         return rows / k if self.smooth == Scale.DIVIDES else rows * k
 
     def rounded(self, rows: Tensor, scales: Tensor | None = None) -> Tensor:
-        """rows [N, K] as the product reads them, in their own type; `scales`: smooth ones.
+        """rows [N, K] as the product reads them, in their own type; `scales`: smooth ones, or the number of static rows.
 
         Raises RuntimeError where groups do not divide K.
         """
+        if self.static:
+            return self._static(rows, scales)
         q, s = self.codes(self.smoothed(rows, scales))
         return (q * s).flatten(-2)

@@ -224,7 +224,7 @@ def rows_text(r: Rows | None) -> str:
     """How rows are rounded, such as ``rows in float8_e4m3fn by 128``."""
     if r is None:
         return "rows as they are"
-    groups = f" by {r.group}" if r.group else ""
+    groups = f" by {r.group}" if r.group else " by a calibrated number" if r.static else ""
     return f"rows in {dtype_text(r.dtype)}{groups}{', powers of two' if r.power else ''}{', smoothed' if r.smooth else ''}"
 
 

@@ -27,6 +27,11 @@ class NoExperts(Rejection):
     """The function's ids choose nothing: no expert loop at all, so nobody wants to hear of it."""
 
 
+def lies_flat(w: Tensor) -> bool:
+    """Whether a tensor may hold the packed words of several experts' matrices, each in one row."""
+    return w.ndim == 2 and w.dtype is torch.uint8
+
+
 class Bench:
     """A call's function on a probe module: made for one element type and device, run on arguments of any token count."""
 
@@ -127,10 +132,13 @@ class Bench:
         return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
 
     def narrow(self) -> tuple[tuple[int, int], ...]:
-        """Narrow sizes for its wide ones."""
+        """Narrow sizes for its wide ones; none where all weights are packed matrices that lie flattened, whose sizes are products."""
         lists = {len(m) for m in (self.call.module.modules() if self.call.module else ()) if isinstance(m, CONTAINERS)}
         rows = {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int) and s.dtype.is_floating_point}
-        return narrow([w.shape for w in self.weights()], rows, lists)
+        found = list(self.weights())
+        if not lists and all(w.ndim < 3 for w in found) and any(lies_flat(w) for w in found):
+            return ()
+        return narrow([w.shape for w in found], rows, lists)
 
     def shape(self, name: str) -> tuple[Any, ...]:
         """The shape of a tensor that is handed in, on this bench."""

@@ -18,10 +18,12 @@ from torch.utils import _pytree as pytree
 from ..ir import Rejection
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.element import call_args
+from ..passes.aten.names import ZEROS
 
 _READS = ("aten::item", "aten::_local_scalar_dense")
 _NO_END = (1 << 63) - 1
 _SAME = {"to", "type_as", "contiguous", "float", "lift_fresh"}
+_ADDS = {"add", "add_"}
 _STACKED = {"cat", "concat", "vstack", "row_stack"}
 _NO_MEANING = ("aten::resolve_conj", "aten::resolve_neg")
 
@@ -77,10 +79,15 @@ def replay(gm: fx.GraphModule) -> dict[fx.Node, Any]:
 
 
 def drop_nothing(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
-    """Take out what does nothing: a cast to the type that a tensor has is that tensor, also where it is written to; no rows stacked."""
+    """Take out what does nothing: a cast to the type that a tensor has is that tensor, also where it is written to; no rows stacked;
+    zeros that something is added to, as many rows as the recording happened to have.
+    """
     for n in list(gm.graph.nodes):
         name, source = schema_name(n).removeprefix("aten::"), n.args[0] if n.args else None
-        if name in _SAME and values[n] is values.get(source):  # type: ignore[arg-type]
+        if name in _ADDS and (added := _added_to_zeros(n, values)) is not None:
+            n.replace_all_uses_with(added)
+            gm.graph.erase_node(n)
+        elif name in _SAME and values[n] is values.get(source):  # type: ignore[arg-type]
             n.replace_all_uses_with(source)  # type: ignore[arg-type]
             gm.graph.erase_node(n)
         elif name in _STACKED and isinstance(source, (list, tuple)) and (name in ("vstack", "row_stack") or call_args(n).dim == 0):
@@ -89,6 +96,18 @@ def drop_nothing(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
                 if len(some) == 1:
                     n.target, n.kwargs = torch.ops.aten.clone.default, {}
                 n.args = (some if len(some) > 1 else some[0], *(n.args[1:] if len(some) > 1 else ()))
+
+
+def _added_to_zeros(n: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
+    """y of 0 + y, where the zeros are nobody else's, and as large and of the same type."""
+    zeros, y = n.args[0], n.args[1]
+    if not all(isinstance(x, fx.Node) and isinstance(values.get(x), Tensor) for x in (zeros, y)) or n.kwargs:
+        return None
+    assert isinstance(zeros, fx.Node) and isinstance(y, fx.Node)
+    alike = len({(values[x].shape, values[x].dtype) for x in (zeros, y, n)}) == 1
+    made = schema_name(zeros).removeprefix("aten::") in ZEROS and set(zeros.users) == {n}
+    own = not writes(n) or set(y.users) == {n} and y.op == "call_function"
+    return y if alike and made and own else None
 
 
 def check_result(values: dict[fx.Node, Any], result: Any) -> None:

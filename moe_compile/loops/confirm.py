@@ -15,6 +15,7 @@ from .neutral import neutral
 from .regenerate import Regenerated
 
 _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_STEP = 1e-1  # of a row's largest entry: what a number on the other side of a step's edge may change
 _SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
 
 
@@ -76,12 +77,21 @@ def _compare(
         raise Rejection(f"it fails on {what}: {type(e).__name__}: {str(e)[:200]}", stage="confirm") from e
     with neutral(bench.call.grad), torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None), bench.types():
         got = written.by_oracle(*_given(written, bench, arguments))
-    if not _same_results(got, expected, autocast, f32=bench.dtype is torch.float32):
+    steps, coarse = written.experts.rounded, torch.float32 if bench.dtype is torch.float32 else autocast
+    coarse = torch.bfloat16 if steps and _in_half(written) else coarse
+    if not _same_results(got, expected, coarse, steps):
         raise Rejection(f"what was read does not hold for {what}", stage="confirm")
     _check_shapes(written, bench, arguments, expected)
 
 
-def _same_results(got: Any, expected: Any, autocast: torch.dtype | None, f32: bool) -> bool:
+def _in_half(written: Regenerated) -> bool:
+    """Whether a product gives its results in half precision whatever its rows are in, as `scaled_mm` does."""
+    values = (n.meta.get("val") for n in written.gm.graph.nodes if n.op == "call_function")
+    return any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+
+
+def _same_results(got: Any, expected: Any, computed: torch.dtype | None, steps: bool) -> bool:
+    """`computed`: the type that products are computed in, None for that of the results."""
     a, how_a = pytree.tree_flatten(got)
     b, how_b = pytree.tree_flatten(expected)
     if how_a != how_b:
@@ -95,7 +105,7 @@ def _same_results(got: Any, expected: Any, autocast: torch.dtype | None, f32: bo
         elif not y.is_floating_point():
             if not torch.equal(x, y):
                 return False
-        elif not _agree(x, y, _TOLERANCE[torch.float32 if f32 else autocast or y.dtype]):
+        elif not _agree(x, y, _TOLERANCE[computed or y.dtype], steps):
             return False
     return True
 
@@ -137,11 +147,19 @@ def _check_shapes(written: Regenerated, bench: Bench, arguments: Mapping[str, An
             raise Rejection(f"its result is {list(y.shape)} {y.dtype}, ours would be {list(x.shape)} {x.dtype}", stage="confirm")
 
 
-def _agree(a: Tensor, b: Tensor, tol: float) -> bool:
-    """Rows of a and b within `tol` of the row's largest entry (rows of nothing: of the whole)."""
+def _agree(a: Tensor, b: Tensor, tol: float, steps: bool = False) -> bool:
+    """Rows of a and b within `tol` of the row's largest entry (rows of nothing: of the whole).
+
+    steps: rows are rounded to few bits, so that one in a hundred may have a number at the edge of a step on its other side; one in
+    ten where half precision has moved all of them. That they are rounded as was read is proved before, in float64.
+    """
     a, b = (t.detach().to("cpu", torch.float64).reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
     if a.shape != b.shape or not bool(torch.isfinite(a).all()):
         return False
     size = b.abs().amax(-1)
     floor = tol * 1e-3 * size.max() if size.numel() else 0.0
-    return bool(((a - b).abs().amax(-1) <= tol * size + floor).all())
+    off = (a - b).abs().amax(-1)
+    beyond = off > tol * size + floor
+    if not steps:
+        return not bool(beyond.any())
+    return int(beyond.sum()) <= len(off) // (100 if tol < 1e-3 else 10) and bool((off <= _STEP * size + floor).all())

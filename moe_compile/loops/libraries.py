@@ -50,6 +50,7 @@ _CLASSES: tuple[str, ...] = (
 )
 _CLASSES += ("torch.autograd.grad_mode", "torch.autograd.function", "torch.utils._contextlib", "torch.return_types")
 _NAMES = {"Tensor", "Size", "dtype", "device", "finfo", "iinfo", "layout", "memory_format", "FloatTensor", "LongTensor", "BoolTensor"}
+_NAMES |= {"_ScalingType", "_SwizzleType"}  # how `scaled_mm` is told to scale
 _ASKS = {"is_tensor", "is_grad_enabled", "get_default_dtype", "is_scripting", "is_tracing", "is_storage", "typename", "promote_types"}
 _OPS = {"aten", "prims", "prim", "moe_compile"}
 # (module, name) -> what it is while Dynamo traces, which is when the captured code runs
@@ -119,6 +120,9 @@ def is_library(name: str | None) -> bool:
     return top in ("torch", "moe_compile") or top in _PURE or top in sys.stdlib_module_names or top == "__builtin__"
 
 
+_NATIVE = "pybind11_builtins"  # the module of C++ classes' own class
+
+
 def home(v: Any) -> str:
     """The module whose code a function or class is: `functools.wraps` copies names, so a function's globals tell.
 
@@ -129,6 +133,8 @@ def home(v: Any) -> str:
     module = str(getattr(v, "__module__", None) or "")
     if isinstance(v, type) and v.__flags__ & _HEAP:
         found: Any = sys.modules.get(module)
+        if type(v).__module__ == _NATIVE:  # its name is that of C++, its module may call it otherwise
+            return module if any(x is v for x in vars(found or types).values()) else ""
         for name in v.__qualname__.split("."):
             found = getattr(found, name, None)
         return module if found is v else ""

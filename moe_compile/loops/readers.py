@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
-from .bench import Bench, BlockBench, DispatchBench, NoExperts, number_of_experts, primes
+from .bench import Bench, BlockBench, DispatchBench, NoExperts, lies_flat, number_of_experts, primes
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
 from .flags import reached
@@ -194,7 +194,7 @@ class Block(_Reader):
         self.own = self.sharp.again(seed=draw)
         self.own.share(reads)
         self.widths = self.sharp.narrow()
-        found = candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2))
+        found = candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2 or lies_flat(w)))
         most = max((n for n in found if n not in dict(self.widths)), default=0)
         if most < 2:
             raise NoExperts("nothing tells how many experts there are", stage="read")

@@ -14,6 +14,7 @@ import torch.fx as fx
 from ...ir.scalar import FUNCTIONS
 from .. import terms as T
 from ..terms import Term
+from ..terms.blocks import joined
 from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
 
@@ -25,24 +26,53 @@ Args = SimpleNamespace
 
 @rule("add", "sub", "rsub")
 def _add(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    parts: list[Term] = []
+    if n in p.wholes:
+        variables, whole = p.wholes[n]
+        return T.subst(whole, dict(zip(variables, idx, strict=True)))
     name = op_name(n)
-    node: Any = n
-    while (
-        isinstance(node, fx.Node)
-        and op_name(node) == name == "add"
-        and (node is n or shape_of(node) == shape_of(n))
-        and not (node is not n and p.stop(node))
-    ):
-        args = call_args(node)
-        parts.append(T.mul(T.const(args.alpha), p.broadcast(args.other, idx)))
-        node = node.args[0]
-    if node is not n and name == "add":
-        return T.add(p.broadcast(node, idx), *parts)
+    if name == "add" and (addends := _addends(p, n)):
+        if p.coded and len(addends) > 2 and not _all_places(n, idx) and _read_at_variables(p, n):
+            return _add(p, n, a, idx)
+        first, *others = (T.mul(T.const(c), p.broadcast(x, idx)) for x, c in addends)
+        return _total(p, n, first, others, idx) if p.coded else T.add(first, *others)
     x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
     if name == "rsub":
         x, y = y, x
     return T.add(x, T.mul(T.const(-a.alpha), y))
+
+
+def _addends(p: Puller, n: fx.Node) -> list[tuple[Any, Any]]:
+    """(what is added, its factor) of x + c y + d z + ..., in that order."""
+    parts: list[tuple[Any, Any]] = []
+    node: Any = n
+    while isinstance(node, fx.Node) and op_name(node) == "add" and (node is n or shape_of(node) == shape_of(n) and not p.stop(node)):
+        args = call_args(node)
+        parts.append((args.other, args.alpha))
+        node = node.args[0]
+    return [(node, 1), *reversed(parts)]
+
+
+def _total(p: Puller, n: fx.Node, first: Term, others: list[Term], idx: Idx) -> Term:
+    """Addends added up; what is a product in blocks of its inputs is one product, and read once, at variables, for all who read it."""
+    whole = joined([first, *others] if not T.is_c(first, 0) else others)
+    if whole is None:
+        rest = joined(others) if not T.is_c(first, 0) else None
+        return T.add(first, *others) if rest is None else T.add(first, rest)
+    if _all_places(n, idx):
+        p.wholes[n] = (idx, whole)
+    return whole
+
+
+def _all_places(n: fx.Node, idx: Idx) -> bool:
+    """Whether an index is a variable for each dim, which runs over all of it."""
+    whole = (i.op == "v" and T.same_size(i.args[1], size) for i, size in zip(idx, shape_of(n), strict=True))
+    return all(whole) and len(set(idx)) == len(idx)
+
+
+def _read_at_variables(p: Puller, n: fx.Node) -> bool:
+    """Whether an element at variables is a product in blocks: looked at once."""
+    p.at(n, tuple(T.named(f"place{d}", size) for d, size in enumerate(shape_of(n))))
+    return n in p.wholes
 
 
 @rule("mul", "multiply")

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import terms as T
 from ..terms import Term
+from ..terms.unify import unify
 from . import names
 from .element import Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, size_of, truth
 from .names import op_name
@@ -230,10 +231,29 @@ def _stack(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     firsts = [p.at(x, rest) for x in a.tensors]
     if all(f.op == "a" and f.args[1] == firsts[0].args[1] for f in firsts):
         return T.atom(tuple(f.args[0] for f in firsts), (idx[d], *firsts[0].args[1]))
+    if (one := _of_each(firsts, idx[d])) is not None:
+        return one
     out = firsts[-1]
     for e in range(len(firsts) - 2, -1, -1):
         out = T.ite(T.eq(idx[d], T.const(e)), firsts[e], out)
     return out
+
+
+def _of_each(parts: Sequence[Term], at: Term) -> Term | None:
+    """stack(F(W_0), F(W_1), ...)[e] = F(stack(W)[e]), as of weights made of each expert's codes and scales; None of others."""
+    if not all(_is_made_of_given(t) for t in parts):
+        return None
+    e = T.var(len(parts), "e")
+    body = unify(dict(enumerate(parts)), e)
+    return None if isinstance(body, str) else T.subst(body, {e: at})
+
+
+def _is_made_of_given(t: Term) -> bool:
+    """Whether elements are arithmetic on more than one number, and none of a contraction's, a selection's or another data's."""
+    return t.op in ("mul", "add", "fn", "pow") and all(x.op in _ARITHMETIC for x in T.walk(t)) and any(x.op == "a" for x in T.walk(t))
+
+
+_ARITHMETIC = frozenset("a c v mul add fn pow fdiv mod".split())
 
 
 @rule("repeat", "tile")

@@ -144,6 +144,8 @@ class Puller:
         self.dtypes: dict[Term, torch.dtype] = {}
         self.given: frozenset[fx.Node] = frozenset()  # inputs that are ids, whose rows are taken to repeat none
         self.unknown: dict[fx.Node, str] = {}
+        self.coded = False  # whether there may be weights in few bits, whose products models compute block by block
+        self.wholes: dict[fx.Node, tuple[tuple[Term, ...], Term]] = {}  # elements at variables, of nodes that are read in many places
 
     def at(self, node: Any, idx: Sequence[Term]) -> Term:
         """The element of `node` (a node or a number) at an index tuple of its rank."""

@@ -218,7 +218,8 @@ def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Ex
         (out, inner), codes = both[name], getattr(operands, name)
         widths = (inner, out) if transposed else (out, inner)
         extents |= {name: _of_words(how, codes, widths), f"{name}_bias": (Extent(out),), f"{name}_table": ()}
-        extents[f"{name}_smooth"] = (Extent(inner),)
+        rows = getattr(e, f"{name}_rows")
+        extents[f"{name}_smooth"] = (Extent(1 if rows is not None and rows.static else inner),)
         extents |= {f"{name}_a": (Extent(1), Extent(inner)), f"{name}_b": (Extent(out), Extent(1))}
         extents[f"{name}_scale"] = _of_scales(how, codes, widths)
         extents[f"{name}_second"] = _of_seconds(how, codes, widths)

@@ -15,7 +15,7 @@ from ..aten import names
 from ..aten.element import Puller, dtype_of, shape_of
 from ..aten.names import op_name
 from ..terms import Term
-from . import adapters, coded, smooth
+from . import adapters, coded, smooth, static_rows
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
@@ -76,9 +76,17 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         **f.fields,
     )
     experts = _with_rows(experts, rounding.up, rounding.down)
-    scales = {f"{n}_smooth": tuple(smooth.operands(getattr(rounding, f"{n}_smooth"), experts.stacked, count)) for n in ("up", "down")}
+    scales = {f"{n}_smooth": tuple(_of_rows(experts, rounding, n)) for n in ("up", "down")}
     operands = replace(f.operands(experts), **scales)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, operands, base_node(p, base, out, t, h), f.join)
+
+
+def _of_rows(e: Experts, rounding: Rounding, name: str) -> list[Param]:
+    """Smooth scales of a projection's rows, or the number that static ones are divided by."""
+    rows, k = getattr(e, f"{name}_rows"), getattr(rounding, f"{name}_smooth")
+    if rows is not None and rows.static:
+        return [] if k is None else static_rows.operands(k, e.stacked, e.num_experts)
+    return smooth.operands(k, e.stacked, e.num_experts)
 
 
 def _read(body: Term, t: Term, h: Term, expert: Term) -> tuple[Function, Rounding]:
@@ -168,8 +176,8 @@ def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, 
 
 
 def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
-    if not e.coded and (up or down):
-        raise No("rows are rounded to fewer bits and weights are not")
+    if not e.coded and (how := up or down):
+        raise No(f"rows are rounded to fewer bits ({how.dtype}) and weights are not".replace("torch.", ""))
     return replace(e, up_rows=up, down_rows=down)
 
 

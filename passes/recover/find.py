@@ -28,11 +28,12 @@ from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
 from .odd import COMBINED, between
-from .rounding import rounded_nodes
+from .rounded_nodes import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .soft import soft_mixtures
+from .static_rows import is_own_number
 from .writes import harmless
 
 FIND = "find"
@@ -221,7 +222,7 @@ class Finder:
     def _attempt(self, n: fx.Node, label: int) -> tuple[ExpertsMatch, Puller] | Rejection:
         allowed = min(self._elements(label), self.spend(label))
         p = Puller(lambda x: self.stops(x, label), self.walls, allowed)
-        p.given = self.given
+        p.given, p.coded = self.given, bool(self.opened)
         try:
             with self.budget(label).within():
                 out = self._match(n, p, label)
@@ -268,6 +269,8 @@ class Finder:
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
             return False
         if name in names.VIEW | names.MOVE or name == "stack" or name in names.LOOKUP | {"index_select"} and _by_position(n):
+            return False
+        if is_own_number(n):
             return False
         if name in names.CAST:
             src = n.args[0]

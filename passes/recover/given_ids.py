@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from ..aten import names
-from ..aten.definitions_views import TUPLES
+from ..aten.definitions_views import SMALL, TUPLES
 from ..aten.element import RULES
 from ..aten.names import op_name
 from ..aten.node import example_value
@@ -64,17 +64,49 @@ def _holds_integers(n: object) -> bool:
 
 
 def _is_stack(n: object) -> bool:
-    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given, or the sum of such and an adapter's."""
+    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given or makes of codes, or the sum of such and another's."""
     if not isinstance(n, fx.Node):
         return False
-    v, source = example_value(n), n
+    v = example_value(n)
     if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
         return False
-    while op_name(source) in names.VIEW | names.CAST and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-    if op_name(source) == "add":
-        return any(map(_is_stack, source.args[:2]))
-    return source.op in ("placeholder", "get_attr") or source.target is leaf or op_name(source) == "to_local"
+    source = _shown(n)
+    if op_name(source) == "add" and any(map(_is_stack, source.args[:2])):
+        return True
+    return _is_given(source) or _is_made_of_codes(source)
+
+
+def _shown(n: fx.Node) -> fx.Node:
+    """The tensor that n is a view or a cast of."""
+    while op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n
+
+
+def _is_given(n: fx.Node) -> bool:
+    return n.op in ("placeholder", "get_attr") or n.target is leaf or op_name(n) == "to_local"
+
+
+def _is_made_of_codes(n: fx.Node) -> bool:
+    """Whether a tensor is codes that the graph is given times scales, less zero points, looked up in a table; or a stack of such."""
+    waiting, seen = [n], {n}
+    while waiting and len(seen) < _MOST:
+        x = _shown(waiting.pop())
+        v = example_value(x)
+        if x.op in ("placeholder", "get_attr"):
+            if isinstance(v, torch.Tensor) and v.ndim > 1 and v.dtype in _CODES:
+                return True
+        elif op_name(x) in _MADE:
+            new = [y for y in x.all_input_nodes if y not in seen]
+            seen.update(new)
+            waiting += new
+    return False
+
+
+_CODES = frozenset({torch.uint8, torch.int8, torch.int32, *SMALL})
+_MADE = frozenset("mul div true_divide sub add ldexp stack cat index select getitem".split()) | frozenset(
+    "bitwise_and __and__ and_ bitwise_right_shift __rshift__ rshift".split()
+)
 
 
 def _sources(chooser: fx.Node, walls: set[fx.Node]) -> set[fx.Node]:

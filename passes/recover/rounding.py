@@ -9,18 +9,15 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.fx as fx
 
 from ...ir import Rows
 from .. import terms as T
-from ..aten import names
 from ..aten.definitions_views import SMALL
-from ..aten.names import op_name
 from ..terms import Term
 from . import smooth as smoothing
+from . import static_rows
 from .rows import No, factors
 
 ROUNDED = "rows are rounded to fewer bits in a way that is not recovered: by max / largest of each row or of equal groups of it"
@@ -112,7 +109,7 @@ def _check_every(body: Term, level: int, expert: Term) -> None:
 
 def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tuple[Term, _Found]:
     """The body with y in the place of s · round(y / s); with y / k where k are smooth scales."""
-    scales = {s.base: s for r in rounds if (s := _scale(r)) is not None}
+    scales = {s.base: s for r in rounds if (s := _scale(r, body, expert)) is not None}
     hows = {s.rows for s in scales.values()}
     if len(hows) != 1:
         raise No(_told(rounds[0]))
@@ -124,17 +121,27 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
     for floored, mapping in ((True, plain), (False, plain | bare)):
         ks: set[Term | None] = set()
         read = functools.partial(smoothing.without, along=along, expert=expert, found=ks if smooth else None)
-        out = _cancelled(body, rounds, mapping, along, expert, read)
+        out = _cancelled(body, rounds, mapping, along, expert, read, 1 / how.step if how.step else how.largest)
         if not any(s in out.atoms for s in steps.values()):
             if len(ks) > 1:
                 raise No(_told(rounds[0]))
             k = ks.pop() if ks else None
+            if how.static:
+                return out, (how, _step(scales, k, rounds[0]))
             return out, (replace(how, floored=floored and how.floored, smooth=smoothing.kind(k)), k)
     raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
 
 
+def _step(scales: dict[Term, _Scale], k: Term | None, r: Term) -> Term | None:
+    """The number that static rows are divided by; None for a constant."""
+    (base, *others) = scales
+    if k is not None or others and scales[base].rows.step == 0:
+        raise No(_told(r))
+    return None if scales[base].rows.step else base
+
+
 def _cancelled(
-    body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], expert: Term, read: Callable[[Term], Term]
+    body: Term, rounds: list[Term], mapping: dict[Term, Term], along: set[Term], expert: Term, read: Callable[[Term], Term], number: float
 ) -> Term:
     """The body where scales are symbols and nothing is rounded: (y / s) s = y, as `read` has it. Raises No where y cancels with others."""
     body = T.subst(body, mapping)
@@ -147,7 +154,7 @@ def _cancelled(
     for x in T.walk(body):
         if x.op == "fn" and x.args[0] == "clamp" and x.args[1][0] in mapping:
             mapping[x] = mapping[x.args[1][0]] if _beyond(x, _largest_of(x.args[1][0])) else x
-    return T.canonical(_snapped(_cancelled_numbers(T.subst(body, mapping), _largest_of(rounds[0]))))
+    return T.canonical(_snapped(_cancelled_numbers(T.subst(body, mapping), number)))
 
 
 def _cancelled_numbers(t: Term, largest: float) -> Term:
@@ -217,10 +224,13 @@ def _snapped(t: Term) -> Term:
 # ---- the scale of a rounding -------------------------------------------------------------------------------------------
 
 
-def _scale(r: Term) -> _Scale:
+def _scale(r: Term, body: Term, expert: Term) -> _Scale:
     """What a rounding of y · k / base divides by."""
     (arg,) = r.args[1]
     largest = _largest_of(r)
+    limits = next(
+        (x.args[2] for x in (arg, *T.walk(body)) if x.op == "fn" and x.args[0] == "clamp" and (x is arg or x.args[1][0] is r)), (0, 0)
+    )
     if arg.op == "fn" and arg.args[0] == "clamp":
         if not _beyond(arg, largest):
             raise No(_told(r))
@@ -232,7 +242,11 @@ def _scale(r: Term) -> _Scale:
             found = _of(f.args[0], y, float(k), r, largest)
             if found is not None:
                 return found
-    raise No(_told(r))
+    static = static_rows.divided(arg, expert, _TYPES[r.args[0]], limits)
+    if static is None:
+        raise No(_told(r))
+    base, rows, along = static
+    return _Scale(base, 1.0, None, 1.0, rows, along)
 
 
 def _of(base: Term, y: Term, k: float, r: Term, largest: float) -> _Scale | None:
@@ -291,57 +305,3 @@ def _largest(most: Term, y: Term) -> tuple[float, int, Term] | None:
             if own is T.canonical(T.subst(y, {u: T.add(T.mul(T.const(n), T.fdiv(u, n)), v)})):
                 return abs(float(c)), n, u
     return None
-
-
-# ---- rows that are rounded before they are sent to experts ---------------------------------------------------------------
-
-_SHOWN = names.CAST | names.RESHAPE | names.SAME
-_SCALES = _SHOWN | names.CLAMP | {"maximum", "div", "mul", "reciprocal", "amax", "max", "getitem", "exp2", "ceil", "log2", "pow"}
-
-
-def rounded_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes between rows x and what is multiplied in place of them: |x|, its largest value, s, x / s, the rounded rows and their casts."""
-    found: set[fx.Node] = set()
-    for n in graph.nodes:
-        if _rounds(n) and isinstance(n.args[0], fx.Node):
-            quotient = n.args[0]
-            while op_name(quotient) in names.CLAMP | names.CAST and isinstance(quotient.args[0], fx.Node):
-                found.add(quotient)
-                quotient = quotient.args[0]
-            found |= {n, *_between(quotient)}
-        elif op_name(n) in _SHOWN | names.CLAMP and n.args and n.args[0] in found:
-            found.add(n)
-        elif op_name(n) == "mul" and len(n.all_input_nodes) == 2 and all(x in found for x in n.all_input_nodes):
-            found.add(n)  # rounded rows times their scales
-    return found
-
-
-def _rounds(n: fx.Node) -> bool:
-    """Whether a node rounds to whole numbers, or to floats of one byte."""
-    v = n.meta.get("val")
-    return op_name(n) == "round" or op_name(n) in names.CAST and isinstance(v, torch.Tensor) and v.dtype in SMALL
-
-
-def _between(quotient: fx.Node) -> set[fx.Node]:
-    """From x / s back to x."""
-    if op_name(quotient) not in ("div", "mul") or len(quotient.all_input_nodes) != 2:
-        return set()
-    rows, scale = quotient.all_input_nodes
-    path = {quotient}
-    while op_name(scale) in _SCALES and isinstance(scale.args[0], fx.Node):
-        path.add(scale)
-        scale = scale.args[0]
-    if op_name(scale) != "abs" or _uncast(scale.args[0]) is not _uncast(rows):
-        return set()
-    path.add(scale)
-    for n in (rows, scale.args[0]):
-        while isinstance(n, fx.Node) and n is not _uncast(n):
-            path.add(n)
-            n = n.args[0]
-    return path
-
-
-def _uncast(n: Any) -> Any:
-    while isinstance(n, fx.Node) and op_name(n) in names.CAST:
-        n = n.args[0]
-    return n

@@ -190,7 +190,16 @@ def says_groups(n: fx.Node, codes: set[fx.Node]) -> bool:
     for x in shown:
         for u in x.users:
             (shown if op_name(u) in names.VIEW | names.CAST else ends).append(u)
-    return n.op in ("placeholder", "get_attr") and bool(ends) and all(u in codes and op_name(u) in _OF_GROUPS for u in ends)
+    groups = (u in codes and op_name(u) in _OF_GROUPS and not _takes_matrices(u) for u in ends)
+    return n.op in ("placeholder", "get_attr") and bool(ends) and all(groups)
+
+
+def _takes_matrices(u: fx.Node) -> bool:
+    """Whether an index chooses whole matrices of a stack, as expert ids do."""
+    source, index = u.args[0], u.args[1]
+    v = source.meta.get("val") if isinstance(source, fx.Node) else None
+    first = index == 0 if isinstance(index, int) else isinstance(index, (list, tuple)) and index[0] is not None
+    return isinstance(v, torch.Tensor) and v.ndim > 2 and first
 
 
 def _spread(n: fx.Node) -> list[fx.Node]:

@@ -86,9 +86,11 @@ class RowsOfTheGateOnly(_Near):
 
 
 class RowsByANumber(_Near):
-    """Verdict: rejected. One calibrated number for all rows (static): what lies beyond is cut."""
+    """Verdict: fused, other rows: by one calibrated number for all of them (static), and what lies beyond is cut."""
 
-    expect = Rejected("in a way that is not recovered")
+    static = Rows(8, F8, static=True, step=0.02, low=-448.0, top=448.0)
+    expect = Fused(RENORM, replace(STORED, up_rows=static, down_rows=static))
+    differs = tuple(f"experts.{p}_rows.{what}" for p in ("down", "up") for what in ("floor", "group", "low", "static", "step", "top"))
 
     def rows(self, x: Tensor) -> Tensor:
         return (x / 0.02).clamp(-448, 448).to(F8).float() * 0.02

@@ -1,0 +1,159 @@
+"""Weights in few bits as reference code spells them: stacks of each expert's floats, products block by block, rows by numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compile.ir import Rows, Stored
+
+from .base import RENORM, E, Fused, Rejected
+from .packed import Int4Offset, Nf4
+from .stored import F8, STORED, B, BlocksBatched, BlocksHitExperts, _Blocks, storing
+
+LARGEST = 448.0
+WHOLE = Stored(8, F8)
+
+
+class BlocksStacked(BlocksBatched):
+    """Verdict: fused as BlocksRepeated. Each expert's floats, stacked, and one product of all."""
+
+    def all_floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return torch.stack([_Blocks.floats(self, q[e], s[e]) for e in range(E)])
+
+
+class BlocksStackedGathered(BlocksStacked):
+    """Verdict: fused as BlocksRepeated. Rows of the stack are looked up by the ids."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        up, down = self.all_floats(self.up, self.up_scale_inv)[ids], self.all_floats(self.down, self.down_scale_inv)[ids]
+        g, u = torch.einsum("th,tkoh->tko", x, up).chunk(2, -1)
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, down) * w[..., None]).sum(1)
+
+
+class BlocksStackedOfAnother(BlocksStacked):
+    """Verdict: rejected. In the stack expert 3 has expert 2's scales."""
+
+    expect = Rejected("selected indices")
+    group, near, differs = "", "BlocksStacked", ()
+
+    def all_floats(self, q: Tensor, s: Tensor) -> Tensor:
+        return torch.stack([_Blocks.floats(self, q[e], s[min(e, 2)]) for e in range(E)])
+
+
+class InBlocks(_Blocks):
+    """Verdict: fused, with what is done to rows. Products of blocks of the inputs, each times both scales, added up in Python."""
+
+    rows = Rows(8, F8, B, floor=1e-12 / LARGEST)
+    expect = Fused(RENORM, replace(STORED, up_rows=rows, down_rows=rows))
+    near, differs = "BlocksRepeated", ("experts.down_rows", "experts.up_rows")
+
+    def product(self, x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        t = x.unflatten(-1, (-1, B))
+        sa = t.abs().amax(-1).clamp(min=1e-12) / LARGEST
+        a = (t / sa[..., None]).to(F8)
+        out = torch.zeros(x.shape[0], q.shape[0])
+        for k in range(s.shape[1]):
+            part = a[:, k].float() @ q[:, k * B : (k + 1) * B].float().t()
+            out = out + part * sa[:, k, None] * s[:, k].repeat_interleave(B)
+        return out
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = self.product(x, self.up[e], self.up_scale_inv[e]).chunk(2, -1)
+        return self.product(F.silu(g) * u, self.down[e], self.down_scale_inv[e])
+
+
+class InBlocksHit(InBlocks):
+    """Verdict: fused as InBlocks. A loop over the experts that were hit, read by example."""
+
+    near, differs = "", ()
+    run_experts = BlocksHitExperts.run_experts
+
+
+class StaticRows(_Blocks):
+    """Verdict: fused, with what is done to rows. They are divided by each expert's calibrated number, saturating (static float8)."""
+
+    how = WHOLE
+    rows = Rows(8, F8, static=True, low=-LARGEST, top=LARGEST)
+    expect = Fused(RENORM, replace(storing(WHOLE).experts, up_rows=rows, down_rows=rows))
+    near, differs = "Float8Matrices", ("experts.down_rows", "experts.up_rows")
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name in ("up_input", "down_input"):
+            self.register_buffer(name, (torch.rand(n) + 0.2) / 100)
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_smooth": [self.up_input[:, None]], "down_smooth": [self.down_input[:, None]]}
+
+    def number(self, name: str, e: Any) -> Any:
+        return getattr(self, f"{name}_input")[e]
+
+    def product(self, x: Tensor, name: str, e: Any) -> Tensor:
+        s = self.number(name, e)
+        q = (x / s).clamp(-LARGEST, LARGEST).to(F8).float()
+        return F.linear(q, getattr(self, name)[e].float()) * (self.back(name, e) * getattr(self, f"{name}_scale_inv")[e])
+
+    def back(self, name: str, e: Any) -> Any:
+        return self.number(name, e)
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = self.product(x, "up", e).chunk(2, -1)
+        return self.product(F.silu(g) * u, "down", e)
+
+
+class StaticRowsHit(StaticRows):
+    """Verdict: fused as StaticRows. A loop over the experts that were hit, read by example."""
+
+    near, differs = "", ()
+    run_experts = BlocksHitExperts.run_experts
+
+
+class StaticRowsByConstants(StaticRows):
+    """Verdict: fused, other rows: numbers that are written in the code, one for each projection."""
+
+    expect = Fused(
+        RENORM,
+        replace(StaticRows.expect.experts, **{f"{n}_rows": replace(StaticRows.rows, step=s) for n, s in (("up", 0.25), ("down", 0.5))}),
+    )
+    near, differs = "StaticRows", ("experts.down_rows.step", "experts.up_rows.step")
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return _Blocks.weights(self)
+
+    def number(self, name: str, e: Any) -> Any:
+        return 0.25 if name == "up" else 0.5
+
+
+class StaticRowsOfAnother(StaticRows):
+    """Verdict: rejected. What rows were divided by is not what the sum is multiplied by."""
+
+    expect = Rejected("in a way that is not recovered")
+    near, differs = "StaticRows", ()
+
+    def back(self, name: str, e: Any) -> Any:
+        return self.number("down" if name == "up" else "up", e)
+
+
+class Nf4Hit(Nf4):
+    """Verdict: fused as Nf4. A loop over the experts that were hit, whose matrices lie flattened: read by example."""
+
+    run_experts = BlocksHitExperts.run_experts
+
+
+class Int4ShiftsInABuffer(Int4Offset):
+    """Verdict: rejected. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
+
+    expect = Rejected("an expert weight is no matrix")
+    near, differs = "Int4Offset", ()
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.register_buffer("wf", torch.arange(0, 32, 4, dtype=torch.int32)[None])
+
+    def codes(self, q: Tensor) -> Tensor:
+        return (torch.bitwise_right_shift(q.unsqueeze(-1), self.wf.unsqueeze(0)) & 15).flatten(-2)
