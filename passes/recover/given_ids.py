@@ -64,7 +64,7 @@ def _holds_integers(n: object) -> bool:
 
 
 def _is_stack(n: object) -> bool:
-    """Whether a tensor is weights of several experts, [E, ·, ·], that the graph is given or makes of codes, or the sum of such and another's."""
+    """Whether a tensor is weights of several experts, [E, ·, ·], given to the graph or made of codes, or the sum of such and another."""
     if not isinstance(n, fx.Node):
         return False
     v = example_value(n)
