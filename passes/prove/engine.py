@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ...ir import Rejection
 from .. import terms as T
+from ..aten import names
+from ..aten.names import op_name
+from ..aten.sources import code_of, source_of
 from . import probe
 from .edge import Edge, Small
 from .literals import Literals
@@ -32,6 +35,12 @@ _proved: dict[Any, tuple[str, str] | None] = {}
 
 class Differs(Exception):
     """Where a comparison ends: what is other than meant."""
+
+    code = "differs"
+
+
+class OtherGradients(Differs):
+    code = "gradients"
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,17 @@ def prove(claims: Iterable[Claim], at: fx.Node) -> Rejection | None:
         problem = _proved[key]
         if problem is not None:
             code, text = problem
+            text += _stopped(claim) if code == OtherGradients.code else ""
             return Rejection(f"{claim.says}: {text}", at, "validate", code=code, part=claim.part)
     return None
+
+
+def _stopped(claim: Claim) -> str:
+    """Where a gradient is stopped in the region, as its user wrote it."""
+    stops = [n for n in claim.region.nodes if op_name(n) in names.STOP_GRADIENT and source_of(n)]
+    if stops:
+        return f": `{code_of(stops[0]) or op_name(stops[0])}` at {source_of(stops[0])} stops them"
+    return ": a part of it runs under no_grad" if claim.no_grad else ""
 
 
 def forget() -> None:
@@ -103,7 +121,7 @@ def _problem(claim: Claim) -> tuple[str, str] | None:
                 _try(claim, small, literals, kind, turn, work)
             return None
         except Differs as e:
-            found = found if found is not None and found[0] == "differs" else ("differs", str(e))
+            found = found if found is not None and found[0] in (Differs.code, OtherGradients.code) else (e.code, str(e))
             attempts.failed(None)
         except TooMuchWork:
             return ("budget", "the proof takes more work than any block is worth: some of its sizes cannot be reduced")
@@ -183,10 +201,10 @@ def _same_gradients(claim: Claim, given: Mapping[fx.Node, Any], small: Small, li
         seen, meant = claim.seen(env), claim.meant(env)
         along = torch.randn(meant.shape, generator=torch.Generator().manual_seed(1), dtype=meant.dtype)
         both = [_gradients((r.reshape(meant.shape) * along).sum(), list(inputs.values())) for r in (seen, meant)]
-    for n, mine, theirs in zip(inputs, *both, strict=True):
+    for mine, theirs in zip(*both, strict=True):
         size = max(float(g.abs().max()) for g in (mine, theirs)) if theirs.numel() else 0.0
         if not torch.allclose(mine, theirs, rtol=0.0, atol=10 * TOLERANCE * size, equal_nan=True):
-            raise Differs(f"other gradients, that of {n.name}")
+            raise OtherGradients("other gradients")
 
 
 def _gradients(y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
