@@ -125,7 +125,9 @@ class Sources:
 
     def thaw(self) -> None:
         """They were written to or replaced: from now on they are read as the model holds them."""
-        log.warning("expert weights were written to or replaced after moe_compile.prepare: read as the model holds them until it is called again")
+        log.warning(
+            "expert weights were written to or replaced after moe_compile.prepare: read as the model holds them until it is called again"
+        )
         for address in self.weights:
             _drop(address)
 
