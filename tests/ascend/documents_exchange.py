@@ -27,11 +27,11 @@ class Slot(NamedTuple):
 def active(call: dict[str, Any]) -> list[list[bool]]:
     """Which slots take part: x_active_mask of tokens (all true ones first) or of slots, all without one: aclnnMoeDistributeDispatchV4."""
     (tokens, k), mask = call["expert_ids"].shape, call.get("x_active_mask")
+    if mask is not None and mask.dim() == 2:
+        return [list(row) for row in mask.tolist()]
     listed = [True] * tokens if mask is None else mask.tolist()
-    if mask is None or mask.dim() == 1:
-        assert listed == sorted(listed, reverse=True), "true has to stand before false"
-        return [[on] * k for on in listed]
-    return listed
+    assert listed == sorted(listed, reverse=True), "true has to stand before false"
+    return [[on] * k for on in listed]
 
 
 def special(call: dict[str, Any]) -> list[int]:
@@ -52,8 +52,8 @@ def received(calls: list[dict[str, Any]]) -> list[list[Slot]]:
     world, experts = first["ep_world_size"], first["moe_expert_num"]
     assert [c["ep_rank_id"] for c in calls] == list(range(world)) and experts % world == 0
     assert all(c.get("shared_expert_rank_num", 0) == 0 and c.get("tp_world_size", 0) < 2 for c in calls)
-    sizes = {len(c["expert_ids"]) for c in calls}
-    assert len(sizes) == 1 or first.get("global_bs", 0) == world * (first["global_bs"] // world) >= world * max(sizes)
+    sizes, everyone = {len(c["expert_ids"]) for c in calls}, first.get("global_bs", 0)
+    assert len(sizes) == 1 or everyone % world == 0 and everyone >= world * max(sizes), "sizes that differ need global_bs"
     found: list[Slot] = []
     for rank, call in enumerate(calls):
         last = special(call)[-1]
