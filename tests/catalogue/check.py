@@ -38,7 +38,7 @@ EVERY = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE"))
 TELLING = {key for key, line in golden.rows().items() if "|| one token" in line}
 
 
-# Loops that stay as written become many graphs of Dynamo's, 2 to 25 s an entry: one entry of each reason stays, others are left to `make zoo`
+# Loops that stay as written become many graphs of Dynamo's, 2 to 25 s an entry: one of each reason stays, others are left to `make zoo`
 LONG = frozenset(
     """TutorialOverTokens TutorialFirstChoice TutorialOtherScore TutorialNotChosen TutorialPut LoraActivated LoraOtherExpert LoraSomeExperts
     RowsByOtherScales ResidualOfAnother Overwrites OtherDestination AccumulatorFromOnes WeightOfOtherSlot RoomForTen FirstSlotOnly
