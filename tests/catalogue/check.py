@@ -37,7 +37,6 @@ TOKENS = 7
 EVERY = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE"))
 TELLING = {key for key, line in golden.rows().items() if "|| one token" in line}
 
-
 # Loops that stay as written become many graphs of Dynamo's, 2 to 25 s an entry: one of each reason stays, others are left to `make zoo`
 LONG = frozenset(
     """TutorialOverTokens TutorialFirstChoice TutorialOtherScore TutorialNotChosen TutorialPut LoraActivated LoraOtherExpert LoraSomeExperts
@@ -51,7 +50,11 @@ LONG = frozenset(
 
 
 def compiled_here(cls: type[Case]) -> bool:
-    return EVERY or cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
+    return EVERY or in_ci(cls)
+
+
+def in_ci(cls: type[Case]) -> bool:
+    return cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
 
 
 @functools.cache
@@ -93,7 +96,7 @@ def _firsts() -> frozenset[str]:
     """Entries whose turn it is not, and which bring a kind to symbolic sizes and AOTAutograd at once that no other does."""
     from . import entries
 
-    here = {name: cls for name, cls in entries().items() if compiled_here(cls)}
+    here = {name: cls for name, cls in entries().items() if in_ci(cls)}  # `make golden` compiles with the same options
     met = {kind for cls in here.values() if _symbolic_in_turn(cls) and _aot_in_turn(cls) for kind in kinds_of(cls)}
     out = []
     for name, cls in here.items():
