@@ -140,9 +140,24 @@ def test_a_frozen_weight_may_be_swapped(how: str) -> None:
             t["up"][0] = new
         out, _ = cpu.forward(*bundle(t), layout(e), save=False)
         assert relative(out, e.evaluate(**t)) < 2e-6
+        assert packed() == 0  # nothing of the old weight is kept
         moe_compile.prepare(module, target="cpu")
         cpu.forward(*bundle(t), layout(e), save=False)
         assert packed() > 0
+
+
+def test_a_weight_of_two_modules_outlives_one() -> None:
+    e = LAYOUTS["concat"]
+    t = make(e, ROUTINGS["few"](e.num_experts))
+    module = nn.ModuleList([frozen(t), nn.Module()])
+    module[1].weights = nn.ParameterList(module[0].parameters())
+    moe_compile.prepare(module, target="cpu")
+    cpu.forward(*bundle(t), layout(e), save=False)
+    assert packed() > 0
+    del module[0]
+    gc.collect()
+    cpu.forward(*bundle(t), layout(e), save=False)
+    assert packed() > 0
 
 
 def test_copies_go_with_the_model() -> None:

@@ -50,10 +50,14 @@ class _Weight:
     memory: StorageWeakRef
     parameters: list[_Held]
 
-    def unchanged(self) -> bool:
-        address = self.memory.cdata
+    def held(self) -> list[tuple[Tensor, int]]:
+        """The parameters that still stand in this memory, and their versions when they were frozen."""
         now = ((h.tensor(), h.version) for h in self.parameters)
-        return all(p is not None and p._version == v and _address(p) == address for p, v in now)
+        return [(p, v) for p, v in now if p is not None and _address(p) == self.memory.cdata]
+
+    def unchanged(self) -> bool:
+        held = self.held()
+        return bool(held) and all(p._version == v for p, v in held)
 
 
 _frozen: dict[int, _Weight] = {}  # by address of the storage
@@ -66,8 +70,9 @@ def freeze(model: nn.Module) -> dict[str, int]:
     Returns {name: bytes of the copy} of parameters that look like experts' (several matrices of a kind); what is packed in the end is what
     an experts op reads. Raises `OptionError` where a parameter cannot be watched.
     """
-    tensors = [(n, t) for n, t in (*model.named_parameters(), *model.named_buffers()) if _can_be_read(t)]
-    modules = dict(model.named_modules())
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tensors = [(n, t) for n, t in own if _can_be_read(t)]
+    modules = dict(model.named_modules(remove_duplicate=False))
     blind = next((n for n, t in tensors if t.is_inference()), None)
     if blind is not None:
         raise OptionError(f"{blind!r} was made under torch.inference_mode(), where writes leave no trace: make the model outside of it")
@@ -116,11 +121,13 @@ class Sources:
 
     def parameters(self) -> list[tuple[Tensor, int]]:
         """The parameters and their versions when they were frozen."""
-        return [(p, h.version) for w in self.weights.values() for h in w.parameters if (p := h.tensor()) is not None]
+        return [x for w in self.weights.values() for x in w.held()]
 
     def thaw(self) -> None:
-        """They were written to: from now on they are read as the model holds them."""
-        log.warning("expert weights were written to after moe_compile.prepare: read as the model holds them until it is called again")
+        """They were written to or replaced: from now on they are read as the model holds them."""
+        log.warning(
+            "expert weights were written to or replaced after moe_compile.prepare: read as the model holds them until it is called again"
+        )
         for address in self.weights:
             _drop(address)
 
@@ -132,6 +139,9 @@ def sources(*lists: Sequence[Tensor]) -> Sources | None:
     found = {a: _frozen.get(a) for a in {_address(t) for ts in lists for t in ts}}
     weights = {a: w for a, w in found.items() if w is not None}
     if len(weights) < len(found):
+        replaced = {a: w for a, w in _frozen.items() if not w.unchanged()}
+        if replaced:  # what other parameters stand for now is kept by nobody but us
+            Sources(replaced).thaw()
         return None
     made = Sources(weights)
     if made.unchanged():
@@ -160,7 +170,8 @@ def _address(t: Any) -> int:
 
 
 def _gone(address: int, _: object) -> None:
-    if not sys.is_finalizing():  # whom to tell may be gone, too
+    weight = None if sys.is_finalizing() else _frozen.get(address)  # whom to tell may be gone, too
+    if weight is not None and not weight.held():
         _drop(address)
 
 

@@ -100,9 +100,9 @@ def _split_rows(x, out, scales, count, groups, stride, GROUP: tl.constexpr, MANY
     inside = (g < count)[:, None] & (j < GROUP)[None, :]
     row, first = g // groups, g % groups * GROUP
     v = tl.load(x + (row * stride + first)[:, None] + j[None, :], mask=inside, other=0.0).to(tl.float32)
-    # s: the power of two that brings the largest number of a group to 128 .. 256; of a group of zeros any
+    # s: the power of two that brings the largest number of a group to 128 .. 256; of a group of zeros any; of one with an infinity none
     exponent = tl.maximum(tl.max(tl.abs(v), 1).to(tl.int32, bitcast=True) >> 23, 27)
-    s = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
+    s = tl.where(exponent == 255, float("nan"), ((exponent - 7) << 23).to(tl.float32, bitcast=True))
     v = v * ((261 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     tl.store(scales + g, s, mask=g < count)
     at = out + (g * (2 * GROUP))[:, None] + j[None, :]
