@@ -26,7 +26,7 @@ from ..recover.writes import reads
 from ..terms import same_size
 from .calls import can_emit
 from .layout import dims_by_stride
-from .onto import writes_onto_base
+from .onto import check_writes, writes_onto_base
 from .plan import BlockPlan, ExpertsPlan, Operand, PlacedPlan, RoutePlan
 
 
@@ -111,6 +111,7 @@ class Planner:
         out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
         names = self._aliases(m.out)
+        check_writes(m, self.shadow, out, names)
         written = writes_onto_base(m, self.shadow, out, names)
         base = None if m.base is None else self.shadow.origin[m.base][0] if written else self.locate(m.base, m.out)
         ends = None if b.ends is None else self._ends(b.ends, m)
