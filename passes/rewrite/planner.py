@@ -111,9 +111,9 @@ class Planner:
         out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
         names = self._aliases(m.out)
-        check_writes(m, self.shadow, out, names)
         written = writes_onto_base(m, self.shadow, out, names)
         base = None if m.base is None else self.shadow.origin[m.base][0] if written else self.locate(m.base, m.out)
+        check_writes(m, self.shadow, out, names)
         ends = None if b.ends is None else self._ends(b.ends, m)
         ids = self._required(b.ids, m.out, "expert ids") if ends is None and (not routed or b.ids is not b.raw_ids) else None
         weights = None if routed or b.constant is not None else self._required(b.weights, m.out, "routing weights")

@@ -7,8 +7,6 @@ Facts of single tensors come from whoever reads the graph; those of terms follow
 - `zero_beyond`: the axiom that an expert weight read beyond its experts is 0. No program reads there (it would fail), but a reading may:
   where Σ_e [ids = e] f(e) became f(ids), an id that is no expert contributes nothing, as in the sum. It holds for expert weights only.
 - `positive`: tensors whose elements are more than 0, but for underflow, where their gradients are 0 as well (softmax, sigmoid, exp).
-
-`trains`: whether a gradient may be wanted, so that a law must hold for gradients too.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ _TRUTH: Range = (True, 2)
 class Facts:
     """`normal`: what the rewriter at work makes of a term, for rules that have to know."""
 
-    def __init__(self, trains: bool = True) -> None:
-        self.trains = trains
+    def __init__(self) -> None:
         self.extents: dict[Any, Any] = {}
         self.zero_beyond: dict[Any, tuple[Any, ...]] = {}  # expert weight -> its shape
         self.positive: set[Any] = set()

@@ -410,7 +410,6 @@ def _(s: Source) -> Term:
 
 @sample("zero anyhow")
 def _(s: Source) -> Term:
-    s.facts.trains = s.chance(0.5)
     v, w, u = s.var(3, "j"), s.var(3, "j"), s.var()
     positive = s.tensor(3, 5)
     s.facts.positive.add(positive)
