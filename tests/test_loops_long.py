@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,3 +133,56 @@ def test_what_was_tried_is_not_traced_again_for_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend.flags, "check", lambda gm, missed: graphs.append(len(missed)) or kept(gm, missed))
     assert compiled(FromOnes(3), monkeypatch) == [NoExperts] and graphs == [1]
     assert moe_compile.last_report().rejected[0].stage == "experts"
+
+
+# ---- what is written beside the result ---------------------------------------------------------------------------------
+
+
+def _in_no_grad(m: nn.Module, n: int) -> None:
+    with torch.no_grad():
+        m.count.add_(n)
+
+
+WRITES: dict[str, Callable[[Any, int], Any]] = {
+    "add_": lambda m, n: m.count.add_(n),
+    "copy_": lambda m, n: m.count.copy_(m.count + n),
+    "view": lambda m, n: m.count.view(1).add_(n),
+    "no_grad": _in_no_grad,
+    "running mean": lambda m, n: m.count.mul_(0.9).add_(n, alpha=0.1),
+    "another tensor": lambda m, n: setattr(m, "count", m.count + n),
+}
+
+
+class Counting(Added):
+    """Verdict: fused from the graph, never read by example. The rows of each expert are counted in a buffer."""
+
+    def __init__(self, experts: int, write: str) -> None:
+        super().__init__(experts)
+        self.write = WRITES[write]
+        for e in self.experts:
+            e.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            self.write(expert, t.shape[0])
+            out.index_add_(0, t, expert(x[t]) * w[t, j, None])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("write", WRITES)
+def test_buffers_that_are_written_are_as_in_eager(write: str, dtype: torch.dtype) -> None:
+    """In float64 Dynamo itself took a write to a scalar out of the graph, under AOT autograd, where nothing read its result."""
+    eager = Counting(2, write).to(dtype)
+    ours, x = copy.deepcopy(eager), torch.randn(T, H, dtype=dtype)
+    torch._dynamo.reset()
+    f = torch.compile(ours, backend="moe_fused", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        for rows in (x, x[:4]):
+            torch.testing.assert_close(f(rows), eager(rows), rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert eager.experts[0].count
