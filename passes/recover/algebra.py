@@ -142,7 +142,8 @@ class Translator(Bridge):
         if idx and idx[-1] is at:
             if node is self.logits:
                 return L
-            if all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
+            one = isinstance(node, fx.Node)  # a tuple: a tensor for each expert
+            if one and all(T.is_c(i, 0) for i in idx[:-1]) and all(s == 1 for s in shape_of(node)[:-1]):
                 return self.tables.setdefault(node, sp.Symbol(f"table{len(self.tables)}", real=True))
         raise Unknown(f"the router works with something else than its logits{reads(x)}")
 

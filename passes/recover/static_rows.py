@@ -53,7 +53,8 @@ def is_step(a: Term, expert: Term) -> bool:
 def is_own_number(n: fx.Node) -> bool:
     """Whether a node is one number, made of numbers that the graph is given and of constants: a scale of rows times one of weights."""
     v = n.meta.get("val")
-    if op_name(n) not in ("mul", "div") or not isinstance(v, torch.Tensor) or v.shape not in ((), (1,)) or not v.dtype.is_floating_point:
+    floats = isinstance(v, torch.Tensor) and v.dtype.is_floating_point
+    if op_name(n) not in ("mul", "div") or not floats or shape_of(n) not in ((), (1,)):
         return False
     return all(unviewed(x).op in ("placeholder", "get_attr") or is_own_number(x) for x in n.all_input_nodes)
 

@@ -1,102 +1,116 @@
-"""The npu ops a second time, number by number in Python, from the documents that come with torch_npu (`torch_npu._op_plugin_docs`).
+"""A second emulation of the npu ops that inference uses, written from their documents alone, number by number.
 
-No line is shared with `lowering/ascend/emulate*`: lists of Python floats, loops over tokens, slots and channels, no tensor arithmetic.
-Where the documents leave a value open it is NaN. Where they say less than this, the sentence is marked.
+A page of the form npu_* is the op's text in torch_npu's own documentation, one of the form aclnn* is CANN's. Values that the pages
+leave open are NaN, or -1 where there is no NaN. Precision inside an op is open as well: everything is Python's double, rounded once
+into the result, except where a page names a float32 result on the way. Here: gating, tokens to experts and back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
+from documents_products import (
+    NAN,
+    Row,
+    clipped_swiglu,
+    dequant_swiglu_quant,
+    dynamic_quant,
+    grouped_matmul,
+    grouped_matmul_swiglu_quant_v2,
+    in_bytes,
+    made,
+    sigmoid,
+    single,
+    swiglu,
+)
 from torch import Tensor
 
-Row = list[float]
-NAN = float("nan")
+# ---- gating ------------------------------------------------------------------------------------------------------------------
 
 
-def _tensor(values: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    wide = torch.float64 if dtype.is_floating_point else torch.int64
-    return torch.tensor(values, dtype=wide).reshape(shape).to(dtype)
+def softmax(row: Row) -> Row:
+    """e^v over the sum of them all."""
+    powers = [math.exp(v - max(row)) for v in row]
+    return [p / sum(powers) for p in powers]
 
 
-def _sigmoid(v: float) -> float:
-    return 1 / (1 + math.exp(-v)) if v >= 0 else math.exp(v) / (1 + math.exp(v))
+def best(scores: Row, k: int) -> list[int]:
+    """Places of the k highest, highest first; no page says who wins a tie, and this assumes the lower place."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
 
 
-def _softmax(row: Row) -> Row:
-    top = max(row)
-    parts = [math.exp(v - top) for v in row]
-    return [p / sum(parts) for p in parts]
-
-
-def _best(row: Row, k: int) -> list[int]:
-    """The k largest, the largest first; of equals the lower index first (not said by the documents: the sorts are stable)."""
-    return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
-
-
-# ---- gating ----------------------------------------------------------------------------------------------------------------
+def in_groups(scores: Row, count: int, keep: int, mode: int) -> Row:
+    """Scores outside of the `keep` best groups become -inf; a group counts as its highest (0) or its two highest's sum (1)."""
+    size = len(scores) // count
+    parts = [scores[g * size : (g + 1) * size] for g in range(count)]
+    kept = best([max(p) if mode == 0 else sum(sorted(p)[-2:]) for p in parts], keep)
+    return [s if i // size in kept else -math.inf for i, s in enumerate(scores)]
 
 
 def gating_top_k(
-    x: Tensor, k: int, *, bias: Tensor | None = None, k_group: int = 1, group_count: int = 1, group_select_mode: int = 0, renorm: int = 0,
-    norm_type: int = 0, out_flag: bool = False, routed_scaling_factor: float = 1.0, eps: float = 1e-20,
+    x: Tensor, k: int, *, bias: Tensor | None = None, k_group: int = 1, group_count: int = 1, group_select_mode: int = 0,
+    renorm: int = 0, norm_type: int = 0, out_flag: bool = False, routed_scaling_factor: float = 1.0, eps: float = 1e-20,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """norm, then groups and top-k of norm + bias; weights are the norm's, after a sigmoid divided by their sum + eps, times the factor."""
-    assert renorm == 0
-    t, e = x.shape
-    ys, ids, norms = [], [], []
-    for row in x.float().tolist():
-        norm = [_sigmoid(v) for v in row] if norm_type == 1 else _softmax(row)
-        chosen = norm if bias is None else [v + b for v, b in zip(norm, bias.float().tolist())]
+    """Top k of norm(x) + bias within groups; y = norm[ids] (sigmoid: / (sum + eps)) * factor: aclnnMoeGatingTopK."""
+    assert renorm == 0, "the page takes 0 only"
+    y, ids, norms = [], [], []
+    added = [0.0] * x.shape[1] if bias is None else bias.tolist()
+    for row in x.detach().tolist():
+        # The page gives the norm's result as float32; that the sum with the bias is float32 too is assumed.
+        norm = [single(v) for v in (softmax(row) if norm_type == 0 else [sigmoid(v) for v in row])]
+        scores = [single(v + b) for v, b in zip(norm, added, strict=True)]
         if group_count > 1:
-            size = e // group_count
-            groups = [chosen[g * size : (g + 1) * size] for g in range(group_count)]
-            scores = [max(g) if group_select_mode == 0 else sum(sorted(g)[-2:]) for g in groups]
-            kept = _best(scores, k_group)
-            chosen = [v if i // size in kept else -math.inf for i, v in enumerate(chosen)]
-        best = _best(chosen, k)
-        y = [norm[i] for i in best]
-        total = sum(y) + eps
-        ys.append([v / (total if norm_type == 1 else 1.0) * routed_scaling_factor for v in y])
-        ids.append(best)
-        norms.append(norm if out_flag else [NAN] * e)
-    return _tensor(ys, x.dtype, (t, k)), _tensor(ids, torch.int32, (t, k)), _tensor(norms, torch.float32, (t, e))
+            scores = in_groups(scores, group_count, k_group, group_select_mode)
+        chosen = best(scores, k)
+        taken = [norm[i] for i in chosen]
+        # The page sums "normOut" here; that it means the chosen ones is assumed from the result's shape.
+        total = sum(taken) + eps if norm_type == 1 else 1.0
+        y.append([v / total * routed_scaling_factor for v in taken])
+        ids.append(chosen)
+        # Without the flag "the output is empty", yet it has the shape of x.
+        norms.append(norm if out_flag else [NAN] * len(row))
+    t = len(y)
+    return made(y, x.dtype, t, k), made(ids, torch.int32, t, k), made(norms, torch.float32, t, x.shape[1])
+
+
+def softmax_top_k(x: Tensor, finished: Tensor | None, k: int, before: bool) -> tuple[Tensor, Tensor, list[Row]]:
+    """Softmax, then its k highest, or the k highest and softmax of them; a finished row's ids are all the number of experts."""
+    y, ids, all_scores, experts = [], [], [], x.shape[-1]
+    done = [False] * (x.numel() // experts) if finished is None else finished.flatten().tolist()
+    for row, over in zip(x.detach().reshape(-1, experts).tolist(), done, strict=True):
+        scores = [single(v) for v in softmax(row)] if before else row
+        chosen = best(scores, k)
+        taken = [scores[i] for i in chosen]
+        # What stands in y of a finished row is not said; this assumes that only ids change.
+        y.append(taken if before else softmax(taken))
+        ids.append([experts] * k if over else chosen)
+        all_scores.append(scores)
+    shape = (*x.shape[:-1], k)
+    return made(y, x.dtype, *shape), made(ids, torch.int32, *shape), all_scores
 
 
 def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax, then top-k. row_idx: rows are numbered slot by slot (column by column)."""
-    assert finished is None
-    t = x.shape[0]
-    norms = [_softmax(row) for row in x.float().tolist()]
-    ids = [_best(row, k) for row in norms]
-    ys = [[row[i] for i in best] for row, best in zip(norms, ids)]
-    rows = [[j * t + i for j in range(k)] for i in range(t)]
-    return _tensor(ys, x.dtype, (t, k)), _tensor(ids, torch.int32, (t, k)), _tensor(rows, torch.int32, (t, k))
+    """y, ids = topK(softmax(x)), row_idx = arange(T K).reshape(K, T).transpose: aclnnMoeGatingTopKSoftmax."""
+    y, ids, _ = softmax_top_k(x, finished, k, True)
+    tokens = y.numel() // k  # The page speaks of two axes; of three the first two are assumed to be one.
+    return y, ids, made([[j * tokens + i for j in range(k)] for i in range(tokens)], torch.int32, *y.shape)
 
 
 def gating_top_k_softmax_v2(
     x: Tensor, *, k: int = 1, finished: Tensor | None = None, renorm: int = 0, output_softmax: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """renorm 0: softmax, then top-k. 1: top-k, then softmax."""
-    assert finished is None and not output_softmax
-    if not renorm:
-        return (*gating_top_k_softmax(x, None, k)[:2], torch.empty(0))
-    found = [(best, _softmax([row[i] for i in best])) for row in x.float().tolist() for best in [_best(row, k)]]
-    shape = (x.shape[0], k)
-    return _tensor([y for _, y in found], x.dtype, shape), _tensor([b for b, _ in found], torch.int32, shape), torch.empty(0)
+    """topK(softmax(x)) for renorm 0, softmax(topK(x)) for 1, and all of softmax(x) when asked with 0: aclnnMoeGatingTopKSoftmaxV2."""
+    y, ids, scores = softmax_top_k(x, finished, k, renorm == 0)
+    if renorm == 0 and output_softmax:
+        return y, ids, made(scores, torch.float32, *x.shape)
+    return y, ids, made([], torch.float32, 0)  # "Not output"; the shape is that of torch_npu's meta function.
 
 
-# ---- dispatch and combine ----------------------------------------------------------------------------------------------------
-
-
-def _rounded(row: Row) -> tuple[list[int], float]:
-    """scale = max|row| / 127, y = round(row / scale); half to even (not said)."""
-    scale = max(map(abs, row)) / 127
-    return [round(v / scale) if scale else 0 for v in row], scale
+# ---- tokens to experts and back ----------------------------------------------------------------------------------------------
 
 
 def init_routing_v2(
@@ -104,183 +118,100 @@ def init_routing_v2(
     expert_tokens_num_type: int = 0, expert_tokens_num_flag: bool = False, quant_mode: int = -1, active_expert_range: Any = (),
     row_idx_type: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Slots sorted by expert, those outside the range left out; where each slot went (-1: nowhere); how many each expert has."""
-    assert active_num == -1 and drop_pad_mode == 0 and expert_tokens_num_type == 1 and expert_tokens_num_flag
-    assert scale is None or quant_mode == 1 and scale.dtype == torch.float32 and scale.shape == (expert_num, x.shape[1])
-    (t, h), k, (first, last) = x.shape, expert_idx.shape[1], active_expert_range
-    slots = [(e, i, j) for i, row in enumerate(expert_idx.tolist()) for j, e in enumerate(row) if first <= e < last]
-    slots.sort()  # by expert, then token, then slot
-    rows = x.float().tolist()
-    expanded, scales, where = [[NAN] * h for _ in range(t * k)], [NAN] * (t * k), [-1] * (t * k)
-    for place, (e, i, j) in enumerate(slots):
-        expanded[place] = rows[i] if scale is None else [v * k for v, k in zip(rows[i], scale[e - first].tolist(), strict=True)]
+    """Slots of active experts sorted by expert; expanded_x[i] = x[slot_i // K], in bytes for mode 1: aclnnMoeInitRoutingV3."""
+    assert drop_pad_mode == 0 and quant_mode in (-1, 1), "other modes are not for these devices, or not written here"
+    first, end = active_expert_range or (0, expert_num)  # Without a range it is all: the counts' shape in torch_npu's meta function.
+    flat, rows, k = expert_idx.flatten().tolist(), x.detach().tolist(), expert_idx.shape[1]
+    # The page says "sort" only; that slots of one expert stay in their order is assumed.
+    order = sorted((s for s, e in enumerate(flat) if first <= e < end), key=lambda s: flat[s])
+    smooth = scale.tolist() if scale is not None else None
+    expanded: list[Any] = []
+    scales: Row = []
+    for s in order:
+        row, size = rows[s // k], NAN if smooth is None or quant_mode == 1 else smooth[s // k]
         if quant_mode == 1:
-            expanded[place], scales[place] = _rounded(expanded[place])  # type: ignore[call-overload]
-        if row_idx_type == 0:
-            where[i * k + j] = place
-        else:
-            where[place] = i * k + j
-    counts = [sum(e == n for e, _, _ in slots) for n in range(first, last)]
+            # The page divides x, not x * scale, by max|x * scale| / 127; as in aclnnDynamicQuant the product is assumed to be meant.
+            # One row of scales stands for all experts: the shape is torch_npu's, not the page's.
+            factors = [1.0] * len(row) if smooth is None else smooth[flat[s] - first if len(smooth) > 1 else 0]
+            row, size = in_bytes([v * f for v, f in zip(row, factors, strict=True)])
+        expanded.append(row)
+        scales.append(size)
+    height = len(flat) if active_num <= 0 else min(active_num, len(flat))
     dtype = torch.int8 if quant_mode == 1 else x.dtype
-    clean = [[0.0 if dtype == torch.int8 and v != v else v for v in row] for row in expanded]
-    return (
-        _tensor(clean, dtype, (t * k, h)), _tensor(where, torch.int32, (t * k,)), _tensor(counts, torch.int64, (last - first,)),
-        _tensor(scales, torch.float32, (t * k,)),
-    )  # fmt: skip
+    expanded += [[NAN if dtype.is_floating_point else -1] * x.shape[1]] * len(flat)
+    counts = tokens_of(flat, first, end, expert_num, expert_tokens_num_type) if expert_tokens_num_flag else made(-1, torch.int64)
+    at = {s: i for i, s in enumerate(order)}
+    places = order + [-1] * len(flat) if row_idx_type == 1 else [at.get(s, -1) for s in range(len(flat))]
+    out = made(expanded[:height], dtype, height, x.shape[1])
+    scales = (scales + [NAN] * len(flat))[:height]
+    return out, made(places[: len(flat)], torch.int32, len(flat)), counts, made(scales, torch.float32, height)
+
+
+def tokens_of(flat: Sequence[int], first: int, end: int, experts: int, kind: int) -> Tensor:
+    """Slots of each active expert: sums so far (0), counts (1), or pairs of an expert and its count closed by (0, 0) (2)."""
+    counts = [sum(e == i for e in flat) for i in range(first, end)]
+    if kind == 2:
+        pairs = [[first + i, n] for i, n in enumerate(counts) if n] + [[0, 0]] + [[-1, -1]] * experts
+        return made(pairs[:experts], torch.int64, experts, 2)
+    return made([sum(counts[: i + 1]) for i in range(len(counts))] if kind == 0 else counts, torch.int64, end - first)
 
 
 def finalize_routing(
-    rows: Tensor, skip1: Tensor | None, skip2: Tensor | None, bias: Tensor | None, scales: Tensor, index: Tensor, experts: Tensor | None,
-    drop_pad_mode: int = 0, k: int = 1,
+    rows: Tensor, skip1: Tensor | None, skip2: Tensor | None, bias: Tensor | None, scales: Tensor, index: Tensor,
+    experts: Tensor | None, drop_pad_mode: int = 0, k: int = 1,
 ) -> Tensor:  # fmt: skip
-    """out(i) = skip1 + skip2 + Σ_k scales(i, k) · row(index(i + k · rows)); in drop_pad_mode 2 index(i · K + k) (CANN's page)."""
-    assert bias is None and experts is None and drop_pad_mode in (0, 2)
-    t, slots = scales.shape
-    values, places, w = rows.float().tolist(), index.tolist(), scales.float().tolist()
+    """out_i = skip1_i + skip2_i + sum_k scales_ik (rows[place_ik] + bias[expert_ik]): aclnnMoeFinalizeRoutingV2.
+
+    Place ik is index[i + k T] in modes 0 and 1 and index[i K + k] in 2 and 3. In 1 and 3 the place -1 is a dropped slot, which is
+    assumed to add nothing, its bias neither; in 0 and 2 such a place is outside of the range that the page names, so it is open.
+    """
+    width, places = rows.shape[-1], index.tolist()
+    k = k if scales is None else scales.shape[1]
+    tokens = len(places) // k
+    listed, given = rows.detach().reshape(-1, width).tolist(), None if scales is None else scales.detach().tolist()
+    skips = [s.detach().tolist() for s in (skip1, skip2) if s is not None]
     out = []
-    for i in range(t):
-        total = [0.0] * rows.shape[1]
-        for j in range(slots):
-            place = places[i + j * t] if drop_pad_mode == 0 else places[i * slots + j]
-            assert 0 <= place < len(values)
-            total = [a + w[i][j] * v for a, v in zip(total, values[place])]
-        for skip in (skip1, skip2):
-            if skip is not None:
-                total = [a + b for a, b in zip(total, skip[i].float().tolist())]
+    for i in range(tokens):
+        total = [sum(s[i][h] for s in skips) for h in range(width)]
+        for j in range(k):
+            place = places[i + j * tokens] if drop_pad_mode < 2 else places[i * k + j]
+            if place == -1 and drop_pad_mode in (1, 3):
+                continue
+            row = listed[place] if 0 <= place < len(listed) else [NAN] * width
+            added = [0.0] * width if bias is None or experts is None else bias[experts[i, j]].tolist()
+            weight = 1.0 if given is None else given[i][j]
+            total = [t + weight * (v + b) for t, v, b in zip(total, row, added, strict=True)]
         out.append(total)
-    return _tensor(out, rows.dtype, (t, rows.shape[1]))
+    return made(out, rows.dtype, tokens, width)
 
 
 def token_unpermute(rows: Tensor, index: Tensor, probs: Tensor | None = None) -> Tensor:
-    """The rows at sorted_indices times probs, summed."""
-    assert probs is not None
-    return finalize_routing(rows, None, None, None, probs, index, None, 2)
-
-
-# ---- products ----------------------------------------------------------------------------------------------------------------
-
-
-def _experts_of(group_list: Tensor, kind: int) -> list[int]:
-    """The expert of each row: type 0 is a running sum, type 1 counts."""
-    numbers = group_list.tolist()
-    counts = numbers if kind == 1 else [b - a for a, b in zip([0, *numbers], numbers)]
-    return [e for e, n in enumerate(counts) for _ in range(n)]
-
-
-def _int4(words: Tensor) -> list[Any]:
-    """Eight whole numbers of 4 bits in each int32, the first in the lowest bits (not said: CANN's int4 puts the first lower)."""
-    e, k, n = words.shape
-    flat = [((w >> (4 * i) & 15) ^ 8) - 8 for w in words.flatten().tolist() for i in range(8)]
-    return torch.tensor(flat).reshape(e, k, n * 8).tolist()  # type: ignore[no-any-return]
-
-
-def grouped_matmul(
-    x: list[Tensor], weight: list[Tensor], *, bias: Any = None, scale: Any = None, antiquant_scale: Any = None,
-    antiquant_offset: Any = None, per_token_scale: Any = None, group_list: Tensor, split_item: int = 0, group_type: int = 0,
-    group_list_type: int = 0, output_dtype: int | None = None, tuning_config: Any = None,
-) -> list[Tensor]:  # fmt: skip
-    """y = x (weight + antiquant_offset) · antiquant_scale + bias; of bytes y = x weight · scale · per_token_scale."""
-    assert split_item == 3 and group_type == 0 and (not scale or not bias)
-    a, w = x[0], weight[0]
-    given = _int4(w) if w.dtype == torch.int32 else w.double().tolist()
-    k, n = len(given[0]), len(given[0][0])
-    rows, owners, out = a.double().tolist(), _experts_of(group_list, group_list_type), []
-    for m, e in enumerate(owners):
-        line = []
-        for c in range(n):
-            column = [given[e][i][c] for i in range(k)]
-            if antiquant_scale:
-                s, o = antiquant_scale[0], antiquant_offset[0]
-                places = [(e, c)] * k if s.ndim == 2 else [(e, i // (k // s.shape[1]), c) for i in range(k)]
-                # in the rows' dtype (not said: the kernel's matrix unit takes nothing else)
-                column = [float(torch.tensor((v + float(o[p])) * float(s[p])).to(a.dtype)) for v, p in zip(column, places)]
-            y = math.fsum(u * v for u, v in zip(rows[m], column))
-            y = y * float(scale[0][e, c]) if scale else y
-            y = y * float(per_token_scale[0][m]) if per_token_scale else y
-            line.append(y + (float(bias[0][e, c]) if bias else 0.0))
-        out.append(line)
-    out += [[0.0 if output_dtype == 3 else NAN] * n for _ in range(len(rows) - len(out))]
-    dtype = {None: a.dtype, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}[output_dtype]
-    return [_tensor(out, dtype, (len(rows), n))]
-
-
-def swiglu(x: Tensor, dim: int = -1) -> Tensor:
-    """A sigmoid(A) B of the halves A and B."""
-    half = x.shape[-1] // 2
-    out = [[v * _sigmoid(v) * row[half + i] for i, v in enumerate(row[:half])] for row in x.float().tolist()]
-    return _tensor(out, x.dtype, (x.shape[0], half))
-
-
-def clipped_swiglu(
-    x: Tensor, *, dim: int = -1, alpha: float = 1.702, limit: float = 7.0, bias: float = 1.0, interleaved: bool = True
-) -> Tensor:
-    """A <= limit, |B| <= limit: A sigmoid(alpha A) (B + bias); A and B are every other column, or halves."""
-    half, out = x.shape[-1] // 2, []
-    for row in x.float().tolist():
-        a, b = (row[::2], row[1::2]) if interleaved else (row[:half], row[half:])
-        pairs = [(min(u, limit), max(-limit, min(v, limit))) for u, v in zip(a, b)]
-        out.append([u * _sigmoid(alpha * u) * (v + bias) for u, v in pairs])
-    return _tensor(out, x.dtype, (x.shape[0], half))
-
-
-# ---- quantisation --------------------------------------------------------------------------------------------------------------
-
-
-def _quantised(rows: list[Row], total: int, width: int) -> tuple[Tensor, Tensor]:
-    found = [_rounded(row) for row in rows]
-    q = [q for q, _ in found] + [[0] * width for _ in range(total - len(rows))]
-    return _tensor(q, torch.int8, (total, width)), _tensor([s for _, s in found] + [NAN] * (total - len(rows)), torch.float32, (total,))
-
-
-def dynamic_quant(x: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """smooth_scales[0] is for rows [0, group_index[0]), smooth_scales[i] for [group_index[i - 1], group_index[i]), all in x's type."""
-    rows = x.float().tolist()
-    if smooth_scales is not None and group_index is not None:
-        assert smooth_scales.dtype == x.dtype and group_index.dtype == torch.int32 and int(group_index[-1]) == x.shape[0]
-        ends = group_index.tolist()
-        groups = [next(g for g, end in enumerate(ends) if m < end) for m in range(x.shape[0])]
-        rows = [[v * k for v, k in zip(row, smooth_scales[g].float().tolist(), strict=True)] for g, row in zip(groups, rows, strict=True)]
-    return _quantised(rows, *x.shape)
-
-
-def dequant_swiglu_quant(
-    x: Tensor, *, weight_scale: Tensor, activation_scale: Tensor, group_index: Tensor, activate_left: bool = False, quant_mode: int = 0,
-    quant_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x · weight_scale · activation_scale, swish of the left half (or the right one) times the other, smoothed, quantised by row."""
-    assert quant_mode == 1
-    half, out = x.shape[1] // 2, []
-    for m, e in enumerate(_experts_of(group_index, 1)):
-        v = [n * float(weight_scale[e, c]) * float(activation_scale[m]) for c, n in enumerate(x[m].tolist())]
-        left, right = (v[:half], v[half:]) if activate_left else (v[half:], v[:half])
-        smooth = [1.0] * half if quant_scale is None else quant_scale[e].float().tolist()
-        out.append([a * _sigmoid(a) * b * k for a, b, k in zip(left, right, smooth, strict=True)])
-    return _quantised(out, x.shape[0], half)
-
-
-def grouped_matmul_swiglu_quant_v2(
-    x: Tensor, weight: list[Tensor], weight_scale: list[Tensor], x_scale: Tensor, group_list: Tensor, *, group_list_type: int = 0,
-    dequant_mode: int = 0, dequant_dtype: int = 6, quant_mode: int = 0, quant_dtype: int = 0, tuning_config: Any = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The three in one: product of bytes, SwiGLU of the scaled sums (the left half activated), quantised by row."""
-    sums = grouped_matmul([x], weight, group_list=group_list, split_item=3, group_list_type=group_list_type, output_dtype=3)[0]
-    owners = _experts_of(group_list, group_list_type)
-    counts = torch.tensor([owners.count(e) for e in range(weight[0].shape[0])])
-    return dequant_swiglu_quant(
-        sums, weight_scale=weight_scale[0], activation_scale=x_scale, group_index=counts, activate_left=True, quant_mode=1
-    )
+    """out_i = sum_j probs_ij rows[index[i K + j]], K = 1 and weight 1 without probs: aclnnMoeTokenUnpermute."""
+    k = 1 if probs is None else probs.shape[1]
+    places, listed, width = index.tolist(), rows.detach().tolist(), rows.shape[1]
+    weights = [[1.0]] * len(places) if probs is None else probs.detach().tolist()
+    out = []
+    for i in range(len(places) // k):
+        total = [0.0] * width
+        for j in range(k):
+            place = places[i * k + j]
+            row = listed[place] if 0 <= place < len(listed) else [NAN] * width
+            total = [t + weights[i][j] * v for t, v in zip(total, row, strict=True)]
+        out.append(total)
+    return made(out, rows.dtype, len(out), width)
 
 
 def update_expert(
     expert_ids: Tensor, eplb_table: Tensor, *, local_rank_id: int = -1, world_size: int = -1, balance_mode: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Row e of the table: in how many places expert e is, then the places. Ranks (mode 0) or tokens (mode 1) share them out."""
-    out = []
-    for t, row in enumerate(expert_ids.tolist()):
-        entries = [eplb_table[e].tolist() for e in row]
-        turns = [local_rank_id // math.ceil(world_size / e[0]) if balance_mode == 0 else t % e[0] for e in entries]
-        out.append([e[turn + 1] for e, turn in zip(entries, turns)])
-    return _tensor(out, expert_ids.dtype, expert_ids.shape), torch.zeros(expert_ids.shape, dtype=torch.bool)
+    """table[id][rank // ceil(world / count) + 1] for mode 0, table[id][token % count + 1] for 1: the example of npu_moe_update_expert."""
+    table, out = eplb_table.tolist(), []
+    for i, ids in enumerate(expert_ids.tolist()):
+        turns = [local_rank_id // -(-world_size // table[e][0]) if balance_mode == 0 else i % table[e][0] for e in ids]
+        out.append([table[e][turn + 1] for e, turn in zip(ids, turns, strict=True)])
+    # The second result "is valid" with scales and a threshold only. A bool cannot be open: it is False, which no one could use by mistake.
+    mask = [[False] * len(ids) for ids in out]
+    return made(out, expert_ids.dtype, *expert_ids.shape), made(mask, torch.bool, *expert_ids.shape)
 
 
 OPS: dict[str, Callable[..., Any]] = {

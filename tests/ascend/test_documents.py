@@ -115,7 +115,9 @@ def test_both_emulations_say_the_same(name: str, case: int) -> None:
     assert len(both[0]) == len(both[1])
     for a, b in zip(*both):
         assert a.shape == b.shape and a.dtype == b.dtype
-        near = dict(rtol=1e-5, atol=1e-5) if a.dtype == torch.float32 else dict(rtol=0.01, atol=0.01) if a.is_floating_point() else {}
+        near = dict(rtol=1e-5, atol=1e-5) if a.dtype == torch.float32 else {}
+        if a.dtype == torch.bfloat16:  # A sum's terms may be rounded on the way, and documents do not say which: measured by the largest.
+            near = dict(rtol=0.01, atol=0.005 * float(a.float().nan_to_num().abs().max()))
         if a.dtype == torch.int8:
             assert int((a.int() - b.int()).abs().max()) <= 1 and float((a != b).float().mean()) <= 0.02
         else:

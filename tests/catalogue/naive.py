@@ -232,6 +232,10 @@ def rounded(how: ir.Rows | None, x: np.ndarray, smooth: np.ndarray | None = None
     """One row as a product reads it, group by group."""
     if how is None:
         return x
+    if how.static:
+        s = how.step or (1.0 if smooth is None else float(smooth[0]))
+        q = torch.from_numpy(np.clip(x / s, how.low, how.top))
+        return (q.to(how.dtype).double() if how.dtype.is_floating_point else q.round()).numpy() * s
     if smooth is not None and how.smooth:
         x = x / smooth if how.smooth == ir.stored.Scale.DIVIDES else x * smooth
     out = np.empty_like(x)

@@ -149,7 +149,7 @@ class Int4ShiftsInABuffer(Int4Offset):
     """Verdict: rejected. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
 
     expect = Rejected("an expert weight is no matrix")
-    near, differs = "Int4Offset", ()
+    near, differs = "", ()
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
