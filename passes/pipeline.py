@@ -14,7 +14,7 @@ import torch.fx as fx
 from ..ir import Rejection
 from . import steps, trace
 from . import terms as T
-from .aten.conditions import may_train, no_saving_hooks
+from .aten.conditions import no_saving_hooks
 from .aten.wrapped import unwrapped
 from .recorded import recover_recorded as recover_recorded
 from .recover.glance import places
@@ -120,7 +120,7 @@ def _searched(work: Work) -> None:
         if not trace.on() and work.recall(recall.load(key)):
             return
     with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:
-        _fresh_terms(may_train(gm.graph))
+        _fresh_terms()
         try:
             for p in SEARCH:
                 p(work)
@@ -144,8 +144,8 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _fresh_terms(trains: bool = True) -> None:
-    T.reset(trains)
+def _fresh_terms() -> None:
+    T.reset()
     unify.reset()
 
 

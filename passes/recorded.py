@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.fx as fx
 
 from ..ir import MoeBlock, Rejection
@@ -56,7 +55,7 @@ def _explained(gm: fx.GraphModule, r: Rejection) -> Rejection:
 def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
     merge_made(gm.graph, Memory(gm.graph), set())
     for _ in range(3):  # ids and weights may have to be put into tensors of their own
-        T.reset(torch.is_grad_enabled())
+        T.reset()
         unify.reset()
         m, p = _match(gm)
         nodes = routing_nodes(m, p)

@@ -26,7 +26,7 @@ from ..recover.writes import reads
 from ..terms import same_size
 from .calls import can_emit
 from .layout import dims_by_stride
-from .onto import writes_onto_base
+from .onto import check_writes, writes_onto_base
 from .plan import BlockPlan, ExpertsPlan, Operand, PlacedPlan, RoutePlan
 
 
@@ -113,6 +113,7 @@ class Planner:
         names = self._aliases(m.out)
         written = writes_onto_base(m, self.shadow, out, names)
         base = None if m.base is None else self.shadow.origin[m.base][0] if written else self.locate(m.base, m.out)
+        check_writes(m, self.shadow, out, names)
         ends = None if b.ends is None else self._ends(b.ends, m)
         ids = self._required(b.ids, m.out, "expert ids") if ends is None and (not routed or b.ids is not b.raw_ids) else None
         weights = None if routed or b.constant is not None else self._required(b.weights, m.out, "routing weights")

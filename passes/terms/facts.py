@@ -7,12 +7,11 @@ Facts of single tensors come from whoever reads the graph; those of terms follow
 - `zero_beyond`: the axiom that an expert weight read beyond its experts is 0. No program reads there (it would fail), but a reading may:
   where Σ_e [ids = e] f(e) became f(ids), an id that is no expert contributes nothing, as in the sum. It holds for expert weights only.
 - `positive`: tensors whose elements are more than 0, but for underflow, where their gradients are 0 as well (softmax, sigmoid, exp).
-
-`trains`: whether a gradient may be wanted, so that a law must hold for gradients too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import sympy as sp
 
 from .arithmetic import TRUTHS, add, coefficient
 from .numbers import exact_div, is_plain, same_size
-from .term import Term, addends, const, is_c, mk
+from .term import Term, addends, const, is_c, mk, walk
 
 Range = tuple[bool, Any]  # is it never negative; n if it is also at most n - 1, else None
 _ANY: Range = (False, None)
@@ -30,8 +29,7 @@ _TRUTH: Range = (True, 2)
 class Facts:
     """`normal`: what the rewriter at work makes of a term, for rules that have to know."""
 
-    def __init__(self, trains: bool = True) -> None:
-        self.trains = trains
+    def __init__(self) -> None:
         self.extents: dict[Any, Any] = {}
         self.zero_beyond: dict[Any, tuple[Any, ...]] = {}  # expert weight -> its shape
         self.positive: set[Any] = set()
@@ -71,15 +69,27 @@ class Facts:
         extent = self.range(t)[1]
         return extent is not None and at_most(extent, n)
 
-    def still_at_zero(self, t: Term) -> bool:
-        """Whether t is a sum of products of truth values and positive numbers: never negative, and 0 only where a condition fails."""
+    def chosen_only(self, t: Term) -> bool:
+        """Whether t is a sum of products of positive numbers and of at most one [ids = e] each: 0 only where no slot chose e.
+
+        Another condition, such as one on the token (padding), makes an expert's weight 0 although a slot chose it.
+        """
+        return self._choices(t) in (0, 1)
+
+    def _choices(self, t: Term) -> int | None:
+        """How many conditions [ids = e] a product in t holds at most; None where t has other conditions or numbers that may be 0."""
         if t.op in ("mul", "add", "sum"):
-            return all(map(self.still_at_zero, t.parts))
+            found = [self._choices(x) for x in t.parts]
+            known = [n for n in found if n is not None]
+            return None if len(known) < len(found) else sum(known) if t.op == "mul" else max(known)
         if t.op == "pow":
-            return self.still_at_zero(t.args[0])
+            return self._choices(t.args[0])
+        if t.op == "eq":
+            return 1 if any(x.op == "topk" or x.op == "a" and x.args[0] in self.extents for x in t.args) else None
         if t.op == "c":
-            return is_plain(t.args[0]) and t.args[0] > 0
-        return t.op in TRUTHS or t.op == "a" and t.args[0] in self.positive or t.op == "fn" and t.args[0] in ("exp", "sigmoid", "softplus")
+            return 0 if is_plain(t.args[0]) and t.args[0] > 0 else None
+        positive = t.op == "a" and t.args[0] in self.positive or t.op == "fn" and t.args[0] in ("exp", "sigmoid", "softplus")
+        return 0 if positive and not any(x.op in (*TRUTHS, "ite") or is_c(x, -math.inf) for x in walk(t)) else None
 
     def inside(self, t: Term, n: Any) -> tuple[Term, ...]:
         """Factors of [0 <= t < n], those left out that are certain."""

@@ -27,12 +27,12 @@ _facts = Facts()
 _rewriter = Rewriter(NORMAL, _facts)
 
 
-def reset(trains: bool = True) -> None:
-    """Forget all terms (once a compilation; terms of different compilations must not meet). `trains`: as in `Facts`."""
+def reset() -> None:
+    """Forget all terms (once a compilation; terms of different compilations must not meet)."""
     global _facts, _rewriter
     table.clear()
     budget.reset()
-    _facts = Facts(trains)
+    _facts = Facts()
     _rewriter = Rewriter(NORMAL, _facts, _rewriter.trace)
 
 

@@ -12,12 +12,13 @@ from .rules import Rules, rule
 from .term import Term, factors, is_c, let
 
 
-@rule("[x ≠ 0] y = y,  [0 < x] y = y for x >= 0   where each factor of x is one of y's, so that y is 0 where x is", "mul")
+@rule("[x ≠ 0] y = y,  [0 < x] y = y   where x is a sum of [ids = e] and positive factors, each of which is one of y's", "mul")
 def _zero_anyhow(t: Term, facts: Facts) -> Term | None:
-    """Where a gradient may be wanted x must be 0 in such places only where y's gradient is 0 too: where no condition in x holds."""
+    """Where f(x) is no number, 0 · f(x) is none either: x may be 0 in such places only where no slot chose the expert, so that f is not
+    asked there, or where it underflows. Nor is a gradient lost then."""
     for c in t.args:
-        x, signed = _asked(c)
-        if x is None or (signed or facts.trains) and not facts.still_at_zero(x):
+        x = _asked(c)
+        if x is None or not facts.chosen_only(x):
             continue
         rest = [g for g in t.args if g is not c]
         if all(any(alike(f, g, facts) for g in _bases(rest)) for f in _bases(factors(x))):
@@ -25,15 +26,15 @@ def _zero_anyhow(t: Term, facts: Facts) -> Term | None:
     return None
 
 
-def _asked(c: Term) -> tuple[Term | None, bool]:
-    """x of [x ≠ 0] and of [0 < x], and whether its sign is asked for."""
+def _asked(c: Term) -> Term | None:
+    """x of [x ≠ 0] and of [0 < x]."""
     if c.op == "lt" and is_c(c.args[0], 0):
-        return c.args[1], True
+        return c.args[1]
     if c.op == "not" and c.args[0].op == "eq":
         for zero, x in (c.args[0].args, c.args[0].args[::-1]):
             if is_c(zero, 0):
-                return x, False
-    return None, False
+                return x
+    return None
 
 
 def _bases(fs: Iterable[Term]) -> Iterator[Term]:

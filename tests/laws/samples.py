@@ -410,11 +410,13 @@ def _(s: Source) -> Term:
 
 @sample("zero anyhow")
 def _(s: Source) -> Term:
-    s.facts.trains = s.chance(0.5)
     v, w, u = s.var(3, "j"), s.var(3, "j"), s.var()
     positive = s.tensor(3, 5)
     s.facts.positive.add(positive)
-    body = build("mul", condition(s, u, v), T.atom(s.r.choice((positive, s.tensor(3, 5))), (v, u)))
+    ids = s.tensor(3, whole=5)
+    s.facts.know(ids, 5)
+    chosen = s.r.choice((T.eq(T.atom(ids, (v,)), u), T.eq(T.atom(ids, (v,)), u), condition(s, u, v)))
+    body = build("mul", chosen, T.atom(s.r.choice((positive, s.tensor(3, 5))), (v, u)))
     x = T.mk("sum", v, s.r.choice((body, body, build("add", body, c(-1)))))
     again = T.mk("sum", w, T.subst(x.args[1], {v: w}))
     over = build("pow", number(s, u), -1)

@@ -1,0 +1,151 @@
+"""What is written in place: gradient modes and other views of a result stay eager's; and weights that a mask makes 0 skip their rows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from catalogue.check import difference_problem
+from small import Block, H, K, T, compiled, tensors, told
+from torch import Tensor
+
+from moe_compile.report import Report, collecting
+
+torch.set_num_threads(1)
+
+
+class Written(Block):
+    """y += the experts' rows, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = torch.nn.Linear(H, H)
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = self.route(x)
+        order = ids.flatten().argsort()
+        expert, token = ids.flatten()[order], order // K
+        h = torch.nn.functional.silu(torch.einsum("rh,rih->ri", x[token], self.up[expert]))
+        return token, torch.einsum("ri,rhi->rh", h, self.down[expert]) * w.flatten()[order, None]
+
+    def forward(self, x: Tensor) -> Any:
+        token, rows = self.rows(x)
+        y = self.shared(x)
+        y.index_add_(0, token, rows)
+        return y
+
+
+class WithoutGradient(Written):
+    def forward(self, x: Tensor) -> Any:
+        token, rows = self.rows(x)
+        y = self.shared(x)
+        with torch.no_grad():
+            y.index_add_(0, token, rows)
+        return y
+
+
+class ViewThenWrite(Written):
+    def forward(self, x: Tensor) -> Any:
+        token, rows = self.rows(x)
+        y = self.shared(x)
+        z = y.t()
+        y.index_add_(0, token, rows)
+        y.mul_(3)
+        return y, z
+
+
+class DetachedThenWrite(Written):
+    def forward(self, x: Tensor) -> Any:
+        token, rows = self.rows(x)
+        y = self.shared(x)
+        d = y.detach()
+        y.index_add_(0, token, rows)
+        y.mul_(2)
+        return y.clone(), d * 2
+
+
+class ZerosViewThenWrite(Written):
+    def forward(self, x: Tensor) -> Any:
+        token, rows = self.rows(x)
+        y = torch.zeros_like(x)
+        z = y.view(-1)
+        y.index_add_(0, token, rows)
+        y.add_(1.0)
+        return z * 2
+
+
+def gradients(module: torch.nn.Module, f: Any, x: Tensor) -> list[Tensor | None]:
+    """Results of f, then the gradients of x and of the module's parameters (None: there is none)."""
+    x = x.clone().requires_grad_()
+    out = tensors(f(x))
+    sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in out if y.requires_grad).backward()
+    return [*(y.detach() for y in out), x.grad, *(p.grad for p in module.parameters())]
+
+
+def check(module: torch.nn.Module, x: Tensor) -> Report:
+    module = module.double()
+    twin = copy.deepcopy(module)
+    with collecting() as report:
+        got = gradients(module, compiled(module, inner="aot_eager"), x.double())
+    for i, (a, b) in enumerate(zip(got, gradients(twin, twin, x.double()), strict=True)):
+        assert (a is None) == (b is None), i
+        assert a is None or b is None or not difference_problem(a, b), i
+    return report
+
+
+def test_rows_added_in_place_are_fused() -> None:
+    """Verdict: fused. What the others are one step beside of."""
+    report = check(Written(), torch.randn(T, H))
+    assert len(report.blocks) == 1, told(report)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (WithoutGradient, "gradient"),
+        (ViewThenWrite, "another view"),
+        (DetachedThenWrite, "another view"),
+        (ZerosViewThenWrite, "another view"),
+    ],
+)
+def test_what_else_sees_the_writes_sees_eagers(cls: type[Block], reason: str) -> None:
+    """Verdict: rejected, with the reason."""
+    report = check(cls(), torch.randn(T, H))
+    assert not report.blocks and any(reason in t for t in told(report)), told(report)
+
+
+class Padded(Written):
+    """Rows of padding have weight 0, and the experts are asked only where the weight is not 0."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        keep = torch.arange(T) < T - 3
+        logits = self.router(x)
+        if self.how == "inside":
+            logits = logits.masked_fill(~keep[:, None], -torch.inf)
+        w, ids = (logits.sigmoid() if self.how == "inside" else logits.softmax(-1)).topk(K)
+        if self.how == "where":
+            w = torch.where(keep[:, None], w, 0.0)
+        elif self.how == "product":
+            w = w * keep[:, None]
+        dense = torch.zeros_like(logits).scatter(1, ids, w)
+        expert, token = (dense != 0).t().nonzero(as_tuple=True)
+        h = torch.nn.functional.silu(torch.einsum("rh,rih->ri", x[token], self.up[expert])).square()
+        y = torch.einsum("ri,rhi->rh", h, self.down[expert]) * dense[token, expert][:, None]
+        return torch.zeros_like(x).index_add(0, token, y)
+
+
+@pytest.mark.parametrize("how", ["where", "product", "inside"])
+def test_rows_of_padding_are_not_computed(how: str) -> None:
+    """Verdict: whatever it is, a row of padding that overflows an expert adds nothing."""
+    x = torch.randn(T, H, dtype=torch.float64)
+    x[-3:] = 1e300
+    with torch.no_grad():
+        module = Padded(how).double()
+        got, want = compiled(module, inner="aot_eager")(x), module(x)
+    assert want.isfinite().all() and not difference_problem(got, want)
