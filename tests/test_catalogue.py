@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import catalogue
@@ -12,7 +11,9 @@ import golden
 import pytest
 import torch
 from catalogue import AsWritten, Case, Fused, Rejected, Sound, Untouched, check, naive
-from catalogue.compare import experts_differences, gating_differences, shared_differences
+from catalogue.compare import experts_differences, fields_of, gating_differences, shared_differences
+
+from moe_compile.ir import Score
 
 torch.set_num_threads(1)
 ENTRIES = catalogue.entries()
@@ -151,7 +152,7 @@ def with_gradients() -> list[str]:
     seen: set[tuple[str, str]] = set()
     out = []
     for name in representatives():
-        new = set(fields_of(ENTRIES[name].expect)) - seen
+        new = {(path, str(value)) for path, value in fields_of(ENTRIES[name].expect)} - seen
         seen |= new
         rounds = ENTRIES[name].expect.experts.up_rows or ENTRIES[name].expect.experts.down_rows  # in training these are left as written
         if check.EVERY or new and not (rounds and len(out) % 8):
@@ -159,20 +160,33 @@ def with_gradients() -> list[str]:
     return out
 
 
-def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a record of records: (path, value)."""
-    if not dataclasses.is_dataclass(value):
-        yield name, str(value)
-        return
-    for f in dataclasses.fields(value):
-        if f.compare:
-            yield from fields_of(getattr(value, f.name), f"{name}.{f.name}")
-
-
 @pytest.mark.parametrize("name", with_gradients())
 def test_gradients_are_eagers(name: str) -> None:
     problem = check.gradient_problem(ENTRIES[name])
     assert not problem, problem
+
+
+def test_every_reason_has_an_entry_that_is_compiled() -> None:
+    """In CI too: what `check.LONG` leaves out is another entry of the same reason or note."""
+
+    def reasons(names: Iterable[str]) -> set[str]:
+        expected = [ENTRIES[n].expect for n in names]
+        return {e.reason if isinstance(e, Rejected) else e.note for e in expected if isinstance(e, (Rejected, AsWritten))}
+
+    assert reasons(COMPILED) == reasons(ENTRIES)
+
+
+def test_every_kind_meets_symbolic_sizes_and_aotautograd_at_once() -> None:
+    """Of what CI compiles: each score, normaliser, form of the weights, and so on."""
+    here = [n for n in COMPILED if check.in_ci(ENTRIES[n])]
+    both = [ENTRIES[n] for n in here if check.symbolic(ENTRIES[n]) and check.options_of(ENTRIES[n]) == check.OPTIONS]
+    kinds = {kind for n in here for kind in check.kinds_of(ENTRIES[n])}
+    assert {(".gating.score", Score.RELU), (".gating.expert_scale", True), (".experts.weight_on_input", True)} <= kinds
+    assert kinds == {kind for cls in both for kind in check.kinds_of(cls)}
+
+
+def test_long_entries_are_there() -> None:
+    assert ENTRIES.keys() >= check.LONG
 
 
 def test_groups_have_members() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,3 +133,76 @@ def test_what_was_tried_is_not_traced_again_for_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend.flags, "check", lambda gm, missed: graphs.append(len(missed)) or kept(gm, missed))
     assert compiled(FromOnes(3), monkeypatch) == [NoExperts] and graphs == [1]
     assert moe_compile.last_report().rejected[0].stage == "experts"
+
+
+# ---- what is written beside the result ---------------------------------------------------------------------------------
+
+
+def _in_no_grad(count: Tensor, n: int) -> None:
+    with torch.no_grad():
+        count.add_(n)
+
+
+WRITES: dict[str, Callable[[Tensor, int], Any]] = {
+    "add": lambda count, n: count.add_(n),
+    "copy": lambda count, n: count.copy_(count + n),
+    "view": lambda count, n: count.view(1).add_(n),
+    "no_grad": _in_no_grad,
+    "running_mean": lambda count, n: count.mul_(0.9).add_(n, alpha=0.1),
+}
+
+
+class Counting(Added):
+    """Verdict: fused from the graph, never read by example. The rows of each expert are counted in buffers."""
+
+    def __init__(self, experts: int, *writes: str) -> None:
+        super().__init__(experts)
+        self.writes = writes
+        for e in self.experts:
+            for write in writes:
+                e.register_buffer(write, torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(K)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, j = torch.where(ids == e)
+            for write in self.writes:
+                WRITES[write](getattr(expert, write), t.shape[0])
+            out.index_add_(0, t, expert(x[t]) * w[t, j, None])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_buffers_that_are_written_are_as_in_eager(dtype: torch.dtype) -> None:
+    """In float64 Dynamo itself took a write to a scalar out of the graph, under AOT autograd, where nothing read its result."""
+    eager = Counting(2, *WRITES).to(dtype)
+    ours, x = copy.deepcopy(eager), torch.randn(T, H, dtype=dtype)
+    torch._dynamo.reset()
+    f = torch.compile(ours, backend="moe_fused", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), eager(x), rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(eager.experts[0].buffers())
+
+
+class Read(BaseException):
+    """Ends a compilation once a loop has been read."""
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_loops_that_write_are_not_read_by_example(write: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write on probes, which a recording refuses; in the graph that Dynamo makes the writes stay."""
+    outcomes: list[object] = []
+    read = capture.read
+
+    def noted(*args: object) -> capture.Trial:
+        outcomes.append(read(*args).outcome)
+        raise Read
+
+    monkeypatch.setattr(capture, "read", noted)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Read):
+        torch.compile(Counting(UNROLLED + 1, write), backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
+    assert len(outcomes) == 1 and "writes to" in str(outcomes[0]), outcomes

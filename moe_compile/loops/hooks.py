@@ -8,6 +8,7 @@ export, and the same model under another backend see no change. ``MOE_COMPILE_CA
 - *Static loops* (`flags`): ops whose output size depends on data stay in the graphs of frames with an expert loop; a frame that cannot be
   compiled so is compiled again without.
 - *Lines* (`lines`): frames of code without a file stay in the stacks that Dynamo notes.
+- *Writes*: what a model writes to a buffer stays in the graph.
 
 All rest on private names of torch; where one is missing, its hook logs that and stays out.
 """
@@ -44,7 +45,7 @@ def enabled() -> bool:
 
 def install() -> None:
     """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
-    for hook in (_hook_inlining, _hook_root, _hook_flags, _hook_lines):
+    for hook in (_hook_inlining, _hook_root, _hook_flags, _hook_lines, _hook_writes):
         try:
             hook()
         except (ImportError, AttributeError, TypeError) as e:
@@ -192,6 +193,32 @@ def _hook_flags() -> None:
 @functools.cache
 def _hook_lines() -> None:
     lines.install()
+
+
+@functools.cache
+def _hook_writes() -> None:
+    """Keep writes to float64 scalars on the CPU: a counter of tokens, a running maximum.
+
+    Where AOT autograd has found a Python float to be a constant, Dynamo traces the frame again and takes the graph's input for it out.
+    It knows the input by its value, which an in-place operation returns too, and took ``count.add_(n)`` out where nothing reads the
+    result: the buffer kept its old value. Only inputs may go.
+    """
+    from torch._dynamo.output_graph import OutputGraph
+
+    original = OutputGraph.remove_tensorify_specialized_graphargs
+
+    @functools.wraps(original)
+    def remove(self: Any) -> None:
+        if not enabled() or not for_us(self.compiler_fn):
+            return original(self)
+        made = {n: n.meta.pop("example_value") for n in self.graph.nodes if n.op != "placeholder" and "example_value" in n.meta}
+        try:
+            original(self)
+        finally:
+            for n, value in made.items():
+                n.meta["example_value"] = value
+
+    OutputGraph.remove_tensorify_specialized_graphargs = remove
 
 
 def _on_already(given: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import os
 import zlib
@@ -20,7 +21,7 @@ from moe_compile.report import Report, collecting
 
 from . import naive
 from .base import AsWritten, Case, Fused, Rejected, Sound, Untouched
-from .compare import experts_differences, gating_differences, shared_differences
+from .compare import experts_differences, fields_of, gating_differences, shared_differences
 from .layouts import layout_of
 
 OPTIONS = {"inner": "aot_eager"}
@@ -29,28 +30,31 @@ BARE = {"inner": "eager"}
 TOKENS = 7
 
 # What costs is Dynamo's tracing: with symbolic sizes it takes half as long again, and AOTAutograd traces once more. So of four entries,
-# always the same ones, one has symbolic sizes, another goes through AOTAutograd, and three have sizes of their own, as users' first calls
-# do. One token is a graph of its own: of one entry in twelve, and of those that it makes a difference to. In `make zoo` and `make golden`
-# all have symbolic sizes and the graph of one token.
+# always the same ones, one has symbolic sizes, and three have sizes of their own, as users' first calls do; whatever the sizes, one in six
+# goes through AOTAutograd. Both at once meets, of each kind (a value of a field of the IR that is a choice), the first entry at the least.
+# One token is a graph of its own: of one entry in twelve, and of those that it makes a difference to. In `make zoo` and `make golden` all
+# have symbolic sizes and the graph of one token.
 EVERY = any(name in os.environ for name in ("ZOO_ALL", "GOLDEN_WRITE"))
 TELLING = {key for key, line in golden.rows().items() if "|| one token" in line}
 
-
-# Loops that stay as written become many graphs of Dynamo's, 4 to 25 s an entry; others of their kind are left to `make zoo`, `make golden`
+# Loops that stay as written become many graphs of Dynamo's, 2 to 25 s an entry: one of each reason stays, others are left to `make zoo`
 LONG = frozenset(
-    """TutorialOverTokens TutorialFirstChoice TutorialOtherScore TutorialNotChosen TutorialPut LoraActivated LoraOtherInput LoraOtherExpert
-    LoraRanks LoraSomeExperts RowsOfTheGateOnly RowsByOtherScales ResidualOfAnother RowsOfTheNeighbour Overwrites OtherDestination
-    AccumulatorFromOnes WeightOfOtherSlot ExpertTwice RoomForTen FirstSlotOnly RowsWeighedFirst AddsTwice SwitchPutElsewhere
-    SwitchNotChosen OneGridForTwo OtherTokens MissingMiddleExpert Mxfp4OtherBias WeightOnGateOnly TutorialOnes AccumulatorDecays
-    LoraDoraUp LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween WrittenInLoop
-    RowsByANumber RowsOfTwoOrders TutorialPutRead AccumulatorReadByExpert FirstExpertsForgotten WrittenAfter WrittenBefore
-    WrittenOldView SwitchTwoPuts LoraSharedBare TutorialOtherScoreRead Int4GroupsLessOne Int4GroupsAlongInputs
-    Int4GroupsHit LoraDora TutorialEvery OddEven OtherConstant OtherClampLimit CapacityFirstRows SwitchArgmax""".split()
+    """TutorialOverTokens TutorialFirstChoice TutorialOtherScore TutorialNotChosen TutorialPut LoraActivated LoraOtherExpert LoraSomeExperts
+    RowsByOtherScales ResidualOfAnother Overwrites OtherDestination AccumulatorFromOnes WeightOfOtherSlot RoomForTen FirstSlotOnly
+    RowsWeighedFirst AddsTwice SwitchPutElsewhere SwitchNotChosen OneGridForTwo Mxfp4OtherBias WeightOnGateOnly TutorialOnes
+    AccumulatorDecays LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween
+    WrittenInLoop RowsByANumber TutorialPutRead AccumulatorReadByExpert WrittenAfter WrittenBefore WrittenOldView SwitchTwoPuts
+    TutorialOtherScoreRead Int4GroupsLessOne Int4GroupsAlongInputs Int4GroupsHit LoraDora TutorialEvery OddEven OtherConstant
+    OtherClampLimit CapacityFirstRows SwitchArgmax""".split()
 )
 
 
 def compiled_here(cls: type[Case]) -> bool:
-    return EVERY or cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
+    return EVERY or in_ci(cls)
+
+
+def in_ci(cls: type[Case]) -> bool:
+    return cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
 
 
 @functools.cache
@@ -72,11 +76,39 @@ def one_token_too(cls: type[Case]) -> bool:
 def symbolic(cls: type[Case]) -> bool:
     """Whether an entry is compiled for any number of tokens. So are those that their number makes a difference to, and all in 16 bits,
     where errors are held against eager's, on many tokens."""
-    return EVERY or _turn(cls, 4) == 1 or cls.dtype is not torch.float32 or f"catalogue/{cls.__name__}" in TELLING
+    return EVERY or _symbolic_in_turn(cls) or cls.__name__ in _firsts()
+
+
+def _symbolic_in_turn(cls: type[Case]) -> bool:
+    return _turn(cls, 4) == 1 or cls.dtype is not torch.float32 or f"catalogue/{cls.__name__}" in TELLING
 
 
 def options_of(cls: type[Case]) -> dict[str, str]:
-    return OPTIONS if _turn(cls, 4) == 0 else BARE
+    return OPTIONS if _aot_in_turn(cls) or cls.__name__ in _firsts() else BARE
+
+
+def _aot_in_turn(cls: type[Case]) -> bool:
+    return _turn(cls, 24) // 4 == 0  # another digit than that of symbolic sizes
+
+
+@functools.cache
+def _firsts() -> frozenset[str]:
+    """Entries whose turn it is not, and which bring a kind to symbolic sizes and AOTAutograd at once that no other does."""
+    from . import entries
+
+    here = {name: cls for name, cls in entries().items() if in_ci(cls)}  # `make golden` compiles with the same options
+    met = {kind for cls in here.values() if _symbolic_in_turn(cls) and _aot_in_turn(cls) for kind in kinds_of(cls)}
+    out = []
+    for name, cls in here.items():
+        if not met.issuperset(kinds_of(cls)):
+            out.append(name)
+            met.update(kinds_of(cls))
+    return frozenset(out)
+
+
+def kinds_of(cls: type[Case]) -> set[tuple[str, Any]]:
+    """Fields of the expected IR that are choices, with what is chosen: (path, value)."""
+    return {(path, value) for path, value in fields_of(cls.expect) if isinstance(value, (bool, enum.Enum))}
 
 
 def _turn(cls: type[Case], of: int) -> int:

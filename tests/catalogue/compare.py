@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,3 +107,13 @@ def experts_differences(a: Experts, b: Experts, any_layout: bool = False, any_ma
 
 def shared_differences(a: SharedExpert | None, b: SharedExpert | None) -> set[str]:
     return differing(a, b, "shared")
+
+
+def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a record of records: (path, value)."""
+    if not dataclasses.is_dataclass(value):
+        yield name, value
+        return
+    for f in dataclasses.fields(value):
+        if f.compare:
+            yield from fields_of(getattr(value, f.name), f"{name}.{f.name}")
