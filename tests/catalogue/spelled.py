@@ -157,3 +157,15 @@ class Int4ShiftsInABuffer(Int4Offset):
 
     def codes(self, q: Tensor) -> Tensor:
         return (torch.bitwise_right_shift(q.unsqueeze(-1), self.wf.unsqueeze(0)) & 15).flatten(-2)
+
+
+class StaticRowsThatWrap(StaticRows):
+    """Verdict: rejected. Rounded to int8 with nothing that keeps rows within it: what lies beyond wraps around."""
+
+    expect = Rejected("nothing keeps within int8")
+    near, differs = "StaticRows", ()
+
+    def product(self, x: Tensor, name: str, e: Any) -> Tensor:
+        s = self.number(name, e)
+        q = (x / s).round().to(torch.int8).float()
+        return F.linear(q, getattr(self, name)[e].float()) * (s * getattr(self, f"{name}_scale_inv")[e])
