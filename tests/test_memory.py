@@ -67,7 +67,7 @@ class CopiedBeforeItself(Biased):
 
 
 class AddedIntoView(Block):
-    """Verdict: rejected. The experts' rows are added into a view of another result."""
+    """Verdict: fused, onto that result. The experts' rows are added into a view of another result, which nobody else reads."""
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(x)
@@ -96,7 +96,7 @@ CASES = [
     (WrittenAfter, 1, True),
     (CopiedBefore, 1, True),
     (CopiedBeforeItself, 1, True),
-    (AddedIntoView, 0, False),
+    (AddedIntoView, 1, True),
     (AddedIntoCopy, 1, True),
     (IdsWritten, 0, False),
 ]
