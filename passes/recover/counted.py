@@ -130,7 +130,7 @@ def _has_room(queue: fx.Node) -> bool:
     if any(op_name(n) in ("add", "sub") and isinstance(n.args[1], fx.Node) for n in places):
         return False
     most = shape_of(queue)[call_args(queue).dim]  # each of these chooses an expert once
-    return all(isinstance(n, (int, sp.Expr)) and bool(sp.expand(n - most).is_nonnegative) for n in limits)
+    return bool(limits) and all(isinstance(n, (int, sp.Expr)) and bool(sp.expand(n - most).is_nonnegative) for n in limits)
 
 
 def _is_place(n: fx.Node) -> bool:

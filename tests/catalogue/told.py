@@ -129,18 +129,25 @@ class CapacityEinsum(_Told):
     """Verdict: rejected. GShard: places in an expert's queue by a cumulative sum, those past its capacity dropped, dispatch by einsum."""
 
     expect = Rejected("capacity dropped")
+    counted = torch.int64
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(self.logits(x))
-        mask = F.one_hot(ids, E)
+        mask = F.one_hot(ids, E).to(self.counted)
         place = torch.cumsum(mask.reshape(-1, E), 0).reshape(mask.shape) - 1
         keep = mask * (place < CAPACITY)
-        slot = F.one_hot((place * keep).sum(-1), CAPACITY)
+        slot = F.one_hot((place * keep).sum(-1).long(), CAPACITY)
         send = keep[..., None].to(x.dtype) * slot[:, :, None].to(x.dtype)
         rows = torch.einsum("tkec,th->ech", send, x)
         g, u = torch.einsum("ech,eoh->eco", rows, self.up).chunk(2, -1)
         back = torch.einsum("eci,ehi->ech", F.silu(g) * u, self.down)
         return torch.einsum("tkec,tk,ech->th", send, w, back)
+
+
+class CapacityInFloats(CapacityEinsum):
+    """Verdict: rejected. Places are counted in floats."""
+
+    counted = torch.float32
 
 
 class CapacityFirstRows(_Told):
