@@ -150,28 +150,24 @@ class WeightsComputed(cases._Shared):
         return self.routed(x) + self.shared.w2(F.silu(F.linear(x, w1)) * F.linear(x, w3))
 
 
-class InFewBits(stored.BlocksRepeated):
+class _BesideShared(cases.Case):
+    """Routed experts as a catalogue entry has them, and a shared expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = cases.SwiGlu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return self.run_experts(x, ids, w) + self.shared(x)
+
+
+class InFewBits(_BesideShared, stored.BlocksRepeated):
     """Near miss: the routed experts' weights are codes, and their op takes no shared expert."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = cases.SwiGlu()
 
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(self.logits(x))
-        return self.run_experts(x, ids, w) + self.shared(x)
-
-
-class WithPairs(lora.LoraLinears):
+class WithPairs(_BesideShared, lora.LoraLinears):
     """Near miss: so does that of experts with low-rank pairs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = cases.SwiGlu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(self.logits(x))
-        return self.run_experts(x, ids, w) + self.shared(x)
 
 
 NEAR = [WeightsComputed, InFewBits, WithPairs, UsedTwice, InsideUsed, OtherInput, Scaled, Weighted, RoutedUsedTwice, GateOfResult]

@@ -11,7 +11,7 @@ from .names import op_name
 
 _POSITIVE = frozenset("softmax _softmax sigmoid exp softplus".split())
 _SAME_SIGN = names.RESHAPE | names.PERMUTE | names.PART | names.REPEAT | names.SAME | names.CAST | {"getitem"}
-_CLOSED = names.REDUCTION | frozenset("mul div add true_divide".split())  # of positive numbers again a positive one
+_CLOSED = frozenset("mul div add true_divide".split())  # of positive numbers again a positive one, as sums and means are
 _MASKS = names.PUT | frozenset("where masked_fill masked_scatter index_fill scatter log log2".split())
 _SEEN_THROUGH = _SAME_SIGN | frozenset("mul div add sub rsub true_divide neg".split())
 _DEEP = 24
@@ -28,8 +28,10 @@ def is_positive(n: Any, left: int = _DEEP) -> bool:
         return not _is_masked(n.args[0])
     if name in _SAME_SIGN:
         return is_positive(n.args[0], left - 1)
-    parts = n.args[:1] if name in names.REDUCTION else n.args[:2]
-    return name in _CLOSED and all(is_positive(x, left - 1) for x in parts)
+    if name in names.REDUCTION:
+        return is_positive(n.args[0], left - 1)
+    plain = len(n.args) == 2 and not n.kwargs  # alpha may be below zero, a quotient rounded to 0
+    return name in _CLOSED and plain and all(is_positive(x, left - 1) for x in n.args)
 
 
 def _is_masked(n: Any, left: int = _DEEP) -> bool:

@@ -245,7 +245,8 @@ def _scale(r: Term, body: Term, expert: Term) -> _Scale:
     static = static_rows.divided(arg, expert, _TYPES[r.args[0]], limits)
     if static is None:
         raise No(_told(r))
-    if not _TYPES[r.args[0]].is_floating_point and limits == (0, 0):  # a cast to an integer type, which no term shows, would wrap
+    kept = -128 <= limits[0] < limits[1] <= 127
+    if not _TYPES[r.args[0]].is_floating_point and not kept:  # a cast to an integer type, which no term shows, would wrap
         raise No("rows are divided by a calibrated number and rounded to whole numbers that nothing keeps within int8")
     base, rows, along = static
     return _Scale(base, 1.0, None, 1.0, rows, along)

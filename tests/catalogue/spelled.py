@@ -169,3 +169,15 @@ class StaticRowsThatWrap(StaticRows):
         s = self.number(name, e)
         q = (x / s).round().to(torch.int8).float()
         return F.linear(q, getattr(self, name)[e].float()) * (s * getattr(self, f"{name}_scale_inv")[e])
+
+
+class StaticRowsKeptTooWide(StaticRows):
+    """Verdict: rejected. Kept within more than int8 holds, so that what lies beyond that wraps around all the same."""
+
+    expect = Rejected("nothing keeps within int8")
+    near, differs = "StaticRows", ()
+
+    def product(self, x: Tensor, name: str, e: Any) -> Tensor:
+        s = self.number(name, e)
+        q = (x / s).clamp(-200, 200).round().to(torch.int8).float()
+        return F.linear(q, getattr(self, name)[e].float()) * (s * getattr(self, f"{name}_scale_inv")[e])
