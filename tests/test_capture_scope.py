@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from captured import Counter, E, H, Loop, compiled
+from captured import Counter, E, H, K, Loop, compiled
 from torch import Tensor, nn
 
 from moe_compile import backend
@@ -157,3 +158,51 @@ def test_not_inside_transforms() -> None:
         torch._dynamo.reset()
         torch.testing.assert_close(compiled(f, counter := Counter())(x), f(x), rtol=1e-4, atol=1e-5)
         assert counter.ops == ops
+
+
+class Alone(Loop):
+    """Router and loop in one function, which is the first that Dynamo meets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+def _in_place(m: nn.Module, ours: Counter) -> nn.Module:
+    m.compile(backend="moe_fused", options={"inner": ours})
+    return m
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        _in_place,
+        lambda m, ours: compiled(_in_place(m, ours), ours),
+        lambda m, ours: copy.deepcopy(compiled(m, ours), {id(ours): ours}),
+        lambda m, ours: compiled(compiled(m, ours), ours),
+    ],
+    ids=["module.compile", "compiled after it", "copied", "compiled twice"],
+)
+def test_every_way_to_compile_a_block_gives_one_graph(way: Callable[[nn.Module, Counter], nn.Module]) -> None:
+    """`module.compile()` compiles the module's call, as does the copy of a compiled module; a second compilation takes the first one's place."""
+    m, x = Alone(), torch.randn(9, H)
+    torch._dynamo.reset()
+    want, ours = m(x), Counter()
+    with torch.no_grad():
+        torch.testing.assert_close(way(m, ours)(x), want)
+    assert len(ours.graphs) == 1 and ours.ops == 1
+
+
+def test_hooks_of_a_module_that_is_compiled_in_place_still_run() -> None:
+    """A near miss: what is put into one frame is the module's call, not its forward alone."""
+    m, x = Alone(), torch.randn(9, H)
+    m.register_forward_hook(lambda module, args, out: out * 3)
+    torch._dynamo.reset()
+    want, ours = m(x), Counter()
+    with torch.no_grad():
+        torch.testing.assert_close(_in_place(m, ours)(x), want)
+    assert ours.ops == 1

@@ -102,33 +102,34 @@ def _hook_inlining() -> None:
 @functools.cache
 def _hook_root() -> None:
     """Put a frame around an expert loop that is compiled on its own: Dynamo inlines only what is called in a frame that it traces."""
-    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+    from torch._dynamo.eval_frame import _TorchDynamoContext, innermost_fn
 
     original = _TorchDynamoContext.__call__
 
     @functools.wraps(original)
-    def call(self: Any, fn: Any) -> Any:
+    def call(self: Any, given: Any) -> Any:
+        fn = innermost_fn(given)  # what is compiled already is compiled anew, without the frame that it had
         forward, module = _forward_of(fn)
-        if not isinstance(forward, types.FunctionType) or not enabled() or not for_us(getattr(self, "callback", None)):
-            return original(self, fn)
+        if isinstance(fn, nn.Module) or not isinstance(forward, types.FunctionType):
+            return original(self, given)  # of a module torch compiles `__call__`, which comes here next
+        if not enabled() or not for_us(getattr(self, "callback", None)):
+            return original(self, given)
         if not (is_candidate(forward.__code__) and asks(forward.__code__) or forward.__code__ in flags.whole_blocks([module])):
-            return original(self, fn)
-        if not isinstance(fn, nn.Module):
-            return original(self, functools.wraps(fn)(_frame_around(fn, fn)))
-        compiled = original(self, fn)
-        if isinstance(compiled, OptimizedModule):
-            compiled.forward = original(self, _frame_around(fn, forward))
-        return compiled
+            return original(self, given)
+        return original(self, functools.wraps(fn)(_frame_around(fn, forward)))
 
     _TorchDynamoContext.__call__ = call
 
 
 def _forward_of(fn: Any) -> tuple[Any, Any]:
-    """The user's function that would be the first frame, and whose it is: a module's forward, or a method that is compiled by itself."""
-    if isinstance(fn, nn.Module):
-        return getattr(fn.forward, "__func__", None), fn
+    """The user's function that would be the first frame, and whose it is: the forward of a module whose call is compiled, or a method
+    that is compiled by itself."""
     owner = getattr(fn, "__self__", None)
-    ours = isinstance(owner, nn.Module) and not getattr(fn, "__module__", "").startswith("torch.")  # torch's own frames are not traced
+    if not isinstance(owner, nn.Module):
+        return fn, fn
+    if fn.__func__ in (nn.Module._call_impl, nn.Module._wrapped_call_impl):
+        return getattr(owner.forward, "__func__", None), owner
+    ours = not getattr(fn, "__module__", "").startswith("torch.")  # torch's own frames are not traced
     return (fn.__func__, owner) if ours else (fn, fn)
 
 

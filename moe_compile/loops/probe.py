@@ -139,12 +139,13 @@ class Probe(Sealed):
             state[kind] = {k: None if v is None else self._probe(v, _join(path, k)) for k, v in self.some(state[kind].items())}
         state["_modules"] = {k: None if v is None else self.memo[id(v)][1] for k, v in self.some(state["_modules"].items())}
         state |= {h: type(state[h])() for h in HOOKS}
+        state["_compiled_call_impl"] = None  # `module.compile()`: the code that is read is what it compiles
         for k, v in state.items():
             if isinstance(v, Tensor):
                 state[k] = self._probe(v, _join(path, k))
             elif k not in MODULE_STATE:
                 state[k] = self.seal(v, place.attr(k))
-        new.__dict__.update(state, _compiled_call_impl=None)
+        new.__dict__.update(state)
         for held in (new, new._parameters, new._buffers, new._modules):
             self.keep(place, held)
 
