@@ -367,3 +367,38 @@ def test_lower_precision() -> None:
         out, expected = compiled(m, counter)(x), m(x)
     assert out.dtype == expected.dtype and counter.ops == 1
     assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+class Padded(nn.Module):
+    """Rows split by counts in another function, and rows of zeros, none here, stacked behind by `join`."""
+
+    def __init__(self, join: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.join = join
+        self.router = nn.Linear(H, E, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(E, H, I) * 0.3), nn.Parameter(torch.randn(E, I, H) * 0.3)
+
+    def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        n = counts.tolist()
+        outs = [F.silu(part @ self.up[e]) @ self.down[e] for e, part in enumerate(torch.split(rows, n))]
+        out = torch.cat(outs)
+        return self.join([out, out.new_zeros((rows.shape[0] - sum(n), H))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).sigmoid().topk(K)
+        order = ids.view(-1).argsort(stable=True)
+        y = self.experts(x[order // K], F.one_hot(ids.view(-1), E).sum(0)) * w.view(-1)[order, None]
+        return torch.zeros_like(x).index_add(0, order // K, y)
+
+
+def test_rows_of_zeros_stacked_behind() -> None:
+    """The loop is in another function than the selection: the whole block is read, also where it is compiled by itself."""
+    m, counter, x = Padded(torch.vstack), Counter(), torch.randn(12, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1 and len(counter.graphs) == 1
+
+
+def test_rows_stacked_in_front_are_not_dropped() -> None:
+    """A near miss: every row is another one's."""
+    m, counter, x = Padded(lambda parts: torch.vstack([parts[0][1:], parts[1], parts[0][:1]])), Counter(), torch.randn(12, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))

@@ -188,7 +188,7 @@ def _in_place(m: nn.Module, ours: Counter) -> nn.Module:
     ids=["module.compile", "compiled after it", "copied", "compiled twice"],
 )
 def test_every_way_to_compile_a_block_gives_one_graph(way: Callable[[nn.Module, Counter], nn.Module]) -> None:
-    """`module.compile()` compiles the module's call, as does the copy of a compiled module; a second compilation takes the first one's place."""
+    """`module.compile()` compiles the module's call, as does the copy of a compiled module; the second of two counts."""
     m, x = Alone(), torch.randn(9, H)
     torch._dynamo.reset()
     want, ours = m(x), Counter()

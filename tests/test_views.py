@@ -42,6 +42,9 @@ CALLS: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "reshape": [lambda x: x.reshape(4, 6), lambda x: x.flatten(1), lambda x: x.unflatten(2, (2, 2))],
     "stack": [lambda x: torch.stack([x[0], x[1]], 1)],
     "cat": [lambda x: torch.cat([x[:, 1:], x], 1)],
+    "vstack": [lambda x: torch.vstack([x[1:], x]), lambda x: torch.row_stack([x[0], x[1]])],
+    "hstack": [lambda x: torch.hstack([x[:, 1:], x]), lambda x: torch.column_stack([x[0], x[1]])],
+    "dstack": [lambda x: torch.dstack([x[..., 1:], x])],
 }
 
 

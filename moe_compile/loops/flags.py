@@ -130,8 +130,9 @@ def whole_blocks(values: Iterable[Any]) -> frozenset[types.CodeType]:
 
 
 def _modules(values: Iterable[Any]) -> Iterator[nn.Module]:
-    """Modules at hand and inside; one whose `__init__` is at work has none yet, not even the table for them."""
-    return (m for v in values if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
+    """Modules at hand, those whose methods are, and inside; one whose `__init__` is at work has none yet, not even the table for them."""
+    held = (getattr(v, "__self__", v) for v in values)
+    return (m for v in held if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
 
 
 def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:

@@ -15,19 +15,37 @@ from . import names
 from .definitions_views import TUPLES
 from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, truth
 from .names import op_name
-from .places import REPEATED, apart, wrapped
+from .places import REPEATED, apart, one_place, wrapped
+
+_PICKS = frozenset({"nonzero", "nonzero_numpy", "masked_select", "where"})
 
 Idx = tuple[Term, ...]
 Args = SimpleNamespace
 
 
 def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
-    """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped."""
+    """Where the row-th true element of a mask is. Reshaping keeps the order: of a reshaped mask it is told by the one that was reshaped,
+    and of rows that hold a true element by those, where no row holds two of them."""
     source = mask
     while op_name(source) in names.RESHAPE and source not in p.walls and not p.stop(source):
         source = source.args[0]  # type: ignore[assignment]
+    if op_name(source) == "any" and (of := _of_elements(p, source)) is not None:
+        return reindex(tuple(T.mk("nz", of, row, d) for d in range(len(of.shape) - 1)), of.shape[:-1], shape_of(mask))
     m = p.mask(source)
     return reindex(tuple(T.mk("nz", m, row, d) for d in range(len(m.shape))), m.shape, shape_of(mask))
+
+
+def _of_elements(p: Puller, rows: fx.Node) -> Mask | None:
+    """m of any(m, -1), where each row of m holds at most one true element and these pick something too: both are as many, in one order."""
+    source, dim = rows.args[0], getattr(call_args(rows), "dim", None)
+    if not isinstance(source, fx.Node) or dim is None or len(shape_of(source)) < 2 or p.stop(source):
+        return None
+    if not any(op_name(n) in names.LOOKUP | names.PUT | _PICKS for n in source.users):
+        return None
+    last = len(shape_of(source)) - 1
+    dims = [normal_dim(d, last + 1) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    m = p.mask(source)
+    return m if dims == [last] and one_place(m, set(range(last)), p.given) else None
 
 
 # ---- gather ------------------------------------------------------------------------------------------------------------

@@ -222,8 +222,11 @@ def _grouped_mm(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 
 @rule("cat", "concat", "concatenate")
 def _cat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    parts: list[fx.Node] = [x for x in a.tensors if shape_of(x) != (0,)]
-    d = normal_dim(a.dim, len(idx))
+    return _joined(p, [x for x in a.tensors if shape_of(x) != (0,)], normal_dim(a.dim, len(idx)), idx)
+
+
+def _joined(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term:
+    """The element at `idx` of `parts` one behind the other along dim `d`."""
     whole = _grouped_cat(p, parts, d, idx)
     if whole is not None:
         return whole
@@ -241,6 +244,16 @@ def _cat(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if out is None:
         raise Opaque("an empty cat")
     return out
+
+
+@rule("vstack", "row_stack", "hstack", "column_stack", "dstack")
+def _stacked(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """Joined along a dim that the name says, where the tensors have it; lists become rows or columns first."""
+    name, parts = op_name(n), a.tensors
+    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(name, 1)
+    if any(len(shape_of(x)) != len(idx) or len(idx) <= dim for x in parts):
+        raise Opaque(f"{name} of tensors that have not that dim")
+    return _joined(p, [x for x in parts if 0 not in shape_of(x)], dim, idx)
 
 
 def _grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | None:

@@ -41,7 +41,7 @@ SAME = _row("contiguous clone alias detach lift lift_fresh lift_fresh_copy posit
 CAST = _row("to _to_copy type_as type float double half bfloat16 int long short bool")
 VIEW = RESHAPE | PERMUTE | PART | REPEAT | SAME
 # several tensors put together
-JOIN = _row("cat concat concatenate stack")
+JOIN = _row("cat concat concatenate stack vstack row_stack hstack column_stack dstack")
 # ops at which a gradient ends
 STOP_GRADIENT = _row("detach lift_fresh_copy")
 

@@ -91,10 +91,11 @@ def _true_elements(coordinates: Sequence[Term], row: Term, given: Iterable[fx.No
     for c in coordinates:
         if c.op == "nz" and c.args[1] is row:
             found.setdefault(c.args[0], set()).add(c.args[2])
-    return any(_one_place(mask, dims, given) for mask, dims in found.items())
+    return any(one_place(mask, dims, given) for mask, dims in found.items())
 
 
-def _one_place(mask: Mask, dims: set[int], given: Iterable[fx.Node]) -> bool:
+def one_place(mask: Mask, dims: set[int], given: Iterable[fx.Node]) -> bool:
+    """Whether coordinates along `dims` tell the true elements of a mask apart."""
     missing = [d for d, s in enumerate(mask.shape) if d not in dims and s != 1]
     if len(missing) > 1:
         return False
