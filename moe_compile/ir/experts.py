@@ -165,20 +165,20 @@ class Experts:
 
     def apply(self, x: Tensor, m: dict[str, Any]) -> Tensor:
         """One expert's function on rows x [N, H] -> [N, H], with the matrices `expert` returned."""
+        u = None if m["u"] is None else self.project(x, m, "u")
+        return self.project(act.evaluate(self.activation, self.project(x, m, "g"), u), m, "d")
 
-        def project(rows: Tensor, name: str) -> Tensor:
-            w, b = (None if t is None else t.to(x.dtype) for t in (m[name], m[name + "b"]))
-            assert w is not None
-            how, smooth = (self.down_rows, "ds") if name == "d" else (self.up_rows, "us")
-            rows = rows if how is None else how.rounded(rows, m.get(smooth))
-            out = F.linear(rows, w)
-            if (pair := m[name + "l"]) is not None:
-                low, high = (t.to(x.dtype) for t in pair)
-                out = out + F.linear(F.linear(rows, low), high)
-            return out if b is None else out + b
-
-        u = None if m["u"] is None else project(x, "u")
-        return project(act.evaluate(self.activation, project(x, "g"), u), "d")
+    def project(self, rows: Tensor, m: dict[str, Any], name: str) -> Tensor:
+        """The product of rows [N, in] with the matrix `name` (g, u or d) of those that `expert` returned -> [N, out]."""
+        w, b = (None if t is None else t.to(rows.dtype) for t in (m[name], m[name + "b"]))
+        assert w is not None
+        how, smooth = (self.down_rows, "ds") if name == "d" else (self.up_rows, "us")
+        rows = rows if how is None else how.rounded(rows, m.get(smooth))
+        out = F.linear(rows, w)
+        if (pair := m[name + "l"]) is not None:
+            low, high = (t.to(rows.dtype) for t in pair)
+            out = out + F.linear(F.linear(rows, low), high)
+        return out if b is None else out + b
 
     def evaluate(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ir import Experts, Rejection
 from ..ir.operands import Join, Operands
+from ..ir.reach import reach
 from ..ops import bundled, family_of
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.names import LIKE, op_name
@@ -238,11 +239,19 @@ class Regenerated:
     @functools.cached_property
     def by_oracle(self) -> Any:
         """The function with the IR's own evaluation for the experts, in float32 (float64 where the tokens are)."""
+        return self.moved(0.0)
+
+    def moved(self, near: float, way: float = 1.0) -> Any:
+        """As `by_oracle`, with the experts' result off by `way` times what codes of rows on the other side of an edge may change.
+
+        near: `ir.reach.reach`; 0: nothing is off.
+        """
 
         def experts(*args: Any) -> Tensor:
             x, ids, w, p, (add, *_) = bundled(args, self.family.names)
             dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-            return self.experts.run(x, ids, w, p, add, dtype).to(x.dtype)
+            out = self.experts.run(x, ids, w, p, add, dtype)
+            return (out + way * reach(self.experts, x, ids, w, p, near).to(dtype) if near else out).to(x.dtype)
 
         return self._compiled("_experts", {"torch": torch, "_experts": experts})
 

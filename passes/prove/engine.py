@@ -152,12 +152,15 @@ class _Attempts:
             yield self.now
 
     def failed(self, e: Unfree | None, trouble: bool = False) -> None:
-        """Other readings of the numbers first; where there are none, and the region could not run, other sizes."""
+        """Other readings of the numbers first; where there are none, and the region could not run, other sizes.
+
+        The last attempt of a region that could not run is at the graph's own sizes, where every number is what it says.
+        """
         assert self.sizes is not None
         self.tried.append(dict(self.now.script.chosen))
         known = [*self.tried, *(s.chosen for s in self.waiting)]
         self.waiting += [s for s in self.now.script.others(_ATTEMPTS // 2) if s.chosen not in known]
-        if e is not None or trouble and not self.waiting:
+        if e is not None or trouble and (not self.waiting or self.left == 1):
             self.sizes = self.sizes.without(e) if e is not None else self.sizes.as_traced()
             self.waiting, self.tried = [Script()], []
 

@@ -227,6 +227,12 @@ def _select(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[st
     return {}
 
 
+@rule("bitwise_right_shift", "__rshift__", "bitwise_left_shift", "__lshift__")
+def _shifts(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
+    """By how many bits codes are shifted is no size of anything."""
+    return {}
+
+
 @rule("repeat")
 def _repeat(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
     return {"repeats": [t.number(n, i, r) if isinstance(r, int) and r > SMALL else r for i, r in enumerate(given["repeats"])]}
