@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import moe_compile
 from moe_compile.calls import is_write
 from moe_compile.passes import steps
+from moe_compile.passes.prove import engine, probe
 from moe_compile.passes.prove.engine import forget
 from moe_compile.passes.rewrite import recall
 from moe_compile.passes.terms import budget
@@ -250,6 +251,20 @@ def test_processor_time_is_bounded(monkeypatch, tmp_path, slow):
         torch._dynamo.reset()
         torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
     assert len(moe_compile.last_report().blocks) == 1
+
+
+def test_probes_are_paid_for_before_they_are_drawn(monkeypatch):
+    """Where nothing can be reduced the values of a probe alone may take seconds: the block declines, and none is drawn."""
+    monkeypatch.setattr(recall, "folder", lambda: None)
+    monkeypatch.setattr(engine, "WORK", 1000)
+    monkeypatch.setattr(probe, "values", lambda *_: pytest.fail("drawn"))
+    forget()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Moe(), backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H))
+    report = moe_compile.last_report()
+    assert not report.blocks and [r.code for r in report.rejected] == ["budget"], report.rejected
+    forget()
 
 
 class CastTwice(Moe):

@@ -167,6 +167,7 @@ class _Attempts:
 
 def _try(claim: Claim, small: Small, literals: Literals, kind: probe.Kind, turn: int, work: Work) -> None:
     """One probe. Raises Differs where graph and meaning do not agree."""
+    work.spend(probe.effort(small, claim.region.edge))
     given = probe.values(claim.edge, small, claim.region.edge, kind, turn)
     try:
         with torch.no_grad():

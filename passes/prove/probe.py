@@ -19,6 +19,7 @@ from .edge import ENDS, Edge, Small
 
 _TRIES = 8  # draws of a row of logits until no two candidates tie
 _LARGE = 1 << 22  # elements of a window that is left as it is
+_DRAWN = 10  # multiplications in the time of one random number
 _GAP = 1e-6  # relative to the largest score: far above rounding in float64
 
 
@@ -60,6 +61,15 @@ def values(edge: Edge, small: Small, wanted: Sequence[fx.Node], kind: Kind, turn
     env: dict[fx.Node, Any] = {n: draw.value(n) for n in wanted if n not in edge.twins}
     env.update({n: env[o].reshape(small.shapes[n]) for n, o in edge.twins.items() if n in wanted})
     return env
+
+
+def effort(small: Small, wanted: Sequence[fx.Node]) -> int:
+    """About what it takes to draw the values, in multiplications (see `region.effort`): of a large parameter one window is drawn."""
+    return _DRAWN * sum(_room(small.shapes[n]) for n in wanted)
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[-2:]) + 8 * shape[0] if len(shape) > 2 else math.prod(shape)
 
 
 class _Draw:

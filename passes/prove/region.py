@@ -26,7 +26,8 @@ from .literals import Literals
 from .sizes import SMALL, Unfree
 
 TROUBLE = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError, KeyError, AttributeError)
-_FREE = names.PART | names.PERMUTE
+_FREE = names.PART | names.PERMUTE | {"expand", "expand_as", "broadcast_to"}
+_MANY = 1 << 24  # elements, of which fewer need no look ahead
 _unlike = count()  # a constant too large to compare is like no other
 
 
@@ -43,6 +44,11 @@ class Work:
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
+            raise TooMuchWork
+
+    def afford(self, amount: int) -> None:
+        """Raises TooMuchWork where so much could not be spent any more."""
+        if amount > self.left:
             raise TooMuchWork
 
 
@@ -173,7 +179,16 @@ def value_of(n: fx.Node, env: Mapping[fx.Node, Any], literals: Literals, work: W
         return bits.to(torch.float64) if bits.is_floating_point() else bits
     if op_name(n) == "type_as":
         return _cast(n, env[n.args[0]])  # type: ignore[index]
+    work.afford(_room(n, literals))
     return _call(n, load(args), {k: load(v) for k, v in kwargs.items()}, work)
+
+
+def _room(n: fx.Node, literals: Literals) -> int:
+    """How many elements a result will have about, where there are many in the graph: of what is small in, much may come out."""
+    v = n.meta.get("val")
+    if op_name(n) in _FREE or not isinstance(v, Tensor) or not all(isinstance(s, int) for s in v.shape) or v.numel() < _MANY:
+        return 0
+    return math.prod(literals.sizes.shape(shape_of(n)))
 
 
 def _constant_value(n: fx.Node, literals: Literals) -> Any:
@@ -196,7 +211,8 @@ def _filled(n: fx.Node, literals: Literals) -> Tensor:
 
 def _call(n: fx.Node, args: Any, kwargs: Any, work: Work) -> Any:
     name = op_name(n)
-    work.spend(effort(name, args))
+    spent = effort(name, args)
+    work.spend(spent)
     if name in names.GROUPED:
         return _grouped_mm(*args, **kwargs)
     if name == "histc" and not args[0].is_floating_point():  # counts of integers: accelerators only
@@ -207,6 +223,8 @@ def _call(n: fx.Node, args: Any, kwargs: Any, work: Work) -> Any:
     if name in ("to", "_to_copy", "float", "double", "half") and isinstance(args[0], Tensor):
         return _cast(n, args[0])
     out = n.target(*args, **kwargs)  # type: ignore[operator]
+    if isinstance(out, Tensor) and name not in _FREE:  # rows that are looked up, numbers that are repeated
+        work.spend(max(0, out.numel() - spent))
     if isinstance(out, Tensor) and out.is_floating_point() and out.dtype != torch.float64:
         out = out.to(torch.float64)
     return out
