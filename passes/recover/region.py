@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -168,10 +169,18 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
         seen.add(n)
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
             return Rejection(f"{said(n)} is read inside the block in a way that was not recovered", n, "region")
-        if not (op_name(n) in names.READ and size_of(n) in sizes):  # a number read by the host that is a size of what comes in
+        if not _is_size(n, sizes):
             stack.extend(data_inputs(n))
     order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
     return sorted(seen, key=order.__getitem__)
+
+
+def _is_size(n: fx.Node, sizes: set[Any]) -> bool:
+    """Whether a number that the host has read, or made of such, is a size of what comes in, or so many times one."""
+    if not isinstance(n.meta.get("val"), torch.SymInt) or op_name(n) in names.SIZE:
+        return False
+    e = size_of(n)
+    return any((e / s).simplify().is_number for s in sizes)
 
 
 def data_inputs(n: fx.Node) -> list[fx.Node]:
