@@ -94,12 +94,23 @@ def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, co
 def gathered(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN) -> Tensor:
     """out[r] = Σ_s local_s(x[r]) for each rank's own x [T, H], ids and weights [T, k], with one T. Raises RuntimeError (`uneven`) on every
     rank where T differs, before any row travels."""
+    return leaving(_own(*arriving(x, ids, weights, group, uneven), local, first, count), group)
+
+
+def arriving(x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = UNEVEN) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], ids and weights [T, k] of each of P ranks, with one T -> those of all, [P T, ·], by rank. Raises as `gathered`.
+
+    This and `leaving` are all that travels in a gather: an exchange by other means (peers' memory) takes their place.
+    """
     sizes = _gather(ids.new_full((1,), ids.shape[0], dtype=torch.int64), 0, group)
     torch._assert_async((sizes == ids.shape[0]).all(), uneven)
     rows = _gather_rows(x.contiguous(), 0, group)
-    choices = _read(_gather(_message(ids, weights), 0, group), ids, weights, group)
-    part = _own(rows, *choices, local, first, count)
-    return _scatter_sums(part.contiguous(), "sum", 0, group)
+    return rows, *_read(_gather(_message(ids, weights), 0, group), ids, weights, group)
+
+
+def leaving(part: Tensor, group: Any) -> Tensor:
+    """Each rank's sums [P T, H] for the tokens of all -> the sums over the ranks [T, H] for this one's own."""
+    return _scatter_sums(part.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 
 def by_rows(x: Tensor, ids: Tensor, weights: Tensor, local: Local, count: int, group: Any) -> Tensor:
@@ -142,6 +153,11 @@ def cheapest(ranks: int, experts: int, k: int, tokens: int, row: int) -> Way:
 
 
 def _own(rows: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int) -> Tensor:
-    """This rank's experts on rows of any rank: other ids are `count`, with weight 0."""
+    """This rank's experts on rows of any rank."""
+    return local(rows, *among_own(ids, weights, first, count))
+
+
+def among_own(ids: Tensor, weights: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """ids among the `count` experts from `first` on; others are `count`, with weight 0."""
     foreign = (ids < first) | (ids >= first + count)
-    return local(rows, torch.where(foreign, count, ids - first), weights.masked_fill(foreign, 0.0))
+    return torch.where(foreign, count, ids - first), weights.masked_fill(foreign, 0.0)

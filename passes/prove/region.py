@@ -156,6 +156,8 @@ def value_of(n: fx.Node, env: Mapping[fx.Node, Any], literals: Literals, work: W
         return literals.sizes.of(n.meta["val"])
     if n.op == "get_attr":
         return _constant_value(n, literals)
+    if isinstance(n.meta.get("val"), torch.SymInt) and any(x not in env for x in n.all_input_nodes):  # `recover.region.inside`
+        return literals.sizes.of(n.meta["val"])
     if n.args[0] not in env if n.args and isinstance(n.args[0], fx.Node) else False:
         if op_name(n) in names.SIZE:
             return literals.sizes.of(n.meta["val"])

@@ -19,16 +19,21 @@ _SPACES = ("_c10d_functional", "_c10d_functional_autograd")
 
 
 def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
-    """Of experts that read `tokens` and give `out`: results are all-reduced, or rows gathered and results reduce-scattered in one group."""
+    """Of experts that read `tokens` and give `out`: results are all-reduced; or rows gathered and results reduce-scattered; or rows came
+    by an all-to-all, which results go back by. In one group."""
     back = next((c for n in _onwards(out) if (c := _collective(n)) is not None), None)
-    if back is None or len(back[1]) < 2 or back[1][0] != "sum":
+    if back is None or len(back[1]) < 2:
         return None
-    name, (_, *_, group) = back
-    if name == "all_reduce":
+    name, (first, *splits, group) = back
+    if name == "all_reduce" and first == "sum":
         return _exchange(Way.SHARED, str(group))
     came = next((c for n in _backwards(tokens) if (c := _collective(n)) is not None), None)
-    gathered = came is not None and came[0] == "all_gather_into_tensor" and came[1][-1] == group
-    return _exchange(Way.GATHER, str(group)) if name == "reduce_scatter_tensor" and gathered else None
+    if came is None or came[1][-1] != group:
+        return None
+    if name == "all_to_all_single" and came == (name, (*splits, first, group)):  # what each rank sends is what the other one takes
+        return _exchange(Way.ROWS, str(group))
+    gathered = came[0] == "all_gather_into_tensor"
+    return _exchange(Way.GATHER, str(group)) if name == "reduce_scatter_tensor" and first == "sum" and gathered else None
 
 
 def _exchange(way: Way, name: str) -> Exchange | None:

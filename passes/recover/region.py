@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -11,7 +12,7 @@ import torch.fx as fx
 from ...ir import MoeBlock, Rejection
 from .. import terms as T
 from ..aten import names
-from ..aten.element import Puller, call_args, fixed_number, shape_of
+from ..aten.element import Puller, call_args, fixed_number, shape_of, size_of
 from ..aten.names import op_name
 from ..terms.text import said
 from .fused import is_fused
@@ -158,6 +159,7 @@ def _slot_of_row(n: fx.Node, m: ExpertsMatch, slot: T.Term) -> tuple[T.Term, ...
 def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node] | Rejection:
     """Nodes between the boundary and `outs`, in graph order; a rejection when another tensor comes in."""
     edge, seen = set(boundary), set()
+    sizes = {s for b in edge for s in shape_of(b) if not isinstance(s, int)}
     outs = list(outs)
     stack = [n for n in outs if n not in edge]
     while stack:
@@ -167,9 +169,18 @@ def inside(outs: Iterable[fx.Node], boundary: Iterable[fx.Node]) -> list[fx.Node
         seen.add(n)
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor):
             return Rejection(f"{said(n)} is read inside the block in a way that was not recovered", n, "region")
-        stack.extend(data_inputs(n))
+        if not _is_size(n, sizes):
+            stack.extend(data_inputs(n))
     order = {n: i for i, n in enumerate(outs[0].graph.nodes)}
     return sorted(seen, key=order.__getitem__)
+
+
+def _is_size(n: fx.Node, sizes: set[Any]) -> bool:
+    """Whether a number that the host has read, or made of such, is a size of what comes in, or so many times one."""
+    if not isinstance(n.meta.get("val"), torch.SymInt) or op_name(n) in names.SIZE:
+        return False
+    e = size_of(n)
+    return any((e / s).simplify().is_number for s in sizes)
 
 
 def data_inputs(n: fx.Node) -> list[fx.Node]:

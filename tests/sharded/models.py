@@ -29,9 +29,10 @@ CONFIGS = {
     "ep, all_to_all": dict(tp_size=2, tp_plan="auto", ep_size=2, ep_implementation="all_to_all"),
     "ep, moe_compile": dict(tp_size=2, tp_plan="auto", ep_size=2, ep_implementation="moe_compile"),
     "fsdp and ep, moe_compile": dict(fsdp_size=2, ep_size=2, ep_implementation="moe_compile"),
+    "fsdp and ep, moe_compile_rows": dict(fsdp_size=2, ep_size=2, ep_implementation="moe_compile_rows"),
 }
 # Of these the loop is left to `make zoo`, and AOTAutograd of all but ours
-GROUPED = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()
+GROUPED = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile", "fsdp and ep, moe_compile_rows") if "ZOO_ALL" not in os.environ else ()
 INFERENCE = ("ep, moe_compile",) if "ZOO_ALL" not in os.environ else ("ep, moe_compile", "tp", "ep, all_reduce", "ep, all_to_all")
 
 

@@ -49,6 +49,7 @@ THEIRS: dict[str, tuple[tuple[int, int], ...]] = {
     "ep, all_to_all": ((1, 13),),  # the splits are read back to the host in a context that Dynamo cannot break in
     "ep, moe_compile": ((1, 1), (1, 1)),
     "fsdp and ep, moe_compile": ((1, 5), (1, 5)),  # transformers shards the experts apart from their layer
+    "fsdp and ep, moe_compile_rows": ((1, 5), (1, 5)),
 }
 
 
@@ -99,7 +100,9 @@ def test_a_bucket_that_cuts_a_block_is_told_with_what_to_do(own: list[dict[str, 
 
 
 CELLS = [(s, x) for s, each in THEIRS.items() for x in ("grouped_mm", "eager")[: len(each)]]
-LONG = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile") if "ZOO_ALL" not in os.environ else ()  # as in models.py
+LONG = (
+    ("tp", "ep, all_reduce", "fsdp and ep, moe_compile", "fsdp and ep, moe_compile_rows") if "ZOO_ALL" not in os.environ else ()
+)  # as in models.py
 
 
 @pytest.mark.parametrize(("setup", "spelling"), [(s, x) for s, x in CELLS if x != "eager" or s not in LONG])
