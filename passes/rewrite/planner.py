@@ -14,7 +14,6 @@ from ...ir.families import EXPERTS, family_of
 from ...ops import route_args
 from ..aten.effects import mutated_args
 from ..aten.element import shape_of
-from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
 from ..aten.sources import code_of
@@ -51,8 +50,7 @@ class Planner:
         if s in self.shadow.statement:
             code = code_of(s) or "x[i] = y"
             return f"`{code}` writes a tensor of the block in place: masked_fill, torch.where and index_put give a new one"
-        code = code_of(s) or op_name(s)
-        return f"the block needs a number from inside of `{code}`, of which the graph holds the result alone: write its steps out"
+        return f"{s.name} has no counterpart in the captured graph"
 
     def _unwritten(self, s: fx.Node, results: list[fx.Node], at: int) -> None:
         """What an op that stands at `at` is to read is not written between there and where it is read on the way to the results."""
