@@ -176,16 +176,23 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
     """What the passes left in a graph and the loops that capture left, each block once: a loop whose body is in the graph is told as it is
     seen there, and a selection that leaves the graph by what stopped its loop from being captured, or by what ends the graph."""
     blocks = [r for r in seen if r.code != LEFT_GRAPH]
-    places = [p for r in blocks for p in (r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node))))]
+    places = [p for r in blocks for p in _frames(r)]
     loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and r.reason not in {b.reason for b in blocks}]
     told = blocks + loops if loops else seen
     if told and buckets.is_part():
         return [Rejection(f"{r.reason} ({buckets.ADVICE})", r.node, r.stage, r.source, code=r.code) for r in told]
     if loops:
         return told
+    earlier = reports.told_before(gm) if blocks != seen else []
+    seen = [r for r in seen if r.code != LEFT_GRAPH or not any(capture.holds(e.source, p) for e in earlier for p in _frames(r))]
     cut = graph_break_of(gm)
     why = "" if cut is None else f" ({cut.reason})"
     return [r if r.code != LEFT_GRAPH else Rejection(r.reason + why, r.node, r.stage, r.source, code=r.code) for r in seen]
+
+
+def _frames(r: Rejection) -> list[str]:
+    """file:line of a rejection, and of every call that leads to its node."""
+    return [r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node)))]
 
 
 def _stack(node: Any) -> str:
@@ -213,7 +220,10 @@ def loops_left(fused: Sequence[str]) -> list[Rejection]:
 
     One for each loop and reason: Dynamo may trace the same loop several times.
     """
-    left = {(r.source, r.reason): r for r in capture.pending() if isinstance(r, Rejection)}
+    left: dict[tuple[str, str], Rejection] = {}
+    for r in capture.pending():
+        if isinstance(r, Rejection) and not any(r.reason == reason and capture.holds(at, r.source) for at, reason in left):
+            left[r.source, r.reason] = r
     return [r for r in left.values() if not any(capture.holds(r.source, s) for s in fused)]
 
 

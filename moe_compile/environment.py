@@ -27,6 +27,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
         yield name, _version(name)
     yield "processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    yield "C++ compiler", _compiler()
     yield "devices", ", ".join(_devices()) or "none but the CPU"
     yield "cache", _cache()
     for name, t in targets().items():
@@ -40,6 +41,16 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _compiler() -> str:
+    """What Inductor and the CPU kernels are compiled with."""
+    from torch._inductor import cpp_builder
+
+    try:
+        return f"{cpp_builder.get_cpp_compiler()}, CXX={os.environ['CXX']}" if "CXX" in os.environ else cpp_builder.get_cpp_compiler()
+    except Exception as e:  # whatever a compiler, or its absence, does
+        return f"none: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
 
 
 def _devices() -> Iterator[str]:

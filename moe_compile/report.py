@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .findings import GraphBreak
+from .ir import Rejection
 from .reported import Report, graph_break_of, skipped_frame
 
 
@@ -180,6 +181,11 @@ def add(part: Report, gm: torch.fx.GraphModule | None) -> None:
     part.add_breaks(_store.breaks(gm))
     _store.report_for(gm).add(part)
     _store.keep(part)
+
+
+def told_before(gm: torch.fx.GraphModule) -> list[Rejection]:
+    """What was left as written in the graphs and frames of the same compilation that came before this graph."""
+    return list(_store.report_for(gm).rejected)
 
 
 def untold() -> bool:

@@ -67,7 +67,7 @@ def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
 def _match(gm: fx.GraphModule) -> tuple[ExpertsMatch, Puller]:
     found = trace.finder(gm.graph, set(), Memory(gm.graph), id_inputs="roles" in gm.meta).run()
     if not found.matches:
-        raise found.rejected[0] if found.rejected else Rejection("the recorded function takes no expert ids", None, "record")
+        raise found.rejected[0] if found.rejected else Rejection("what it did on examples is no sum over chosen experts", None, "record")
     match, *more = found.matches
     if more:
         raise Rejection("the recorded function holds more than one block of experts", match[0].out, "record")

@@ -546,6 +546,58 @@ def test_the_note_on_a_routing_is_the_authors(cls: type[Odd], words: str) -> Non
     assert not any(word in report.blocks[0].note for word in INTERNAL), report.blocks[0].note
 
 
+# ---- a router in the same function as its loop ------------------------------------------------------------------------------
+
+
+class OneFunction(Odd):
+    """Router and loop in one function; what is odd is in the router."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class Jitter(OneFunction):
+    """The router's input is shaken."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().route(x * torch.empty_like(x).uniform_(0.9, 1.1))
+
+
+class Drawn(OneFunction):
+    """Ids are drawn."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.gate(x).softmax(-1)
+        ids = torch.multinomial(p, K)
+        return p.gather(1, ids), ids
+
+
+@pytest.mark.parametrize("cls", [Jitter, Drawn])
+def test_a_router_that_stops_its_loop_is_told_once_with_a_way_out(cls: type[Odd]) -> None:
+    (r,) = told(cls()).rejected
+    assert r.code == "random" and "random numbers" in r.reason and "a function of its own" in r.reason
+
+
+def test_counts_of_one_hot_stay_beside_a_loop_in_one_function() -> None:
+    """The size of one_hot with a number of classes does not depend on data: a balancing loss is no hindrance."""
+
+    class Balanced(OneFunction):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            w, ids = self.route(x)
+            out = torch.zeros_like(x)
+            for e in ids.unique().tolist():
+                t, j = torch.where(ids == e)
+                out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+            return out, F.one_hot(ids, E).float().mean((0, 1))
+
+    assert told(Balanced()).fused
+
+
 # ---- whose reasons ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .lines import span
-from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect, selects
+from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect
 from .probe import own_part
 from .reading import Reading, Trial, matches, read, roots
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
@@ -37,9 +37,9 @@ _pending: list[tuple[Rejection | Reading, Call | None]] = []
 _spans: dict[str, tuple[int, int]] = {}  # file:line of a loop's function -> its first and last line
 
 
-def met(code: types.CodeType) -> None:
+def met(code: types.CodeType, names: Mapping[str, Any], values: Sequence[Any]) -> None:
     """A frame of its own is compiled: a block whose loop does what someone outside can notice is not even tried."""
-    if has_loop(code) and asks(code) and selects(code) and effect(code):
+    if has_loop(code) and asks(code) and effect(code) and flags.chooses(code, names, values):
         source = f"{code.co_filename}:{line_of_effect(code)}"
         with _lock:
             _spans[source] = span(code)

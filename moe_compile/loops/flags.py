@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ..ir import Rejection
 from .libraries import home, is_library
-from .looks import ASKS, asks, compares, has_loop
+from .looks import ASKS, asks, compares, has_loop, selects
 from .places import MISSING, of_class
 from .sealed_code import codes
 
@@ -157,6 +157,11 @@ def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any
         called = {n for i in codes(c) for n in i.co_names}
         found += [f for n in called if n in g for f in _functions(g[n])]
         found += [f for cls in classes for n in (*called, "forward") for f in _functions(of_class(cls, n))]
+
+
+def chooses(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
+    """Whether code chooses experts, itself or in what it calls, such as a method `route`."""
+    return selects(code) or any(map(selects, reached(code, names, values)))
 
 
 def _functions(v: Any) -> list[types.FunctionType]:

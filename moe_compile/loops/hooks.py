@@ -163,7 +163,7 @@ def _hook_flags() -> None:
         given = signature.bind_partial(*args, **kwargs).arguments
         if not enabled() or not for_us(given.get("compiler_fn")):
             return original(*args, **kwargs)
-        capture.met(given["code"])
+        capture.met(given["code"], given.get("globals") or {}, _values(given))
         try:
             with lines.kept():
                 return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)

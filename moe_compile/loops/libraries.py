@@ -152,6 +152,8 @@ def why_not(v: Any, label: str) -> str:
     if top in _RANDOM or module.startswith("numpy.random") or isinstance(getattr(v, "__self__", None), _random_class()):
         return "it draws random numbers"
     if top == "torch":
+        if module.startswith("torch.utils.checkpoint"):
+            return "it checkpoints inside (torch.utils.checkpoint): checkpoint the whole block instead"
         return "" if _of_torch(v, module, name) else f"it uses {_said(v, label)}, whose answer or effect is not the loop's own"
     if top in _PURE and name not in _EFFECTS.get(top, ()):
         return ""

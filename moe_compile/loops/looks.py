@@ -97,7 +97,8 @@ def line_of_effect(code: types.CodeType) -> int:
     for c in codes(code):
         for i in dis.get_instructions(c):
             writes = i.opname in _WRITES or i.opname == "STORE_DEREF" and i.argval in outer
-            if (writes or i.argval in _EFFECTS) and i.positions is not None and i.positions.lineno is not None:
+            named = i.argval in _EFFECTS and not i.opname.startswith(("IMPORT", "STORE"))  # not where a name is bound
+            if (writes or named) and i.positions is not None and i.positions.lineno is not None:
                 return i.positions.lineno
     return code.co_firstlineno
 
@@ -119,7 +120,7 @@ def asks(code: types.CodeType) -> bool:
 
 def selects(code: types.CodeType) -> bool:
     """Whether code chooses experts itself."""
-    return any({"topk", "argmax", "argsort"} & set(c.co_names) for c in codes(code))
+    return any({"topk", "argmax", "argsort", "multinomial"} & set(c.co_names) for c in codes(code))
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from ..ir import Rejection
 from .bench import Bench, BlockBench, DispatchBench, NoExperts, lies_flat, number_of_experts, primes
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
-from .flags import reached
-from .looks import branches_on_rows, has_loop, selects
+from .flags import chooses, reached
+from .looks import branches_on_rows, effect, has_loop, line_of_effect
 from .places import Place
 from .probe import candidates
 from .program import is_same
@@ -29,6 +29,8 @@ _HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
 UNROLLED = 16  # experts beyond which a loop that Dynamo can unroll is read all the same
 DRAWS = 4  # tries to choose every expert
+_WHOLE = {"random", "effects", "values"}  # refusals that what stands in front of a loop, in the same function, may be the cause of
+APART = "; where that is in front of the loop, give the loop a function of its own, of tokens, ids and weights"
 
 
 class _Reader:
@@ -36,13 +38,13 @@ class _Reader:
 
     lead: the token counts of the recording, as primes that divide no other size; known: every other size and number around.
     sharp: the bench in float32, own: that in the call's types; small: float32, all experts, and narrow where the recording is.
-    spare: Dynamo can do without the reading.
+    spare: Dynamo can do without the reading. partial: no example was found that reaches every expert.
     """
 
     all: int
     experts: int
     fewer: Fewer | None = None
-    spare = False
+    spare = partial = False
     reads: set[Place]
     widths: tuple[tuple[int, int], ...]
     lead: list[int]
@@ -217,9 +219,17 @@ class Block(_Reader):
             given = [self.table.arguments(self.lead) for _ in range(2)]
             gm = record_symbolically(self._run, given, self.table.probe, self.call.grad, self.counts_rows)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
-            raise r if selects(self.call.fn.__code__) else NoExperts(r.reason, stage="read") from r
-        if self.draw < DRAWS - 1 and (_leaves_out(gm, self.table.probe.tensors) or any(map(_is_empty, _picks(gm)))):
-            raise Rejection("its probes choose some experts only", stage="draw")
+            fn = self.call.fn
+            if not chooses(fn.__code__, fn.__globals__, [self.call.module]):
+                raise NoExperts(r.reason, stage="read") from r
+            advice = APART if r.stage in _WHOLE else ""
+            own = effect(fn.__code__) if r.stage == "effects" else ""
+            at = f"{fn.__code__.co_filename}:{line_of_effect(fn.__code__)}" if own else r.source
+            raise Rejection(own or r.reason + advice, None, r.stage, at, code=r.code, part=r.part) from r.__cause__
+        if _leaves_out(gm, self.table.probe.tensors) or any(map(_is_empty, _picks(gm))):
+            if self.draw < DRAWS - 1:
+                raise Rejection("its probes choose some experts only", stage="draw")
+            self.partial = True
         self.spare = not gm.meta["host_reads"] and not self._counts_rows(gm)
         if self.spare and not self._is_long(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")

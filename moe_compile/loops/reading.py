@@ -25,7 +25,7 @@ from .fewer import LIMIT, Fewer
 from .flags import MATHS
 from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
-from .readers import DRAWS, Block, Dispatch
+from .readers import APART, DRAWS, Block, Dispatch
 from .regenerate import Regenerated
 
 log = logging.getLogger("moe_compile")
@@ -139,6 +139,8 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     gm = reader.record()
     with torch.set_grad_enabled(call.grad):  # the passes read functions as they are where no gradient is wanted
         found = recover(gm)
+    if isinstance(found, Rejection) and reader.partial and (found.code or found.stage) == "experts":
+        raise Rejection(f"no example was found on which its router chooses every expert{APART}", stage="record")
     if isinstance(found, Rejection):
         raise found
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity

@@ -165,7 +165,7 @@ class Regenerated:
         schema = getattr(n.target, "_schema", None)
         if n.op != "call_function" or schema is None:
             raise Rejection(f"{n.name} is a constant that its code made", stage="read")
-        if torch.Tag.dynamic_output_shape in n.target.tags or schema.name == "aten::where" and len(schema.arguments) == 1:  # type: ignore[union-attr]
+        if _of_data(n):
             raise Rejection(f"{n.name}, whose size depends on data, is not a part of the experts", stage="read")
         args = [self._value(a, env) for a in n.args]
         args += [f"{k}={self._value(v, env)}" for k, v in n.kwargs.items()]
@@ -265,6 +265,15 @@ class Regenerated:
         space: dict[str, Any] = {}
         exec(compile(tree, code.co_filename, "exec"), names, space)
         return space[self.function_name]
+
+
+def _of_data(n: fx.Node) -> bool:
+    """Whether the size of an operation's result depends on data; that of one_hot does not where it is told how many classes there are."""
+    schema = n.target._schema  # type: ignore[union-attr]
+    if schema.name == "aten::one_hot":
+        classes = n.args[1] if len(n.args) > 1 else n.kwargs.get("num_classes", -1)
+        return not isinstance(classes, int) or classes < 0
+    return torch.Tag.dynamic_output_shape in n.target.tags or schema.name == "aten::where" and len(schema.arguments) == 1  # type: ignore[union-attr]
 
 
 def laid_out_like(out: fx.Node) -> fx.Node | None:

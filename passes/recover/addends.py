@@ -218,7 +218,7 @@ def slot_variable(parts: list[Part]) -> tuple[Term, int]:
     if not slots:
         return T.const(0), 1
     if len(slots) > 1:
-        raise No("the experts are summed over different numbers of slots")
+        raise No("what experts compute depends on more than one slot of a token, such as the place of a row among those of its expert")
     (slot,) = slots
     if not isinstance(slot.args[1], int):
         raise No("the number of selected experts is not a fixed number")

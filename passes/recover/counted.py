@@ -99,11 +99,20 @@ def dropped(choice: fx.Node) -> fx.Node | None:
     """Where a token's place in the queue of its expert is counted and compared with how many the expert takes; None where it is not."""
     made = _made_of(indices(choice))
     for n in made:
-        if op_name(n) == "cumsum" and any(_compares(u) for x in _made_of([n]) for u in x.users):
+        if op_name(n) == "cumsum" and not over_scores(n, choice) and any(_compares(u) for x in _made_of([n]) for u in x.users):
             return n
         if op_name(n) == "slice" and op_name(n.args[0]) == "getitem" and op_name(n.args[0].args[0]) in ("where", "nonzero_numpy"):  # type: ignore[arg-type, union-attr]
             return n
     return None
+
+
+def over_scores(n: fx.Node, choice: fx.Node) -> bool:
+    """Whether a sum runs over a token's own scores (top-p), not over the tokens that wait for an expert."""
+    summed, scores = n.args[0], choice.args[0] if choice.args else None
+    if not isinstance(summed, fx.Node) or not isinstance(scores, fx.Node):
+        return False
+    a, b = summed.meta["val"], scores.meta.get("val")
+    return isinstance(b, torch.Tensor) and a.is_floating_point() and a.shape == b.shape and call_args(n).dim in (-1, a.ndim - 1)
 
 
 def _made_of(sources: Iterable[fx.Node]) -> list[fx.Node]:

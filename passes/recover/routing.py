@@ -19,7 +19,7 @@ from ..aten.names import op_name
 from ..terms import Term
 from .algebra import Translator, Unknown
 from .carrier import row_of
-from .counted import CAPACITY
+from .counted import CAPACITY, over_scores
 from .groups import roll_slots, same_at, split_groups, takes_largest
 from .identity import among, where_experts
 from .match import ExpertsMatch
@@ -120,7 +120,7 @@ def _try(m: ExpertsMatch, chosen: Term, logits: fx.Node, walls: set[fx.Node]) ->
     try:
         return _read(m, chosen, logits, walls)
     except Unknown as e:
-        queued = any(_counts_places(x) for y in (m.weight, m.ids) for x in T.walk(y))
+        queued = any(_counts_places(x, chosen.args[0]) for y in (m.weight, m.ids) for x in T.walk(y))
         return Rejection(CAPACITY if queued else str(e), chosen.args[0], "gating", code="capacity" if queued else "")
 
 
@@ -242,6 +242,7 @@ def _tables(tr: Translator, select: sp.Expr, value: sp.Expr) -> tuple[fx.Node | 
     return bias, table
 
 
-def _counts_places(x: T.Term) -> bool:
+def _counts_places(x: T.Term, choice: fx.Node) -> bool:
     """Whether a term is a place in a queue: tokens are dropped by it."""
-    return x.op == "rank" or x.op == "a" and isinstance(x.args[0], fx.Node) and op_name(x.args[0]) == "cumsum"
+    n = x.args[0] if x.op == "a" else None
+    return x.op == "rank" or isinstance(n, fx.Node) and op_name(n) == "cumsum" and not over_scores(n, choice)
