@@ -19,9 +19,9 @@ from ...ir.records import Storage
 from ...ops.records import product_of, storage_of
 from ..reference import routing
 from ..reference.generic import Layout
-from . import router, shared
 from . import experts as routed
 from . import route as kernels
+from . import router, shared
 from .launch import plans, warm
 from .short import plain
 

@@ -303,7 +303,7 @@ def choose(c: Coded) -> Choice | None:
 
 def _vectors(c: Coded) -> tuple[Vector, Vector]:
     if c.up.packed:
-        return Vector(8, _span(c.up, 1024), 4), Vector(4, _span(c.down, 512), 2)
+        return Vector(8, _span(c.up, 1024), 4), Vector(8, _span(c.down, 256), 4)
     return Vector(4, _span(c.up, 2048), 2), Vector(4, _span(c.down, 1024), 4)
 
 

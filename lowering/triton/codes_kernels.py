@@ -19,6 +19,7 @@ from .gemm import DUAL
 
 INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # as `codes` numbers them
 NO_SCALE, PLAIN, EXPONENT, BITS = (tl.constexpr(i) for i in range(4))
+UNROLLED = tl.constexpr(4)  # steps whose loads may be under way together
 
 
 # Four bytes to two pairs of bf16 from low halves and two from high ones. A byte permutation looks up both bytes of |e2m1| for four codes at
@@ -216,7 +217,7 @@ def coded_pair(
     one = tl.full((1,), 1.0, tl.float32)
     g = tl.zeros((BN, BB // GROUP), tl.float32)
     u = tl.zeros((BN, BB // GROUP), tl.float32)
-    for k0 in range(0, tl.cdiv(k, PER), BB):
+    for k0 in tl.range(0, tl.cdiv(k, PER), BB, loop_unroll_factor=UNROLLED):
         g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
                             scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
                             SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
@@ -261,7 +262,7 @@ def coded_mixture(
     acc = coded_sums(first, scales, zeros, table, e, known, a, slot * k, weight, n0, 0, n, k, offset,
                      scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
                      SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, GROUP)  # fmt: skip
-    for step in range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth):
+    for step in tl.range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth, loop_unroll_factor=UNROLLED):
         slot, e, known = _slots(ids, t, step // depth * AT_ONCE + tl.arange(0, AT_ONCE), slots_per_token, num_experts)
         weight = _weight_of(weights, slot, known, WEIGHTED)
         acc += coded_products(codes, scales, zeros, table, e, known, a, slot * k, weight, n0, step % depth * BB, n, k, offset,
@@ -309,7 +310,7 @@ def up_coded(
 @triton.jit
 def down_coded(
     a, ids, weights, codes, scales, zeros, table, bias, add, out,
-    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token: tl.constexpr, num_experts, offset,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_add,
     WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,

@@ -72,7 +72,7 @@ def up_coded_together(
 @triton.jit
 def down_coded_together(
     a, ids, weights, codes, scales, zeros, table, add, out, shared_a, shared, shared_bias, gate,
-    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token: tl.constexpr, num_experts, offset,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_add,
     shared_k: tl.constexpr, shared_stride_n: tl.constexpr, shared_stride_k: tl.constexpr, shared_stride_bn,
