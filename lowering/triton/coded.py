@@ -112,7 +112,7 @@ def _rounded(a: Tensor, how: Rows | None) -> Tensor:
 # ---- few tokens ----------------------------------------------------------------------------------------------------
 
 
-def _few(c: Coded, out: Tensor, up: Vector, down: Vector, late: Late | None) -> Tensor:
+def _few(c: Coded, out: Tensor, up: Vector, down: Vector, late: Late | None = None) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     few_up(replace(c, x=_rounded(c.x, c.rows[0])), a, up)
     a = _rounded(a, c.rows[1])
@@ -171,7 +171,7 @@ def _extents(w: Codes, v: Vector) -> dict[str, Any]:
 # ---- grouped -------------------------------------------------------------------------------------------------------
 
 
-def _grouped(c: Coded, out: Tensor, choice: Choice, late: Late | None) -> Tensor:
+def _grouped(c: Coded, out: Tensor, choice: Choice, late: Late | None = None) -> Tensor:
     layout, (outer, inner) = c.layout, c.rows
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     up, down = runnable(c.x, c.up, choice.up, outer), runnable(a, c.down, choice.down, inner)
