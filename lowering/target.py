@@ -102,6 +102,11 @@ class Target:
         """Whether its ops take the shared expert in, to run it beside the routed ones."""
         return "experts_shared" in self.kernels
 
+    @property
+    def shares_coded(self) -> bool:
+        """`shares`, of routed experts in few bits."""
+        return "experts_stored_shared" in self.kernels
+
     def reason(self, ir: MoeBlock) -> str | None:
         """None where the target can run a block, else the reason, one sentence for the report."""
         if ir.experts.coded and not self.coded:

@@ -188,7 +188,8 @@ def _with_places(work: Work, c: Candidate) -> Candidate:
 def share(work: Work, c: Candidate) -> Candidate:
     """The shared expert goes into the op of the block, where that is wanted and proved."""
     how = overlap.mode(work.gm.graph, work.options, work.target)
-    found = None if how is None else overlap.plan_shared(c.block, work.planner, how)
+    taken = overlap.takes(c.match.experts, work.target)
+    found = overlap.plan_shared(c.block, work.planner, how) if how is not None and taken else None
     if found is not None and work.options.validate:
         assert c.block.shared is not None and c.block.shared.operands is not None
         claim = shared_claim(c.match.tokens, c.block.shared, c.block.shared.operands)

@@ -43,7 +43,7 @@ class Compiled:
 
     @property
     def calls(self) -> list[torch.fx.Node]:
-        return [n for g in self.graphs for n in g.graph.nodes if "experts_shared" in str(n.target)]
+        return [n for g in self.graphs for n in g.graph.nodes if "_shared.default" in str(n.target)]
 
     def products(self) -> int:
         """Dense products that are left in the graphs."""
@@ -163,15 +163,24 @@ class _BesideShared(cases.Case):
 
 
 class InFewBits(_BesideShared, stored.BlocksRepeated):
-    """Near miss: the routed experts' weights are codes, and their op takes no shared expert."""
+    """The routed experts' weights are codes."""
 
 
 class WithPairs(_BesideShared, lora.LoraLinears):
-    """Near miss: so does that of experts with low-rank pairs."""
+    """Near miss: the op of experts with low-rank pairs takes no shared expert."""
 
 
-NEAR = [WeightsComputed, InFewBits, WithPairs, UsedTwice, InsideUsed, OtherInput, Scaled, Weighted, RoutedUsedTwice, GateOfResult]
+NEAR = [WeightsComputed, WithPairs, UsedTwice, InsideUsed, OtherInput, Scaled, Weighted, RoutedUsedTwice, GateOfResult]
 NEAR += [cases.SharedInPlace, cases.SharedLiveOutside, cases.SharedMultiplied, cases.SharedOfOtherTokens, cases.SharedSubtracted]
+
+
+def test_beside_experts_in_few_bits() -> None:
+    """Verdict: one op of both; without it where the option says so."""
+    model = build(InFewBits).eval()
+    (call,) = check(model, model.example_inputs()[0], emitted=True).calls
+    assert call.target is torch.ops.moe_compile.experts_stored_shared.default
+    torch._dynamo.reset()
+    check(model, model.example_inputs()[0], emitted=False, overlap_shared=False)
 
 
 @pytest.mark.parametrize("cls", NEAR, ids=lambda c: c.__name__)

@@ -1,4 +1,7 @@
-"""The ops of `moe_compile.ops` on CUDA: their operands in one row, their plain arguments read once, the kernels called by plans."""
+"""The ops of `moe_compile.ops` on CUDA: their operands in one row, their plain arguments read once, the kernels called by plans.
+
+Kernels that not every model has are imported where they are called: each module of them takes a first call tens of milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from torch import Tensor
 
 from ...ir.codec import record_of
 from ...ir.operands import CODED, PLAIN, Operands
+from ...ir.records import Storage
 from ...ops.records import product_of, storage_of
 from ..reference import routing
 from ..reference.generic import Layout
-from . import backward as gradient
-from . import coded, router, shared, stored
 from . import experts as routed
 from . import route as kernels
+from . import router, shared
 from .launch import plans, warm
 from .short import plain
 
 _LAYOUT = len(fields(Layout))  # plain arguments of the routed experts; those of a shared one stand behind them
+_STORED = _LAYOUT + len(fields(Storage))  # likewise in few bits
 
 
 # ---- what a text says ----------------------------------------------------------------------------------------------
@@ -159,6 +163,8 @@ def experts_bwd(grad: Tensor, pre: Tensor, x: Tensor, ids: Tensor, weights: Tens
 def _experts_bwd(how: How, tensors: list[Any]) -> list[Tensor]:
     grad, pre, x, ids, weights, *flat = tensors
     (p,) = _bundles(how, flat)
+    from . import backward as gradient
+
     return gradient.backward(grad, pre, x, ids, weights, p, layout_of(how.text), how.needs)
 
 
@@ -176,6 +182,24 @@ def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:
 
 
 @_op
+def experts_stored_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
+    """The op gives None where the operands are beyond the kernels."""
+    own, at = len(CODED), len(CODED) + 1 + len(PLAIN)
+    *lists, text = rest[:own] + rest[own + 1 : at] + rest[at + 1 :]
+    return _experts_stored_shared, _how(text, x, lists), (x, ids, weights, rest[own], rest[at], *_flat(lists))
+
+
+def _experts_stored_shared(how: How, tensors: list[Any]) -> Tensor | None:
+    x, ids, weights, add, gate, *flat = tensors
+    it = iter(flat)
+    lists = [[next(it) for _ in range(size)] for size in how.sizes]
+    p, mlp = Operands.read(lists[: len(CODED)], CODED), Operands.read(lists[len(CODED) :])
+    numbers = plain(how.text)
+    layout, storage = storage_of(numbers[:_STORED])
+    return shared.experts_shared((x, ids, weights, p, add), layout, (mlp, gate, *numbers[_STORED:]), storage)
+
+
+@_op
 def experts_stored(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Described:
     *lists, add, text = rest
     return _experts_stored, _how(text, x, lists), (x, ids, weights, add, *_flat(lists))
@@ -183,6 +207,8 @@ def experts_stored(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Descr
 
 def _experts_stored(how: How, tensors: list[Any]) -> Tensor:
     x, ids, weights, add, *flat = tensors
+    from . import coded, stored
+
     it = iter(flat)
     p = Operands.read([[next(it) for _ in range(size)] for size in how.sizes], CODED)
     layout, storage = storage_of(plain(how.text))
@@ -198,5 +224,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "experts_fwd": experts_fwd,
     "experts_bwd": experts_bwd,
     "experts_shared": experts_shared,
+    "experts_stored_shared": experts_stored_shared,
     "experts_stored": experts_stored,
 }

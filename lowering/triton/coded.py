@@ -17,6 +17,7 @@ from ...ir.operands import Operands
 from ...ir.records import Layout, Storage
 from ..reference import generic
 from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, hopper_float8_calls, rounding
+from .call import Late
 from .coded_tiles import DECODING, FLOAT8, TWO_PARTS_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
@@ -68,9 +69,14 @@ def forward(
     if ids.numel() == 0:
         return out.zero_() if add is None else out.copy_(add)
     choice = choice or choose(c)
-    if choice is None:
-        return None
-    return _few(c, out, *choice.few) if choice.few is not None else _grouped(c, out, choice)
+    return None if choice is None else run(c, choice, out)
+
+
+def run(c: Coded, choice: Choice, out: Tensor, late: Late | None = None) -> Tensor:
+    """`out`, filled. `late`: takes the place of c.add."""
+    if choice.few is None:
+        return _grouped(c, out, choice, late)
+    return _few(c, out, *choice.few, late)
 
 
 def operands(
@@ -106,10 +112,14 @@ def _rounded(a: Tensor, how: Rows | None) -> Tensor:
 # ---- few tokens ----------------------------------------------------------------------------------------------------
 
 
-def _few(c: Coded, out: Tensor, up: Vector, down: Vector) -> Tensor:
+def _few(c: Coded, out: Tensor, up: Vector, down: Vector, late: Late | None = None) -> Tensor:
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     few_up(replace(c, x=_rounded(c.x, c.rows[0])), a, up)
-    few_down(c, _rounded(a, c.rows[1]), out, down)
+    a = _rounded(a, c.rows[1])
+    if late is not None:
+        late.issue()
+        c = replace(c, add=late.join())
+    few_down(c, a, out, down, early=late is None)  # else two kernels come before it
     return out
 
 
@@ -128,10 +138,10 @@ def few_up(c: Coded, a: Tensor, up: Vector) -> None:
     )  # fmt: skip
 
 
-def few_down(c: Coded, a: Tensor, out: Tensor, down: Vector) -> None:
-    """out [T, H] = add + Σ_j w down a."""
+def few_down(c: Coded, a: Tensor, out: Tensor, down: Vector, early: bool = True) -> None:
+    """out [T, H] = add + Σ_j w down a. `early`: may start while the kernel before it still runs."""
     layout, slots = c.layout, c.ids.shape[1]
-    pdl = {"launch_pdl": True} if early_launch(c.x) else {}
+    pdl = {"launch_pdl": True} if early and early_launch(c.x) else {}
     launch(
         codes_kernels.down_coded, (c.ids.shape[0], cdiv(c.down.at.n, down.bn)),
         a, c.ids, c.weights, c.down.at.parts[0], _first(c.down.scales), _first(c.down.zeros), c.down.table,
@@ -161,16 +171,19 @@ def _extents(w: Codes, v: Vector) -> dict[str, Any]:
 # ---- grouped -------------------------------------------------------------------------------------------------------
 
 
-def _grouped(c: Coded, out: Tensor, choice: Choice) -> Tensor:
+def _grouped(c: Coded, out: Tensor, choice: Choice, late: Late | None = None) -> Tensor:
     layout, (outer, inner) = c.layout, c.rows
     a = empty(c.x, c.ids.numel(), c.up.at.n)
     up, down = runnable(c.x, c.up, choice.up, outer), runnable(a, c.down, choice.down, inner)
     rows = dispatch(c.ids, layout.num_experts, tuple(dict.fromkeys((up.bm, down.bm))))
     y = empty(c.x, c.ids.numel(), c.down.at.n)
     grouped_gemm(c.x, c.up, c.up_bias, rows, a, up, layout, c.ids.shape[1], c.weights if layout.weight_on_input else None, outer)
+    if late is not None:
+        late.issue()
     grouped_gemm(a, c.down, c.down_bias, rows, y, down, how=inner)
-    rank = rows.rank if down.by_row else None
-    return combine(y, c.ids, c.weights, c.x, c.add, out, layout.num_experts, 0, weighted=not layout.weight_on_input, rank=rank)
+    add, rank = c.add if late is None else late.join(), rows.rank if down.by_row else None
+    return combine(y, c.ids, c.weights, c.x, add, out, layout.num_experts, 0, weighted=not layout.weight_on_input,
+                   early=late is None, rank=rank)  # fmt: skip
 
 
 def runnable(a: Tensor, w: Codes, tile: Tile, how: Rows | None = None) -> Tile:
@@ -290,7 +303,7 @@ def choose(c: Coded) -> Choice | None:
 
 def _vectors(c: Coded) -> tuple[Vector, Vector]:
     if c.up.packed:
-        return Vector(8, _span(c.up, 1024), 4), Vector(4, _span(c.down, 512), 2)
+        return Vector(8, _span(c.up, 1024), 4), Vector(8, _span(c.down, 256), 4)
     return Vector(4, _span(c.up, 2048), 2), Vector(4, _span(c.down, 1024), 4)
 
 

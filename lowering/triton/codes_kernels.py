@@ -19,6 +19,7 @@ from .gemm import DUAL
 
 INT8, E4M3, E5M2, NUMBER, E2M1, TABLED = (tl.constexpr(i) for i in range(6))  # as `codes` numbers them
 NO_SCALE, PLAIN, EXPONENT, BITS = (tl.constexpr(i) for i in range(4))
+UNROLLED = tl.constexpr(4)  # steps whose loads may be under way together
 
 
 # Four bytes to two pairs of bf16 from low halves and two from high ones. A byte permutation looks up both bytes of |e2m1| for four codes at
@@ -130,16 +131,11 @@ def _vector(v, row, k0, k, live, BB: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def coded_products(
-    codes, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset,
-    stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, FIRST: tl.constexpr, STEP: tl.constexpr,
-    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
-    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+def coded_tile(
+    codes, e, live, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS: tl.constexpr, PACKED: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Of several experts e [J]: Σ_J weight[J] W[e][n0:n0+BN, bytes k0:k0+BB] · v[row[J]], apart for each group: [BN, BB / GROUP]."""
-    J: tl.constexpr = e.shape[0]
-    GROUPS: tl.constexpr = BB // GROUP
+    """Of several experts e [J]: bytes of W[e][n0:n0+BN, k0:k0+BB], [J, BN, BB]; zero where an expert is not `live`."""
     PER: tl.constexpr = 2 if PACKED else 1
     at_n = n0 + tl.arange(0, BN)
     at_b = k0 + tl.arange(0, BB)
@@ -149,7 +145,24 @@ def coded_products(
         mask = live[:, None, None]
     else:
         mask = live[:, None, None] & ((at_n < n)[:, None] & (at_b < k // PER)[None, :])[None, :, :]
-    b = tl.load(base[:, None, None] + at[None, :, :], mask=mask, other=0)
+    return tl.load(base[:, None, None] + at[None, :, :], mask=mask, other=0)
+
+
+@triton.jit
+def coded_sums(
+    b, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset, scale_e, scale_n, scale_k,
+    FIRST: tl.constexpr, STEP: tl.constexpr,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of a `coded_tile`: Σ_J weight[J] W[e][n0:n0+BN, bytes k0:k0+BB] · v[row[J]], apart for each group: [BN, BB / GROUP]."""
+    J: tl.constexpr = b.shape[0]
+    BN: tl.constexpr = b.shape[1]
+    BB: tl.constexpr = b.shape[2]
+    GROUPS: tl.constexpr = BB // GROUP
+    PER: tl.constexpr = 2 if PACKED else 1
+    at_n = n0 + tl.arange(0, BN)
     first, second = _vector(v, row, k0, k, live, BB, PACKED)
     if PACKED:
         lo, hi = halves(b, table, KIND, HIGH, ASSEMBLY)
@@ -174,6 +187,91 @@ def coded_products(
 
 
 @triton.jit
+def coded_products(
+    codes, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset,
+    stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, FIRST: tl.constexpr, STEP: tl.constexpr,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A `coded_tile` and its `coded_sums`."""
+    b = coded_tile(codes, e, live, n0, k0, n, k, stride_e, stride_n, stride_k, WEIGHTS, PACKED, BN, BB, EVEN)
+    return coded_sums(b, scales, zeros, table, e, live, v, row, weight, n0, k0, n, k, offset, scale_e, scale_n, scale_k, FIRST, STEP,
+                      WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, GROUP)  # fmt: skip
+
+
+@triton.jit
+def coded_pair(
+    x, row, e, codes0, codes1, scales0, scales1, zeros0, zeros1, table, n0, n, k, offset,
+    stride_e, stride_n, stride_k, scale_e, scale_n, scale_k,
+    FIRST0: tl.constexpr, FIRST1: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr, WEIGHTS: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Of one expert: W_g x[row], W_u x[row] at columns n0.., or the only product twice; [BN] each. row: where x's begins."""
+    PER: tl.constexpr = 2 if PACKED else 1
+    e = e + tl.zeros((1,), tl.int32)
+    live = e >= 0
+    row = row + tl.zeros((1,), tl.int64)
+    one = tl.full((1,), 1.0, tl.float32)
+    g = tl.zeros((BN, BB // GROUP), tl.float32)
+    u = tl.zeros((BN, BB // GROUP), tl.float32)
+    for k0 in tl.range(0, tl.cdiv(k, PER), BB, loop_unroll_factor=UNROLLED):
+        g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
+                            scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                            SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+        if MODE == DUAL:
+            u += coded_products(codes1, scales1, zeros1, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
+                                scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                                SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+    total = tl.sum(g, 1)
+    return total, tl.sum(u, 1) if MODE == DUAL else total
+
+
+@triton.jit
+def _weight_of(weights, slot, known, WEIGHTED: tl.constexpr):
+    """Routing weights of slots, 0 of those that have no expert; 1 where they went to the input."""
+    if WEIGHTED:
+        return tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
+    else:
+        return known.to(tl.float32)
+
+
+@triton.jit
+def coded_mixture(
+    a, ids, weights, codes, scales, zeros, table, t, n0, n, k, slots_per_token, num_experts, offset,
+    stride_e, stride_n, stride_k, scale_e, scale_n, scale_k,
+    WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALE: tl.constexpr, SDTYPE: tl.constexpr, ZERO: tl.constexpr, ZDTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WEIGHTED: tl.constexpr, AT_ONCE: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Σ_j w[t, j] W[e_j][n0:n0+BN] · a[t·k + j] in fp32, [BN]; AT_ONCE slots have their codes under way together.
+
+    Launched early, the first codes are asked for before the kernel before has ended: it writes no weights, and had waited for ids.
+    """
+    PER: tl.constexpr = 2 if PACKED else 1
+    depth = tl.cdiv(tl.cdiv(k, PER), BB)
+    slot, e, known = _slots(ids, t, tl.arange(0, AT_ONCE), slots_per_token, num_experts)
+    first = coded_tile(codes, e, known, n0, 0, n, k, stride_e, stride_n, stride_k, WEIGHTS, PACKED, BN, BB, EVEN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    weight = _weight_of(weights, slot, known, WEIGHTED)
+    acc = coded_sums(first, scales, zeros, table, e, known, a, slot * k, weight, n0, 0, n, k, offset,
+                     scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                     SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, GROUP)  # fmt: skip
+    for step in tl.range(1, tl.cdiv(slots_per_token, AT_ONCE) * depth, loop_unroll_factor=UNROLLED):
+        slot, e, known = _slots(ids, t, step // depth * AT_ONCE + tl.arange(0, AT_ONCE), slots_per_token, num_experts)
+        weight = _weight_of(weights, slot, known, WEIGHTED)
+        acc += coded_products(codes, scales, zeros, table, e, known, a, slot * k, weight, n0, step % depth * BB, n, k, offset,
+                              stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                              SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
 def up_coded(
     x, ids, weights, codes0, codes1, scales0, scales1, zeros0, zeros1, table, bias0, bias1, out,
     n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset, stride_x: tl.constexpr,
@@ -189,30 +287,15 @@ def up_coded(
     slot = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
-    PER: tl.constexpr = 2 if PACKED else 1
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     known = tl.load(ids + slot)
     if (known >= 0) & (known < num_experts):
-        e = known + tl.zeros((1,), tl.int32)
-        live = e >= 0
-        row = (slot // slots_per_token).to(tl.int64) * stride_x + tl.zeros((1,), tl.int64)
-        one = tl.full((1,), 1.0, tl.float32)
-        g = tl.zeros((BN, BB // GROUP), tl.float32)
-        u = tl.zeros((BN, BB // GROUP), tl.float32)
-        for k0 in range(0, tl.cdiv(k, PER), BB):
-            g += coded_products(codes0, scales0, zeros0, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n, stride_k,
-                                scale_e, scale_n, scale_k, FIRST0, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
-                                SCALE, SDTYPE, ZERO, ZDTYPE,
-                                ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
-            if MODE == DUAL:
-                u += coded_products(codes1, scales1, zeros1, table, e, live, x, row, one, n0, k0, n, k, offset, stride_e, stride_n,
-                                    stride_k, scale_e, scale_n, scale_k, FIRST1, STEP, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
-                                    SCALE, SDTYPE,
-                                    ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
-        g = tl.sum(g, 1)
-        u = tl.sum(u, 1) if MODE == DUAL else g
+        g, u = coded_pair(x, (slot // slots_per_token).to(tl.int64) * stride_x, known, codes0, codes1, scales0, scales1, zeros0, zeros1,
+                          table, n0, n, k, offset, stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, FIRST0, FIRST1, STEP, MODE,
+                          WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY, SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS,
+                          BN, BB, GROUP, EVEN)  # fmt: skip
         if WEIGHTED:
             scale = tl.load(weights + slot).to(tl.float32)
             g, u = g * scale, u * scale
@@ -227,7 +310,7 @@ def up_coded(
 @triton.jit
 def down_coded(
     a, ids, weights, codes, scales, zeros, table, bias, add, out,
-    n: tl.constexpr, k: tl.constexpr, slots_per_token, num_experts, offset,
+    n: tl.constexpr, k: tl.constexpr, slots_per_token: tl.constexpr, num_experts, offset,
     stride_e: tl.constexpr, stride_n: tl.constexpr, stride_k: tl.constexpr,
     scale_e: tl.constexpr, scale_n: tl.constexpr, scale_k: tl.constexpr, stride_be, stride_bn, stride_add,
     WEIGHTS: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, HIGH: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -239,22 +322,9 @@ def down_coded(
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     columns = n0 + tl.arange(0, BN)
-    PER: tl.constexpr = 2 if PACKED else 1
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    depth = tl.cdiv(tl.cdiv(k, PER), BB)
-    acc = tl.zeros((BN, BB // GROUP), tl.float32)
-    for step in range(0, tl.cdiv(slots_per_token, AT_ONCE) * depth):
-        slot, e, known = _slots(ids, t, step // depth * AT_ONCE + tl.arange(0, AT_ONCE), slots_per_token, num_experts)
-        if WEIGHTED:
-            weight = tl.load(weights + slot, mask=known, other=0.0).to(tl.float32)
-        else:
-            weight = known.to(tl.float32)
-        acc += coded_products(codes, scales, zeros, table, e, known, a, slot * k, weight, n0, step % depth * BB, n, k, offset,
-                              stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, 0, 1, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
-                              SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, BN, BB, GROUP, EVEN)  # fmt: skip
-    total = tl.sum(acc, axis=1)
+    total = coded_mixture(a, ids, weights, codes, scales, zeros, table, t, n0, n, k, slots_per_token, num_experts, offset,
+                          stride_e, stride_n, stride_k, scale_e, scale_n, scale_k, WEIGHTS, KIND, NATIVE, PACKED, HIGH, ASSEMBLY,
+                          SCALE, SDTYPE, ZERO, ZDTYPE, ROWS, COLUMNS, WEIGHTED, AT_ONCE, BN, BB, GROUP, EVEN, PDL)  # fmt: skip
     if BIAS:
         total = _by_slot(total, ids, weights, bias, a, t, columns, n, slots_per_token, num_experts, 0, stride_be, stride_bn, 0,
                          True, WEIGHTED, False)  # fmt: skip

@@ -13,8 +13,8 @@ the main stream, is never still in use. Events only, nothing waits on the host, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ...ir import Overlap
 from ...ir.operands import Operands
+from ...ir.records import Storage
 from ..reference.generic import Layout
 from . import tune
-from .call import Call, read
+from .call import Call, Late, read
 from .decode_shared import Shared, few_together, fits
 from .experts import few_down, few_up, forward
 from .host import cdiv, power_of_2
@@ -112,24 +113,58 @@ class Side:
         self.beside.join()
 
 
-def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any]) -> Tensor | None:
-    """routed + [gate ·] shared_down act(shared_up x) + add -> [T, H]; the arguments of the op in three parts. None: beyond the kernels."""
+def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any], storage: Storage | None = None) -> Tensor | None:
+    """routed + [gate ·] shared_down act(shared_up x) + add -> [T, H]; the arguments of the op in three parts. None: beyond the kernels.
+
+    `storage`: of routed experts in few bits.
+    """
     x, ids, weights, p, add = routed
     mlp, gate, *how, overlap = shared
     branch = _branch(x, add, mlp, gate, *how)
+    run: Run | None
     if branch is None:
         return None
-    if isinstance(branch, Few) and (out := _together(routed, layout, branch)) is not None:
-        return out
+    if storage is None:
+        together = _together(routed, layout, branch) if isinstance(branch, Few) else None
+        run = lambda add, late: forward(x, ids, weights, p, add, layout, save=False, late=late)[0]  # noqa: E731
+    else:
+        together, run = _in_few_bits(routed, layout, storage, branch)
+    if together is not None or run is None:
+        return together
     beside = x.is_cuda and (overlap == Overlap.SIDE or (overlap == Overlap.BY_TOKENS and x.shape[0] <= _MOST_BESIDE))
-    if not beside:
-        return forward(x, ids, weights, p, branch.run(), layout, save=False)[0]
-    side = Side(branch, x.device)
+    return _beside(run, branch, x.device) if beside else run(branch.run(), None)
+
+
+Run = Callable[[Tensor | None, Late | None], Tensor]
+
+
+def _beside(run: Run, branch: Few | Many, device: torch.device) -> Tensor:
+    side = Side(branch, device)
     try:
-        return forward(x, ids, weights, p, None, layout, save=False, late=side)[0]
+        return run(None, side)
     except BaseException:
         side.settle()  # the branch's buffers go back to the main stream's pool now
         raise
+
+
+def _in_few_bits(routed: Sequence[Any], layout: Layout, storage: Storage, branch: Few | Many) -> tuple[Tensor | None, Run | None]:
+    """The result where both are in the few-token kernels; else how to run the routed experts, None where they are beyond the kernels."""
+    from . import coded, coded_shared  # few models have them, and kernels take time to import
+
+    c = coded.operands(*routed, layout, storage)
+    choice = None if c is None or c.ids.numel() == 0 else coded.choose(c)
+    if c is None or choice is None:
+        return None, None
+    if choice.few is not None and isinstance(branch, Few):
+        shared = _shared(branch)
+        if coded_shared.fits(c, shared):
+            return coded_shared.few_together(c, shared, branch.tiles[0], *choice.few), None
+    out = empty(c.x, c.x.shape[0], c.down.at.n)
+    return None, lambda add, late: coded.run(replace(c, add=add), choice, out, late)
+
+
+def _shared(branch: Few) -> Shared:
+    return Shared(branch.call, branch.call.weights if branch.gated else None)
 
 
 def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | None:
@@ -137,7 +172,7 @@ def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | No
     call = read(*routed, layout)
     if call is None or call.slots == 0:
         return None
-    shared = Shared(branch.call, branch.call.weights if branch.gated else None)
+    shared = _shared(branch)
     problem = tune.Problem(layout.num_experts, call.up.k, call.up.n, call.ids.shape[1], call.x.dtype, layout.gated)
     tiles = tune.choose(problem, call.x.shape[0], call.x.device).decode
     return few_together(call, shared, *tiles) if tiles is not None and fits(call, shared) else None

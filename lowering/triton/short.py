@@ -12,15 +12,13 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ir.operands import CODED, PLAIN
-from ...ir.records import Layout
-from ...ops.schemas import IN_WEIGHTS, lists
+from ...ops.schemas import IN_WEIGHTS, ROUTED, STORED, lists
 
 _EXPERTS = f"Tensor x, Tensor ids, Tensor weights, {lists(PLAIN)}"
 _ROUTE = "Tensor? bias, Tensor? expert_scale"
@@ -35,12 +33,16 @@ SCHEMAS = {
     "experts_fwd": f"{_EXPERTS}, Tensor? add, str how) -> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     "experts_bwd": f"Tensor grad, Tensor pre, {_EXPERTS}, str how, bool[] needs) -> Tensor[]",
     "experts_shared": f"{_EXPERTS}, Tensor? add, {_SHARED}, str how) -> Tensor",
+    "experts_stored_shared": f"Tensor x, Tensor ids, Tensor weights, {lists(CODED)}, Tensor? add, {_SHARED}, str how) -> Tensor",
     "experts_stored": f"Tensor x, Tensor ids, Tensor weights, {lists(CODED)}, Tensor? add, str how) -> Tensor",
 }
 # How many arguments stand before the plain ones; for the shared expert also the second run of tensors, behind those of the routed ones
 _TENSORS = {"route": 3, "route_linear": 5, "route_fwd": 3, "route_bwd": 5, "experts": 8, "experts_fwd": 8, "experts_bwd": 9}
 _TENSORS["experts_stored"] = 4 + len(CODED)
-_SHARED_AT = (8, 8 + len(fields(Layout)), 8 + len(fields(Layout)) + 5)
+_SHARED_AT = {
+    "experts_shared": (8, ROUTED, ROUTED + len(PLAIN) + 1),
+    "experts_stored_shared": (4 + len(CODED), STORED, STORED + len(PLAIN) + 1),
+}
 
 
 def text(plain: Sequence[Any]) -> str:
@@ -61,8 +63,8 @@ def plain(how: str) -> tuple[Any, ...]:
 
 def shorten(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments of an op of `moe_compile.ops` as its short form takes them."""
-    if name == "experts_shared":
-        first, second, third = _SHARED_AT
+    if name in _SHARED_AT:
+        first, second, third = _SHARED_AT[name]
         return (*args[:first], *args[second:third], text([*args[first:second], *args[third:]]))
     at = _TENSORS[name]
     if name.endswith("_bwd"):
@@ -72,8 +74,8 @@ def shorten(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
 
 def lengthen(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     """The inverse of `shorten`."""
-    if name == "experts_shared":
-        first, second, _ = _SHARED_AT
+    if name in _SHARED_AT:
+        first, second, _ = _SHARED_AT[name]
         *tensors, how = args
         numbers = plain(how)
         return (*tensors[:first], *numbers[: second - first], *tensors[first:], *numbers[second - first :])

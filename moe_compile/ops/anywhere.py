@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED
 from ..ir.records import Storage
 from ..lowering.reference import chained, generic, routing, stored
 from .records import adapted_of, bundled, chained_of, layout_of, product_of, routing_of, storage_of, stored_adapted_of
-from .schemas import IN_WEIGHTS, ROUTED, library
+from .schemas import IN_WEIGHTS, ROUTED, STORED, library
 
 _ops = torch.ops.moe_compile
 
@@ -111,12 +111,22 @@ def experts_chained_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
 def experts_shared(*args: Any) -> Tensor:
     """routed + [gate ·] shared_down act(shared_up x) + add, as `experts` of one expert whose result is what the routed ones add."""
     x, ids, weights, p, (add, *routed) = bundled(args[:ROUTED])
-    *mlp, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args[ROUTED:]
+    return _ops.experts(x, ids, weights, *p.lists(), _as_one(x, add, args[ROUTED:]), *routed)  # type: ignore[no-any-return]
+
+
+def experts_stored_shared(*args: Any) -> Tensor:
+    """As `experts_shared`, of routed experts in few bits."""
+    x, ids, weights, p, (add, *routed) = bundled(args[:STORED], CODED)
+    return _ops.experts_stored(x, ids, weights, *p.lists(CODED), _as_one(x, add, args[STORED:]), *routed)  # type: ignore[no-any-return]
+
+
+def _as_one(x: Tensor, add: Tensor | None, args: Sequence[Any]) -> Tensor:
+    """[gate ·] shared_down act(shared_up x) + add: the arguments of the shared expert as those of one that all tokens choose."""
+    *mlp, gate, act_ops, act_consts, form, up_transposed, down_transposed, _ = args
     every = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     gate = torch.ones(x.shape[0], 1, dtype=torch.float32, device=x.device) if gate is None else gate
     layout = (act_ops, act_consts, form, 1, False, up_transposed, down_transposed, False, 0)
-    shared = _ops.experts(x, every, gate, *mlp, add, *layout)
-    return _ops.experts(x, ids, weights, *p.lists(), shared, *routed)  # type: ignore[no-any-return]
+    return _ops.experts(x, every, gate, *mlp, add, *layout)  # type: ignore[no-any-return]
 
 
 def experts_stored(*args: Any) -> Tensor:
@@ -169,6 +179,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
+    "experts_stored_shared": experts_stored_shared,
     "experts_stored_adapted": experts_stored_adapted,
 }
 for _name, _implementation in IMPLEMENTATIONS.items():

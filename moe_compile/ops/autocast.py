@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, PLAIN
+from ..ir.operands import ADAPTED, CODED, PLAIN
 from .records import bundled
 from .schemas import library
 
@@ -28,8 +28,9 @@ def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[...
         x, ids, weights, p, rest = bundled(args, names)
         lists = p.map(lambda t: cast(t, dtype)).lists(names)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            if name == "experts_shared":
-                rest = tuple([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest)
+            if name in ("experts_shared", "experts_stored_shared"):
+                own = len(CODED) - len(PLAIN) if name == "experts_stored_shared" else 0  # scales and the like of the routed experts
+                rest = (*rest[:own], *([cast(t, dtype) for t in a] if _tensor_list(a) else a for a in rest[own:]))
             return getattr(_ops, name)(cast(x, dtype), ids, weights, *lists, *rest)  # type: ignore[no-any-return]
 
     return experts
@@ -42,6 +43,7 @@ def _tensor_list(a: Any) -> bool:
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
         library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
+        library.impl("experts_stored_shared", _autocast(_device, _key, "experts_stored_shared"), _key)
         library.impl("experts_adapted", _autocast(_device, _key, "experts_adapted"), _key)
         library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
         library.impl("experts_stored_adapted", _autocast(_device, _key, "experts_stored_adapted"), _key)

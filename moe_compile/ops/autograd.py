@@ -73,6 +73,7 @@ for _name, _run in (
     ("experts_chained", _with_backward(EXPERTS_CHAINED)),
     ("experts_shared", _or_differentiable("experts_shared", anywhere.experts_shared)),
     ("experts_stored", _or_differentiable("experts_stored", anywhere.experts_as_floats)),
+    ("experts_stored_shared", _or_differentiable("experts_stored_shared", anywhere.experts_stored_shared)),
     ("route", _route_autograd),
     ("route_linear", _or_differentiable("route_linear", anywhere.route_linear)),
 ):

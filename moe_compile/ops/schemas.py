@@ -15,6 +15,7 @@ from ..ir.records import AdaptedLayout, ChainedLayout, Layout, Routing, SharedLa
 
 _GATING, _LAYOUT = schema(Routing), schema(Layout)
 ROUTED = 4 + len(PLAIN) + len(fields(Layout))  # arguments of `experts`, before those of the shared one
+STORED = 4 + len(CODED) + len(fields(Layout)) + len(fields(Storage))  # likewise of `experts_stored`
 IN_WEIGHTS = place(Routing, "bias_in_weights")  # among the plain arguments of `route`
 
 
@@ -48,6 +49,7 @@ SCHEMAS = (
     "-> (Tensor out, Tensor pre, Tensor kept_ids, Tensor kept_weights)",
     f"experts_chained_bwd(Tensor grad, Tensor pre, {_CHAINED}, {schema(ChainedLayout)}, bool[] needs) -> Tensor[]",
     f"experts_stored({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}) -> Tensor",
+    f"experts_stored_shared({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}, {_SHARED}) -> Tensor",
     f"experts_stored_adapted({_ROUTED}, {lists(STORED_ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}, {schema(Storage)}) -> Tensor",
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED, Operands
 from ..ir.records import Layout, Storage
 from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of, stored_adapted_of
-from .schemas import IN_WEIGHTS, ROUTED, library
+from .schemas import IN_WEIGHTS, ROUTED, STORED, library
 
 
 def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,10 @@ def experts_chained(*args: Any) -> Tensor:
 
 def experts_shared(*args: Any) -> Tensor:
     return experts(*args[:ROUTED])
+
+
+def experts_stored_shared(*args: Any) -> Tensor:
+    return experts_stored(*args[:STORED])
 
 
 def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,6 +135,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "experts_chained_bwd": experts_chained_bwd,
     "experts_shared": experts_shared,
     "experts_stored": experts_stored,
+    "experts_stored_shared": experts_stored_shared,
     "experts_stored_adapted": experts_stored_adapted,
 }
 _watching: dict[str, Callable[[Sequence[Any]], None]] = {}

@@ -84,12 +84,15 @@ def _size(n: int, rows: Rows | None) -> int:
     return max(group, min(n, _WIDEST) // group * group)
 
 
+_CODED = (torch.ops.moe_compile.experts_stored.default, torch.ops.moe_compile.experts_stored_shared.default)
+
+
 def apply(graph: fx.Graph, kind: str) -> None:
     """Every op on weights in few bits rounds its rows, as `requested` said."""
     if kind == MODEL or torch.is_grad_enabled():
         return
     for n in graph.nodes:
-        if n.op == "call_function" and n.target is torch.ops.moe_compile.experts_stored.default:
+        if n.op == "call_function" and n.target in _CODED:
             _ask(n, kind)
 
 

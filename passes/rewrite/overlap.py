@@ -8,8 +8,8 @@ import torch
 import torch.fx as fx
 
 from ...calls import is_write
-from ...ir import Overlap, Rejection
-from ...ir.families import EXPERTS, family_of
+from ...ir import Experts, Overlap, Rejection
+from ...ir.families import EXPERTS, EXPERTS_STORED, family_of
 from ..aten import names
 from ..aten.conditions import may_train, under_autocast
 from ..aten.effects import mutated_args
@@ -35,12 +35,14 @@ def mode(graph: fx.Graph, options: Any, target: Target) -> int | None:
     return int(Overlap.SIDE if options.overlap_shared is True else Overlap.BY_TOKENS)
 
 
+def takes(experts: Experts, target: Target) -> bool:
+    """Whether the op of such routed experts takes a shared one: none does beside low-rank pairs, and not every target's in few bits."""
+    return {EXPERTS: target.shares, EXPERTS_STORED: target.shares_coded}.get(family_of(experts), False)
+
+
 def plan_shared(b: Block, planner: Planner, overlap: int) -> SharedPlan | None:
-    """How the shared expert goes into the op of a block; None where the graph goes on computing it: so beside experts in few bits or with
-    low-rank pairs, whose ops take none."""
+    """How the shared expert goes into the op of a block; None where the graph goes on computing it."""
     s = b.shared
-    if family_of(b.match.experts) is not EXPERTS:
-        return None
     if s is None or s.operands is None or under_autocast(planner.shadow.dynamo.graph, b.match.out.meta["val"].device.type):
         return None
     region = inside([s.node], _boundary(b, s.operands))

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Experts
-from ...ir.operands import PLAIN, Join, Operands
+from ...ir.operands import CODED, PLAIN, Join, Operands
 from ...ir.placement import physical
 from ...ops import bundled, family_of, shared_args
 from ..aten.effects import live_nodes, remove_dead
@@ -90,7 +90,7 @@ class ExpertsPlan:
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """The shared expert goes into the experts' op, as `experts_shared`.
+    """The shared expert goes into the experts' op, as `experts_shared` or `experts_stored_shared`.
 
     `op`: that op where capture put it in, None for the plan's own. `gate`: the node [.., 1] that multiplies the shared expert.
     `moved`: what computes the gate and stood behind the op. `total`: the sum of routed and shared result, which `rest` (the routed
@@ -273,18 +273,20 @@ class Executor:
         return ids, rows(g, weights, p.k)
 
     def shared(self, p: SharedPlan, op: fx.Node | None) -> None:
-        """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters)."""
+        """experts(x, ..., add) + shared(x) = experts_shared(x, ..., add, shared's parameters), and so of `experts_stored`."""
         assert op is not None
         g = self.graph
+        coded = op.target is ops.experts_stored.default
+        both, names = (ops.experts_stored_shared.default, CODED) if coded else (ops.experts_shared.default, PLAIN)
         for name in p.moved:
             op.prepend(self.names[name])
         with g.inserting_before(op):
             lists = p.operands.map(self.operand).lists()
             gate = None if p.gate is None else rows(g, self.node(p.gate), 1)
-            x, ids, weights, routed, (add, *routed_plain) = bundled(op.args)
+            x, ids, weights, routed, (add, *routed_plain) = bundled(op.args, names)
             add = add if p.total is not None else None
-            args = (x, ids, weights, *routed.lists(), add, *routed_plain, *lists, gate, *shared_args(p.experts, p.overlap))
-            new = call(g, ops.experts_shared.default, args, op)
+            args = (x, ids, weights, *routed.lists(names), add, *routed_plain, *lists, gate, *shared_args(p.experts, p.overlap))
+            new = call(g, both, args, op)
         if "example_value" in op.meta:
             new.meta["example_value"] = op.meta["example_value"]
         op.replace_all_uses_with(new)

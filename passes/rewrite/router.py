@@ -27,8 +27,10 @@ _SAME_VALUES = names.RESHAPE | names.SAME | names.CAST
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
 _route = torch.ops.moe_compile.route.default
 _route_linear = torch.ops.moe_compile.route_linear.default
-_experts_shared = torch.ops.moe_compile.experts_shared.default
-_GATE = next(i for i, a in enumerate(_experts_shared._schema.arguments) if a.name == "shared_gate")
+_GATE = {
+    op: next(i for i, a in enumerate(op._schema.arguments) if a.name == "shared_gate")
+    for op in (torch.ops.moe_compile.experts_shared.default, torch.ops.moe_compile.experts_stored_shared.default)
+}
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +45,7 @@ def take_products(gm: fx.GraphModule, target: Target) -> int:
     found = [(n, chain) for n in graph.nodes if n.target is _route and (chain := _chain(n, most)) is not None]
     for n, chain in found:
         _rewrite(graph, n, chain)
-    gates = [g for n in graph.nodes if n.target is _experts_shared and (g := _gate(n, most)) is not None]
+    gates = [g for n in graph.nodes if n.target in _GATE and (g := _gate(n, most)) is not None]
     for n in gates:
         _as_sum(graph, n)
     if found or gates:
@@ -66,7 +68,7 @@ def _chain(route: fx.Node, most: int) -> list[fx.Node] | None:
 
 def _gate(shared: fx.Node, most: int) -> fx.Node | None:
     """The product behind a shared expert's gate, of a few tokens and one row; None where there is none."""
-    n: Any = shared.args[_GATE]
+    n: Any = shared.args[_GATE[shared.target]]
     while isinstance(n, fx.Node) and len(n.users) == 1:
         if n.target in _LINEAR:
             return n if _few(n, most, _operands(n)) and example_value(_operands(n)[1]).shape[0] == 1 else None

@@ -10,8 +10,8 @@ from ...ir import MoeBlock
 
 class Target(Protocol):
     """router_tokens: for up to how many tokens the routing op takes the router's product in. shares: whether the experts' op takes the
-    shared expert in. places: whether it has an op for `ir.placement.physical`. digest: of its sources, machine: the family of devices;
-    what can be lowered is part of a plan on disk.
+    shared expert in, shares_coded: the op of experts in few bits. places: whether it has an op for `ir.placement.physical`. digest: of
+    its sources, machine: the family of devices; what can be lowered is part of a plan on disk.
     """
 
     @property
@@ -20,6 +20,8 @@ class Target(Protocol):
     def router_tokens(self) -> int: ...
     @property
     def shares(self) -> bool: ...
+    @property
+    def shares_coded(self) -> bool: ...
     @property
     def places(self) -> bool: ...
     @property

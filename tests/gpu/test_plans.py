@@ -28,7 +28,7 @@ from interpreted import Driver, interpreted
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
-from moe_compile.lowering.triton import calls, combine, experts, hopper_calls, library, shared, short, tune
+from moe_compile.lowering.triton import backward, calls, combine, experts, hopper_calls, library, shared, short, tune
 from moe_compile.lowering.triton.launch import driver, memory, packing, plan, plans, tape
 from moe_compile.lowering.triton.launch.later import Later, packed
 
@@ -91,7 +91,7 @@ def test_gradients(case: Case, card: Driver) -> None:
         needs = [True] * (2 + sum(len(ts) for ts in rest[3:]))
         got = calls.experts_bwd(grad, pre, *rest, text, needs)
         with plans.step_by_step():
-            want = calls.gradient.backward(grad, pre, *bundle({n: v for n, v in t.items() if n != "add"}), layout, needs)
+            want = backward.backward(grad, pre, *bundle({n: v for n, v in t.items() if n != "add"}), layout, needs)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert made() == 2
 
