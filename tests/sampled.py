@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 Key = tuple[str, str]
 Goal = tuple[int, object]  # of pairs, how many of this kind there are (of values: 0), and what is to be met
 GRIDS: dict[Key, int] = {  # one in n
+    ("ascend/test_ids.py", "test_ids_written_in_place"): 2,
     ("ascend/test_quant.py", "test_a_block_in_int8"): 4,
     ("ascend/test_static.py", "test_no_change_of_a_weight_is_missed"): 2,
     ("ascend/test_streams.py", "test_the_stream_program_is_sound"): 2,
@@ -44,7 +45,11 @@ LISTS: dict[Key, int] = {  # the first of n: the same on other models, or what a
     ("ascend/test_lowering.py", "test_models_give_eagers_outputs"): 2,
     ("test_capture.py", "test_eager_loops_of_transformers_give_one_graph"): 2,  # the zoo has them all
     ("test_zoo.py", "test_decoding_with_a_kv_cache"): 3,
+    ("test_trace.py", "test_a_trace_changes_no_verdict"): 2,
     ("test_zoo_training.py", "test_auxiliary_loss_on_the_router_logits"): 3,
+    ("test_zoo_training.py", "test_gradients"): 2,
+    ("test_zoo_training.py", "test_token_counts_make_no_more_graphs_than_without_us"): 2,
+    ("test_zoo_training.py", "test_zero_tokens"): 2,
 }
 
 

@@ -45,7 +45,9 @@ LONG = frozenset(
     AccumulatorDecays LoraTwoOtherInput LoraTwoOtherExpert LoraTwoSomeExperts LoraScaledToo LoraOfAnotherExpert WrittenBetween
     WrittenInLoop RowsByANumber TutorialPutRead AccumulatorReadByExpert WrittenAfter WrittenBefore WrittenOldView SwitchTwoPuts
     TutorialOtherScoreRead Int4GroupsLessOne Int4GroupsAlongInputs Int4GroupsHit LoraDora TutorialEvery OddEven OtherConstant
-    OtherClampLimit CapacityFirstRows SwitchArgmax""".split()
+    OtherClampLimit CapacityFirstRows SwitchArgmax StaticRowsOfAnother StaticRowsThatWrap MaskOrderByToken CodedResultsInFloat8
+    WeightMaskOfOthers AddedAtMapped NormOfRouted OntoItself OntoSharedHalfRead LoraDeltaLast Dropped CentredOverTokens WrittenWeights
+    OneBias SwappedHalves WeightOnHiddenWithBias ClampedGroupedBias""".split()
 )
 
 
