@@ -10,6 +10,7 @@ where a gradient is asked for it runs as `experts` twice. `route_linear` is `rou
 inference with few of them.
 `experts_stored` is `experts` for weights that lie in memory as codes of few bits with scales (`ir.Stored`); where a gradient is asked for
 it runs as `experts` on the weights as floats. Where rows are rounded before a product (`ir.Rows`) there is no gradient.
+`experts_stored_shared` is `experts_shared` of such routed experts; the shared expert's weights are floats.
 `experts_sorted` is `experts` of rows that stand in the order of their experts already, one expert a row; it is made of `experts`.
 `experts_stored_adapted` is both, low-rank pairs beside weights in few bits; its gradient goes to the rows and the pairs.
 A device without kernels of its own runs `moe_compile.lowering.reference`.
