@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,12 +13,15 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from calls import DEVICE, ON_GPU
+from interpreted import interpreted
 from test_few_bits import F8, SCHEMES, WIDE, on_device
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import CODED
 from moe_compile.lowering.triton import calls as kernels
-from moe_compile.lowering.triton import coded_shared, short
+from moe_compile.lowering.triton import coded, coded_shared, short
+from moe_compile.lowering.triton.launch import plans
 
 EXTRA: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -97,6 +100,89 @@ def test_what_the_pair_does_not_take() -> None:
     for experts in (replace(WIDE, up_bias=True, down_bias=True), ROUNDED):
         args, want = arguments(SCHEMES["blocks"], 1, experts=experts)
         close(by_kernels(args), want, 1e-5 if experts is not ROUNDED else 2e-2)
+
+
+@dataclass(frozen=True)
+class Late:
+    """A value that is there at once, and what was asked of it."""
+
+    value: Tensor
+    seen: list[str]
+
+    def issue(self) -> None:
+        self.seen.append("issue")
+
+    def join(self) -> Tensor:
+        self.seen.append("join")
+        return self.value
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few tokens", "grouped"])
+@pytest.mark.parametrize(
+    "experts", [replace(WIDE, down_bias=True), replace(WIDE, weight_on_input=True), ROUNDED], ids=["bias", "input", "rounded"]
+)
+def test_added_late(experts: ir.Experts, few: bool) -> None:
+    """What a side stream computes is started once, awaited once, and added as it is."""
+
+    how, more = SCHEMES["blocks"], torch.randn(2, experts.out_features, device=DEVICE)
+    late = Late(more, [])
+    args, _ = arguments(how, 2, experts=experts)
+    x, ids, weights, p, _ = ops.bundled(args, CODED)
+    record = ops.storage_of(ops.experts_args(replace(experts, up_stored=how, down_stored=how)))
+    c = coded.operands(x, ids, weights, p, None, *record)
+    choice = None if c is None else coded.choose(c)
+    assert c is not None and choice is not None
+    choice = choice if few else replace(choice, few=None)
+    want = coded.run(c, choice, torch.empty_like(more)) + more
+    close(coded.run(c, choice, torch.full_like(more, float("nan")), late), want.double())
+    assert late.seen == ["issue", "join"]
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's: on a GPU every test of an op is one of its plans")
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_prepared(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plan, and the second call's values are those of the second call's operands."""
+    args, want = arguments(SCHEMES["mxfp4"], tokens, gated=True, add=True)
+    with interpreted(monkeypatch) as card:
+        close(by_kernels(args), want)
+        args[0] = args[0].flip(0).contiguous()
+        with plans.step_by_step():
+            other = by_kernels(args)
+        assert other is not None
+        close(by_kernels(args), other.double())
+        assert len(plans._plans) == 1 and None not in plans._plans.values() and card.seen
+
+
+def test_gradients() -> None:
+    """Rows, routing weights, what is added, the gate, the shared expert and scales have one though codes have none: that of differences."""
+    args, _ = arguments(SCHEMES["blocks"], 3, gated=True, add=True)
+    op, floats = torch.ops.moe_compile.experts_stored_shared, [t for t in args if isinstance(t, Tensor) and t.is_floating_point()]
+    lists = [a for a in args if isinstance(a, list) and a and isinstance(a[0], Tensor)]
+    floats += [lists[2][0], *lists[-2], *lists[-1]]  # a scale of the routed experts; the shared one's two projections
+    for t in floats:
+        t.requires_grad_()
+    out = op(*args)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = torch.autograd.grad(out, floats, grad)
+    for t, g in zip(floats, found, strict=True):
+        here, way = t.detach().clone(), g.sign() * t.detach().abs() * 1e-2
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                t.copy_(here + sign * way)
+                ends.append(float((op(*args).double() * grad).sum()))
+                t.copy_(here)
+        want = float((g.double() * way).sum())
+        assert abs((ends[0] - ends[1]) / 2 - want) <= 1e-2 * want
+
+
+def test_under_autocast() -> None:
+    """Rows and the shared expert's weights take its dtype; codes and scales stay."""
+    args, want = arguments(SCHEMES["mxfp4"], 3, gated=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = torch.ops.moe_compile.experts_stored_shared(*args)
+    assert out.dtype is torch.bfloat16
+    close(out, want, 3e-2)
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
