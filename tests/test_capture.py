@@ -13,6 +13,7 @@ from captured import Counter, E, H, I, K, Loop, compiled
 from torch import Tensor, nn
 
 from moe_compile.loops import capture, reading
+from moe_compile.report import collecting
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +291,18 @@ def test_router_and_loop_in_one_function(cls: type[nn.Module], ops: int) -> None
         x = torch.randn(*shape, H)
         torch.testing.assert_close(c(x), m(x), rtol=1e-4, atol=1e-5)
     assert len(counter.graphs) == 1 and counter.ops == ops
+
+
+@torch.no_grad()
+def test_no_token_under_symbolic_sizes() -> None:
+    """An empty product leaves the width symbolic in Dynamo: the loop was read with the number, which is made a guard."""
+    m, counter = Block(), Counter()
+    c = compiled(m, counter, dynamic=True)
+    with collecting() as report:
+        for tokens in (0, 5):
+            x = torch.randn(1, tokens, H)
+            torch.testing.assert_close(c(x), m(x), rtol=1e-4, atol=1e-5)
+    assert counter.ops == len(counter.graphs) == 2 and not report.rejected
 
 
 def test_training_through_a_whole_block() -> None:

@@ -76,6 +76,13 @@ class Arguments:
         self.device = self.device or value.device
         return Leaf(name)
 
+    def fix_widths(self) -> None:
+        """Have Dynamo fix the widths that were read as numbers: an operation on no rows at all would not make it do so."""
+        for name, variable in self.leaves.items():
+            shape = self.tensors[name].shape
+            if shape and isinstance(shape[-1], int):
+                int(example_value(variable).shape[-1])
+
     def _object(self, variable: Any, label: str, effects: Any) -> Any:
         """An object of the user's, that was there before the graph or that the graph made."""
         value = getattr(variable, "value", None)
