@@ -244,6 +244,29 @@ def test_a_loop_compiled_alone() -> None:
     assert counter.ops == 1 and len(counter.graphs) == 1
 
 
+class AnyArguments(Loop):
+    """The loop's own signature takes `*args`: it is read as one that names them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        return self.among(x, ids, w)
+
+    def among(self, x: Tensor, *args: Tensor) -> Tensor:
+        ids, w = args
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+@torch.no_grad()
+def test_a_loop_that_takes_any_arguments() -> None:
+    m, counter, x = AnyArguments(), Counter(), torch.randn(9, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1 and len(counter.graphs) == 1
+
+
 # ---- whole blocks ----------------------------------------------------------------------------------------------------------
 
 
