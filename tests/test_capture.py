@@ -13,6 +13,7 @@ from captured import Counter, E, H, I, K, Loop, compiled
 from torch import Tensor, nn
 
 from moe_compile.loops import capture, reading
+from moe_compile.report import collecting
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +244,29 @@ def test_a_loop_compiled_alone() -> None:
     assert counter.ops == 1 and len(counter.graphs) == 1
 
 
+class AnyArguments(Loop):
+    """The loop's own signature takes `*args`: it is read as one that names them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        return self.among(x, ids, w)
+
+    def among(self, x: Tensor, *args: Tensor) -> Tensor:
+        ids, w = args
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+@torch.no_grad()
+def test_a_loop_that_takes_any_arguments() -> None:
+    m, counter, x = AnyArguments(), Counter(), torch.randn(9, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1 and len(counter.graphs) == 1
+
+
 # ---- whole blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +314,18 @@ def test_router_and_loop_in_one_function(cls: type[nn.Module], ops: int) -> None
         x = torch.randn(*shape, H)
         torch.testing.assert_close(c(x), m(x), rtol=1e-4, atol=1e-5)
     assert len(counter.graphs) == 1 and counter.ops == ops
+
+
+@torch.no_grad()
+def test_no_token_under_symbolic_sizes() -> None:
+    """An empty product leaves the width symbolic in Dynamo: the loop was read with the number, which is made a guard."""
+    m, counter = Block(), Counter()
+    c = compiled(m, counter, dynamic=True)
+    with collecting() as report:
+        for tokens in (0, 5):
+            x = torch.randn(1, tokens, H)
+            torch.testing.assert_close(c(x), m(x), rtol=1e-4, atol=1e-5)
+    assert counter.ops == len(counter.graphs) == 2 and not report.rejected
 
 
 def test_training_through_a_whole_block() -> None:

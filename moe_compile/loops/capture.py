@@ -152,6 +152,7 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
         held = functools.reduce(getattr, path.split("."), call.module)
         if isinstance(held, Tensor) and is_sharded(held) and own_part(held).shape != value.shape:
             raise Rejection(f"{path} is a DTensor whose part here is read in another shape, {list(value.shape)}", stage="tensors")
+    arguments.fix_widths()
     with or_unguarded():
         Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
     _note(reading, call)

@@ -45,6 +45,10 @@ class Arguments:
         return Call(fn, self.module, trees, self.tensors, self.device, autocast, torch.is_grad_enabled(), self.roots)
 
     def _tree(self, variable: Any, label: str, effects: Any) -> Any:
+        if isinstance(variable, tuple):  # what `*args` of the signature takes, as `bind` gives it
+            return tuple(self._tree(v, f"{label}[{i}]", effects) for i, v in enumerate(variable))
+        if isinstance(variable, dict):
+            return {k: self._tree(v, f"{label}[{k!r}]", effects) for k, v in variable.items()}
         variable = variable.realize()
         if self.owner is not None and variable is self.owner.realize():
             return Owner()
@@ -76,6 +80,13 @@ class Arguments:
         self.device = self.device or value.device
         return Leaf(name)
 
+    def fix_widths(self) -> None:
+        """Have Dynamo fix the widths that were read as numbers: an operation on no rows at all would not make it do so."""
+        for name, variable in self.leaves.items():
+            shape = self.tensors[name].shape
+            if shape and isinstance(shape[-1], int):
+                int(example_value(variable).shape[-1])
+
     def _object(self, variable: Any, label: str, effects: Any) -> Any:
         """An object of the user's, that was there before the graph or that the graph made."""
         value = getattr(variable, "value", None)
@@ -104,6 +115,8 @@ def function_of(func: Any) -> types.FunctionType | None:
 
 def module_of(variable: Any) -> nn.Module | None:
     """The module behind one of Dynamo's variables."""
+    if isinstance(variable, (tuple, dict)):
+        return None  # of `*args` and `**kwargs`
     variable = variable.realize()
     if not type(variable).__name__.endswith("ModuleVariable"):
         return None  # other variables may refuse even the look

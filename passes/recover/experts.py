@@ -28,7 +28,21 @@ from .match import ExpertsMatch, Param
 from .merged import apart
 from .one_base import of_each
 from .rounding import Rounding, unrounded
-from .rows import NO_EXPERTS, Cause, No, data_dependent, factors, ids_atom, mapped, reads, row_index, row_variable, rows
+from .rows import (
+    NO_EXPERTS,
+    UNFIXED_WIDTH,
+    Cause,
+    No,
+    data_dependent,
+    factors,
+    fixed_widths,
+    ids_atom,
+    mapped,
+    reads,
+    row_index,
+    row_variable,
+    rows,
+)
 from .ways import Function, Way, read
 
 
@@ -65,6 +79,8 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     _check_identity(identity, count, weight, f.tokens, t, h)
     _check_rows(ids, t, j, k)
     tokens = token_node(p, f.tokens, t, out)
+    if not fixed_widths(tokens, out):
+        raise No(UNFIXED_WIDTH)
     experts = Experts(
         num_experts=count,
         hidden=shape_of(tokens)[-1],

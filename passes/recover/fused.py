@@ -20,7 +20,7 @@ from ..aten.names import op_name
 from .addends import Part, split_parts
 from .identity import among
 from .match import ExpertsMatch, Param
-from .rows import No, mapped, row_index, row_variable, rows
+from .rows import UNFIXED_WIDTH, No, fixed_widths, mapped, row_index, row_variable, rows
 
 _OPS = {f"moe_compile::{family.op}": family for family in FAMILIES}
 
@@ -45,6 +45,8 @@ def read_fused(n: fx.Node, p: Puller) -> ExpertsMatch | Rejection:
     assert family is not None
     x, ids, weights = a.x, a.ids, a.weights
     tokens, k = shape_of(x)[0], shape_of(ids)[-1]
+    if not fixed_widths(x, n):
+        return Rejection(UNFIXED_WIDTH, n, "experts")
     t, j = row_variable(tokens), T.const(0) if k == 1 else T.named("slot", k)
     ids_term = p.at(ids, (*row_index(t, shape_of(ids)[:-1]), j))
     operands: Operands[Param] = Operands.of(a).map(Param)

@@ -37,6 +37,14 @@ class No(Exception):
         self.code, self.cause = code, cause
 
 
+UNFIXED_WIDTH = "the width of the tokens is not a fixed number"
+
+
+def fixed_widths(*nodes: fx.Node) -> bool:
+    """Whether the last dims are numbers: a symbolic one can still meet a matrix where there is no token."""
+    return all(isinstance(shape_of(n)[-1], int) for n in nodes)
+
+
 def row_variable(tokens: Any) -> Term:
     """The token index; with a single token it is 0, as it is wherever a dim of size 1 is read."""
     if isinstance(tokens, sp.Expr):

@@ -21,7 +21,7 @@ from .coded import stored
 from .experts import params
 from .forms import layout
 from .match import ExpertsMatch, Param
-from .rows import No, factors, is_row, row_index, row_variable, rows
+from .rows import No, factors, fixed_widths, is_row, row_index, row_variable, rows
 from .selections import users_through_views
 
 
@@ -118,7 +118,7 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
             return None
         core, gate = parsed
         form, symbols, expr = layout(core)
-        if not isinstance(core.inner, int) or form is Form.INTERLEAVED:
+        if not isinstance(core.inner, int) or form is Form.INTERLEAVED or not fixed_widths(m.tokens, other):
             return None
     except (No, T.TooLarge):
         return None
