@@ -169,7 +169,7 @@ def _agree(a: Tensor, b: Tensor, tol: float, moved: Sequence[Tensor] = ()) -> bo
     moved: what `a` is where codes of rows that lie at an edge are on its other side; numbers may be as far off as that.
     """
     a, b, *ends = (t.detach().to("cpu", torch.float64).reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b, *moved))
-    if a.shape != b.shape or not bool(torch.isfinite(a).all()):
+    if a.shape != b.shape or not all(bool(torch.isfinite(t).all()) for t in (a, b, *ends)):  # infinite bounds would allow anything
         return False
     size = b.abs().amax(-1)
     floor = tol * 1e-3 * size.max() if size.numel() else 0.0

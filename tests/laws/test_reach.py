@@ -80,3 +80,11 @@ def test_float32_is_within_reach_and_another_scale_in_one_row_is_not(down: Rows 
     rows = ((other - exact).abs().amax(-1) > 2e-5 * exact.abs().amax(-1)).sum()
     assert 1 <= rows <= E and bool(((other - exact).abs().amax(-1) <= 0.1 * exact.abs().amax(-1)).all())  # what one in a hundred might be
     assert not confirm._agree(exact, other, 2e-5, ends)
+
+
+def test_what_is_infinite_agrees_with_nothing():
+    """An infinite row, or an infinite bound, would let any number pass: both are refused."""
+    a, far = torch.ones(2, 4, dtype=torch.float64), torch.full((2, 4), float("inf"), dtype=torch.float64)
+    assert confirm._agree(a, a, 1e-5, [a])
+    assert not confirm._agree(a, far, 1e-5)
+    assert not confirm._agree(a, 5 * a, 1e-5, [far])
