@@ -60,6 +60,7 @@ class Target:
     straight: calls an op on CUDA below autograd without the dispatcher.
     options: a frozen dataclass of the target's own options, all with defaults; its `__post_init__` raises `OptionError` on a wrong value.
     finish: compiles a graph with fused ops in it, in place of the inner compiler. prepare: begins to get ready for a block and returns.
+    check_inner: raises `OptionError` for `inner_options` that nothing behind `finish` knows.
     lacks: where a block's kernels cannot be had, (what runs it in place of what `says` tells, why); waits so many seconds at most.
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
@@ -80,6 +81,7 @@ class Target:
     straight: Callable[..., Any] | None = None
     options: type = NoOptions
     finish: Callable[[Rest, fx.GraphModule, Sequence[Any]], Callable[..., Any]] | None = None
+    check_inner: Callable[[Mapping[str, Any]], None] | None = None
     prepare: Callable[[MoeBlock], None] | None = None
     rearrange: Callable[[nn.Module, bool, str], dict[str, int]] | None = None
     lacks: Callable[[MoeBlock, float | None], tuple[str, str] | None] | None = None

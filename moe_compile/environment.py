@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ PACKAGES = ("torch", "triton", "torch_npu", "transformers", "torchao", "sympy", 
 
 
 def describe() -> str:
-    """One `name: value` a line. Reads only; raises nothing that a machine can cause."""
+    """One `name: value` a line. Leaves nothing behind; raises nothing that a machine can cause."""
     return "\n".join(f"{name + ':':<15}{value}" for name, value in _lines())
 
 
@@ -63,5 +64,15 @@ def _cache() -> str:
     given = os.environ.get("MOE_COMPILE_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(given) if given else Path(base) / "moe_compile"
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    return f"{folder}" + ("" if os.access(there, os.W_OK) else " (cannot be written)")
+    return f"{folder}" + (f" (cannot be written: {why})" if (why := _unwritable(folder)) else "")
+
+
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be written to a folder that may not be there yet; "" if it can. Permissions do not tell: root has all of them in
+    /proc and on a disk that is read-only. So a file is made where it would be, and is gone again."""
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as e:
+        return e.strerror or type(e).__name__

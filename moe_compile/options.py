@@ -155,8 +155,11 @@ def _check_inner(options: Options, mode: str | None) -> None:
 def _check_inductor(options: Options, mode: str | None) -> None:
     if not options.inner_options and mode in (None, "default"):
         return
-    if options.inner == "auto" and target(options.target).finish is not None:
-        return  # inner_options and mode are the target's
+    chosen = target(options.target)
+    if options.inner == "auto" and chosen.finish is not None:  # inner_options and mode are the target's
+        if chosen.check_inner is not None:
+            chosen.check_inner(options.inner_options)
+        return
     unknown = [key for key in options.inner_options if not (isinstance(key, str) and _is_inductor_option(key))]
     if unknown:
         hint = difflib.get_close_matches(str(unknown[0]), _inductor_options(), 3)

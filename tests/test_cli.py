@@ -12,6 +12,7 @@ from conftest import Outcome, Recovered
 from test_report import AFTER_SIGMOID, SWIGLU_EXPERTS
 
 import moe_compile
+from moe_compile import environment
 from moe_compile.__main__ import main
 from moe_compile.ir import MoeBlock, Rejection
 
@@ -100,3 +101,12 @@ def test_env_names_versions_devices_and_what_is_lacking(capsys, monkeypatch, tmp
     assert "not/there" in lines["cache"] and "cannot be written" not in lines["cache"]
     if not torch.cuda.is_available():
         assert lines["target cuda"].strip() in ("no CUDA device", "triton is not installed")
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope", "/dev/null", "file/below"])
+def test_env_tells_a_cache_that_cannot_be_written(folder, monkeypatch, tmp_path):
+    """Permissions do not tell: root has all of them in /proc too."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path / folder))
+    assert "cannot be written" in environment._cache()

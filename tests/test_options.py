@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import moe_compile
 from moe_compile import OptionError, Options
 from moe_compile.backend import moe_fused
+from moe_compile.lowering.ascend.modes import _with_inner_options
 
 WRONG = [
     ({"strikt": True}, None, ["'strikt'", "valid options: target, inner", "did you mean 'strict'"]),
@@ -37,9 +40,16 @@ WRONG = [
     ({"inner_options": 3}, None, ["'inner_options'", "dict"]),
     ({"inner_options": {"max_autotun": True}}, None, ["'inner_options'", "'max_autotun'", "max_autotune"]),
     ({"inner_options": {"max_autotune": "please"}}, None, ["'inner_options'", "max_autotune"]),
+    ({"inner_options": {"nosuch": 1}}, None, ["'inner_options'", "'nosuch'", "Inductor's"]),
+    ({"activations": "x"}, None, ["'activations'", "'x'", "'model', 'fp8', 'int8'"]),
     (["strict"], None, ["dict", "valid options"]),
     (None, "fastest", ["mode='fastest'", "reduce-overhead"]),
 ]
+if importlib.util.find_spec("torch_npu") is None:  # with it, the graph mode's own config tells
+    WRONG += [
+        ({"inner_options": {"nosuch": 1}, "target": "ascend"}, None, ["'inner_options'", "'nosuch'", "force_eager"]),
+        ({"inner_options": {"nosuch.part": 1}, "target": "ascend"}, None, ["'inner_options'", "'nosuch.part'", "experimental_config"]),
+    ]
 
 
 @pytest.mark.parametrize("options, mode, words", WRONG)
@@ -95,7 +105,16 @@ def test_defaults_and_good_values():
     assert Options.parse(chosen) is chosen
     Options.parse({"inner_options": {"max_autotune": True}})
     Options.parse({"inner": lambda gm, inputs: gm.forward, "inner_options": {"anything": 1}})
+    Options.parse({"target": "ascend", "inner_options": {"force_eager": True, "experimental_config.frozen_parameter": True}})
     Options.parse(None, "reduce-overhead")
+
+
+def test_a_graph_modes_own_config_tells_what_it_has_not():
+    config = SimpleNamespace(mode="", part=SimpleNamespace(level=1))
+    assert _with_inner_options(config, Options(inner_options={"part.level": 2})).part.level == 2
+    for name, allowed in (("nosuch", "mode, part"), ("part.nosuch", "level"), ("nosuch.level", "mode, part")):
+        with pytest.raises(OptionError, match=f"'{name}'.*allowed: {allowed}$"):
+            _with_inner_options(config, Options(inner_options={name: 2}))
 
 
 def test_options_are_immutable_and_hashable():

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..target import Rest, Target
 from . import capability, device
-from .options import AscendOptions
+from .options import AscendOptions, check_inner
 
 
 def _finish(rest: Rest, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -36,6 +36,7 @@ TARGET = Target(
     says=capability.says,
     options=AscendOptions,
     finish=_finish,
+    check_inner=check_inner,
     rearrange=_rearrange,
     missing=capability.missing,
     machine=lambda: device.family(),

@@ -227,14 +227,23 @@ def npugraph_ex_config(options: Chosen) -> Any:
 
 
 def _with_inner_options(config: Any, options: Chosen) -> Any:
-    """`inner_options` set attributes of the config; a dotted name goes into a part of it."""
+    """`inner_options` set attributes of the config; a dotted name goes into a part of it. Raises `OptionError` on one that it has not."""
     for path, value in options.inner_options.items():
         part = config
         *parents, name = path.split(".")
         for p in parents:
-            part = getattr(part, p)
+            part = _known(part, p, path) and getattr(part, p)
+        _known(part, name, path)
         setattr(part, name, value)
     return config
+
+
+def _known(part: Any, name: str, path: str) -> bool:
+    """True where a part of a config has the attribute that a path names. Raises `OptionError` where it has not."""
+    if not hasattr(part, name):
+        allowed = ", ".join(k for k in vars(part) if not k.startswith("_"))
+        raise OptionError(f"option 'inner_options' holds {path!r}: {type(part).__name__} has no {name!r}; allowed: {allowed}")
+    return True
 
 
 def stream_pass(options: Chosen, dialect: Callable[..., streams.Dialect]) -> Callable[..., None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,3 +65,28 @@ def _check_core_limit(limit: Any) -> None:
     pair = isinstance(limit, (tuple, list)) and len(limit) == 2 and all(type(n) is int and n > 0 for n in limit)
     if limit is not None and not pair:
         raise OptionError(f"option 'core_limit' is {limit!r}; allowed: None or (cube cores, vector cores), two positive integers")
+
+
+# Of the graph modes' `CompilerConfig`s (torch_npu 2.13): the parts of GE's first, whose names may go on behind a dot
+_PARTS = ("debug", "export", "dump_config", "fusion_config", "inference_config", "aoe_config", "experimental_config", "ge_config")
+_INNER = (
+    *("mode", "post_grad_custom_pre_pass", "post_grad_custom_post_pass", "force_eager", "static_kernel_compile", "frozen_parameter"),
+    *("capture_limit", "clone_input", "inplace_pass", "input_inplace_pass", "pattern_fusion_pass", "remove_noop_ops", "remove_cat_ops"),
+    *("use_graph_pool", "super_kernel_optimize", "deadlock_check", "capture_error_mode"),
+)
+
+
+def check_inner(given: Mapping[str, Any]) -> None:
+    """Raises `OptionError` for names that no graph mode's config has.
+
+    Where torch_npu is installed the config itself tells (`modes`), for it may be newer.
+    """
+    if importlib.util.find_spec("torch_npu") is not None:
+        return
+    for name in given:
+        first, dot, _ = name.partition(".") if isinstance(name, str) else ("", "", "")
+        if first not in _PARTS and (dot or first not in _INNER):
+            allowed = ", ".join((*_INNER, *(f"{p}.…" for p in _PARTS)))
+            raise OptionError(
+                f"option 'inner_options' holds {name!r}, which the graph modes of target 'ascend' do not take; allowed: {allowed}"
+            )

@@ -43,6 +43,11 @@ class Claims:
             return [self.routing()] if routed and b.weights is not None else []
         if b.ids is not None and (b.weights is not None or b.constant is not None):
             return [self.experts(), *([self.routing()] if routed else [])]
+        if b.gating is None:
+            what = "ids" if b.ids is None else "weights"
+            why = f"the routing stays as written ({b.ir.routing_note}), and which tensor of it holds the experts' {what} could not be told"
+            advice = f"give the loop over the experts a function of its own, of tokens, and of ids and weights, [tokens, {b.match.k}]"
+            raise Rejection(f"{why}: {advice}", b.match.out, "region")
         return [self.whole()]
 
     def claim(self, part: str, says: str, edge: list[fx.Node], outs: list[fx.Node], seen: Side, meant: Side, kinds: Any = None) -> Claim:

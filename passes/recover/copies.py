@@ -17,6 +17,7 @@ from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_ro
 from .scales import is_coded
 
 EXPERT = "expert"
+_JOINED = "an expert's id is put together from several selections (product keys): each has scores of its own, and no one top-k chooses"
 
 
 class OneBody(NamedTuple):
@@ -104,6 +105,7 @@ def _looked_up(part: Part) -> OneBody:
     """Weights are indexed by the ids themselves: name that index `expert`."""
     found: dict[Term, None] = {}
     sizes = []
+    joined = False
     core = T.mul(*(f for f in factors(part.body) if has_feature(f)))
     for a in outer_atoms(core):
         if plain_row(a) or len(a.args[1]) < 2 or not any(data_dependent(i) for i in a.args[1]):
@@ -111,15 +113,16 @@ def _looked_up(part: Part) -> OneBody:
         for d, i in enumerate(a.args[1]):
             if d and data_dependent(a.args[1][0]):
                 break  # behind the ids: the groups of inputs
-            for piece in i.args if i.op == "add" else (i,):
-                if data_dependent(piece):
-                    found[T.coefficient(piece)[1]] = None
-                    stride = T.coefficient(piece)[0]
-                    n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
-                    sizes.append(T.exact_div(n, stride))
+            pieces = [piece for piece in (i.args if i.op == "add" else (i,)) if data_dependent(piece)]
+            joined |= len({x.args[0] for piece in pieces for x in T.walk(piece) if x.op == "topk"}) > 1
+            for piece in pieces:
+                found[T.coefficient(piece)[1]] = None
+                stride = T.coefficient(piece)[0]
+                n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
+                sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
         if found:
-            raise No("expert weights are indexed by different ids")
+            raise No(_JOINED if joined else "expert weights are indexed by different ids")
         raise No("no expert weight is indexed by the ids", NO_EXPERTS)
     if len(set(sizes)) != 1 or not isinstance(sizes[0], int):
         raise No("expert weights disagree on the number of experts")

@@ -14,6 +14,7 @@ from ...ir.families import EXPERTS, family_of
 from ...ops import route_args
 from ..aten.effects import mutated_args
 from ..aten.element import shape_of
+from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
 from ..aten.sources import code_of
@@ -50,7 +51,8 @@ class Planner:
         if s in self.shadow.statement:
             code = code_of(s) or "x[i] = y"
             return f"`{code}` writes a tensor of the block in place: masked_fill, torch.where and index_put give a new one"
-        return f"{s.name} has no counterpart in the captured graph"
+        code = code_of(s) or op_name(s)
+        return f"the block needs a number from inside of `{code}`, of which the graph holds the result alone: write its steps out"
 
     def _unwritten(self, s: fx.Node, results: list[fx.Node], at: int) -> None:
         """What an op that stands at `at` is to read is not written between there and where it is read on the way to the results."""
