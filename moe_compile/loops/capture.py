@@ -39,7 +39,7 @@ _spans: dict[str, tuple[int, int]] = {}  # file:line of a loop's function -> its
 
 def met(code: types.CodeType, names: Mapping[str, Any], values: Sequence[Any]) -> None:
     """A frame of its own is compiled: a block whose loop does what someone outside can notice is not even tried."""
-    if has_loop(code) and asks(code) and effect(code) and flags.chooses(code, names, values):
+    if has_loop(code) and asks(code) and effect(code) and flags.chooses(code, names, values, inside=False):
         source = f"{code.co_filename}:{line_of_effect(code)}"
         with _lock:
             _spans[source] = span(code)

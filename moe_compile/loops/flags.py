@@ -135,10 +135,10 @@ def _modules(values: Iterable[Any]) -> Iterator[nn.Module]:
     return (m for v in held if isinstance(v, nn.Module) and "_modules" in vars(v) for m in v.modules())
 
 
-def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> Iterator[types.CodeType]:
-    """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand by theirs."""
+def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any], inside: bool = True) -> Iterator[types.CodeType]:
+    """Code, and what it may call: the user's functions by a global's name, methods of the modules at hand (and `inside`) by theirs."""
     values = list(values)
-    modules = list(_modules(values))
+    modules = list(_modules(values)) if inside else [v for v in values if isinstance(v, nn.Module)]
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not is_library(home(c)))
     own = [f for m in modules for f in vars(m).values() if callable(f)]  # a forward set on the instance
     todo: list[tuple[types.CodeType, Mapping[str, Any]]] = [(code, names)]
@@ -159,9 +159,10 @@ def reached(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any
         found += [f for cls in classes for n in (*called, "forward") for f in _functions(of_class(cls, n))]
 
 
-def chooses(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]) -> bool:
-    """Whether code chooses experts, itself or in what it calls, such as a method `route`."""
-    return selects(code) or any(map(selects, reached(code, names, values)))
+def chooses(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any], inside: bool = True) -> bool:
+    """Whether code chooses experts, itself or in what it calls, such as a method `route`; without `inside` not in modules that it calls:
+    a loop over a model's layers chooses none."""
+    return selects(code) or any(map(selects, reached(code, names, values, inside)))
 
 
 def _functions(v: Any) -> list[types.FunctionType]:

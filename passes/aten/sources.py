@@ -77,5 +77,5 @@ def input_name(n: fx.Node) -> str:
         text = str(name() if callable(name) else name)
     except NotImplementedError:
         return ""
-    text = _LOCAL.sub(r"\1", _PART.sub(r".\1", text))
+    text = _LOCAL.sub(r"\1", _PART.sub(r".\1", text)).replace(".__self__", "")  # of a method that is compiled, whose it is
     return _ARGUMENT.sub(lambda m: "the input" if m[1] == "0" else f"argument {int(m[1]) + 1}", text)
