@@ -68,11 +68,16 @@ def _check_core_limit(limit: Any) -> None:
 
 
 # Of the graph modes' `CompilerConfig`s (torch_npu 2.13): the parts of GE's first, whose names may go on behind a dot
-_PARTS = ("debug", "export", "dump_config", "fusion_config", "inference_config", "aoe_config", "experimental_config", "ge_config")
+_PARTS = (
+    *("debug", "export", "dump_config", "fusion_config", "inference_config", "aoe_config", "experimental_config", "ge_config"),
+    *("aclgraph_config", "npugraphex_config"),
+)
 _INNER = (
     *("mode", "post_grad_custom_pre_pass", "post_grad_custom_post_pass", "force_eager", "static_kernel_compile", "frozen_parameter"),
-    *("capture_limit", "clone_input", "inplace_pass", "input_inplace_pass", "pattern_fusion_pass", "remove_noop_ops", "remove_cat_ops"),
-    *("use_graph_pool", "super_kernel_optimize", "deadlock_check", "capture_error_mode"),
+    *("capture_limit", "clone_input", "clone_output", "inplace_pass", "input_inplace_pass", "pattern_fusion_pass", "remove_noop_ops"),
+    *("remove_cat_ops", "use_graph_pool", "reuse_graph_pool_in_same_fx", "super_kernel_optimize", "super_kernel_optimize_options"),
+    *("super_kernel_debug_options", "deadlock_check", "capture_error_mode", "force_recapture", "dump_tensor_data", "data_dump_stage"),
+    *("data_dump_dir", "disable_static_kernel_compile_cache", "unsafe_skip_npugraph_capture_validation", "record_statistics_debug_info"),
 )
 
 

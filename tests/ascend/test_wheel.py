@@ -15,7 +15,7 @@ from goldens import MOE, as_recorded
 from hazards import hazards, stages
 
 import moe_compile
-from moe_compile.lowering.ascend import dry_run, metas, modes, register, schemas
+from moe_compile.lowering.ascend import dry_run, metas, modes, options, register, schemas
 from moe_compile.options import Options
 
 if not schemas.wheel():
@@ -47,6 +47,12 @@ def test_our_schemas_are_the_wheels(schema: str) -> None:
 
 def test_the_ops_of_the_950_are_declared_as_they_are_known() -> None:
     assert schemas.lacking(tuple(schemas.RAISED)) is None
+
+
+def test_inner_options_that_are_named_without_the_wheel_are_the_wheels() -> None:
+    configs = [make(Options(target="ascend")) for make in (modes.ge_config, modes.npugraph_ex_config)]
+    has = {name for c in configs for name in vars(c) if not name.startswith("_")}
+    assert set(options._INNER) | set(options._PARTS) == has
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
