@@ -38,7 +38,9 @@ def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
 def _of_elements(p: Puller, rows: fx.Node) -> Mask | None:
     """m of any(m, -1), where each row of m holds at most one true element and these pick something too: both are as many, in one order."""
     source, dim = rows.args[0], getattr(call_args(rows), "dim", None)
-    if not isinstance(source, fx.Node) or dim is None or len(shape_of(source)) < 2 or p.stop(source):
+    if not isinstance(source, fx.Node) or dim is None or len(shape_of(source)) < 2:
+        return None
+    if rows in p.walls or p.stop(rows) or p.stop(source):
         return None
     if not any(op_name(n) in names.LOOKUP | names.PUT | _PICKS for n in source.users):
         return None

@@ -253,7 +253,7 @@ def _stacked(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(name, 1)
     if any(len(shape_of(x)) != len(idx) or len(idx) <= dim for x in parts):
         raise Opaque(f"{name} of tensors that have not that dim")
-    return _joined(p, [x for x in parts if 0 not in shape_of(x)], dim, idx)
+    return _joined(p, [x for x in parts if 0 not in shape_of(x)] or parts, dim, idx)
 
 
 def _grouped_cat(p: Puller, parts: list[fx.Node], d: int, idx: Idx) -> Term | None:
