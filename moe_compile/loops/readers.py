@@ -220,7 +220,7 @@ class Block(_Reader):
             gm = record_symbolically(self._run, given, self.table.probe, self.call.grad, self.counts_rows)
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
             fn = self.call.fn
-            if not chooses(fn.__code__, fn.__globals__, [self.call.module]):
+            if not chooses(fn.__code__, fn.__globals__, [self.call.module], inside=False):
                 raise NoExperts(r.reason, stage="read") from r
             advice = APART if r.stage in _WHOLE else ""
             own = effect(fn.__code__) if r.stage == "effects" else ""
