@@ -262,6 +262,8 @@ def number_of_experts(bench: DispatchBench) -> int:
                 raise
             except Exception:  # an id out of range; what is raised then is the function's own affair
                 break
+            if out is None:  # a check of its arguments
+                raise NoExperts("it returns nothing", stage="read")
             if not isinstance(out, Tensor):
                 raise Rejection("it returns something else than one tensor", stage="read")
             outs.append(out)
