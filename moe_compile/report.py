@@ -47,7 +47,7 @@ class _SkippedFrames:
 class _Call:
     """The outermost call of a compiled function that is under way in a thread, and whose model it is."""
 
-    mark: tuple[int, int]
+    mark: object
     owner: Any
 
 
@@ -55,7 +55,7 @@ class _Thread(threading.local):
     """What one thread is compiling: the call under way, its report, and the id of its root graph if that is whole."""
 
     report: Report | None = None
-    call: tuple[int, int] | None = None
+    call: object = None
     root: tuple[Any, int] | None = None
     collecting: Report | None = None
     part: Report | None = None
@@ -79,7 +79,7 @@ class _Store:
         mark = None if call is None else call.mark
         if mine.collecting is not None:
             mine.report = mine.collecting
-        elif mine.report is None or mark is None or mark != mine.call or self._restarts(compile_id):
+        elif mine.report is None or mark is None or mark is not mine.call or self._restarts(compile_id):
             mine.report = Report()
             mine.root = compile_id if gm is not None and graph_break_of(gm) is None else None
         mine.call, self.last = mark, mine.report
@@ -132,8 +132,8 @@ def _compile_id() -> tuple[Any, int] | None:
 def _current_call() -> _Call | None:
     """Identifies the outermost call of a compiled function that is under way in this thread.
 
-    Dynamo has no such id. Its outermost wrapper frame lives exactly as long as the call; its address plus the wrapped
-    function's is unique among calls under way and almost always between one call and the next.
+    Dynamo has no such id. Its outermost wrapper frame lives exactly as long as the call, so a mark is laid among that frame's locals. (The
+    frame's address would not do: the next call's frame may get the same one.)
     """
     outermost: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
@@ -144,7 +144,7 @@ def _current_call() -> _Call | None:
     if outermost is None:
         return None
     fn = outermost.f_locals.get("fn")
-    return _Call((id(outermost), id(fn)), _owner(fn))
+    return _Call(outermost.f_locals.setdefault("moe_compile call", object()), _owner(fn))
 
 
 def _owner(fn: Any) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile.report import Report, collecting
+from moe_compile.report import Report, _current_call, collecting
 
 torch.set_num_threads(1)
 T, H, I, E, K = 5, 8, 4, 3, 2
@@ -645,6 +645,22 @@ def test_a_report_for_each_model() -> None:
     assert of_a is not None and of_b is not None
     assert len(of_a.blocks) == 2 and of_a.graph_count == 2, str(of_a)
     assert len(of_b.blocks) == 1 and of_b.graph_count == 1 and moe_compile.last_report(nn.Linear(1, 1)) is None
+
+
+def test_a_call_is_no_other_call() -> None:
+    """Also where the frame of the next call lies at the address of the last one."""
+    marks: list[object] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        twice = [_current_call() for _ in range(2)]
+        assert twice[0] == twice[1] is not None
+        marks.append(twice[1].mark)
+        return gm.forward
+
+    for _ in range(20):
+        torch._dynamo.reset()
+        torch.compile(torch.neg, backend=backend)(torch.zeros(1))
+    assert len(set(marks)) == len(marks) == 20
 
 
 def test_graphs_that_did_not_run_are_not_counted() -> None:
