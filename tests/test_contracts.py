@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moe_compile
 from moe_compile import ir
-from moe_compile.passes.aten import contracts, contracts_float8, contracts_scaled
+from moe_compile.passes.aten import contracts, contracts_float8, contracts_scaled, wrapped
 from moe_compile.report import collecting
 
 E, H, I, K, B = 4, 16, 8, 2, 4
@@ -46,6 +46,12 @@ define("rows_by_expert(Tensor rows, Tensor weight, Tensor ends) -> Tensor", grou
 define("put_back(Tensor base, Tensor rows, Tensor token) -> Tensor", combine, lambda b, r, t: torch.empty_like(b))
 for _name, (_more, _run) in FLOAT8.items():
     define(f"{_name}({BLOCK.format(_more)}) -> Tensor", _run, lambda A, B, *_: A.new_empty(A.shape[0], B.shape[-2]))
+for _name in ("w8a8_mx_dynamic_fp8_matmul_grouped", "w4a8_mx_dynamic_fp4_matmul_grouped"):
+    define(
+        f"{_name}(Tensor A, Tensor B, Tensor Bs, Tensor offsets, Tensor tokens_per_expert, ScalarType? output_dtype=None) -> Tensor",
+        contracts_float8._mx_grouped,
+        lambda A, B, *_: A.new_empty(A.shape[0], B.shape[-2]),
+    )
 define(
     "deterministic_scatter_add(Tensor out, Tensor index, Tensor src) -> Tensor",
     lambda out, index, src: out.scatter_add(0, index, src),
@@ -215,6 +221,52 @@ def test_float8_kernels_of_transformers(kind: type[Block]) -> None:
     (block,) = report.blocks
     how, rows = ir.Stored(8, F8, rows=B, columns=B), ir.Rows(8, F8, B, 1e-12, floored=False)
     e = block.ir.experts
+    assert (e.up_stored, e.down_stored, e.up_rows, e.down_rows) == (how, how, rows, rows)
+    with torch.no_grad():
+        want = m(x)
+        w, ids = m.gate(x).softmax(-1).topk(K)
+        exact = e.evaluate(x, ids, w, [m.up], [m.down], up_scale=[m.up_scale], down_scale=[m.down_scale])
+    error = lambda a: float((a.double() - exact).norm() / exact.norm())  # noqa: E731
+    assert error(got) <= max(1e-5, 1.25 * error(want))
+
+
+class Mx(Block):
+    """Weights in groups of 32 inputs with powers of two: float8, or two e2m1 a byte; rows in float8 by 32, powers of two."""
+
+    hidden, inner = 64, 64
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.op = OPS.w4a8_mx_dynamic_fp4_matmul_grouped if packed else OPS.w8a8_mx_dynamic_fp8_matmul_grouped
+        self.gate = nn.Linear(self.hidden, E, bias=False)
+        for name, (n, k) in (("up", (2 * self.inner, self.hidden)), ("down", (self.hidden, self.inner))):
+            codes = torch.randint(-128, 128, (E, n, k // 2)).to(torch.int8) if packed else (torch.randn(E, n, k) * 20).to(F8)
+            self.register_buffer(name, codes)
+            self.register_buffer(f"{name}_scale", torch.exp2(torch.randint(-8, -3, (E, n, k // 32)).float()).to(torch.float8_e8m0fnu))
+
+    def products(self, rows: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        g, u = self.op(rows, self.up, self.up_scale, ends, counts).chunk(2, -1)
+        return self.op(F.silu(g) * u, self.down, self.down_scale, ends, counts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K)
+        ids, order = torch.sort(ids.flatten())
+        ends = torch.histc(ids.float(), E, 0, E - 1).cumsum(0, dtype=torch.int32)
+        y = self.products(x[order // K], ids, ends) * w.flatten()[order, None]
+        return y[order.argsort()].view(-1, K, self.hidden).sum(1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_of_groups_with_powers_of_two(packed: bool) -> None:
+    """MXFP8 and MXFP4 weights beside rows in float8 (transformers' `expert_dtype: fp4`)."""
+    m, x = Mx(packed), torch.randn(9, Mx.hidden)
+    got, report = compiled(m, x)
+    assert len(report.blocks) == 1, report.rejected
+    e = report.blocks[0].ir.experts
+    how = ir.Stored(4, torch.int8, rows=1, columns=32, axis=2, order=(0, 1), values=wrapped.E2M1)
+    rows = ir.Rows(8, F8, 32, 1e-12, power=True)
+    how = how if packed else ir.Stored(8, F8, rows=1, columns=32)
     assert (e.up_stored, e.down_stored, e.up_rows, e.down_rows) == (how, how, rows, rows)
     with torch.no_grad():
         want = m(x)

@@ -148,19 +148,33 @@ def _beside(run: Run, branch: Few | Many, device: torch.device) -> Tensor:
 
 
 def _in_few_bits(routed: Sequence[Any], layout: Layout, storage: Storage, branch: Few | Many) -> tuple[Tensor | None, Run | None]:
-    """The result where both are in the few-token kernels; else how to run the routed experts, None where they are beyond the kernels."""
+    """The result where both are in the few-token kernels; else how to run the routed experts, None where there are none to run."""
     from . import coded, coded_shared  # few models have them, and kernels take time to import
 
-    c = coded.operands(*routed, layout, storage)
-    choice = None if c is None or c.ids.numel() == 0 else coded.choose(c)
-    if c is None or choice is None:
+    if routed[1].numel() == 0:
         return None, None
+    c = coded.operands(*routed, layout, storage)
+    choice = None if c is None else coded.choose(c)
+    if c is None or choice is None:
+        return None, lambda add, late: _in_workspace(routed, layout, storage, add, late)
     if choice.few is not None and isinstance(branch, Few):
         shared = _shared(branch)
         if coded_shared.fits(c, shared):
             return coded_shared.few_together(c, shared, branch.tiles[0], *choice.few), None
     out = empty(c.x, c.x.shape[0], c.down.at.n)
     return None, lambda add, late: coded.run(replace(c, add=add), choice, out, late)
+
+
+def _in_workspace(routed: Sequence[Any], layout: Layout, storage: Storage, add: Tensor | None, late: Late | None) -> Tensor:
+    """Routed experts whose codes no kernel decodes: floats of them in turns, and what is added when all are done."""
+    from . import stored
+
+    x, ids, weights, p, _ = routed
+    if late is not None:
+        late.issue()  # first: the turns are dozens of launches
+    out = stored.forward(x, ids, weights, p, None, layout, storage)
+    more = add if late is None else late.join()
+    return out if more is None else (out.float() + more).to(x.dtype)
 
 
 def _shared(branch: Few) -> Shared:

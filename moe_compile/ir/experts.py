@@ -232,9 +232,21 @@ def smooth_of(scales: Sequence[Tensor], e: int, experts: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An MLP on the same tokens, added to the routed result: [sigmoid(x·w_gate)] · down act(up x)."""
+    """An MLP on the same tokens, added to the routed result: [sigmoid(x·w_gate)] · down act(up x).
+
+    up_stored, down_stored, up_rows, down_rows: as those of `Experts`; None for floats, and for rows that are not rounded.
+    """
 
     intermediate: int
     activation: sp.Expr
     gated: bool = False
     bias: bool = False
+    up_stored: Stored | None = None
+    down_stored: Stored | None = None
+    up_rows: Rows | None = None
+    down_rows: Rows | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights are codes: the graph goes on computing it then."""
+        return self.up_stored is not None or self.down_stored is not None

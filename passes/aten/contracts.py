@@ -203,7 +203,10 @@ def _traced(run: Callable[..., Any], values: list[Any]) -> fx.GraphModule | None
 def _kept(gm: fx.GraphModule, value: Any) -> str:
     """The name of an attribute of `gm` that holds a constant of a reference."""
     name = next(name for i in range(1 << 30) if not hasattr(gm, name := f"_contract_constant{i}"))
-    setattr(gm, name, value)
+    if isinstance(value, torch.Tensor):
+        gm.register_buffer(name, value, persistent=False)  # of a plain attribute torch warns
+    else:
+        setattr(gm, name, value)
     return name
 
 

@@ -48,9 +48,9 @@ def rounded(x: Tensor, group: int, power: bool = False, floored: bool = False) -
     """x [S, K] in float8, each group of a row by its own scale; `power`: scales are rounded up to powers of two."""
     t = x.float().unflatten(-1, (-1, group))
     s = t.abs().amax(-1, keepdim=True) / _LARGEST
-    if power:
-        s = torch.exp2(torch.ceil(torch.log2(s.clamp(min=_LEAST))))
     least = s.clamp(min=_LEAST)
+    if power:
+        s = least = torch.exp2(torch.ceil(torch.log2(least)))
     q = (t / least).to(torch.float8_e4m3fn).float()
     return (q * (least if floored else s)).flatten(-2)
 

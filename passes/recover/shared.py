@@ -17,10 +17,11 @@ from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
 from ..terms import Term
 from .body import Core, parse_core
-from .coded import stored
+from .coded import check, stored
 from .experts import params
 from .forms import layout
 from .match import ExpertsMatch, Param
+from .rounding import Rounding, unrounded
 from .rows import No, factors, fixed_widths, is_row, row_index, row_variable, rows
 from .selections import users_through_views
 
@@ -116,21 +117,26 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
         parsed = _parse(m, term, t, h)
         if parsed is None:
             return None
-        core, gate = parsed
+        core, gate, rounding = parsed
         form, symbols, expr = layout(core)
         if not isinstance(core.inner, int) or form is Form.INTERLEAVED or not fixed_widths(m.tokens, other):
             return None
+        ups = [core.linears[s] for s in symbols]
+        ways = (stored(ups), stored([core.down]), rounding.up, rounding.down)
+        check(ups, core.down, form)
     except (No, T.TooLarge):
         return None
-    ir = SharedExpert(core.inner, expr, gated=gate.op != "c", bias=core.linears[symbols[0]].bias is not None)
+    ir = SharedExpert(core.inner, expr, gate.op != "c", ups[0].bias is not None, *ways)
+    if ir.coded:  # the ops take one of floats: the graph goes on making them of the one matrix that is used
+        return SharedMatch(ir, other, None)
     try:
         return SharedMatch(ir, other, _operands(m, other, core, form, symbols, expr, _gate_node(p, other, term, t, h, edge, order)))
     except No:
         return SharedMatch(ir, other, None)
 
 
-def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term] | None:
-    """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one, and what multiplies it."""
+def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term, Rounding] | None:
+    """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one, what multiplies it, and how its rows are rounded."""
     one = T.named("expert", 1)
     weights = {
         x: T.atom(x.args[0], (one, *x.args[1]))
@@ -142,12 +148,13 @@ def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term] |
     gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
     if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
         return None
-    parsed = parse_core(core, t, h, one)
-    if any(stored([x]) is not None for x in (parsed.down, *parsed.linears.values())):
-        return None  # the weights of the IR's shared expert are floats
+    rounding = unrounded(core, h, one)
+    parsed = parse_core(rounding.body, t, h, one)
+    if (rounding.up or rounding.down) and stored([parsed.down]) is None:
+        return None  # rows in few bits beside weights that are floats
     if parsed.on_input is not None or not all(_is_own_row(x, m.tokens, t) for x in parsed.tokens):
         return None
-    return parsed, gate
+    return parsed, gate, rounding
 
 
 def _is_own_row(x: Term, tokens: fx.Node, t: Term) -> bool:

@@ -47,7 +47,7 @@ def meanings() -> dict[str, str]:
     """One entry of the catalogue for each meaning."""
     found: dict[str, str] = {}
     for name, cls in catalogue.entries().items():
-        if isinstance(cls.expect, Fused) and (block := meant(cls.expect)) is not None:
+        if isinstance(cls.expect, Fused) and not cls.zoo_only and (block := meant(cls.expect)) is not None:
             found.setdefault(repr(block), name)
     return {name: key for key, name in found.items()}
 

@@ -116,6 +116,7 @@ class Case(nn.Module):
     huge_logits: ClassVar[bool] = True  # False: not comparable there, the entry says why
     one_token_is_less: ClassVar[bool] = False  # True: of a single token more is known, the entry says why
     faint_logits: ClassVar[bool] = True  # False: they tie
+    zoo_only: ClassVar[bool] = False  # True: CI neither runs nor compiles it, `make zoo` does
     routes_all: ClassVar[bool] = True  # False: no naive reading exists (not a MoE block)
 
     gate: nn.Parameter

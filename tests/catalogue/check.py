@@ -56,7 +56,7 @@ def compiled_here(cls: type[Case]) -> bool:
 
 
 def in_ci(cls: type[Case]) -> bool:
-    return cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
+    return not cls.zoo_only and cls.__name__ not in LONG and cls.__name__ not in _spelled_elsewhere()
 
 
 @functools.cache

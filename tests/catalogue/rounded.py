@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from moe_compile.ir import Rows
 
-from .base import RENORM, E, Fused, Rejected
-from .stored import F8, STORED, B, _Blocks
+from .base import RENORM, SHARED, E, Fused, H, I, Rejected
+from .stored import BLOCKS, F8, STORED, B, _Blocks
 
 GROUPS = Rows(8, F8, B, 1e-12 / 448)
 BOTH = Fused(RENORM, replace(STORED, up_rows=GROUPS, down_rows=GROUPS))
@@ -119,3 +120,60 @@ class RowsWeighedFirst(_Near):
             token, slot = torch.where(ids == e)
             out.index_add_(0, token, self.expert(e, x[token] * w[token, slot, None]))
         return out
+
+
+class SharedInBlocks(_Blocks):
+    """Verdict: fused with its shared expert, whose weights are codes too and which runs as written."""
+
+    shared_ir: Any = replace(SHARED, up_stored=BLOCKS, down_stored=BLOCKS)
+    expect: Any = Fused(RENORM, STORED, shared_ir)
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name, shape in (("shared_up", (2 * I, H)), ("shared_down", (H, I))):
+            self.register_buffer(name, (torch.randn(*shape) * 20).to(F8))
+            self.register_buffer(f"{name}_scale", self.scales(*self.how.scales_of(shape)))
+
+    def of_rows(self, x: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        g, u = F.linear(rows(x), self.floats(self.shared_up, self.shared_up_scale)).chunk(2, -1)
+        return F.linear(rows(F.silu(g) * u), self.floats(self.shared_down, self.shared_down_scale))
+
+    def shared(self, x: Tensor) -> Tensor:
+        return self.of_rows(x, lambda rows: rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(self.logits(x))
+        return self.run_experts(x, ids, w) + self.shared(x)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"add": SharedInBlocks.of_rows(self, x, lambda rows: rows)}
+
+
+class SharedRowsInGroups(SharedInBlocks):
+    """Verdict: fused, another shared expert: its rows are rounded to float8 before both products."""
+
+    expect = Fused(RENORM, STORED, replace(SharedInBlocks.shared_ir, up_rows=GROUPS, down_rows=GROUPS))
+    near, differs = "SharedInBlocks", ("shared.down_rows", "shared.up_rows")
+    rows, scale = RowsInGroups.rows, RowsInGroups.scale
+
+    def shared(self, x: Tensor) -> Tensor:
+        return self.of_rows(x, self.rows)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        return {"add": self.shared(x)}
+
+
+class SharedScalesTransposed(SharedInBlocks):
+    """Verdict: fused, the shared expert being a part of the graph: its grids lie with rows and columns exchanged, which no storage says."""
+
+    expect = Fused(RENORM, STORED)
+    zoo_only = True
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        own = s.shape == tuple(n // B for n in q.shape)
+        return super().floats(q, s if own else s.t())
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for name in ("shared_up_scale", "shared_down_scale"):
+            setattr(self, name, getattr(self, name).t().contiguous())

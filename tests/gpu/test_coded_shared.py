@@ -19,8 +19,9 @@ from test_few_bits import F8, SCHEMES, WIDE, on_device
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import CODED
+from moe_compile.ir.stored import Scale
 from moe_compile.lowering.triton import calls as kernels
-from moe_compile.lowering.triton import coded, coded_shared, short
+from moe_compile.lowering.triton import coded, coded_shared, codes, shared, short
 from moe_compile.lowering.triton.launch import plans
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -100,6 +101,23 @@ def test_what_the_pair_does_not_take() -> None:
     for experts in (replace(WIDE, up_bias=True, down_bias=True), ROUNDED):
         args, want = arguments(SCHEMES["blocks"], 1, experts=experts)
         close(by_kernels(args), want, 1e-5 if experts is not ROUNDED else 2e-2)
+
+
+DIVIDING = replace(SCHEMES["blocks"], scaled=Scale.DIVIDES)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_codes_that_no_kernel_decodes(tokens: int) -> None:
+    """The routed experts in a workspace, the shared one beside it: started before the turns, awaited and added behind them."""
+    assert not codes.takes(DIVIDING, False)
+    args, want = arguments(DIVIDING, tokens, add=True)
+    close(by_kernels(args), want)
+    x, ids, weights, p, _ = ops.bundled(args, CODED)
+    record = ops.storage_of(ops.experts_args(replace(WIDE, up_stored=DIVIDING, down_stored=DIVIDING)))
+    late = Late(torch.randn(tokens, WIDE.out_features, device=DEVICE), [])
+    routed = (x, ids, weights, p, None)
+    close(shared._in_workspace(routed, *record, None, late), shared._in_workspace(routed, *record, late.value, None).double())
+    assert late.seen == ["issue", "join"]
 
 
 @dataclass(frozen=True)
