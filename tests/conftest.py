@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import lean
 import pytest
 import sampled
 import torch
@@ -22,6 +23,7 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
+lean.time_no_guards()
 
 collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
 if (
@@ -88,8 +90,11 @@ def own_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Every test starts without compiled code and with one seed."""
+    """Every test starts without compiled code and with one seed, whatever compilers the tests before it broke."""
     torch._dynamo.reset()
+    native = sys.modules.get("moe_compile.lowering.cpu.native")
+    if native is not None and native._state.failed:
+        native._state = native._State()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
@@ -139,10 +144,14 @@ def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: the collector need not look at it again and again, which is a quarter of the time of a compilation."""
+    lean.collect_seldom()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What there is to collect is collected while xdist waits for it: a worker that takes 5 s afterwards gets a SIGINT from execnet."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def have_compiler() -> bool:

@@ -48,20 +48,35 @@ def _read(path: Path) -> dict[str, Any]:
     return {k: v for line in lines for k, v in json.loads(line).items()}
 
 
-def worker(rank: int, world: int, port: int, file: str, function: str, out: str, args: list[str]) -> None:
+def together() -> None:
+    """Import what compiles, before processes are forked: it is imported once then. Nothing of it starts a thread."""
+    import lean
     import torch
-    import torch.distributed as dist
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    import moe_compile.passes.pipeline  # noqa: F401
+
     torch.set_num_threads(1)
+    lean.time_no_guards()
+    lean.collect_seldom()
+
+
+def imported(file: str) -> Any:
+    """The module of a file, and with it all that its ranks import."""
     sys.path[:0] = [str(Path(file).parent), str(Path(__file__).parent)]
     spec = importlib.util.spec_from_file_location("cells_of_ranks", file)
     assert spec is not None and spec.loader is not None
     module = sys.modules["cells_of_ranks"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    together()
+    return module
+
+
+def worker(rank: int, world: int, port: int, cells: Callable[..., Iterator[tuple[str, Any]]], out: str, args: list[str]) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=COLLECTIVE))
-    cells: Callable[..., Iterator[tuple[str, Any]]] = getattr(module, function)
     try:
         with (Path(out) / f"{rank}.jsonl").open("w") as file_out:
             for name, found in cells(rank, world, *args):
@@ -85,4 +100,5 @@ if __name__ == "__main__":
 
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # whoever ends the tests ends their processes
     path, name, world, folder, *rest = sys.argv[1:]
-    mp.spawn(worker, (int(world), free_port(), path, name, folder, rest), nprocs=int(world))
+    of_file = getattr(imported(path), name)
+    mp.start_processes(worker, (int(world), free_port(), of_file, folder, rest), nprocs=int(world), start_method="fork")

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from test_cpu_lowering import relative
 import moe_compile
 from moe_compile.lowering.cpu import build as cpu_build
 from moe_compile.lowering.cpu import experts as cpu
+from moe_compile.lowering.cpu import levels, prebuilt
 
 
 def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
@@ -138,3 +141,35 @@ assert next(iter(build._compilers)).poll() is None
 def test_a_forked_process_waits_for_no_thread_of_its_parent(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", ENDS + FORKS], env=slow_compiler(tmp_path), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_wants_the_same_kernels_at_once_builds_them_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ranks of a job, workers of these tests: all wait for the first, and load what it built. (A lock is one of an opened file.)"""
+    built: list[Path] = []
+
+    def compile_(compiler: str, flags: list[str], path: Path) -> None:
+        time.sleep(0.2)
+        path.touch()
+        built.append(path)
+
+    monkeypatch.setattr(cpu_build, "_compile", compile_)
+    path = tmp_path / "cache" / "route.so"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: cpu_build.ensure("c++", [], path), range(3)))
+    assert built == [path] and list(path.parent.iterdir()) == [path]
+
+
+def test_the_key_does_not_tell_where_the_sources_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def key() -> str:
+        return cpu_build._key(sys.executable, prebuilt.flags("route", "STORAGE_F32", levels.NATIVE))
+
+    here = key()
+    monkeypatch.setattr(prebuilt, "SOURCES", shutil.copytree(prebuilt.SOURCES, tmp_path / "kernels"))
+    prebuilt.sources.cache_clear()
+    assert key() == here
+    with (tmp_path / "kernels" / "route.cpp").open("a") as f:
+        f.write("// another\n")
+    prebuilt.sources.cache_clear()
+    changed = key()
+    prebuilt.sources.cache_clear()
+    assert changed != here

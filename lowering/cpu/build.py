@@ -29,6 +29,7 @@ import torch
 
 from ...ir.scalar import LIMITS_PASS
 from . import levels, prebuilt
+from .lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -174,18 +175,40 @@ def _built(direction: str, dtype: torch.dtype, level: str) -> ctypes.CDLL:
     compiler = _compiler()
     flags = prebuilt.flags(direction, STORAGE[dtype], level)
     path = _cache_dir() / f"{direction}-{_key(compiler, flags)}.so"
-    if not path.exists():
-        _compile(compiler, flags, path)
+    ensure(compiler, flags, path)
     return ctypes.CDLL(str(path))
+
+
+def ensure(compiler: str, flags: list[str], path: Path) -> None:
+    """Have a file of the cache: the processes of a machine (ranks, workers) that want it at once wait for the first of them, which builds.
+
+    Raises _NoKernels where it cannot be built.
+    """
+    if path.exists():
+        return
+    _folder(path)
+    with locked(path.with_suffix(".lock"), _ending.is_set):
+        if not path.exists():
+            _compile(compiler, flags, path)
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+
+
+def _unwritable(path: Path, e: OSError) -> _NoKernels:
+    return _NoKernels(f"the kernel cache {path.parent} cannot be written ({e.strerror}); MOE_COMPILE_CACHE_DIR names another")
 
 
 def _compile(compiler: str, flags: list[str], path: Path) -> None:
     """Compile next to `path` and move into place, so that another process never sees half a file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as e:
-        raise _NoKernels(f"the kernel cache {path.parent} cannot be written ({e.strerror}); MOE_COMPILE_CACHE_DIR names another") from e
+        raise _unwritable(path, e) from e
     os.close(handle)
     try:
         command = [compiler, *flags, "-o", name]
@@ -243,10 +266,14 @@ def _cache_dir() -> Path:
 
 
 def _key(compiler: str, flags: list[str]) -> str:
-    """Changes with the sources, the flags, the compiler and the processor (homes are shared between machines)."""
+    """Changes with the sources, the flags, the compiler and the processor (homes are shared between machines).
+
+    Where the package lies does not matter: another environment, or another checkout of the same sources, finds what this one built.
+    """
     h = hashlib.sha256(prebuilt.sources())
     stat = os.stat(compiler)
-    h.update(repr((flags, os.path.realpath(compiler), stat.st_size, stat.st_mtime_ns, _processor())).encode())
+    said = [flag.replace(f"{prebuilt.SOURCES}{os.sep}", "") for flag in flags]
+    h.update(repr((said, os.path.realpath(compiler), stat.st_size, stat.st_mtime_ns, _processor())).encode())
     return h.hexdigest()[:24]
 
 

@@ -66,7 +66,7 @@ def load(wait: bool) -> bool:
         return _state.loaded
     with _lock:
         if _state.thread is None:
-            _state.thread = build.began(_build, name="moe_compile call build")
+            _state.thread = build.began(_build, _state, name="moe_compile call build")
             _state.thread.start()
     if wait:
         _state.thread.join()
@@ -77,18 +77,17 @@ def load(wait: bool) -> bool:
     return _state.loaded
 
 
-def _build() -> None:
+def _build(state: _State) -> None:
     try:
         compiler = build._compiler()
         torch_folder = Path(torch.__file__).parent
         flags = ["-O2", "-std=c++20", "-fPIC", "-shared", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         flags += [f"-I{torch_folder / 'include'}", str(prebuilt.SOURCES / "call.cpp"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         path = build._cache_dir() / f"call-{build._key(compiler, [*flags, torch.__version__])}.so"
-        if not path.exists():
-            build._compile(compiler, flags, path)
-        _state.path = path
+        build.ensure(compiler, flags, path)
+        state.path = path
     except Exception as e:  # Python does the same
-        _state.failed = True
+        state.failed = True
         log.info("the experts op is called through Python: %s", e)
 
 

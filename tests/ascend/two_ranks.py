@@ -202,4 +202,8 @@ def worker(rank: int, world: int, port: int, path: str, names: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    mp.spawn(worker, (2, 29500 + os.getpid() % 2000, sys.argv[1], sys.argv[2:] or list(SCENARIOS)), nprocs=2)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import ranks
+
+    ranks.together()
+    mp.start_processes(worker, (2, ranks.free_port(), sys.argv[1], sys.argv[2:] or list(SCENARIOS)), nprocs=2, start_method="fork")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import cells
@@ -39,12 +38,12 @@ INFERENCE = ("ep, moe_compile",) if "ZOO_ALL" not in os.environ else ("ep, moe_c
 def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     import moe_compile.integrations.transformers  # noqa: F401 (registers its implementation)
 
-    path = Path(tempfile.gettempdir()) / f"moe_compile_sharded_{dist.get_rank()}"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SIZES))
+    folder = tempfile.TemporaryDirectory()  # of this run alone: others of this machine write theirs
     if rank == 0:
-        model.save_pretrained(path)
-    shared = [str(path)]
+        model.save_pretrained(folder.name)
+    shared = [folder.name]
     dist.broadcast_object_list(shared, 0)
     for name in names or CONFIGS:
         for spelling in ("grouped_mm", "eager"):
