@@ -129,7 +129,7 @@ def _searched(work: Work) -> None:
             work.reject([Rejection(str(e), work.seen.first(), "budget")])
         _fresh_terms()
     if not limit.over:  # what another machine, or this one on another day, may have time for is not kept
-        recall.save(key, work.kept())
+        recall.save(key, work.kept)
 
 
 @contextmanager
