@@ -47,6 +47,9 @@ SPLIT: dict[str, Callable[[Any, int, Any], Any]] = {
     "chunk": lambda a, i, n: i * -(-n // a.chunks),
     "split": lambda a, i, n: _after(getattr(a, "split_size", None) or a.split_sizes, i),
     "split_with_sizes": lambda a, i, n: _after(a.split_sizes, i),
+    "tensor_split": lambda a, i, n: (
+        [0, *a.indices][i] % n if hasattr(a, "indices") else sum((n - j + a.sections - 1) // a.sections for j in range(i))
+    ),
 }
 PART |= SPLIT.keys()
 # each element once or more often
