@@ -139,6 +139,8 @@ _SPELLED: dict[tuple[str, ...], Any] = {
     ("silu",): lambda x: T.mul(x, T.fn("sigmoid", x)),
     ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), T.fn("softplus", T.mul(T.const(-1), x))),
     ("mish",): lambda x: T.mul(x, T.fn("tanh", T.fn("softplus", x))),
+    ("hardsigmoid",): lambda x: T.mul(T.const(sp.Rational(1, 6)), clamp_term(T.add(x, T.const(3)), 0, 6, "hardtanh")),
+    ("hardswish",): lambda x: T.mul(T.const(sp.Rational(1, 6)), x, clamp_term(T.add(x, T.const(3)), 0, 6, "hardtanh")),
 }
 for _names, _spelling in _SPELLED.items():
     rule(*_names)(_spelled(_spelling))

@@ -167,6 +167,15 @@ class Relu6(_Activation):
     inference_only = True
 
 
+class HardSwish(_Activation):
+    """Verdict: fused. x clamp(x + 3; 0, 6) / 6; without gradients, for its slopes at the limits are relu6's."""
+
+    expect = _single(act.G * act.clamp(act.G + 3, 0, 6) / 6)
+    f = staticmethod(F.hardswish)
+    size = 3.0
+    inference_only = True
+
+
 class MaskedSigmoid(Case):
     """Verdict: fused. A filled logit so low that exp of its negative overflows."""
 
