@@ -177,6 +177,15 @@ def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.mul(half, T.add(T.const(1), T.fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
 
 
+@rule("leaky_relu")
+def _leaky_relu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """s x + (1 - s) relu(x), which has leaky_relu's own slope at 0: s."""
+    if isinstance(a.negative_slope, fx.Node):
+        raise Opaque("a slope that is computed")
+    x, s = p.at(n.args[0], idx), sp.nsimplify(a.negative_slope, rational=True)
+    return T.add(T.mul(T.const(s), x), T.mul(T.const(1 - s), T.fn("relu", x)))
+
+
 @rule("softplus")
 def _softplus(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if a.beta != 1 or a.threshold != 20:  # above it torch has x itself, less than 1e-8 off
