@@ -119,7 +119,7 @@ def _searched(work: Work) -> None:
         key = recall.key_of(gm.graph, (target.name, target.digest, target.machine(), *how))
         if not trace.on() and work.recall(recall.load(key)):
             return
-    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:
+    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited(len(work.seen.chosen)) as limit:
         _fresh_terms()
         try:
             for p in SEARCH:
