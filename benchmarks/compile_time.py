@@ -145,7 +145,11 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="+", help=f"transformers model types or static_loop (default: {', '.join(MODELS)}; all zoo models)"
     )
-    parser.add_argument("--quick", action="store_true", help="one repetition instead of three")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one repetition instead of three; with --passes static sizes alone, as many tokens as the hidden size",
+    )
     parser.add_argument("--cpu", action="store_true", help="processor time instead of wall clock")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
     args = parser.parse_args()
@@ -155,7 +159,7 @@ def main() -> int:
     if args.passes:
         import pass_times
 
-        return pass_times.main(args.models or (), RESULTS / "pass_times.json", machine())
+        return pass_times.main(args.models or (), RESULTS / "pass_times.json", machine(), args.quick)
     print(HEAD)
     results = []
     for name in args.models or MODELS:

@@ -1,15 +1,18 @@
 """Processor seconds of the passes on every zoo model at its real widths: nothing is computed, all tensors are on the meta device.
 
-A model is its default configuration with few layers, compiled with one MoE layer and with three: the first block of a kind is what the one
-costs, an equal block half of the rest. `tokens`: a plain number, and one that equals the model's hidden size, which is what sizes that
-are told by value would be confused by. Each model is a process of its own, forked after a small model has been compiled, so that modules
-loaded on first use count for nobody. Plans kept on disk are not replayed. Rows taken before stay in the table until they are taken anew.
+A model is its default configuration (or that of a well-known checkpoint: `widths.WIDTHS`) with few layers, compiled with one MoE layer
+and with three: the first block of a kind is what the one costs, an equal block half of the rest. `tokens`: a plain number, a power of
+two, and the model's hidden size, which is what sizes that are told by value would be confused by. Each model is a process of its own,
+forked after a small model has been compiled, so that modules loaded on first use count for nobody. Plans kept on disk are not replayed.
+Rows taken before stay in the table until they are taken anew. Other work on the machine makes processor seconds longer: a row over a bar
+is taken again, `TURNS` times in all, and the least counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -22,8 +25,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from widths import WIDTHS
+
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN_TOKENS = 1000
+TURNS = 3  # in which a row that is over a bar is taken
 LIMIT = 240  # processor seconds after which a model is given up: Dynamo alone takes 30 a layer of some with dynamic sizes
 BARS = {"first": 2.0, "validate": 0.7, "equal": 0.15}
 FIRST, MORE = 1, 3  # MoE layers compiled
@@ -34,12 +39,14 @@ EVERY_LAYER = {  # what makes every layer one with experts
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), 0),
     "mlp_only_layers": [],
 }
-CASES = (  # (tokens equal to the hidden size?, dynamic sizes?, transformers' implementation of the experts), most telling first
-    (True, False, ""),
-    (True, True, ""),
-    (True, False, "eager"),
-    (False, False, ""),
-    (False, True, ""),
+HIDDEN = 0  # tokens: as many as the hidden size
+CASES = (  # (tokens, dynamic sizes?, transformers' implementation of the experts), most telling first
+    (HIDDEN, False, ""),
+    (HIDDEN, True, ""),
+    (HIDDEN, False, "eager"),
+    (1000, False, ""),
+    (1000, True, ""),
+    (1024, False, ""),
 )
 HEAD = f"{'model':<26}{'tokens':>7}  {'sizes':<8}{'loop':<5}{'blocks':>7}{'left':>5}{'first':>8}{'validate':>9}{'equal':>7}  over the bar"
 
@@ -67,7 +74,8 @@ def real_config(entry: Any, layers: int, sized: bool = True) -> Any:
         values["layers_block_type"] = blocks[:2] * layers
     else:
         values |= dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), layers)
-    values |= {k: v[:1] * layers for k, v in given.items() if isinstance(v, list) and k != "layers_block_type" and isinstance(v[0], str)}
+    values |= {k: v[-1:] * layers for k, v in given.items() if isinstance(v, list) and len(v) == 2 and k != "layers_block_type"}
+    values |= WIDTHS.get(entry.name, {})
     return cls(**{k: v for k, v in {**EVERY_LAYER, **values}.items() if k in known or k in given})
 
 
@@ -90,9 +98,19 @@ def build(entry: Any, layers: int, experts: str) -> tuple[Any, int]:
     return model, int(hidden)
 
 
-def inputs_of(entry: Any, hidden: int, tokens: int) -> dict[str, Any]:
+def inputs_of(entry: Any, model: Any, hidden: int, tokens: int) -> dict[str, Any]:
+    """No key or value is kept: `use_cache=False`, or a cache that forgets where the model takes nothing else."""
     import torch
+    from transformers import DynamicCache
 
+    class Forgets(DynamicCache):  # type: ignore[misc]
+        def update(self, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            return key, value
+
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" in takes and "use_cache" not in takes:
+        ids = {"input_ids": torch.zeros(1, tokens, device="meta", dtype=torch.int64)}
+        return {**ids, "past_key_values": Forgets()}
     if entry.inputs == "embeds":
         return {"inputs_embeds": torch.zeros(1, tokens, hidden, device="meta", dtype=torch.bfloat16), "use_cache": False}
     ids = {"input_ids": torch.zeros(1, tokens, device="meta", dtype=torch.int64)}
@@ -132,8 +150,13 @@ def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
     engine.forget()
     seconds: dict[str, float] = {}
     start = time.process_time()
+    before = moe_compile.last_report()
     with torch.no_grad(), clocked(pipeline, "run", seconds), clocked(capture, "read", seconds):
-        torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
+        try:
+            torch.compile(model, backend="moe_fused", dynamic=dynamic, options={"inner": "eager", "target": "cpu"})(**inputs)
+        except (NotImplementedError, RuntimeError):  # what was compiled asks for a value, which tensors on the meta device have none of
+            if moe_compile.last_report() is before:
+                raise
     report = moe_compile.last_report()
     return {
         "passes": sum(seconds.values()), "reading": seconds.get("read", 0.0), "total": time.process_time() - start,
@@ -143,11 +166,11 @@ def spent(model: Any, inputs: dict[str, Any], dynamic: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def row_of(entry: Any, at_hidden: bool, dynamic: bool, experts: str) -> dict[str, Any]:
+def row_of(entry: Any, tokens: int, dynamic: bool, experts: str) -> dict[str, Any]:
     models = {n: build(entry, n, experts) for n in (FIRST, MORE)}
     hidden = models[FIRST][1]
-    tokens = hidden if at_hidden else PLAIN_TOKENS
-    one, three = (spent(m, inputs_of(entry, hidden, tokens), dynamic) for m, hidden in models.values())
+    tokens = tokens or hidden
+    one, three = (spent(m, inputs_of(entry, m, hidden, tokens), dynamic) for m, hidden in models.values())
     more = max(len(three["left"]) + three["blocks"] - len(one["left"]) - one["blocks"], 1)
     row = {"model": entry.name, "tokens": tokens, "dynamic": dynamic, "hidden": hidden, "experts": experts}
     row |= {"first": one["passes"], "validate": one["validate"], "equal": (three["passes"] - one["passes"]) / more}
@@ -187,12 +210,18 @@ def in_a_fork(entry: Any, *case: Any) -> dict[str, Any]:
 
 
 def failed(entry: Any, case: Sequence[Any], why: str) -> dict[str, Any]:
-    return {"model": entry.name, "at_hidden": case[0], "dynamic": case[1], "experts": case[2], "failed": why}
+    return {"model": entry.name, "case": case[0], "dynamic": case[1], "experts": case[2], "failed": why}
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """Which model and case a row is of."""
-    return row["model"], row.get("at_hidden", row.get("tokens") == row.get("hidden")), row.get("dynamic", False), row.get("experts", "")
+    tokens = row.get("tokens")
+    return (
+        row["model"],
+        row.get("case", HIDDEN if tokens == row.get("hidden") else tokens),
+        row.get("dynamic", False),
+        row.get("experts", ""),
+    )
 
 
 def kept_rows(out: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -201,7 +230,18 @@ def kept_rows(out: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {case_of(r): r for r in rows}
 
 
-def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
+def least(entry: Any, case: Sequence[Any]) -> dict[str, Any]:
+    """The row of a case, taken anew while it is over a bar: of each figure the least."""
+    row = in_a_fork(entry, *case)
+    for _ in range(TURNS - 1):
+        if "failed" not in row and any(row[k] > bar for k, bar in BARS.items()):
+            again = in_a_fork(entry, *case)
+            row = {**again, **{k: min(row[k], again[k]) for k in BARS}} if "failed" not in again else row
+    return row
+
+
+def main(names: Sequence[str], out: Path, machine: dict[str, Any], first: bool = False) -> int:
+    """Takes and prints the rows of the models (of all), and writes the table. `first`: of the most telling case alone."""
     import torch
 
     from moe_compile.passes import pipeline
@@ -213,8 +253,8 @@ def main(names: Sequence[str], out: Path, machine: dict[str, Any]) -> int:
     warm_up()
     print(HEAD, flush=True)
     rows = kept_rows(out)
-    for case, e in itertools.product(CASES, entries):
-        row = {**in_a_fork(e, *case), "load": round(os.getloadavg()[0], 1)}
+    for case, e in itertools.product(CASES[:1] if first else CASES, entries):
+        row = {**least(e, case), "load": round(os.getloadavg()[0], 1)}
         rows[case_of(row)] = row
         print(told(row), flush=True)
         out.write_text(json.dumps({"machine": machine, "bars": BARS, "rows": list(rows.values())}, indent=1) + "\n")

@@ -1,31 +1,8 @@
-"""The models of tests/zoo.py at the widths of their well-known checkpoints, a few layers of each, on weights without memory.
-
-A configuration class of transformers has the widths of its flagship as defaults; `WIDTHS` holds those of a well-known checkpoint where
-the defaults are not of one.
-"""
+"""Widths of a well-known checkpoint, for models of tests/zoo.py whose configuration class has others as its defaults."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import zoo
-
-# Of the tiny models' arguments those that say how the model is built; all others are sizes
-STRUCTURE = frozenset(
-    (
-        "norm_topk_prob router_jitter_noise num_hidden_layers first_k_dense_replace num_dense_layers num_nextn_predict_layers "
-        "num_mtp_layers mlp_layer_types layer_types layers_block_type topk_method enable_moe_block expert_selection_fn expert_layer_period "
-        "expert_layer_offset attn_layer_period attn_layer_offset use_mamba_kernels mlp_only_layers moe_layer_start_index "
-        "hidden_size_per_layer_input num_layers routed_scaling_factor pyramid_num_routed patch_size adapter_in_dim adapter_out_dim"
-    ).split()
-)
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": dict(hidden_size=4096, moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8),  # 235B-A22B
@@ -48,67 +25,37 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "glm4_moe": dict(hidden_size=4096, moe_intermediate_size=1408, n_routed_experts=128, num_experts_per_tok=8),  # GLM-4.5-Air
     "exaone_moe": dict(hidden_size=6144, moe_intermediate_size=2048, num_experts=128, num_experts_per_tok=8),  # K-EXAONE
     "nemotron_h": dict(hidden_size=2688, moe_intermediate_size=1856, n_routed_experts=128, num_experts_per_tok=6),  # Nemotron 3 Nano
+    "step3p7": dict(hidden_size=4096, moe_intermediate_size=1280, n_routed_experts=288, num_experts_per_tok=8, sliding_window=512),
     "deepseek_v2": dict(  # V2
-        hidden_size=5120, moe_intermediate_size=1536, n_routed_experts=160, num_experts_per_tok=6, n_group=8, topk_group=3
+        hidden_size=5120,
+        moe_intermediate_size=1536,
+        n_routed_experts=160,
+        num_experts_per_tok=6,
+        n_group=8,
+        topk_group=3,
+        num_attention_heads=128,
+        num_key_value_heads=128,
     ),
-    "deepseek_v2+greedy": dict(hidden_size=2048, moe_intermediate_size=1408, n_routed_experts=64, num_experts_per_tok=6),  # V2-Lite
+    "deepseek_v2+greedy": dict(  # V2-Lite
+        hidden_size=2048,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    ),
+    "longcat_flash": dict(num_key_value_heads=64),
+    "glm4v_moe": dict(
+        head_dim=128, rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[8, 12, 12])
+    ),
+    "qwen3_omni_moe": dict(  # 30B-A3B, its thinker
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+    ),
     "deepseek_ocr2": dict(hidden_size=1280, moe_intermediate_size=896, n_routed_experts=64, num_experts_per_tok=6, n_group=1, topk_group=1),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Real:
-    """A model of the zoo at its real widths with `layers` layers."""
-
-    entry: zoo.Entry
-    layers: int
-
-    def config(self) -> Any:
-        cls = getattr(zoo._module(self.entry.package, "configuration"), self.entry.config)
-        known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
-        given = {k: v for k, v in {**zoo.COMMON, **self.entry.kwargs}.items() if k in STRUCTURE and (k in known or k in self.entry.kwargs)}
-        given = {k: self._stretched(v) for k, v in given.items()}
-        for name in ("num_hidden_layers", "num_layers", "n_layers"):
-            if name in known and (name in given or name == "n_layers"):
-                given[name] = self.layers
-        if "num_layers" in given:
-            given.pop("num_hidden_layers", None)
-        widths = {k: v for k, v in WIDTHS.get(self.entry.name, {}).items() if k in known or k.endswith("_config")}
-        return cls(**{**given, **widths})
-
-    def _stretched(self, v: Any) -> Any:
-        """One entry a layer."""
-        return (v * self.layers)[: len(v) // 2 * self.layers] if isinstance(v, list) else v
-
-    def build(self, dtype: torch.dtype = torch.bfloat16, implementation: str = "default") -> torch.nn.Module:
-        """In eval mode, its parameters and buffers fake: shapes and types of the CPU, no memory."""
-        config = self.config()
-        if implementation != "default":
-            config._experts_implementation = implementation
-        with torch.device("meta"):
-            model = getattr(zoo._module(self.entry.package, "modeling"), self.entry.model)(config)
-        return without_memory(model.to(dtype)).eval()
-
-
-def without_memory(model: torch.nn.Module, mode: FakeTensorMode | None = None) -> torch.nn.Module:
-    """Parameters and buffers become fake CPU tensors, in place."""
-    made: dict[int, torch.Tensor] = {}
-    with mode if mode is not None else MODE:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, t in held.items():
-                    if t is not None and id(t) not in made:
-                        new = torch.empty(t.shape, dtype=t.dtype)
-                        made[id(t)] = torch.nn.Parameter(new, requires_grad=False) if held is module._parameters else new
-                    if t is not None:
-                        held[name] = made[id(t)]  # type: ignore[assignment]
-    return model
-
-
-MODE = FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def fake_like(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs without values."""
-    with MODE:
-        return {k: torch.empty(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}

@@ -119,7 +119,7 @@ def _searched(work: Work) -> None:
         key = recall.key_of(gm.graph, (target.name, target.digest, target.machine(), *how))
         if not trace.on() and work.recall(recall.load(key)):
             return
-    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited() as limit:
+    with deep_recursion(), no_saving_hooks(), _no_collector(), T.limited(len(work.seen.chosen)) as limit:
         _fresh_terms()
         try:
             for p in SEARCH:
@@ -129,7 +129,7 @@ def _searched(work: Work) -> None:
             work.reject([Rejection(str(e), work.seen.first(), "budget")])
         _fresh_terms()
     if not limit.over:  # what another machine, or this one on another day, may have time for is not kept
-        recall.save(key, work.kept())
+        recall.save(key, work.kept)
 
 
 @contextmanager

@@ -132,6 +132,7 @@ CORNERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "half of the sum": (lambda v: (v + v.abs()) / 2, True),
     "maximum": (lambda v: torch.maximum(v, torch.zeros(())), False),
     "minimum": (lambda v: -torch.minimum(-v, torch.zeros(())), False),
+    "leaky": (F.leaky_relu, True),
     "relu6": (F.relu6, False),
     "hardtanh": (lambda v: F.hardtanh(v, 0.0, 6.0), False),
 }

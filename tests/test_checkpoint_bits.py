@@ -155,6 +155,43 @@ def test_as_many_groups_as_a_group_is_wide() -> None:
     assert regroup(sizes, (16,), (8,), (4, 4))[0][0] == (2, 4)
 
 
+def test_it_is_blocks_that_become_fewer() -> None:
+    """16 blocks of 128 are 6 of 128 where a probe has 768 of them, however few 16 are."""
+    sizes = Sizes(atoms=((2048, 256), (1024, 384)), kept=frozenset({8, 128}))
+    assert regroup(sizes, (2048,), (768,), (16, 128))[0][0] == (6, 128)
+
+
+class Gathered(nn.Module):
+    """Verdict: fused. Codes and scales of the experts that each token chose are looked up: as many matrices as choices."""
+
+    def __init__(self, hidden: int, inner: int, block: int) -> None:
+        super().__init__()
+        self.gate, self.block = nn.Linear(hidden, E, bias=False), block
+        for name, shape in (("up", (2 * inner, hidden)), ("down", (hidden, inner))):
+            self.register_buffer(name, torch.zeros(E, *shape, dtype=torch.float8_e4m3fn))
+            self.register_buffer(f"{name}_s", torch.zeros(E, *(s // block for s in shape)))
+
+    def floats(self, name: str, ids: Tensor) -> Tensor:
+        q, s = getattr(self, name)[ids].float(), getattr(self, f"{name}_s")[ids]
+        return (q.unflatten(-1, (-1, self.block)).unflatten(-3, (-1, self.block)) * s[..., :, None, :, None]).reshape(q.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K)
+        g, u = torch.einsum("th,tkoh->tko", x, self.floats("up", ids)).chunk(2, -1)
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.floats("down", ids)) * w[..., None]).sum(1)
+
+
+def test_tokens_are_few_where_they_are_as_many_as_a_width_of_blocks() -> None:
+    """On a probe such a width stays several blocks; as many tokens, each with matrices of its own, would be more work than is allowed."""
+    reset()
+    with torch.device("meta"):
+        m, x = Gathered(hidden=2048, inner=1024, block=128), torch.zeros(1024, 2048)
+    with torch.no_grad():
+        torch.compile(m, backend="moe_fused", options={"inner": "eager", "target": "cpu"})(x)
+    report = moe_compile.last_report()
+    assert report is not None and len(report.blocks) == 1
+
+
 def test_an_experts_number_is_itself() -> None:
     """40 is five times 8, which is 2 on a probe: the number that ids are compared with stays 40."""
     graph = torch.fx.symbolic_trace(lambda ids: torch.ops.aten.eq.Scalar(ids, 40)).graph

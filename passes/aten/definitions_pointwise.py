@@ -139,6 +139,8 @@ _SPELLED: dict[tuple[str, ...], Any] = {
     ("silu",): lambda x: T.mul(x, T.fn("sigmoid", x)),
     ("log_sigmoid", "logsigmoid"): lambda x: T.mul(T.const(-1), T.fn("softplus", T.mul(T.const(-1), x))),
     ("mish",): lambda x: T.mul(x, T.fn("tanh", T.fn("softplus", x))),
+    ("hardsigmoid",): lambda x: T.mul(T.const(sp.Rational(1, 6)), clamp_term(T.add(x, T.const(3)), 0, 6, "hardtanh")),
+    ("hardswish",): lambda x: T.mul(T.const(sp.Rational(1, 6)), x, clamp_term(T.add(x, T.const(3)), 0, 6, "hardtanh")),
 }
 for _names, _spelling in _SPELLED.items():
     rule(*_names)(_spelled(_spelling))
@@ -173,6 +175,15 @@ def _gelu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         return T.fn("gelu_tanh", x)
     half = T.mul(T.const(0.5), x)
     return T.mul(half, T.add(T.const(1), T.fn("erf", T.mul(T.const(math.sqrt(0.5)), x))))
+
+
+@rule("leaky_relu")
+def _leaky_relu(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """s x + (1 - s) relu(x), which has leaky_relu's own slope at 0: s."""
+    if isinstance(a.negative_slope, fx.Node):
+        raise Opaque("a slope that is computed")
+    x, s = p.at(n.args[0], idx), sp.nsimplify(a.negative_slope, rational=True)
+    return T.add(T.mul(T.const(s), x), T.mul(T.const(1 - s), T.fn("relu", x)))
 
 
 @rule("softplus")

@@ -201,16 +201,11 @@ def _getitem(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return f(p, src, i, n, idx)
 
 
-def _chunk(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
-    a = call_args(src)
+def _part(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
+    a = Args(**{k: [*map(size_of, v)] if isinstance(v, (list, tuple)) else size_of(v) for k, v in vars(call_args(src)).items()})
     x: Any = src.args[0]
     d = normal_dim(a.dim, len(idx))
-    if op_name(src) == "chunk":
-        start = i * -(-shape_of(x)[d] // a.chunks)
-    elif isinstance(sizes := getattr(a, "split_size", None) or getattr(a, "split_sizes", None), int):
-        start = i * sizes
-    else:
-        start = sum(size_of(s) for s in sizes[:i])  # type: ignore[index,union-attr]
+    start = names.SPLIT[op_name(src)](a, i, shape_of(x)[d])
     return p.at(x, replace(idx, d, T.add(idx[d], T.const(start))))
 
 
@@ -219,7 +214,7 @@ def _unbind(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
     return p.at(src.args[0], (*idx[:d], T.const(i), *idx[d:]))
 
 
-TUPLES: dict[str, Any] = {"chunk": _chunk, "split": _chunk, "split_with_sizes": _chunk, "unbind": _unbind}
+TUPLES: dict[str, Any] = {**dict.fromkeys(names.SPLIT, _part), "unbind": _unbind}
 
 
 @rule("stack")

@@ -128,12 +128,14 @@ _EFFECTS = (
 
 
 def is_assertion(n: fx.Node) -> bool:
-    return n.op == "call_function" and any(s in str(n.target) for s in _ASSERTIONS)
+    called = str(n.target) if n.op == "call_function" else ""
+    return any(s in called for s in _ASSERTIONS)
 
 
 def is_transform(n: fx.Node) -> bool:
     """Whether a node of Dynamo's graph enters or leaves a transform of torch.func, or changes what is batched."""
-    return n.op == "call_function" and any(s in str(n.target) for s in ("nesting", "batch_dim"))
+    called = str(n.target) if n.op == "call_function" else ""
+    return "nesting" in called or "batch_dim" in called
 
 
 def change_of_level(n: fx.Node) -> int:
@@ -147,7 +149,8 @@ def has_effect(n: fx.Node) -> bool:
         return True
     if n.op != "call_function" or is_write(n) or is_assertion(n):
         return False
-    return any(s in str(n.target) for s in _EFFECTS) or isinstance(n.target, torch._ops.HigherOrderOperator)
+    called = str(n.target)
+    return any(s in called for s in _EFFECTS) or isinstance(n.target, torch._ops.HigherOrderOperator)
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:

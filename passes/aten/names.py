@@ -2,13 +2,16 @@
 
 A name stands without namespace, overload and the underscore of an in-place form: `aten::view`, `Tensor.view` and `torch.view` are one
 row. A kind says which values an op reads where; who shares memory with whom is a question for `effects`. What an element of an op is
-stands in `definitions_*`, where an op of a kind whose members all read alike (RESHAPE, SAME, CAST, LIKE) needs nothing but its row here.
+stands in `definitions_*`, where an op of a kind whose members all read alike (RESHAPE, SAME, CAST, LIKE, SPLIT) needs nothing but its row
+here.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -30,9 +33,25 @@ RESHAPE = _row(
 PERMUTE = _row("permute transpose swapaxes swapdims t mT mH numpy_T T H matrix_H adjoint movedim moveaxis")
 # the same elements at other places
 MOVE = _row("flip fliplr flipud roll")
-# some of the elements, at a place known when compiling; SPLIT gives several such parts
-SPLIT = _row("chunk split split_with_sizes unbind")
-PART = SPLIT | _row("slice select narrow")
+# some of the elements, at a place known when compiling
+PART = _row("slice select narrow unbind")
+
+
+def _after(sizes: Any, i: int) -> Any:
+    """Where part i begins, of parts of one size or of a size each."""
+    return sum(sizes[:i]) if isinstance(sizes, list) else i * sizes
+
+
+# several parts along a dim, and where part i of n elements begins: (arguments, i, n) -> start
+SPLIT: dict[str, Callable[[Any, int, Any], Any]] = {
+    "chunk": lambda a, i, n: i * -(-n // a.chunks),
+    "split": lambda a, i, n: _after(getattr(a, "split_size", None) or a.split_sizes, i),
+    "split_with_sizes": lambda a, i, n: _after(a.split_sizes, i),
+    "tensor_split": lambda a, i, n: (
+        [0, *a.indices][i] % n if hasattr(a, "indices") else sum((n - j + a.sections - 1) // a.sections for j in range(i))
+    ),
+}
+PART |= SPLIT.keys()
 # each element once or more often
 REPEAT = _row("expand expand_as broadcast_to repeat tile repeat_interleave")
 # the same element at the same index, in the same dtype

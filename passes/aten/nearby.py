@@ -126,10 +126,14 @@ class _Flow:
     def of_stacks(self) -> dict[int, int]:
         """The products that read a stack of a length."""
         found: dict[int, int] = {}
-        for i, n in enumerate(self.nodes):
-            for d in _stacks(n) if op_name(n) in names.CONTRACTION else ():
-                found[d] = found.get(d, 0) | 1 << i
+        for n in self.of(self.products):
+            for d in _stacks(n):
+                found[d] = found.get(d, 0) | 1 << self.at[n]
         return found
+
+    @functools.cached_property
+    def products(self) -> int:
+        return sum(1 << i for i, n in enumerate(self.nodes) if op_name(n) in names.CONTRACTION)
 
     def _is_of_itself(self, i: int) -> bool:
         """Whether both sides of a product are made of one tensor of floats, and neither of parameters alone."""
@@ -153,7 +157,7 @@ class _Flow:
             beside |= self.below[x]
         v = example_value(router)
         count = v.shape[-1] if isinstance(v, torch.Tensor) else 0
-        products = [n for n in self.of(beside) if op_name(n) in names.CONTRACTION and (not self._comes_of(r, n) or self._looked_up(r, n))]
+        products = [n for n in self.of(beside & self.products) if not self._comes_of(r, n) or self._looked_up(r, n)]
         return len(products) > count or any(count in _stacks(n) for n in products)
 
     def _comes_of(self, r: int, n: fx.Node) -> bool:

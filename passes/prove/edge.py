@@ -101,25 +101,34 @@ class Edge:
         few = min(max(FEW, -(-self.total // (PROBES * self.k)) | 1), _MOST)
         symbols = sorted({x for s in self.lead if isinstance(s, sp.Expr) for x in s.free_symbols}, key=str)
         values = {x: few if i == len(symbols) - 1 else 2 for i, x in enumerate(symbols)}
-        known = [s for s in self.lead if isinstance(s, int)]
-        if math.prod(known) > _FEW_ENOUGH:
-            for s in sorted(set(known), reverse=True):
-                least = few if s == max(known) and not symbols else 2
-                atoms.setdefault(s, min(s, _beside(s, atoms) or least) if s > 3 else s)
-            for i in range(len(known)):
-                for j in range(i + 2, len(known) + 1):
-                    atoms.setdefault(math.prod(known[i:j]), math.prod(atoms[s] for s in known[i:j]))
+        rows = self._few_rows(atoms, few, bool(symbols))
         kept = {e.num_experts, self.total, self.k, *widths.values()}
-        return Sizes(values, tuple(p for p in atoms.items() if p[0] > 1), frozenset(kept))
+        return Sizes(values, tuple(p for p in dict.fromkeys((*rows.items(), *atoms.items())) if p[0] > 1), frozenset(kept))
+
+    def _few_rows(self, atoms: dict[int, int], few: int, symbolic: bool) -> dict[int, int]:
+        """What the dims of the tokens become, and products of them. They go with a width that is as large, or a simple multiple, unless
+        that stays large (it is made of blocks that share a scale)."""
+        known = [s for s in self.lead if isinstance(s, int)]
+        if math.prod(known) <= _FEW_ENOUGH:
+            return {}
+        rows: dict[int, int] = {}
+        for s in sorted(set(known), reverse=True):
+            least = few if s == max(known) and not symbolic else 2
+            beside = atoms.get(s) or _beside(s, {**atoms, **rows}) or least
+            rows[s] = min(s, beside if beside <= _MOST else least) if s > 3 else s
+        for i in range(len(known)):
+            for j in range(i + 2, len(known) + 1):
+                rows.setdefault(math.prod(known[i:j]), math.prod(rows[s] for s in known[i:j]))
+        return rows
 
     def small(self, sizes: Sizes) -> Small:
         """Raises Unfree where a tensor's shape cannot follow."""
-        known = dict(sizes.atoms)
+        known, rows = dict(sizes.atoms), dict(reversed(sizes.atoms))  # of two sizes for one number the first is that of the tokens
 
         def new(s: Dim) -> int:
             return known.get(s, s) if isinstance(s, int) else int(sizes.of(s))
 
-        lead = [new(s) for s in self.lead]
+        lead = [rows.get(s, s) if isinstance(s, int) else int(sizes.of(s)) for s in self.lead]
         shapes: dict[fx.Node, tuple[int, ...]] = {}
         for n, width in self.rows.items():
             shapes[n] = _one(sizes, (*self.lead, width), (*lead, new(width) if self.roles[n] in ("tokens", "base") else width), shape_of(n))

@@ -23,7 +23,7 @@ from . import probe
 from .edge import Edge, Small
 from .literals import Literals
 from .region import TROUBLE, Region, TooMuchWork, Work, one_thread
-from .sizes import Script, Sizes, Unfree
+from .sizes import SMALL, Script, Sizes, Unfree
 
 TOLERANCE = 1e-7
 WORK = 1_000_000_000  # multiplications that one claim may take, and elements it may touch
@@ -124,7 +124,7 @@ def _problem(claim: Claim) -> tuple[str, str] | None:
             found = found if found is not None and found[0] in (Differs.code, OtherGradients.code) else (e.code, str(e))
             attempts.failed(None)
         except TooMuchWork:
-            return ("budget", "the proof takes more work than any block is worth: some of its sizes cannot be reduced")
+            return ("budget", _too_much(found, literals.sizes))
         except Unfree as e:
             attempts.failed(e)
             found = found or ("trouble", str(e))
@@ -132,6 +132,14 @@ def _problem(claim: Claim) -> tuple[str, str] | None:
             attempts.failed(None, trouble=True)
             found = found or ("trouble", f"it could not be run on probing inputs ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})")
     return found
+
+
+def _too_much(found: tuple[str, str] | None, sizes: Sizes) -> str:
+    """Why a proof is given up: the sizes that stayed as they are, and what came of smaller ones."""
+    stayed = [str(a) for a, b in sizes.atoms if a == b > SMALL]
+    which = f"with {', '.join(stayed)} as they are" if stayed else "some of its sizes cannot be reduced"
+    before = f"{found[1]} in smaller sizes; " if found is not None and stayed else ""
+    return f"{before}the proof takes more work than any block is worth: {which}"
 
 
 class _Attempts:

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from ..aten import names
 from ..aten.element import normal_dim, shape_of
 from ..aten.names import op_name
 from ..aten.node import schema_of
@@ -195,12 +196,14 @@ def _along(n: fx.Node, env: Env, given: dict[str, Any]) -> Callable[[Any], Any]:
     return moved
 
 
-@rule("slice", "narrow", "split", "split_with_sizes")
+@rule("slice", "narrow", *names.SPLIT)
 def _bounds(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
     moved = _along(n, env, given)
     own = {"start": given["start"]} if _phase(n, env, given) else {}
     out = {k: own[k] if k in own else moved(v) for k, v in given.items() if k in ("start", "end", "length", "split_size")}
-    lists = {k: [moved(v) for v in vs] for k, vs in given.items() if k in ("split_sizes",)}
+    lists = {
+        k: [*map(moved, v)] for k, v in given.items() if k in ("split_sizes", "split_size", "indices") and isinstance(v, (list, tuple))
+    }
     return out | lists
 
 

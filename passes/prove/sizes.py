@@ -35,8 +35,8 @@ class Unfree(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """`symbols`: values of symbolic sizes. `atoms`: (size in the graph, size on the probe) of tokens and widths. `kept`: numbers that
-    are themselves first, such as the number of experts."""
+    """`symbols`: values of symbolic sizes. `atoms`: (size in the graph, size on the probe) of tokens, then of widths, which may be other
+    sizes of the same number. `kept`: numbers that are themselves first, such as the number of experts."""
 
     symbols: Mapping[Any, int] = field(default_factory=dict)
     atoms: tuple[tuple[int, int], ...] = ()
@@ -142,9 +142,11 @@ def _run(
         found.sort(key=lambda c: [a == b for a, b in zip(c[::-1], old_out[::-1], strict=True)], reverse=True)
     if not found:
         known = [next(iter(o)) for o in options]
-        for d, p in enumerate(old_out):
+        blocks = {d for d, p in enumerate(old_out) if isinstance(p, int) and p > SMALL and p in sizes.kept}
+        for d in sorted(range(len(old_out)), key=blocks.__contains__):  # however few, it is blocks that become fewer, not what is in one
             rest = math.prod(known[:d] + known[d + 1 :])
-            if d not in computed and (not isinstance(p, int) or p > SMALL) and rest and total % rest == 0:
+            free = d not in computed and (not isinstance(old_out[d], int) or old_out[d] > SMALL or bool(blocks))
+            if free and rest and total % rest == 0:
                 found.append((*known[:d], total // rest, *known[d + 1 :]))
     if not found:
         numbers = tuple(p for p in old_out if isinstance(p, int))

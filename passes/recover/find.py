@@ -263,7 +263,7 @@ class Finder:
         if self.live.get(n, self.static[n]) == label or n in self.opened:
             return False
         name = op_name(n)
-        if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.SPLIT:  # type: ignore[arg-type]
+        if name in names.CREATION or name == "getitem" and op_name(n.args[0]) in names.PART:  # type: ignore[arg-type]
             return False
         v = n.meta.get("val")
         if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:

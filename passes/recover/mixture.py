@@ -55,13 +55,13 @@ def _is_stack(n: fx.Node) -> bool:
 
 def _columns(n: fx.Node, count: int) -> bool:
     """Whether what is made of n, element by element, is read in `count` parts or is split into its columns."""
-    seen = [n]
+    seen, shape = [n], _sizes(n)
     for x in seen:
         parts = [u for u in x.users if op_name(u) in _PARTS]
         if len(parts) >= count or any(op_name(u) == "unbind" for u in parts):
             return True
-        same = (u for u in x.users if _sizes(u) == _sizes(n))
-        seen.extend(u for u in same if u not in seen and len(seen) < _NEAR)
+        if len(seen) < _NEAR:
+            seen.extend([u for u in x.users if u not in seen and _sizes(u) == shape][: _NEAR - len(seen)])
     return False
 
 

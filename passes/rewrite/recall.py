@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def _text(expr: Any) -> str:
 
 def lines(graph: fx.Graph) -> str:
     """A digest of the lines of the user's code that made a graph: an equal graph may come of other code."""
-    return hashlib.sha256(repr([frames(n) for n in graph.nodes]).encode()).hexdigest()
+    h = hashlib.sha256()
+    for n in graph.nodes:  # stacks as they are: to take the lines out of each takes as long as all else that is done for an equal block
+        h.update(f"{n.meta.get('stack_trace')}\0".encode())
+    return h.hexdigest()
 
 
 def anchor(source: str, graph: fx.Graph) -> tuple[str, int] | None:
@@ -157,8 +161,8 @@ def load(key: str | None) -> Any:
         return None
 
 
-def save(key: str | None, value: Any) -> None:
-    """Keep a value; a failure to do so is not an error."""
+def save(key: str | None, value: Callable[[], Any]) -> None:
+    """Keep a value, which is made only where it can be kept; a failure to do so is not an error."""
     where = folder() if key is not None else None
     if where is None or key is None:
         return
@@ -166,7 +170,7 @@ def save(key: str | None, value: Any) -> None:
         where.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=where)
         with os.fdopen(handle, "wb") as f:
-            f.write(pickle.dumps(value))
+            f.write(pickle.dumps(value()))
         os.replace(name, where / key)
     except Exception as e:
         log.info("a plan could not be kept (%s)", e)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DEFAULT = 10_000_000
-SECONDS = 60.0  # of this thread's processor time, for one graph: passes take a few hundredths of that
+SECONDS = 30.0  # of this thread's processor time, for one graph: the slowest that is known takes 7, in a loop that is read by example
+EACH = 1.0  # more for each place where experts may be chosen: an equal block takes a tenth of that, and a graph may hold a hundred of them
 _LOOK = 50_000  # steps from one look at the clock to the next
 
 
@@ -77,11 +78,11 @@ _limit: Limit | None = None
 
 
 @contextmanager
-def limited(seconds: float | None = None) -> Iterator[Limit]:
-    """A limit in seconds (SECONDS) for the work inside; one that holds already stays."""
+def limited(places: int = 0) -> Iterator[Limit]:
+    """A limit in seconds for the work inside, on a graph in which experts may be chosen at so many places; one that holds already stays."""
     global _limit
     outer = _limit
-    _limit = outer or Limit(SECONDS if seconds is None else seconds)
+    _limit = outer or Limit(SECONDS + EACH * places)
     try:
         yield _limit
     finally:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_compile.ir import scalar as act
+
 from .base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, K, Rejected, Sound, experts
 
 BF16 = torch.bfloat16
@@ -48,6 +50,28 @@ class GatherTokenIndex(_Stacked):
         g, u = torch.bmm(x[token].unsqueeze(1), self.up[flat].transpose(1, 2)).squeeze(1).chunk(2, dim=-1)
         y = torch.bmm((F.silu(g) * u).unsqueeze(1), self.down[flat].mT).squeeze(1)
         return torch.zeros_like(x).index_add_(0, token, y * w.reshape(-1, 1))
+
+
+class GatherTensorSplit(_Stacked):
+    """Verdict: fused as GatherEinsum. Gate and up by tensor_split."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        g, u = torch.einsum("th,tkoh->tko", x, self.up[ids]).tensor_split(2, dim=-1)
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.down[ids]) * w.unsqueeze(-1)).sum(dim=1)
+
+
+class GatherTensorSplitSwapped(_Stacked):
+    """Verdict: fused, another function: the parts behind given places, the second is the gate."""
+
+    expect = Fused(RENORM, replace(SWIGLU_EXPERTS, activation=act.G * act.silu(act.U)))
+    near = "GatherTensorSplit"
+    differs = ("experts.activation",)
+    group = ""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        u, g, none = torch.einsum("th,tkoh->tko", x, self.up[ids]).tensor_split((I, 2 * I), dim=-1)
+        assert none.shape[-1] == 0
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.down[ids]) * w.unsqueeze(-1)).sum(dim=1)
 
 
 class GatherMatmul(_Stacked):

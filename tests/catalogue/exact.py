@@ -167,6 +167,31 @@ class Relu6(_Activation):
     inference_only = True
 
 
+class LeakyRelu(_Activation):
+    """Verdict: fused. s x + (1 - s) relu(x)."""
+
+    expect = _single(act.G / 100 + sp.Rational(99, 100) * act.relu(act.G))
+    f = staticmethod(F.leaky_relu)
+
+
+class LeakyReluSteeper(_Activation):
+    """Verdict: fused, another function: another slope below 0."""
+
+    expect = _single(act.G / 5 + sp.Rational(4, 5) * act.relu(act.G))
+    f = staticmethod(lambda v: F.leaky_relu(v, 0.2))
+    near = "LeakyRelu"
+    differs = ("experts.activation",)
+
+
+class HardSwish(_Activation):
+    """Verdict: fused. x clamp(x + 3; 0, 6) / 6; without gradients, for its slopes at the limits are relu6's."""
+
+    expect = _single(act.G * act.clamp(act.G + 3, 0, 6) / 6)
+    f = staticmethod(F.hardswish)
+    size = 3.0
+    inference_only = True
+
+
 class MaskedSigmoid(Case):
     """Verdict: fused. A filled logit so low that exp of its negative overflows."""
 

@@ -77,3 +77,11 @@ def test_rules_are_listed_and_composed():
     both = T.Rules([first]) + T.EXPERT_WEIGHTS
     assert [r.name for r in both] == [first.name, "beyond the experts"] and len(both) == 2
     assert first.law in str(both)
+
+
+def test_a_graph_with_more_places_has_more_time():
+    """A limit that would do for one block is none for a model of a hundred; a limit inside another is that one."""
+    with T.limited(1) as one:
+        pass
+    with T.limited(94) as many, T.limited() as inside:
+        assert inside is many and many.seconds - one.seconds >= 93 * 0.15 * 5
