@@ -16,6 +16,8 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import cells  # noqa: E402
+import narrow  # noqa: E402
+import parallelized  # noqa: E402
 import ranks  # noqa: E402
 
 BOTH = ("grouped_mm", "loop")
@@ -126,13 +128,16 @@ def test_inference_of_what_is_transformers_own(setup: str, spelling: str, theirs
 # ---- moe_compile.parallelize ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cell", ["grouped / own / compiled", "loop / shared / compiled", "loop / own / eager"])
+WAYS = {"own": "all-gather, reduce-scatter", "shared": "shared rows, all-reduce", "rows": "rows by all-to-all"}
+
+
+@pytest.mark.parametrize("cell", [" / ".join(names) for names in parallelized.CELLS])
 def test_parallelize_is_the_undivided_model(cell: str, own: list[dict[str, Any]]) -> None:
     """Outputs and gradients; rows travel where compiled, weights are gathered where not; state_dict stays DTensor, half on each rank."""
     for rank, of_rank in enumerate(own):
         told = of_rank[f"parallelize / {cell}"]
         assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["kept"] == ["DTensor", [2, 32, 16]], told
-        way = "shared rows, all-reduce" if "shared" in cell else "all-gather, reduce-scatter"
+        way = WAYS[cell.split(" / ")[1]]
         assert told["exchange"] == ([] if "eager" in cell else [f"rank {rank} of 2: {way}"] * 2)
         assert told["gathers weights"] is False, told
 
@@ -178,6 +183,13 @@ def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     assert "no experts were found" in told["dense"]
     assert "each expert has tensors of its own" in told["modules"]
     assert "give an example" in told["no example"]
+    assert "first.up is shared with another module" in told["tied"]
+    assert "with shared_batch=True no row travels" in told["rows of a shared batch"]
+
+
+def test_other_batches_where_one_was_to_be_shared_raise_on_every_rank(own: list[dict[str, Any]]) -> None:
+    for of_rank in own:
+        assert "rank 1 of 2 called the model with another batch than rank 0" in of_rank["parallelize / other batches"]
 
 
 # ---- the exchange of moe_compile.integrations.transformers, four ranks with tokens of their own --------------------------------
@@ -205,6 +217,23 @@ def test_rows_by_all_to_all_are_the_oracle(exchanged: list[dict[str, Any]]) -> N
         assert told["same"] and told["out"] < 1e-6 and told["grad"] < 1e-6, told
 
 
+@pytest.mark.parametrize("routing", ["rows, static", "rows, static, all to a few"])
+def test_rows_in_one_graph_are_the_oracle(routing: str, exchanged: list[dict[str, Any]]) -> None:
+    """None is dropped where every rank's tokens choose the same few experts; batches of unequal length are refused on every rank."""
+    for rank, of_rank in enumerate(exchanged):
+        told = of_rank[routing]
+        assert told["same"] and told["out"] < 1e-6 and told["grad"] < 1e-6 and "different numbers of tokens" in told["uneven"], told
+        assert not cells.EVERY or told["fused"] == [1] and told["exchange"] == [f"rank {rank} of 4: rows by all-to-all"], told
+
+
+@pytest.mark.parametrize("way", narrow.WAYS)
+def test_bf16_is_held_to_the_contract(way: str, own: list[dict[str, Any]], exchanged: list[dict[str, Any]]) -> None:
+    """Over two and four ranks: errors against float64 of the result and every gradient are within 1.25 x the undivided experts' own."""
+    for of_rank in (*own, *exchanged):
+        found = [told for name, told in of_rank.items() if name in (f"narrow, {way}", f"narrow, {way}, compiled")]
+        assert found and all(ratio <= 1.25 for told in found for ratio in told.values()), (found, of_rank["said"])
+
+
 def test_different_numbers_of_tokens_raise_on_every_rank(exchanged: list[dict[str, Any]]) -> None:
     assert all("different numbers of tokens" in of_rank["uneven"]["raised"] for of_rank in exchanged)
 
@@ -224,6 +253,14 @@ def test_several_models_in_one_group_and_a_group_made_anew(exchanged: list[dict[
     for of_rank in exchanged:
         assert of_rank["several"]["fused"] == [1, 1, 1, 1] and of_rank["several"]["off"] < 1e-5
         assert of_rank["anew"]["fused"] == 1 and of_rank["anew"]["off"] < 1e-5
+
+
+def test_a_rank_that_compiles_later_is_not_waited_for_without_end(exchanged: list[dict[str, Any]]) -> None:
+    """It runs the exchange as written meanwhile; the others wait for half of the group's timeout, and say so."""
+    for rank, of_rank in enumerate(exchanged):
+        told = of_rank["late"]
+        assert told["off"] < 1e-5 and told["fused"] == 1, told
+        assert rank == 1 or told["after"] < 15 and "rank 1 compiled nothing" in str(told["notes"]), told
 
 
 def test_other_versions_are_refused_on_every_rank(exchanged: list[dict[str, Any]]) -> None:
