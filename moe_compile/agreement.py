@@ -21,6 +21,7 @@ import torch
 
 from ._version import __version__
 from .ops import sources
+from .passes.aten.sharded import takes_part
 
 log = logging.getLogger("moe_compile")
 Word = Mapping[str, Any]
@@ -131,8 +132,7 @@ def of_graph(gm: torch.fx.GraphModule) -> list[Talk]:
     if not _talks:
         return []
     graphs = [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-    exchanges = (n for g in graphs for n in g.nodes if "c10d" in str(n.target) or str(n.target).startswith("moe_compile.whole"))
-    names = {str(a) for n in exchanges for a in n.args}
+    names = {str(a) for g in graphs for n in g.nodes if takes_part(n) for a in n.args}
     return [t for name, t in _talks.items() if name in names and t.store is not None]
 
 

@@ -17,7 +17,7 @@ from .snapshot import Snapshot
 @dataclass(frozen=True)
 class Verdict:
     """What becomes of a graph. `talks`: the groups whose ranks exchange rows in it; `notes`: of ranks that were not heard.
-    `experts`: the fused ops whose rows travel in place of their weights (`divided`).
+    `experts`: the fused ops whose rows travel in place of their weights (`divided`). `asked`: whether all ranks have made this one.
     """
 
     blocks: list[Any]
@@ -26,6 +26,7 @@ class Verdict:
     talks: Sequence[Talk] = ()
     notes: tuple[str, ...] = ()
     experts: Sequence[torch.fx.Node] = ()
+    asked: bool = False
 
     def missed(self) -> list[Rejection]:
         return [r for r in self.rejected if r.stage != "find"]  # a top-k that chooses no experts is no MoE block
@@ -59,7 +60,7 @@ def among_ranks(gm: torch.fx.GraphModule, before: Snapshot, own: Verdict) -> Ver
     found = _common(before, replace(own, notes=tuple(f"{s}; this rank goes on by itself" for s in silent)), others)
     for t in talks:
         t.settled[key] = [divided.stacks(n) for n in found.experts]
-    return replace(found, blocks=_with_exchange(found))
+    return replace(found, blocks=_with_exchange(found), asked=not silent)
 
 
 def _with_exchange(v: Verdict) -> list[Any]:

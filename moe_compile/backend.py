@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import agreement, artifact, buckets, divided, lowering
+from . import agreement, artifact, batches, buckets, divided, lowering
 from . import report as reports
 from .alike import Verdict, among_ranks
 from .errors import NotFused, OptionError
@@ -52,6 +52,7 @@ def moe_fused(
     verdict, seconds = _fuse(gm, before, chosen, target)
     seconds["passes"] = time.perf_counter() - started
     blocks, rejected = verdict.blocks, verdict.rejected
+    alike = batches.shared(gm) if verdict.asked else []
     part = Report()
     part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
 
@@ -66,6 +67,7 @@ def moe_fused(
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
     _publish(part, gm, [*rejected, *unbuilt], verdict.strict)
+    compiled = batches.compared(compiled, alike, verdict.talks)
     return agreement.naming(compiled, verdict.talks) if verdict.talks else compiled
 
 

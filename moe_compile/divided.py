@@ -95,21 +95,28 @@ def stacks(n: fx.Node) -> str:
 
 def how(n: fx.Node) -> Exchange:
     """How the rows of an op travel."""
-    _, size, group, shared = _sources(n)[0].args
+    _, size, group, shared, rows = _how(n)
     rank = torch.distributed.distributed_c10d._resolve_process_group(group).rank()
-    return Exchange(Way.SHARED if shared else Way.GATHER, group, size, rank)
+    return Exchange(Way.SHARED if shared else Way.ROWS if rows else Way.GATHER, group, size, rank)
+
+
+def _how(n: fx.Node) -> tuple[Any, ...]:
+    """The arguments of `whole`."""
+    args = _sources(n)[0].args
+    return args if len(args) == 5 else (*args, False)
 
 
 def exchange(gm: fx.GraphModule, experts: Sequence[fx.Node]) -> None:
     """Let the rows travel to the experts of these ops; weights that nothing else reads are not put together any more."""
     for n in experts:
         x, ids, weights, operands, (add, *rest) = bundled(n.args)
-        _, size, group, shared = _sources(n)[0].args
+        _, size, group, shared, by_rows = _how(n)
         plain = list(rest)
         plain[_COUNT] //= size
         with gm.graph.inserting_before(n):
             local = operands.map(lambda w: _local(gm.graph, w))
-            new = gm.graph.call_function(divided_experts, (x, ids, weights, local.lists(), add, plain, group, shared))
+            args = (x, ids, weights, local.lists(), add, plain, group, shared)
+            new = gm.graph.call_function(divided_experts, args, {"rows": True} if by_rows else {})
         new.meta.update(n.meta)
         n.replace_all_uses_with(new)
         gm.graph.erase_node(n)
@@ -130,18 +137,29 @@ def _local(g: fx.Graph, w: fx.Node) -> fx.Node:
 
 
 def divided_experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, lists: Any, add: Any, plain: Sequence[Any], group: str, shared: bool
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    lists: Any,
+    add: Any,
+    plain: Sequence[Any],
+    group: str,
+    shared: bool,
+    rows: bool = False,
 ) -> torch.Tensor:
-    """experts(x, ids, weights, the stacks of all ranks) + add, with this rank's stacks; plain: of its own experts."""
+    """experts(x, ids, weights, the stacks of all ranks) + add, with this rank's stacks; plain: of its own experts; rows: by all-to-all."""
     from . import exchange
 
     own = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     operands: Operands[torch.Tensor] = Operands.read(lists)
     count = plain[_COUNT]
 
-    def local(rows: torch.Tensor, chosen: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return torch.ops.moe_compile.experts(rows, chosen, w, *operands.lists(), None, *plain)  # type: ignore[no-any-return]
+    def local(tokens: torch.Tensor, chosen: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.ops.moe_compile.experts(tokens, chosen, w, *operands.lists(), None, *plain)  # type: ignore[no-any-return]
 
-    way = exchange.shared if shared else exchange.gathered
-    out = way(x, ids, weights, local, own.rank() * count, count, own)
+    if rows:
+        out = exchange.sent(x, ids, weights, local, count, own)
+    else:
+        way = exchange.shared if shared else exchange.gathered
+        out = way(x, ids, weights, local, own.rank() * count, count, own)
     return out if add is None else out + add

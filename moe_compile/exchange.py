@@ -1,7 +1,7 @@
 """How rows reach experts that are divided over the ranks of a group, and come back, by functional collectives (`ir.Way`).
 
-`shared` and `gathered`: static shapes and nothing read back to the host, so that it is one graph, which CUDA graphs can replay. `by_rows`
-takes batches of any length. Gradients by collectives as well.
+`shared` and `gathered`: static shapes and nothing read back to the host, so that it is one graph, which CUDA graphs can replay. `sent`:
+static shapes, one graph of Dynamo's. `by_rows` takes batches of any length. Gradients by collectives as well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 from .ir import Way
+from .ops import rows as _rows  # noqa: F401 (defines the ops)
 from .ops.whole import UNEVEN
 
 # under the names of torch 2.13, or those that it has grown out of; either way with gradients
@@ -111,6 +112,16 @@ def arriving(x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = 
 def leaving(part: Tensor, group: Any) -> Tensor:
     """Each rank's sums [P T, H] for the tokens of all -> the sums over the ranks [T, H] for this one's own."""
     return _scatter_sums(part.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
+
+
+def sent(x: Tensor, ids: Tensor, weights: Tensor, local: Local, count: int, group: Any) -> Tensor:
+    """out[r] = Σ_s local_s(x[r]), where rank s has experts s · count to (s + 1) · count: a row travels once to each rank of an expert it
+    chose, and `local` gets P T of them, whatever routing there is (`ops.rows`). One T on all ranks: raises RuntimeError on every rank else.
+
+    One graph with static shapes; how many rows travel is read by the host inside of an op, so that no CUDA graph can hold it.
+    """
+    rows, chosen, w, table = torch.ops.moe_compile.rows_out(x, ids, weights, count, group.group_name)
+    return torch.ops.moe_compile.rows_back(local(rows, chosen, w), ids, table, count, group.group_name)  # type: ignore[no-any-return]
 
 
 def by_rows(x: Tensor, ids: Tensor, weights: Tensor, local: Local, count: int, group: Any) -> Tensor:

@@ -38,23 +38,30 @@ class _Stack:
 
 
 def parallelize(
-    model: nn.Module, mesh: Any, *args: Any, shared_batch: bool = False, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: nn.Module,
+    mesh: Any,
+    *args: Any,
+    shared_batch: bool = False,
+    rows: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Divide the experts of `model` over the ranks of `mesh`, in place; returns the model. Every rank calls this, with equal models.
 
     mesh: a DeviceMesh of one dimension, whose size divides the number of experts. args, kwargs: an example that `explain` runs the
     model on to find its experts (by default transformers' `dummy_inputs`); both may be on the meta device. shared_batch: all ranks
-    will get the same batch, as under tensor parallelism; else each rank gets its own, all of one length. options: of `explain`.
+    will get the same batch, as under tensor parallelism; else each rank gets its own, all of one length. rows: where batches are the ranks'
+    own, a row travels to the ranks whose experts it chose, by all-to-all, in place of to all of them (docs/distributed.md has when that is
+    cheaper); the host reads how many. options: of `explain`.
 
     Each stack [E, ...] of expert weights becomes a DTensor, Shard(0): state_dict and optimisers (made after this) see DTensors. Then
     compile: `torch.compile(model, backend="moe_fused")`. Where a block is fused its rows travel and weights stay; where it is not, and
     without compiling, its weights are gathered each time, with the same results. Gradients are sums over the ranks' own batches.
 
     Raises ValueError, with the reason and before anything is changed, where some experts cannot be divided; RuntimeError, on every rank,
-    where ranks found different experts, run different versions, or do not answer.
+    where ranks found different experts, run different versions, or do not answer, and at the first call where shared batches differ.
     """
-    if getattr(mesh, "ndim", None) != 1:
-        raise ValueError(f"parallelize: mesh must be a DeviceMesh of one dimension (mesh['ep']), got {mesh!r}")
+    _asked(mesh, shared_batch, rows)
     from .ops import whole  # noqa: F401 (defines the op)
 
     if not (options or {}).get("target") and any(p.is_meta for p in model.parameters()):
@@ -68,8 +75,15 @@ def parallelize(
     for s in stacks:
         _place(model, s.name, mesh)
     for reader in dict.fromkeys(s.reader for s in stacks):
-        _read_whole(model, reader, [s.name for s in stacks if s.reader == reader], mesh, shared_batch)
+        _read_whole(model, reader, [s.name for s in stacks if s.reader == reader], mesh, (shared_batch, rows))
     return model
+
+
+def _asked(mesh: Any, shared_batch: bool, rows: bool) -> None:
+    if getattr(mesh, "ndim", None) != 1:
+        raise ValueError(f"parallelize: mesh must be a DeviceMesh of one dimension (mesh['ep']), got {mesh!r}")
+    if rows and shared_batch:
+        raise ValueError("parallelize: rows=True is for batches of the ranks' own; with shared_batch=True no row travels")
 
 
 # ---- what holds experts ----------------------------------------------------------------------------------------------------
@@ -200,13 +214,13 @@ def _place(model: nn.Module, name: str, mesh: Any) -> None:
     owner._parameters[last] = new
 
 
-def _read_whole(model: nn.Module, reader: str, names: list[str], mesh: Any, shared: bool) -> None:
+def _read_whole(model: nn.Module, reader: str, names: list[str], mesh: Any, batch: tuple[bool, bool]) -> None:
     """Let a module's forward see whole stacks in place of divided ones."""
     module = model.get_submodule(reader)
     prefix = len(reader) + 1 if reader else 0
     places = [(path, last) for path, _, last in (name[prefix:].rpartition(".") for name in names)]
     original = module.forward
-    how = (mesh.size(), mesh.get_group().group_name, shared)
+    how = (mesh.size(), mesh.get_group().group_name, *batch)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -127,6 +127,38 @@ def test_rows_in_order(f: Fn, fused: bool, dynamic: bool) -> None:
         assert float((a - b).detach().norm() / b.detach().norm()) < 0.02  # both in bf16
 
 
+def of_every_rank(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor, counted: bool = True) -> Tensor:
+    """Fused: what `integrations.torchtitan` does with gathered rows: choices of other ranks' experts behind the last group, and zeros."""
+    ids, w = exchange.among_own(ids, w, 0, E)
+    choices = ids.view(-1)
+    order = choices.argsort(stable=True)
+    token, own = order // K, (choices[order] < E).unsqueeze(-1)
+    if counted:
+        counts = choices.new_zeros(E + 1).scatter_add(0, choices, torch.ones_like(choices))[:E]
+    else:
+        counts = torch.zeros(len(x), E + 1, dtype=torch.bool).scatter(-1, ids, True).sum(0)[:E]
+    ends = counts.cumsum(0, dtype=torch.int32)
+    y = products(torch.where(own, x[token], 0), ends, ends, up, down)
+    weighed = torch.where(own, y.float() * w.view(-1)[order].unsqueeze(-1), 0)
+    return torch.zeros_like(x).index_add(0, token, weighed)
+
+
+def of_tokens_that_are_counted_once(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: a token that chose an expert twice is counted once and has two rows; nobody knows that no token of another rank did."""
+    return of_every_rank(x, ids, w, up, down, counted=False)
+
+
+@pytest.mark.parametrize(("f", "fused"), [(of_every_rank, True), (of_tokens_that_are_counted_once, False)])
+def test_rows_of_every_rank(f: Fn, fused: bool) -> None:
+    ids, w = routed(2 * E)
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        out, report = compiled(f, x, ids, w, *weights())
+        want = f(x, ids, w, *weights())
+    assert len(report.blocks) == fused and [r.code for r in report.rejected] == ["differs"] * (not fused), str(report)
+    assert float((out - want).norm() / want.norm()) < 0.02
+
+
 def exchanged(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, again: int = 0) -> Tensor:
     """Fused behind the exchange: torchtitan's all-to-all, counts first; rows arrive rank by rank and are sorted by expert."""
     group, own = dist.group.WORLD, torch.ops._c10d_functional

@@ -6,9 +6,9 @@ or `token_dispatcher=GatherTokenDispatcher.Config(num_experts=..., top_k=...)` i
 FSDP, loading and saving stay torchtitan's. A layer is one graph, with static shapes and nothing read back to the host, where torchtitan's
 own all-to-all reads its split sizes. `moe_compile.exchange` says what travels.
 
-As written, T tokens a rank, k experts a token and E / P experts on each of P ranks make P · T · min(k, E / P) rows of a rank's experts,
-whoever chose them: rows of other ranks' experts stand behind the last group, and are zeros. The experts between the two halves are left
-as written for now (docs/distributed.md), so that these rows are made in compiled layers too.
+As written, T tokens on each of P ranks and k experts a token make P · T · k rows on every rank, whoever's experts they are of: rows of
+other ranks' experts stand behind the last group, and are zeros. Under `moe_fused` the experts between the two halves are fused, and no
+such rows are made.
 
 Needs torchtitan 0.3 or newer. Raises ImportError where its token dispatchers or its overrides are not found.
 """
@@ -35,7 +35,7 @@ UNEVEN = "GatherTokenDispatcher: the ranks of an expert-parallel group have diff
 
 @dataclass(frozen=True, kw_only=True)
 class GatherMetadata:
-    """What `combine` has to know of the rows that `dispatch` made, R = P · T · min(k, E / P) of them.
+    """What `combine` has to know of the rows that `dispatch` made, R = P · T · k of them.
 
     token [R]: which of the group's P · T tokens a row is of. weight [R]: of its choice. own [R]: whether it is of this rank's experts.
     tokens: P · T.
@@ -76,11 +76,12 @@ class GatherTokenDispatcher(BaseEPTokenDispatcher):  # type: ignore[misc]
         held = self.num_experts // group.size()
         rows, chosen, weights = exchange.arriving(x, ids, scores, group, UNEVEN)
         chosen, weights = exchange.among_own(chosen, weights, dist.get_rank(group) * held, held)
-        # k different experts a token: no more than E / P of them are here
-        order = chosen.view(-1).argsort(stable=True)[: len(rows) * min(self.top_k, held)]
+        choices = chosen.view(-1)
+        order = choices.argsort(stable=True)
         token = order // self.top_k
-        own = (chosen.view(-1)[order] < held).unsqueeze(-1)
-        each = torch.zeros(len(rows), held + 1, dtype=torch.bool, device=x.device).scatter(-1, chosen, True).sum(0)[:held]
+        own = (choices[order] < held).unsqueeze(-1)
+        # every choice counts, an expert that a token chose twice as well: of gathered ids nobody can prove that there is none
+        each = choices.new_zeros(held + 1).scatter_add(0, choices, torch.ones_like(choices))[:held]
         # rows behind the last group are nobody's: products leave them, and their gradients, undefined
         made = torch.where(own, rows[token], 0)
         return made, each, GatherMetadata(token=token, weight=weights.view(-1)[order], own=own, tokens=len(rows))

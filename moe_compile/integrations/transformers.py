@@ -12,6 +12,7 @@ so that little is gathered in vain, nothing is read back to the host, and all sh
 Where all ranks hold the same batch nothing is gathered, and the results are summed by one all-reduce.
 
 `ep_implementation="moe_compile_rows"` sends a row to the ranks whose experts it chose, by all-to-all: batches may differ in length.
+"moe_compile_rows_static" does so for batches of one length, in one graph.
 
 Needs transformers 5.23 or newer. Raises ImportError where it has no registry for implementations.
 """
@@ -31,7 +32,7 @@ except ImportError as e:
 
 from .. import agreement, exchange
 
-NAME, ROWS = "moe_compile", "moe_compile_rows"
+NAME, ROWS, STATIC = "moe_compile", "moe_compile_rows", "moe_compile_rows_static"
 UNEVEN = (
     'ep_implementation="moe_compile": the ranks of a group have different numbers of tokens; pad the batches, or use "moe_compile_rows"'
 )
@@ -67,5 +68,17 @@ class RowsEP(GatherEP):
         return exchange.by_rows(*batch, self.experts_forward, self.num_local_experts, self.ep_mesh.get_group())
 
 
+class StaticRowsEP(GatherEP):
+    """As `RowsEP` for one T on all ranks, in one graph: every rank's experts get P T rows, of which those that nobody sent are none's.
+    Where batches differ in length every rank raises RuntimeError. The host reads how many rows travel inside of an op: no CUDA graph."""
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.shares_batch:
+            return super().__call__(hidden_states, top_k_index, top_k_weights)
+        batch = (hidden_states, top_k_index, top_k_weights)
+        return exchange.sent(*batch, self.experts_forward, self.num_local_experts, self.ep_mesh.get_group())
+
+
 EPImplementationInterface.register(NAME, GatherEP)
 EPImplementationInterface.register(ROWS, RowsEP)
+EPImplementationInterface.register(STATIC, StaticRowsEP)

@@ -19,37 +19,41 @@ UNEVEN = (
     "model as written where others run compiled code (as Dynamo does behind torch._dynamo.config.recompile_limit)"
 )
 
-library.define("whole(Tensor local, SymInt size, str group, bool shared) -> Tensor")
+library.define("whole(Tensor local, SymInt size, str group, bool shared, bool rows=False) -> Tensor")
 
 
-def whole(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
+def whole(local: Tensor, size: int, group: str, shared: bool, rows: bool = False) -> Tensor:
     """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient.
+    `rows`: where rows travel they do so by all-to-all.
 
-    Raises RuntimeError, on every rank, where one of them exchanges rows meanwhile (`exchange.gathered`): both begin with one number.
+    Raises RuntimeError, on every rank, where one of them exchanges rows meanwhile (`exchange.gathered`, `exchange.sent`): all begin with
+    one message, of one number or, for `rows`, of size + 1.
     """
     if not shared:
-        own = torch.full((1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
+        own = torch.full((size + 1 if rows else 1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
         said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group))
         torch._assert_async((said == AS_WRITTEN).all(), UNEVEN)
     out = torch.ops._c10d_functional.all_gather_into_tensor(local.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 
 
-def _shape(local: Tensor, size: int, group: str, shared: bool) -> Tensor:
+def _shape(local: Tensor, size: int, group: str, shared: bool, rows: bool = False) -> Tensor:
     return local.new_empty(local.shape[0] * size, *local.shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.how = inputs[1:]
+    ctx.how = inputs[1:4]
+    ctx.arguments = len(inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The rank's part of a gradient that all hold alike, or of the sum of the ranks' gradients."""
     size, group, shared = ctx.how
     if shared:
-        return grad.chunk(size)[torch.distributed.distributed_c10d._resolve_process_group(group).rank()], None, None, None
+        own = torch.distributed.distributed_c10d._resolve_process_group(group).rank()
+        return grad.chunk(size)[own], *(None,) * (ctx.arguments - 1)
     part = torch.ops._c10d_functional.reduce_scatter_tensor(grad.contiguous(), "sum", size, group)
-    return torch.ops._c10d_functional.wait_tensor(part), None, None, None
+    return torch.ops._c10d_functional.wait_tensor(part), *(None,) * (ctx.arguments - 1)
 
 
 library.impl("whole", whole, "CompositeExplicitAutograd")

@@ -19,6 +19,8 @@ from ...ir import Rejection
 from .names import op_name
 from .node import example_value
 
+OURS = ("moe_compile.whole", "moe_compile.rows_")  # ops with collectives inside
+
 
 def leaf() -> None:
     """The target of a leaf's node in the shadow: a plain tensor that comes out of an opaque region."""
@@ -41,6 +43,21 @@ def is_collective(n: fx.Node) -> bool:
     return str(getattr(n.target, "namespace", "")).startswith("_c10d_functional") or op_name(n) == "wait_tensor"
 
 
+def takes_part(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph sends something to other ranks: a collective, or an op of this package with one inside."""
+    return "c10d" in str(n.target) or str(n.target).startswith(OURS)
+
+
+def group_called(name: Any) -> Any:
+    """The process group of a name; None for anything else."""
+    if not isinstance(name, str):
+        return None
+    try:
+        return torch._C._distributed_c10d._resolve_process_group(name)
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def is_region(n: fx.Node) -> bool:
     """Whether a node of Dynamo's graph computes on tensors that are spread over devices, or puts one together.
 
@@ -51,7 +68,7 @@ def is_region(n: fx.Node) -> bool:
     taken = [x for x in n.all_input_nodes if is_sharded(example_value(x))]
     if taken and is_write(n):
         raise Rejection("a tensor that is spread over several devices (DTensor) is written in place", n, "shadow", code="sharded")
-    return bool(taken) or is_sharded(example_value(n)) or str(n.target).startswith("moe_compile.whole")
+    return bool(taken) or is_sharded(example_value(n)) or str(n.target).startswith(OURS)
 
 
 def opened(value: Any) -> Any:

@@ -13,9 +13,11 @@ import torch.fx as fx
 
 from ...ir import Exchange, Way
 from ..aten.names import CAST, RESHAPE, SAME, op_name
+from ..aten.sharded import group_called
 
 _TRANSPARENT = RESHAPE | SAME | CAST  # a row of the result is a row of what goes in
-_SPACES = ("_c10d_functional", "_c10d_functional_autograd")
+_SPACES = ("_c10d_functional", "_c10d_functional_autograd", "moe_compile")
+_OURS = ("rows_out", "rows_back")  # `moe_compile.ops.rows`
 
 
 def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
@@ -30,6 +32,8 @@ def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
     came = next((c for n in _backwards(tokens) if (c := _collective(n)) is not None), None)
     if came is None or came[1][-1] != group:
         return None
+    if name == "rows_back" and came[0] == "rows_out":
+        return _exchange(Way.ROWS, str(group))
     if name == "all_to_all_single" and came == (name, (*splits, first, group)):  # what each rank sends is what the other one takes
         return _exchange(Way.ROWS, str(group))
     gathered = came[0] == "all_gather_into_tensor"
@@ -38,11 +42,8 @@ def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
 
 def _exchange(way: Way, name: str) -> Exchange | None:
     """None for a group that this process has not: the graph came from elsewhere."""
-    try:
-        group = torch._C._distributed_c10d._resolve_process_group(name)
-    except (AttributeError, RuntimeError):
-        return None
-    return Exchange(way, name, group.size(), group.rank())
+    group = group_called(name)
+    return None if group is None else Exchange(way, name, group.size(), group.rank())
 
 
 def _collective(n: fx.Node) -> tuple[str, tuple[object, ...]] | None:
@@ -50,7 +51,9 @@ def _collective(n: fx.Node) -> tuple[str, tuple[object, ...]] | None:
     if "autograd_function_apply" in str(n.target):
         return _inside(n)
     space, _, name = _target(n).rpartition(".")
-    return (name, n.args[1:]) if space in _SPACES and name != "wait_tensor" else None
+    if space not in _SPACES or name == "wait_tensor" or space == "moe_compile" and name not in _OURS:
+        return None
+    return name, n.args[1:]
 
 
 def _target(n: fx.Node) -> str:

@@ -23,6 +23,7 @@ from ... import ir as _ir
 from ...ops import sources
 from ..aten import contracts
 from ..aten.shadow import example_value
+from ..aten.sharded import group_called, takes_part
 from ..aten.sources import frames
 
 log = logging.getLogger("moe_compile")
@@ -40,6 +41,8 @@ def key_of(graph: fx.Graph, salt: tuple[Any, ...]) -> str | None:
     try:
         for n in graph.nodes:
             h.update(repr((n.name, n.op, _target(n), _arg(n.args), _arg(n.kwargs), _value(example_value(n)))).encode())
+            if takes_part(n):  # which rank this is stands in a group, not in the graph
+                h.update(repr([(g.rank(), g.size()) for g in map(group_called, n.args) if g is not None]).encode())
     except _Unkeyable:
         return None
     return h.hexdigest()

@@ -282,10 +282,11 @@ def test_the_all_to_all_of_torchtitan(exchanged: list[dict[str, Any]]) -> None:
 
 
 def test_our_gather_in_torchtitan(exchanged: list[dict[str, Any]]) -> None:
-    """One graph; result and gradients of the undivided layer and of eager; batches of unequal length are refused on every rank."""
-    for found in exchanged:
+    """One graph, experts fused; result and gradients of the undivided layer and of eager; batches of unequal length are refused on all."""
+    for rank, found in enumerate(exchanged):
         cell = found.get("gather")
         assert cell is not None, found["said"]
-        assert cell["graphs"] == 1 and cell["left"], cell  # its experts are left as written: docs/distributed.md
+        assert (cell["fused"], cell["graphs"], cell["left"]) == (1, 1, ["no block"]), cell
+        assert cell["exchange"] == [f"rank {rank} of 2: all-gather, reduce-scatter"]
         assert max(cell["out"], cell["whole"], cell["grad"], cell["whole grad"]) < 2e-2, cell
         assert "different numbers of tokens" in found["uneven"]

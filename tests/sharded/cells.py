@@ -159,9 +159,11 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
                     continue
                 yield f"{name} / {spelling} / {mode}", cell(name, grouped, train, rank, world, mesh)
     if not names:
+        import narrow
         import parallelized
 
         yield "example", example()
+        yield from (("narrow, " + way, found) for way, found in narrow.table(rank, world))
         yield from parallelized.table(rank, world)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import cells
 import failing
+import narrow
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
-from moe_compile.integrations.transformers import GatherEP, RowsEP
+from moe_compile.integrations.transformers import GatherEP, RowsEP, StaticRowsEP
 from moe_compile.ir import Experts, Form, evaluate_world
 from moe_compile.ir import scalar as act
 from moe_compile.ir.operands import Operands
@@ -57,6 +58,9 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     told = [b.exchange for b in moe_compile.last_report().blocks]
     yield "gathered", {"fused": ops, "exchange": told, "same": bool(torch.equal(out, again)), **off}
     yield "rows", by_rows(rank, world, local, up, down)
+    for name, chosen in (("rows, static", ids), ("rows, static, all to a few", torch.arange(K).expand_as(ids).contiguous())):
+        yield name, static_rows(rank, world, local, (xs, chosen, ws, up, down))
+    yield from (("narrow, " + way, found) for way, found in narrow.table(rank, world))
     yield from failing.table(rank, world, local, (xs[rank], ids[rank], ws[rank]))
     run, x, w = failing.compiled(local, world), xs[rank], ws[rank]  # in the group that was made anew
     run(x, ids[rank], w)
@@ -82,6 +86,24 @@ def by_rows(rank: int, world: int, local: Local, up: Tensor, down: Tensor) -> di
     (out * torch.arange(H)).sum().backward()
     again = run(x, ids[rank], w)
     return {"same": bool(torch.equal(out, again)), **beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)}
+
+
+def static_rows(rank: int, world: int, local: Local, given: tuple[Tensor, ...]) -> dict[str, Any]:
+    """`exchange.sent`, as written, and in `make zoo` compiled; where all tokens choose the same experts their rank's buffer is full."""
+    xs, ids, ws, up, down = given
+    local.zero_grad()
+    run = StaticRowsEP(local, *(init_device_mesh("cpu", (world, 1), mesh_dim_names=("ep", "tp"))[name] for name in ("ep", "tp")))
+    ops: list[int] = []
+    if cells.EVERY:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="moe_fused", options={"inner": cells.counting(ops)}, fullgraph=True)
+    x, w = xs[rank].clone().requires_grad_(), ws[rank].clone().requires_grad_()
+    out = run(x, ids[rank], w)
+    (out * torch.arange(H)).sum().backward()
+    off = beside_oracle(local, out, x, w, (xs, ids, ws, up, down), rank)
+    told = [b.exchange for b in moe_compile.last_report().blocks] if ops else []
+    uneven = failing.failure(lambda: run(x[: T - rank], ids[rank][: T - rank], w[: T - rank]))
+    return {"same": bool(torch.equal(out, run(x, ids[rank], w))), "fused": ops, "exchange": told, "uneven": uneven["raised"], **off}
 
 
 def beside_oracle(local: Local, out: Tensor, x: Tensor, w: Tensor, whole: tuple[Any, ...], rank: int) -> dict[str, float]:

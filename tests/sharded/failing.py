@@ -27,6 +27,7 @@ def table(rank: int, world: int, local: Any, batch: tuple[Tensor, Tensor, Tensor
     yield "declined", declined(rank, world, local, batch, want)
     yield "strict", failure(lambda: compiled(Noisy(local, rank == 1), world, strict=rank == 0)(*batch))
     yield "several", several(world, local, batch, want)
+    yield "late", late(rank, world, local, batch, want)
     yield "versions", versions(rank, world)
     yield "anew", anew(rank, world, local, batch, want)
 
@@ -70,6 +71,25 @@ def several(world: int, local: Any, batch: tuple[Tensor, ...], want: Tensor) -> 
         outs.append(m(*batch))
         fused.append(len(moe_compile.last_report().blocks))
     return {"fused": fused, "off": max(float((o - want).abs().max()) for o in outs)}
+
+
+def late(rank: int, world: int, local: Any, batch: tuple[Tensor, ...], want: Tensor) -> dict[str, Any]:
+    """One rank runs the exchange as written where the others compile it, and compiles it afterwards."""
+    talks = list(agreement._talks.values())
+    kept = [t.timeout for t in talks]
+    for t in talks:
+        t.timeout = 6  # of which a rank that compiles waits for half
+    torch._dynamo.reset()
+    written = exchanged(local, world)
+    run = torch.compile(written, backend="moe_fused", options={"inner": "eager"}, fullgraph=True)
+    start = time.monotonic()
+    alone = (written if rank == 1 else run)(*batch)
+    took, notes = time.monotonic() - start, moe_compile.last_report().notes if rank != 1 else []
+    together = run(*batch)
+    for t, timeout in zip(talks, kept, strict=True):
+        t.timeout = timeout
+    off = max(float((out - want).abs().max()) for out in (alone, together))
+    return {"off": off, "after": took, "notes": list(notes), "fused": len(moe_compile.last_report().blocks)}
 
 
 def versions(rank: int, world: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import moe_compile
 
-CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"))
+CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
 
 
 def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
@@ -24,6 +24,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     for names in CELLS:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
+    yield "parallelize / other batches", other_batches(rank, mesh)
     yield from recompiled.table(rank, mesh)
 
 
@@ -32,7 +33,7 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) 
     torch.manual_seed(0)
     one = cells.Net(spelling == "grouped")
     shared, example = batch == "shared", torch.randn(cells.T, cells.H)
-    m = moe_compile.parallelize(copy.deepcopy(one), mesh, example, shared_batch=shared)
+    m = moe_compile.parallelize(copy.deepcopy(one), mesh, example, shared_batch=shared, rows=batch == "rows")
     xs = [torch.randn(cells.T, cells.H, generator=torch.Generator().manual_seed(r)) for r in range(1 if shared else world)]
     graphs: list[str] = []
 
@@ -58,6 +59,18 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) 
     }
 
 
+def other_batches(rank: int, mesh: Any) -> str:
+    """Ranks that were said to share a batch, and do not."""
+    torch._dynamo.reset()
+    m = moe_compile.parallelize(Three(4), mesh, torch.randn(cells.T, cells.H), shared_batch=True)
+    x = torch.randn(cells.T, cells.H, generator=torch.Generator().manual_seed(rank))
+    try:
+        torch.compile(m, backend="moe_fused", options={"inner": "eager"})(x)
+    except RuntimeError as e:
+        return str(e)
+    return ""
+
+
 class Modules(nn.Module):
     """Experts that are modules of their own."""
 
@@ -75,17 +88,29 @@ class Modules(nn.Module):
 
 
 class Three(nn.Module):
-    """Three experts, all weights of a token's choice gathered."""
+    """A few experts, all weights of a token's choice gathered."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = 3) -> None:
         super().__init__()
-        self.gate = nn.Linear(cells.H, 3)
-        self.up, self.down = nn.Parameter(torch.randn(3, 8, cells.H)), nn.Parameter(torch.randn(3, cells.H, 8))
+        self.gate = nn.Linear(cells.H, experts)
+        self.up, self.down = nn.Parameter(torch.randn(experts, 8, cells.H)), nn.Parameter(torch.randn(experts, cells.H, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.gate(x).softmax(-1).topk(2, -1)
         h = torch.relu(torch.einsum("th,tkih->tki", x, self.up[ids]))
         return torch.einsum("tki,tkhi,tk->th", h, self.down[ids], w)
+
+
+class Tied(nn.Module):
+    """Two blocks that have one stack of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Three(4), Three(4)
+        self.second.up = self.first.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))  # type: ignore[no-any-return]
 
 
 def refused(mesh: Any) -> Iterator[tuple[str, str]]:
@@ -96,6 +121,7 @@ def refused(mesh: Any) -> Iterator[tuple[str, str]]:
         "dense": (nn.Linear(cells.H, 4), mesh, x),
         "modules": (Modules(), mesh, x),
         "no example": (Three(), mesh),
+        "tied": (Tied(), mesh, x),
     }
     for name, args in tried.items():
         try:
@@ -103,3 +129,7 @@ def refused(mesh: Any) -> Iterator[tuple[str, str]]:
             yield name, "placed"
         except ValueError as e:
             yield name, str(e)
+    try:
+        moe_compile.parallelize(Three(4), mesh, x, shared_batch=True, rows=True)
+    except ValueError as e:
+        yield "rows of a shared batch", str(e)

@@ -1,0 +1,186 @@
+"""Stages of `two_cards.py` that run models: a training step, Trinity-mini's layers, and a model that no card holds."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from two_cards_stages import TINY, Bench, Block, apart
+
+import moe_compile
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------
+
+
+def training(b: Bench) -> None:
+    """Tokens a second of a step of Qwen3-MoE: experts divided over two ranks, FSDP2 over the others. Beside transformers' exchange under
+    Inductor, and beside the undivided model (every rank holds all of it, gradients averaged) for the losses."""
+    from transformers import Qwen3MoeConfig
+
+    wide = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32, head_dim=128)
+    small = dict(hidden_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, num_attention_heads=2, head_dim=16)
+    more = dict(num_hidden_layers=2, num_key_value_heads=2, vocab_size=64) if b.tiny else dict(num_key_value_heads=4, vocab_size=32768)
+    config = Qwen3MoeConfig(**(small if b.tiny else {**wide, "num_hidden_layers": 4}), **more, use_cache=False)
+    config._experts_implementation = "grouped_mm"
+    mesh = init_device_mesh(b.device.type, (b.world // 2, 2), mesh_dim_names=("dp", "ep"))
+    what, theirs = f"FSDP2 x EP2, tokens/s{'' if b.world > 2 else ' (EP2 alone)'}", "transformers all_to_all, inductor"
+    found: dict[str, float] = {}
+    sides = ((theirs, "all_to_all", "inductor"), ("gather, moe_fused", "moe_compile", "moe_fused"), ("undivided", "", "inductor"))
+    for side, how, backend in sides:
+        torch._dynamo.reset()
+        losses, ms = steps(b, config, mesh, how, backend)
+        found[side] = b.tokens * b.world / ms * 1e3
+        ratio = {"ratio": found[side] / found[theirs]} if how == "moe_compile" else {}
+        b.note(what=what, side=side, tokens_per_second=found[side], **ratio, losses=losses, gib=peaks(b))
+        gc.collect()
+
+
+def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[list[float], float]:
+    """The mean loss of all ranks, step by step, and the median milliseconds of a step."""
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    with b.device:
+        m = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=b.dtype)
+    for layer in m.model.layers:
+        if how:
+            of_rank(b, config, layer.mlp, how, mesh["ep"])
+        layer.forward = b.compiled(layer.forward, backend)
+        if how and mesh["dp"].size() > 1:
+            fully_shard(layer, mesh=mesh["dp"])
+    if how and mesh["dp"].size() > 1:
+        fully_shard(m, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(m.parameters(), lr=1e-4, fused=not b.tiny)
+    losses, took = [], []
+    for n in range(3 if b.tiny else 10):
+        ids = torch.randint(0, config.vocab_size, (1, b.tokens), generator=torch.Generator().manual_seed(n * 10 + b.rank)).to(b.device)
+        dist.barrier()
+        start = time.perf_counter()
+        loss = m(input_ids=ids, labels=ids).loss
+        loss.backward()
+        average(m, mesh["ep"].get_group() if how else dist.group.WORLD, of_all=not how)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        losses.append(round(float(mean) / b.world, 4))
+        took.append((time.perf_counter() - start) * 1e3)
+    return losses, b.slower(statistics.median(took[2:]))
+
+
+def of_rank(b: Bench, config: Any, mlp: Any, how: str, mesh: Any) -> None:
+    """A layer's experts become this rank's part of them, behind an exchange."""
+    old = mlp.experts
+    mlp.experts, implementation = apart(b, config, (old.gate_up_proj, old.down_proj), how, mesh)
+
+    def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return implementation(hidden, ids, weights)  # type: ignore[no-any-return]
+
+    mlp.experts.forward = forward
+
+
+def average(m: nn.Module, group: Any, of_all: bool) -> None:
+    """Gradients of divided experts are sums over the ranks that divide them, those of other parameters each rank's own: to means."""
+    for name, p in m.named_parameters():
+        grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+        if of_all or "experts" not in name:
+            dist.all_reduce(grad, group=group)
+        grad /= group.size()
+
+
+def peaks(b: Bench) -> list[float]:
+    """GiB that each rank has allocated at most, since it was asked last."""
+    own = 0.0
+    if not b.tiny:
+        own = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    each: list[Any] = [None] * b.world
+    dist.all_gather_object(each, round(own, 2))
+    return each
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layers(b: Bench) -> None:
+    """Trinity-mini, 32 layers, random weights: prefill of 4,096 tokens, a step of 32 sequences; undivided and divided, of one batch."""
+    import divided
+    import trinity
+    from decoding import Step, new_cache
+    from transformers import AfmoeForCausalLM
+
+    alone: dict[str, float] = {}
+    for side in ("undivided", "divided"):
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            config = trinity.tiny_config() if b.tiny else trinity.mini_config()
+            m = trinity.cast(AfmoeForCausalLM(config), b.dtype).eval()
+        if side == "divided":
+            moe_compile.parallelize(m, b.mesh, torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False, shared_batch=True)
+        divided.fill(m, b.device, 0, b.rank if side == "divided" else 0)
+        ids = torch.zeros(1, b.tokens, dtype=torch.long, device=b.device)
+        step = b.compiled(Step(m, new_cache(m, 512, 32), 512))
+        token, at = torch.zeros(32, 1, dtype=torch.long, device=b.device), torch.full((1, 1), 256, device=b.device)
+        prefill = b.compiled(lambda ids, m=m: m(ids, use_cache=False, logits_to_keep=1).logits)
+        for what, f, given in (("decode", step, (token, at)), ("prefill", prefill, (ids,))):
+            took = b.time(functools.partial(f, *given), rounds=10)
+            alone.setdefault(what, took["us"])
+            fused = len(moe_compile.last_report().blocks)
+            b.note(what=what, side=side, **took, ratio=took["us"] / alone[what], fused=fused, gib=peaks(b))
+        del m, step, prefill, f
+        gc.collect()
+
+
+class Deep(nn.Module):
+    """Blocks one after the other, each behind a norm."""
+
+    def __init__(self, make: Callable[[], Block], depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(F.rms_norm(x, x.shape[-1:]))
+        return x
+
+
+@torch.no_grad()
+def big(b: Bench) -> None:
+    """116 GB of experts that are made where they lie, a part in each rank: memory and the time of 1,024 tokens a rank."""
+    widths, depth = (TINY, 2) if b.tiny else ((128, 8, 4096, 2048), 18)
+    meta = torch.device("meta")
+    m = Deep(lambda: Block(widths, meta, b.dtype), depth)
+    whole = sum(p.numel() * p.element_size() for p in m.parameters()) / 2**30
+    moe_compile.parallelize(m, b.mesh, torch.empty(16, widths[2], dtype=b.dtype, device=meta))
+    m.to_empty(device=b.device)
+    for name, p in m.named_parameters():
+        part = p.to_local() if hasattr(p, "to_local") else p
+        g = torch.Generator(b.device).manual_seed(0 if part is p else 1 + b.rank)
+        part.normal_(std=p.shape[-1] ** -0.5, generator=g)
+        assert part is not p or "gate" in name, name
+    x = b.x(16 if b.tiny else 1024, b.rank, widths[2])
+    run = b.compiled(m)
+    took = b.time(lambda: run(x), rounds=10)
+    b.note(
+        what="model of " + (f"{whole:.0f} GiB" if not b.tiny else "a tiny size"),
+        side="divided",
+        **took,
+        fused=len(moe_compile.last_report().blocks),
+        gib=peaks(b),
+    )

@@ -1,0 +1,84 @@
+"""Whether all ranks hold the batch that they were said to share: compared at the first call of code that the ranks have agreed upon.
+
+x, ids and weights of experts whose results are summed by an all-reduce come from the same values on all ranks, or the sums are of
+different tokens' results. Words go through the group's store (`agreement`): nothing is added to the collectives of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from . import agreement, divided
+from .agreement import Talk, Word
+
+ELEMENTS = 256  # of a tensor that are compared
+TOLERANCE = 0.05  # of their norm: other batches are about 1.4 apart, the same one through kernels that round otherwise about 0.01
+
+
+def shared(gm: fx.GraphModule) -> list[tuple[int, str]]:
+    """Place and name of the graph's inputs, parameters aside, from which experts take rows that all ranks are to hold alike."""
+    wanted = [n for n in gm.graph.nodes if n.target is divided.divided_experts and n.args[7]]
+    seen: set[fx.Node] = set()
+    left = [x for n in wanted for x in n.args[:3] if isinstance(x, fx.Node)]
+    while left:
+        n = left.pop()
+        if n not in seen:
+            seen.add(n)
+            left.extend(n.all_input_nodes)
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [(i, n.name) for i, n in enumerate(inputs) if n in seen and not isinstance(n.meta.get("example_value"), nn.Parameter)]
+
+
+def compared(compiled: Callable[..., Any], inputs: Sequence[tuple[int, str]], talks: Sequence[Talk]) -> Callable[..., Any]:
+    """`compiled`, whose first call raises RuntimeError, on every rank, where ranks of a group hold other `inputs` than its first one."""
+    if not inputs:
+        return compiled
+    left = [True]
+
+    def run(*args: Any) -> Any:
+        if left:
+            left.clear()
+            for talk in talks:
+                _same(talk, {name: _sample(args[i]) for i, name in inputs})
+        return compiled(*args)
+
+    return run
+
+
+def _sample(value: Any) -> Any:
+    """What is told of an input: a number, or a tensor's shape and some of its elements."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return value if isinstance(value, (int, float)) else None
+    flat = value.detach().reshape(-1)
+    found = flat[:: max(1, len(flat) // ELEMENTS)][:ELEMENTS].to(torch.float64).tolist() if not flat.is_complex() else []
+    return [list(value.shape), value.dtype.is_floating_point, found]
+
+
+def _same(talk: Talk, own: Word) -> None:
+    told = talk.round("batch", own, talk.timeout / 2)
+    first = told[0]
+    if first is None:
+        return
+    others = {r: [name for name, v in word.items() if _differ(v, first.get(name))] for r, word in enumerate(told) if word is not None}
+    if found := {r: names for r, names in others.items() if names}:
+        names = ", ".join(dict.fromkeys(n for each in found.values() for n in each))
+        raise RuntimeError(
+            f"parallelize(shared_batch=True): {agreement.ranks(list(found))} of {talk.size} called the model with another batch than "
+            f"rank 0 (inputs of the graph: {names}); give all ranks the same one, or leave shared_batch out"
+        )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if not isinstance(a, list) or not isinstance(b, list):
+        return bool(a != b)
+    if a[:2] != b[:2]:
+        return True
+    if not a[1]:
+        return bool(a[2] != b[2])
+    x, y = (torch.tensor(v[2], dtype=torch.float64) for v in (a, b))
+    return bool((x - y).norm() > TOLERANCE * torch.maximum(x.norm(), y.norm()))
