@@ -147,6 +147,15 @@ class MixesRows(Wide):
         return F.linear(F.linear(x, self.up[e]).softmax(-1), self.down[e])
 
 
+class RoundsSomeRows(Wide):
+    """Verdict: left. Rows are rounded to eight bits before one of the up projections only."""
+
+    def one(self, e: int, x: Tensor) -> Tensor:
+        s = x.abs().amax(-1, keepdim=True) / 127
+        g = F.linear((x / s).round() * s, self.up[e])
+        return F.linear(F.silu(g) * F.linear(x, self.up[e]), self.down[e])
+
+
 def compiled(cls: type[Wide]) -> tuple[moe_compile.Report, Tensor, Tensor]:
     torch._dynamo.reset()
     capture._trials.clear()
@@ -191,12 +200,17 @@ def test_the_programs_of_narrow_and_wide_experts(cls: type[Wide], same: bool, mo
     assert told == [same]
 
 
-def test_what_the_maths_decline_is_never_read_at_its_real_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cls", "why"), [(MixesRows, "softmax over features"), (RoundsSomeRows, "some of the up projections only")])
+def test_what_the_maths_decline_is_not_read_again(cls: type[Wide], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never with the block around it, nor at its real widths where those cannot matter."""
     from moe_compile.loops import reading
 
-    real, widths = reading._read, []
-    monkeypatch.setattr(reading, "_read", lambda call, reader, recover: (widths.append(reader.fewer), real(call, reader, recover))[1])
-    report, got, want = compiled(MixesRows)
-    assert "softmax over features" in str(report) and not report.blocks
-    assert widths and all(fewer is not None and fewer.widths for fewer in widths)
+    real, read = reading._read, []
+    monkeypatch.setattr(
+        reading, "_read", lambda c, reader, recover: (read.append((c.fn.__name__, reader.fewer)), real(c, reader, recover))[1]
+    )
+    report, got, want = compiled(cls)
+    assert why in str(report) and not report.blocks
+    assert {name for name, _ in read} == {"dispatch"} and read[0][1] is not None and read[0][1].widths
+    assert len(read) == 1 or cls is RoundsSomeRows
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()

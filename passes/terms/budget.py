@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 DEFAULT = 10_000_000
 SECONDS = 60.0  # of this thread's processor time, for one graph: passes take a few hundredths of that
+TOO_MANY = "the values around the selection depend on each other in too many ways"
 _LOOK = 50_000  # steps from one look at the clock to the next
 
 
@@ -24,7 +25,7 @@ class Budget:
 
     __slots__ = ("left", "reason")
 
-    def __init__(self, steps: int = DEFAULT, reason: str = "the values around the selection depend on each other in too many ways") -> None:
+    def __init__(self, steps: int = DEFAULT, reason: str = TOO_MANY) -> None:
         self.left, self.reason = steps, reason
 
     def spend(self, steps: int = 1) -> None:
