@@ -37,8 +37,31 @@ def test_shapes_and_numbers_go_there_and_back() -> None:
     assert [fewer.size(v) for v in (17, 256, 17 * 256, 2, 7)] == [128, 2048, 128 * 2048, 2, 7]
 
 
+def test_experts_are_no_groups_though_a_width_is_a_power_of_two_of_them() -> None:
+    """The rows of a router are experts; what lies inside a stack is a grid of scales, as many as it may be."""
+    assert dict(narrow([(64, 2048, 2048), (64, 2048)], rows=[2048], fixed=[])) == {2048: 128}
+
+
+def test_words_of_one_group_are_as_many_in_a_smaller_model() -> None:
+    pairs = narrow([(8, 4096, 64, 16), (8, 4096, 64)], rows=[2048], fixed=[])
+    assert pairs == ((64, 2), (2048, 64), (4096, 128))
+    fewer = Fewer(8, 8, pairs)
+    assert fewer.view((8, 128, 2, 16), (8, 128, 32)) == [8, 4096, 1024] and fewer.view((8, 128, 2, 16), (1024, 32)) == [8 * 4096, 1024]
+    assert fewer.view((8, 128, 64), (8, 128, 64)) == [8, 4096, 2048]
+
+
+def test_a_table_of_groups_names_those_that_are_left() -> None:
+    fewer, groups = Fewer(8, 8, ((16, 2), (2048, 256))), torch.arange(2048) // 128
+    assert fewer.table(groups.flip(0)[:256], groups).unique().tolist() == [0, 1]
+    others = torch.arange(2048) % 15  # as many as no width has groups
+    assert torch.equal(fewer.table(others[:256], others), others[:256])
+    assert torch.equal(fewer.table(groups, groups), groups)
+
+
 class Wide(nn.Module):
     """Verdict: fused. A hit loop over experts of H -> I -> H."""
+
+    experts = E
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +100,30 @@ class DividesByItsWidth(Wide):
         return F.linear(F.silu(F.linear(x, self.up[e]) * (16 / x.shape[-1] ** 0.5)), self.down[e])
 
 
+class Packed(Wide):
+    """Verdict: fused. Eight codes a word and a scale for 32 inputs, gate and up in one matrix: no dim is the intermediate size.
+    Experts are as many as a width has groups of 64, and as a narrow one has packed words."""
+
+    experts = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(2)
+        self.gate = nn.Parameter(torch.randn(8, H, generator=g) * 0.1)
+        for name, n, k in (("up", 2 * I, H), ("down", H, I)):
+            delattr(self, name)
+            self.register_buffer(name, torch.randint(-(1 << 31), 1 << 31, (8, n, k // 8), generator=g).int())
+            self.register_buffer(f"{name}_scale", torch.rand(8, n, k // 32, generator=g) / 64)
+
+    def matrix(self, q: Tensor, s: Tensor) -> Tensor:
+        codes = (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).flatten(-2) - 8
+        return (codes.to(s.dtype).unflatten(-1, (-1, 32)) * s[..., None]).flatten(-2)
+
+    def one(self, e: int, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.matrix(self.up[e], self.up_scale[e])).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.matrix(self.down[e], self.down_scale[e]))
+
+
 class OtherWhenWide(Wide):
     """Verdict: fused, with the activation of wide experts: narrow ones have another."""
 
@@ -100,6 +147,15 @@ class MixesRows(Wide):
         return F.linear(F.linear(x, self.up[e]).softmax(-1), self.down[e])
 
 
+class RoundsSomeRows(Wide):
+    """Verdict: left. Rows are rounded to eight bits before one of the up projections only."""
+
+    def one(self, e: int, x: Tensor) -> Tensor:
+        s = x.abs().amax(-1, keepdim=True) / 127
+        g = F.linear((x / s).round() * s, self.up[e])
+        return F.linear(F.silu(g) * F.linear(x, self.up[e]), self.down[e])
+
+
 def compiled(cls: type[Wide]) -> tuple[moe_compile.Report, Tensor, Tensor]:
     torch._dynamo.reset()
     capture._trials.clear()
@@ -115,8 +171,17 @@ def test_read_as_at_the_real_widths(cls: type[Wide]) -> None:
     report, got, want = compiled(cls)
     assert len(report.blocks) == 1, str(report)
     experts = report.blocks[0].ir.experts
-    assert (experts.hidden, experts.intermediate, experts.out_features, experts.num_experts) == (H, I, H, E)
+    assert (experts.hidden, experts.intermediate, experts.out_features, experts.num_experts) == (H, I, H, cls.experts)
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_packed_matrices_are_read_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_compile.loops import reading
+
+    real, widths = reading._read, []
+    monkeypatch.setattr(reading, "_read", lambda call, reader, recover: (widths.append(reader.fewer), real(call, reader, recover))[1])
+    test_read_as_at_the_real_widths(Packed)
+    assert len(widths) == 1 and widths[0] is not None and dict(widths[0].widths)[H] < H
 
 
 def test_an_expert_that_is_another_when_wide() -> None:
@@ -135,12 +200,17 @@ def test_the_programs_of_narrow_and_wide_experts(cls: type[Wide], same: bool, mo
     assert told == [same]
 
 
-def test_what_the_maths_decline_is_never_read_at_its_real_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cls", "why"), [(MixesRows, "softmax over features"), (RoundsSomeRows, "some of the up projections only")])
+def test_what_the_maths_decline_is_not_read_again(cls: type[Wide], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never with the block around it, nor at its real widths where those cannot matter."""
     from moe_compile.loops import reading
 
-    real, widths = reading._read, []
-    monkeypatch.setattr(reading, "_read", lambda call, reader, recover: (widths.append(reader.fewer), real(call, reader, recover))[1])
-    report, got, want = compiled(MixesRows)
-    assert "softmax over features" in str(report) and not report.blocks
-    assert widths and all(fewer is not None and fewer.widths for fewer in widths)
+    real, read = reading._read, []
+    monkeypatch.setattr(
+        reading, "_read", lambda c, reader, recover: (read.append((c.fn.__name__, reader.fewer)), real(c, reader, recover))[1]
+    )
+    report, got, want = compiled(cls)
+    assert why in str(report) and not report.blocks
+    assert {name for name, _ in read} == {"dispatch"} and read[0][1] is not None and read[0][1].widths
+    assert len(read) == 1 or cls is RoundsSomeRows
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()

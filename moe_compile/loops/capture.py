@@ -12,7 +12,7 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, fx
 
 from ..ir import Rejection
 from ..passes.aten.sharded import is_sharded
+from ..passes.recover.rows import NO_EXPERTS
+from ..passes.terms.budget import TOO_MANY
 from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
@@ -132,10 +134,26 @@ def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
         log.debug("capture: no expert loop: %s: %s", call.source, trial.outcome)
         return None
     if isinstance(trial.outcome, Rejection):
+        if _is_of_experts(trial.outcome, call):  # a block read around them would be left for it too
+            for around in _frames(tx):
+                flags.tried(around)
         _leave(trial.outcome, call)
         return None
     refuse_modes(tx)
     return trial.outcome
+
+
+def _is_of_experts(r: Rejection, call: Call) -> bool:
+    """Whether a function of tokens, ids and weights alone was left for what its experts compute, which nothing outside of it changes."""
+    alone = len(call.tensors) == 3 and bool(roles_of(call.tensors))
+    return alone and r.stage == "experts" and r.code != NO_EXPERTS and TOO_MANY not in r.reason
+
+
+def _frames(tx: Any) -> Iterator[types.CodeType]:
+    """The code that is being traced, and that of all who called it."""
+    while tx is not None:
+        yield tx.f_code
+        tx = getattr(tx, "parent", None)
 
 
 def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Reading) -> tuple[Any, list[Any]]:

@@ -7,14 +7,16 @@ It grows with the widths too, which are told by where they stand (`narrow`). Wha
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..ir import Experts, Rejection
+from ..ir import Experts, Rejection, Stored
 from .narrow import WIDE
 
 MANY = 40  # experts beyond which it pays
@@ -48,11 +50,22 @@ class Fewer(NamedTuple):
         """A number that the code reads."""
         return self.few if v == self.all else dict(self.widths).get(v, v) if _wide(v) else v
 
+    def table(self, cut: Tensor, whole: Tensor) -> Tensor:
+        """A table of numbers that was cut: one that says the group of each column says one of the groups that are left."""
+        length, left = (t.shape[-1] if t.ndim else 0 for t in (whole, cut))
+        if left == length or not cut.numel() or cut.dtype is torch.bool:
+            return cut
+        groups = int(whole.max()) + 1
+        few = dict(self.widths).get(groups, groups)
+        return cut % few if few < groups and length % groups == 0 else cut
+
     def experts(self, experts: Experts) -> Experts:
         """The experts read, as many as there are and as wide as they are."""
         if self.cuts and (experts.num_experts != self.few or experts.num_identity):
             raise Rejection("only some of its experts were recovered", stage="read")
-        wider = experts.resized({narrow: wide for wide, narrow in self.widths})
+        back = {narrow: wide for wide, narrow in self.widths}
+        halves = {narrow // 2: wide // 2 for wide, narrow in self.widths if _wide(wide)}  # gate and up lie in one packed matrix
+        wider = _with_groups(experts.resized({**halves, **back}), back)
         return replace(wider, num_experts=self.all) if self.cuts else wider
 
     def size(self, v: int) -> int:
@@ -61,6 +74,18 @@ class Fewer(NamedTuple):
         if v == self.few:
             return self.all
         return back[v // self.few] * self.all if v % self.few == 0 and v // self.few in back else back.get(v, v)
+
+    def view(self, shape: Sequence[int], view: Sequence[int]) -> list[int]:
+        """A view of a tensor of the recording, as it is of the real one: what is made of several dims is their product."""
+        back, left = {narrow: wide for wide, narrow in self.widths}, list(shape)
+        found: list[int] = []
+        for size in view:
+            merged: list[int] = []
+            while left and math.prod(merged) < size:
+                merged.append(left.pop(0))
+            several = len(merged) > 1 and math.prod(merged) == size and self.few not in merged
+            found.append(math.prod(back.get(d, d) for d in merged) if several else self.size(size))
+        return found
 
     def paths(self, module: nn.Module | None, paths: Sequence[str]) -> list[str]:
         """Paths of all experts' parameters, from those of the few: they differ in the key of one container."""
@@ -74,6 +99,15 @@ class Fewer(NamedTuple):
         if len(keys) != self.all or [p[differs[0]] for p in parts] != keys[: self.few]:
             raise Rejection("the parameters of its experts have no order", stage="read")
         return [".".join([*before, k, *after]) for k in keys]
+
+
+def _with_groups(experts: Experts, known: Mapping[int, int]) -> Experts:
+    """The same experts where the index of a packed matrix names other numbers of groups: old -> new."""
+
+    def wider(how: Stored | None) -> Stored | None:
+        return replace(how, groups=known.get(how.groups, how.groups)) if how is not None and how.indexed else how
+
+    return replace(experts, up_stored=wider(experts.up_stored), down_stored=wider(experts.down_stored))
 
 
 def pattern(path: str) -> str:

@@ -17,14 +17,17 @@ _SHARES = tuple(1 << n for n in range(1, 9))  # numbers of a row that may share 
 
 def narrow(shapes: Iterable[Sequence[int]], rows: Iterable[int], fixed: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """Pairs of (size, narrow size); none where nothing is gained. shapes: of weights; rows: widths of rows; fixed: numbers that stay."""
-    stays, found = set(fixed), set(rows)
-    small: set[int] = set()
+    shapes, found, small = list(shapes), set(rows), set[int]()
+    experts = {s[0] for s in shapes if len(s) > 2}
+    stays = {*fixed, *experts}
+    # of [.., groups, words] the words of one group are as many in a smaller model
+    runs = {s[-1] for s in shapes if len(s) > 3 and s[-1] < WIDE}
     for shape in shapes:
-        stays |= {shape[0]} if len(shape) > 2 else set()
-        for d in shape[1:] if len(shape) > 2 else shape:
+        by_expert = len(shape) > 2 or len(shape) == 2 and shape[0] in experts  # a router's rows are experts
+        for d in shape[1:] if by_expert else shape:
             (found if d >= WIDE else small if len(shape) > 1 else stays).add(d)
     wide = {d for d in found if d >= WIDE} - stays
-    groups = {d for d in small if any(d * share in wide for share in _SHARES)}
+    groups = {d for d in small - runs if any(d * share in wide for share in _SHARES)}
     stays |= small - groups
     by = _divisor(wide, groups, stays)
     return tuple((d, d // by) for d in sorted(wide | groups)) if by > 1 else ()

@@ -180,7 +180,8 @@ class Probe(Sealed):
     def _table(self, t: Tensor, path: str, shape: tuple[int, ...]) -> Tensor:
         if t.is_meta or isinstance(t, torch._subclasses.FakeTensor) or t.numel() > _TABLE:
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
-        return t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
+        cut = t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
+        return cut if self.fewer is None else self.fewer.table(cut, t)
 
 
 WHOLE = "moe_compile_whole"  # set on parameters that are read as a whole

@@ -100,8 +100,11 @@ class Dispatch(_Reader):
         self.lay(None)
 
     def _count(self) -> int:
-        if self.widths:
-            narrow = self.sharp.again(dtype=torch.float32, fewer=Fewer(0, 0, self.widths))
+        # how many there are may be how many groups a width has: of those stacks are told by where it stands
+        known = {w.shape[0] for w in self.sharp.weights() if w.ndim > 2} & {wide for wide, _ in self.widths}
+        if self.widths and len(known) < 2:
+            count = max(known, default=0)
+            narrow = self.sharp.again(dtype=torch.float32, fewer=Fewer(count, count, self.widths))
             narrow.share(self.reads)
             with contextlib.suppress(Rejection):
                 return number_of_experts(narrow)
@@ -197,7 +200,8 @@ class Block(_Reader):
         self.own.share(reads)
         self.widths = self.sharp.narrow()
         found = candidates(call.module, lambda: (w for w in self.sharp.weights() if w.ndim > 2 or lies_flat(w)))
-        most = max((n for n in found if n not in dict(self.widths)), default=0)
+        stacks = {w.shape[0] for w in self.sharp.weights() if w.ndim > 2}  # which are no widths, whatever else is as long
+        most = max((n for n in found if n in stacks or n not in dict(self.widths)), default=0)
         if most < 2:
             raise NoExperts("nothing tells how many experts there are", stage="read")
         self.all = most

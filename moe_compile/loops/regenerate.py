@@ -200,12 +200,11 @@ class Regenerated:
         return env[n] if v.ndim == 2 else f"{env[n]}.reshape(-1, {v.shape[-1]})"
 
     def _weight(self, n: fx.Node, env: dict[fx.Node, str]) -> str:
-        seen = env[n] if n not in self.views else f"{env[n]}.reshape({', '.join(self._extent(int(s)) for s in self.views[n])})"
+        seen = env[n]
+        if (view := self.views.get(n)) is not None:
+            sizes = view if self.fewer is None else self.fewer.view(n.meta["val"].shape, view)
+            seen = f"{seen}.reshape({', '.join(str(int(s)) for s in sizes)})"
         return seen if n not in self.orders else f"{seen}.permute({self.orders[n]})"
-
-    def _extent(self, size: int) -> str:
-        """A size of a weight."""
-        return str(size if self.fewer is None else self.fewer.size(size))
 
     def _value(self, v: Any, env: Mapping[fx.Node, str]) -> str:
         """A value in an argument list as code: nodes by name, sizes in terms of the tokens' own, the rest as literals."""

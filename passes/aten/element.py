@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import terms as T
 from ..terms import Term
+from ..terms.budget import TOO_MANY
 from .names import op_name
 from .node import schema_of
 from .signs import is_positive
@@ -159,7 +160,7 @@ class Puller:
             self.left -= 1
             T.step(STEPS)
             if self.left < 0:
-                raise T.TooLarge("the values around the selection depend on each other in too many ways")
+                raise T.TooLarge(TOO_MANY)
             out = self.memo[key] = self._look(node, key[1])
         return out
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 DEFAULT = 10_000_000
 SECONDS = 30.0  # of this thread's processor time, for one graph: the slowest that is known takes 7, in a loop that is read by example
 EACH = 1.0  # more for each place where experts may be chosen: an equal block takes a tenth of that, and a graph may hold a hundred of them
+TOO_MANY = "the values around the selection depend on each other in too many ways"
 _LOOK = 50_000  # steps from one look at the clock to the next
 
 
@@ -25,7 +26,7 @@ class Budget:
 
     __slots__ = ("left", "reason")
 
-    def __init__(self, steps: int = DEFAULT, reason: str = "the values around the selection depend on each other in too many ways") -> None:
+    def __init__(self, steps: int = DEFAULT, reason: str = TOO_MANY) -> None:
         self.left, self.reason = steps, reason
 
     def spend(self, steps: int = 1) -> None:
