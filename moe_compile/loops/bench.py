@@ -90,7 +90,8 @@ class Bench:
     def _narrow(self) -> torch.dtype | None:
         """The tokens' own type, where the bench has a wider one; where they are wide, that of the parameters that are not."""
         given = {s.dtype for s in self.call.tensors.values()} & _HALF
-        own = given or ({t.dtype for t in self.call.module.state_dict().values()} if self.call.module is not None else set()) & _HALF
+        module = self.call.module  # no `state_dict`: hooks of the user's or of FSDP2 may hang on it
+        own = given or ({t.dtype for t in (*module.parameters(), *module.buffers())} if module is not None else set()) & _HALF
         return own.pop() if self.dtype is not None and len(own) == 1 and self.dtype not in own else None
 
     def widen(self) -> bool:
