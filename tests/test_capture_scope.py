@@ -206,3 +206,55 @@ def test_hooks_of_a_module_that_is_compiled_in_place_still_run() -> None:
     with torch.no_grad():
         torch.testing.assert_close(_in_place(m, ours)(x), want)
     assert ours.ops == 1
+
+
+# ---- a loop that is a frame of its own ---------------------------------------------------------------------------------------
+
+
+class InPython(nn.Module):
+    """Its own loop breaks, so that Dynamo leaves it to Python, which calls the block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = x + self.block(x, scale=0.5)
+        return x
+
+
+class CalledByPython(Loop):
+    """Router and loop in one function, with arguments of every kind."""
+
+    breaks = False
+
+    def forward(self, x: Tensor, shift: float = 0.25, *more: Tensor, scale: float = 1.0, **named: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, j = torch.where(ids == e)
+            if t.numel() == 0:
+                continue
+            if self.breaks:
+                torch._dynamo.graph_break()
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return sum(more, sum(named.values(), out * scale + shift))
+
+
+class CalledWithABreak(CalledByPython):
+    """Near miss: compiled whole it would call itself."""
+
+    breaks = True
+
+
+@pytest.mark.parametrize("cls", [CalledByPython, CalledWithABreak])
+def test_a_loop_that_python_calls(cls: type[CalledByPython]) -> None:
+    m, x, counter = InPython(cls()), torch.randn(9, H), Counter()
+    torch._dynamo.reset()
+    c = compiled(m, counter)
+    with torch.no_grad():
+        for t in (x, torch.randn(5, H)):
+            torch.testing.assert_close(c(t), m(t))
+    assert (counter.ops > 0) is not cls.breaks

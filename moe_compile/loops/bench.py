@@ -17,10 +17,12 @@ from .fewer import Fewer
 from .narrow import narrow
 from .neutral import neutral
 from .places import Place
-from .probe import CONTAINERS, Probe, Windows, candidates
+from .probe import CONTAINERS, Probe, Windows, candidates, wider
 from .rows import UNEVEN, Listener
 from .sealed import containers
 from .widened import Widened
+
+_HALF = {torch.bfloat16, torch.float16}
 
 
 class NoExperts(Rejection):
@@ -72,9 +74,8 @@ class Bench:
         try:
             return self._run(arguments, autocast, listener)
         except RuntimeError:
-            if self.widened or self._narrow() is None:
+            if not self.widen():
                 raise
-            self.widened = True
             try:
                 return self._run(arguments, autocast, listener)
             except BaseException:
@@ -87,9 +88,17 @@ class Bench:
             return self.call_user(arguments)
 
     def _narrow(self) -> torch.dtype | None:
-        """The tokens' own type, where the bench has a wider one."""
-        own = {s.dtype for s in self.call.tensors.values() if s.dtype in (torch.bfloat16, torch.float16)}
+        """The tokens' own type, where the bench has a wider one; where they are wide, that of the parameters that are not."""
+        given = {s.dtype for s in self.call.tensors.values()} & _HALF
+        module = self.call.module  # no `state_dict`: hooks of the user's or of FSDP2 may hang on it
+        own = given or ({t.dtype for t in (*module.parameters(), *module.buffers())} if module is not None else set()) & _HALF
         return own.pop() if self.dtype is not None and len(own) == 1 and self.dtype not in own else None
+
+    def widen(self) -> bool:
+        """From now on the types of half precision that code names stand for `dtype`; whether that is anything new."""
+        new = not self.widened and self._narrow() is not None
+        self.widened = self.widened or new
+        return new
 
     def types(self) -> AbstractContextManager[Any]:
         """What code of the call is to run under, beside `neutral`."""
@@ -151,7 +160,7 @@ class Bench:
         width = spec.shape[-1] if fewer is None else fewer.number(spec.shape[-1])
         x = torch.randn(*lead, width, generator=self.generator)
         x = x * torch.tensor([0.25, 1.0, 4.0, 32.0])[torch.arange(x[..., 0].numel()) % 4].view(*lead, 1)
-        return x.to(self.device, self.dtype or spec.dtype)
+        return x.to(self.device, wider(spec.dtype, self.dtype))
 
     def complete(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors in the call's order."""
@@ -179,7 +188,7 @@ class DispatchBench(Bench):
         super().__init__(call, dtype, **kw)
         self.roles = roles
         windows = Windows(self.device, self.generator, 0.2)
-        self.given = {n: windows.take(self.shape(n), dtype or call.tensors[n].dtype) for n in roles.params}
+        self.given = {n: windows.take(self.shape(n), wider(call.tensors[n].dtype, dtype)) for n in roles.params}
 
     def again(self, **kw: Any) -> Self:
         return type(self)(self.call, self.roles, **kw)
@@ -201,7 +210,7 @@ class DispatchBench(Bench):
             **{n: self._extra(n, ids.shape[0], masked) for n in r.extras},
         }
         w = w.view(*made[r.ids].shape, *[1] * (len(t[r.weights].shape) - made[r.ids].ndim))
-        made[r.weights] = w.to(self.device, self.dtype or t[r.weights].dtype)
+        made[r.weights] = w.to(self.device, wider(t[r.weights].dtype, self.dtype))
         return self.complete(made)
 
     def _extra(self, name: str, tokens: int, masked: bool) -> Tensor:
@@ -210,7 +219,7 @@ class DispatchBench(Bench):
             true = torch.ones(shape, dtype=torch.bool)
             return (true if not masked else torch.rand(shape, generator=self.generator) < 0.7).to(self.device)
         made = torch.randn(shape, generator=self.generator)
-        return made.to(self.device, (self.dtype or spec.dtype) if spec.dtype.is_floating_point else spec.dtype)
+        return made.to(self.device, wider(spec.dtype, self.dtype) if spec.dtype.is_floating_point else spec.dtype)
 
     def uneven(self, tokens: int, experts: int) -> Tensor:
         """ids [tokens, k]: each expert is hit twice, and some much more often than others."""

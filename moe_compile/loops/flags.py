@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ..ir import Rejection
 from .libraries import home, is_library
@@ -181,8 +182,8 @@ def from_data_dependence(e: BaseException | None) -> bool:
     """Whether a failed compilation may have failed only because sizes that depend on data were allowed in."""
     seen = 0
     while e is not None and seen < 8:
-        if type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException", "BackendCompilerFailed"):
-            return True
+        if isinstance(e, BackendCompilerFailed) or type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
+            return True  # what Inductor raises is a kind of the first
         if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
             return True
         e, seen = e.__cause__ or e.__context__, seen + 1

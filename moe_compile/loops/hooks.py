@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import capture, flags, lines
+from . import capture, flags, lines, outermost
 from .looks import asks, is_candidate
 from .sealed_code import is_set
 
@@ -154,19 +154,19 @@ def _hook_flags() -> None:
     from torch._dynamo import convert_frame
 
     original: Callable[..., Any] = convert_frame._compile
-    signature = inspect.signature(original)
-    if "compiler_fn" not in signature.parameters:
+    if "compiler_fn" not in (signature := inspect.signature(original)).parameters:
         raise AttributeError("_compile has no compiler_fn")
 
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        if not enabled() or not for_us(given.get("compiler_fn")):
+        if not (enabled() and for_us(given.get("compiler_fn"))):
             return original(*args, **kwargs)
         capture.met(given["code"], given.get("globals") or {}, _values(given))
         try:
             with lines.kept():
-                return original(*args, **kwargs) if _on_already(given) or not _wants(given) else retried(given, *args, **kwargs)
+                way = original if _on_already(given) or not _wants(given) else functools.partial(retried, given)
+                return outermost.whole(original, signature, given) or way(*args, **kwargs)
         except Exception as e:
             lines.given_up(given["code"], e)
             raise

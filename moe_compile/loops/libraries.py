@@ -44,6 +44,7 @@ _CLASSES: tuple[str, ...] = (
     "torch.nn.modules",
     "torch.nn.parameter",
     "torch.nn.utils.parametrize",
+    "torch.nn.utils.parametrizations",
     "torch.amp",
     "torch.cuda.amp",
     "torch.return_types",

@@ -79,8 +79,8 @@ class Probe(Sealed):
 
     `tensors`: every parameter, buffer and plain tensor attribute of the copy, by path (each tensor once).
     `reads`: every place that the code read so far beside its arguments.
-    Floats become `dtype` if one is given, and lists of them `biases` times as large as the others. Integer tables keep their values,
-    but for matrices of bytes, which are weights (as floats of one byte are).
+    Floats become `dtype` if one is given and they are no wider, and lists of them `biases` times as large as the others. Integer tables
+    keep their values, but for matrices of bytes, which are weights (as floats of one byte are).
     Raises `Rejection` for what cannot be copied faithfully: hooks inside, shared or unusual tensors, tables without values.
     """
 
@@ -174,7 +174,7 @@ class Probe(Sealed):
     def _float(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         if t.dtype not in _FLOATS:
             raise Rejection(f"parameters of type {t.dtype}", stage="tensors")
-        new = self._windows.take(shape, self.dtype or t.dtype)
+        new = self._windows.take(shape, wider(t.dtype, self.dtype))
         return new if t.ndim > 1 else new * self.biases
 
     def _table(self, t: Tensor, path: str, shape: tuple[int, ...]) -> Tensor:
@@ -182,6 +182,11 @@ class Probe(Sealed):
             raise Rejection(f"the values of {path} cannot be copied", stage="tensors")
         cut = t.detach()[tuple(slice(n) for n in shape)].to(self.device, copy=True)
         return cut if self.fewer is None else self.fewer.table(cut, t)
+
+
+def wider(own: torch.dtype, least: torch.dtype | None) -> torch.dtype:
+    """The type of a probe: `least` where a tensor's own is no wider, for code that casts to the types of its tensors."""
+    return own if least is None or own.itemsize > least.itemsize else least
 
 
 WHOLE = "moe_compile_whole"  # set on parameters that are read as a whole

@@ -25,6 +25,7 @@ from ..recover.region import Block
 from ..recover.rows import rows
 from ..recover.writes import reads
 from ..terms import same_size
+from ..terms.text import SAID
 from .calls import can_emit
 from .layout import dims_by_stride
 from .onto import check_writes, writes_onto_base
@@ -60,7 +61,9 @@ class Planner:
         when = [at, *reads(memory, s, results)]
         writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
         if writer is not None:
-            raise Rejection(f"`{code_of(s) or s.name}` is overwritten before the block's result", writer, "rewrite")
+            name = code_of(s) or s.meta.get(SAID)
+            what = f"`{name}`" if name else "a tensor that comes into this graph and that the block reads"
+            raise Rejection(f"{what} is overwritten before the block's result", writer, "rewrite")
 
     def overwritten(self, s: fx.Node) -> bool:
         """Whether the memory of a shadow node is written after it was made."""

@@ -1,0 +1,86 @@
+"""Expert loops that are frames of their own, because what calls them runs in Python: a model around them that breaks in a loop, DDP, FSDP.
+
+Dynamo inlines, and a loop is read where it is inlined: the first frame itself never is. In its place a frame is compiled that takes the
+same arguments and calls the same method, ``def forward(self, x): return self.forward(x)``, whole or not at all: with a break in it
+the compiled code would call itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import logging
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from . import flags
+from .looks import asks, is_candidate
+from .places import of_class
+
+log = logging.getLogger("moe_compile")
+
+
+def whole(compile_frame: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any]) -> Any:
+    """What `convert_frame._compile` makes of such a frame as a whole; None where it is to be compiled as it is."""
+    other = in_place_of(given)
+    if other is None:
+        return None
+    bound = inspect.BoundArguments(signature, OrderedDict(other))
+    try:
+        with flags.on():
+            return compile_frame(*bound.args, **bound.kwargs)
+    except Exception as e:
+        log.info("capture: a frame is compiled as it is, for it cannot be as a whole: %s", e)
+        return None
+
+
+def in_place_of(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Other arguments of `convert_frame._compile` for a frame that may hold an expert loop; None where it is to be compiled as it is."""
+    code, values = given["code"], given.get("locals") or {}
+    module = values.get(code.co_varnames[0]) if code.co_argcount else None
+    if not isinstance(module, nn.Module) or code.co_freevars or given.get("one_graph") or given.get("export") or given.get("package"):
+        return None
+    forward = of_class(type(module), "forward")
+    if getattr(forward, "__code__", None) is not code or "forward" in vars(module):
+        return None
+    if not (is_candidate(code) and asks(code) or code in flags.whole_blocks([module])):
+        return None
+    return {**given, "code": _calling(code), "one_graph": True}
+
+
+@functools.cache
+def _calling(code: types.CodeType) -> types.CodeType:
+    """A function of the same arguments, in the same place, that calls the method ``forward`` of its first."""
+    kinds = inspect.CO_VARARGS, inspect.CO_VARKEYWORDS
+    names, n, k = code.co_varnames, code.co_argcount, code.co_kwonlyargcount
+    rest = list(names[n + k :])
+    star, double = (rest.pop(0) if code.co_flags & kind else None for kind in kinds)
+    given, named = [ast.arg(x) for x in names[:n]], [ast.arg(x) for x in names[n : n + k]]
+    only = code.co_posonlyargcount
+    arguments = ast.arguments(
+        given[:only],
+        given[only:],
+        None if star is None else ast.arg(star),
+        named,
+        [None] * k,
+        None if double is None else ast.arg(double),
+        [],
+    )
+
+    def load(x: str) -> ast.expr:
+        return ast.Name(x, ast.Load())
+
+    handed: list[ast.expr] = [load(x) for x in names[1:n]]
+    handed += [ast.Starred(load(star), ast.Load())] if star else []
+    by_name = [ast.keyword(x, load(x)) for x in names[n : n + k]] + ([ast.keyword(None, load(double))] if double else [])
+    call = ast.Call(ast.Attribute(load(names[0]), "forward", ast.Load()), handed, by_name)
+    tree = ast.fix_missing_locations(ast.Module([ast.FunctionDef("forward", arguments, [ast.Return(call)], [])], []))
+    space: dict[str, Any] = {}
+    exec(compile(tree, code.co_filename, "exec"), space)
+    own: types.CodeType = space["forward"].__code__
+    return own.replace(co_name=code.co_name, co_firstlineno=code.co_firstlineno)
