@@ -175,6 +175,7 @@ def test_every_ir_is_json(gating):
 def test_empty_report():
     assert str(Report()).startswith("0 MoE blocks fused") and not Report().fused
     json.dumps(Report().to_dict())
+    assert "no selection of experts was seen" in str(Report(graph_count=1)) and "no selection" not in str(Report())
 
 
 def test_a_break_of_every_layer_is_told_once():
