@@ -6,8 +6,9 @@ python examples/bring_up.py --graphs   a transformers model: graphs and breaks o
 
 from __future__ import annotations
 
+import argparse
 import linecache
-import sys
+import logging
 import textwrap
 from collections.abc import Callable
 
@@ -142,4 +143,7 @@ def graphs(say: Callable[[str], None] = print) -> None:
 
 
 if __name__ == "__main__":
-    graphs() if "--graphs" in sys.argv[1:] else steps()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", action="store_true", help="graphs and breaks of a transformers model instead of the steps")
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of the breaks that the reports tell of
+    graphs() if parser.parse_args().graphs else steps()

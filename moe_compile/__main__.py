@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotFused as e:
         print(_first_paragraph(e), file=sys.stderr)
         return 1
-    except (ImportError, ValueError) as e:
+    except (ImportError, ValueError, OSError) as e:
         print(f"error: {_first_paragraph(e)}", file=sys.stderr)
         return 2
 
@@ -77,8 +77,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_folder(html: Path | None) -> None:
-    if html is not None and not html.parent.is_dir():
-        raise ValueError(f"--html: there is no folder {html.parent}")
+    models.check_file(html, "--html")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -87,7 +86,7 @@ def _explain(args: argparse.Namespace) -> int:
         warnings.simplefilter("ignore")
         model, inputs = models.load(args)
         options = {"target": args.target, "strict": args.strict, "validate": not args.no_validate}
-        with torch.no_grad(), _graphs(args, options) as graphs:
+        with torch.no_grad(), _graphs(args, options) as graphs, models.running(args.model):
             report = explain(model, options=options, **inputs)
     if graphs is not None:
         print(graphs(), end="\n\n")
@@ -105,7 +104,8 @@ def _trace(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model, inputs = models.load(args)
-        traced = trace(model, options={"target": args.target, "validate": not args.no_validate}, **inputs)
+        with models.running(args.model):
+            traced = trace(model, options={"target": args.target, "validate": not args.no_validate}, **inputs)
     if args.html is not None:
         args.html.write_text(traced.to_html(), encoding="utf-8")
     print(traced.text(args.stage) if args.stage or args.html is None else f"{traced.report}\n\nthe trace is in {args.html}")
@@ -130,7 +130,7 @@ def _graphs(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[Calla
 
 def _first_paragraph(e: BaseException) -> str:
     """Without the hints Dynamo appends to whatever passes through it."""
-    return str(e).split("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
+    return models.without_hints(e)
 
 
 _COMMANDS = {"explain": _explain, "trace": _trace, "bench": bench_cli.main, "tune": tune_cli.main, "env": _env}

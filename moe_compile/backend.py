@@ -242,4 +242,5 @@ def target_of(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], options: 
 
 lowering.own()  # the ops get their kernels
 hooks.after_frame.append(of_no_graph)
+hooks.around_others.append(reports.of_others)
 hooks.install()  # torch.compile() imports this module before anything is traced

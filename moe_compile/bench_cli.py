@@ -39,19 +39,30 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--full computes nothing: bench needs a model with numbers in it")
     if args.rounds < 1:
         raise ValueError("--rounds must be 1 or more")
+    models.check_file(args.plot, "--plot", (".png", ".svg"))
+    device = _device(args.device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model, inputs = models.load(args)
-        model, inputs = _placed(model, inputs, torch.device(args.device), getattr(torch, args.dtype))
+        model, inputs = _placed(model, inputs, device, getattr(torch, args.dtype))
         calls = {s: _side(s, model, args.inner) for s in sides}
-        seconds = measure({s: lambda f=f: f(**inputs) for s, f in calls.items()}, args.device, args.rounds)  # type: ignore[misc]
+        with models.running(args.model):
+            seconds = measure({s: lambda f=f: f(**inputs) for s, f in calls.items()}, args.device, args.rounds)  # type: ignore[misc]
     print(table(seconds))
-    report = last_report()
+    report = last_report(model)
     if BACKEND_NAME in sides and report is not None:
         print(f"\n{report}")
     if args.plot is not None:
         _plot(seconds, args.model, args.plot)
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name. Raises ValueError where torch has none such here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 
 def _placed(model: Any, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "torch_npu", "transformers", "torchao", "sympy", 
 
 def describe() -> str:
     """One `name: value` a line. Leaves nothing behind; raises nothing that a machine can cause."""
-    return "\n".join(f"{name + ':':<15}{value}" for name, value in _lines())
+    return "\n".join(f"{name + ':':<14} {value}" for name, value in _lines())
 
 
 def _lines() -> Iterator[tuple[str, str]]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import json
+import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .errors import NotFused, OptionError
 from .tiny import TOKENS, NoSuchModel, build, build_full, field, model_of
 
 WHAT = "a transformers type (qwen3_moe), a config.json or the folder of a checkpoint, or FILE.py:NAME with --shape"
@@ -38,7 +43,11 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     Raises ImportError without transformers where it is needed, and ValueError that names what was given and what is allowed.
     """
     path, colon, name = args.model.rpartition(":")
-    if colon and path.endswith(".py"):
+    if not colon and name.endswith(".py"):
+        path, name = name, ""
+    if path.endswith(".py"):
+        if args.experts:
+            raise ValueError("--experts goes with models of transformers, FILE.py:NAME has its own")
         model, inputs = _of_file(Path(path), name, args.set, args.shape, args.full)
     elif args.shape:
         raise ValueError("--shape goes with FILE.py:NAME: models of transformers are given token ids")
@@ -53,8 +62,42 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return model, inputs
 
 
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """A model is called: what it raises itself is an error of usage, told with the last line that is not torch's or ours."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # pages of it, beside what it raises
+    try:
+        yield
+    except (NotFused, OptionError):
+        raise
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        own = [f for f in frames if not set(Path(f.filename).parts) & {"torch", "moe_compile", "contextlib.py"}]
+        at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
+        cause = re.search(r"got (\w+\(.*\))$", without_hints(e), re.M)  # what Dynamo met while it ran the model on shapes
+        said = cause[1] if cause else without_hints(e).partition("\n\n")[0]
+        raise ValueError(f"{name} raises {type(e).__name__}{at}: {said}") from e
+
+
+def without_hints(e: BaseException) -> str:
+    """What an exception says, without the hints that Dynamo appends to whatever passes through it."""
+    return str(e).split("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
+
+
+def check_file(path: Path | None, option: str, kinds: Sequence[str] = ()) -> None:
+    """Raise ValueError where nothing can be written to the path that an option gives, before anything is computed."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder")
+    if kinds and path.suffix not in kinds:
+        raise ValueError(f"{option}: {path} must end with {' or '.join(kinds)}")
+
+
 def _of_type(name: str, full: bool, fields: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    if "/" in name or "\\" in name or name.endswith((".json", ".py")):
+    if "/" in name or "\\" in name or name.endswith(".json"):
         raise NoSuchModel(f"there is no {name!r} here, and nothing is downloaded: --model takes {WHAT}")
     return build_full(name, fields) if full else build(name)
 
@@ -97,8 +140,8 @@ def _of_file(path: Path, name: str, fields: Sequence[str], shapes: Sequence[str]
     try:
         with device:
             model = maker(**dict(map(field, fields)))
-    except TypeError as e:
-        raise ValueError(f"{name}{inspect.signature(maker)} could not be made of --set: {e}") from e
+    except Exception as e:
+        raise ValueError(f"{name}{inspect.signature(maker)} cannot be made of {_words(fields)}: {e}{_at(e, path)}") from e
     model = model.eval() if isinstance(model, nn.Module) else model
     call: Callable[..., Any] = model.forward if isinstance(model, nn.Module) else model
     names = list(inspect.signature(call).parameters)
@@ -107,26 +150,44 @@ def _of_file(path: Path, name: str, fields: Sequence[str], shapes: Sequence[str]
     return model, {n: torch.randn(_shape(s), device=device) for n, s in zip(names, shapes, strict=False)}
 
 
+def _words(fields: Sequence[str]) -> str:
+    return " ".join(f"--set {f}" for f in fields) or "nothing: --set NAME=VALUE gives an argument"
+
+
 def _imported(path: Path) -> Any:
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(f"{path} cannot be imported: {type(e).__name__}: {e}{_at(e, path)}") from e
     return module
 
 
+def _at(e: BaseException, path: Path) -> str:
+    """Where in a file an exception comes from: " (line 3)"; "" if it does not."""
+    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).name == path.name]
+    return f" (line {frames[-1].lineno})" if frames else ""
+
+
 def _named(module: Any, name: str, path: Path) -> Callable[..., Any]:
-    found = getattr(module, name, None)
+    found = getattr(module, name, None) if name else None
     if callable(found):
         return found  # type: ignore[no-any-return]
     own = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module) and v.__module__ == module.__name__]
     close = difflib.get_close_matches(name, own, 5) or own
+    if not name:
+        raise NoSuchModel(f"which module of {path}? --model {path}:NAME; there are: {', '.join(own) or 'none'}")
     raise NoSuchModel(f"{path} has no {name!r}; close ones: {', '.join(close) or 'none'}")
 
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(n) for n in text.split(","))
+        sizes = tuple(int(n) for n in text.split(","))
+        if min(sizes) >= 0:
+            return sizes
+        raise ValueError
     except ValueError:
         raise ValueError(f"--shape {text!r} is no list of numbers such as 32,64") from None

@@ -152,6 +152,20 @@ def _check_inner(options: Options, mode: str | None) -> None:
         raise OptionError(f"option 'inner' is {inner!r}; allowed: 'auto', a callable, or one of {', '.join(known)}")
 
 
+def _taken_elsewhere(inner_options: Mapping[str, Any]) -> bool:
+    """Whether a target that compiles graphs itself, whose device this machine has, takes these options."""
+    for t in targets().values():
+        if t.finish is None or t.missing():
+            continue
+        try:
+            if t.check_inner is not None:
+                t.check_inner(inner_options)
+            return True
+        except OptionError:
+            pass
+    return False
+
+
 def _check_inductor(options: Options, mode: str | None) -> None:
     if not options.inner_options and mode in (None, "default"):
         return
@@ -161,6 +175,8 @@ def _check_inductor(options: Options, mode: str | None) -> None:
             chosen.check_inner(options.inner_options)
         return
     unknown = [key for key in options.inner_options if not (isinstance(key, str) and _is_inductor_option(key))]
+    if unknown and options.inner == options.target == "auto" and _taken_elsewhere(options.inner_options):
+        return  # where the tensors are is known when there are some
     if unknown:
         hint = difflib.get_close_matches(str(unknown[0]), _inductor_options(), 3)
         close = f"; close ones: {', '.join(hint)}" if hint else ""

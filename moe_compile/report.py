@@ -8,7 +8,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,16 +31,29 @@ class _SkippedFrames:
         found, self.seen = self.since()
         return found
 
+    @contextmanager
+    def of_others(self) -> Iterator[None]:
+        """What Dynamo gives up on meanwhile is another backend's, and none of our reports tells of it."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self.seen += self._now() - before
+
     def since(self) -> tuple[list[GraphBreak], Counter[str]]:
         """Those that were not told yet, and all that there are."""
-        from torch._dynamo.utils import counters
-
-        now = Counter(counters["unimplemented"])
+        now = self._now()
         # after torch._dynamo.reset() the counters start from nothing
         fresh = [message for message, n in now.items() if n > self.seen[message] or n < self.seen[message]]
         # a frame that is tried again is given up again: told once
         frames = {b.source: b for b in map(skipped_frame, fresh) if b is not None}
         return list(frames.values()), now
+
+    @staticmethod
+    def _now() -> Counter[str]:
+        from torch._dynamo.utils import counters
+
+        return Counter(counters["unimplemented"])
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,11 @@ def add(part: Report, gm: torch.fx.GraphModule | None) -> None:
 def told_before(gm: torch.fx.GraphModule) -> list[Rejection]:
     """What was left as written in the graphs and frames of the same compilation that came before this graph."""
     return list(_store.report_for(gm).rejected)
+
+
+def of_others() -> AbstractContextManager[None]:
+    """While a frame is compiled for another backend."""
+    return _store.skipped.of_others()
 
 
 def untold() -> bool:

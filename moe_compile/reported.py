@@ -128,7 +128,9 @@ def graph_break_of(gm: torch.fx.GraphModule) -> GraphBreak | None:
 
 def _headline(reason: str) -> str:
     """Dynamo's title and explanation on one line, without hints and links."""
-    lines = [line.strip() for line in reason.split("\n\n")[0].splitlines() if line.strip()]
+    lines = [line.strip() for line in reason.strip().split("\n\n")[0].splitlines() if line.strip()]
+    if not lines:
+        return "Dynamo gives no reason"
     if lines[0].startswith("generic_jump"):  # Dynamo's name for an instruction of Python's
         return "an `if` or `while` on the values of a tensor"
     kept = [lines[0]] + [line.removeprefix("Explanation: ") for line in lines[1:] if line.startswith("Explanation:")]

@@ -86,6 +86,8 @@ def totals(report: Findings) -> str:
         count(report.graph_count, "graph"),
         count(len(report.graph_breaks), "graph break"),
     ]
+    if report.graph_count and not report.blocks and not report.rejected:
+        parts.insert(2, "no selection of experts was seen")
     total, passes, validate = (report.seconds.get(k, 0.0) for k in ("total", "passes", "validate"))
     if total:
         parts.append(f"compiled in {total:.2f} s: passes {passes:.2f} s, of which validation {validate:.2f} s")

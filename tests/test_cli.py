@@ -93,6 +93,52 @@ def test_every_block_of_a_real_model_is_told(capsys):
     assert report["blocks"][0]["formula"].startswith("w = softmax(l)[top8]")
 
 
+OWN = """
+import torch
+class Own(torch.nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.up = torch.nn.Linear(n, n)
+    def forward(self, x):
+        if x.shape[0] == 3:
+            raise RuntimeError("never three")
+        return self.up(x)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["explain", "--model", "own.py", "--shape", "4,4"], ["which module of own.py?", "Own"]),
+        (["explain", "--model", "own.py:Ow", "--shape", "4,4"], ["'Ow'", "Own"]),
+        (["explain", "--model", "own.py:Own", "--shape", "4,4"], ["--set NAME=VALUE", "'n'"]),
+        (["explain", "--model", "own.py:Own", "--set", "n=4", "--shape", "3,4"], ["raises RuntimeError", "own.py:9", "never three"]),
+        (["bench", "--model", "own.py:Own", "--set", "n=4", "--shape", "4,5", "--sides", "eager"], ["raises RuntimeError", "own.py:10"]),
+        (["explain", "--model", "own.py:Own", "--set", "n=4", "--shape=-1,4"], ["-1,4"]),
+        (["explain", "--model", "own.py:Own", "--set", "n=4", "--shape", "4,4", "--experts", "eager"], ["--experts"]),
+        (["explain", "--model", "wrong.py:Own", "--shape", "4,4"], ["wrong.py cannot be imported", "nosuchmodule", "line 1"]),
+        (["explain", "--model", "own.py:Own", "--html", "."], ["--html", "folder"]),
+        (["bench", "--model", "own.py:Own", "--device", "nosuch"], ["--device nosuch"]),
+        (["bench", "--model", "own.py:Own", "--plot", "a.xyz"], ["--plot", ".png"]),
+    ],
+)
+def test_what_a_users_file_lacks_is_said(argv, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "wrong.py").write_text("import nosuchmodule")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and all(w in err for w in words), err
+
+
+def test_a_configuration_is_for_this_machines_target(one_block, tmp_path):
+    """Tensors without numbers stand for such that would be where this machine computes."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": MODEL, "num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 32}))
+    assert main(["explain", "--model", str(tmp_path)]) == 0
+    assert one_block[0][1].name == getattr(torch.accelerator.current_accelerator(), "type", "cpu")
+
+
 def test_env_names_versions_devices_and_what_is_lacking(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path / "not" / "there"))
     assert main(["env"]) == 0

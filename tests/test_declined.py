@@ -481,6 +481,27 @@ def test_the_reason_is_the_authors(cls: type[Odd]) -> None:
     assert r.code == cls.code
 
 
+class ScaledByAnother(Hit):
+    """The function that chooses experts and loops over them takes a tensor beside its tokens."""
+
+    says = ()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out * scale
+
+
+def test_a_function_of_more_tensors_is_told_what_to_take_out() -> None:
+    with torch.no_grad(), collecting() as report:
+        torch.compile(ScaledByAnother(), backend="moe_fused", options={"inner": "eager"})(torch.randn(T, H), torch.ones(1))
+    (r,) = report.rejected
+    assert r.code == "arguments" and "takes 2 tensors (x, scale)" in r.reason and "a function of its own" in r.reason
+
+
 # ---- routing that is left while the experts are fused ---------------------------------------------------------------------
 
 

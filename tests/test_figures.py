@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,3 +39,77 @@ def test_never_slower() -> None:
     for doc in ("README.md", "docs/performance.md"):
         text = " ".join((ROOT / doc).read_text(encoding="utf-8").split())
         assert not [s for s in said if s not in text], doc
+
+
+def data(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / name).read_text())
+    return found
+
+
+def table(doc: str, head: str) -> list[list[str]]:
+    """The cells of the first table of a document whose first line begins so, without that line."""
+    lines = (ROOT / doc).read_text(encoding="utf-8").split("\n" + head, 1)[1].splitlines()[2:]
+    rows = lines[: next((n for n, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in rows]
+
+
+@pytest.mark.parametrize("doc", ["README.md", "docs/performance.md"])
+def test_whole_blocks(doc: str) -> None:
+    cpu = {
+        (p["dtype"], p["kind"] == "inference", p["tokens"]): [f"{p[n]:.2f}" for n in ("inductor_ms", "fused_ms", "speedup")]
+        for p in points("cpu.json")
+    }
+    for what, tokens, *said in table(doc, "| | tokens | Inductor |"):
+        assert said == cpu[what.partition(",")[0], "," not in what, int(tokens)], what
+    rows = [p for p in points("never_slower_nvidia_h200.json") if p["dtype"] == "bfloat16" and p["kind"] == "inference"]
+    known = {(p["block"], p["tokens"]): [p.get(f"{how}_{side}") for how, side in ORDER] for p in rows}
+    for block, *cells in table(doc, "| block | 1 token |"):
+        for tokens, cell in zip((1, 8, 64, 512, 4096), cells, strict=True):
+            said = cell.replace(" · ", " / ").split(" / ")  # the README has what is as called alone
+            assert said == [f"{v:,.0f}" if v else "–" for v in known[block, tokens]][: len(said)], (block, tokens)
+
+
+ORDER = [("called", "moe_fused"), ("called", "inductor"), ("graph", "moe_fused"), ("graph", "inductor")]
+
+
+def test_whole_models_and_compile_time() -> None:
+    doc = "docs/performance.md"
+    ms = {(p["point"], p["mode"], p["backend"]): p["ms"] for p in points("whole_model_nvidia_h200.json")}
+    for point, *cells in table(doc, "| | default mode | `reduce-overhead` |"):
+        name = point.replace("decoding", "decode").replace(" of ", ", ")
+        for mode, cell in zip(("default", "reduce-overhead"), cells, strict=True):
+            assert cell == f"{ms[name, mode, 'moe_fused']:.2f} / {ms[name, mode, 'inductor']:.2f}", (point, mode)
+    took = {r["model"]: r for r in data("compile_time.json")["results"]}
+    for model, *cells in table(doc, "| | Inductor cold |"):
+        s, ratio = took[model]["seconds"], took[model]["ratio"]
+        want = [v for when in ("cold", "warm") for v in (s["inductor"][when], s["moe_fused"][when], ratio[when])]
+        assert cells == [f"{v:.2f}" for v in want], model
+    took = {(p["block"], p["backend"]): p for p in points("compile_time_cuda_nvidia_h200.json")}
+    for block, *cells in table(doc, "| | cold | warm |"):
+        for when, cell in zip(("cold", "warm"), cells, strict=True):
+            assert cell == f"{took[block, 'inductor'][when]:.2f} / {took[block, 'moe_fused'][when]:.2f}", (block, when)
+
+
+def test_routed_experts_of_an_h100() -> None:
+    known = {(p["shape"], p["tokens"]): p for p in points("nvidia_h100_80gb_hbm3.json") if p["part"] == "experts"}
+    for shape, *cells in table("docs/performance.md", "| tokens | 1 | 4 |"):
+        for tokens, cell in zip((1, 4, 16, 64, 256, 1024, 4096, 16384), cells, strict=True):
+            for said, name in zip(cell.split(" / "), ("ours_us", "floor_us", "inductor_us"), strict=True):
+                found = known[shape, tokens].get(name)
+                assert found is None if said == "–" else abs(float(said) - found) < 0.006 * found, (shape, tokens, name)
+
+
+def test_kernels_of_the_cpu_beside_others() -> None:
+    known = {(p["shape"], p["tokens"]): p for p in points("cpu_experts.json")}
+    for shape, tokens, *cells in table("docs/cpu.md", "| | tokens | as held |"):
+        p = known[shape, int(tokens)]
+        want = [*(p["least_ms"][side] for side in ("ours", "packed", "sglang", "zentorch")), *p["to_best_peer"].values()]
+        assert all(abs(float(said) - v) <= max(0.006 * v, 0.0051) for said, v in zip(cells, want, strict=True)), (shape, tokens)
+    coded = {r["tokens"]: r for r in data("cpu_stored.json")["rows"]}
+    for what, *cells in table("docs/cpu.md", "| S | bf16, ms |"):
+        if not what.endswith("before"):  # earlier runs, of which no file was kept
+            row = coded[int(what.split()[0])]
+            assert cells == [f"{row['ms']['bf16']:.3f}", *(f"{v:.2f}" for v in row["bf16 over it"].values())], what
+    chained = {(r["dtype"], r["tokens"]): f"{r['loop over op']:.2f}" for r in data("cpu_chained.json")["rows"]}
+    for dtype, *cells in table("docs/cpu.md", "| S | 1 token |"):
+        assert cells == [chained[dtype, tokens] for tokens in (1, 4, 16, 128)], dtype

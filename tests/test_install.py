@@ -66,8 +66,12 @@ def test_sdist_wheel_and_a_clean_environment(tmp_path: Path) -> None:
 
 def test_the_documentation_site_builds(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
-    _run(sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", tmp_path, cwd=ROOT)
+    _run(sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path, cwd=ROOT)  # with -q it would count no warnings
     assert (tmp_path / "declined" / "index.html").is_file()
+    page = (tmp_path / "performance" / "index.html").read_text(encoding="utf-8")
+    for link in re.findall(r'(?:href|src)="([^":]+[.](?:json|png))"', page):
+        assert (tmp_path / "performance" / link).is_file(), link
+    assert "cpu.png" in page
 
 
 def test_every_public_name_has_a_section() -> None:

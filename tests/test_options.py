@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import moe_compile
-from moe_compile import OptionError, Options
+from moe_compile import OptionError, Options, lowering, options
 from moe_compile.backend import moe_fused
 from moe_compile.lowering.ascend.modes import _with_inner_options
 
@@ -107,6 +108,19 @@ def test_defaults_and_good_values():
     Options.parse({"inner": lambda gm, inputs: gm.forward, "inner_options": {"anything": 1}})
     Options.parse({"target": "ascend", "inner_options": {"force_eager": True, "experimental_config.frozen_parameter": True}})
     Options.parse(None, "reduce-overhead")
+
+
+def test_inner_options_of_a_device_that_is_there_pass_with_target_auto(monkeypatch):
+    """Which target it is shows where the tensors are: with an NPU its graph modes' options are as good as Inductor's."""
+    given = {"inner_options": {"frozen_parameter": True}}
+    with pytest.raises(OptionError, match="Inductor"):
+        Options.parse(given)
+    found = dict(lowering.targets())
+    monkeypatch.setattr(options, "targets", lambda: found | {"ascend": replace(found["ascend"], missing=lambda: "")})
+    Options.parse(given)
+    if importlib.util.find_spec("torch_npu") is None:
+        with pytest.raises(OptionError, match="nosuch"):
+            Options.parse({"inner_options": {"nosuch": 1}})
 
 
 def test_a_graph_modes_own_config_tells_what_it_has_not():

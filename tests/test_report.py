@@ -13,6 +13,7 @@ from moe_compile import GraphBreak, Report
 from moe_compile.ir import BiasOn, Experts, Form, Gating, Groups, MoeBlock, Norm, Normaliser, Rejection, Score, SharedExpert, SumK, W
 from moe_compile.ir import scalar as act
 from moe_compile.ir.text import activation_text, experts_text, formula, number, shared_text
+from moe_compile.reported import _headline
 
 INF = float("inf")
 SUM = Normaliser(Norm.SUM)
@@ -174,6 +175,7 @@ def test_every_ir_is_json(gating):
 def test_empty_report():
     assert str(Report()).startswith("0 MoE blocks fused") and not Report().fused
     json.dumps(Report().to_dict())
+    assert "no selection of experts was seen" in str(Report(graph_count=1)) and "no selection" not in str(Report())
 
 
 def test_a_break_of_every_layer_is_told_once():
@@ -182,3 +184,8 @@ def test_a_break_of_every_layer_is_told_once():
         report.add_breaks([GraphBreak("why", "a.py:1")])
     report.add_breaks([GraphBreak("why", "a.py:2")])
     assert len(report.graph_breaks) == 2
+
+
+@pytest.mark.parametrize("reason", ["", "\n\nHint: none", "   \n"])
+def test_a_break_without_a_reason_has_a_headline(reason):
+    assert _headline(reason) in ("Dynamo gives no reason", "Hint: none")

@@ -104,3 +104,7 @@ def test_a_frame_that_dynamo_gave_up_is_told(train: bool) -> None:
         assert "torch.where(ids == e)" in line and "nonzero" in told.reason, str(report)
     for p, q in zip(model.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(p, q)
+    torch.compile(copy.deepcopy(model), backend="eager")(x)  # what another backend's model breaks at is not told of ours
+    torch.compile(model.gate, backend="moe_fused", options={"inner": "eager"})(x)
+    after = moe_compile.last_report()
+    assert after is not None and after.graph_count == 1 and not after.graph_breaks, str(after)

@@ -32,6 +32,7 @@ from .reading import Reading, Trial, matches, read, roots
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
 
 log = logging.getLogger("moe_compile")
+APART = "give the loop over the experts a function of its own, of tokens, ids and weights"
 
 _lock = threading.RLock()
 _trials: weakref.WeakKeyDictionary[types.FunctionType, list[tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
@@ -101,6 +102,10 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
         return None
     bound, arguments = bind(fn, args, kwargs), Arguments()
     call = arguments.call(tx, fn, bound) if bound else None
+    if call is not None and _has_more(call):
+        flags.tried(fn.__code__)
+        said = f"its function takes {len(call.tensors)} tensors ({', '.join(call.tensors)}), which are not tokens, ids and weights: {APART}"
+        _leave(Rejection(said, stage="arguments", source=call.source), call)
     if call is None or not (roles_of(call.tensors) or _may_be_block(call)):
         return None
     flags.tried(fn.__code__)
@@ -183,6 +188,14 @@ def _may_be_block(call: Call) -> bool:
     if call.module is None or len(specs) != 1 or not (asks(call.fn.__code__) or call.fn.__code__ in flags.blocks()):
         return False
     return specs[0].dtype.is_floating_point and 2 <= len(specs[0].shape) <= 3 and isinstance(specs[0].shape[-1], int)
+
+
+def _has_more(call: Call) -> bool:
+    """Whether a function chooses experts and loops over them, and has other tensors than its tokens: no probe knows what they mean."""
+    code = call.fn.__code__
+    if call.module is None or len(call.tensors) < 2 or roles_of(call.tensors) or not (has_loop(code) and asks(code)):
+        return False
+    return flags.chooses(code, call.fn.__globals__, [call.module], inside=False)
 
 
 def trial_of(call: Call) -> Trial:

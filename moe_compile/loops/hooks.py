@@ -15,12 +15,14 @@ All rest on private names of torch; where one is missing, its hook logs that and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ _STEPS = ("_torchdynamo_orig_backend", "compiler_fn", "func", "__wrapped__", "ba
 
 
 after_frame: list[Callable[[Any], None]] = []  # called with what a frame was compiled for, once that is done
+around_others: list[Callable[[], AbstractContextManager[None]]] = []  # entered while a frame is compiled for another backend
 
 
 def enabled() -> bool:
@@ -154,14 +157,14 @@ def _hook_flags() -> None:
     from torch._dynamo import convert_frame
 
     original: Callable[..., Any] = convert_frame._compile
-    if "compiler_fn" not in (signature := inspect.signature(original)).parameters:
-        raise AttributeError("_compile has no compiler_fn")
+    signature = _with_compiler(original)
 
     @functools.wraps(original)
     def compile_frame(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(*args, **kwargs).arguments
-        if not (enabled() and for_us(given.get("compiler_fn"))):
-            return original(*args, **kwargs)
+        if not enabled() or not for_us(given.get("compiler_fn")):
+            with _around(given.get("compiler_fn")):
+                return original(*args, **kwargs)
         capture.met(given["code"], given.get("globals") or {}, _values(given))
         try:
             with lines.kept():
@@ -189,6 +192,22 @@ def _hook_flags() -> None:
         return original(*args, **kwargs)
 
     convert_frame._compile = compile_frame
+
+
+def _with_compiler(compile_frame: Callable[..., Any]) -> inspect.Signature:
+    """The signature of what compiles a frame. Raises AttributeError where it does not say for whom."""
+    signature = inspect.signature(compile_frame)
+    if "compiler_fn" not in signature.parameters:
+        raise AttributeError("_compile has no compiler_fn")
+    return signature
+
+
+def _around(compiler_fn: Any) -> contextlib.ExitStack:
+    """What stands around the compilation of a frame for another backend."""
+    stack = contextlib.ExitStack()
+    for around in () if for_us(compiler_fn) else around_others:
+        stack.enter_context(around())
+    return stack
 
 
 @functools.cache

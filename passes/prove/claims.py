@@ -45,8 +45,8 @@ class Claims:
             return [self.experts(), *([self.routing()] if routed else [])]
         if b.gating is None:
             what = "ids" if b.ids is None else "weights"
-            why = f"the routing stays as written ({b.ir.routing_note}), and which tensor of it holds the experts' {what} could not be told"
-            advice = f"give the loop over the experts a function of its own, of tokens, and of ids and weights, [tokens, {b.match.k}]"
+            why = f"{b.ir.routing_note or 'the routing was not recovered'}, and which tensor holds the experts' {what} could not be told"
+            advice = "give the loop over the experts a function of its own, of tokens, ids and weights"
             raise Rejection(f"{why}: {advice}", b.match.out, "region")
         return [self.whole()]
 
