@@ -17,7 +17,7 @@ from ..aten.element import shape_of
 from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
-from ..aten.sources import code_of
+from ..aten.sources import code_of, input_name
 from ..aten.wrapped import WHY, why_not
 from ..recover.fused import is_fused
 from ..recover.match import ExpertsMatch
@@ -60,7 +60,10 @@ class Planner:
         when = [at, *reads(memory, s, results)]
         writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
         if writer is not None:
-            raise Rejection(f"`{code_of(s) or s.name}` is overwritten before the block's result", writer, "rewrite")
+            what = code_of(s) or (input_name(s) if s.op == "placeholder" else "")
+            raise Rejection(
+                f"{f'`{what}`' if what else 'a tensor that it reads'} is overwritten before the block's result", writer, "rewrite"
+            )
 
     def overwritten(self, s: fx.Node) -> bool:
         """Whether the memory of a shadow node is written after it was made."""
