@@ -155,7 +155,9 @@ class Finder:
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label and CUT not in n.meta for n in output.all_input_nodes):
             return Rejection("the selected indices leave this graph before any expert is applied", source, "capture", code=LEAVES)
-        return Rejection("selection found, no block: the selected indices choose no experts in this graph", source, FIND, code="no block")
+        seen = "are read back as numbers one by one: loop over the experts, and pick the rows of each with torch.where(ids == e)"
+        why = seen if _read_back(source) else "choose no experts in this graph"
+        return Rejection(f"selection found, no block: the selected indices {why}", source, FIND, code="no block")
 
     def _is_candidate(self, n: fx.Node, label: int) -> bool:
         in_order = self.sources[label - 1] in self.opaque and is_last(n)
@@ -318,3 +320,17 @@ def _by_position(n: fx.Node) -> bool:
         if op_name(x) not in names.CREATION:
             seen.extend(y for y in x.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor))
     return True
+
+
+def _read_back(source: fx.Node) -> bool:
+    """Whether elements of a selection's indices become numbers of the host, by way of integers alone."""
+    todo, seen = [source], {source}
+    while todo:
+        for user in todo.pop().users:
+            if op_name(user) in names.READ:
+                return True
+            v = user.meta.get("val")
+            if user not in seen and isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
+                seen.add(user)
+                todo.append(user)
+    return False

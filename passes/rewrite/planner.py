@@ -17,7 +17,7 @@ from ..aten.element import shape_of
 from ..aten.names import op_name
 from ..aten.node import example_value
 from ..aten.shadow import Shadow
-from ..aten.sources import code_of
+from ..aten.sources import code_of, input_name
 from ..aten.wrapped import WHY, why_not
 from ..recover.fused import is_fused
 from ..recover.match import ExpertsMatch
@@ -61,8 +61,8 @@ class Planner:
         when = [at, *reads(memory, s, results)]
         writer = memory.written(s, max(min(when) - 1, order[s]), max(when))
         if writer is not None:
-            name = code_of(s) or s.meta.get(SAID)
-            what = f"`{name}`" if name else "a tensor that comes into this graph and that the block reads"
+            name = code_of(s) or s.meta.get(SAID) or (input_name(s) if s.op == "placeholder" else "")
+            what = f"`{name}`" if name else "a tensor that the block reads"
             raise Rejection(f"{what} is overwritten before the block's result", writer, "rewrite")
 
     def overwritten(self, s: fx.Node) -> bool:
