@@ -1,7 +1,8 @@
 """What the ranks of a group tell each other while models are placed and compiled: versions, and what became of each graph.
 
 Words go through the group's store, never through a collective: a rank that is still compiling, has compiled already or has died is a key
-that does not come, not an operation of the group that nobody answers. Nothing here runs while a compiled model runs.
+that does not come, not an operation of the group that nobody answers. Nothing here runs while a compiled model runs,
+but for its first call on a batch that is to be shared (`batches`).
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def moe_fused(
     verdict, seconds = _fuse(gm, before, chosen, target)
     seconds["passes"] = time.perf_counter() - started
     blocks, rejected = verdict.blocks, verdict.rejected
-    alike = batches.shared(gm) if verdict.asked else []
+    alike, topic = batches.shared(gm) if verdict.asked else [], agreement.topic_of(gm)
     part = Report()
     part.add_notes([*verdict.notes, *(target.remarks(gm, example_inputs) if target.remarks else ())])
 
@@ -67,7 +67,7 @@ def moe_fused(
     unbuilt = _without_kernels(blocks, target)
     _note(part, target.name, blocks, rejected, unbuilt, seconds)
     _publish(part, gm, [*rejected, *unbuilt], verdict.strict)
-    compiled = batches.compared(compiled, alike, verdict.talks)
+    compiled = batches.compared(compiled, alike, verdict.talks, topic)
     return agreement.naming(compiled, verdict.talks) if verdict.talks else compiled
 
 
