@@ -60,9 +60,12 @@ def main(args: argparse.Namespace) -> int:
 def _device(name: str) -> torch.device:
     """The device of a name. Raises ValueError where torch has none such here."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: nothing is computed there")
+    return device
 
 
 def _placed(model: Any, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

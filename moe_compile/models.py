@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import lowering, passes
 from .errors import NotFused, OptionError
 from .tiny import TOKENS, NoSuchModel, build, build_full, field, model_of
 
@@ -71,12 +73,17 @@ def running(name: str) -> Iterator[None]:
     except (NotFused, OptionError):
         raise
     except Exception as e:
-        frames = traceback.extract_tb(e.__traceback__)
-        own = [f for f in frames if not set(Path(f.filename).parts) & {"torch", "moe_compile", "contextlib.py"}]
+        own = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_not_own())]
         at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
         cause = re.search(r"got (\w+\(.*\))$", without_hints(e), re.M)  # what Dynamo met while it ran the model on shapes
         said = cause[1] if cause else without_hints(e).partition("\n\n")[0]
         raise ValueError(f"{name} raises {type(e).__name__}{at}: {said}") from e
+
+
+def _not_own() -> tuple[str, ...]:
+    """Where code lies that is not the user's. (A checkout of this package, or a folder called torch, may well hold some.)"""
+    packages = [Path(__file__).parent, Path(torch.__file__).parent, *map(Path, [*passes.__path__, *lowering.__path__])]
+    return (str(contextlib.__file__), *(f"{folder}{os.sep}" for folder in packages))
 
 
 def without_hints(e: BaseException) -> str:

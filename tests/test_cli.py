@@ -119,13 +119,16 @@ class Own(torch.nn.Module):
         (["explain", "--model", "wrong.py:Own", "--shape", "4,4"], ["wrong.py cannot be imported", "nosuchmodule", "line 1"]),
         (["explain", "--model", "own.py:Own", "--html", "."], ["--html", "folder"]),
         (["bench", "--model", "own.py:Own", "--device", "nosuch"], ["--device nosuch"]),
+        (["bench", "--model", "own.py:Own", "--device", "meta"], ["--device meta"]),
         (["bench", "--model", "own.py:Own", "--plot", "a.xyz"], ["--plot", ".png"]),
     ],
 )
 def test_what_a_users_file_lacks_is_said(argv, words, tmp_path, monkeypatch, capsys):
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "wrong.py").write_text("import nosuchmodule")
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "torch"  # a user's folder may have this name
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN)
+    (folder / "wrong.py").write_text("import nosuchmodule")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert main(argv) == 2
     err = capsys.readouterr().err

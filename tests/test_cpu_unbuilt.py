@@ -159,6 +159,17 @@ def test_who_wants_the_same_kernels_at_once_builds_them_once(monkeypatch: pytest
     assert built == [path] and list(path.parent.iterdir()) == [path]
 
 
+def test_a_lock_that_cannot_be_taken_away_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder of others, a disk that became read-only: who comes next takes the lock that was left."""
+    monkeypatch.setattr(cpu_build, "_compile", lambda compiler, flags, path: path.touch())
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", lambda *_, **__: os.rmdir(tmp_path / "cache"))  # OSError
+        cpu_build.ensure("c++", [], tmp_path / "cache" / "route.so")
+    (tmp_path / "cache" / "route.so").unlink()
+    cpu_build.ensure("c++", [], tmp_path / "cache" / "route.so")
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["route.so"]
+
+
 def test_the_key_does_not_tell_where_the_sources_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def key() -> str:
         return cpu_build._key(sys.executable, prebuilt.flags("route", "STORAGE_F32", levels.NATIVE))

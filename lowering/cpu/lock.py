@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 POLL_S = 0.05
@@ -25,7 +25,8 @@ def locked(file: Path, enough: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            file.unlink(missing_ok=True)  # whoever waits for it has it open, and sees below that it is gone
+            with suppress(OSError):  # whoever waits for it has it open, and sees below that it is gone; what stays is taken by the next one
+                file.unlink()
             _held.discard(handle)
             os.close(handle)
 
