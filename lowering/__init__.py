@@ -59,7 +59,7 @@ def target_for(devices: set[str]) -> str:
     """The name of the target for tensors on these types of devices: an accelerator's if there is one, else the CPU's; a device that no
     target takes is a name of its own. Tensors without numbers ("meta") stand for such that would be where this machine's would."""
     if devices == {"meta"}:
-        devices = {getattr(torch.accelerator.current_accelerator(), "type", "cpu")}
+        devices = {getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")}
     taken = [t.name for t in targets().values() if devices & {*t.devices} - {"cpu"}]
     if taken:
         return taken[0]

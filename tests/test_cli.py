@@ -139,7 +139,15 @@ def test_a_configuration_is_for_this_machines_target(one_block, tmp_path):
     """Tensors without numbers stand for such that would be where this machine computes."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": MODEL, "num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 32}))
     assert main(["explain", "--model", str(tmp_path)]) == 0
-    assert one_block[0][1].name == getattr(torch.accelerator.current_accelerator(), "type", "cpu")
+    assert one_block[0][1].name == getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+
+
+@pytest.mark.parametrize(("there", "target"), [(True, "cuda"), (False, "cpu")])
+def test_torch_built_for_cuda_is_no_card(there, target, monkeypatch):
+    """What pip installs on Linux is built for CUDA, on machines without a card as well."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert moe_compile.lowering.target_for({"meta"}) == target
 
 
 def test_env_names_versions_devices_and_what_is_lacking(capsys, monkeypatch, tmp_path):
