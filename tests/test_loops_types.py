@@ -60,6 +60,26 @@ class Whole(nn.Module):
         return out
 
 
+class Accumulates(Whole):
+    """Adds its experts up in float32, and casts the sum."""
+
+    back = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = F.softmax(self.router(x), dim=-1, dtype=torch.float).topk(K, dim=-1)
+        out = torch.zeros_like(x, dtype=torch.float)
+        for e in torch.unique(ids).tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, (self.experts[e](x[t]) * w[t, j, None]).float())
+        return out.to(x.dtype) if self.back else out
+
+
+class AccumulatesToFloat(Accumulates):
+    """Near miss: the result is the sum itself, of a type that the tokens have not."""
+
+    back = False
+
+
 def _fused(m: nn.Module, x: Tensor, near: float) -> int:
     """How many blocks fuse; outputs are eager's."""
     torch._dynamo.reset()
@@ -84,6 +104,11 @@ def test_types(router: torch.dtype, experts: torch.dtype) -> None:
     m = Whole().to(experts)
     m.router.to(router)
     assert _fused(m, torch.randn(30, H, dtype=experts), 1e-5 if experts is torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("cls", [Accumulates, AccumulatesToFloat])
+def test_sums_in_float32(cls: type[Accumulates]) -> None:
+    assert _fused(cls().to(torch.bfloat16), torch.randn(30, H, dtype=torch.bfloat16), 0.02) == cls.back
 
 
 @pytest.mark.parametrize("router", [torch.float32, torch.bfloat16], ids=str)

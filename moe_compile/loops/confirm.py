@@ -171,7 +171,8 @@ def _is_float(t: Any) -> bool:
 def _check_shapes(written: Regenerated, bench: Bench, arguments: Mapping[str, Any], expected: Any) -> None:
     """Raise `Rejection` unless the function with the op itself gives results of the same shapes and types, on the meta device."""
     meta = [t.to("meta") if isinstance(t, Tensor) else t for t in _given(written, bench, arguments)]
-    got = pytree.tree_leaves(written.by_op(*meta))
+    with bench.types():  # as the results that are expected
+        got = pytree.tree_leaves(written.by_op(*meta))
     for x, y in zip(got, pytree.tree_leaves(expected), strict=True):
         if isinstance(y, Tensor) and (x.shape != y.shape or (x.dtype != y.dtype and written.call.autocast is None)):
             raise Rejection(f"its result is {list(y.shape)} {y.dtype}, ours would be {list(x.shape)} {x.dtype}", stage="confirm")

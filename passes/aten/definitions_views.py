@@ -204,6 +204,8 @@ def _getitem(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 def _part(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
     a = Args(**{k: [*map(size_of, v)] if isinstance(v, (list, tuple)) else size_of(v) for k, v in vars(call_args(src)).items()})
     x: Any = src.args[0]
+    if hasattr(a, "tensor_indices_or_sections"):
+        raise Opaque("parts whose bounds are in a tensor")
     d = normal_dim(a.dim, len(idx))
     start = names.SPLIT[op_name(src)](a, i, shape_of(x)[d])
     return p.at(x, replace(idx, d, T.add(idx[d], T.const(start))))

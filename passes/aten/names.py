@@ -42,13 +42,19 @@ def _after(sizes: Any, i: int) -> Any:
     return sum(sizes[:i]) if isinstance(sizes, list) else i * sizes
 
 
+def _bound(i: Any, n: Any) -> Any:
+    """A bound of a part, as slicing takes it: from the end where it is negative, and never outside."""
+    at = i + n if i < 0 else i
+    return min(max(at, 0), n) if isinstance(at, int) and isinstance(n, int) else at
+
+
 # several parts along a dim, and where part i of n elements begins: (arguments, i, n) -> start
 SPLIT: dict[str, Callable[[Any, int, Any], Any]] = {
     "chunk": lambda a, i, n: i * -(-n // a.chunks),
     "split": lambda a, i, n: _after(getattr(a, "split_size", None) or a.split_sizes, i),
     "split_with_sizes": lambda a, i, n: _after(a.split_sizes, i),
     "tensor_split": lambda a, i, n: (
-        [0, *a.indices][i] % n if hasattr(a, "indices") else sum((n - j + a.sections - 1) // a.sections for j in range(i))
+        _bound([0, *a.indices][i], n) if hasattr(a, "indices") else sum((n - j + a.sections - 1) // a.sections for j in range(i))
     ),
 }
 PART |= SPLIT.keys()
