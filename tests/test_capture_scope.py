@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from captured import Counter, E, H, K, Loop, compiled
 from torch import Tensor, nn
+from torch._dynamo.types import ConvertFrameReturn
 
 from moe_compile import backend
-from moe_compile.loops import capture, hooks
+from moe_compile.loops import capture, hooks, outermost
 
 
 @pytest.fixture(autouse=True)
@@ -258,3 +260,12 @@ def test_a_loop_that_python_calls(cls: type[CalledByPython]) -> None:
         for t in (x, torch.randn(5, H)):
             torch.testing.assert_close(c(t), m(t))
     assert (counter.ops > 0) is not cls.breaks
+
+
+def test_a_frame_that_is_skipped_as_a_whole_is_compiled_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in its place may hold nothing to compile, or be left by Dynamo: that says nothing of the frame itself."""
+    monkeypatch.setattr(outermost, "in_place_of", lambda given: given)
+    for found in (None, ConvertFrameReturn()):
+        assert outermost.whole(lambda code: found, inspect.signature(lambda code: None), {"code": 0}) is None
+    compiled = ConvertFrameReturn(guarded_code=object())  # type: ignore[arg-type]
+    assert outermost.whole(lambda code: compiled, inspect.signature(lambda code: None), {"code": 0}) is compiled

@@ -33,7 +33,8 @@ def whole(compile_frame: Callable[..., Any], signature: inspect.Signature, given
     bound = inspect.BoundArguments(signature, OrderedDict(other))
     try:
         with flags.on():
-            return compile_frame(*bound.args, **bound.kwargs)
+            found = compile_frame(*bound.args, **bound.kwargs)
+        return None if getattr(found, "guarded_code", found) is None else found  # skipped: what it calls need not be
     except Exception as e:
         log.info("capture: a frame is compiled as it is, for it cannot be as a whole: %s", e)
         return None
