@@ -142,7 +142,7 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     if isinstance(found, Rejection) and reader.partial and (found.code or found.stage) == "experts":
         raise Rejection(f"no example was found on which its router chooses every expert{APART}", stage="record")
     if isinstance(found, Rejection):
-        raise found
+        raise _by_rows(reader, found)
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
@@ -156,6 +156,17 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     confirm(real, as_read, reader)
     ids = reader.ids if not holds_for_repeats(as_read, reader) else None
     return Reading(real.experts, real.by_op, tuple(call.tensors), tuple(real.params), {}, call.source, ids)
+
+
+def _by_rows(reader: Dispatch | Block, found: Rejection) -> Rejection:
+    """What is told of a recording that was not read: experts that got more rows than others may have gone another way for that alone."""
+    if (found.stage in ("record", "find") or found.code == "unlike") and not reader.spare:
+        try:
+            reader.follow()
+        except Rejection as r:
+            if r.stage == "rows" and r.__cause__ is None:
+                return r
+    return found
 
 
 def roots(call: Call) -> dict[str, Any]:
