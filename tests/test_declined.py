@@ -19,6 +19,7 @@ import moe_compile
 from moe_compile.ir import Rejection
 from moe_compile.loops.rows import Listener
 from moe_compile.passes.aten.sources import code_of
+from moe_compile.passes.recover.odd import _odd
 from moe_compile.report import Report, _current_call, collecting
 
 torch.set_num_threads(1)
@@ -235,6 +236,15 @@ class Widths(Odd):
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x, self.ups[e])), self.downs[e])
+
+
+class MeanOfRows(Hit):
+    """A mean over the rows that an expert was given. (`OneIsDifferent` is the near miss: there the experts are unlike.)"""
+
+    code, says, at = "inside", ("the rows of an expert are mixed with each other",), "in ids.unique()"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x + x.mean(0, keepdim=True))
 
 
 class OneIsDifferent(Odd):
@@ -688,6 +698,14 @@ def test_what_is_quoted_is_one_statement(line: str, mark: str, code: str) -> Non
     n = torch.fx.Graph().placeholder("x")
     n.meta["stack_trace"] = f'  File "model.py", line 3, in route\n    {line}\n    {" " * line.index(mark)}{"^" * len(mark)}\n'
     assert code_of(n) == code
+
+
+@pytest.mark.parametrize("shape, dim, says", [((5, H), 0, "rows of an expert are mixed"), ((5, K, H), 1, "combined by their maximum")])
+def test_a_maximum_of_rows_is_none_of_experts(shape: tuple[int, ...], dim: int, says: str) -> None:
+    x = torch.fx.Graph().placeholder("x")
+    x.meta["val"] = torch.empty(shape)
+    found = _odd(x.graph.call_function(torch.ops.aten.amax.default, (x, [dim])), set())
+    assert found is not None and says in found
 
 
 # ---- whose reasons ---------------------------------------------------------------------------------------------------------
