@@ -185,7 +185,8 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
     seen = [r for r in seen if r.code != "no block" or not _goes_into(gm, r, left)]
     blocks = [r for r in seen if r.code != LEFT_GRAPH]
     places = [p for r in blocks for p in _frames(r)]
-    loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and r.reason not in {b.reason for b in blocks}]
+    said = tuple(b.reason for b in blocks)  # a loop's may go on with a line
+    loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and not r.reason.startswith(said)]
     told = blocks + loops if loops else seen
     if told and buckets.is_part():
         return [Rejection(f"{r.reason} ({buckets.ADVICE})", r.node, r.stage, r.source, code=r.code) for r in told]

@@ -241,7 +241,7 @@ class Widths(Odd):
 class MeanOfRows(Hit):
     """A mean over the rows that an expert was given. (`OneIsDifferent` is the near miss: there the experts are unlike.)"""
 
-    code, says, at = "inside", ("the rows of an expert are mixed with each other",), "in ids.unique()"
+    code, says, at = "inside", ("the rows of an expert are mixed with each other", "(at test_declined.py:"), "in ids.unique()"
 
     def expert(self, e: int, x: Tensor) -> Tensor:
         return super().expert(e, x + x.mean(0, keepdim=True))

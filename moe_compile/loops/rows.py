@@ -159,6 +159,19 @@ def _line() -> str:
     return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class FirstCall(TorchFunctionMode):
+    """Sees where code first calls what becomes an operation: `at`, its file's name and line; "" where it does not."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.names, self.at = {name, name.removeprefix("linalg_vector_"), name.removeprefix("native_")}, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.at and getattr(func, "__name__", "") in self.names:
+            self.at = os.path.basename(_line())
+        return func(*args, **(kwargs or {}))
+
+
 class Shape(tuple[Any, ...]):
     """A shape with counts in it."""
 

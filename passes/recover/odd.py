@@ -49,6 +49,12 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     return None
 
 
+def mixing(choice: fx.Node) -> fx.Node | None:
+    """The first operation after a selection that makes one row of the rows [n, features] of an expert."""
+    reductions = (n for n in _rows_of_experts(choice, set()) if op_name(n) in names.REDUCTION | {"mean", "norm", "linalg_vector_norm"})
+    return next((n for n in reductions if len(shape_of(n.args[0])) == 2 and not _over_features(n)), None)  # type: ignore[arg-type]
+
+
 def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
     """A rejection that says where tensors could not be found or disagree, by what stands inside the experts, where that is the cause."""
     if r.stage not in ("region", "record", "rewrite", "recover", "validate"):
