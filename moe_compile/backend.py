@@ -28,6 +28,7 @@ from .snapshot import Snapshot
 
 log = logging.getLogger("moe_compile")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_RESUMED = " in torch_dynamo_resume_in_"  # how Dynamo calls the rest of a function after a break
 
 
 def moe_fused(
@@ -176,10 +177,16 @@ def _fused_at(gm: torch.fx.GraphModule) -> set[str]:
 
 def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Rejection]) -> list[Rejection]:
     """What the passes left in a graph and the loops that capture left, each block once: a loop whose body is in the graph is told as it is
-    seen there, and a selection that leaves the graph by what stopped its loop from being captured, or by what ends the graph."""
+    seen there, and a selection that leaves the graph by what stopped its loop from being captured, or by what ends the graph. The rest of
+    a loop that was left is no block of its own, and a selection that goes into one is not told apart."""
+    resumed = any(_RESUMED in _stack(n) for n in gm.graph.nodes)
+    before = reports.told_before(gm) if resumed and any(r.stage == "rewrite" for r in seen) else []
+    seen = [r for r in seen if r.stage != "rewrite" or not any(capture.holds(e.source, r.source) for e in before)]
+    seen = [r for r in seen if r.code != "no block" or not _goes_into(gm, r, left)]
     blocks = [r for r in seen if r.code != LEFT_GRAPH]
     places = [p for r in blocks for p in _frames(r)]
-    loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and r.reason not in {b.reason for b in blocks}]
+    said = tuple(b.reason for b in blocks)  # a loop's may go on with a line
+    loops = [r for r in left if not any(capture.holds(r.source, p) for p in places) and not r.reason.startswith(said)]
     told = blocks + loops if loops else seen
     if told and buckets.is_part():
         return [Rejection(f"{r.reason} ({buckets.ADVICE})", r.node, r.stage, r.source, code=r.code) for r in told]
@@ -195,6 +202,18 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
 def _frames(r: Rejection) -> list[str]:
     """file:line of a rejection, and of every call that leads to its node."""
     return [r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node)))]
+
+
+def _goes_into(gm: torch.fx.GraphModule, selection: Rejection, loops: Sequence[Rejection]) -> bool:
+    """Whether something is made of what stands at the line of a selection inside the function of one of these loops."""
+    made: set[torch.fx.Node] = set()
+    for n in gm.graph.nodes if loops else ():
+        at = [":".join(f) for f in _FRAME.findall(_stack(n))]
+        if not made.isdisjoint(n.all_input_nodes) or at[-1:] == [selection.source]:
+            made.add(n)
+            if any(capture.holds(r.source, p) for r in loops for p in at):
+                return True
+    return False
 
 
 def _stack(node: Any) -> str:

@@ -21,7 +21,7 @@ LEFT_GRAPH = "left graph"  # code of a selection whose experts are in another gr
 # refusals of a loop that is read by example, which each trace of it meets; of other blocks there may be as many as there are layers
 _ONCE = frozenset(
     "read effects arguments record random confirm rows values modes hooks shared tensors guards repeats budget".split()
-    + "experts inside capacity".split()
+    + "experts inside unlike capacity".split()
 )
 
 

@@ -14,8 +14,9 @@ from .prove.claims import Claims
 from .recover.counted import named
 from .recover.match import ExpertsMatch
 from .recover.materialise import hold
-from .recover.odd import between
+from .recover.odd import between, mixing
 from .recover.region import Block, RoutingNodes, routing_nodes
+from .recover.rows import MIXED
 from .recover.selections import is_id_input, is_selection
 from .steps import proved
 from .terms import unify
@@ -49,6 +50,8 @@ def _explained(gm: fx.GraphModule, r: Rejection) -> Rejection:
     for choice in (n for n in gm.graph.nodes if is_id_input(n) or is_selection(n)):
         if r.stage in ("record", "validate") and (odd := named(choice) or between(choice, set())) is not None:
             return odd
+        if r.reason == MIXED and (node := mixing(choice)) is not None:
+            return Rejection(r.reason, node, r.stage, code=r.code)
     return r
 
 

@@ -6,6 +6,7 @@ Each class says in its docstring what is odd about it; `says` are words of the r
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile.ir import Rejection
+from moe_compile.loops.rows import Listener
+from moe_compile.passes.aten.sources import code_of
+from moe_compile.passes.recover.odd import _odd
 from moe_compile.report import Report, _current_call, collecting
 
 torch.set_num_threads(1)
@@ -233,6 +238,15 @@ class Widths(Odd):
         return F.linear(F.silu(F.linear(x, self.ups[e])), self.downs[e])
 
 
+class MeanOfRows(Hit):
+    """A mean over the rows that an expert was given. (`OneIsDifferent` is the near miss: there the experts are unlike.)"""
+
+    code, says, at = "inside", ("the rows of an expert are mixed with each other", "(at test_declined.py:"), "in ids.unique()"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x + x.mean(0, keepdim=True))
+
+
 class OneIsDifferent(Odd):
     """Expert 1 has another activation."""
 
@@ -440,6 +454,45 @@ class ByRows(Hit):
         return out
 
 
+class BusyTwice(Hit):
+    """Experts with more rows count more: of the experts that were hit in the examples some are another function than others."""
+
+    code, says, at = "rows", ("compares a number of rows with 3",), "in ids.unique()"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            y = self.expert(e, x[t]) * w[t, j, None]
+            out.index_add_(0, t, y * 1.5 if len(t) > 3 else y)
+        return out
+
+
+class SetOfIds(Hit):
+    """All tokens' ids are read by Python, and `out` is an input of the rest of the function, which is told with the loop."""
+
+    code, says, at = "record", (".tolist()", "for e in ids.unique().tolist()"), "in set("
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in set(ids.flatten().tolist()):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class IdById(Odd):
+    """A loop over tokens, each id made a number: its selection is not told as one without experts."""
+
+    code, says, at = "record", ("depends on the routing", "loop over the experts"), "in range(len(x))"
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            out[t] += w[t, 0] * (self.down[int(ids[t, 0])] @ x[t, :I])
+        return out
+
+
 class Draws(Hit):
     """Noise inside the loop."""
 
@@ -617,6 +670,42 @@ def test_counts_of_one_hot_stay_beside_a_loop_in_one_function() -> None:
             return out, F.one_hot(ids, E).float().mean((0, 1))
 
     assert told(Balanced()).fused
+
+
+@pytest.mark.parametrize("name", ["tolist", "numpy"])
+def test_ids_of_all_tokens_are_no_rows_of_an_expert(name: str) -> None:
+    """So many numbers for each token, on both routings; near miss: as many as an expert has rows, which is another matter."""
+    asked = [torch.zeros(n, 2, dtype=torch.long) for n in (7, 11)]
+    for values, code, says in ((asked, "record", "ids.unique().tolist()"), ([v.flatten()[1:] for v in asked], "", "how many rows")):
+        with Listener() as first:
+            getattr(values[1], name)()
+        with pytest.raises(Rejection, match=re.escape(says)) as told, Listener(first.said, ((7, 11),)):
+            getattr(values[0], name)()
+        assert told.value.code == code
+        assert not code or told.value.source.startswith(f"{__file__}:")
+
+
+@pytest.mark.parametrize(
+    "line, mark, code",
+    [
+        ("p = g(x).softmax(-1); v, i = p.sort()", "g(x).softmax(-1); v, i = p.sort()", "g(x).softmax(-1)"),
+        ("y = f(x, ';'); z = 1", "f(x, ';'); z = 1", "f(x, ';')"),
+        ("y = (g(x).topk(2))", "g(x).topk(2))", "g(x).topk(2)"),
+    ],
+)
+def test_what_is_quoted_is_one_statement(line: str, mark: str, code: str) -> None:
+    """Dynamo's marks may reach to the end of the line; near miss: a semicolon inside of a text ends nothing."""
+    n = torch.fx.Graph().placeholder("x")
+    n.meta["stack_trace"] = f'  File "model.py", line 3, in route\n    {line}\n    {" " * line.index(mark)}{"^" * len(mark)}\n'
+    assert code_of(n) == code
+
+
+@pytest.mark.parametrize("shape, dim, says", [((5, H), 0, "rows of an expert are mixed"), ((5, K, H), 1, "combined by their maximum")])
+def test_a_maximum_of_rows_is_none_of_experts(shape: tuple[int, ...], dim: int, says: str) -> None:
+    x = torch.fx.Graph().placeholder("x")
+    x.meta["val"] = torch.empty(shape)
+    found = _odd(x.graph.call_function(torch.ops.aten.amax.default, (x, [dim])), set())
+    assert found is not None and says in found
 
 
 # ---- whose reasons ---------------------------------------------------------------------------------------------------------

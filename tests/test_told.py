@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moe_compile
 from moe_compile.errors import NotFused
+from moe_compile.loops import flags
 from moe_compile.report import Report, collecting
 
 torch.set_num_threads(1)
@@ -108,3 +109,9 @@ def test_a_frame_that_dynamo_gave_up_is_told(train: bool) -> None:
     torch.compile(model.gate, backend="moe_fused", options={"inner": "eager"})(x)
     after = moe_compile.last_report()
     assert after is not None and after.graph_count == 1 and not after.graph_breaks, str(after)
+
+
+def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None:
+    """``down[int(ids[t, 0]), :, 0:1]`` with an id that has no value while it is traced: the frame is compiled as it would be without us."""
+    assert flags.from_data_dependence(IndexError("only integers, slices (`:`) and tensors are valid indices (got SymInt)"))
+    assert not flags.from_data_dependence(IndexError("index 3 is out of bounds for dimension 0 with size 3"))

@@ -27,6 +27,8 @@ _SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique"
 _CHOOSES = {"topk", "argmax", "sort", "argsort", "max"}
 _OF_DATA = {"bincount", "grouped_mm", "_grouped_mm"}  # what counts ids, and products whose rows a mask may have picked
 _TOLD = {"find", "lower", "internal"}  # what reading by example would not change: these stages, and what is said of the maths
+# words of errors that sizes without a value cause, the last ones where an op takes no such number
+_UNKNOWN = ("data-dependent", "data dependent", "unbacked", "Unbacked", "SymInt", "SymFloat", "SymBool")
 MATHS = {"inside", "unlike", "capacity", "expert choice", "dense", "soft", "subclass"}
 _now = threading.local()
 
@@ -184,7 +186,7 @@ def from_data_dependence(e: BaseException | None) -> bool:
     while e is not None and seen < 8:
         if isinstance(e, BackendCompilerFailed) or type(e).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
             return True  # what Inductor raises is a kind of the first
-        if any(word in str(e) for word in ("data-dependent", "data dependent", "unbacked", "Unbacked")):
+        if any(word in str(e) for word in _UNKNOWN):
             return True
         e, seen = e.__cause__ or e.__context__, seen + 1
     return False

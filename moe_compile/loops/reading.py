@@ -7,6 +7,7 @@ passes for the meaning, writes the function that Dynamo may inline instead (`reg
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from ..ir import Experts, Rejection
+from ..passes.aten.names import op_name
 from ..passes.prove.region import one_thread
 from .bench import NoExperts
 from .call import Call, Roles, roles_of
@@ -27,6 +29,7 @@ from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
 from .readers import APART, DRAWS, Block, Dispatch
 from .regenerate import Regenerated
+from .rows import FirstCall
 
 log = logging.getLogger("moe_compile")
 
@@ -142,7 +145,7 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     if isinstance(found, Rejection) and reader.partial and (found.code or found.stage) == "experts":
         raise Rejection(f"no example was found on which its router chooses every expert{APART}", stage="record")
     if isinstance(found, Rejection):
-        raise found
+        raise _by_rows(reader, _with_line(reader, found))
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
@@ -156,6 +159,28 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     confirm(real, as_read, reader)
     ids = reader.ids if not holds_for_repeats(as_read, reader) else None
     return Reading(real.experts, real.by_op, tuple(call.tensors), tuple(real.params), {}, call.source, ids)
+
+
+def _with_line(reader: Dispatch | Block, found: Rejection) -> Rejection:
+    """What stands inside an expert with its line, which a recording does not tell: `source` is the loop's."""
+    if found.code != "inside" or not isinstance(found.node, fx.Node):
+        return found
+    seen = FirstCall(op_name(found.node))
+    with contextlib.suppress(Exception):
+        reader.small.run(reader.usual(reader.small), listener=seen)
+    said = f"{found.reason} (at {seen.at})" if seen.at else found.reason
+    return Rejection(said, found.node, found.stage, found.source, code=found.code, part=found.part)
+
+
+def _by_rows(reader: Dispatch | Block, found: Rejection) -> Rejection:
+    """What is told of a recording that was not read: experts that got more rows than others may have gone another way for that alone."""
+    if (found.stage in ("record", "find") or found.code == "unlike") and not reader.spare:
+        try:
+            reader.follow()
+        except Rejection as r:
+            if r.stage == "rows" and r.__cause__ is None:
+                return r
+    return found
 
 
 def roots(call: Call) -> dict[str, Any]:

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..ir import Rejection
+from .counts import Count as Count
+from .counts import leak, listening, refuse
 
 # what a tensor answers with numbers, and what it answers otherwise on a probe than at the call
 _NUMBERS = {"shape", "size", "numel", "nelement", "item", "tolist", "numpy"}
@@ -31,150 +35,9 @@ _SIZES |= {"split_with_sizes", "tensor_split", "narrow", "__getitem__", "__setit
 _SIZES |= {"repeat_interleave", "resize_", "view_as", "range", "unsafe_split", "chunk"}
 _VALUES = {"full": 1, "new_full": 2, "__setitem__": 2}  # the argument of them that is a value all the same
 
+EACH = "it reads what every token chose on the host (.{}()): write `for e in ids.unique().tolist()`, rows by torch.where(ids == e)"
+_HERE, _TORCH = (os.path.dirname(f) + os.sep for f in (__file__, torch.__file__))
 UNEVEN = "what it does depends on how many rows each expert gets"
-Form = Mapping[tuple[int, int], int]  # (value in one run, in the other) of a plain count -> how often it is in the sum
-
-
-class Count(int):
-    """A number of rows: `a` now, `b` on another routing. `form`: the counts that it is the sum of, with `rest`; None: it is no sum."""
-
-    a: int
-    b: int
-    form: Form | None
-    rest: int
-
-    def __new__(cls, a: int, b: int, form: Form | None, rest: int = 0) -> Count:
-        self = super().__new__(cls, a)
-        self.a, self.b, self.form, self.rest = a, b, form, rest
-        return self
-
-    def _meets(self, other: Any, op: Callable[[Any, Any], bool]) -> Any:
-        if not isinstance(other, (int, float)) and not hasattr(other, "item"):
-            return NotImplemented
-        d = self - other
-        if not isinstance(d, Count):
-            return op(d, 0)
-        factors = set() if d.form is None else set(d.form.values())
-        at = -d.rest if min(factors, default=0) > 0 else d.rest
-        if not factors or min(factors) < 0 < max(factors) or not (at <= 0 or at == 1 and factors in ({1}, {-1})):
-            met = "another number of rows" if isinstance(other, Count) else other
-            refuse(f"it compares a number of rows with {met}, which few rows do not tell")
-        return op(self.a, other.a if isinstance(other, Count) else other)
-
-    def __eq__(self, other: object) -> Any:
-        return self._meets(other, operator.eq)
-
-    def __ne__(self, other: object) -> Any:
-        return self._meets(other, operator.ne)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._meets(other, operator.lt)
-
-    def __le__(self, other: Any) -> Any:
-        return self._meets(other, operator.le)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._meets(other, operator.gt)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._meets(other, operator.ge)
-
-    def __bool__(self) -> bool:
-        return bool(self != 0)
-
-    def __add__(self, other: Any) -> Any:
-        return _sum(self, other, 1)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return _sum(self, other, -1)
-
-    def __rsub__(self, other: Any) -> Any:
-        return -self + other
-
-    def __neg__(self) -> Any:
-        return self * -1
-
-    def __mul__(self, other: Any) -> Any:
-        if type(other) is int and self.form is not None and other:
-            return Count(self.a * other, self.b * other, {s: n * other for s, n in self.form.items()}, self.rest * other)
-        return _other(operator.mul, self, other)
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> Any:
-        if type(other) is int and self.form is not None and not any(n % other for n in (*self.form.values(), self.rest)):
-            return Count(self.a // other, self.b // other, {s: n // other for s, n in self.form.items()}, self.rest // other)
-        return _other(operator.floordiv, self, other)
-
-    def __mod__(self, other: Any) -> Any:
-        if type(other) is int and self.form is not None and not any(n % other for n in self.form.values()):
-            return self.rest % other
-        return _other(operator.mod, self, other)
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other
-
-    def item(self) -> Count:
-        return self
-
-
-def _binary(op: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-    return lambda self, other: _other(op, self, other), lambda self, other: _other(op, other, self)
-
-
-for _name in ("truediv", "pow", "lshift", "rshift", "and_", "or_", "xor"):
-    _there, _back = _binary(getattr(operator, _name))
-    setattr(Count, f"__{_name.rstrip('_')}__", _there)
-    setattr(Count, f"__r{_name.rstrip('_')}__", _back)
-for _name in ("floordiv", "mod"):
-    setattr(Count, f"__r{_name}__", _binary(getattr(operator, _name))[1])
-
-
-_now = threading.local()
-
-
-def refuse(reason: str, stage: str = "rows") -> NoReturn:
-    """Raise `Rejection`, and have the listener know in case the code swallows it."""
-    refusal = Rejection(reason, stage=stage)
-    if getattr(_now, "listener", None) is not None:
-        _now.listener.refused = refusal
-    raise refusal
-
-
-def _leak(self: Count, *_: Any) -> NoReturn:
-    refuse("it takes its rows one by one, or makes text or a key of their number")
-
-
-_LEAKS = "int float hash str repr format round trunc floor ceil abs pos invert rdivmod".split()
-for _name in (*(f"__{n}__" for n in _LEAKS), "bit_length", "bit_count", "to_bytes", "as_integer_ratio", "conjugate"):
-    setattr(Count, _name, _leak)
-
-
-def _both(v: Any) -> tuple[Any, Any]:
-    return (v.a, v.b) if isinstance(v, Count) else (v, v)
-
-
-def _sum(x: Count, y: Any, sign: int) -> Any:
-    if not isinstance(y, (Count, int)) and not hasattr(y, "item"):
-        return _other(operator.add if sign > 0 else operator.sub, x, y)
-    y = y if isinstance(y, Count) else int(y)
-    other: Form | None = y.form if isinstance(y, Count) else {}
-    a, b = (p + sign * q for p, q in zip(_both(x), _both(y), strict=True))
-    if x.form is None or other is None:
-        return Count(a, b, None)
-    form = {s: n for s in {**x.form, **other} if (n := x.form.get(s, 0) + sign * other.get(s, 0))}
-    rest = x.rest + sign * (y.rest if isinstance(y, Count) else y)
-    return a if a == b else Count(a, b, form, rest)  # what is the same on two routings is no number of rows
-
-
-def _other(op: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
-    (a, b), (c, d) = _both(x), _both(y)
-    a, b = op(a, c), op(b, d)
-    if type(a) is not int or type(b) is not int:
-        refuse("it computes with a number of rows")
-    return Count(a, b, None)
 
 
 class Listener(TorchFunctionMode):
@@ -191,12 +54,12 @@ class Listener(TorchFunctionMode):
         self.on = True
 
     def __enter__(self) -> Listener:
-        _now.listener = self
+        listening.listener = self
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _now.listener = None
+        listening.listener = None
         super().__exit__(*error)
         if self.refused is not None:
             raise self.refused
@@ -229,16 +92,23 @@ class Listener(TorchFunctionMode):
         i = len(self.said) - 1
         if i >= len(self.before) or self.before[i][0] != name:
             refuse(UNEVEN, "draw")
+        if name in ("tolist", "numpy") and self._of_tokens(flat, self.before[i][1]):
+            refuse(EACH.format(name), code="record", source=_line())
         both = self._merge(flat, self.before[i][1])
         if both is flat:
             return out
         if name in _EXACT:
-            _leak(both)
+            leak(both)
         if hasattr(out, "tolist"):
             import numpy
 
             return numpy.array(both, dtype=object)
         return Shape(both) if isinstance(out, tuple) else both
+
+    def _of_tokens(self, a: Any, b: Any) -> bool:
+        """Whether there are so many of them for each token, in both runs."""
+        sizes = [len(v) for v in (a, b) if isinstance(v, list)]
+        return len(sizes) == 2 and any(x % s == y % r == 0 < x and x // s == y // r for s, r in self.tokens for x, y in [sizes])
 
     def _merge(self, a: Any, b: Any) -> Any:
         """`a` with its numbers turned into counts where `b` has others; `a` itself if there are none."""
@@ -281,6 +151,27 @@ class Listener(TorchFunctionMode):
         return int if v is Int else v
 
 
+def _line() -> str:
+    """file:line of the code that asks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class FirstCall(TorchFunctionMode):
+    """Sees where code first calls what becomes an operation: `at`, its file's name and line; "" where it does not."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.names, self.at = {name, name.removeprefix("linalg_vector_"), name.removeprefix("native_")}, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.at and getattr(func, "__name__", "") in self.names:
+            self.at = os.path.basename(_line())
+        return func(*args, **(kwargs or {}))
+
+
 class Shape(tuple[Any, ...]):
     """A shape with counts in it."""
 
@@ -309,7 +200,7 @@ def apart(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A library's function, which asks its tensors for itself."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        listener: Listener | None = getattr(_now, "listener", None)
+        listener: Listener | None = getattr(listening, "listener", None)
         if listener is None:
             return fn(*args, **kwargs)
         with listener.paused():
@@ -324,7 +215,7 @@ def exact(fn: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         for a in args:
             if isinstance(a, Count):
-                _leak(a)
+                leak(a)
         return fn(*args, **kwargs)
 
     return called
@@ -334,7 +225,7 @@ def builtins() -> dict[str, Any]:
     """`len`, `int` and `range` for code that is listened to."""
 
     def length(v: Any) -> Any:
-        now: Listener | None = getattr(_now, "listener", None)
+        now: Listener | None = getattr(listening, "listener", None)
         if now is None or not now.on:
             return len(v)
         if isinstance(v, Tensor):

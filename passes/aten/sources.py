@@ -55,11 +55,14 @@ def code_of(n: Any) -> str:
 
 
 def _closed(text: str) -> str:
-    """The text up to the first bracket that closes nothing in it: marks reach too far at times."""
-    depth = 0
+    """The text up to the first bracket that closes nothing in it, or to the statement's end: marks reach too far at times."""
+    depth, quote = 0, ""
     for i, c in enumerate(text):
+        if quote or c in "'\"":
+            quote = "" if c == quote else quote or c
+            continue
         depth += (c in "([{") - (c in ")]}")
-        if depth < 0:
+        if depth < 0 or c == ";" and depth == 0:
             return text[:i]
     return text
 

@@ -13,7 +13,7 @@ from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
 from .identity import supposed
-from .rows import NO_EXPERTS, No, data_dependent, factors, outer_atoms, plain_row
+from .rows import MIXED, NO_EXPERTS, No, data_dependent, factors, ids_atom, outer_atoms, plain_row
 from .scales import is_coded
 
 EXPERT = "expert"
@@ -56,6 +56,8 @@ def one_body(parts: list[Part]) -> OneBody:
     expert = T.named(EXPERT, len(real))
     body = unify({e - first: c for e, c in real.items()}, expert)
     if isinstance(body, str):
+        if any(map(_mixes_rows, real.values())):
+            raise No(MIXED, "inside")
         raise No(_other_sizes(real) or body, "unlike")
     if first and any(_passes_over(x, expert) for x in T.walk(body)):
         raise No(_left_out(real))
@@ -71,6 +73,19 @@ def _passes_over(x: Term, expert: Term) -> bool:
 
 def _twice(e: int) -> Term:
     raise No(f"expert {e} is applied twice")
+
+
+def _mixes_rows(body: Term) -> bool:
+    """Whether an expert's function adds up over the tokens that chose it: Σ_r [ids(r, j) = e] x[r, m]."""
+    tokens = {v.args[1] for v in body.atoms if v.args[0] == "t"}
+    sums = [x.args for x in T.walk(body) if x.op == "sum" and x.args[0].args[1] in tokens]
+    return any(_chosen_by(v, inner) and any(T.uses(a, v) and not ids_atom(a) for a in outer_atoms(inner)) for v, inner in sums)
+
+
+def _chosen_by(v: Term, inner: Term) -> bool:
+    """Whether a condition on the ids of a token picks some of those that v counts."""
+    conditions = (x for x in T.walk(inner) if x.op == "eq" and T.uses(x, v))
+    return any(y.op == "topk" or y.op == "a" and ids_atom(y) for x in conditions for y in T.walk(x))
 
 
 def _other_sizes(real: Mapping[int, Term]) -> str:

@@ -21,6 +21,7 @@ from ..aten.sources import code_of
 from .counted import indices
 from .fused import is_fused
 from .match import ExpertsMatch
+from .rows import MIXED
 
 INSIDE = "inside the expert"
 _NORMS = frozenset("group_norm native_group_norm batch_norm native_batch_norm instance_norm".split())  # over more than a row's features
@@ -46,6 +47,12 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
             return Rejection(what, n, "experts", code="opaque" if n in walls else "elsewhere" if is_collective(n) else "inside")
     return None
+
+
+def mixing(choice: fx.Node) -> fx.Node | None:
+    """The first operation after a selection that makes one row of the rows [n, features] of an expert."""
+    reductions = (n for n in _rows_of_experts(choice, set()) if op_name(n) in names.REDUCTION | {"mean", "norm", "linalg_vector_norm"})
+    return next((n for n in reductions if len(shape_of(n.args[0])) == 2 and not _over_features(n)), None)  # type: ignore[arg-type]
 
 
 def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
@@ -116,6 +123,8 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
     if name in _FEATURES:
         return f"{_FEATURES[name]} stands {INSIDE}: activations must work on each number by itself"
     if name in COMBINED and _is_tensor_reduction(n) and not _over_features(n):  # of a row, such a number is a scale
+        if len(shape_of(n.args[0])) == 2:  # type: ignore[arg-type]
+            return MIXED
         return f"the outputs of a token's experts are combined by their {COMBINED[name]}, not by a weighted sum"
     if n.op == "call_function" and name and name not in RULES and name not in TUPLES and name not in names.SIZE and name != "getitem":
         return f"`{code_of(n) or name}` stands {INSIDE}: {name} is no operation that experts are read through"

@@ -17,6 +17,9 @@ from ..terms.text import said
 
 WORDS = "moe_words"  # in a node's meta: the tensor of packed words that it is made of alone (`packed`)
 NO_EXPERTS = "no experts"  # code of a failure at a place where nothing looks like experts
+MIXED = (
+    "the rows of an expert are mixed with each other (a mean, norm or maximum over rows): a token's result must not hang on other tokens"
+)
 
 
 class Cause(enum.Enum):
