@@ -266,6 +266,6 @@ def test_a_frame_that_is_skipped_as_a_whole_is_compiled_as_it_is(monkeypatch: py
     """What stands in its place may hold nothing to compile, or be left by Dynamo: that says nothing of the frame itself."""
     monkeypatch.setattr(outermost, "in_place_of", lambda given: given)
     for found in (None, ConvertFrameReturn()):
-        assert outermost.whole(lambda code: found, inspect.signature(lambda code: None), {"code": 0}) is None
+        assert outermost.whole(lambda code, found=found: found, inspect.signature(lambda code: None), {"code": 0}) is None
     compiled = ConvertFrameReturn(guarded_code=object())  # type: ignore[arg-type]
     assert outermost.whole(lambda code: compiled, inspect.signature(lambda code: None), {"code": 0}) is compiled
