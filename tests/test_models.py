@@ -55,7 +55,7 @@ def test_a_class_on_meta_for_a_gpu(mine: str, capsys: pytest.CaptureFixture[str]
         (["Blok", "--shape", "9,8"], "close ones: Block"),
         (["Block"], "give a --shape"),
         (["Block", "--shape", "9,x"], "no list of numbers"),
-        (["Block", "--shape", "9,8", "--set", "width=3"], "could not be made"),
+        (["Block", "--shape", "9,8", "--set", "width=3"], "cannot be made"),
     ],
 )
 def test_wrong_use_is_told(mine: str, more: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

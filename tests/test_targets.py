@@ -128,7 +128,7 @@ def test_what_a_target_says():
 
 def test_the_device_decides():
     assert lowering.target_for({"cpu", "cuda"}) == "cuda" and lowering.target_for({"npu"}) == "ascend"
-    assert lowering.target_for({"cpu", "meta"}) == lowering.target_for(set()) == "cpu" and lowering.target_for({"meta"}) == "meta"
+    assert lowering.target_for({"cpu", "meta"}) == lowering.target_for(set()) == "cpu" and lowering.target_for({"xla"}) == "xla"
 
 
 def test_a_digest_is_of_the_sources(tmp_path):

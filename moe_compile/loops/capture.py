@@ -26,9 +26,11 @@ from . import flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .lines import span
-from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect
+from .looks import asks, distinct, effect, has_loop, is_collective, line_of_effect, selects
+from .places import of_class
 from .probe import own_part
 from .reading import Reading, Trial, matches, read, roots
+from .sealed_code import codes
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
 
 log = logging.getLogger("moe_compile")
@@ -195,7 +197,9 @@ def _has_more(call: Call) -> bool:
     code = call.fn.__code__
     if call.module is None or len(call.tensors) < 2 or roles_of(call.tensors) or not (has_loop(code) and asks(code)):
         return False
-    return flags.chooses(code, call.fn.__globals__, [call.module], inside=False)
+    called = {n for c in codes(code) for n in c.co_names}
+    near = [f for n in called for f in (call.fn.__globals__.get(n), of_class(type(call.module), n)) if isinstance(f, types.FunctionType)]
+    return any(selects(c) for c in (code, *(f.__code__ for f in near)))
 
 
 def trial_of(call: Call) -> Trial:
