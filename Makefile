@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 MYPY ?= $(abspath $(BIN))/mypy
 READY := $(VENV)/.ready
 ASCEND := $(abspath $(VENV)-ascend)
+LIBRARIES := $(abspath $(VENV)-libraries)
 
 COMPAT ?= 5.10 5.17 5.24
 
-.PHONY: trinity test suite environments quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries wheel test-cuda lint format types fuzz bench clean
+.PHONY: trinity test suite environments quick quick-tests golden zoo docs test-ascend run-ascend test-compat test-libraries test-small-libraries wheel test-cuda lint format types fuzz bench clean
 
 trinity: $(READY)  ## run the example on the CPU (ARGS="--explain" and the like are handed on)
 	$(BIN)/python examples/run_trinity.py $(ARGS)
@@ -22,9 +23,9 @@ LINUX := $(filter Linux,$(shell uname -s))
 
 test: $(READY)  ## lint, type check and run all tests
 	$(MAKE) --no-print-directory -j3 lint suite environments $(if $(LINUX),ASCEND_APART=1)
-	$(MAKE) --no-print-directory -j$(JOBS) $(APART) test-ascend test-compat ALONE=1
+	$(MAKE) --no-print-directory -j$(JOBS) $(APART) test-ascend test-compat test-small-libraries ALONE=1
 
-environments: $(if $(LINUX),$(ASCEND)/.ready) $(COMPAT:%=$(abspath $(VENV))-transformers-%/.ready)
+environments: $(if $(LINUX),$(ASCEND)/.ready) $(LIBRARIES)-small/.ready $(COMPAT:%=$(abspath $(VENV))-transformers-%/.ready)
 
 # Workers of the tests of other environments: none where several of these run at once, since each worker imports and collects anew
 WORKERS = $(if $(ALONE),0,$(JOBS))
@@ -88,14 +89,20 @@ $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
 	$(@D)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/compat/$*.txt
 	touch $@
 
-LIBRARIES := $(abspath $(VENV)-libraries)
-
 test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels, and recipes that need some (DOCS_WRITE=1 writes docs/libraries.md and the recipes' versions anew)
 	$(LIBRARIES)/bin/python -m pytest -q -p no:cacheprovider tests/libraries
 
-$(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt
+$(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt tests/libraries/small.txt
 	$(call borrowing,$(LIBRARIES))
 	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/requirements.txt
+	touch $@
+
+test-small-libraries: $(LIBRARIES)-small/.ready  ## the part of it that is installed in seconds: in CI
+	$(LIBRARIES)-small/bin/python -m pytest -q -n $(WORKERS) -p no:cacheprovider tests/libraries/test_libraries.py
+
+$(LIBRARIES)-small/.ready: $(READY) tests/libraries/small.txt
+	$(call borrowing,$(LIBRARIES)-small)
+	$(LIBRARIES)-small/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/small.txt
 	touch $@
 
 wheel: $(READY)  ## a wheel for this platform with CPU kernels in it, in dist/ (LEVELS="avx2 avx512_bf16": only these)
@@ -140,5 +147,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ASCEND) $(LIBRARIES) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASCEND) $(LIBRARIES) $(LIBRARIES)-small $(VENV)-transformers-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
