@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Case, E, Fused, H, K
 from .dispatch import GroupedSorted
 from .indexed import Int4GroupsByIndex
-from .packed import Int4FloatZero, Int4Offset, Int4PackedZeros, Mxfp4Table, Nf4, Nvfp4
+from .packed import Int4FloatZero, Int4Offset, Int4OffsetHit, Int4PackedZeros, Mxfp4Table, Nf4, Nvfp4
 from .quantised import Int8Grouped
 from .stored import Float8Channels, Float8Matrices, GroupsOfInputs, _Blocks
 
@@ -43,16 +43,6 @@ def _grouped(self: Any, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     return y[order.argsort()].view(-1, K, H).sum(dim=1)
 
 
-def _hit(self: Any, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    out = torch.zeros_like(x)
-    mask = F.one_hot(ids, E).permute(2, 1, 0)
-    for hit in (mask.sum(dim=(-1, -2)) > 0).nonzero():
-        e = hit[0]
-        slot, token = torch.where(mask[e])
-        out.index_add_(0, token, self.expert(e, x[token]) * w[token, slot, None])
-    return out
-
-
 class Int8Groups(_Blocks):
     """Verdict: fused. A scale for every four inputs of a channel, beside int8."""
 
@@ -81,7 +71,7 @@ class _Nvfp4(Nvfp4):
     values = _values
 
 
-WAYS = {"Hit": _hit, "Dense": _dense, "Gathered": _gathered, "Grouped": _grouped}
+WAYS = {"Hit": Int4OffsetHit.run_experts, "Dense": _dense, "Gathered": _gathered, "Grouped": _grouped}
 SCHEMES: dict[str, type[Case]] = {
     "Float8Channels": _Float8Channels,
     "Float8Matrices": Float8Matrices,
