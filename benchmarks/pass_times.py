@@ -75,8 +75,8 @@ def real_config(entry: Any, layers: int, sized: bool = True) -> Any:
     else:
         values |= dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), layers)
     values |= {k: v[-1:] * layers for k, v in given.items() if isinstance(v, list) and len(v) == 2 and k != "layers_block_type"}
-    values |= WIDTHS.get(entry.name, {})
-    return cls(**{k: v for k, v in {**EVERY_LAYER, **values}.items() if k in known or k in given})
+    widths = WIDTHS.get(entry.name, {})
+    return cls(**{k: v for k, v in {**EVERY_LAYER, **values, **widths}.items() if k in {*known, *given, *widths}})
 
 
 def build(entry: Any, layers: int, experts: str) -> tuple[Any, int]:

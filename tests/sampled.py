@@ -44,6 +44,8 @@ LISTS: dict[Key, int] = {  # the first of n: the same on other models, or what a
     ("ascend/test_ids.py", "test_ids_written_in_place_in_training"): 3,
     ("ascend/test_lowering.py", "test_models_give_eagers_outputs"): 2,
     ("test_capture.py", "test_eager_loops_of_transformers_give_one_graph"): 2,  # the zoo has them all
+    ("test_loops_few.py", "test_few_stand_for_all"): 2,
+    ("test_loops_few.py", "test_what_few_do_not_tell"): 3,
     ("test_zoo.py", "test_decoding_with_a_kv_cache"): 3,
     ("test_trace.py", "test_a_trace_changes_no_verdict"): 2,
     ("test_zoo_training.py", "test_auxiliary_loss_on_the_router_logits"): 3,

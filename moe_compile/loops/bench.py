@@ -140,9 +140,13 @@ class Bench:
         found |= {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int)}
         return found | {v for m in (self.call.module.modules() if self.call.module else ()) for v in vars(m).values() if type(v) is int}
 
+    def lists(self) -> list[Any]:
+        """Every container of modules or parameters."""
+        return [m for m in (self.call.module.modules() if self.call.module else ()) if isinstance(m, CONTAINERS)]
+
     def narrow(self) -> tuple[tuple[int, int], ...]:
         """Narrow sizes for its wide ones; none where all weights are packed matrices that lie flattened, whose sizes are products."""
-        lists = {len(m) for m in (self.call.module.modules() if self.call.module else ()) if isinstance(m, CONTAINERS)}
+        lists = {len(m) for m in self.lists()}
         rows = {d for s in self.call.tensors.values() for d in s.shape[-1:] if isinstance(d, int) and s.dtype.is_floating_point}
         found = list(self.weights())
         if not lists and all(w.ndim < 3 for w in found) and any(lies_flat(w) for w in found):

@@ -128,7 +128,7 @@ class Probe(Sealed):
         self.memo[id(module)], self.places[id(new)] = (module, new), (new, place)
         yield module, new, path
         for k, child in self.some(module._modules.items()):
-            if path in self._single or len(module._modules) == (self.fewer.all if self.fewer else 0):
+            if path in self._single or self.fewer is not None and len(module._modules) in self.fewer.counts:
                 self._single.add(_join(path, k))
             if child is not None:
                 yield from self._shells(child, _join(path, k))

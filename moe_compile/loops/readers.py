@@ -22,7 +22,7 @@ from .places import Place
 from .probe import candidates
 from .program import is_same
 from .record import record_symbolically
-from .rewrites import fold_masks, split_stacks
+from .rewrites import cast_stacks, fold_masks, split_stacks
 
 _MANY, _WORK = 2048, 1 << 30
 _HEAVY = 1 << 26  # elements
@@ -62,9 +62,19 @@ class _Reader:
     def cuts(self) -> Iterator[Fewer | None]:
         """The ways to record it, the cheapest first: few experts in place of many, narrow ones in place of wide ones, or as it is."""
         few = primes(self._least, self.known - {1})[0] if self.all > MANY else self.all
+        weighted = self._weighted()
         for widths in dict.fromkeys((self.widths, ())):
+            if weighted is not None:
+                own = primes(5, self.known - {1})[0]
+                every = primes(max(self._least, own + 2), self.known - {1})[0]
+                yield Fewer(every, self.all, widths, (weighted, own))
             for count in dict.fromkeys((few, self.all)):
                 yield Fewer(count, self.all, widths) if widths or count != self.all else None
+
+    def _weighted(self) -> int | None:
+        """How many experts have weights, where stacks or lists of many experts are shorter than all are."""
+        found = {w.shape[0] for w in self.sharp.weights() if w.ndim > 2} | {len(m) for m in self.sharp.lists()}
+        return max((n for n in found if MANY < n < self.all and n not in dict(self.widths)), default=None)
 
     def heavy(self) -> bool:
         """Whether all experts, as wide as they are, take more than a moment."""
@@ -134,6 +144,7 @@ class Dispatch(_Reader):
 
         gm = record_symbolically(fn, given, b.probe, self.call.grad, self.counts_rows)
         fold_masks(gm, self.experts)
+        cast_stacks(gm)
         split_stacks(gm)
         gm.meta["roles"] = b.roles._asdict()
         return gm
@@ -237,6 +248,7 @@ class Block(_Reader):
         self.spare = not gm.meta["host_reads"] and not self._counts_rows(gm)
         if self.spare and not self._is_long(gm):
             raise NoExperts("nothing in its control flow depends on data", stage="read")
+        cast_stacks(gm)
         split_stacks(gm)
         return gm
 

@@ -25,6 +25,7 @@ from ..passes.aten.names import LIKE, op_name
 from .call import Call
 from .fewer import Fewer
 
+_CAST = torch.ops.aten.to.dtype
 _LARGEST = 1 << 40  # numbers beyond are no sizes ("to the end" is 2^63 - 1)
 
 
@@ -48,7 +49,7 @@ class Regenerated:
     ) -> None:
         self.call, self.gm, self.boundary, self.fewer = call, gm, boundary, fewer
         self.experts = experts if fewer is None else fewer.experts(experts)
-        self.primes = primes if fewer is None or not fewer.cuts else {**primes, fewer.few: str(fewer.all)}
+        self.primes = primes if fewer is None or not fewer.cuts else {**primes, **{few: str(every) for every, few in fewer.counts.items()}}
         self.reshaped = reshaped or {}
         self.out: fx.Node = boundary["out"]
         self.family = family_of(experts)
@@ -76,18 +77,23 @@ class Regenerated:
 
     def _parts(self, nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
         """A list in parts of one for each expert that was recorded: gate and up projections stand one after the other."""
-        n = len(nodes) if self.fewer is None or len(nodes) % self.fewer.few else self.fewer.few
+        few = len(nodes) if self.fewer is None else self.fewer.own[1]
+        n = len(nodes) if few and len(nodes) % few else few
         return [nodes[i : i + n] for i in range(0, len(nodes), n or 1)]
 
     def _others(self, nodes: Sequence[fx.Node]) -> list[str]:
         """Names of the parameters of experts that the recording had none of, in a list of one for each expert."""
-        if self.fewer is None or not self.fewer.cuts or len(nodes) != self.fewer.few:
+        if self.fewer is None or not self.fewer.cuts or len(nodes) != self.fewer.own[1]:
             return []
-        if not all("param_path" in n.meta and "index" not in n.meta for n in nodes) or any(n in self.views for n in nodes) or self.join:
+        given = [n.all_input_nodes[0] if n.target is _CAST and len(n.args) == 2 else n for n in nodes]
+        casts = {n.args[1] for n, p in zip(nodes, given, strict=True) if n is not p}
+        plain = all("param_path" in p.meta and "index" not in p.meta for p in given) and not any(n in self.views for n in nodes)
+        if not plain or self.join or len(casts) > 1 or casts and any(map(operator.is_, nodes, given)):
             raise Rejection("the weights of its experts are made of others", stage="read")
-        paths = self.fewer.paths(self.call.module, [n.meta["param_path"] for n in nodes])[self.fewer.few :]
+        paths = self.fewer.paths(self.call.module, [p.meta["param_path"] for p in given])[self.fewer.own[1] :]
         self.params += [p for p in paths if p not in self.params]
-        return [f"_p{self.params.index(p)}" for p in paths]
+        cast = "".join(f".to({dtype})" for dtype in casts)
+        return [f"_p{self.params.index(p)}{cast}" for p in paths]
 
     def _inputs(self, n: fx.Node) -> Sequence[fx.Node]:
         if n is not self.out:

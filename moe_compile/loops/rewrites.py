@@ -71,6 +71,43 @@ def _split(gm: fx.GraphModule, stack: fx.Node) -> None:
     gm.graph.erase_node(stack)
 
 
+def cast_stacks(gm: fx.GraphModule) -> None:
+    """cast(P[e]) = cast(P)[e], in place, where code casts every matrix that it takes of a stack P, to one wider type."""
+    for stack in [n for n in gm.graph.nodes if n.op == "placeholder" and "param_path" in n.meta]:
+        takes = list(stack.users)
+        casts = [u for n in takes for u in n.users]
+        to = {u.args[1] for u in casts if u.target is _aten.to.dtype and len(u.args) == 2}
+        if len(to) != 1 or not all(u.target is _aten.to.dtype and len(u.args) == 2 for u in casts):
+            continue
+        (dtype,) = to
+        if not all(u.target is _aten.select.int and u.args[1] == 0 and u.users for u in takes) or not _widens(stack, dtype):
+            continue
+        _cast_whole(gm.graph, stack, dtype, casts)
+    gm.recompile()
+
+
+def _widens(stack: fx.Node, dtype: torch.dtype) -> bool:
+    own = stack.meta["val"].dtype
+    plain = own.is_floating_point and dtype.is_floating_point and 1 < own.itemsize < dtype.itemsize  # no codes, for which torch has no rule
+    return plain and torch.promote_types(own, dtype) is dtype
+
+
+def _cast_whole(graph: fx.Graph, stack: fx.Node, dtype: torch.dtype, casts: list[fx.Node]) -> None:
+    last = next(n for n in reversed(list(graph.nodes)) if n.op == "placeholder")
+    with graph.inserting_after(last):
+        whole = graph.call_function(_aten.to.dtype, (stack, dtype))
+    whole.meta = {"val": stack.meta["val"].to(dtype), "grad": casts[0].meta.get("grad", True)}
+    for cast in casts:
+        take = cast.all_input_nodes[0]
+        with graph.inserting_before(take):
+            one = graph.call_function(_aten.select.int, (whole, *take.args[1:]))
+        one.meta = {**take.meta, "val": cast.meta["val"]}
+        cast.replace_all_uses_with(one)
+        graph.erase_node(cast)
+    for take in [u for u in stack.users if u is not whole]:
+        graph.erase_node(take)
+
+
 def _masked(n: fx.Node) -> tuple[fx.Node, Any] | None:
     """(comparison, mask) of a conjunction, if the mask is the same for all experts."""
     if schema_name(n).removeprefix("aten::") not in _AND or n.meta["val"].dtype is not torch.bool or len(n.args) != 2:

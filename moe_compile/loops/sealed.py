@@ -79,7 +79,7 @@ class Sealed:
     def some(self, items: Any) -> list[Any]:
         """The items of a container; of one that has an item for each expert, those of the few."""
         found = list(items)
-        return found if self.fewer is None or len(found) != self.fewer.all else found[: self.fewer.few]
+        return found if self.fewer is None else found[: self.fewer.counts.get(len(found))]
 
     def keep(self, place: Place, new: Any) -> Any:
         """Watch a copy for writes from now on."""
