@@ -45,6 +45,7 @@ LISTS: dict[Key, int] = {  # the first of n: the same on other models, or what a
     ("ascend/test_lowering.py", "test_models_give_eagers_outputs"): 2,
     ("test_capture.py", "test_eager_loops_of_transformers_give_one_graph"): 2,  # the zoo has them all
     ("test_zoo.py", "test_decoding_with_a_kv_cache"): 3,
+    ("test_shared_stored.py", "test_emitted"): 2,
     ("test_trace.py", "test_a_trace_changes_no_verdict"): 2,
     ("test_zoo_training.py", "test_auxiliary_loss_on_the_router_logits"): 3,
     ("test_zoo_training.py", "test_gradients"): 2,
