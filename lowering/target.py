@@ -65,6 +65,8 @@ class Target:
     remarks: what else the report says of a graph with fused ops, given its inputs.
     rearrange: `moe_compile.prepare` for this target: (model, training, weight_format) -> {name: bytes}.
     coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
+    decodes: why a shared expert in few bits, given as a block of one expert, is better left to the rest of the graph, "" where the target's
+    kernels read its codes.
     places: whether its `finish` takes the calls that make physical experts of logical ones (`ir.placement.physical`).
     router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
     machine, "" for nothing.
@@ -88,6 +90,7 @@ class Target:
     remarks: Callable[[fx.GraphModule, Sequence[Any]], Sequence[str]] | None = None
     coded: bool = False
     chained: bool = False
+    decodes: Callable[[MoeBlock], str] = lambda ir: "the target has no kernel for one expert in few bits that all tokens use"
     places: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""

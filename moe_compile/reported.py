@@ -61,7 +61,7 @@ class Report(Findings):
                     ir=ir,
                     formula=formula(ir.gating) if ir.gating is not None else f"as written: {ir.routing_note or 'routing not recovered'}",
                     experts=experts_text(ir.experts),
-                    shared=shared_text(ir.shared) + (", overlapped" if getattr(r, "overlapped", False) else ""),
+                    shared=_shared(r),
                     target=target,
                     lowering=r.lowering,
                     validated=r.validated,
@@ -101,6 +101,13 @@ class Report(Findings):
     def add_breaks(self, breaks: Iterable[GraphBreak]) -> None:
         """Layers share code, so the same break comes again for each of them: told once."""
         self.graph_breaks.extend(b for b in dict.fromkeys(breaks) if b not in self.graph_breaks)
+
+
+def _shared(r: RecoveredLike) -> str:
+    """The shared expert, and where it runs."""
+    if r.ir.shared is None or not r.ir.shared.coded:
+        return shared_text(r.ir.shared) + (", overlapped" if getattr(r, "overlapped", False) else "")
+    return shared_text(r.ir.shared) + (", an op of its own" if getattr(r, "own", None) is not None else ", as written")
 
 
 def _names(value: Any) -> Any:

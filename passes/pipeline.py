@@ -103,7 +103,8 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
         work = Work(gm, options, target, seen)
         _searched(work)
         for b in work.out.blocks:
-            target.begin(b.ir)
+            for ir in filter(None, (b.ir, b.own)):
+                target.begin(ir)
         REWRITE(work)
     # selections whose experts alone stand in a checkpoint's own graph are told there, and not again at its call
     work.out.rejected = [r for r in work.out.rejected if r.code != "opaque" or r.node not in told]

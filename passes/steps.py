@@ -26,9 +26,9 @@ from .recover.output_scale import Fold, fold_of, scaled
 from .recover.placed import placed
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
-from .recover.shared import match_shared
-from .rewrite import activations, overlap, router
-from .rewrite.plan import execute
+from .recover.shared import SharedMatch, match_shared
+from .rewrite import activations, alone, overlap, router
+from .rewrite.plan import BlockPlan, execute
 from .work import Candidate, Recovered, Work
 
 
@@ -186,7 +186,11 @@ def _with_places(work: Work, c: Candidate) -> Candidate:
 
 
 def share(work: Work, c: Candidate) -> Candidate:
-    """The shared expert goes into the op of the block, where that is wanted and proved."""
+    """The shared expert goes into the op of the block, or in few bits becomes one of its own, where that is wanted and proved."""
+    shared = c.block.shared
+    if shared is not None and shared.ir.coded:
+        why, own = _alone(work, c, shared)
+        return replace(c, how=own, stays=why)
     how = overlap.mode(work.gm.graph, work.options, work.target)
     taken = overlap.takes(c.match.experts, work.target)
     found = overlap.plan_shared(c.block, work.planner, how) if how is not None and taken else None
@@ -197,6 +201,22 @@ def share(work: Work, c: Candidate) -> Candidate:
     return replace(c, how=replace(c.plan, shared=found))
 
 
+def _alone(work: Work, c: Candidate, s: SharedMatch) -> tuple[str, BlockPlan]:
+    """Why a shared expert in few bits runs as written, "" where it does not; the plan."""
+    why = alone.stays(s, work.planner, work.options, work.target)
+    if why or s.operands is None:
+        return why, c.plan
+    if work.options.validate:
+        claim = shared_claim(c.match.tokens, s, s.operands)
+        refusal = proved([claim], c.block) if isinstance(claim, Claim) else claim
+        if refusal is not None:
+            return refusal.reason, c.plan
+    try:
+        return "", replace(c.plan, alone=alone.plan_alone(c.block, s.operands, work.planner))
+    except Rejection as r:
+        return r.reason, c.plan
+
+
 def keep(work: Work, c: Candidate) -> Candidate:
     """What is told of the block, and its plan among those that are carried out."""
     b = c.block
@@ -205,8 +225,10 @@ def keep(work: Work, c: Candidate) -> Candidate:
     exchange = exchange_of(tokens[0], out[0]) if tokens and out else None
     ir, rows = activations.requested(replace(b.ir, exchange=exchange), work.options.activations, work.target)
     places = f"physical experts stay a gather: {b.placed.why}" if work.target.places and b.placed is not None and b.placed.why else ""
-    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows, places)))
-    told = Recovered(ir, source, bool(work.options.validate), work.target.says(ir), note, c.plan.shared is not None)
+    shared = f"the shared expert as written: {c.stays}" if c.stays else ""
+    note = "; ".join(filter(None, (b.ir.routing_note, zero_gradients(b.match, work.gm.graph), rows, places, shared)))
+    own = None if c.plan.alone is None or b.shared is None or b.shared.operands is None else alone.block_of(b.shared.operands)
+    told = Recovered(ir, source, bool(work.options.validate), work.target.says(ir), note, c.plan.shared is not None, own)
     work.plans.append(c.plan)
     work.out.blocks.append(told)
     return replace(c, told=told)

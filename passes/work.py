@@ -25,7 +25,8 @@ from .rewrite.target import Target
 class Recovered:
     """One fused block. `source`: file:line of the user's code; `note`: what was left as written inside it.
 
-    `overlapped`: the shared expert is in the op, which may run it beside the routed experts.
+    `overlapped`: the shared expert is in the op, which may run it beside the routed experts. `own`: the shared expert in few bits as a
+    block of one expert, where an op of its own runs it.
     """
 
     ir: MoeBlock
@@ -34,6 +35,7 @@ class Recovered:
     lowering: str
     note: str = ""
     overlapped: bool = False
+    own: MoeBlock | None = None
 
 
 @dataclass
@@ -63,13 +65,17 @@ def _bare(r: Rejection, node: fx.Node | None = None) -> Rejection:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A block on its way: its experts, what they were read with, then all of it, then how it is rewritten, then what is told of it."""
+    """A block on its way: its experts, what they were read with, then all of it, then how it is rewritten, then what is told of it.
+
+    `stays`: why its shared expert in few bits runs as written.
+    """
 
     match: ExpertsMatch
     puller: Puller
     found: Block | None = None
     how: BlockPlan | None = None
     told: Recovered | None = None
+    stays: str = ""
 
     @property
     def block(self) -> Block:

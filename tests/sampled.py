@@ -47,6 +47,7 @@ LISTS: dict[Key, int] = {  # the first of n: the same on other models, or what a
     ("test_loops_few.py", "test_few_stand_for_all"): 2,
     ("test_loops_few.py", "test_what_few_do_not_tell"): 3,
     ("test_zoo.py", "test_decoding_with_a_kv_cache"): 3,
+    ("test_shared_stored.py", "test_emitted"): 2,
     ("test_trace.py", "test_a_trace_changes_no_verdict"): 2,
     ("test_zoo_training.py", "test_auxiliary_loss_on_the_router_logits"): 3,
     ("test_zoo_training.py", "test_gradients"): 2,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
 
@@ -175,3 +176,32 @@ def test_every_architecture_has_a_gate_that_is_tested_above() -> None:
         except (AttributeError, TypeError, AssertionError) as e:
             others[entry.name] = str(e)
     assert others.keys() == NOT_AS_FLOAT8, others
+
+
+class WithShared(Block):
+    """Beside them a shared expert of `FP8Linear`, as DeepSeek's and GLM's checkpoints load."""
+
+    def __init__(self) -> None:
+        super().__init__("grouped_mm")
+        self.gate, self.up, self.down = (fp8.FP8Linear(i, o, (B, B)) for i, o in ((H, I), (H, I), (I, H)))
+        for m in (self.gate, self.up, self.down):
+            m.weight.data, m.weight_scale_inv.data = (torch.randn(m.weight.shape) * 30).to(F8), (torch.rand(2, 2) + 0.3) / 100
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_shared_expert_of_float8_linears(device: str) -> None:
+    """Read by the contract of the product of one matrix, rows rounded by groups of a block: an op of its own where kernels round rows."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    m, x = WithShared().eval(), torch.randn(7, H)
+    with torch.no_grad(), collecting() as report:
+        got = torch.compile(m, backend="moe_fused", options={"inner": "eager", "target": device})(x)
+        want = m(x)
+    (block,) = report.blocks
+    assert "rows in float8_e4m3fn by 16" in block.shared and block.shared.endswith("an op of its own" if device == "cuda" else "as written")
+    assert ("rows that are rounded" in block.note) is (device == "cpu")
+    assert float((got - want).norm() / want.norm()) < 2e-3

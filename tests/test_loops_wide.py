@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import build
+from catalogue.spelled import Nf4Hit
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile.loops import capture
+from moe_compile.loops import capture, probe
 from moe_compile.loops.fewer import Fewer
 from moe_compile.loops.narrow import narrow
+from moe_compile.report import collecting
 
 E, K, H, I, T = 6, 2, 512, 1024, 7
 
@@ -214,3 +217,13 @@ def test_what_the_maths_decline_is_not_read_again(cls: type[Wide], why: str, mon
     assert {name for name, _ in read} == {"dispatch"} and read[0][1] is not None and read[0][1].widths
     assert len(read) == 1 or cls is RoundsSomeRows
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_packed_matrices_too_large_for_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that lie flattened, one for each expert, are two dims of bytes as a table of groups is: codes, where they are many."""
+    monkeypatch.setattr(probe, "_TABLE", 256)
+    torch._dynamo.reset()
+    model = build(Nf4Hit).eval()
+    with torch.no_grad(), collecting() as report:
+        torch.compile(model, backend="moe_fused", options={"inner": "eager"})(torch.randn(5, 16))
+    assert report.graph_count == 1 and report.blocks and "4 bits" in report.blocks[0].experts, report.rejected

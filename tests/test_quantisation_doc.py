@@ -29,6 +29,7 @@ SCHEMES = {
     "int4, packed zero points": lambda s: bool(s.zeroed),
     "MXFP4": lambda s: bool(s.axis and s.exponents),
     "NF4": lambda s: s.tabled,
+    "2 or 8 bits packed": lambda s: bool(s.axis) and s.bits in (2, 8),
     "int4 packed": lambda s: bool(s.axis),
     "MXFP8": lambda s: s.dtype.is_floating_point and s.rows == 1 and bool(s.columns),
     "float8 (": lambda s: s.dtype.is_floating_point and s.grid,

@@ -53,6 +53,7 @@ TARGET = Target(
     lacks=told.lacks,
     remarks=told.packed,
     missing=told.missing,
+    decodes=told.decodes,
     coded=True,  # weights in few bits are made floats, those of touched experts alone
     chained=True,  # in plain torch: a product for each expert that is hit, maps of whole rows in between
 )

@@ -30,6 +30,17 @@ def says(ir: MoeBlock) -> str:
     return f"cpu {'kernel' if kernel else 'torch'} ({dtype}{more})"
 
 
+def decodes(ir: MoeBlock) -> str:
+    """Why one expert in few bits that all tokens use is left to Inductor, "" where the kernels read its codes."""
+    e = ir.experts
+    if e.rounded:
+        return "rows that are rounded run in plain torch on the CPU"
+    both = ((e.up_stored, e.up_transposed), (e.down_stored, e.down_transposed))
+    if not experts.has_kernel(e) or not all(how is not None and coded.takes(how, transposed) for how, transposed in both):
+        return "the CPU's kernels do not decode such weights"
+    return ""
+
+
 def lacks(ir: MoeBlock, patience: float | None = None) -> tuple[str, str] | None:
     """What runs a block whose kernels could not be built, and why they could not; None where it has them, or is to have none.
 

@@ -32,6 +32,7 @@ TARGET = Target(
     | {"experts_stored_adapted": _stored_adapted},
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
+    decodes=capability.decodes,
     coded=True,
     missing=capability.missing,
 )

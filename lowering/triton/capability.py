@@ -52,6 +52,17 @@ def _refuses_stored(e: Experts) -> str | None:
     return None
 
 
+def decodes(ir: MoeBlock) -> str:
+    """Why one expert in few bits that all tokens use is left to Inductor, "" where the kernels read its codes."""
+    e = ir.experts
+    if any(r is not None and (r.smooth or r.static) for r in (e.up_rows, e.down_rows)):
+        return "rows by a calibrated number run in plain torch"
+    both = ((e.up_stored, e.up_transposed), (e.down_stored, e.down_transposed))
+    if not all(how is not None and codes.takes(how, transposed) for how, transposed in both):
+        return "the Triton kernels do not decode such weights"
+    return ""
+
+
 def says(ir: MoeBlock) -> str:
     """What runs the block and the dtype of its products."""
     dtype = str(ir.experts.dtype).removeprefix("torch.")

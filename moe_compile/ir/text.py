@@ -242,7 +242,7 @@ def shared_text(s: SharedExpert | None) -> str:
     if s.coded:
         stored = dict.fromkeys(stored_text(how) for how in (s.up_stored, s.down_stored) if how is not None)
         rows = [rows_text(s.down_rows or s.up_rows)] if s.up_rows or s.down_rows else []
-        text = ", ".join([text, f"weights {', '.join(stored)}", *rows, "as written"])
+        text = ", ".join([text, f"weights {', '.join(stored)}", *rows])
     return f"σ(x·g) · {text}" if s.gated else text
 
 

@@ -27,7 +27,7 @@ _TABLE = 1 << 22  # elements: integer buffers are copied up to this size
 _ALIGN = 16  # bytes
 # Types of one byte whose tensors are weights or their scales where they have rows and columns
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-WORDS = (torch.uint8, torch.int32)  # of packed codes, where each expert has rows and columns of them
+WORDS = (torch.uint8, torch.int32)  # of packed codes, where each expert has rows and columns of them, or a tensor is too large for a table
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,7 +160,7 @@ class Probe(Sealed):
             raise Rejection(f"{path} is not strided", stage="tensors")
         single = path.rpartition(".")[0] in self._single
         shape = tuple(t.shape) if self.fewer is None else self.fewer.shape(t.shape, single)
-        weight = t.dtype in CODES and t.ndim > 1 or t.dtype in WORDS and t.ndim > 2
+        weight = t.dtype in CODES and t.ndim > 1 or t.dtype in WORDS and (t.ndim > 2 or t.ndim == 2 and t.numel() > _TABLE)
         if t.is_floating_point() and not weight:
             new = self._float(t, shape)
         else:

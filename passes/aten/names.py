@@ -98,6 +98,13 @@ CLAMP = _row("clamp clip clamp_min clamp_max")
 _PYTHON = {"truediv": "div", "itruediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and_": "bitwise_and", "or_": "bitwise_or"}
 
 
+@functools.cache
+def _of_schema(name: str) -> str:
+    """Without its namespace; somebody's own op that only shares its name with one of torch's keeps it, and is none that is known."""
+    space, _, own = name.partition("::")
+    return name if space not in ("aten", "prims") and hasattr(torch.ops.aten, own) else _plain(own)
+
+
 def op_name(n: fx.Node) -> str:
     """What a node of either graph calls: a row's name, "getitem" for access to a tuple (or to a tensor, in Dynamo's), "" for nothing known.
 
@@ -111,7 +118,7 @@ def op_name(n: fx.Node) -> str:
         return "getitem"
     schema = getattr(n.target, "_schema", None)
     if schema is not None:
-        return _plain(str(schema.name).split("::")[-1])
+        return _of_schema(str(schema.name))
     if isinstance(example_value(n), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
         return ""
     name = getattr(n.target, "__name__", "")

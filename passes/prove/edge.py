@@ -216,7 +216,8 @@ def edge_of_shared(tokens: fx.Node, o: SharedOperands) -> Edge:
         roles[o.gate], rows[o.gate] = "weights", 1
     groups = _groups(o.experts, o.operands)
     roles.update({q.node: role for q, _, role in groups})
-    return Edge(tokens, o.experts, 1, roles, rows, tuple((q, extents) for q, extents, _ in groups), {})
+    pairs = tuple((q, extents) for q, extents, _ in groups)
+    return Edge(tokens, o.experts, 1, roles, rows, pairs, {}, counts=_counts(o.experts, o.operands))
 
 
 def _groups(e: Experts, operands: Operands[Param]) -> list[tuple[Param, tuple[Extent, ...], str]]:

@@ -106,6 +106,10 @@ def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
     """What else than one weight a product holds: scales that do not come out of its sum, or a zero point."""
+    if _scaled_by_codes(fs, expert):
+        return (
+            "the scales of a weight are codes with scales of their own (double quantisation): make floats of the scales once, when loading"
+        )
     if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
         return "an integer weight has a zero point"
     read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
@@ -113,6 +117,14 @@ def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> 
         return None
     own = all(T.uses(f, out) for f in read)
     return "a weight has more than one scale along its inputs" if own else "a scale is over an input channel"
+
+
+def _scaled_by_codes(fs: tuple[Term, ...], expert: Term) -> bool:
+    """codes · (codes' · floats [+ floats]): what multiplies a weight's codes is made of codes and floats."""
+    alone = [f for f in fs if f.op == "a" and T.uses(f, expert) and channels.is_coded(f)]
+    sums = [f for f in fs if f.op == "add" and any(x.op == "a" and T.uses(x, expert) and channels.is_coded(x) for x in T.walk(f))]
+    floats = [f for f in fs if f.op == "a" and T.uses(f, expert) and f not in alone]
+    return len(alone) == 1 and len(sums) == 1 or len(alone) == 2 and len(floats) == 1
 
 
 def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:

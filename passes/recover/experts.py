@@ -172,7 +172,7 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
     )
     stored = ups if form is Form.SEPARATE else ups[:1]
     join = adapters.join(stored, parsed.down, expert.args[1])
-    return Function(fields, parsed.tokens, weight, lambda e: _parameters(e, stored, parsed.down), join)
+    return Function(fields, parsed.tokens, weight, lambda e: parameters(e, stored, parsed.down), join)
 
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
@@ -210,7 +210,7 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     adapters.check(ups, down, form)
 
 
-def _parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
+def parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
     """The nodes of every parameter. `store`: the up projections as they are stored."""
     count, width = e.num_experts, e.intermediate * (2 if e.form in (Form.CONCAT, Form.INTERLEAVED) else 1)
     up_shape, down_shape = (width, e.hidden), (e.out_features, e.intermediate)

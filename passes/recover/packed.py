@@ -28,6 +28,7 @@ _MADE_OF_WORDS = names.VIEW | names.CAST | names.JOIN | names.LOOKUP | frozenset
 _TABLES = (16, 256)
 _MOST = 1 << 25  # elements of a node that is looked at
 _APART = 7  # words between the matrices of a stack
+_FAR_FROM = 1 << 16  # between the seeds of two places of bytes in a word; words that are drawn at random beyond
 _READ = "readings of words"  # in a node's notes
 _NAN = 1e300  # what stands for it where values are compared
 
@@ -165,7 +166,7 @@ def _looked_at(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, tuple[int, .
     words = torch.cat([w for w, _ in runs])
     rows, columns = runs[0][0].shape
     per, rest = divmod(runs[0][1].numel(), rows * columns)
-    if rest or per not in (1, 2, 4, 8) or 8 * words.dtype.itemsize // per > 8:
+    if rest or per not in (1, 2, 4, 8, 16) or 8 * words.dtype.itemsize // per > 8:
         return None
     bits = 8 * words.dtype.itemsize // per
     fields = [(words.long() >> (bits * p)) & ((1 << bits) - 1) for p in range(per)]
@@ -202,16 +203,22 @@ def _generator(turn: int) -> torch.Generator:
 
 
 def _words(shape: tuple[int, ...], dtype: torch.dtype, stacked: bool, turn: int) -> Tensor:
-    """Words with all their bits in use, bytes each in its turn; the matrices of a stack start a few words apart in one buffer."""
+    """Words with all their bits in use, each of their bytes having all values in turn (of many words at random); the matrices of a stack
+    start a few words apart in one buffer."""
     rest = shape[1:] if stacked else shape
     numel = math.prod(rest) + (_APART * shape[0] if stacked else 0)
-    if dtype.itemsize == 1:
-        start = turn * math.prod(rest)
-        blocks = [torch.randperm(256, generator=_generator(b)) for b in range(start // 256, (start + numel) // 256 + 1)]
-        flat = torch.cat(blocks)[start % 256 :][:numel].to(torch.uint8).view(dtype)
-    else:
+    start = turn * math.prod(rest)
+
+    def bytes_at(place: int) -> Tensor:
+        blocks = range(start // 256, (start + numel) // 256 + 1)
+        every = torch.cat([torch.randperm(256, generator=_generator(b + _FAR_FROM * place)) for b in blocks])
+        return every[start % 256 :][:numel].to(torch.uint8)
+
+    if dtype.itemsize > 1 and numel > _FAR_FROM:
         info = torch.iinfo(dtype)
         flat = torch.randint(info.min, info.max + 1, (numel,), generator=_generator(turn)).to(dtype)
+    else:
+        flat = torch.stack([bytes_at(place) for place in range(dtype.itemsize)], -1).view(dtype).flatten()
     strides = torch.empty(rest, device="meta").stride()
     return flat.as_strided(shape, (_APART, *strides)) if stacked else flat.reshape(shape)
 

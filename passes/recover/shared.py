@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import sympy as sp
+import torch
 import torch.fx as fx
 
-from ...ir import Experts, Form, SharedExpert
-from ...ir.operands import Operands
+from ...ir import Experts, Form, Rows, SharedExpert
+from ...ir.operands import CODED, Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
 from ..terms import Term
+from . import scales as channels
+from . import static_rows
 from .body import Core, parse_core
 from .coded import check, stored
-from .experts import params
+from .experts import compute_dtype, parameters
 from .forms import layout
+from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
-from .rows import No, factors, fixed_widths, is_row, row_index, row_variable, rows
+from .rows import WORDS, No, factors, fixed_widths, is_row, row_index, row_variable, rows
 from .selections import users_through_views
 
 
@@ -40,11 +42,12 @@ class SharedOperands:
 
 @dataclass(frozen=True)
 class SharedMatch:
-    """A shared expert and the node that holds its output. `operands` None: recovered, but not in a form that the ops take."""
+    """A shared expert and the node that holds its output. `operands` None: recovered, but not in a form that the ops take, and `why`."""
 
     ir: SharedExpert
     node: fx.Node
     operands: SharedOperands | None
+    why: str = ""
 
 
 def match_shared(m: ExpertsMatch, result: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
@@ -109,7 +112,7 @@ def _stands_beside(other: fx.Node, m: ExpertsMatch, order: dict[fx.Node, int]) -
 
 def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
     edge = order[m.tokens]
-    p = Puller(lambda n: order[n] <= edge, walls)
+    p = Puller(lambda n: order[n] <= edge or WORDS in n.meta, walls)
     t, h = row_variable(rows(other)), T.named("h", shape_of(other)[-1])
     try:
         with T.Budget(STEPS).within():
@@ -127,34 +130,42 @@ def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set
     except (No, T.TooLarge):
         return None
     ir = SharedExpert(core.inner, expr, gate.op != "c", ups[0].bias is not None, *ways)
-    if ir.coded:  # the ops take one of floats: the graph goes on making them of the one matrix that is used
-        return SharedMatch(ir, other, None)
     try:
-        return SharedMatch(ir, other, _operands(m, other, core, form, symbols, expr, _gate_node(p, other, term, t, h, edge, order)))
-    except No:
-        return SharedMatch(ir, other, None)
+        dtype = compute_dtype(p, m.tokens, other) if ir.coded else m.experts.dtype
+        one = _experts(m, ir, other, core, form, ups, dtype)
+        return SharedMatch(ir, other, _operands(one, ups, core.down, rounding, _gate_node(p, other, term, t, h, edge, order)))
+    except No as e:
+        return SharedMatch(ir, other, None, str(e))
 
 
 def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term, Rounding] | None:
     """[sigmoid(Σ x w)] · down act(up x), read as one expert of a list of one, what multiplies it, and how its rows are rounded."""
     one = T.named("expert", 1)
-    weights = {
-        x: T.atom(x.args[0], (one, *x.args[1]))
-        for x in T.walk(term)
-        if x.op == "a" and not any(is_row(x, d) for d in range(len(x.args[1])))
-    }
+    weights = {x: T.atom((x.args[0],), (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and _is_parameter(x, m.tokens)}
     term = T.subst(term, weights)
     core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
-    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
+    tables, gate = channels.tables(core, T.mul(*(f for f in factors(term) if not T.uses(f, h))), one)
     if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
         return None
     rounding = unrounded(core, h, one)
-    parsed = parse_core(rounding.body, t, h, one)
+    parsed = parse_core(rounding.body, t, h, one, tables=tables)
+    if parsed.table is not None:
+        if parsed.down.channel is not None:
+            return None
+        parsed.down.channel = channels.channel(parsed.table, h, one, 1, 0)
     if (rounding.up or rounding.down) and stored([parsed.down]) is None:
         return None  # rows in few bits beside weights that are floats
     if parsed.on_input is not None or not all(_is_own_row(x, m.tokens, t) for x in parsed.tokens):
         return None
+    parsed.linears = {s: _of_list(x) for s, x in parsed.linears.items()}
+    parsed.down = _of_list(parsed.down)
     return parsed, gate, rounding
+
+
+def _is_parameter(x: Term, tokens: fx.Node) -> bool:
+    """Whether an atom reads no row of the tokens' own; of what the graph is given, the tokens apart, a dim of 1 is none."""
+    given = x.args[0] is not tokens and channels.is_held(x) and not any(v.args[0] == "t" for i in x.args[1] for v in i.atoms)
+    return given or not any(is_row(x, d) for d in range(len(x.args[1])))
 
 
 def _is_own_row(x: Term, tokens: fx.Node, t: Term) -> bool:
@@ -167,7 +178,7 @@ def _is_own_row(x: Term, tokens: fx.Node, t: Term) -> bool:
 
 def _gate_node(p: Puller, other: fx.Node, term: Term, t: Term, h: Term, edge: int, order: dict[fx.Node, int]) -> fx.Node | None:
     """The node of what multiplies the MLP, nearest to the product; None when that is 1. Raises No when no node holds it."""
-    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h)))
+    gate = T.mul(*(f for f in factors(term) if not T.uses(f, h) and (f.op == "fn" or f.op == "c")))
     if T.is_c(gate, 1):
         return None
     wanted, seen = T.canonical(gate), [other]
@@ -179,35 +190,57 @@ def _gate_node(p: Puller, other: fx.Node, term: Term, t: Term, h: Term, edge: in
     raise No("no tensor of the graph holds the shared expert's gate")
 
 
-def _operands(
-    m: ExpertsMatch, other: fx.Node, core: Core, form: Form, symbols: list[sp.Symbol], expr: Any, gate: fx.Node | None
-) -> SharedOperands:
+def _experts(m: ExpertsMatch, ir: SharedExpert, other: fx.Node, core: Core, form: Form, ups: list[Linear], dtype: torch.dtype) -> Experts:
+    """It as the one expert of a list, with products in `dtype`."""
+    return Experts(
+        num_experts=1,
+        hidden=shape_of(m.tokens)[-1],
+        intermediate=ir.intermediate,
+        out_features=shape_of(other)[-1],
+        form=form,
+        activation=ir.activation,
+        stacked=False,
+        up_transposed=ups[0].transposed,
+        down_transposed=core.down.transposed,
+        up_bias=ups[0].bias is not None,
+        down_bias=core.down.bias is not None,
+        dtype=dtype,
+        up_stored=ir.up_stored,
+        down_stored=ir.down_stored,
+        up_rows=ir.up_rows,
+        down_rows=ir.down_rows,
+    )
+
+
+def _operands(e: Experts, ups: list[Linear], down: Linear, rounding: Rounding, gate: fx.Node | None) -> SharedOperands:
     """Raises No when gate and up are stored unlike each other or a parameter is read in part."""
-    ups, down, out = [core.linears[s] for s in symbols], core.down, shape_of(other)[-1]
     if len({(x.transposed, x.bias is None) for x in ups}) != 1 or any(x.scale != 1 for x in ups):
         raise No("gate and up projections are stored differently")
     if any(x.pair is not None for x in (*ups, down)):
-        raise No("the shared expert has low-rank pairs (LoRA)")
-    store = ups if form is Form.SEPARATE else ups[:1]
-    hidden, width = shape_of(m.tokens)[-1], core.inner * (2 if form is Form.CONCAT else 1)
-    experts = Experts(
-        num_experts=1,
-        hidden=hidden,
-        intermediate=core.inner,
-        out_features=out,
-        form=form,
-        activation=expr,
-        stacked=False,
-        up_transposed=ups[0].transposed,
-        down_transposed=down.transposed,
-        up_bias=ups[0].bias is not None,
-        down_bias=down.bias is not None,
-        dtype=m.experts.dtype,
-    )
-    operands = Operands(
-        up=tuple(q for x in store for q in params((x.weight,), (1, width, hidden), x.transposed, False)),
-        down=tuple(params((down.weight,), (1, out, core.inner), down.transposed, False)),
-        up_bias=tuple(q for x in store if x.bias is not None for q in params((x.bias,), (1, width), False, False)),
-        down_bias=tuple(params((down.bias,), (1, out), False, False)) if down.bias is not None else (),
-    )
-    return SharedOperands(experts, operands, gate)
+        raise No("it has low-rank pairs (LoRA)")
+    store = ups if e.form is Form.SEPARATE else ups[:1]
+    operands = parameters(e, store, down)
+    if e.coded:
+        e, operands = replace(e, stacked=True), replace(operands, **{n: tuple(map(_as_stack, getattr(operands, n))) for n in _STACKED})
+    steps = {f"{n}_smooth": _steps(getattr(e, f"{n}_rows"), getattr(rounding, f"{n}_smooth")) for n in ("up", "down")}
+    return SharedOperands(e, replace(operands, **steps), gate)
+
+
+_STACKED = [name for name in CODED if name.rpartition("_")[2] not in ("table", "group", "smooth")]
+
+
+def _as_stack(q: Param) -> Param:
+    """[1, ..] of one matrix: kernels on codes take stacks best."""
+    return Param(q.node, (1, *q.stored()))
+
+
+def _of_list(x: Linear) -> Linear:
+    """Codes of one matrix are a list of one, as everything is that is read of it."""
+    return x if isinstance(x.weight, tuple) else replace(x, weight=(x.weight,))
+
+
+def _steps(rows: Rows | None, k: Term | None) -> tuple[Param, ...]:
+    """The number that static rows are divided by, where it is a parameter."""
+    if rows is None or k is None:
+        return ()
+    return tuple(static_rows.operands(k, False, 1))

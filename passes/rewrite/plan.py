@@ -67,7 +67,7 @@ class ExpertsPlan:
     `wraps`: ids below zero count from the last expert. `constant`: every weight, where no node holds them.
     `ends`: group ends, where rows stand in the order of their experts; ids and weights are None then.
     `lead`: the result's leading sizes when it is not [T, H]: numbers, ("tokens", d) or ("rows",). `join`: of several low-rank pairs.
-    `placed`: what makes `ids` out of logical ones, where a target has an op for it.
+    `placed`: what makes `ids` out of logical ones, where a target has an op for it. `only`: there is one expert, which all rows go to.
     """
 
     out: str
@@ -86,6 +86,7 @@ class ExpertsPlan:
     join: Join | None = None
     placed: PlacedPlan | None = None
     written: tuple[str, ...] = ()
+    only: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class BlockPlan:
 
     `folded`: (product that the weights carry now, the node that takes its place). `reader`: the experts' op that capture put in,
     where it must read weights that nobody else may read. `fixed`: variable floats that the recovered numbers are the values of.
+    `alone`: the shared expert, where it is an op of its own, which comes first.
     """
 
     route: RoutePlan | None
@@ -121,6 +123,7 @@ class BlockPlan:
     fixed: tuple[str, ...] = ()
     reader: str | None = None
     shared: SharedPlan | None = None
+    alone: ExpertsPlan | None = None
 
     def reads(self) -> list[str]:
         """Names of the nodes that the plan's operations read."""
@@ -167,6 +170,9 @@ class Executor:
             if plan.route not in self.routed:
                 self.routed[plan.route] = self.route(plan.route)
             weights, ids = self.routed[plan.route]
+        if plan.alone is not None:
+            p = plan.alone
+            self.experts(p, None, None if p.weights is None else self.node(p.weights))
         if plan.experts is not None:
             p = plan.experts
             ids = self.node(p.ids) if p.ids is not None else ids
@@ -263,6 +269,10 @@ class Executor:
         if p.placed is not None:
             logical = rows(g, self.node(p.placed.logical), p.k)
             ids = call(g, physical, (logical, self.node(p.placed.table), p.placed.world, p.placed.rank), out)
+        if p.only:
+            x = rows(g, self.node(p.tokens), p.experts.hidden)
+            zeros = method(g, "new_zeros", (x, method(g, "size", (x, 0), out), 1), out)
+            ids = self.cast_to(zeros, torch.int64, out)
         assert ids is not None
         ids = rows(g, ids, p.k)  # what is made of them here has no example value
         ids = call(g, torch.remainder, (ids, p.experts.num_experts), out) if p.wraps else ids

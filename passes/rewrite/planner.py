@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...ir import Norm, Rejection
 from ...ir.families import EXPERTS, family_of
+from ...ir.operands import Operands
 from ...ops import route_args
 from ..aten.effects import mutated_args
 from ..aten.element import shape_of
@@ -115,7 +116,7 @@ class Planner:
         m, routed = b.match, b.gating is not None
         out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
-        names = self._aliases(m.out)
+        names = self.aliases(m.out)
         written = writes_onto_base(m, self.shadow, out, names)
         base = None if m.base is None else self.shadow.origin[m.base][0] if written else self.locate(m.base, m.out)
         check_writes(m, self.shadow, out, names)
@@ -143,8 +144,19 @@ class Planner:
             experts=m.experts,
             wraps=b.wraps,
             join=m.join,
-            lead=None if m.out.meta["val"].ndim == 2 else self._lead(m),
+            lead=self.lead(m),
         )
+
+    def alone(self, m: ExpertsMatch, gate: fx.Node | None) -> tuple[fx.Node, Operands[Operand], fx.Node | None]:
+        """Of an expert that all rows go to: the Dynamo nodes of its result, its operands, its gate. Raises Rejection."""
+        out, names = self._result(m.out), self.aliases(m.out)
+        check_writes(m, self.shadow, out, names)
+        params = {q.node: self.locate(q.node, m.out) for q in m.operands}
+        weights = None if gate is None else self.locate(gate, m.out)
+        self._check(m, [self.locate(m.tokens, m.out), *params.values(), *([] if weights is None else [weights])], out)
+        for d in names:
+            dims_by_stride(example_value(d), m.out)
+        return out, m.operands.map(lambda q: Operand(params[q.node].name, q.view, q.order)), weights
 
     def placed(self, b: Block, plan: BlockPlan) -> BlockPlan:
         """The plan in which the ids come out of the table of replicas by the function that says so. Raises Rejection."""
@@ -182,8 +194,10 @@ class Planner:
         """The Dynamo node after which the result is there: the one that holds it, or `result[...] = y`."""
         return self.shadow.statement[s] if s in self.shadow.statement else self.locate(s, s)
 
-    def _lead(self, m: ExpertsMatch) -> tuple[Any, ...]:
-        """The result's leading sizes: numbers, or where to read them."""
+    def lead(self, m: ExpertsMatch) -> tuple[Any, ...] | None:
+        """The result's leading sizes, numbers, or where to read them; None where it is [T, H]."""
+        if m.out.meta["val"].ndim == 2:
+            return None
         lead = shape_of(m.tokens)[:-1]
         out: list[Any] = []
         for s in shape_of(m.out)[:-1]:
@@ -198,7 +212,7 @@ class Planner:
                 raise Rejection(f"the result's shape {shape_of(m.out)} is not that of the tokens", m.out, "rewrite")
         return tuple(out)
 
-    def _aliases(self, s: fx.Node) -> list[fx.Node]:
+    def aliases(self, s: fx.Node) -> list[fx.Node]:
         """Dynamo nodes that are the result's tensor object: the result, and what it was accumulated into in place."""
         out = [self.shadow.statement[s]] if s in self.shadow.statement else []
         out.extend(self.shadow.origin.get(s, ()))

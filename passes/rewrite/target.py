@@ -28,6 +28,10 @@ class Target(Protocol):
     def digest(self) -> str: ...
     @property
     def machine(self) -> Callable[[], str]: ...
+    @property
+    def decodes(self) -> Callable[[MoeBlock], str]:
+        """Why a shared expert in few bits is no op of its own there, "" where it may be."""
+
     def reason(self, ir: MoeBlock) -> str | None:
         """Why a block cannot run there, None where it can."""
 

@@ -88,6 +88,40 @@ class Int4OtherOrder(Int4Offset):
         return (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15)[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(-2)
 
 
+class Int2Offset(_Packed):
+    """Verdict: fused. Sixteen codes of 2 bits an int32, along the outputs, less 2."""
+
+    how = Stored(2, torch.int32, True, 1, G, 1, tuple(range(16)), offset=-2.0)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        for name, shape in (("up", (2 * I, H)), ("down", (H, I))):
+            info = torch.iinfo(torch.int32)
+            self.register_buffer(name, torch.randint(info.min, info.max + 1, (n, shape[0] // 16, shape[1])).int())
+            self.register_buffer(f"{name}_scale_inv", self.scales(n, *self.how.scales_of(shape)))
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        codes = q[:, None] >> torch.arange(0, 32, 2, dtype=torch.int32)[:, None] & 3
+        return self.grouped((codes.flatten(0, 1) - 2).float(), s)
+
+
+class Int8InWords(Int2Offset):
+    """Verdict: fused. Four codes of 8 bits an int32, along the inputs, less 128 (AutoGPTQ at 8 bits, shifts being constants)."""
+
+    how = Stored(8, torch.int32, True, 1, G, 2, tuple(range(4)), offset=-128.0)
+    expect = storing(how)
+
+    def build_experts(self, n: int) -> None:
+        _Packed.build_experts(self, n)
+
+    def scales(self, *shape: int) -> Tensor:
+        return super().scales(*shape) / 16
+
+    def floats(self, q: Tensor, s: Tensor) -> Tensor:
+        codes = q[..., None] >> torch.arange(0, 32, 8, dtype=torch.int32) & 255
+        return self.grouped((codes.flatten(-2) - 128).float(), s)
+
+
 class Int4FloatZero(_Packed):
     """Verdict: fused. Two codes a byte, a float zero point of each group (hqq, tinygemm)."""
 

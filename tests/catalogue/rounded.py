@@ -123,7 +123,7 @@ class RowsWeighedFirst(_Near):
 
 
 class SharedInBlocks(_Blocks):
-    """Verdict: fused with its shared expert, whose weights are codes too and which runs as written."""
+    """Verdict: fused with its shared expert, whose weights are codes too."""
 
     shared_ir: Any = replace(SHARED, up_stored=BLOCKS, down_stored=BLOCKS)
     expect: Any = Fused(RENORM, STORED, shared_ir)

@@ -146,6 +146,32 @@ class Nf4Hit(Nf4):
     run_experts = BlocksHitExperts.run_experts
 
 
+class Nf4Doubled(Nf4):
+    """Verdict: rejected. The number of each run is a code itself, of a table of 256, times a number for each four, and one more is added
+    (bitsandbytes' double quantisation)."""
+
+    expect = Rejected("double quantisation")
+    near, differs = "Nf4", ()
+    zoo_only = True
+    per = 4
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        self.register_buffer("nested", torch.linspace(-1, 1, 256))
+        for name in ("up", "down"):
+            runs = getattr(self, f"{name}_scale_inv").shape[1]
+            self.register_buffer(f"{name}_codes", torch.randint(0, 256, (n, runs)).to(torch.uint8))
+            self.register_buffer(f"{name}_second", torch.rand(n, runs // self.per) + 0.1)
+
+    def absmax(self, name: str, e: Any) -> Tensor:
+        floats = self.nested[getattr(self, f"{name}_codes")[e].long()].unflatten(0, (-1, self.per))
+        return (floats * getattr(self, f"{name}_second")[e][:, None]).flatten() + getattr(self, f"{name}_scale_inv")[e][0]
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.floats(self.up[e], self.absmax("up", e))).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.floats(self.down[e], self.absmax("down", e)))
+
+
 class Int4FloatZeroStacked(Int4FloatZero):
     """Verdict: fused as Int4FloatZero. Each expert's floats, stacked, einsum, dense weights; many numbers to be told from sizes."""
 

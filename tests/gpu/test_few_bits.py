@@ -156,3 +156,14 @@ def test_what_is_left_to_the_workspace(how: ir.Stored) -> None:
     e = replace(WIDE, hidden=32, up_stored=how, down_stored=how)
     x, ids, weights, p, (add,) = ops.bundled([*on_device(e).values()], CODED)
     assert coded.forward(x, ids, weights, p, add, *ops.storage_of(ops.experts_args(e))) is None
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_one_expert(way: coded.Choice) -> None:
+    """All rows to one expert, as a shared expert's are: a gate for each row, or 1."""
+    e = replace(WIDE, num_experts=1, up_stored=SCHEMES["blocks"], down_stored=SCHEMES["blocks"])
+    t = on_device(e)
+    t["ids"], t["weights"] = torch.zeros_like(t["ids"][:, :1]), t["weights"][:, :1].contiguous()
+    x, ids, weights, p, (add,) = ops.bundled([*t.values()], CODED)
+    got, want = coded.forward(x, ids, weights, p, add, *ops.storage_of(ops.experts_args(e)), way), e.evaluate(**t)
+    assert got is not None and float((got.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
