@@ -15,7 +15,7 @@ from .ir import Exchange, Way
 from .ir.codec import place
 from .ir.operands import Operands
 from .ir.records import Layout
-from .ops import bundled
+from .ops import bundled, summed
 
 _EXPERTS = ("moe_compile.experts.default", "moe_compile.experts")
 _COUNT, _STACKED, _IDENTITY = (place(Layout, name) for name in ("num_experts", "stacked", "num_identity"))
@@ -159,7 +159,8 @@ def divided_experts(
 
     if rows:
         out = exchange.sent(x, ids, weights, local, count, own)
+    elif shared:
+        out = exchange.shared(x, ids, weights, local, own.rank() * count, count, own, summed.of_group(group) is not None)
     else:
-        way = exchange.shared if shared else exchange.gathered
-        out = way(x, ids, weights, local, own.rank() * count, count, own)
+        out = exchange.gathered(x, ids, weights, local, own.rank() * count, count, own)
     return out if add is None else out + add

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .ir import Way
 from .ops import rows as _rows  # noqa: F401 (defines the ops)
+from .ops import summed as _summed  # noqa: F401 (likewise)
 from .ops.whole import UNEVEN
 
 # under the names of torch 2.13, or those that it has grown out of; either way with gradients
@@ -86,10 +87,15 @@ def _wide(weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return (torch.int64, torch.float64) if weights.dtype == torch.float64 else (torch.int32, torch.float32)
 
 
-def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any) -> Tensor:
-    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on."""
+def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, peers: bool = False) -> Tensor:
+    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on.
+
+    peers: what `peers.join` has said of the group, to every rank."""
     x, weights = _SumOfGradients.apply(x, group), _SumOfGradients.apply(weights, group)
-    return _Sum.apply(_own(x, ids, weights, local, first, count), group)  # type: ignore[no-any-return]
+    part = _own(x, ids, weights, local, first, count)
+    if peers:
+        return torch.ops.moe_compile.summed(part, group.group_name)  # type: ignore[no-any-return]
+    return _Sum.apply(part, group)  # type: ignore[no-any-return]
 
 
 def gathered(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, divided, kinds
+from . import agreement, divided, kinds, peers
 from .explain import explained
 from .loops.probe import WHOLE
 from .lowering import target_for
@@ -71,7 +71,7 @@ def parallelize(
         if s.experts % mesh.size():
             raise ValueError(f"parallelize: {s.name} holds {s.experts} experts, which {mesh.size()} ranks cannot share equally")
     _untied(model, stacks)
-    _alike(mesh.get_group(), stacks)
+    _together(mesh, stacks, shared_batch)
     for s in stacks:
         _place(model, s.name, mesh)
     for reader in dict.fromkeys(s.reader for s in stacks):
@@ -187,9 +187,15 @@ def _untied(model: nn.Module, stacks: list[_Stack]) -> None:
             raise ValueError(f"parallelize: {s.name} is shared with another module of the model (tied weights), which cannot be divided")
 
 
-def _alike(group: Any, stacks: list[_Stack]) -> None:
-    """Raises RuntimeError where the ranks of a group found different experts."""
-    talk = agreement.join(group)
+def _together(mesh: Any, stacks: list[_Stack], shared_batch: bool) -> None:
+    """What the ranks settle before anything is changed. Raises RuntimeError where they found different experts."""
+    group = mesh.get_group()
+    _alike(agreement.join(group), stacks)
+    if shared_batch:
+        peers.join(group, mesh.device_type)
+
+
+def _alike(talk: agreement.Talk | None, stacks: list[_Stack]) -> None:
     if talk is None:
         return
     told = talk.round("stacks", {"found": [[s.name, s.experts] for s in stacks]}, talk.timeout)

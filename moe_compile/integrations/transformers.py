@@ -30,7 +30,7 @@ try:
 except ImportError as e:
     raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
 
-from .. import agreement, exchange
+from .. import agreement, exchange, peers
 
 NAME, ROWS, STATIC = "moe_compile", "moe_compile_rows", "moe_compile_rows_static"
 UNEVEN = (
@@ -49,12 +49,13 @@ class GatherEP(EPImplementation):  # type: ignore[misc]
     def __init__(self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         agreement.join(ep_mesh.get_group())
+        self.peers = self.shares_batch and peers.join(ep_mesh.get_group(), ep_mesh.device_type)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         group = self.ep_mesh.get_group()
         batch = (hidden_states, top_k_index, top_k_weights)
         own = (self.experts_forward, dist.get_rank(group) * self.num_local_experts, self.num_local_experts, group)
-        return exchange.shared(*batch, *own) if self.shares_batch else exchange.gathered(*batch, *own, UNEVEN)
+        return exchange.shared(*batch, *own, self.peers) if self.shares_batch else exchange.gathered(*batch, *own, UNEVEN)
 
 
 class RowsEP(GatherEP):

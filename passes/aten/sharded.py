@@ -19,7 +19,7 @@ from ...ir import Rejection
 from .names import op_name
 from .node import example_value
 
-OURS = ("moe_compile.whole", "moe_compile.rows_")  # ops with collectives inside
+OURS = ("moe_compile.whole", "moe_compile.rows_", "moe_compile.summed")  # ops with collectives inside
 
 
 def leaf() -> None:

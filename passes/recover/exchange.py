@@ -17,7 +17,7 @@ from ..aten.sharded import group_called
 
 _TRANSPARENT = RESHAPE | SAME | CAST  # a row of the result is a row of what goes in
 _SPACES = ("_c10d_functional", "_c10d_functional_autograd", "moe_compile")
-_OURS = ("rows_out", "rows_back")  # `moe_compile.ops.rows`
+_OURS = ("rows_out", "rows_back", "summed")  # `moe_compile.ops.rows`, `moe_compile.ops.summed`
 
 
 def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
@@ -53,7 +53,7 @@ def _collective(n: fx.Node) -> tuple[str, tuple[object, ...]] | None:
     space, _, name = _target(n).rpartition(".")
     if space not in _SPACES or name == "wait_tensor" or space == "moe_compile" and name not in _OURS:
         return None
-    return name, n.args[1:]
+    return ("all_reduce", ("sum", n.args[1])) if name == "summed" else (name, n.args[1:])
 
 
 def _target(n: fx.Node) -> str:

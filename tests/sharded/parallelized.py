@@ -24,6 +24,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     for names in CELLS:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
+    yield "summed", summed(rank, mesh.get_group())
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield from recompiled.table(rank, mesh)
 
@@ -56,7 +57,18 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) 
         "kept": [type(kept).__name__, list(kept.to_local().shape)],
         "exchange": [b.exchange for b in moe_compile.last_report().blocks] if graphs else [],
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
+        "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
     }
+
+
+def summed(rank: int, group: Any) -> dict[str, Any]:
+    """The op that sums through peers' memory where there is none: an all-reduce, whose sums are alike on every rank."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    out = torch.ops.moe_compile.summed(x, group.group_name)
+    (out * 2).sum().backward()
+    each = [torch.randn(4, 6, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
+    want = torch.stack(each).sum(0)
+    return {"off": cells.worst(out, want), "grad": x.grad.unique().tolist(), "bits": out.detach().view(torch.int32).sum().item()}
 
 
 def other_batches(rank: int, mesh: Any) -> str:

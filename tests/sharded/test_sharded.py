@@ -134,13 +134,20 @@ WAYS = {"own": "all-gather, reduce-scatter", "shared": "shared rows, all-reduce"
 
 @pytest.mark.parametrize("cell", [" / ".join(names) for names in parallelized.CELLS])
 def test_parallelize_is_the_undivided_model(cell: str, own: list[dict[str, Any]]) -> None:
-    """Outputs and gradients; rows travel where compiled, weights are gathered where not; state_dict stays DTensor, half on each rank."""
+    """Outputs and gradients; rows travel where compiled, weights are gathered where not; state_dict stays DTensor, half on each rank;
+    equal inputs give equal bits."""
     for rank, of_rank in enumerate(own):
         told = of_rank[f"parallelize / {cell}"]
         assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["kept"] == ["DTensor", [2, 32, 16]], told
         way = WAYS[cell.split(" / ")[1]]
         assert told["exchange"] == ([] if "eager" in cell else [f"rank {rank} of 2: {way}"] * 2)
-        assert told["gathers weights"] is False, told
+        assert told["gathers weights"] is False and told["same"], told
+
+
+def test_the_op_of_shared_batches_sums_alike_on_every_rank(own: list[dict[str, Any]]) -> None:
+    for of_rank in own:
+        assert of_rank["summed"]["off"] < 1e-6 and of_rank["summed"]["grad"] == [2.0]
+        assert of_rank["summed"]["bits"] == own[0]["summed"]["bits"]
 
 
 def test_the_example_is_the_undivided_model(own: list[dict[str, Any]]) -> None:
