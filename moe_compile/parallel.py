@@ -111,7 +111,7 @@ def _of_kinds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     """The stacks of a model of layers, of which one of each kind is explained; [] where the whole model must be."""
     found = kinds.kinds(model)
     layers = [layer for k in found for layer in k.layers]
-    if len(found) == len(layers) or not kinds.rest_is_dense(model, layers):
+    if not layers or not kinds.rest_is_dense(model, layers):
         return []
     stacks: list[_Stack] = []
     clear = True
