@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import functools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
-from moe_compile import exchange
+from moe_compile import exchange, peers
+from moe_compile.ops import summed
 
 # experts of all ranks, experts a token, model width, experts' width
 TRINITY, DEEPSEEK, TINY = (128, 8, 2048, 1024), (256, 8, 7168, 2048), (8, 2, 32, 16)
@@ -71,6 +75,7 @@ class Bench:
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.widths = TINY if tiny else TRINITY
         self.tokens = 12 if tiny else 4096
+        self.turns = 0
         self.started = time.monotonic()
         card = "cpu" if tiny else torch.cuda.get_device_name()
         self.note(machine={"card": card, "torch": torch.__version__})
@@ -111,8 +116,15 @@ class Bench:
             f()
             return {"us": (time.perf_counter() - start) * 1e6, "how": "call"}
         how, call = self.graph_of(f) if graph else ("call", f)
-        torch.cuda.synchronize()
-        took = []
+        with self.turn():
+            took = []
+            for _ in range(3):  # other stages compile meanwhile, and may come between for a moment
+                took.append(self.slower(statistics.median(self.replays(call, rounds))))
+                time.sleep(0.2)
+        return {"us": min(took), "how": how}
+
+    def replays(self, call: Callable[[], Any], rounds: int) -> Iterator[float]:
+        """µs of a call, the mean of five."""
         for _ in range(rounds):
             dist.barrier()
             torch.cuda.synchronize()
@@ -122,8 +134,23 @@ class Bench:
                 call()
             b.record()
             torch.cuda.synchronize()
-            took.append(a.elapsed_time(b) * 200)
-        return {"us": self.slower(statistics.median(took)), "how": how}
+            yield a.elapsed_time(b) * 200
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """While no other stage is timed. The ranks wait for the first one, whose lock it is, by the store: not with a card that is busy."""
+        self.turns += 1
+        store, key = dist.distributed_c10d._get_default_store(), f"turn/{self.turns}"
+        with open(os.environ["TURN"]) as file:
+            if self.rank == 0:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                store.set(key, "")
+            else:
+                store.wait([key], datetime.timedelta(seconds=600))
+            yield
+            dist.barrier()
+            if not self.tiny:
+                torch.cuda.synchronize()
 
     def graph_of(self, f: Callable[[], Any]) -> tuple[str, Callable[[], Any]]:
         torch.cuda.synchronize()
@@ -195,6 +222,29 @@ def travel_deepseek(b: Bench) -> None:
     travel(b)
 
 
+@torch.no_grad()
+def sums(b: Bench) -> None:
+    """The sum of what all ranks hold, as results on a shared batch are summed: by NCCL, through peers' memory each way, and as chosen."""
+    group = b.mesh.get_group()
+    have = peers.join(group, b.device.type)
+    memory = summed.of_group(group.group_name)
+    for tokens in (1, 12) if b.tiny else (1, 16, 64, 128, 256, 512, 1024, 4096):
+        what, x = f"sum, T={tokens}", b.x(tokens, b.rank)
+        want = sum(b.x(tokens, r).double() for r in range(b.world))
+        ways: dict[str, Callable[[], Tensor]] = {"nccl": lambda x=x: fc.wait_tensor(fc.all_reduce(x, "sum", group))}
+        if memory is not None:
+            own = memory.memory[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+            ways["one-shot, no wait"] = lambda x=x, own=own: torch.ops.symm_mem.one_shot_all_reduce_copy(own, x, "sum", group.group_name)
+            ways |= {way.name: functools.partial(memory.sum, x, way) for way in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT)}
+        ways["op"] = lambda x=x: torch.ops.moe_compile.summed(x, group.group_name)
+        for side, f in ways.items():
+            took, out = b.time(f), f().clone()
+            bits = out.view(torch.int16 if out.dtype == torch.bfloat16 else torch.int32).long().sum()[None]
+            each = fc.wait_tensor(fc.all_gather_tensor(bits, 0, group))
+            same = bool((each == bits).all()) and bool(torch.equal(out, f()))
+            b.note(what=what, side=side, **took, off=worst(out, want), same_bits=same, peers=have)
+
+
 def block(b: Bench) -> None:
     """A whole block on own batches."""
     beside(b, b.tokens, ("own", "rows"))
@@ -207,11 +257,11 @@ def block_deepseek(b: Bench) -> None:
 
 def few(b: Bench) -> None:
     """A whole block on a shared batch of few tokens."""
-    beside(b, 64, ("shared",))
+    beside(b, 64, ("shared", "shared, nccl"))
 
 
 def one(b: Bench) -> None:
-    beside(b, 1, ("shared",))
+    beside(b, 1, ("shared", "shared, nccl"))
 
 
 @torch.no_grad()
@@ -221,13 +271,22 @@ def beside(b: Bench, tokens: int, batches: tuple[str, ...]) -> None:
     x = b.x(tokens, 0 if batches[0] == "shared" else b.rank)
     alone, want = undivided(b, x)
     b.note(what=what, side="undivided", **alone)
-    torch._dynamo.reset()
+    sides = {"own": "divided", "shared": "divided", "rows": "divided, rows by all-to-all", "shared, nccl": "divided, NCCL's all-reduce"}
     for batch in batches:
         torch._dynamo.reset()
-        run = b.compiled(b.block(batch))
+        if batch.endswith("nccl"):
+            without_peers(b)
+        run = b.compiled(b.block(batch.partition(",")[0]))
         took = b.time(functools.partial(run, x), graph=batch != "rows")
-        side = "divided" if batch != "rows" else "divided, rows by all-to-all"
-        b.note(what=what, side=side, **took, ratio=took["us"] / alone["us"], off=worst(run(x), want))
+        out = run(x).clone()
+        same = bool(torch.equal(out, run(x)))
+        b.note(what=what, side=sides[batch], **took, ratio=took["us"] / alone["us"], off=worst(out, want), same_bits=same)
+
+
+def without_peers(b: Bench) -> None:
+    """Sums of models that are placed from now on are collectives."""
+    os.environ["MOE_COMPILE_PEERS"] = "0"
+    summed._peers.clear()
 
 
 def undivided(b: Bench, x: Tensor) -> tuple[dict[str, Any], Tensor]:
