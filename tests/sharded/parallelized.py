@@ -29,10 +29,10 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     yield from recompiled.table(rank, mesh)
 
 
-def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) -> dict[str, Any]:
+def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, layers: int = 2) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    one = cells.Net(spelling == "grouped")
+    one = cells.Net(spelling == "grouped", layers)
     shared, example = batch == "shared", torch.randn(cells.T, cells.H)
     m = moe_compile.parallelize(copy.deepcopy(one), mesh, example, shared_batch=shared, rows=batch == "rows")
     xs = [torch.randn(cells.T, cells.H, generator=torch.Generator().manual_seed(r)) for r in range(1 if shared else world)]

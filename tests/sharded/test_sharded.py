@@ -177,11 +177,22 @@ def test_ranks_out_of_step_raise_alike(own: list[dict[str, Any]]) -> None:
 def test_a_step_of_experts_divided_under_fsdp(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two ranks divide experts, two such pairs average by FSDP2: output, every gradient, and the output after a step of SGD."""
     for rank, of_rank in enumerate(_found("both_ways", tmp_path_factory, 240, world=4)):
-        for batch, way in (("own", "all-gather, reduce-scatter"), ("shared", "shared rows, all-reduce")):
+        for batch, way in WAYS.items():
             assert batch in of_rank, of_rank["said"]
             told = of_rank[batch]
             assert max(told["out"], told["grad"], told["after"]) < 2e-6, told
             assert told["exchange"] == [f"rank {rank % 2} of 2: {way}"]
+
+
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="eight processes: make zoo")
+def test_rows_among_eight_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A node's eight: each way of rows beside the undivided model, output and every gradient; two experts on each rank."""
+    for rank, of_rank in enumerate(_found("eight", tmp_path_factory, 400, world=8)):
+        for batch, way in (("own", WAYS["own"]), ("rows", WAYS["rows"])):
+            assert batch in of_rank, of_rank["said"]
+            told = of_rank[batch]
+            assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["same"], told
+            assert told["exchange"] == [f"rank {rank} of 8: {way}"] and not told["gathers weights"]
 
 
 @pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="four stages in processes of their own: make zoo")
