@@ -42,6 +42,7 @@ STAGES = {
     "block": 200,
     "theirs": 240,
     "travel_deepseek": 120,
+    "dead": 60,
     "block_deepseek": 240,
     "big": 240,
 }
@@ -164,7 +165,21 @@ def table(rows: list[dict[str, Any]]) -> None:
         print(f"  {r['cards']} | {r['what']:34} | {r.get('side', ''):34} | {found}{target}", flush=True)
 
 
-SHOWN = ("us", "ratio", "ours over theirs", "off", "how", "tokens_per_second", "gib", "grads", "losses", "failed", "fused", "same_bits")
+SHOWN = (
+    "us",
+    "ratio",
+    "ours over theirs",
+    "off",
+    "how",
+    "tokens_per_second",
+    "gib",
+    "grads",
+    "losses",
+    "failed",
+    "fused",
+    "same_bits",
+    "seconds",
+)
 
 if __name__ == "__main__":
     main()

@@ -245,6 +245,27 @@ def sums(b: Bench) -> None:
             b.note(what=what, side=side, **took, off=worst(out, want), same_bits=same, peers=have)
 
 
+@torch.no_grad()
+def dead(b: Bench) -> None:
+    """The last rank is gone: how long another one waits for it in a sum through peers' memory, and what it is told."""
+    group = b.mesh.get_group()
+    have = peers.join(group, b.device.type)
+    if have:
+        summed.of_group(group.group_name).timeout = 5000  # type: ignore[union-attr]
+    dist.barrier()
+    if b.rank == b.world - 1 or not have:
+        time.sleep(0 if have else 1)
+        b.note(what="a sum whose peer is gone", failed="no peers' memory")
+        os._exit(0)
+    start, told = time.monotonic(), ""
+    try:
+        torch.ops.moe_compile.summed(b.x(64, 0), group.group_name).sum().item()
+    except Exception as e:
+        told = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    b.note(what="a sum whose peer is gone", failed=told, seconds=round(time.monotonic() - start, 1))
+    os._exit(0)
+
+
 def block(b: Bench) -> None:
     """A whole block on own batches."""
     beside(b, b.tokens, ("own", "rows"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import cells
 import recompiled
@@ -15,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile.ir import Rejection
+from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
 
@@ -26,6 +30,8 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     yield "parallelize / refused", dict(refused(mesh))
     yield "summed", summed(rank, mesh.get_group())
     yield "parallelize / other batches", other_batches(rank, mesh)
+    yield "parallelize / left on rank 1", left_on_one(rank, mesh)
+    yield "parallelize / strict on rank 0", left_on_one(rank, mesh, strict=rank == 0)
     yield from recompiled.table(rank, mesh)
 
 
@@ -81,6 +87,24 @@ def other_batches(rank: int, mesh: Any) -> str:
     except RuntimeError as e:
         return str(e)
     return ""
+
+
+def left_on_one(rank: int, mesh: Any, **options: Any) -> dict[str, Any]:
+    """A block that one rank cannot prove, of a model whose weights are divided: they are gathered on every rank then."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    one, x = Three(4), torch.randn(cells.T, cells.H)
+    run = torch.compile(
+        moe_compile.parallelize(copy.deepcopy(one), mesh, x), backend="moe_fused", options={"inner": "eager", **options}, fullgraph=True
+    )
+    no = Rejection("made up", stage="prove", code="differs")
+    with mock.patch.object(pipeline, "run", side_effect=no) if rank == 1 else contextlib.nullcontext():
+        try:
+            out = run(x)
+        except Exception as e:
+            return {"raised": type(e).__name__}
+    report = moe_compile.last_report()
+    return {"fused": len(report.blocks), "off": cells.worst(out, one(x)), "told": [r.reason for r in report.rejected]}
 
 
 class Modules(nn.Module):

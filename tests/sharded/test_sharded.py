@@ -220,6 +220,15 @@ def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     assert "with shared_batch=True no row travels" in told["rows of a shared batch"]
 
 
+def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
+    """Results are the undivided model's; every rank is told whose block it was; `strict` on another rank raises on both."""
+    for of_rank in own:
+        told = of_rank["parallelize / left on rank 1"]
+        assert told["fused"] == 0 and told["off"] < 2e-6 and "ranks leave a graph as written alike" in told["told"][-1], told
+        assert of_rank["parallelize / strict on rank 0"] == {"raised": "NotFused"}
+    assert "rank 1 fused 0 of this graph's blocks and this rank 1 (made up)" in own[0]["parallelize / left on rank 1"]["told"][-1]
+
+
 def test_other_batches_where_one_was_to_be_shared_raise_on_every_rank(own: list[dict[str, Any]]) -> None:
     for of_rank in own:
         assert "rank 1 of 2 called the model with another batch than rank 0" in of_rank["parallelize / other batches"]
