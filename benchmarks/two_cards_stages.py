@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
 from moe_compile import exchange, peers
-from moe_compile.ops import summed
+from moe_compile.ops import peer_rows, summed
 
 # experts of all ranks, experts a token, model width, experts' width
 TRINITY, DEEPSEEK, TINY = (128, 8, 2048, 1024), (256, 8, 7168, 2048), (8, 2, 32, 16)
@@ -204,7 +204,14 @@ def travel(b: Bench) -> None:
     def local(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return rows
 
-    b.note(what=what, side="gather", **b.time(lambda: exchange.gathered(x, ids, w, local, b.rank * n, n, group)))
+    have = peers.join(group, b.device.type, peer_rows.MEMORY)
+    want = exchange.gathered(x, ids, w, local, b.rank * n, n, group)
+    for side, through in (("gather", have), ("gather, NCCL", False)):
+        if side == "gather" or have:
+            run = functools.partial(exchange.gathered, x, ids, w, local, b.rank * n, n, group, peers=through)
+            b.note(what=what, side=side, **b.time(run), peers=through, off=worst(run(), want))
+    for name, f in halves(b, x, ids, w).items() if have else ():
+        b.note(what=what, side=name, **b.time(f))
     b.note(what=what, side="rows, one graph of Dynamo's", **b.time(lambda: exchange.sent(x, ids, w, local, n, group), graph=False))
     both = b.x(b.tokens * b.world, 9)
     b.note(what=what, side="all-reduce of all ranks' tokens", **b.time(lambda: dist.all_reduce(both, group=group)))
@@ -215,6 +222,22 @@ def travel(b: Bench) -> None:
         dist.all_to_all_single(sent, got, group=group)
 
     b.note(what=what, side="a row a pair, all-to-all twice", **b.time(pairs))
+
+
+def halves(b: Bench, x: Tensor, ids: Tensor, w: Tensor) -> dict[str, Callable[[], Any]]:
+    """The parts of a gather through peers' memory."""
+    group = b.mesh.get_group()
+    memory = summed.of_group(group.group_name)
+    assert memory is not None
+    part = torch.cat([x] * b.world)
+    return {
+        "  arriving": lambda: exchange.arriving(x, ids, w, group, peers=True),
+        "  leaving": lambda: exchange.leaving(part, group, peers=True),
+        "  barrier": memory.wait,
+        "  a copy of the rows": lambda: x.clone(),
+        "  arriving, NCCL": lambda: exchange.arriving(x, ids, w, group),
+        "  leaving, NCCL": lambda: exchange.leaving(part, group),
+    }
 
 
 def travel_deepseek(b: Bench) -> None:
@@ -268,12 +291,12 @@ def dead(b: Bench) -> None:
 
 def block(b: Bench) -> None:
     """A whole block on own batches."""
-    beside(b, b.tokens, ("own", "rows"))
+    beside(b, b.tokens, ("own", "own, nccl", "rows"))
 
 
 def block_deepseek(b: Bench) -> None:
     b.widths = b.widths if b.tiny else DEEPSEEK
-    beside(b, b.tokens, ("own",))
+    beside(b, b.tokens, ("own", "own, nccl"))
 
 
 def few(b: Bench) -> None:
@@ -292,7 +315,8 @@ def beside(b: Bench, tokens: int, batches: tuple[str, ...]) -> None:
     x = b.x(tokens, 0 if batches[0] == "shared" else b.rank)
     alone, want = undivided(b, x)
     b.note(what=what, side="undivided", **alone)
-    sides = {"own": "divided", "shared": "divided", "rows": "divided, rows by all-to-all", "shared, nccl": "divided, NCCL's all-reduce"}
+    sides = {"own": "divided", "shared": "divided", "rows": "divided, rows by all-to-all", "shared, nccl": "divided, NCCL"}
+    sides["own, nccl"] = sides["shared, nccl"]
     for batch in batches:
         torch._dynamo.reset()
         if batch.endswith("nccl"):

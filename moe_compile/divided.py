@@ -159,8 +159,7 @@ def divided_experts(
 
     if rows:
         out = exchange.sent(x, ids, weights, local, count, own)
-    elif shared:
-        out = exchange.shared(x, ids, weights, local, own.rank() * count, count, own, summed.of_group(group) is not None)
     else:
-        out = exchange.gathered(x, ids, weights, local, own.rank() * count, count, own)
+        way = exchange.shared if shared else exchange.gathered
+        out = way(x, ids, weights, local, own.rank() * count, count, own, peers=summed.of_group(group) is not None)
     return out if add is None else out + add

@@ -15,9 +15,10 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 from .ir import Way
-from .ops import rows as _rows  # noqa: F401 (defines the ops)
+from .ops import peer_rows as _peer_rows  # noqa: F401 (defines the ops)
+from .ops import rows as _rows  # noqa: F401 (likewise)
 from .ops import summed as _summed  # noqa: F401 (likewise)
-from .ops.whole import UNEVEN
+from .ops.peer_rows import UNEVEN
 
 # under the names of torch 2.13, or those that it has grown out of; either way with gradients
 _gather = getattr(fc, "all_gather_single", fc.all_gather_tensor)
@@ -98,25 +99,38 @@ def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, co
     return _Sum.apply(part, group)  # type: ignore[no-any-return]
 
 
-def gathered(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN) -> Tensor:
+def gathered(
+    x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN, peers: bool = False
+) -> Tensor:
     """out[r] = Σ_s local_s(x[r]) for each rank's own x [T, H], ids and weights [T, k], with one T. Raises RuntimeError (`uneven`) on every
-    rank where T differs, before any row travels."""
-    return leaving(_own(*arriving(x, ids, weights, group, uneven), local, first, count), group)
+    rank where T differs, before any row is worked on. peers: what `peers.join` has said of the group, to every rank."""
+    return leaving(_own(*arriving(x, ids, weights, group, uneven, peers), local, first, count), group, peers)
 
 
-def arriving(x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = UNEVEN) -> tuple[Tensor, Tensor, Tensor]:
+def arriving(
+    x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = UNEVEN, peers: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids and weights [T, k] of each of P ranks, with one T -> those of all, [P T, ·], by rank. Raises as `gathered`.
 
-    This and `leaving` are all that travels in a gather: an exchange by other means (peers' memory) takes their place.
+    This and `leaving` are all that travels in a gather: through peers' memory the number of tokens is the first row of the message.
     """
+    if peers:
+        message, tokens = _message(ids, weights), ids.shape[0]
+        head = message.new_full((1, message.shape[1]), tokens)
+        rows, told = torch.ops.moe_compile.rows_gathered(x, torch.cat((head, message)), group.group_name)
+        told = told.view(group.size(), tokens + 1, -1)
+        torch._assert_async((told[:, 0] == tokens).all(), uneven)
+        return rows, *_read(told[:, 1:].flatten(0, 1), ids, weights, group)
     sizes = _gather(ids.new_full((1,), ids.shape[0], dtype=torch.int64), 0, group)
     torch._assert_async((sizes == ids.shape[0]).all(), uneven)
     rows = _gather_rows(x.contiguous(), 0, group)
     return rows, *_read(_gather(_message(ids, weights), 0, group), ids, weights, group)
 
 
-def leaving(part: Tensor, group: Any) -> Tensor:
+def leaving(part: Tensor, group: Any, peers: bool = False) -> Tensor:
     """Each rank's sums [P T, H] for the tokens of all -> the sums over the ranks [T, H] for this one's own."""
+    if peers:
+        return torch.ops.moe_compile.summed_rows(part, group.group_name)  # type: ignore[no-any-return]
     return _scatter_sums(part.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 

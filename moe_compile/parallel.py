@@ -18,7 +18,7 @@ from . import agreement, divided, kinds, peers
 from .explain import explained
 from .loops.probe import WHOLE
 from .lowering import target_for
-from .ops import bundled
+from .ops import bundled, peer_rows, summed
 from .report import collecting
 
 log = logging.getLogger("moe_compile")
@@ -71,7 +71,7 @@ def parallelize(
         if s.experts % mesh.size():
             raise ValueError(f"parallelize: {s.name} holds {s.experts} experts, which {mesh.size()} ranks cannot share equally")
     _untied(model, stacks)
-    _together(mesh, stacks, shared_batch)
+    _together(mesh, stacks, shared_batch, rows)
     for s in stacks:
         _place(model, s.name, mesh)
     for reader in dict.fromkeys(s.reader for s in stacks):
@@ -187,12 +187,12 @@ def _untied(model: nn.Module, stacks: list[_Stack]) -> None:
             raise ValueError(f"parallelize: {s.name} is shared with another module of the model (tied weights), which cannot be divided")
 
 
-def _together(mesh: Any, stacks: list[_Stack], shared_batch: bool) -> None:
+def _together(mesh: Any, stacks: list[_Stack], shared_batch: bool, rows: bool) -> None:
     """What the ranks settle before anything is changed. Raises RuntimeError where they found different experts."""
     group = mesh.get_group()
     _alike(agreement.join(group), stacks)
-    if shared_batch:
-        peers.join(group, mesh.device_type)
+    if not rows:
+        peers.join(group, mesh.device_type, summed.TWO_SHOT if shared_batch else peer_rows.MEMORY)
 
 
 def _alike(talk: agreement.Talk | None, stacks: list[_Stack]) -> None:

@@ -1,7 +1,7 @@
-"""Peers' memory for the sums of a group (`ops.summed`): agreed upon by its ranks when a model is placed, or left to collectives.
+"""Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-`MOE_COMPILE_PEERS=0` on any rank leaves every sum to the collectives of the group.
+`MOE_COMPILE_PEERS=0` on any rank leaves everything to the collectives of the group.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 
 from . import agreement
 from .ops import summed
+from .ops.summed import ALIGNED
 
 log = logging.getLogger("moe_compile")
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
 
-def join(group: Any, device_type: str) -> bool:
-    """Whether the group's sums go through peers' memory; every rank calls this, and all are told the same.
+def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
+    """Whether what the group exchanges goes through peers' memory; every rank calls this, and all are told the same.
 
-    Words go through the group's store. What one rank lacks, or what fails on it, leaves all of them with collectives.
+    memory: bytes on each rank, where the group has none yet. Words go through the group's store. What one rank lacks, or what fails on it,
+    leaves all of them with collectives.
     """
     talk = agreement.join(group) if device_type == "cuda" else None
     if talk is None:
@@ -34,16 +36,16 @@ def join(group: Any, device_type: str) -> bool:
     can = talk.round("peers", {"lacks": lacks(group.group_name), "host": socket.gethostname()}, talk.timeout)
     why = [word["lacks"] for word in can if word is not None and word["lacks"]]
     if why or None in can or len({word["host"] for word in can if word is not None}) > 1:
-        log.info("sums of %s by collectives: %s", group.group_name, why or "several hosts, or a rank that does not answer")
+        log.info("%s exchanges by collectives: %s", group.group_name, why or "several hosts, or a rank that does not answer")
         return False
     found, failed = None, ""
     try:
-        found = _meet(group, talk.timeout)
+        found = _meet(group, talk.timeout, memory)
     except Exception as e:  # whatever torch, the driver or the cards object to
         failed = f"{type(e).__name__}: {e}"[:300]
     met = talk.round("peers met", {"failed": failed}, talk.timeout)
     if found is None or any(word is None or word["failed"] for word in met):
-        log.info("sums of %s by collectives: %s", group.group_name, [word and word["failed"] for word in met])
+        log.info("%s exchanges by collectives: %s", group.group_name, [word and word["failed"] for word in met])
         return False
     summed.set_peers(found)
     return True
@@ -67,18 +69,23 @@ def lacks(name: str) -> str:
     return "" if kind == "CUDA" else f"symmetric memory is of kind {kind}"
 
 
-def _meet(group: Any, timeout: float) -> summed.Peers:
+def _meet(group: Any, timeout: float, size: int) -> summed.Peers:
     """Every rank comes here. Raises where memory cannot be shared, or does not hold what the peers put there."""
     import torch.distributed._symmetric_memory as symm
 
     _met.add(group.group_name)
     device = torch.device("cuda", torch.cuda.current_device())
-    memory = symm.empty(summed.TWO_SHOT, dtype=torch.uint8, device=device)
+    memory = symm.empty(size, dtype=torch.uint8, device=device)
     handle = symm.rendezvous(memory, group)
-    found = summed.Peers(weakref.ref(group), group.group_name, memory, handle, int(timeout * 1000))
+    found = summed.Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), memory, handle, int(timeout * 1000))
     ones = torch.full((64,), group.rank() + 1.0, device=device)
     want = group.size() * (group.size() + 1) / 2
     for how in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT):
         if not bool((found.sum(ones, how) == want).all()):
             raise RuntimeError(f"a sum through peers' memory ({how.value}) is wrong")
+    (each,) = found.gather((ALIGNED, ones))
+    if not bool((each.view(group.size(), -1) == torch.arange(1.0, group.size() + 1, device=device)[:, None]).all()):
+        raise RuntimeError("what is read in peers' memory is wrong")
+    if not bool((found.scatter(ALIGNED, each) == group.size() * (group.rank() + 1.0)).all()):
+        raise RuntimeError("sums of what is read in peers' memory are wrong")
     return found

@@ -50,6 +50,11 @@ def by_peers(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Ten
     return exchange.shared(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world(), peers=True)
 
 
+def gathered_by_peers(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """GATHER: the ops that read peers' memory, or gather and scatter where there is none."""
+    return exchange.gathered(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world(), peers=True)
+
+
 def gathered(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """GATHER: rows gathered, sums scattered."""
     return exchange.gathered(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world())
@@ -75,7 +80,16 @@ def alone(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor
     return experts(x, ids, w, up, down) + 1
 
 
-FORMS = {shared: Way.SHARED, by_peers: Way.SHARED, gathered: Way.GATHER, largest: None, squared: None, scattered: None, alone: None}
+FORMS = {
+    shared: Way.SHARED,
+    by_peers: Way.SHARED,
+    gathered: Way.GATHER,
+    gathered_by_peers: Way.GATHER,
+    largest: None,
+    squared: None,
+    scattered: None,
+    alone: None,
+}
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -5,6 +5,7 @@ What crosses cards is checked on cards: benchmarks/two_cards.py, stage "sums".
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from moe_compile import agreement, divided, peers
 from moe_compile.ir.operands import Operands
-from moe_compile.ops import summed
+from moe_compile.ops import peer_rows, summed
 from moe_compile.ops.summed import Sum
 
 
@@ -66,8 +67,8 @@ def joined(monkeypatch: pytest.MonkeyPatch, group: Any, talk: Told, meet: Any, o
     return peers.join(group, "cuda")
 
 
-def made(group: Any, timeout: float) -> summed.Peers:
-    return summed.Peers(lambda: group, group.group_name, torch.empty(summed.TWO_SHOT, dtype=torch.uint8), None, 1000)  # type: ignore[arg-type]
+def made(group: Any, timeout: float, size: int) -> summed.Peers:
+    return summed.Peers(lambda: group, group.group_name, 0, 2, torch.empty(64, dtype=torch.uint8), None, 1000)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_what_one_rank_lacks_no_rank_has(other: Any, own: str, monkeypatch: pyte
 
 
 def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
-    def failing(group: Any, timeout: float) -> summed.Peers:
+    def failing(group: Any, timeout: float, size: int) -> summed.Peers:
         raise RuntimeError("no peer access")
 
     assert not joined(monkeypatch, group, Told(), failing)
@@ -108,6 +109,14 @@ def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.Mon
         assert peers.lacks("any") == "no CUDA"
 
 
+@pytest.mark.parametrize(("rows", "fits"), [(0, False), (32, True), (48, False), (1 << 27, True), ((1 << 27) + 32, False), (-1, False)])
+def test_rows_that_memory_holds(rows: int, fits: bool, group: Any) -> None:
+    """Those of all ranks, each rank's in whole vectors."""
+    memory = summed.Peers(lambda: group, "", 0, 2, torch.empty(peer_rows.MEMORY, dtype=torch.uint8, device="meta"), None, 1)  # type: ignore[arg-type]
+    assert peer_rows._holds(memory, rows) == fits
+    assert not peer_rows._holds(dataclasses.replace(memory, memory=memory.memory[: summed.ALIGNED]), 32)  # of a group that sums alone
+
+
 def test_the_sum_of_a_group_without_memory_is_an_all_reduce(group: Any) -> None:
     """A group whose collectives do nothing: value and gradient pass; shape and strides of the fake are those of the op."""
     x = torch.randn(4, 6, requires_grad=True)
@@ -122,7 +131,7 @@ def test_the_sum_of_a_group_without_memory_is_an_all_reduce(group: Any) -> None:
 def test_divided_experts_sum_as_agreed(agreed: bool, monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    monkeypatch.setattr(summed, "_peers", {group.group_name: made(group, 1.0)} if agreed else {})
+    monkeypatch.setattr(summed, "_peers", {group.group_name: made(group, 1.0, 64)} if agreed else {})
     monkeypatch.setattr(torch.ops.moe_compile, "experts", lambda x, *rest: x * 2)
     ids, w = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
     plain = [2] * (divided._COUNT + 1)

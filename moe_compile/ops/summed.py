@@ -44,24 +44,28 @@ def way(shape: Sequence[int], dtype: torch.dtype) -> Sum:
 
 @dataclass
 class Peers:
-    """Memory [`TWO_SHOT`] bytes of a group that each rank's peers read, and who waits for whom.
+    """Memory of a group, of one size on all ranks, that each rank's peers read, and who waits for whom.
 
-    handle: torch's, of the rendezvous. timeout: milliseconds for which a rank's kernel waits for its peers before it traps. A sum is in
-    order behind the last one, whichever streams they were called on.
+    handle: torch's, of the rendezvous. timeout: milliseconds for which a rank's kernel waits for its peers before it traps. What is called
+    is in order behind what was called last, whichever streams that was on. Nobody writes again before all have read: everything below ends
+    with a barrier.
     """
 
     group: weakref.ref[Any]
     name: str
+    rank: int
+    size: int
     memory: Tensor
     handle: Any
     timeout: int
-    stream: Any = field(default=None)
+    stream: Any = None
+    buffers: dict[Any, Tensor] = field(default_factory=dict)
 
     def sum(self, part: Tensor, how: Sum) -> Tensor:
         """Σ over the ranks of part, contiguous, in the ranks' order in its own dtype; all ranks get the same bits."""
         self._in_order()
-        own = self.memory[: part.numel() * part.element_size()].view(part.dtype).view(part.shape)
-        self.handle.barrier(0, self.timeout)  # the kernels below wait without end: nobody goes there before all have come here
+        own = self._own(0, part)
+        self.wait()  # the kernels below wait without end: nobody goes there before all have come here
         if how is Sum.ONE_SHOT:
             aligned = part if part.data_ptr() % ALIGNED == 0 else part.clone()
             return torch.ops.symm_mem.one_shot_all_reduce_copy(own, aligned, "sum", self.name)  # type: ignore[no-any-return]
@@ -69,7 +73,51 @@ class Peers:
         torch.ops.symm_mem.two_shot_all_reduce_(own, "sum", self.name)
         return own.clone()
 
+    def gather(self, *parts: tuple[int, Tensor]) -> list[Tensor]:
+        """(byte at which it lies meanwhile, contiguous part [n, ...]) of each rank -> [ranks · n, ...] of all, by rank."""
+        self._in_order()
+        for at, part in parts:
+            self._own(at, part).copy_(part)
+        self.wait()
+        out = [part.new_empty(self.size * len(part), *part.shape[1:]) for _, part in parts]
+        for (at, part), whole in zip(parts, out, strict=True):
+            for r, into in enumerate(whole.chunk(self.size) if len(part) else ()):
+                into.copy_(part if r == self.rank else self._of(r, at, part.shape, part.dtype))
+        self.wait()
+        return out
+
+    def scatter(self, at: int, part: Tensor) -> Tensor:
+        """part [ranks · n, ...], contiguous -> Σ over the ranks of this rank's [n, ...], in the ranks' order in its own dtype."""
+        self._in_order()
+        each, own = part.chunk(self.size), self._own(at, part).chunk(self.size)
+        for r in range(self.size):
+            if r != self.rank:
+                own[r].copy_(each[r])
+        self.wait()
+        at += self.rank * each[0].numel() * part.element_size()
+        addends = [each[r] if r == self.rank else self._of(r, at, each[0].shape, part.dtype) for r in range(self.size)]
+        out = addends[0] + addends[1]
+        for more in addends[2:]:
+            out += more
+        self.wait()
+        return out
+
+    def wait(self) -> None:
+        """Until all ranks have come here; a rank that does not is named on stderr when the time is up."""
+        self.handle.barrier(0, self.timeout)
+
+    def _own(self, at: int, like: Tensor) -> Tensor:
+        return self.memory[at : at + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+
+    def _of(self, rank: int, at: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        key = (rank, at, tuple(shape), dtype)
+        if key not in self.buffers:
+            self.buffers[key] = self.handle.get_buffer(rank, list(shape), dtype, at // dtype.itemsize)
+        return self.buffers[key]
+
     def _in_order(self) -> None:
+        if not self.memory.is_cuda:
+            return
         now = torch.cuda.current_stream(self.memory.device)
         if self.stream is not None and now != self.stream and not torch.cuda.is_current_stream_capturing():
             now.wait_stream(self.stream)

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import cells
+import in_files
 import recompiled
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import moe_compile
 from moe_compile.ir import Rejection
+from moe_compile.ops.summed import of_group
 from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
@@ -29,6 +31,10 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
     yield "summed", summed(rank, mesh.get_group())
+    with in_files.peers(rank, mesh.get_group()):
+        yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled")
+        yield "peers / as written", cell(rank, world, mesh, "grouped", "own", "eager")
+        yield "peers / uneven", uneven(rank, mesh)
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
     yield "parallelize / strict on rank 0", left_on_one(rank, mesh, strict=rank == 0)
@@ -64,7 +70,25 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, 
         "exchange": [b.exchange for b in moe_compile.last_report().blocks] if graphs else [],
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
         "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
+        "through memory": getattr(getattr(of_group(mesh.get_group().group_name), "handle", None), "waits", 0) > 0,
     }
+
+
+def uneven(rank: int, mesh: Any) -> dict[str, str]:
+    """Numbers of tokens that differ; and one rank that runs the model as written where the other one runs compiled code."""
+    torch._dynamo.reset()
+    m = moe_compile.parallelize(Three(4), mesh, torch.randn(cells.T, cells.H))
+    run = torch.compile(m, backend="moe_fused", options={"inner": "eager"}, dynamic=False)
+    run(torch.randn(cells.T, cells.H))
+    other = torch.randn(cells.T - 2 * rank, cells.H)
+    calls = {"tokens": lambda: run(other), "written": lambda: (m if rank else run)(torch.randn(cells.T, cells.H))}
+    told = {}
+    for name, call in calls.items():
+        try:
+            told[name] = f"{name}: none of {call().shape}"
+        except RuntimeError as e:
+            told[name] = str(e)
+    return told
 
 
 def summed(rank: int, group: Any) -> dict[str, Any]:

@@ -220,6 +220,16 @@ def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     assert "with shared_batch=True no row travels" in told["rows of a shared batch"]
 
 
+def test_rows_through_peers_memory_are_the_undivided_model(own: list[dict[str, Any]]) -> None:
+    """Memory that is files: outputs, gradients, the same bits; nothing is done with ranks that are out of step."""
+    for rank, of_rank in enumerate(own):
+        for cell in ("grouped / own", "as written"):
+            told = of_rank[f"peers / {cell}"]
+            assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["same"] and told["through memory"], told
+        assert of_rank["peers / grouped / own"]["exchange"] == [f"rank {rank} of 2: {WAYS['own']}"] * 2
+        assert all("different numbers of tokens" in told for told in of_rank["peers / uneven"].values()), of_rank["peers / uneven"]
+
+
 def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
     """Results are the undivided model's; every rank is told whose block it was; `strict` on another rank raises on both."""
     for of_rank in own:
