@@ -32,8 +32,8 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     yield "parallelize / refused", dict(refused(mesh))
     yield "summed", summed(rank, mesh.get_group())
     with in_files.peers(rank, mesh.get_group()):
-        yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled")
-        yield "peers / as written", cell(rank, world, mesh, "grouped", "own", "eager")
+        yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
+        yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
         yield "peers / uneven", uneven(rank, mesh)
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
