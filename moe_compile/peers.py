@@ -66,7 +66,7 @@ def lacks(name: str) -> str:
         kind = symm.get_backend(torch.device("cuda"))
     except (ImportError, AttributeError, RuntimeError) as e:
         return f"torch {torch.__version__} has no symmetric memory here ({type(e).__name__})"
-    return "" if kind == "CUDA" else f"symmetric memory is of kind {kind}"
+    return "" if kind in ("CUDA", None) else f"symmetric memory is of kind {kind}"  # None: nobody has chosen, torch does
 
 
 def _meet(group: Any, timeout: float, size: int) -> summed.Peers:
