@@ -6,9 +6,9 @@
     python benchmarks/two_cards.py --out results.json --table              # the table of what was found
 
 A stage is a group of processes of its own, one a card, that is ended when its limit or `--seconds` is up; what it had found until then is
-kept. With `--beside n` n stages compile at a time, of which one at a time is timed. What a stage measures: `two_cards_stages.py`. Times are
-in µs of replays of a CUDA graph where "graph" is said, else of calls: the least of three medians, the slower rank's. Under --tiny they
-mean nothing.
+kept. Where there are fewer cards than ranks all share one, which says whether what goes through peers' memory is right, and no time. With
+`--beside n` n stages compile at a time, of which one at a time is timed. What a stage measures: `two_cards_stages.py`. Times are in µs of
+replays of a CUDA graph where "graph" is said, else of calls: the least of three medians, the slower rank's. Under --tiny they mean nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).parent
 FILE = threading.Lock()  # of the file with what was found
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}  # of use where ranks share a card
 # seconds that a stage may take; in the order of what is missed most
 STAGES = {
     "one": 200,
@@ -106,7 +107,15 @@ def run(args: argparse.Namespace, name: str, limit: float, turn: str) -> None:
     lines.unlink(missing_ok=True)
     started = time.monotonic()
     command = [sys.executable, str(HERE / "two_cards_stages.py"), name, str(lines), *(["--tiny"] if args.tiny else [])]
-    env = {**os.environ, **NO_MULTICAST, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.cards), "TURN": turn}
+    env = {
+        **os.environ,
+        **NO_MULTICAST,
+        **SHARED,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(args.cards),
+        "TURN": turn,
+    }
     if args.tiny:
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     each = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True) for r in range(args.cards)]
