@@ -21,12 +21,12 @@ SIZE = peer_rows.MESSAGE + (1 << 16)
 class Files:
     """The handle of a rendezvous. waits: how often the ranks have met."""
 
-    def __init__(self, folder: Path, group: Any) -> None:
+    def __init__(self, folder: Path, group: Any, size: int) -> None:
         self.group, self.waits = group, 0
         own = str(folder / str(group.rank()))
-        self.own = torch.from_file(own, shared=True, size=SIZE, dtype=torch.uint8)
+        self.own = torch.from_file(own, shared=True, size=size, dtype=torch.uint8)
         dist.barrier(group)
-        self.each = [torch.from_file(str(folder / str(r)), shared=True, size=SIZE, dtype=torch.uint8) for r in range(group.size())]
+        self.each = [torch.from_file(str(folder / str(r)), shared=True, size=size, dtype=torch.uint8) for r in range(group.size())]
 
     def barrier(self, channel: int, timeout: int) -> None:
         self.waits += 1
@@ -37,11 +37,11 @@ class Files:
 
 
 @contextlib.contextmanager
-def peers(rank: int, group: Any) -> Iterator[Files]:
+def peers(rank: int, group: Any, size: int = SIZE) -> Iterator[Files]:
     with tempfile.TemporaryDirectory() as mine:
         folder = [mine]
         dist.broadcast_object_list(folder, 0, group=group)
-        files = Files(Path(folder[0]), group)
+        files = Files(Path(folder[0]), group, size)
         name = group.group_name
         summed.set_peers(summed.Peers(weakref.ref(group), name, rank, group.size(), files.own, files, 1000))
         try:

@@ -35,6 +35,8 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
         yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
         yield "peers / uneven", uneven(rank, mesh)
+    with in_files.peers(rank, mesh.get_group(), size=64) as files:
+        yield "peers / too small", too_small(rank, mesh.get_group(), files)
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
     yield "parallelize / strict on rank 0", left_on_one(rank, mesh, strict=rank == 0)
@@ -89,6 +91,25 @@ def uneven(rank: int, mesh: Any) -> dict[str, str]:
         except RuntimeError as e:
             told[name] = str(e)
     return told
+
+
+def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:
+    """Rows that a group's memory does not hold: collectives, behind the numbers of tokens, which it does hold."""
+    each = [torch.randn(4, 8, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
+    own, head = each[rank].clone().requires_grad_(), torch.full((5, 4), 4, dtype=torch.int32)
+    rows, _ = torch.ops.moe_compile.rows_gathered(own, head, group.group_name)
+    out = torch.ops.moe_compile.summed_rows(rows * (rank + 1), group.group_name)
+    (out * 2).sum().backward()
+    times = sum(range(1, group.size() + 1))
+    off = max(
+        cells.worst(rows, torch.cat(each)), cells.worst(out, own.detach() * times), cells.worst(own.grad, torch.full_like(own, 2.0 * times))
+    )
+    met, told = files.waits, ""
+    try:
+        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), head[rank:], group.group_name)
+    except RuntimeError as e:
+        told = str(e)
+    return {"off": off, "met": met, "uneven": told}
 
 
 def summed(rank: int, group: Any) -> dict[str, Any]:

@@ -228,6 +228,8 @@ def test_rows_through_peers_memory_are_the_undivided_model(own: list[dict[str, A
             assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["same"] and told["through memory"], told
         assert of_rank["peers / grouped / own"]["exchange"] == [f"rank {rank} of 2: {WAYS['own']}"]
         assert all("different numbers of tokens" in told for told in of_rank["peers / uneven"].values()), of_rank["peers / uneven"]
+        told = of_rank["peers / too small"]
+        assert told["off"] < 1e-6 and told["met"] > 0 and "different numbers of tokens" in told["uneven"], told
 
 
 def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
