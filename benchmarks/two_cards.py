@@ -6,8 +6,9 @@
     python benchmarks/two_cards.py --out results.json --table              # the table of what was found
 
 A stage is a group of processes of its own, one a card, that is ended when its limit or `--seconds` is up; what it had found until then is
-kept. What a stage measures: `two_cards_stages.py`. Times are medians in µs of replays of a CUDA graph where "graph" is said, else of calls;
-the slower rank's. Under --tiny they mean nothing.
+kept. Where there are fewer cards than ranks all share one, which says whether what goes through peers' memory is right, and no time. With
+`--beside n` n stages compile at a time, of which one at a time is timed. What a stage measures: `two_cards_stages.py`. Times are in µs of
+replays of a CUDA graph where "graph" is said, else of calls: the least of three medians, the slower rank's. Under --tiny they mean nothing.
 """
 
 from __future__ import annotations
@@ -19,23 +20,31 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+FILE = threading.Lock()  # of the file with what was found
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}  # of use where ranks share a card
 # seconds that a stage may take; in the order of what is missed most
 STAGES = {
-    "correct": 120,
-    "travel": 90,
-    "travel_deepseek": 90,
-    "few": 150,
-    "one": 120,
-    "block": 150,
-    "theirs": 150,
-    "block_deepseek": 180,
-    "training": 300,
-    "layers": 420,
+    "one": 200,
+    "few": 200,
+    "layers": 480,
+    "sums": 120,
+    "travel": 120,
+    "training": 420,
+    "correct": 200,
+    "block": 200,
+    "theirs": 240,
+    "travel_deepseek": 120,
+    "dead": 60,
+    "block_deepseek": 240,
     "big": 240,
 }
 # (stage, what, side, cards) -> µs, or x of another row's time ("ratio"); set for H100s
@@ -48,7 +57,7 @@ TARGETS: dict[tuple[str, str, str, int], tuple[str, float]] = {
     ("one", "block, shared, T=1", "divided", 2): ("us", 42),
     ("layers", "decode", "divided", 2): ("ratio", 0.60),
     ("layers", "prefill", "divided", 2): ("ratio", 0.62),
-    ("training", "FSDP2 x EP2, tokens/s", "gather, moe_fused", 4): ("ratio", 1.25),
+    ("training", "FSDP2 x EP2, tokens/s", "transformers all_to_all, inductor", 4): ("ours over theirs", 1.25),
 }
 
 
@@ -58,21 +67,30 @@ def main() -> None:
     p.add_argument("--cards", type=int, default=2)
     p.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     p.add_argument("--seconds", type=float, default=1e9, help="for all stages together: what does not fit is left for the next run")
+    p.add_argument("--beside", type=int, default=1, help="stages at a time: they compile side by side, and are timed one by one")
     p.add_argument("--again", action="store_true", help="stages that are there already, too")
     p.add_argument("--tiny", action="store_true")
     p.add_argument("--table", action="store_true")
     args = p.parse_args()
     until = time.monotonic() + args.seconds
-    for name in () if args.table else args.stages:
-        left = until - time.monotonic()
-        if args.again or not done(load(args.out), name, args.cards):
-            if left < 20:
-                print(f"{name}: no time left")
-                continue
-            run(args, name, min(left, STAGES[name]))
-            table([r for r in load(args.out)["rows"] if (r["stage"], r["cards"]) == (name, args.cards)])
-    if args.table:
+    if not args.table:
+        with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.beside) as several:
+            list(several.map(lambda name: stage(args, name, until, turn.name), args.stages))
+    if args.table or len(args.stages) > 1:
         table(load(args.out)["rows"])
+
+
+def stage(args: argparse.Namespace, name: str, until: float, turn: str) -> None:
+    """One stage, unless it is there already or no time is left."""
+    with FILE:
+        known = done(load(args.out), name, args.cards)
+    if known and not args.again:
+        return
+    left = until - time.monotonic()
+    if left < 20:
+        print(f"{name}: no time left", flush=True)
+        return
+    run(args, name, min(left, STAGES[name]), turn)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -83,26 +101,43 @@ def done(found: dict[str, Any], name: str, cards: int) -> bool:
     return bool(found["stages"].get(f"{name}, {cards}", {}).get("done"))
 
 
-def run(args: argparse.Namespace, name: str, limit: float) -> None:
-    """One stage in processes of its own; what it says, line by line, goes into the file."""
+def run(args: argparse.Namespace, name: str, limit: float, turn: str) -> None:
+    """One stage in processes of its own; what it says, line by line, goes into the file. turn: the file whose lock a timing holds."""
     port, lines = free_port(), args.out.with_suffix(f".{name}.jsonl")
     lines.unlink(missing_ok=True)
     started = time.monotonic()
     command = [sys.executable, str(HERE / "two_cards_stages.py"), name, str(lines), *(["--tiny"] if args.tiny else [])]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.cards), "NCCL_NVLS_ENABLE": "0"}
+    env = {
+        **os.environ,
+        **NO_MULTICAST,
+        **SHARED,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(args.cards),
+        "TURN": turn,
+    }
     if args.tiny:
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     each = [subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True) for r in range(args.cards)]
     why = wait(each, started + limit)
+    with FILE:
+        kept = keep(args, name, lines, {"done": not why, "why": why, "seconds": round(time.monotonic() - started, 1)})
+    print(f"{name}, {args.cards} cards: {why or 'done'}, {time.monotonic() - started:.0f} s", flush=True)
+    table(kept)
+
+
+def keep(args: argparse.Namespace, name: str, lines: Path, became: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a stage has said into the file, in place of what was there of it."""
     found = load(args.out)
     found["rows"] = [r for r in found["rows"] if (r["stage"], r["cards"]) != (name, args.cards)]
-    said = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    said = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")] if lines.exists() else []
     found |= {k: v for row in said for k, v in row.pop("machine", {}).items()}
-    found["rows"] += [{"stage": name, "cards": args.cards, **row} for row in said if row]
-    found["stages"][f"{name}, {args.cards}"] = {"done": not why, "why": why, "seconds": round(time.monotonic() - started, 1)}
+    rows = [{"stage": name, "cards": args.cards, **row} for row in said if row]
+    found["rows"] += rows
+    found["stages"][f"{name}, {args.cards}"] = became
     args.out.write_text(json.dumps(found, indent=1))
     lines.unlink(missing_ok=True)
-    print(f"{name}, {args.cards} cards: {why or 'done'}, {time.monotonic() - started:.0f} s", flush=True)
+    return rows
 
 
 def wait(each: list[subprocess.Popen[bytes]], until: float) -> str:
@@ -139,7 +174,21 @@ def table(rows: list[dict[str, Any]]) -> None:
         print(f"  {r['cards']} | {r['what']:34} | {r.get('side', ''):34} | {found}{target}", flush=True)
 
 
-SHOWN = ("us", "ratio", "off", "how", "tokens_per_second", "gib", "grads", "losses", "failed", "fused")
+SHOWN = (
+    "us",
+    "ratio",
+    "ours over theirs",
+    "off",
+    "how",
+    "tokens_per_second",
+    "gib",
+    "grads",
+    "losses",
+    "failed",
+    "fused",
+    "same_bits",
+    "seconds",
+)
 
 if __name__ == "__main__":
     main()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import functools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 (defines grouped_mm_fallback, which is there for fp32 too)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_compile
-from moe_compile import exchange
+from moe_compile import exchange, peers
+from moe_compile.ops import peer_rows, summed
 
 # experts of all ranks, experts a token, model width, experts' width
 TRINITY, DEEPSEEK, TINY = (128, 8, 2048, 1024), (256, 8, 7168, 2048), (8, 2, 32, 16)
@@ -59,21 +63,26 @@ class Bench:
     def __init__(self, lines: Path, tiny: bool) -> None:
         self.tiny, self.lines = tiny, lines
         rank = int(os.environ["LOCAL_RANK"])
-        self.device = torch.device("cpu") if tiny else torch.device("cuda", rank)
+        self.one_card = not tiny and torch.cuda.device_count() < int(os.environ["WORLD_SIZE"])  # NCCL does not take that: gloo
+        self.device = torch.device("cpu") if tiny else torch.device("cuda", 0 if self.one_card else rank)
         if tiny:
             torch.set_num_threads(1)
         else:
             torch.cuda.set_device(self.device)
+            torch.empty(1, device=self.device)
+            os.environ["LOCAL_RANK"] = str(self.device.index)
         wait = datetime.timedelta(seconds=90)
-        dist.init_process_group("gloo" if tiny else "nccl", timeout=wait, device_id=None if tiny else self.device)
+        gloo = tiny or self.one_card
+        dist.init_process_group("gloo" if gloo else "nccl", timeout=wait, device_id=None if gloo else self.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh(self.device.type, (self.world,), mesh_dim_names=("ep",))
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.widths = TINY if tiny else TRINITY
         self.tokens = 12 if tiny else 4096
+        self.turns = 0
         self.started = time.monotonic()
         card = "cpu" if tiny else torch.cuda.get_device_name()
-        self.note(machine={"card": card, "torch": torch.__version__})
+        self.note(machine={"card": card, "torch": torch.__version__} | ({"one card for all ranks": True} if self.one_card else {}))
 
     def note(self, **row: Any) -> None:
         if self.rank == 0:
@@ -111,8 +120,15 @@ class Bench:
             f()
             return {"us": (time.perf_counter() - start) * 1e6, "how": "call"}
         how, call = self.graph_of(f) if graph else ("call", f)
-        torch.cuda.synchronize()
-        took = []
+        with self.turn():
+            took = []
+            for _ in range(1 if self.one_card else 3):  # other stages compile meanwhile, and may come between for a moment
+                took.append(self.slower(statistics.median(self.replays(call, 2 if self.one_card else rounds))))
+                time.sleep(0.2)
+        return {"us": min(took), "how": how}
+
+    def replays(self, call: Callable[[], Any], rounds: int) -> Iterator[float]:
+        """µs of a call, the mean of five."""
         for _ in range(rounds):
             dist.barrier()
             torch.cuda.synchronize()
@@ -122,8 +138,23 @@ class Bench:
                 call()
             b.record()
             torch.cuda.synchronize()
-            took.append(a.elapsed_time(b) * 200)
-        return {"us": self.slower(statistics.median(took)), "how": how}
+            yield a.elapsed_time(b) * 200
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """While no other stage is timed. The ranks wait for the first one, whose lock it is, by the store: not with a card that is busy."""
+        self.turns += 1
+        store, key = dist.distributed_c10d._get_default_store(), f"turn/{self.turns}"
+        with open(os.environ["TURN"]) as file:
+            if self.rank == 0:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                store.set(key, "")
+            else:
+                store.wait([key], datetime.timedelta(seconds=600))
+            yield
+            dist.barrier()
+            if not self.tiny:
+                torch.cuda.synchronize()
 
     def graph_of(self, f: Callable[[], Any]) -> tuple[str, Callable[[], Any]]:
         torch.cuda.synchronize()
@@ -150,7 +181,7 @@ def correct(b: Bench) -> None:
     want = [whole(y) for y in xs]
     sum((y * weigh).sum() for y in want).backward()  # type: ignore[union-attr]
     part = slice(b.rank * b.widths[0] // b.world, (b.rank + 1) * b.widths[0] // b.world)
-    for batch in ("own", "rows"):
+    for batch in ("own",) if b.one_card else ("own", "rows"):
         torch._dynamo.reset()
         own = b.block(batch)
         run = b.compiled(own)
@@ -177,7 +208,16 @@ def travel(b: Bench) -> None:
     def local(rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         return rows
 
-    b.note(what=what, side="gather", **b.time(lambda: exchange.gathered(x, ids, w, local, b.rank * n, n, group)))
+    have = peers.join(group, b.device.type, peer_rows.MEMORY)
+    if b.one_card:
+        return by_hand(b, (x, ids, w))
+    want = exchange.gathered(x, ids, w, local, b.rank * n, n, group)
+    for side, through in (("gather", have), ("gather, NCCL", False)):
+        if side == "gather" or have:
+            run = functools.partial(exchange.gathered, x, ids, w, local, b.rank * n, n, group, peers=through)
+            b.note(what=what, side=side, **b.time(run), peers=through, off=worst(run(), want))
+    for name, f in halves(b, x, ids, w).items() if have else ():
+        b.note(what=what, side=name, **b.time(f))
     b.note(what=what, side="rows, one graph of Dynamo's", **b.time(lambda: exchange.sent(x, ids, w, local, n, group), graph=False))
     both = b.x(b.tokens * b.world, 9)
     b.note(what=what, side="all-reduce of all ranks' tokens", **b.time(lambda: dist.all_reduce(both, group=group)))
@@ -190,28 +230,104 @@ def travel(b: Bench) -> None:
     b.note(what=what, side="a row a pair, all-to-all twice", **b.time(pairs))
 
 
+def by_hand(b: Bench, own: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Rows through peers' memory, beside what the other ranks' own are known to be: they are made of seeds."""
+    group = b.mesh.get_group()
+    rows, ids, w = exchange.arriving(*own, group, peers=True)
+    want = torch.cat([b.x(b.tokens, r, own[0].shape[1]) for r in range(b.world)])
+    at = slice(b.rank * b.tokens, (b.rank + 1) * b.tokens)
+    mine = bool(torch.equal(ids[at], own[1])) and bool(torch.equal(w[at], own[2]))
+    back = exchange.leaving(rows * (1 + b.rank), group, peers=True)
+    sums = sum(want[at] * (1 + r) for r in range(b.world))
+    again = exchange.leaving(rows * (1 + b.rank), group, peers=True)
+    same = bool(torch.equal(rows, want)) and mine and bool(torch.equal(back, again))
+    b.note(what="arriving, leaving", side="through memory", off=b.slower(worst(back, sums)), same_bits=same)
+
+
+def halves(b: Bench, x: Tensor, ids: Tensor, w: Tensor) -> dict[str, Callable[[], Any]]:
+    """The parts of a gather through peers' memory."""
+    group = b.mesh.get_group()
+    memory = summed.of_group(group.group_name)
+    assert memory is not None
+    part = torch.cat([x] * b.world)
+    return {
+        "  arriving": lambda: exchange.arriving(x, ids, w, group, peers=True),
+        "  leaving": lambda: exchange.leaving(part, group, peers=True),
+        "  barrier": memory.wait,
+        "  a copy of the rows": lambda: x.clone(),
+        "  arriving, NCCL": lambda: exchange.arriving(x, ids, w, group),
+        "  leaving, NCCL": lambda: exchange.leaving(part, group),
+    }
+
+
 def travel_deepseek(b: Bench) -> None:
     b.widths = b.widths if b.tiny else DEEPSEEK
     travel(b)
 
 
+@torch.no_grad()
+def sums(b: Bench) -> None:
+    """The sum of what all ranks hold, as results on a shared batch are summed: by NCCL, through peers' memory each way, and as chosen."""
+    group = b.mesh.get_group()
+    have = peers.join(group, b.device.type)
+    memory = summed.of_group(group.group_name)
+    for tokens in (1, 12) if b.tiny else (1, 16, 64, 128, 256, 512, 1024, 4096):
+        what, x = f"sum, T={tokens}", b.x(tokens, b.rank)
+        want = sum(b.x(tokens, r).double() for r in range(b.world))
+        ways: dict[str, Callable[[], Tensor]] = {}
+        if not b.one_card:
+            ways["nccl"] = lambda x=x: fc.wait_tensor(fc.all_reduce(x, "sum", group))
+        if memory is not None:
+            own = memory.memory[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+            ways["one-shot, no wait"] = lambda x=x, own=own: torch.ops.symm_mem.one_shot_all_reduce_copy(own, x, "sum", group.group_name)
+            ways |= {way.name: functools.partial(memory.sum, x, way) for way in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT)}
+        ways["op"] = lambda x=x: torch.ops.moe_compile.summed(x, group.group_name)
+        for side, f in ways.items():
+            took, out = b.time(f), f().clone()
+            each: list[Any] = [None] * b.world
+            dist.all_gather_object(each, int(out.view(torch.int16 if out.dtype == torch.bfloat16 else torch.int32).long().sum()))
+            same = len(set(each)) == 1 and bool(torch.equal(out, f()))
+            b.note(what=what, side=side, **took, off=worst(out, want), same_bits=same, peers=have)
+
+
+@torch.no_grad()
+def dead(b: Bench) -> None:
+    """The last rank is gone: how long another one waits for it in a sum through peers' memory, and what it is told."""
+    group = b.mesh.get_group()
+    have = peers.join(group, b.device.type)
+    if have:
+        summed.of_group(group.group_name).timeout = 5000  # type: ignore[union-attr]
+    dist.barrier()
+    if b.rank == b.world - 1 or not have:
+        time.sleep(0 if have else 1)
+        b.note(what="a sum whose peer is gone", failed="no peers' memory")
+        os._exit(0)
+    start, told = time.monotonic(), ""
+    try:
+        torch.ops.moe_compile.summed(b.x(64, 0), group.group_name).sum().item()
+    except Exception as e:
+        told = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    b.note(what="a sum whose peer is gone", failed=told, seconds=round(time.monotonic() - start, 1))
+    os._exit(0)
+
+
 def block(b: Bench) -> None:
     """A whole block on own batches."""
-    beside(b, b.tokens, ("own", "rows"))
+    beside(b, b.tokens, ("own", "own, nccl", "rows"))
 
 
 def block_deepseek(b: Bench) -> None:
     b.widths = b.widths if b.tiny else DEEPSEEK
-    beside(b, b.tokens, ("own",))
+    beside(b, b.tokens, ("own", "own, nccl"))
 
 
 def few(b: Bench) -> None:
     """A whole block on a shared batch of few tokens."""
-    beside(b, 64, ("shared",))
+    beside(b, 64, ("shared", "shared, nccl"))
 
 
 def one(b: Bench) -> None:
-    beside(b, 1, ("shared",))
+    beside(b, 1, ("shared", "shared, nccl"))
 
 
 @torch.no_grad()
@@ -221,13 +337,23 @@ def beside(b: Bench, tokens: int, batches: tuple[str, ...]) -> None:
     x = b.x(tokens, 0 if batches[0] == "shared" else b.rank)
     alone, want = undivided(b, x)
     b.note(what=what, side="undivided", **alone)
-    torch._dynamo.reset()
-    for batch in batches:
+    sides = {"own": "divided", "shared": "divided", "rows": "divided, rows by all-to-all", "shared, nccl": "divided, NCCL"}
+    sides["own, nccl"] = sides["shared, nccl"]
+    for batch in batches[:1] if b.one_card else batches:
         torch._dynamo.reset()
-        run = b.compiled(b.block(batch))
+        if batch.endswith("nccl"):
+            without_peers(b)
+        run = b.compiled(b.block(batch.partition(",")[0]))
         took = b.time(functools.partial(run, x), graph=batch != "rows")
-        side = "divided" if batch != "rows" else "divided, rows by all-to-all"
-        b.note(what=what, side=side, **took, ratio=took["us"] / alone["us"], off=worst(run(x), want))
+        out = run(x).clone()
+        same = bool(torch.equal(out, run(x)))
+        b.note(what=what, side=sides[batch], **took, ratio=took["us"] / alone["us"], off=worst(out, want), same_bits=same)
+
+
+def without_peers(b: Bench) -> None:
+    """Sums of models that are placed from now on are collectives."""
+    os.environ["MOE_COMPILE_PEERS"] = "0"
+    summed._peers.clear()
 
 
 def undivided(b: Bench, x: Tensor) -> tuple[dict[str, Any], Tensor]:

@@ -15,7 +15,7 @@ from .ir import Exchange, Way
 from .ir.codec import place
 from .ir.operands import Operands
 from .ir.records import Layout
-from .ops import bundled
+from .ops import bundled, summed
 
 _EXPERTS = ("moe_compile.experts.default", "moe_compile.experts")
 _COUNT, _STACKED, _IDENTITY = (place(Layout, name) for name in ("num_experts", "stacked", "num_identity"))
@@ -161,5 +161,5 @@ def divided_experts(
         out = exchange.sent(x, ids, weights, local, count, own)
     else:
         way = exchange.shared if shared else exchange.gathered
-        out = way(x, ids, weights, local, own.rank() * count, count, own)
+        out = way(x, ids, weights, local, own.rank() * count, count, own, peers=summed.of_group(group) is not None)
     return out if add is None else out + add

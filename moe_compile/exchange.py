@@ -15,8 +15,10 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor
 
 from .ir import Way
-from .ops import rows as _rows  # noqa: F401 (defines the ops)
-from .ops.whole import UNEVEN
+from .ops import peer_rows as _peer_rows  # noqa: F401 (defines the ops)
+from .ops import rows as _rows  # noqa: F401 (likewise)
+from .ops import summed as _summed  # noqa: F401 (likewise)
+from .ops.peer_rows import UNEVEN
 
 # under the names of torch 2.13, or those that it has grown out of; either way with gradients
 _gather = getattr(fc, "all_gather_single", fc.all_gather_tensor)
@@ -53,20 +55,24 @@ class _Sum(torch.autograd.Function):
 
 class _Arrived(torch.autograd.Function):
     """`arrived`, which a collective has made of the ranks' `own` without gradients; the gradient of a rank's own part travels back:
-    summed by a reduce-scatter, or by all-to-all of `splits` rows (sent, taken).
+    summed by a reduce-scatter (peers: through their memory), or by all-to-all of `splits` rows (sent, taken).
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, arrived: Tensor, group: Any, splits: Any) -> Tensor:
-        ctx.group, ctx.splits = group, splits
+    def forward(ctx: Any, own: Tensor, arrived: Tensor, group: Any, splits: Any, peers: bool) -> Tensor:
+        ctx.group, ctx.splits, ctx.peers = group, splits, peers
         return arrived.view_as(arrived)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         grad = grad.contiguous()
-        if ctx.splits is None:
-            return fc.wait_tensor(_scatter(grad, "sum", 0, ctx.group)), None, None, None
-        return fc.wait_tensor(fc.all_to_all_single(grad, *ctx.splits, ctx.group)), None, None, None
+        if ctx.peers:
+            back = torch.ops.moe_compile.summed_rows(grad, ctx.group.group_name)
+        elif ctx.splits is None:
+            back = fc.wait_tensor(_scatter(grad, "sum", 0, ctx.group))
+        else:
+            back = fc.wait_tensor(fc.all_to_all_single(grad, *ctx.splits, ctx.group))
+        return back, None, None, None, None
 
 
 def _message(ids: Tensor, weights: Tensor) -> Tensor:
@@ -75,42 +81,60 @@ def _message(ids: Tensor, weights: Tensor) -> Tensor:
     return torch.cat((ids.clamp(-1, torch.iinfo(torch.int32).max).to(ints), weights.detach().to(wide).view(ints)), -1)
 
 
-def _read(message: Tensor, ids: Tensor, weights: Tensor, group: Any, splits: Any = None) -> tuple[Tensor, Tensor]:
+def _read(message: Tensor, ids: Tensor, weights: Tensor, group: Any, splits: Any = None, peers: bool = False) -> tuple[Tensor, Tensor]:
     """What messages hold that came from ranks whose own ids and weights are of these dtypes."""
     found, bits = message.split((ids.shape[-1], weights.shape[-1]), -1)
     w = bits.contiguous().view(_wide(weights)[1]).to(weights.dtype)
-    return found.to(ids.dtype), _Arrived.apply(weights, w, group, splits)  # type: ignore[no-any-return]
+    return found.to(ids.dtype), _Arrived.apply(weights, w, group, splits, peers)  # type: ignore[no-any-return]
 
 
 def _wide(weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return (torch.int64, torch.float64) if weights.dtype == torch.float64 else (torch.int32, torch.float32)
 
 
-def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any) -> Tensor:
-    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on."""
+def shared(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, peers: bool = False) -> Tensor:
+    """Σ over the ranks of `local`, for x [T, H], ids and weights [T, k] that all hold alike; a rank has experts from `first` on.
+
+    peers: what `peers.join` has said of the group, to every rank."""
     x, weights = _SumOfGradients.apply(x, group), _SumOfGradients.apply(weights, group)
-    return _Sum.apply(_own(x, ids, weights, local, first, count), group)  # type: ignore[no-any-return]
+    part = _own(x, ids, weights, local, first, count)
+    if peers:
+        return torch.ops.moe_compile.summed(part, group.group_name)  # type: ignore[no-any-return]
+    return _Sum.apply(part, group)  # type: ignore[no-any-return]
 
 
-def gathered(x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN) -> Tensor:
+def gathered(
+    x: Tensor, ids: Tensor, weights: Tensor, local: Local, first: int, count: int, group: Any, uneven: str = UNEVEN, peers: bool = False
+) -> Tensor:
     """out[r] = Σ_s local_s(x[r]) for each rank's own x [T, H], ids and weights [T, k], with one T. Raises RuntimeError (`uneven`) on every
-    rank where T differs, before any row travels."""
-    return leaving(_own(*arriving(x, ids, weights, group, uneven), local, first, count), group)
+    rank where T differs, before any row is worked on. peers: what `peers.join` has said of the group, to every rank."""
+    return leaving(_own(*arriving(x, ids, weights, group, uneven, peers), local, first, count), group, peers)
 
 
-def arriving(x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = UNEVEN) -> tuple[Tensor, Tensor, Tensor]:
+def arriving(
+    x: Tensor, ids: Tensor, weights: Tensor, group: Any, uneven: str = UNEVEN, peers: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids and weights [T, k] of each of P ranks, with one T -> those of all, [P T, ·], by rank. Raises as `gathered`.
 
-    This and `leaving` are all that travels in a gather: an exchange by other means (peers' memory) takes their place.
+    This and `leaving` are all that travels in a gather: through peers' memory the number of tokens is the first row of the message.
     """
+    if peers:
+        message, tokens = _message(ids, weights), ids.shape[0]
+        head = message.new_full((1, message.shape[1]), tokens)
+        rows, told = torch.ops.moe_compile.rows_gathered(x, torch.cat((head, message)), group.group_name)
+        told = told.view(group.size(), tokens + 1, -1)
+        torch._assert_async((told[:, 0] == tokens).all(), uneven)
+        return rows, *_read(told[:, 1:].flatten(0, 1), ids, weights, group, peers=True)
     sizes = _gather(ids.new_full((1,), ids.shape[0], dtype=torch.int64), 0, group)
     torch._assert_async((sizes == ids.shape[0]).all(), uneven)
     rows = _gather_rows(x.contiguous(), 0, group)
     return rows, *_read(_gather(_message(ids, weights), 0, group), ids, weights, group)
 
 
-def leaving(part: Tensor, group: Any) -> Tensor:
+def leaving(part: Tensor, group: Any, peers: bool = False) -> Tensor:
     """Each rank's sums [P T, H] for the tokens of all -> the sums over the ranks [T, H] for this one's own."""
+    if peers:
+        return torch.ops.moe_compile.summed_rows(part, group.group_name)  # type: ignore[no-any-return]
     return _scatter_sums(part.contiguous(), "sum", 0, group)  # type: ignore[no-any-return]
 
 

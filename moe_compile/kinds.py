@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-_OWN = {"_parameters", "_buffers", "_modules"}
+_PARTS = {"_parameters", "_buffers", "_modules"}
 _MOST = 10_000  # calls of layers of a kind: a loop that ends once what a layer gives is large enough goes on forever
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -36,9 +37,9 @@ class Kind:
 
 
 def kinds(model: nn.Module) -> list[Kind]:
-    """The kinds of layers of a model: children of its outermost lists of modules, each once."""
+    """The kinds of layers of a model: children of its outermost lists of modules, and blocks that stand outside of them, each once."""
     found: list[Kind] = []
-    once = {id(layer.module): layer for layer in reversed(list(_layers(model)))}
+    once = {id(layer.module): layer for layer in reversed([*_layers(model), *_blocks(model)])}
     for layer in reversed(once.values()):
         known = next((k for k in found if _alike(k.layers[0], layer)), None)
         if known is None:
@@ -57,14 +58,46 @@ def _layers(model: nn.Module, path: str = "") -> Iterator[Layer]:
             yield from _layers(child, f"{below}.")
 
 
+def _blocks(model: nn.Module) -> Iterator[Layer]:
+    """Parts of a model, outside of lists, that could hold experts: what owns parameters of three dimensions, with the router beside it.
+
+    Of a block inside of another one the outer one alone. Convolutions hold none.
+    """
+    outside = dict(_outside_of_lists(model))
+    wide = (path for path, m in outside.items() if path and not isinstance(m, _ConvNd) and any(p.dim() > 2 for p in _own(m)))
+    above = {_with_router(path, outside) for path in wide}
+    for path in sorted(above):
+        if not any(path.startswith(other + ".") for other in above):
+            yield Layer(path, 0, outside[path])
+
+
+def _with_router(path: str, outside: Mapping[str, nn.Module]) -> str:
+    """The module at a path, or the one that holds it where it holds stacks alone; never the whole model."""
+    parent = path.rpartition(".")[0]
+    stacks_alone = all(p.dim() > 2 for p in outside[path].parameters())
+    return parent if stacks_alone and parent and not any(isinstance(m, nn.ModuleList) for m in outside[parent].modules()) else path
+
+
+def _outside_of_lists(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    yield path, model
+    for name, child in model.named_children():
+        if not isinstance(child, nn.ModuleList):
+            yield from _outside_of_lists(child, f"{path}.{name}".lstrip("."))
+
+
+def _own(m: nn.Module) -> Iterator[nn.Parameter]:
+    return m.parameters(recurse=False)
+
+
 def rest_is_dense(model: nn.Module, layers: list[Layer]) -> bool:
     """Whether nothing outside of the layers could hold experts: no parameter of three dimensions, no other collection of parts."""
     inside = {id(m) for layer in layers for m in layer.module.modules()}
-    lists = {path.rpartition(".")[0] for path in (layer.path for layer in layers)}
+    parents = {layer.path.rpartition(".")[0] for layer in layers}
+    lists = {path for path in parents if isinstance(model.get_submodule(path), nn.ModuleList)}
     for path, m in model.named_modules():
         if id(m) in inside:
             continue
-        if any(p.dim() > 2 for p in m.parameters(recurse=False)):
+        if any(p.dim() > 2 for p in _own(m)):
             return False
         if isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)) and path not in lists:
             return False
@@ -79,7 +112,7 @@ def _alike(a: Layer, b: Layer) -> bool:
 def _same_module(a: nn.Module, b: nn.Module, places: tuple[int, int]) -> bool:
     if type(a) is not type(b) or any(_tensors(a, name) != _tensors(b, name) for name in ("_parameters", "_buffers")):
         return False
-    ours, others = ({k: v for k, v in vars(m).items() if k not in _OWN} for m in (a, b))
+    ours, others = ({k: v for k, v in vars(m).items() if k not in _PARTS} for m in (a, b))
     return ours.keys() == others.keys() and all(_same(v, others[k], places) for k, v in ours.items())
 
 

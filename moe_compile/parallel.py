@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, divided, kinds
+from . import agreement, divided, kinds, peers
 from .explain import explained
 from .loops.probe import WHOLE
 from .lowering import target_for
-from .ops import bundled
+from .ops import bundled, peer_rows, summed
 from .report import collecting
 
 log = logging.getLogger("moe_compile")
@@ -71,7 +71,7 @@ def parallelize(
         if s.experts % mesh.size():
             raise ValueError(f"parallelize: {s.name} holds {s.experts} experts, which {mesh.size()} ranks cannot share equally")
     _untied(model, stacks)
-    _alike(mesh.get_group(), stacks)
+    _together(mesh, stacks, shared_batch, rows)
     for s in stacks:
         _place(model, s.name, mesh)
     for reader in dict.fromkeys(s.reader for s in stacks):
@@ -111,7 +111,7 @@ def _of_kinds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     """The stacks of a model of layers, of which one of each kind is explained; [] where the whole model must be."""
     found = kinds.kinds(model)
     layers = [layer for k in found for layer in k.layers]
-    if len(found) == len(layers) or not kinds.rest_is_dense(model, layers):
+    if not layers or not kinds.rest_is_dense(model, layers):
         return []
     stacks: list[_Stack] = []
     clear = True
@@ -187,9 +187,15 @@ def _untied(model: nn.Module, stacks: list[_Stack]) -> None:
             raise ValueError(f"parallelize: {s.name} is shared with another module of the model (tied weights), which cannot be divided")
 
 
-def _alike(group: Any, stacks: list[_Stack]) -> None:
-    """Raises RuntimeError where the ranks of a group found different experts."""
-    talk = agreement.join(group)
+def _together(mesh: Any, stacks: list[_Stack], shared_batch: bool, rows: bool) -> None:
+    """What the ranks settle before anything is changed. Raises RuntimeError where they found different experts."""
+    group = mesh.get_group()
+    _alike(agreement.join(group), stacks)
+    if not rows:
+        peers.join(group, mesh.device_type, summed.TWO_SHOT if shared_batch else peer_rows.MEMORY)
+
+
+def _alike(talk: agreement.Talk | None, stacks: list[_Stack]) -> None:
     if talk is None:
         return
     told = talk.round("stacks", {"found": [[s.name, s.experts] for s in stacks]}, talk.timeout)

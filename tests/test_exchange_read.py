@@ -45,6 +45,16 @@ def shared(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tenso
     return exchange.shared(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world())
 
 
+def by_peers(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SHARED: the op that sums through peers' memory, or by an all-reduce where there is none."""
+    return exchange.shared(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world(), peers=True)
+
+
+def gathered_by_peers(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """GATHER: the ops that read peers' memory, or gather and scatter where there is none."""
+    return exchange.gathered(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world(), peers=True)
+
+
 def gathered(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """GATHER: rows gathered, sums scattered."""
     return exchange.gathered(x, ids, w, lambda *rows: experts(*rows, up, down), E, E, world())
@@ -70,10 +80,20 @@ def alone(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor
     return experts(x, ids, w, up, down) + 1
 
 
+FORMS = {
+    shared: Way.SHARED,
+    by_peers: Way.SHARED,
+    gathered: Way.GATHER,
+    gathered_by_peers: Way.GATHER,
+    largest: None,
+    squared: None,
+    scattered: None,
+    alone: None,
+}
+
+
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    ("form", "way"), [(shared, Way.SHARED), (gathered, Way.GATHER), (largest, None), (squared, None), (scattered, None), (alone, None)]
-)
+@pytest.mark.parametrize(("form", "way"), FORMS.items())
 def test_exchange(form: Fn, way: Way | None, training: bool) -> None:
     torch._dynamo.reset()
     x, w, up, down = torch.randn(T, H), torch.rand(T, K), torch.randn(E, I, H), torch.randn(E, H, I)

@@ -99,8 +99,9 @@ def test_what_else_may_hold_experts() -> None:
     net, outside, lists = (Net(Layer(0), Layer(1)) for _ in range(3))
     outside.extra = nn.Parameter(torch.randn(E, H, H))
     lists.first = nn.Sequential(nn.Linear(H, H), nn.ModuleDict({"a": nn.Linear(H, H)}))
-    whole = {m: kinds.rest_is_dense(m, [layer for k in kinds.kinds(m) for layer in k.layers]) for m in (net, outside, lists)}
-    assert list(whole.values()) == [True, False, False]
+    named = Unrolled(nn.ModuleDict({"moe": Block(), "more": nn.Linear(H, H)}))
+    whole = {m: kinds.rest_is_dense(m, [layer for k in kinds.kinds(m) for layer in k.layers]) for m in (net, outside, lists, named)}
+    assert list(whole.values()) == [True, False, False, False]
 
 
 def divided(m: nn.Module) -> set[str]:
@@ -118,6 +119,63 @@ def test_one_layer_of_each_kind_is_explained(mesh: Any, device: str, monkeypatch
     assert [called.__self__ for called in looked] == [net.layers[i] for i in (0, 1, 4)]
     assert divided(net) == {f"layers.{i}.{name}" for i in (1, 2, 3, 4) for name in ("up", "down")}
     assert untouched == [None] * 5 and "forward" not in vars(net.layers[0])
+
+
+class Stacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(E, I, H)), nn.Parameter(torch.randn(E, H, I))
+
+    def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        h = torch.relu(torch.einsum("th,tkih->tki", x, self.up[ids]))
+        return torch.einsum("tki,tkhi,tk->th", h, self.down[ids], w)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(H, E), Stacks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        return x + self.experts(x, ids, w)
+
+
+class Unrolled(nn.Module):
+    """One block between dense parts, under a wrapper, in no list."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(H, H), block, Dense())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("block", [Block(), Layer(0)])
+def test_of_a_model_with_one_block_the_block_is_explained(mesh: Any, block: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its router among it, whether it is the block's own or stands beside a module of stacks alone."""
+    looked: list[Any] = []
+    explained = parallel.explained
+    monkeypatch.setattr(parallel, "explained", lambda called, *rest: looked.append(called.__self__) or explained(called, *rest))
+    net = Unrolled(block)
+    moe_compile.parallelize(net, mesh, torch.randn(T, H))
+    inside = "experts." if isinstance(block, Block) else ""
+    assert looked == [block] and divided(net) == {f"body.1.{inside}{name}" for name in ("up", "down")}
+
+
+def test_blocks_that_are_looked_at_apart() -> None:
+    """Not a convolution, which holds no experts, nor a block in a block, nor the whole model."""
+
+    def paths(m: nn.Module) -> list[str]:
+        return [layer.path for k in kinds.kinds(m) for layer in k.layers]
+
+    conv, outer = Unrolled(nn.Conv1d(2, 2, 3)), Unrolled(Block())
+    outer.body[1].extra = nn.Parameter(torch.randn(E, H, H))
+    assert paths(conv) == [] and paths(Layer(0)) == [] and paths(outer) == ["body.1"] and paths(Unrolled(Stacks())) == ["body"]
+    conv_and_layers = Net(Layer(0), Layer(1))
+    conv_and_layers.first = nn.Conv1d(2, 2, 3)
+    assert not kinds.rest_is_dense(conv_and_layers, [layer for k in kinds.kinds(conv_and_layers) for layer in k.layers])
 
 
 def test_a_layer_that_cannot_be_divided_is_told_of_the_whole_model(mesh: Any) -> None:

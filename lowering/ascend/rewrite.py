@@ -199,12 +199,15 @@ class _Lowering:
         late.drop_unused()
 
     def experts_over_ranks(self, n: fx.Node) -> None:
-        """Dispatch, products, combine where a law takes the block; else rows travel as written, and the fused op runs as it is."""
+        """Dispatch, products, combine where a law takes the block; else rows travel as written, and the fused op runs as it is.
+
+        A dispatch sends a row to the ranks of its experts: what rows by all-to-all (`divided_experts(rows=True)`) ask for, too."""
         c, group, shared = over_ranks.read(n)
         at = exchange.Place.of(group)
         row, why = over_ranks.choose(n, c, at, training=self.train, shared=shared, one_kernel=self.choices.one_kernel)
         if row is exchange.COLLECTIVES:
-            self.notes.append(f"experts over {at.world} ranks: rows travel by collectives and the fused op runs as it is, op by op: {why}")
+            way = "all-to-all" if n.kwargs.get("rows") else "collectives"
+            self.notes.append(f"experts over {at.world} ranks: rows travel by {way} and the fused op runs as it is, op by op: {why}")
             return
         if self.choices.quantize is not None:
             self.notes.append("a block is not quantised: its experts are over ranks")

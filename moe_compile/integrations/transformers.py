@@ -19,6 +19,7 @@ Needs transformers 5.23 or newer. Raises ImportError where it has no registry fo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ try:
 except ImportError as e:
     raise ImportError("moe_compile.integrations.transformers needs transformers 5.23 or newer: its registry of EP implementations") from e
 
-from .. import agreement, exchange
+from .. import agreement, exchange, peers
+from ..ops.peer_rows import MEMORY
+from ..ops.summed import TWO_SHOT
 
 NAME, ROWS, STATIC = "moe_compile", "moe_compile_rows", "moe_compile_rows_static"
 UNEVEN = (
@@ -46,20 +49,27 @@ class GatherEP(EPImplementation):  # type: ignore[misc]
     `num_local_experts` with weight 0, as transformers' experts take them.
     """
 
+    gathers = True  # where batches are the ranks' own
+
     def __init__(self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         agreement.join(ep_mesh.get_group())
+        memory = TWO_SHOT if self.shares_batch else MEMORY
+        self.peers = (self.shares_batch or self.gathers) and peers.join(ep_mesh.get_group(), ep_mesh.device_type, memory)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         group = self.ep_mesh.get_group()
         batch = (hidden_states, top_k_index, top_k_weights)
         own = (self.experts_forward, dist.get_rank(group) * self.num_local_experts, self.num_local_experts, group)
-        return exchange.shared(*batch, *own) if self.shares_batch else exchange.gathered(*batch, *own, UNEVEN)
+        way = exchange.shared if self.shares_batch else functools.partial(exchange.gathered, uneven=UNEVEN)
+        return way(*batch, *own, peers=self.peers)
 
 
 class RowsEP(GatherEP):
     """A row to each rank whose experts it chose, once, and its results back. hidden [T, H], ids and weights [T, k] -> [T, H], T of any
     number on each rank. Split sizes are read back to the host, so that a compiled layer is several graphs and no CUDA graph."""
+
+    gathers = False
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.shares_batch:
@@ -71,6 +81,8 @@ class RowsEP(GatherEP):
 class StaticRowsEP(GatherEP):
     """As `RowsEP` for one T on all ranks, in one graph: every rank's experts get P T rows, of which those that nobody sent are none's.
     Where batches differ in length every rank raises RuntimeError. The host reads how many rows travel inside of an op: no CUDA graph."""
+
+    gathers = False
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.shares_batch:

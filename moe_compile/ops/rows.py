@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .peer_rows import UNEVEN
 from .schemas import library
-from .whole import UNEVEN
 
 _WAY = "Tensor ids, Tensor table, int count, str group"
 library.define(

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .peer_rows import UNEVEN, hello
 from .schemas import library
 
 AS_WRITTEN = -1  # where an exchange of rows begins with the number of this rank's tokens
-UNEVEN = (
-    "the ranks of a group that divides experts have different numbers of tokens (pad the batches to one length), or one of them runs the "
-    "model as written where others run compiled code (as Dynamo does behind torch._dynamo.config.recompile_limit)"
-)
 
 library.define("whole(Tensor local, SymInt size, str group, bool shared, bool rows=False) -> Tensor")
 
@@ -30,8 +27,10 @@ def whole(local: Tensor, size: int, group: str, shared: bool, rows: bool = False
     one message, of one number or, for `rows`, of size + 1.
     """
     if not shared:
-        own = torch.full((size + 1 if rows else 1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
-        said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group))
+        said = None if rows else hello(group, AS_WRITTEN, local.device)
+        if said is None:
+            own = torch.full((size + 1 if rows else 1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
+            said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group))
         torch._assert_async((said == AS_WRITTEN).all(), UNEVEN)
     out = torch.ops._c10d_functional.all_gather_into_tensor(local.contiguous(), size, group)
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]

@@ -19,7 +19,8 @@ from ...ir import Rejection
 from .names import op_name
 from .node import example_value
 
-OURS = ("moe_compile.whole", "moe_compile.rows_")  # ops with collectives inside
+# ops with collectives inside; rows_out, rows_back, rows_gathered, summed, summed_rows
+OURS = ("moe_compile.whole", "moe_compile.rows_", "moe_compile.summed")
 
 
 def leaf() -> None:

@@ -18,6 +18,8 @@ from ..aten.sharded import group_called
 _TRANSPARENT = RESHAPE | SAME | CAST  # a row of the result is a row of what goes in
 _SPACES = ("_c10d_functional", "_c10d_functional_autograd", "moe_compile")
 _OURS = ("rows_out", "rows_back")  # `moe_compile.ops.rows`
+# ops that are a collective, or peers' memory in its place: its name and its arguments but for the group
+_AS = {"summed": ("all_reduce", "sum"), "summed_rows": ("reduce_scatter_tensor", "sum"), "rows_gathered": ("all_gather_into_tensor",)}
 
 
 def exchange_of(tokens: fx.Node, out: fx.Node) -> Exchange | None:
@@ -51,6 +53,8 @@ def _collective(n: fx.Node) -> tuple[str, tuple[object, ...]] | None:
     if "autograd_function_apply" in str(n.target):
         return _inside(n)
     space, _, name = _target(n).rpartition(".")
+    if space == "moe_compile" and name in _AS:
+        return _AS[name][0], (*_AS[name][1:], n.args[-1])
     if space not in _SPACES or name == "wait_tensor" or space == "moe_compile" and name not in _OURS:
         return None
     return name, n.args[1:]

@@ -119,7 +119,7 @@ def test_ge_graphs_are_as_recorded(name: str, row: exchange.Row, masked: bool, i
 
 
 def divided_graph(
-    tokens: int, hidden: int, shared: bool = False, base: bool = False, written: bool = False, placed: bool = False
+    tokens: int, hidden: int, shared: bool = False, base: bool = False, written: bool = False, placed: bool = False, rows: bool = False
 ) -> fx.GraphModule:
     """Dynamo's graph of a block over two ranks: a selection among 8 experts, 4 of which are this rank's; placed: among 6, in 8 places."""
     ops, consts = act.encode(act.SWIGLU)
@@ -142,7 +142,9 @@ def divided_graph(
         ids = g.call_function(placement.physical, (ids, p["table"], 0, 0)) if placed else ids
         lists = [[p["up"]], [p["down"]], [], []]
         plain = list(dataclasses.astuple(local))
-        out = g.call_function(divided_experts, (p["x"], ids, w, lists, p["add"] if base else None, plain, "ep", shared))
+        out = g.call_function(
+            divided_experts, (p["x"], ids, w, lists, p["add"] if base else None, plain, "ep", shared), {"rows": True} if rows else {}
+        )
         out.meta["example_value"] = torch.empty(tokens, hidden, dtype=torch.bfloat16)
     g.output((out,))
     return fx.GraphModule({}, g)
@@ -190,6 +192,15 @@ def test_what_dispatch_does_not_take_travels_as_written(two_a3: threading.local,
         lowered = rewrite.lower(divided_graph(**{"tokens": T, "hidden": H, **changes}), Choices())
     assert any("by collectives" in n and reason in n for n in lowered.notes), lowered.notes
     assert any(n.target is divided_experts for n in lowered.module.graph.nodes) and all(isinstance(i, int) for i in lowered.inputs)
+
+
+@torch.no_grad()
+def test_rows_by_all_to_all_are_a_dispatch_or_stay_rows(two_a3: threading.local) -> None:
+    """`parallelize(rows=True)`: a dispatch sends those rows; where none takes the block the all-to-all stays, and is told."""
+    taken, left = (rewrite.lower(divided_graph(tokens, H, rows=True), Choices()) for tokens in (T, 600))
+    assert taken.notes[0].startswith("experts over 2 ranks: npu_moe_distribute_dispatch_v2")
+    (kept,) = [n for n in left.module.graph.nodes if n.target is divided_experts]
+    assert kept.kwargs == {"rows": True} and any("rows travel by all-to-all" in n and "takes 512" in n for n in left.notes)
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -18,17 +18,18 @@ import moe_compile
 
 def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-    for batch in ("own", "shared"):
+    for batch in ("own", "shared", "rows"):
         yield batch, step(rank, mesh, batch)
 
 
 def step(rank: int, mesh: Any, batch: str) -> dict[str, Any]:
-    """`shared`: the two ranks that divide experts get one batch. Each FSDP pair averages; ranks that divide experts sum theirs."""
+    """`shared`: the two ranks that divide experts get one batch; `rows`: own batches, rows by all-to-all. Each FSDP pair averages; ranks
+    that divide experts sum theirs."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     one, x = cells.Net(True), torch.randn(4, cells.T, cells.H, generator=torch.Generator().manual_seed(1))
     shared = batch == "shared"
-    m = moe_compile.parallelize(copy.deepcopy(one), mesh["ep"], x[0], shared_batch=shared)
+    m = moe_compile.parallelize(copy.deepcopy(one), mesh["ep"], x[0], shared_batch=shared, rows=batch == "rows")
     for layer in m.layers:
         layer.compile(backend="moe_fused", options={"inner": "eager"})
         fully_shard(layer, mesh=mesh["dp"])

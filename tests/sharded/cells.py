@@ -73,9 +73,9 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, grouped: bool) -> None:
+    def __init__(self, grouped: bool, layers: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(grouped) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(grouped) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import cells
+import in_files
 import recompiled
 import torch
 import torch.distributed as dist
@@ -15,6 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile.ir import Rejection
+from moe_compile.ops.summed import of_group
+from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
 
@@ -24,14 +30,23 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
     for names in CELLS:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
+    yield "summed", summed(rank, mesh.get_group())
+    with in_files.peers(rank, mesh.get_group()):
+        yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
+        yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
+        yield "peers / uneven", uneven(rank, mesh)
+    with in_files.peers(rank, mesh.get_group(), size=64) as files:
+        yield "peers / too small", too_small(rank, mesh.get_group(), files)
     yield "parallelize / other batches", other_batches(rank, mesh)
+    yield "parallelize / left on rank 1", left_on_one(rank, mesh)
+    yield "parallelize / strict on rank 0", left_on_one(rank, mesh, strict=rank == 0)
     yield from recompiled.table(rank, mesh)
 
 
-def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) -> dict[str, Any]:
+def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, layers: int = 2) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    one = cells.Net(spelling == "grouped")
+    one = cells.Net(spelling == "grouped", layers)
     shared, example = batch == "shared", torch.randn(cells.T, cells.H)
     m = moe_compile.parallelize(copy.deepcopy(one), mesh, example, shared_batch=shared, rows=batch == "rows")
     xs = [torch.randn(cells.T, cells.H, generator=torch.Generator().manual_seed(r)) for r in range(1 if shared else world)]
@@ -56,7 +71,55 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str) 
         "kept": [type(kept).__name__, list(kept.to_local().shape)],
         "exchange": [b.exchange for b in moe_compile.last_report().blocks] if graphs else [],
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
+        "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
+        "through memory": getattr(getattr(of_group(mesh.get_group().group_name), "handle", None), "waits", 0) > 0,
     }
+
+
+def uneven(rank: int, mesh: Any) -> dict[str, str]:
+    """Numbers of tokens that differ; and one rank that runs the model as written where the other one runs compiled code."""
+    torch._dynamo.reset()
+    m = moe_compile.parallelize(Three(4), mesh, torch.randn(cells.T, cells.H))
+    run = torch.compile(m, backend="moe_fused", options={"inner": "eager"}, dynamic=False)
+    run(torch.randn(cells.T, cells.H))
+    other = torch.randn(cells.T - 2 * rank, cells.H)
+    calls = {"tokens": lambda: run(other), "written": lambda: (m if rank else run)(torch.randn(cells.T, cells.H))}
+    told = {}
+    for name, call in calls.items():
+        try:
+            told[name] = f"{name}: none of {call().shape}"
+        except RuntimeError as e:
+            told[name] = str(e)
+    return told
+
+
+def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:
+    """Rows that a group's memory does not hold: collectives, behind the numbers of tokens, which it does hold."""
+    each = [torch.randn(4, 8, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
+    own, head = each[rank].clone().requires_grad_(), torch.full((5, 4), 4, dtype=torch.int32)
+    rows, _ = torch.ops.moe_compile.rows_gathered(own, head, group.group_name)
+    out = torch.ops.moe_compile.summed_rows(rows * (rank + 1), group.group_name)
+    (out * 2).sum().backward()
+    times = sum(range(1, group.size() + 1))
+    off = max(
+        cells.worst(rows, torch.cat(each)), cells.worst(out, own.detach() * times), cells.worst(own.grad, torch.full_like(own, 2.0 * times))
+    )
+    met, told = files.waits, ""
+    try:
+        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), head[rank:], group.group_name)
+    except RuntimeError as e:
+        told = str(e)
+    return {"off": off, "met": met, "uneven": told}
+
+
+def summed(rank: int, group: Any) -> dict[str, Any]:
+    """The op that sums through peers' memory where there is none: an all-reduce, whose sums are alike on every rank."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    out = torch.ops.moe_compile.summed(x, group.group_name)
+    (out * 2).sum().backward()
+    each = [torch.randn(4, 6, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
+    want = torch.stack(each).sum(0)
+    return {"off": cells.worst(out, want), "grad": x.grad.unique().tolist(), "bits": out.detach().view(torch.int32).sum().item()}
 
 
 def other_batches(rank: int, mesh: Any) -> str:
@@ -69,6 +132,24 @@ def other_batches(rank: int, mesh: Any) -> str:
     except RuntimeError as e:
         return str(e)
     return ""
+
+
+def left_on_one(rank: int, mesh: Any, **options: Any) -> dict[str, Any]:
+    """A block that one rank cannot prove, of a model whose weights are divided: they are gathered on every rank then."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    one, x = Three(4), torch.randn(cells.T, cells.H)
+    run = torch.compile(
+        moe_compile.parallelize(copy.deepcopy(one), mesh, x), backend="moe_fused", options={"inner": "eager", **options}, fullgraph=True
+    )
+    no = Rejection("made up", stage="prove", code="differs")
+    with mock.patch.object(pipeline, "run", side_effect=no) if rank == 1 else contextlib.nullcontext():
+        try:
+            out = run(x)
+        except Exception as e:
+            return {"raised": type(e).__name__}
+    report = moe_compile.last_report()
+    return {"fused": len(report.blocks), "off": cells.worst(out, one(x)), "told": [r.reason for r in report.rejected]}
 
 
 class Modules(nn.Module):

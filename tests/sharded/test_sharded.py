@@ -134,13 +134,20 @@ WAYS = {"own": "all-gather, reduce-scatter", "shared": "shared rows, all-reduce"
 
 @pytest.mark.parametrize("cell", [" / ".join(names) for names in parallelized.CELLS])
 def test_parallelize_is_the_undivided_model(cell: str, own: list[dict[str, Any]]) -> None:
-    """Outputs and gradients; rows travel where compiled, weights are gathered where not; state_dict stays DTensor, half on each rank."""
+    """Outputs and gradients; rows travel where compiled, weights are gathered where not; state_dict stays DTensor, half on each rank;
+    equal inputs give equal bits."""
     for rank, of_rank in enumerate(own):
         told = of_rank[f"parallelize / {cell}"]
         assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["kept"] == ["DTensor", [2, 32, 16]], told
         way = WAYS[cell.split(" / ")[1]]
         assert told["exchange"] == ([] if "eager" in cell else [f"rank {rank} of 2: {way}"] * 2)
-        assert told["gathers weights"] is False, told
+        assert told["gathers weights"] is False and told["same"], told
+
+
+def test_the_op_of_shared_batches_sums_alike_on_every_rank(own: list[dict[str, Any]]) -> None:
+    for of_rank in own:
+        assert of_rank["summed"]["off"] < 1e-6 and of_rank["summed"]["grad"] == [2.0]
+        assert of_rank["summed"]["bits"] == own[0]["summed"]["bits"]
 
 
 def test_the_example_is_the_undivided_model(own: list[dict[str, Any]]) -> None:
@@ -170,11 +177,22 @@ def test_ranks_out_of_step_raise_alike(own: list[dict[str, Any]]) -> None:
 def test_a_step_of_experts_divided_under_fsdp(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two ranks divide experts, two such pairs average by FSDP2: output, every gradient, and the output after a step of SGD."""
     for rank, of_rank in enumerate(_found("both_ways", tmp_path_factory, 240, world=4)):
-        for batch, way in (("own", "all-gather, reduce-scatter"), ("shared", "shared rows, all-reduce")):
+        for batch, way in WAYS.items():
             assert batch in of_rank, of_rank["said"]
             told = of_rank[batch]
             assert max(told["out"], told["grad"], told["after"]) < 2e-6, told
             assert told["exchange"] == [f"rank {rank % 2} of 2: {way}"]
+
+
+@pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="eight processes: make zoo")
+def test_rows_among_eight_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A node's eight: each way of rows beside the undivided model, output and every gradient; two experts on each rank."""
+    for rank, of_rank in enumerate(_found("eight", tmp_path_factory, 400, world=8)):
+        for batch, way in (("own", WAYS["own"]), ("rows", WAYS["rows"])):
+            assert batch in of_rank, of_rank["said"]
+            told = of_rank[batch]
+            assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["same"], told
+            assert told["exchange"] == [f"rank {rank} of 8: {way}"] and not told["gathers weights"]
 
 
 @pytest.mark.skipif("ZOO_ALL" not in os.environ, reason="four stages in processes of their own: make zoo")
@@ -200,6 +218,27 @@ def test_parallelize_refuses_with_a_reason(own: list[dict[str, Any]]) -> None:
     assert "give an example" in told["no example"]
     assert "first.up is shared with another module" in told["tied"]
     assert "with shared_batch=True no row travels" in told["rows of a shared batch"]
+
+
+def test_rows_through_peers_memory_are_the_undivided_model(own: list[dict[str, Any]]) -> None:
+    """Memory that is files: outputs, gradients, the same bits; nothing is done with ranks that are out of step."""
+    for rank, of_rank in enumerate(own):
+        for cell in ("grouped / own", "as written"):
+            told = of_rank[f"peers / {cell}"]
+            assert told["out"] < 2e-6 and told["grad"] < 2e-6 and told["same"] and told["through memory"], told
+        assert of_rank["peers / grouped / own"]["exchange"] == [f"rank {rank} of 2: {WAYS['own']}"]
+        assert all("different numbers of tokens" in told for told in of_rank["peers / uneven"].values()), of_rank["peers / uneven"]
+        told = of_rank["peers / too small"]
+        assert told["off"] < 1e-6 and told["met"] > 0 and "different numbers of tokens" in told["uneven"], told
+
+
+def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
+    """Results are the undivided model's; every rank is told whose block it was; `strict` on another rank raises on both."""
+    for of_rank in own:
+        told = of_rank["parallelize / left on rank 1"]
+        assert told["fused"] == 0 and told["off"] < 2e-6 and "ranks leave a graph as written alike" in told["told"][-1], told
+        assert of_rank["parallelize / strict on rank 0"] == {"raised": "NotFused"}
+    assert "rank 1 fused 0 of this graph's blocks and this rank 1 (made up)" in own[0]["parallelize / left on rank 1"]["told"][-1]
 
 
 def test_other_batches_where_one_was_to_be_shared_raise_on_every_rank(own: list[dict[str, Any]]) -> None:

@@ -1,0 +1,91 @@
+"""Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
+
+torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
+`MOE_COMPILE_PEERS=0` on any rank leaves everything to the collectives of the group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import weakref
+from typing import Any
+
+import torch
+
+from . import agreement
+from .ops import summed
+from .ops.summed import ALIGNED
+
+log = logging.getLogger("moe_compile")
+_met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
+
+
+def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
+    """Whether what the group exchanges goes through peers' memory; every rank calls this, and all are told the same.
+
+    memory: bytes on each rank, where the group has none yet. Words go through the group's store. What one rank lacks, or what fails on it,
+    leaves all of them with collectives.
+    """
+    talk = agreement.join(group) if device_type == "cuda" else None
+    if talk is None:
+        return False
+    if summed.of_group(group.group_name) is not None:
+        return True
+    can = talk.round("peers", {"lacks": lacks(group.group_name), "host": socket.gethostname()}, talk.timeout)
+    why = [word["lacks"] for word in can if word is not None and word["lacks"]]
+    if why or None in can or len({word["host"] for word in can if word is not None}) > 1:
+        log.info("%s exchanges by collectives: %s", group.group_name, why or "several hosts, or a rank that does not answer")
+        return False
+    found, failed = None, ""
+    try:
+        found = _meet(group, talk.timeout, memory)
+    except Exception as e:  # whatever torch, the driver or the cards object to
+        failed = f"{type(e).__name__}: {e}"[:300]
+    met = talk.round("peers met", {"failed": failed}, talk.timeout)
+    if found is None or any(word is None or word["failed"] for word in met):
+        log.info("%s exchanges by collectives: %s", group.group_name, [word and word["failed"] for word in met])
+        return False
+    summed.set_peers(found)
+    return True
+
+
+def lacks(name: str) -> str:
+    """What keeps this process from peers' memory for the group of this name; "" for nothing."""
+    if os.environ.get("MOE_COMPILE_PEERS") == "0":
+        return "MOE_COMPILE_PEERS=0"
+    if name in _met:
+        return "another group of this name has had its memory"
+    if torch.version.hip or not torch.cuda.is_available():
+        return "no CUDA"
+    try:
+        import torch.distributed._symmetric_memory as symm
+
+        torch.ops.symm_mem.one_shot_all_reduce_copy.default  # noqa: B018 (whether it is there)
+        kind = symm.get_backend(torch.device("cuda"))
+    except (ImportError, AttributeError, RuntimeError) as e:
+        return f"torch {torch.__version__} has no symmetric memory here ({type(e).__name__})"
+    return "" if kind in ("CUDA", None) else f"symmetric memory is of kind {kind}"  # None: nobody has chosen, torch does
+
+
+def _meet(group: Any, timeout: float, size: int) -> summed.Peers:
+    """Every rank comes here. Raises where memory cannot be shared, or does not hold what the peers put there."""
+    import torch.distributed._symmetric_memory as symm
+
+    _met.add(group.group_name)
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory = symm.empty(size, dtype=torch.uint8, device=device)
+    handle = symm.rendezvous(memory, group)
+    found = summed.Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), memory, handle, int(timeout * 1000))
+    ones = torch.full((64,), group.rank() + 1.0, device=device)
+    want = group.size() * (group.size() + 1) / 2
+    for how in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT):
+        if not bool((found.sum(ones, how) == want).all()):
+            raise RuntimeError(f"a sum through peers' memory ({how.value}) is wrong")
+    (each,) = found.gather((ALIGNED, ones))
+    if not bool((each.view(group.size(), -1) == torch.arange(1.0, group.size() + 1, device=device)[:, None]).all()):
+        raise RuntimeError("what is read in peers' memory is wrong")
+    if not bool((found.scatter(ALIGNED, each) == group.size() * (group.rank() + 1.0)).all()):
+        raise RuntimeError("sums of what is read in peers' memory are wrong")
+    return found

@@ -1,0 +1,143 @@
+"""Sums through peers' memory (`moe_compile.peers`, `ops.summed`) as far as one process without a GPU can see them.
+
+What crosses cards is checked on cards: benchmarks/two_cards.py, stage "sums".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_compile import agreement, divided, peers
+from moe_compile.ir.operands import Operands
+from moe_compile.ops import peer_rows, summed
+from moe_compile.ops.summed import Sum
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[Any]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "how"),
+    [
+        (1, torch.bfloat16, Sum.ONE_SHOT),
+        (128, torch.bfloat16, Sum.ONE_SHOT),  # 0.5 MiB of rows of 2048
+        (128, torch.float32, Sum.TWO_SHOT),
+        (4096, torch.bfloat16, Sum.TWO_SHOT),
+        (4097, torch.bfloat16, Sum.COLLECTIVE),  # more than the memory holds
+        (1, torch.float16, Sum.COLLECTIVE),  # the kernels know two dtypes
+        (0, torch.bfloat16, Sum.COLLECTIVE),
+    ],
+)
+def test_the_way_follows_from_size_and_dtype(tokens: int, dtype: torch.dtype, how: Sum) -> None:
+    assert summed.way((tokens, 2048), dtype) is how
+    assert summed.way((tokens, 2048 * tokens + 1), dtype) is Sum.COLLECTIVE  # no whole number of vectors
+
+
+class Told:
+    """A group of two whose other rank says what it is told to, on each topic."""
+
+    size, timeout = 2, 1.0
+
+    def __init__(self, **other: Any) -> None:
+        self.other = {"peers": {"lacks": "", "host": "here"}, "peers met": {"failed": ""}} | other
+
+    def round(self, topic: str, word: Any, patience: float) -> list[Any]:
+        return [word, self.other[topic]]
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, group: Any, talk: Told, meet: Any, own: str = "") -> bool:
+    monkeypatch.setattr(agreement, "join", lambda g: talk)
+    monkeypatch.setattr(peers, "_meet", meet)
+    monkeypatch.setattr(peers, "lacks", lambda name: own)
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr(summed, "_peers", {})
+    return peers.join(group, "cuda")
+
+
+def made(group: Any, timeout: float, size: int) -> summed.Peers:
+    return summed.Peers(lambda: group, group.group_name, 0, 2, torch.empty(64, dtype=torch.uint8), None, 1000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("other", "own"),
+    [
+        ({"peers": {"lacks": "MOE_COMPILE_PEERS=0", "host": "here"}}, ""),
+        ({"peers": {"lacks": "", "host": "elsewhere"}}, ""),
+        ({"peers": None}, ""),
+        ({}, "no CUDA"),
+        ({"peers met": {"failed": "RuntimeError: no peer access"}}, ""),
+        ({"peers met": None}, ""),
+    ],
+)
+def test_what_one_rank_lacks_no_rank_has(other: Any, own: str, monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    assert not joined(monkeypatch, group, Told(**other), made, own)
+    assert summed.of_group(group.group_name) is None
+
+
+def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    def failing(group: Any, timeout: float, size: int) -> summed.Peers:
+        raise RuntimeError("no peer access")
+
+    assert not joined(monkeypatch, group, Told(), failing)
+    assert joined(monkeypatch, group, Told(), made)
+    monkeypatch.setattr(peers, "_meet", failing)
+    assert peers.join(group, "cuda") and not peers.join(group, "cpu")
+    monkeypatch.setattr(summed, "_peers", {group.group_name: SimpleNamespace(group=lambda: None)})  # of a group that is gone
+    assert summed.of_group(group.group_name) is None and not summed._peers
+
+
+def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
+    assert peers.lacks("any") == "MOE_COMPILE_PEERS=0"
+    monkeypatch.delenv("MOE_COMPILE_PEERS")
+    monkeypatch.setattr(peers, "_met", {"met"})
+    assert "another group of this name" in peers.lacks("met")
+    if not torch.cuda.is_available():
+        assert peers.lacks("any") == "no CUDA"
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(0, False), (32, True), (48, False), (1 << 27, True), ((1 << 27) + 32, False), (-1, False)])
+def test_rows_that_memory_holds(rows: int, fits: bool, group: Any) -> None:
+    """Those of all ranks, each rank's in whole vectors."""
+    memory = summed.Peers(lambda: group, "", 0, 2, torch.empty(peer_rows.MEMORY, dtype=torch.uint8, device="meta"), None, 1)  # type: ignore[arg-type]
+    assert peer_rows._holds(memory, rows) == fits
+    assert not peer_rows._holds(dataclasses.replace(memory, memory=memory.memory[: summed.ALIGNED]), 32)  # of a group that sums alone
+
+
+def test_the_sum_of_a_group_without_memory_is_an_all_reduce(group: Any) -> None:
+    """A group whose collectives do nothing: value and gradient pass; shape and strides of the fake are those of the op."""
+    x = torch.randn(4, 6, requires_grad=True)
+    out = torch.ops.moe_compile.summed(x.T, group.group_name)
+    out.sum().backward()
+    assert torch.equal(out, x.T) and torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    fake = torch.ops.moe_compile.summed(x.detach().T.to("meta"), group.group_name)
+    assert fake.shape == out.shape and fake.stride() == out.stride()
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+def test_divided_experts_sum_as_agreed(agreed: bool, monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    monkeypatch.setattr(summed, "_peers", {group.group_name: made(group, 1.0, 64)} if agreed else {})
+    monkeypatch.setattr(torch.ops.moe_compile, "experts", lambda x, *rest: x * 2)
+    ids, w = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    plain = [2] * (divided._COUNT + 1)
+
+    def run(x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return divided.divided_experts(x, ids, w, Operands.named().lists(), None, plain, group.group_name, True)
+
+    code = make_fx(run, tracing_mode="fake")(torch.randn(3, 4), ids, w).code
+    assert ("moe_compile.summed" in code, "_c10d_functional.all_reduce" in code) == (agreed, not agreed)
