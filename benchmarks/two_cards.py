@@ -111,6 +111,7 @@ def run(args: argparse.Namespace, name: str, limit: float, turn: str) -> None:
         **os.environ,
         **NO_MULTICAST,
         **SHARED,
+        "MOE_COMPILE_PEERS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(args.cards),

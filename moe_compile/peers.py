@@ -1,7 +1,7 @@
 """Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-`MOE_COMPILE_PEERS=0` on any rank leaves everything to the collectives of the group.
+Only where every rank has `MOE_COMPILE_PEERS=1`: it was never timed on two cards, and what is not measured is no default.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
 
 def lacks(name: str) -> str:
     """What keeps this process from peers' memory for the group of this name; "" for nothing."""
-    if os.environ.get("MOE_COMPILE_PEERS") == "0":
-        return "MOE_COMPILE_PEERS=0"
+    if os.environ.get("MOE_COMPILE_PEERS") != "1":
+        return "no MOE_COMPILE_PEERS=1"
     if name in _met:
         return "another group of this name has had its memory"
     if torch.version.hip or not torch.cuda.is_available():

@@ -74,7 +74,7 @@ def made(group: Any, timeout: float, size: int) -> summed.Peers:
 @pytest.mark.parametrize(
     ("other", "own"),
     [
-        ({"peers": {"lacks": "MOE_COMPILE_PEERS=0", "host": "here"}}, ""),
+        ({"peers": {"lacks": "no MOE_COMPILE_PEERS=1", "host": "here"}}, ""),
         ({"peers": {"lacks": "", "host": "elsewhere"}}, ""),
         ({"peers": None}, ""),
         ({}, "no CUDA"),
@@ -100,9 +100,9 @@ def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
 
 
 def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
-    assert peers.lacks("any") == "MOE_COMPILE_PEERS=0"
-    monkeypatch.delenv("MOE_COMPILE_PEERS")
+    monkeypatch.delenv("MOE_COMPILE_PEERS", raising=False)
+    assert peers.lacks("any") == "no MOE_COMPILE_PEERS=1"
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
     monkeypatch.setattr(peers, "_met", {"met"})
     assert "another group of this name" in peers.lacks("met")
     if not torch.cuda.is_available():
