@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 lean.time_no_guards()
+lean.seed_without_stacks()
 
 collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
 if (
@@ -36,6 +37,10 @@ if (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="one catalogue entry in eight and three zoo models of what is asked for")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lean.log_warnings_only(config)
 
 
 QUICK_MODELS = ("mixtral-default-", "gpt_oss-eager-", "deepseek_v3-batched_mm-")
