@@ -5,6 +5,8 @@ JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 MYPY ?= $(abspath $(BIN))/mypy
+# Bytecode is kept even where the surroundings forbid it: dozens of processes would compile the package, the tests and what pytest rewrites anew
+unexport PYTHONDONTWRITEBYTECODE
 READY := $(VENV)/.ready
 ASCEND := $(abspath $(VENV)-ascend)
 LIBRARIES := $(abspath $(VENV)-libraries)
