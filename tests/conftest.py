@@ -149,6 +149,7 @@ def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    lean.find_builtins_once()
     lean.collect_seldom()
 
 

@@ -3,8 +3,11 @@ touched by it."""
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import logging
+import sys
 import types
 from typing import Any
 
@@ -41,3 +44,23 @@ def log_warnings_only(config: Any) -> None:
     plugin = config.pluginmanager.get_plugin("logging-plugin")
     for handler in (plugin.caplog_handler, plugin.report_handler) if plugin is not None else ():
         handler.setLevel(logging.WARNING)
+
+
+def find_builtins_once() -> None:
+    """Triton's interpreter looks through all that its language has at each launch, and at each call of a function of a kernel: a third of
+    the time of small kernels. What is found there is the same each time; what an outer call has replaced stays as it is, as ever."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_patch_attr"):
+        return
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def builtins_of(part: Any) -> list[tuple[str, Any]]:
+        return [(name, member) for name, member in inspect.getmembers(part) if is_builtin(member)]
+
+    def patch(part: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins_of(part):
+            if getattr(part, name) is member:
+                interpreter._patch_attr(part, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
