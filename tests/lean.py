@@ -41,6 +41,8 @@ def log_warnings_only(config: Any) -> None:
 
     That setting changes the root's level twelve times a test, and each time all loggers forget what they are enabled for.
     """
+    # pytest puts its handlers on loggers that do not propagate. On this one torch takes any for a wish to trace, and prints every graph
+    logging.getLogger("torch.__trace").propagate = True
     plugin = config.pluginmanager.get_plugin("logging-plugin")
     for handler in (plugin.caplog_handler, plugin.report_handler) if plugin is not None else ():
         handler.setLevel(logging.WARNING)
