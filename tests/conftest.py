@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 lean.time_no_guards()
 lean.seed_without_stacks()
+lean.sleep_longer()
 
 collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
 if (
