@@ -24,6 +24,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 lean.time_no_guards()
+lean.seed_without_stacks()
+lean.sleep_longer()
 
 collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
 if (
@@ -36,6 +38,10 @@ if (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="one catalogue entry in eight and three zoo models of what is asked for")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    lean.log_warnings_only(config)
 
 
 QUICK_MODELS = ("mixtral-default-", "gpt_oss-eager-", "deepseek_v3-batched_mm-")
@@ -144,6 +150,7 @@ def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    lean.find_builtins_once()
     lean.collect_seldom()
 
 

@@ -1,15 +1,26 @@
-"""What a process that compiles much can leave: most of Python's collections, and Dynamo's clock. No check is touched by it."""
+"""What a process that compiles much can leave: most of Python's collections, Dynamo's clock, stacks that nobody reads. No check is
+touched by it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import gc
+import inspect
+import logging
+import sys
+import types
+from typing import Any
+
+import torch
 
 
 def collect_seldom() -> None:
     """What is imported stays: the collector need not look at it again and again, which is a quarter of the time of a compilation."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(100_000, 20, 50)
 
 
 def time_no_guards() -> None:
@@ -18,3 +29,51 @@ def time_no_guards() -> None:
 
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *_: 0.0
+
+
+def seed_without_stacks() -> None:
+    """`torch.manual_seed` formats the whole stack three times, once for each kind of device that has not been started."""
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if hasattr(device, "traceback"):
+            device.traceback = types.SimpleNamespace(format_stack=list)
+
+
+def log_warnings_only(config: Any) -> None:
+    """As pytest's `log_level = "WARNING"`: torch's records of its own tracing are not kept for the report of a failure.
+
+    That setting changes the root's level twelve times a test, and each time all loggers forget what they are enabled for.
+    """
+    # pytest puts its handlers on loggers that do not propagate. On this one torch takes any for a wish to trace, and prints every graph
+    logging.getLogger("torch.__trace").propagate = True
+    plugin = config.pluginmanager.get_plugin("logging-plugin")
+    for handler in (plugin.caplog_handler, plugin.report_handler) if plugin is not None else ():
+        handler.setLevel(logging.WARNING)
+
+
+def find_builtins_once() -> None:
+    """Triton's interpreter looks through all that its language has at each launch, and at each call of a function of a kernel: a third of
+    the time of small kernels. What is found there is the same each time; what an outer call has replaced stays as it is, as ever."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_patch_attr"):
+        return
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def builtins_of(part: Any) -> list[tuple[str, Any]]:
+        return [(name, member) for name, member in inspect.getmembers(part) if is_builtin(member)]
+
+    def patch(part: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins_of(part):
+            if getattr(part, name) is member:
+                interpreter._patch_attr(part, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
+def sleep_longer() -> None:
+    """Threads that are started from here on may sleep 2 ms more than they ask for, where the system is Linux (prctl's PR_SET_TIMERSLACK).
+
+    torch_npu has one that polls an empty queue every 2 us. With the 50 us that Linux adds by itself, that is 15 % of the processor time.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(29, ctypes.c_ulong(2_000_000), 0, 0, 0)

@@ -57,6 +57,7 @@ def together() -> None:
 
     torch.set_num_threads(1)
     lean.time_no_guards()
+    lean.seed_without_stacks()
     lean.collect_seldom()
 
 

@@ -73,12 +73,13 @@ def _no_random_numbers() -> Iterator[None]:
         refused = e
     finally:
         used = not all(_same_state(a, b) for a, b in zip(before, states(), strict=True))
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if accelerator is not None:
-            accelerator.set_rng_state(before[2])
-        if numpy is not None:
-            numpy.random.set_state(before[-1])
+        if used:
+            torch.set_rng_state(before[0])
+            random.setstate(before[1])
+            if accelerator is not None:
+                accelerator.set_rng_state(before[2])
+            if numpy is not None:
+                numpy.random.set_state(before[-1])
     if used:
         raise Rejection("it draws random numbers", stage="random")
     if refused is not None:
@@ -88,7 +89,7 @@ def _no_random_numbers() -> Iterator[None]:
 def _same_state(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    if isinstance(a, tuple):
+    if isinstance(a, tuple) and {*map(type, a)} != {int}:  # the 625 words of Python's own are compared at once
         return len(a) == len(b) and all(_same_state(x, y) for x, y in zip(a, b, strict=True))
     if type(a).__name__ == "ndarray":
         return bool((a == b).all())

@@ -6,8 +6,9 @@ against these functions, so an error would have to be made twice to go unseen.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,8 +117,7 @@ def normalised(n: Normaliser, w: list[float]) -> list[float]:
     if n.kind is Norm.NONE:
         return w
     if n.kind is Norm.EXPR:
-        f = sp.lambdify(sp.Symbol("w", real=True), n.expr, [{"SumK": np.sum, "MaxK": np.max, "MinK": np.min}, "numpy"])
-        return [float(v) for v in np.broadcast_to(f(np.array(w)), len(w))]
+        return [float(v) for v in np.broadcast_to(printed_weights(n.expr)(np.array(w)), len(w))]
     reduction = {
         Norm.SUM: lambda: math.fsum(w),
         Norm.MAX: lambda: max(w),
@@ -126,6 +126,12 @@ def normalised(n: Normaliser, w: list[float]) -> list[float]:
     if n.clamp_min:
         reduction = max(reduction, n.clamp_min)
     return [divided(v, reduction + n.eps) for v in w]
+
+
+@functools.cache
+def printed_weights(expr: sp.Expr) -> Callable[[np.ndarray], np.ndarray]:
+    """A normaliser's expression of all of a token's weights as numpy's code."""
+    return sp.lambdify(sp.Symbol("w", real=True), expr, [{"SumK": np.sum, "MaxK": np.max, "MinK": np.min}, "numpy"])
 
 
 def divided(a: float, b: float) -> float:
@@ -140,6 +146,12 @@ def activation(expr: sp.Expr, g: np.ndarray, u: np.ndarray | None) -> np.ndarray
 
 def through_printer(expr: sp.Expr, values: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """An expression of arrays through sympy's own code printer; `mean` and `total` are over all that there is."""
+    return np.broadcast_to(printed(expr, tuple(values), shape)(*values.values()), shape)
+
+
+@functools.cache
+def printed(expr: sp.Expr, names: tuple[str, ...], shape: tuple[int, ...]) -> Callable[..., np.ndarray]:
+    """The expression as numpy's code: a function of the arrays by these names."""
     functions = {
         "mean": lambda v: np.broadcast_to(v, shape).mean(),
         "total": lambda v: np.broadcast_to(v, shape).sum(),
@@ -153,8 +165,7 @@ def through_printer(expr: sp.Expr, values: dict[str, np.ndarray], shape: tuple[i
         "expm1": np.expm1,
         "exp2": np.exp2,
     }
-    f = sp.lambdify([sp.Symbol(name, real=True) for name in values], expr, [functions, "numpy"])
-    return np.broadcast_to(f(*values.values()), shape)
+    return sp.lambdify([sp.Symbol(name, real=True) for name in names], expr, [functions, "numpy"])
 
 
 def chain_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
