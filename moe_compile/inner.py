@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from . import report as reports
+from . import values
 from ._version import __version__
 from .inductor import inductor
 from .lowering.target import Rest, Target
@@ -48,7 +49,10 @@ def _compile(
         if options.inner_options:
             kwargs["options"] = dict(options.inner_options)
     assert callable(compiler)
-    with _cache_tag(target) if _holds_our_ops(gm) else nullcontext():
+    if not _holds_our_ops(gm):
+        return compiler(gm, example_inputs, **kwargs)
+    values.fill(gm.graph)
+    with _cache_tag(target):
         return compiler(gm, example_inputs, **kwargs)
 
 

@@ -87,6 +87,10 @@ def test_emitted(cls: Any) -> None:
     model = build(cls).eval()
     compiled = check(model, model.example_inputs()[0], emitted=True)
     assert compiled.products() == (cls is cases.SharedGatedBefore)
+    methods = [n for g in compiled.graphs for n in g.graph.nodes if n.op == "call_method"]
+    values = [n.args[0].meta.get("example_value") for n in methods]  # AOTAutograd's cache keeps no graph where one is missing
+    assert all(isinstance(v, Tensor) and v.device.type == "cpu" for v in values)
+    assert all(n.meta["example_value"].shape[-1] == H for n in compiled.calls if any(u.op == "call_method" for u in n.users))
 
 
 class UsedTwice(cases._Shared):

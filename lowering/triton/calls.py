@@ -21,7 +21,6 @@ from ..reference import routing
 from ..reference.generic import Layout
 from . import experts as routed
 from . import route as kernels
-from . import router, shared
 from .launch import plans, warm
 from .short import plain
 
@@ -100,6 +99,8 @@ def route_linear(
 
 
 def _route_linear(how: str, tensors: list[Any]) -> tuple[Tensor, Tensor]:
+    from . import router
+
     x, weight, weight_bias, *rest = tensors
     logits = router.product(x, weight, weight_bias, torch.float32 if product_of(plain(how))[1] else x.dtype)
     return _route(how, [logits, *rest], behind=router.fits(x, weight, weight_bias))
@@ -176,6 +177,8 @@ def experts_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Descr
 
 
 def _experts_shared(how: How, tensors: list[Any]) -> Tensor | None:
+    from . import shared
+
     x, ids, weights, add, gate, *flat = tensors
     p, mlp = _bundles(how, flat)
     return shared.experts_shared((x, ids, weights, p, add), layout_of(how.text), (mlp, gate, *plain(how.text)[_LAYOUT:]))
@@ -190,6 +193,8 @@ def experts_stored_shared(x: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -
 
 
 def _experts_stored_shared(how: How, tensors: list[Any]) -> Tensor | None:
+    from . import shared
+
     x, ids, weights, add, gate, *flat = tensors
     it = iter(flat)
     lists = [[next(it) for _ in range(size)] for size in how.sizes]

@@ -13,7 +13,7 @@ from ...ir import Form
 from ...ir.operands import Operands
 from ..reference import generic
 from ..reference.generic import Layout
-from . import activation, decode, decode_columns, gemm, library, tune
+from . import activation, gemm, library, tune
 from .call import Call, Late, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -85,6 +85,8 @@ def _few_tokens(c: Call, out: Tensor, up: Vector, down: Vector) -> Tensor:
 
 def few_up(c: Call, a: Tensor, tile: Vector) -> None:
     """a [T·k, I] = act(up x), a program per pair and block of columns."""
+    from . import decode, decode_columns
+
     if not c.up.out_in:
         decode_columns.up(c, a)
         return
@@ -104,6 +106,8 @@ def few_up(c: Call, a: Tensor, tile: Vector) -> None:
 
 def few_down(c: Call, a: Tensor, add: Tensor | None, out: Tensor, tile: Vector, early: bool) -> None:
     """out [T, H] = add + Σ_j w down a, in the dtype of `out`. `early`: may start while the kernel before it still runs."""
+    from . import decode, decode_columns
+
     if not c.down.out_in:
         decode_columns.down(c, a, add, out, early)
         return

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,12 +28,14 @@ from ...ir.records import Storage
 from ..reference.generic import Layout
 from . import tune
 from .call import Call, Late, read
-from .decode_shared import Shared, few_together, fits
 from .experts import few_down, few_up, forward
 from .host import cdiv, power_of_2
 from .launch.tape import Beside, empty, fill, launch, product
 from .pointwise import activate
 from .tune import Vector
+
+if TYPE_CHECKING:
+    from .decode_shared import Shared
 
 _MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
 
@@ -178,11 +180,15 @@ def _in_workspace(routed: Sequence[Any], layout: Layout, storage: Storage, add: 
 
 
 def _shared(branch: Few) -> Shared:
+    from .decode_shared import Shared
+
     return Shared(branch.call, branch.call.weights if branch.gated else None)
 
 
 def _together(routed: Sequence[Any], layout: Layout, branch: Few) -> Tensor | None:
     """Both in the few-token kernels; None where the routed experts take others."""
+    from .decode_shared import few_together, fits
+
     call = read(*routed, layout)
     if call is None or call.slots == 0:
         return None

@@ -220,7 +220,7 @@ def normaliser(value: sp.Expr, red: Reductions) -> tuple[Normaliser | None, floa
         (z,) = zs
         kind = _norm_kind(red.by_symbol[z])
         if kind is not None:
-            found = _guarded(sp.simplify(below), z, *kind)
+            found = _guarded(below, z, *kind) or _guarded(sp.simplify(below), z, *kind)  # what makes it simple takes long to import
             if found is not None:
                 return found
     return Normaliser(Norm.EXPR, expr=_as_ir(value, red)), 1.0
@@ -249,8 +249,11 @@ def _guarded(below: sp.Expr, z: sp.Symbol, kind: Norm, p: float) -> tuple[Normal
                 return Normaliser(kind, clamp_min=float(lo), p=p), float(1 / k)
         return None
     slope = sp.cancel(sp.diff(below, z) / sp.diff(d, z))
-    rest = sp.cancel(sp.simplify(below - slope * d)) if slope.is_number else None
-    if rest is None or not rest.is_number:
+    if not slope.is_number:
+        return None
+    rest = sp.cancel(below - slope * d)
+    rest = rest if rest.is_number else sp.cancel(sp.simplify(below - slope * d))
+    if not rest.is_number:
         return None
     return Normaliser(kind, eps=float(rest / slope), p=p), float(1 / slope)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -507,3 +509,24 @@ def test_whoever_makes_the_plan_waits(card: Driver) -> None:
     threading.Timer(0.2, pending.set_result, (None,)).start()
     right(t)
     assert done and card.seen
+
+
+class _Kernel:
+    """A compiled kernel of which Triton would have to build a launcher."""
+
+    name, kernel, function = "grouped", b"cubin", None
+    metadata = SimpleNamespace(shared=1024, num_warps=4)
+
+    @property
+    def run(self) -> None:
+        self.function = 2
+
+
+@pytest.mark.parametrize("most, threads, handle", [(2048, 1024, 7), (512, 1024, 2), (2048, 64, 2)])
+def test_a_kernel_is_loaded_without_a_launcher_unless_it_does_not_fit(monkeypatch: Any, most: int, threads: int, handle: int) -> None:
+    utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": most}, load_binary=lambda *a: (1, 7, 0, 0, threads))
+    active = SimpleNamespace(get_current_device=lambda: 0, utils=utils)
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "driver", SimpleNamespace(active=active))
+    kernel = _Kernel()
+    assert packing._loaded(kernel) == packing._loaded(kernel) == handle
+    assert (kernel.function is None) == (handle == 7)

@@ -18,8 +18,8 @@ from calls import DEVICE, DTYPES, FACTORS, ON_GPU, TOLERANCE, cover, norm_error,
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import calls as kernels
+from moe_compile.lowering.triton import decode_shared, short
 from moe_compile.lowering.triton import shared as beside
-from moe_compile.lowering.triton import short
 from moe_compile.lowering.triton.launch import tape
 
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="streams of a GPU")
@@ -78,8 +78,8 @@ def test_values(row: dict[str, Any], tokens: int, dtype: torch.dtype) -> None:
 def test_one_pair_of_kernels(form: ir.Form, extra: dict[str, Any], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tokens: the shared expert, wider or narrower, in the kernels of the routed ones."""
     seen: list[int] = []
-    few = beside.few_together
-    monkeypatch.setattr(beside, "few_together", lambda c, *rest: (seen.append(c.slots), few(c, *rest))[1])
+    few = decode_shared.few_together
+    monkeypatch.setattr(decode_shared, "few_together", lambda c, *rest: (seen.append(c.slots), few(c, *rest))[1])
     args, want = shared_call(2, torch.float32, form, width=width, **extra)
     assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[torch.float32]
     assert seen == [4]
@@ -88,7 +88,7 @@ def test_one_pair_of_kernels(form: ir.Form, extra: dict[str, Any], width: int, m
 @pytest.mark.parametrize("shared", [{"form": ir.Form.SINGLE}, {"up_bias": True}, {"up_transposed": True}], ids=str)
 def test_other_kinds_go_to_the_side(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another activation, a bias before it, another orientation: two kernels of its own."""
-    monkeypatch.setattr(beside, "few_together", None)
+    monkeypatch.setattr(decode_shared, "few_together", None)
     args, want = shared_call(1, torch.float32, **shared)
     assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[torch.float32]
 

@@ -68,9 +68,33 @@ def pack(step: Launch, driver: Driver) -> Packed:
         raise NotRecorded("a launch in clusters, of a cooperative grid, or with scratch memory")
     values = tuple(_values(step, kernel, driver))
     check(kernel.asm["ptx"], values)
-    _ = kernel.run  # loads it
     made = config(step.grid, 32 * about.num_warps, about.shared, bool(about.launch_pdl))
-    return Packed(kernel.function, made, values)
+    return Packed(_loaded(kernel), made, values)
+
+
+def _loaded(kernel: Any) -> Any:
+    """The handle of a compiled kernel on the current device.
+
+    Triton would have a C compiler build a launcher for it first, 0.3 s a kernel, which a plan has no use for. It loads a kernel that
+    somebody has asked it to tell of, and one that the card has too little for, of which it says what.
+    """
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if kernel in _loaded_here:
+        return _loaded_here[kernel]
+    hooks = (knobs.runtime.kernel_load_start_hook, knobs.runtime.kernel_load_end_hook)
+    told = any(h is not None and getattr(h, "calls", True) for h in hooks)
+    about, device, utils = kernel.metadata, driver.active.get_current_device(), driver.active.utils
+    if kernel.function is None and not told and about.shared <= utils.get_device_properties(device)["max_shared_mem"]:
+        _, function, _, _, threads = utils.load_binary(kernel.name, kernel.kernel, about.shared, device)
+        if 32 * about.num_warps <= threads:
+            return _loaded_here.setdefault(kernel, function)
+    _ = kernel.run
+    return kernel.function
+
+
+_loaded_here: dict[Any, Any] = {}  # kernels are a device's own, and Triton keeps them for good
 
 
 def _values(step: Launch, kernel: Any, driver: Driver) -> list[Value]:
