@@ -353,6 +353,19 @@ class OneMaskOfTwo(OneAfterAnother):
         return out
 
 
+class EachSlot(Odd):
+    """A loop over tokens and slots that reads each id."""
+
+    code, says, at = "record", ("by numbers that were read back: loop over the experts, and pick the rows of each",), "for t in range"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = []
+        for t in range(x.shape[0]):
+            out.append(sum(self.expert(int(ids[t, j]), x[t : t + 1]) * w[t, j] for j in range(K)))
+        return torch.cat(out)
+
+
 class Capacity(Hit):
     """An expert takes two rows and drops the others."""
 
