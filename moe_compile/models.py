@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from . import lowering, passes
 from .errors import NotFused, OptionError
@@ -66,18 +67,37 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[None]:
-    """A model is called: what it raises itself is an error of usage, told with the last line that is not torch's or ours."""
+    """A model is called: what it raises itself is an error of usage, told with the last line that is not torch's or ours.
+
+    What fails in this package, or in the compiler behind it, is no affair of the model's: RuntimeError, which no command takes for an
+    error of usage, with both tracebacks.
+    """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # pages of it, beside what it raises
     try:
         yield
     except (NotFused, OptionError):
         raise
     except Exception as e:
+        if _is_ours(e):
+            raise RuntimeError(
+                f"{name} could not be compiled, by a fault of the compiler's and none of the model's: please report this"
+            ) from e
         own = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_not_own())]
         at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
         cause = re.search(r"got (\w+\(.*\))$", without_hints(e), re.M)  # what Dynamo met while it ran the model on shapes
         said = cause[1] if cause else without_hints(e).partition("\n\n")[0]
         raise ValueError(f"{name} raises {type(e).__name__}{at}: {said}") from e
+
+
+def _is_ours(e: BaseException) -> bool:
+    """Whether an error comes from where a graph is compiled, or was raised by a line of this package."""
+    seen: list[BaseException] = []
+    while e not in seen:
+        seen.append(e)
+        e = e.__cause__ or e
+    last = traceback.extract_tb(e.__traceback__)[-1:]
+    ours = tuple(f for f in _not_own() if not f.startswith((str(Path(torch.__file__).parent), str(contextlib.__file__))))
+    return any(isinstance(x, BackendCompilerFailed) for x in seen) or any(f.filename.startswith(ours) for f in last)
 
 
 def _not_own() -> tuple[str, ...]:

@@ -434,6 +434,26 @@ def test_rows_of_zeros_stacked_behind() -> None:
     assert counter.ops == 1 and len(counter.graphs) == 1
 
 
+class InPython(nn.Module):
+    """What calls the block cannot be traced: the block is a frame of its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            x = self.block(x)
+        return x
+
+
+def test_a_whole_block_in_a_frame_of_its_own_is_tried_again() -> None:
+    m, counter, x = InPython(Padded(torch.vstack)), Counter(), torch.randn(12, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1
+
+
 def test_rows_stacked_in_front_are_not_dropped() -> None:
     """A near miss: every row is another one's."""
     m, counter, x = Padded(lambda parts: torch.vstack([parts[0][1:], parts[1], parts[0][:1]])), Counter(), torch.randn(12, H)

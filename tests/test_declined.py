@@ -19,6 +19,7 @@ import moe_compile
 from moe_compile.ir import Rejection
 from moe_compile.loops.rows import Listener
 from moe_compile.passes.aten.sources import code_of
+from moe_compile.passes.aten.spelled import spell
 from moe_compile.passes.recover.odd import _odd
 from moe_compile.report import Report, _current_call, collecting
 
@@ -247,6 +248,52 @@ class MeanOfRows(Hit):
         return super().expert(e, x + x.mean(0, keepdim=True))
 
 
+class Statistics(Hit):
+    """A BatchNorm inside an expert, in training."""
+
+    training_mode, code = True, "effects"
+    says, at = ("(the statistics of a BatchNorm, norm, over the rows that its expert got; a LayerNorm or RMSNorm",), "in ids.unique()"
+
+    def make(self) -> None:
+        self.norm = nn.BatchNorm1d(H)
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, self.norm(x))
+
+
+class Elu(Odd):
+    """An activation that no kernel has."""
+
+    code, says, at = "inside", ("stands inside the expert: elu is no activation that fused experts have",), "F.elu"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        return F.elu(F.linear(x, self.up[e]))[:, :I]
+
+
+class Limited(Odd):
+    """relu6 where gradients are wanted: at its limits they are not clamp's."""
+
+    training_mode, grad, code = True, True, "experts"
+    says, at = ("no activation is known that uses relu6, hardswish, hardsigmoid or hardtanh, whose gradient at a limit",), "index_add_"
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        return F.relu6(F.linear(x, self.up[e]))[:, :I]
+
+
+class OneExpert(Odd):
+    """A block of one expert."""
+
+    code, says, at = "unlike", ("there is one expert only, which every token gets: a plain MLP",), "index_add_"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x)[:, :1].softmax(-1).topk(1, dim=-1)
+        out = torch.zeros_like(x)
+        for e in range(1):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
 class OneIsDifferent(Odd):
     """Expert 1 has another activation."""
 
@@ -271,6 +318,52 @@ class Forgotten(Odd):
 
 
 # ---- the routing -----------------------------------------------------------------------------------------------------------
+
+
+class OneAfterAnother(Odd):
+    """An argmax, and another one of what is left: each expert takes the rows of both. (`ArgmaxTwice` below is the near miss.)"""
+
+    code, says, at = "in turn", ("the best of what is left each time (2 times)", "torch.topk(scores, 2)"), "argmax"
+
+    def choices(self, p: Tensor) -> list[Tensor]:
+        first = p.argmax(-1)
+        return [first, p.scatter(1, first[:, None], -1.0).argmax(-1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        out, both = torch.zeros_like(x), self.choices(p)
+        for e in range(E):
+            for chosen in both:
+                t = torch.where(chosen == e)[0]
+                out.index_add_(0, t, self.expert(e, x[t]) * p[t, e, None])
+        return out
+
+
+class OneMaskOfTwo(OneAfterAnother):
+    """The same with one mask of both choices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        first, second = self.choices(p)
+        hit = F.one_hot(first, E) + F.one_hot(second, E)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t = torch.where(hit[:, e] > 0)[0]
+            out[t] += self.expert(e, x[t]) * p[t, e, None]
+        return out
+
+
+class EachSlot(Odd):
+    """A loop over tokens and slots that reads each id."""
+
+    code, says, at = "record", ("by numbers that were read back: loop over the experts, and pick the rows of each",), "for t in range"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        out = []
+        for t in range(x.shape[0]):
+            out.append(sum(self.expert(int(ids[t, j]), x[t : t + 1]) * w[t, j] for j in range(K)))
+        return torch.cat(out)
 
 
 class Capacity(Hit):
@@ -532,6 +625,45 @@ def test_the_reason_is_the_authors(cls: type[Odd]) -> None:
     assert all(words in r.reason for words in cls.says), r.reason
     assert not any(word in r.reason for word in INTERNAL), r.reason
     assert r.code == cls.code
+
+
+class ArgmaxTwice(OneAfterAnother):
+    """Both choices as the columns of one tensor of ids: fused, with the routing as written."""
+
+    says = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        ids = torch.stack(self.choices(p), -1)
+        return self.loop(x, ids, p.gather(1, ids))
+
+
+@torch.no_grad()
+def test_two_choices_in_one_tensor_of_ids_are_fused() -> None:
+    assert len(told(ArgmaxTwice()).blocks) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_softmin_is_written_out_bit_by_bit() -> None:
+    class Softmin(Odd):
+        def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            w, ids = F.softmin(self.gate(x), -1).topk(K, dim=-1)
+            return w, ids
+
+    m, x = Softmin(), torch.randn(T, H)
+    report = told(m)
+    assert len(report.blocks) == 1 and report.blocks[0].formula == "w = softmax(l)[top2]"
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(m, backend="moe_fused", options={"inner": "eager"})(x), m(x))
+    for given in ((1,), (-1, 3, torch.float64), (None,)):  # `dim`, then what torch calls `_stacklevel`, and `dtype`
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(F.softmin, (graph.placeholder("x"), *given)))
+        for n in graph.nodes:
+            n.meta["example_value"] = x
+        gm = torch.fx.GraphModule(nn.Module(), graph)
+        spell(gm)
+        gm.recompile()
+        assert ("functional.softmin" in gm.code) == (given == (None,)) and torch.equal(gm(x), F.softmin(x, *given))
 
 
 class ScaledByAnother(Hit):

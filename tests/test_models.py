@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from moe_compile.__main__ import main
+from moe_compile.models import running
+from moe_compile.trace_text import check_stage
 
 BLOCK = """
 import torch, torch.nn.functional as F
@@ -91,3 +93,20 @@ def test_bench(mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "median ms" in out and "moe_fused" in out and "1 MoE block fused" in out and (tmp_path / "b.svg").stat().st_size
     assert main([*command, "--sides", "eager,fast"]) == 2
     assert "allowed: eager, inductor, moe_fused" in capsys.readouterr().err
+
+
+def test_what_fails_in_the_compiler_is_no_fault_of_the_models() -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"mine\.py:Block could not be compiled, by a fault of the compiler's") as seen,
+        running("mine.py:Block"),
+    ):
+        check_stage("no such pass", "--stage")
+    assert isinstance(seen.value.__cause__, ValueError)
+
+    def broken(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise KeyError("internal")
+
+    with pytest.raises(RuntimeError, match="fault of the compiler's"), running("mine.py:Block"):
+        torch.compile(torch.sin, backend=broken)(torch.ones(2))
+    with pytest.raises(ValueError, match=r"mine raises ValueError at .*test_models.py:\d+: of the model"), running("mine"):
+        raise ValueError("of the model")

@@ -22,7 +22,7 @@ from ..ir import Rejection
 from ..passes.aten.sharded import is_sharded
 from ..passes.recover.rows import NO_EXPERTS
 from ..passes.terms.budget import TOO_MANY
-from . import flags
+from . import declined, flags
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .lines import span
@@ -112,7 +112,7 @@ def instead(tx: Any, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[A
         return None
     flags.tried(fn.__code__)
     try:
-        reading = _read(tx, call, arguments)
+        reading = _read(tx, func, call, arguments)
         return None if reading is None else _captured(tx, func, call, arguments, reading)
     except Rejection as r:
         _leave(Rejection(r.reason, None, r.stage, r.source or call.source, code=r.code), call)
@@ -126,7 +126,7 @@ def _leave(r: Rejection, call: Call) -> None:
     _note(r, call)
 
 
-def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
+def _read(tx: Any, func: Any, call: Call, arguments: Arguments) -> Reading | None:
     """The reading of a call; None if it is no expert loop. Raises `Rejection` if it is one that stays as written."""
     code = call.fn.__code__
     wrong = effect(code) or arguments.unread
@@ -144,6 +144,7 @@ def _read(tx: Any, call: Call, arguments: Arguments) -> Reading | None:
         if _is_of_experts(trial.outcome, call):  # a block read around them would be left for it too
             for around in _frames(tx):
                 flags.tried(around)
+        declined.note(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments)), trial.reads, trial.outcome)
         _leave(trial.outcome, call)
         return None
     refuse_modes(tx)

@@ -29,7 +29,7 @@ _OF_DATA = {"bincount", "grouped_mm", "_grouped_mm"}  # what counts ids, and pro
 _TOLD = {"find", "lower", "internal"}  # what reading by example would not change: these stages, and what is said of the maths
 # words of errors that sizes without a value cause, the last ones where an op takes no such number
 _UNKNOWN = ("data-dependent", "data dependent", "unbacked", "Unbacked", "SymInt", "SymFloat", "SymBool")
-MATHS = {"inside", "unlike", "capacity", "expert choice", "dense", "soft", "subclass"}
+MATHS = {"inside", "unlike", "capacity", "expert choice", "dense", "soft", "subclass", "in turn"}
 _now = threading.local()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import capture, flags, lines, outermost
+from . import capture, declined, flags, lines, outermost
 from .looks import asks, is_candidate
 from .sealed_code import is_set
 
@@ -48,7 +48,7 @@ def enabled() -> bool:
 
 def install() -> None:
     """Install all hooks, once per process; they do nothing until a graph is traced for this backend."""
-    for hook in (_hook_inlining, _hook_root, _hook_flags, _hook_lines, _hook_writes):
+    for hook in (_hook_inlining, _hook_start, _hook_root, _hook_flags, _hook_lines, _hook_writes):
         try:
             hook()
         except (ImportError, AttributeError, TypeError) as e:
@@ -100,6 +100,25 @@ def _hook_inlining() -> None:
         return original(*head, parent, func, args, kwargs, *rest, **kw)
 
     Inliner.inline_call = type(own)(inline_call)
+
+
+@functools.cache
+def _hook_start() -> None:
+    """Guard on what was declined in a frame at the start of each attempt at it: the later ones stop before they come to it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    original = InstructionTranslator.run
+
+    @functools.wraps(original)
+    def run(self: Any) -> Any:
+        try:
+            if enabled() and for_us(self.output.compiler_fn):
+                declined.again(self)
+        except Exception as e:
+            log.debug("capture: no guards on what was declined: %s: %s", type(e).__name__, e)
+        return original(self)
+
+    InstructionTranslator.run = run  # type: ignore[method-assign]
 
 
 @functools.cache
@@ -167,7 +186,7 @@ def _hook_flags() -> None:
                 return original(*args, **kwargs)
         capture.met(given["code"], given.get("globals") or {}, _values(given))
         try:
-            with lines.kept():
+            with lines.kept(), declined.frame(given["code"]):
                 way = original if _on_already(given) or not _wants(given) else functools.partial(retried, given)
                 return outermost.whole(original, signature, given) or way(*args, **kwargs)
         except Exception as e:

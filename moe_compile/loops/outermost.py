@@ -31,13 +31,17 @@ def whole(compile_frame: Callable[..., Any], signature: inspect.Signature, given
     if other is None:
         return None
     bound = inspect.BoundArguments(signature, OrderedDict(other))
-    try:
-        with flags.on():
-            found = compile_frame(*bound.args, **bound.kwargs)
-        return None if getattr(found, "guarded_code", found) is None else found  # skipped: what it calls need not be
-    except Exception as e:
-        log.info("capture: a frame is compiled as it is, for it cannot be as a whole: %s", e)
-        return None
+    outer = functools.cache(lambda: flags.whole_blocks((given.get("locals") or {}).values()))
+    for last in (False, True):
+        try:
+            with flags.on(outer, last) as tried:
+                found = compile_frame(*bound.args, **bound.kwargs)
+            return None if getattr(found, "guarded_code", found) is None else found  # skipped: what it calls need not be
+        except Exception as e:
+            log.info("capture: a frame cannot be compiled as a whole: %s", e)
+            if not flags.from_data_dependence(e) or not outer() - tried:
+                break
+    return None
 
 
 def in_place_of(given: Mapping[str, Any]) -> dict[str, Any] | None:

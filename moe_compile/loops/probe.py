@@ -118,8 +118,9 @@ class Probe(Sealed):
             if next(module.parameters(), next(module.buffers(), None)) is not None or module._modules:
                 raise Rejection(f"{path} and {known} are one module", stage="shared")
             return
-        if path and any(getattr(module, h, None) for h in HOOKS):
-            raise Rejection(f"module {path} has hooks", stage="hooks")
+        kinds = [h.strip("_").removesuffix("s").replace("_", " ") for h in HOOKS if path and getattr(module, h, None)]
+        if kinds:
+            raise Rejection(f"module {path} has hooks: a {' and a '.join(kinds)}, which would not run in the fused block", stage="hooks")
         cls, place = before_sharding(type(module)), _place(path)
         new_cls = self.code.watched(cls) if is_library(home(cls)) and not why_not(cls, "") else self.copy(cls, place.type())
         if type(new_cls) is Forbidden:

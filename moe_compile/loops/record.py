@@ -96,8 +96,16 @@ def _traced(fn: Callable[..., Any], arguments: Mapping[str, Any], flat: list[Ten
     probe.check()
     written = [name for name, t, v in zip((*given, *probe.tensors), flat, versions, strict=True) if t._version != v]
     if written:
-        raise Rejection(f"it writes to its inputs or parameters: {', '.join(written[:3])}", stage="effects")
+        raise Rejection(f"it writes to its inputs or parameters: {', '.join(written[:3])}{_statistics(written[0])}", stage="effects")
     return traced, results[0]
+
+
+def _statistics(path: str) -> str:
+    """What is added where the first that is written is what a BatchNorm keeps."""
+    norm, _, name = path.rpartition(".")
+    if name not in ("num_batches_tracked", "running_mean", "running_var"):
+        return ""
+    return f" (the statistics of a BatchNorm, {norm}, over the rows that its expert got; a LayerNorm or RMSNorm is of one row, and is read)"
 
 
 def record_symbolically(

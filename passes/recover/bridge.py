@@ -10,6 +10,12 @@ from ...ir import scalar
 from ..terms import Term
 
 
+def _said(name: str) -> str:
+    """A function with limits that has no row where gradients are wanted, as users call it."""
+    name = "relu6, hardswish, hardsigmoid or hardtanh" if name == "hardtanh" else name
+    return f"{name}, whose gradient at a limit is none of clamp's: without gradients, or written with clamp, it is read"
+
+
 class Bridge:
     """`leaf(x)`: the expression of a term that is no arithmetic. `failure(x)`: the exception for a function that has no row."""
 
@@ -37,5 +43,5 @@ class Bridge:
             try:
                 return self.function(x.args[0], go(x.args[1][0]), x.args[2])
             except KeyError:
-                raise self.failure(f"{x.args[0]}, whose gradient at a limit is none of clamp's" if x.args[2] else x.args[0]) from None
+                raise self.failure(_said(x.args[0]) if x.args[2] else x.args[0]) from None
         return self.leaf(x)

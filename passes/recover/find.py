@@ -34,6 +34,7 @@ from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .soft import soft_mixtures
 from .static_rows import is_own_number
+from .successive import successive
 from .writes import harmless
 
 FIND = "find"
@@ -145,6 +146,8 @@ class Finder:
         """The most telling of the reasons: tokens are dropped, or one from a place where experts were seen."""
         if (by_name := named(source)) is not None:
             return by_name
+        if (chain := successive(source)) is not None:
+            return chain
         tried = list(tried)
         looked_for = None if tried else COMBINED  # a selection of keys in attention, with a norm or softmax behind it, is tried nowhere
         if (odd := between(source, self.walls, looked_for)) is not None:

@@ -22,6 +22,7 @@ from .counted import indices
 from .fused import is_fused
 from .match import ExpertsMatch
 from .rows import MIXED
+from .successive import successive
 
 INSIDE = "inside the expert"
 _NORMS = frozenset("group_norm native_group_norm batch_norm native_batch_norm instance_norm".split())  # over more than a row's features
@@ -45,7 +46,9 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code="opaque" if n in walls else "elsewhere" if is_collective(n) else "inside")
+            return Rejection(
+                what, n, "experts", code="opaque" if n in walls or _is_custom(n) else "elsewhere" if is_collective(n) else "inside"
+            )
     return None
 
 
@@ -60,6 +63,8 @@ def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
     if r.stage not in ("region", "record", "rewrite", "recover", "validate"):
         return r
     for choice in {x.args[0]: None for x in T.walk(m.ids) if x.op == "topk"}:
+        if (chain := successive(choice)) is not None:
+            return chain
         if (odd := between(choice, walls)) is not None:
             return odd
     return r
@@ -127,8 +132,27 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
             return MIXED
         return f"the outputs of a token's experts are combined by their {COMBINED[name]}, not by a weighted sum"
     if n.op == "call_function" and name and name not in RULES and name not in TUPLES and name not in names.SIZE and name != "getitem":
-        return f"`{code_of(n) or name}` stands {INSIDE}: {name} is no operation that experts are read through"
+        return f"`{code_of(n) or name}` stands {INSIDE}: {_unknown(n, name)}"
     return None
+
+
+def _unknown(n: fx.Node, name: str) -> str:
+    """Why experts are not read through an operation that is not known."""
+    if name in _NORMS:
+        return f"{name} is not read, in evaluation neither: its statistics are constants there, which the weights around it can take in"
+    if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace != "aten":
+        return f"what a custom op ({n.target.namespace}::{name}) computes is told by nothing but its name"
+    if len(n.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(n.target, "tags", ()):
+        return f"{name} is no activation that fused experts have: SiLU, GELU, ReLU and what exp, tanh, sigmoid and clamp make are"
+    return f"{name} is no operation that experts are read through"
+
+
+def _is_custom(n: fx.Node) -> bool:
+    return (
+        isinstance(n.target, torch._ops.OpOverload)
+        and n.target.namespace not in ("aten", "prim", "moe_compile")
+        and _odd(n, set()) is not None
+    )
 
 
 def _active(n: fx.Node) -> bool:

@@ -101,7 +101,7 @@ def unify(copies: dict[int, Term], expert: Term) -> Term | str:
     ids = sorted(copies)
     first = copies[ids[0]]
     if len(ids) == 1:
-        return "only one expert is present"
+        return "there is one expert only, which every token gets: a plain MLP, in which nothing is chosen"
     aligned: dict[int, Pair] = {}
     for e in ids:
         found: Pair = {}
