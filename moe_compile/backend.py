@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import RestartAnalysis
 
-from . import agreement, artifact, batches, buckets, divided, lowering
+from . import agreement, artifact, batches, buckets, divided, lowering, versions
 from . import report as reports
 from .alike import Verdict, among_ranks
 from .errors import NotFused, OptionError
@@ -108,7 +108,8 @@ def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], 
 
 
 def _reset() -> None:
-    """torch._dynamo.reset() calls this; CUDA graphs of the inner compiler must go then."""
+    """torch._dynamo.reset() calls this; CUDA graphs of the inner compiler must go then, and what is told of dropped code."""
+    versions.forget()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None:
         trees.reset_cudagraph_trees()

@@ -19,6 +19,7 @@ from torch import nn
 from .findings import GraphBreak
 from .ir import Rejection
 from .reported import Report, graph_break_of, skipped_frame
+from .versions import Versions, modules_traced
 
 
 class _SkippedFrames:
@@ -65,11 +66,11 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """What one thread is compiling: the call under way, its report, and the id of its root graph if that is whole."""
+    """What one thread is compiling: the call under way, its report, and its root if that is one graph: the frame's id and whose it is."""
 
     report: Report | None = None
     call: object = None
-    root: tuple[Any, int] | None = None
+    root: tuple[Any, frozenset[int]] | None = None
     collecting: Report | None = None
     part: Report | None = None
 
@@ -82,9 +83,9 @@ class _Store:
         self.last: Report | None = None
         self.skipped = _SkippedFrames()
         self.mine = _Thread()
-        # model -> what came of each frame of its code the last time that it was compiled
-        self.models: weakref.WeakKeyDictionary[Any, dict[Any, Report]] = weakref.WeakKeyDictionary()
-        self.kinds: weakref.WeakKeyDictionary[type, dict[Any, Report]] = weakref.WeakKeyDictionary()  # the same by a module's class
+        # model -> what came of each frame of its code, in the versions that it was compiled in
+        self.models: weakref.WeakKeyDictionary[Any, dict[Any, Versions]] = weakref.WeakKeyDictionary()
+        self.kinds: weakref.WeakKeyDictionary[type, dict[Any, Versions]] = weakref.WeakKeyDictionary()  # the same by a module's class
 
     def report_for(self, gm: torch.fx.GraphModule | None) -> Report:
         """The report that a graph (or a frame that gave none) belongs to; a new one if it starts a compilation."""
@@ -94,23 +95,25 @@ class _Store:
             mine.report = mine.collecting
         elif mine.report is None or mark is None or mark is not mine.call or self._restarts(compile_id):
             mine.report = Report()
-            mine.root = compile_id if gm is not None and graph_break_of(gm) is None else None
+            whole = compile_id is not None and gm is not None and graph_break_of(gm) is None
+            mine.root = (compile_id[0], modules_traced()) if compile_id is not None and whole else None
         mine.call, self.last = mark, mine.report
         return mine.report
 
     def _restarts(self, compile_id: tuple[Any, int] | None) -> bool:
-        """A whole-model graph that is compiled again (other shapes, after a reset) starts a new compilation."""
+        """A whole-model graph that is compiled again (other shapes, after a reset) starts a new compilation; another layer's version of
+        the same code does not."""
         root = self.mine.root
-        return compile_id is not None and root is not None and compile_id[0] == root[0]
+        return compile_id is not None and root is not None and (compile_id[0], modules_traced()) == root
 
     def keep(self, part: Report) -> None:
-        """Note a part among those of the model that is being called: what is compiled anew takes the place of what was."""
+        """Note a part among those of the model that is being called, beside the other versions of the same code."""
         call, compile_id = _current_call(), _compile_id()
         if call is None or call.owner is None:
             return
         with self.lock:
             parts = self.models.setdefault(call.owner, {})
-            parts[compile_id[0] if compile_id is not None else None] = part
+            parts.setdefault(compile_id[0] if compile_id is not None else None, Versions()).add(part)
             self.kinds[type(call.owner)] = parts
 
     def of(self, model: Any) -> Report | None:
@@ -120,7 +123,7 @@ class _Store:
         compiled = {id(getattr(o, "_orig_mod", None)) for o in owners} | {id(o) for o in owners if getattr(o, "_compiled_call_impl", None)}
         with self.lock:
             found = [self.models.get(o) or (self.kinds.get(type(o)) if id(o) in compiled else None) or {} for o in owners]
-            parts = [p for f in found for p in f.values()]
+            parts = [p for f in found for versions in f.values() for p in versions.told()]
         if not parts:
             return None
         report = Report()
@@ -234,8 +237,9 @@ def explaining() -> bool:
 def last_report(model: Callable[..., Any] | None = None) -> Report | None:
     """The report of the most recent compilation in this process; None before the first.
 
-    model: everything that was compiled of this module or function and of its parts, each piece of code as it was compiled last. That is
-    what tells of regional compilation, of a model that was cut into many graphs, or of several models. None if nothing was.
+    model: everything that was compiled of this module or function and of its parts, each piece of code in all the versions that differ in
+    what they fuse or leave. That is what tells of regional compilation, of a model that was cut into many graphs, or of several models.
+    None if nothing was.
     """
     return _store.last if model is None else _store.of(_owner(original(model)))
 

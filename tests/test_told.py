@@ -8,6 +8,7 @@ from typing import Any
 
 import catalogue
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 from catalogue.base import RENORM, SWIGLU_EXPERTS, Case, E, Fused, K
@@ -109,6 +110,43 @@ def test_a_frame_that_dynamo_gave_up_is_told(train: bool) -> None:
     torch.compile(model.gate, backend="moe_fused", options={"inner": "eager"})(x)
     after = moe_compile.last_report()
     assert after is not None and after.graph_count == 1 and not after.graph_breaks, str(after)
+
+
+class Layer(small.Block):
+    """A frame of its own, whose experts' outputs are added up or, in a `bad` one, combined by their maximum."""
+
+    def __init__(self, bad: bool) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        w, ids = self.route(x)
+        y = torch.einsum("tki,tkhi->tkh", F.silu(torch.einsum("th,tkih->tki", x, self.up[ids])), self.down[ids]) * w[..., None]
+        return y.amax(1) if self.bad else y.sum(1)
+
+
+@pytest.mark.parametrize("bad", [(False, True, False), (True, False)], ids=["good_first", "bad_first"])
+def test_all_versions_of_one_piece_of_code_are_told(bad: tuple[bool, ...]) -> None:
+    """Layers of one class share their code: the version of a bad one does not hide that of a good one, nor the other way round. Another
+    number of tokens (near miss) is the same block, and after a reset none of the old versions is there."""
+    model, x = nn.Sequential(*map(Layer, bad)).eval(), torch.randn(9, small.H)
+    with torch.no_grad():
+        compiled = small.compiled(model)
+        torch.testing.assert_close(compiled(x), model(x))
+        for report in (moe_compile.last_report(model), moe_compile.last_report()):
+            assert report is not None and len(report.blocks) == 1 and [r.code for r in report.rejected] == ["inside"], str(report)
+        compiled(torch.randn(7, small.H))
+        again = moe_compile.last_report(model)
+        assert again is not None and len(again.blocks) == 1 and len(again.rejected) == 1 and again.graph_count == 2, str(again)
+        small.compiled(model[bad.index(False)])(x)
+        good = moe_compile.last_report(model[bad.index(False)])
+        assert good is not None and len(good.blocks) == 1 and not good.rejected
+        if not bad[0]:
+            model[1].bad = False
+            small.compiled(model)(x)
+            mended = moe_compile.last_report(model)
+            assert mended is not None and len(mended.blocks) == 2 and not mended.rejected, str(mended)
 
 
 def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None:
