@@ -83,7 +83,8 @@ class Report(Findings):
             if b.ir.gating is None and left is not None:
                 self.rejected.remove(left)
         self.blocks += part.blocks
-        known = {(r.source, r.reason) for r in self.rejected if r.code in _ONCE}
+        again = not part.graph_count  # a frame that gave no graph, of code that other frames have been tried with
+        known = {(r.source, r.reason) for r in self.rejected if again or r.code in _ONCE}
         self.rejected += [r for r in part.rejected if (r.source, r.reason) not in known]
         self.graph_count += part.graph_count
         self.add_breaks(part.graph_breaks)

@@ -149,6 +149,95 @@ def test_all_versions_of_one_piece_of_code_are_told(bad: tuple[bool, ...]) -> No
             assert mended is not None and len(mended.blocks) == 2 and not mended.rejected, str(mended)
 
 
+class MultipliedInPlace(small.Block):
+    """Verdict: left. Each expert's output multiplies what the others gave, row by row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.ones_like(x)
+        for e in range(len(self.up)):
+            t, j = torch.where(ids == e)
+            out[t] = out[t] * (w[t, j, None] * self.expert(x[t], e))
+        return out
+
+
+class MultipliedDense(small.Block):
+    """Verdict: left. The same of all rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.ones_like(x)
+        for e in range(len(self.up)):
+            out *= (w * (ids == e)).sum(-1, keepdim=True) * self.expert(x, e)
+        return out
+
+
+class RowsLeave(small.Block):
+    """Near miss: rows sorted by expert leave the graph, and no expert was applied."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = self.route(x)
+        return x[ids.flatten().argsort() // small.K], w
+
+
+OTHERWISE = [(MultipliedInPlace, "inside", "product"), (MultipliedDense, "inside", "another way"), (RowsLeave, "left graph", "before any")]
+
+
+@pytest.mark.parametrize("form, code, word", OTHERWISE, ids=lambda p: getattr(p, "__name__", None))
+def test_outputs_that_are_multiplied_do_not_leave_as_indices(form: type[small.Block], code: str, word: str) -> None:
+    report, got, want = small.both(form(), torch.randn(small.T, small.H))
+    small.assert_equal(got, want)
+    (told,) = report.rejected
+    assert not report.blocks and told.code == code and word in told.reason, str(report)
+
+
+class OverThreshold(nn.Module):
+    """Verdict: left. Experts are modules, with biases; each gets the rows whose score is above a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 6), nn.SiLU(), nn.Linear(6, 8)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs = self.gate(x).softmax(-1)
+        mask, out = probs > 0.2, torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t = mask[:, e].nonzero().squeeze(-1)
+            out.index_add_(0, t, expert(x[t]) * probs[t, e, None])
+        return out
+
+
+class UnderMask(OverThreshold):
+    """Verdict: left. The rows are picked by the mask itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs = self.gate(x).softmax(-1)
+        mask, out = probs > 0.2, torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            m = mask[:, e]
+            out[m] += expert(x[m]) * probs[m, e, None]
+        return out
+
+
+class LongRows(OverThreshold):
+    """Near miss: rows picked by what they are, and no experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs = self.gate(x).softmax(-1)
+        return torch.stack([self.experts[0](x[probs[:, e] > 0.2]).sum(0) for e in range(4)])
+
+
+@pytest.mark.parametrize("form", [OverThreshold, UnderMask, LongRows])
+def test_thresholds_in_a_loop_over_modules_are_told(form: type[OverThreshold]) -> None:
+    report, got, want = small.both(form(), torch.randn(small.T, 8))
+    small.assert_equal(got, want)
+    told = [(r.code, "threshold" in r.reason) for r in report.rejected]
+    assert told == ([] if form is LongRows else [("dense", True)]) and not report.blocks, str(report)
+    assert report.graph_count == 1 or form is LongRows
+
+
 def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None:
     """``down[int(ids[t, 0]), :, 0:1]`` with an id that has no value while it is traced: the frame is compiled as it would be without us."""
     assert flags.from_data_dependence(IndexError("only integers, slices (`:`) and tensors are valid indices (got SymInt)"))

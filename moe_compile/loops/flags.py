@@ -24,6 +24,7 @@ from .places import MISSING, of_class
 from .sealed_code import codes
 
 _SELECTS = {"topk", "argmax", "sort", "argsort", "one_hot", "bincount", "unique", "histc", "multinomial", "max", "kthvalue"}
+_SCORES = {"softmax", "sigmoid", "relu"}
 _CHOOSES = {"topk", "argmax", "sort", "argsort", "max"}
 _OF_DATA = {"bincount", "grouped_mm", "_grouped_mm"}  # what counts ids, and products whose rows a mask may have picked
 _TOLD = {"find", "lower", "internal"}  # what reading by example would not change: these stages, and what is said of the maths
@@ -95,13 +96,18 @@ def wanted(code: types.CodeType, names: Mapping[str, Any], values: Iterable[Any]
     if has_loop(code) and asks(code):
         return True
     found = list(reached(code, names, values))
-    return _loops(found) or _counts(found) or _unrolled(found)
+    return _loops(found) or _thresholds(found) or _counts(found) or _unrolled(found)
 
 
 def _loops(reached: Iterable[types.CodeType]) -> bool:
     found = list(reached)
     loops = any(has_loop(c) and (asks(c) or compares(c)) for c in found) or any(map(has_loop, found)) and any(map(asks, found))
     return loops and any(_SELECTS & set(i.co_names) for c in found for i in codes(c))
+
+
+def _thresholds(found: Iterable[types.CodeType]) -> bool:
+    """Whether a loop is in a function that scores experts itself and picks rows by a mask, such as ``probs > 0.1``, without a selection."""
+    return any(has_loop(c) and compares(c) and _SCORES & set(c.co_names) for c in found)
 
 
 def _unrolled(found: Iterable[types.CodeType]) -> bool:

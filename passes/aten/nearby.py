@@ -157,16 +157,16 @@ class _Flow:
             beside |= self.below[x]
         v = example_value(router)
         count = v.shape[-1] if isinstance(v, torch.Tensor) else 0
-        products = [n for n in self.of(beside & self.products) if not self._comes_of(r, n) or self._looked_up(r, n)]
+        looked_up = sum(1 << self.at[n] for n in self.of(self.below[r]) if self._looks_up(r, n))
+        products = [n for n in self.of(beside & self.products) if not self._comes_of(r, n) or self.above[self.at[n]] & looked_up]
         return len(products) > count or any(count in _stacks(n) for n in products)
 
     def _comes_of(self, r: int, n: fx.Node) -> bool:
         return bool(self.below[r] >> self.at[n] & 1) or self.at[n] == r
 
-    def _looked_up(self, r: int, n: fx.Node) -> bool:
-        """Whether a product that depends on r reads rows of something that does not."""
-        rows = (x for x in n.all_input_nodes if op_name(x) in names.LOOKUP | {"getitem", "index"} and x.all_input_nodes)
-        return self.at[n] != r and any(self._comes_of(r, x) and not self._comes_of(r, x.all_input_nodes[0]) for x in rows)
+    def _looks_up(self, r: int, n: fx.Node) -> bool:
+        """Whether a node that depends on r picks rows of something that does not."""
+        return op_name(n) in names.LOOKUP | {"getitem", "index"} and bool(n.all_input_nodes) and not self._comes_of(r, n.all_input_nodes[0])
 
     def _scores(self, s: int) -> tuple[int, list[int]]:
         """A selection's scores down from the products that make them, and what these products read, through views and casts."""

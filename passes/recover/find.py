@@ -27,7 +27,7 @@ from .given_ids import given_ids, is_last, rows_in_order
 from .match import ExpertsMatch
 from .merged import merged_pairs
 from .mixture import mixtures
-from .odd import COMBINED, between
+from .odd import COMBINED, between, combined_otherwise
 from .rounded_nodes import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats, says_groups
@@ -157,6 +157,8 @@ class Finder:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label and CUT not in n.meta for n in output.all_input_nodes):
+            if (otherwise := combined_otherwise(source, self.walls)) is not None:
+                return otherwise
             return Rejection("the selected indices leave this graph before any expert is applied", source, "capture", code=LEAVES)
         seen = "are read back as numbers one by one: loop over the experts, and pick the rows of each with torch.where(ids == e)"
         why = seen if _read_back(source) else "choose no experts in this graph"

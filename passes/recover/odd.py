@@ -38,8 +38,11 @@ _FEATURES = {
 }
 # What may stand in place of the sum over experts
 COMBINED = {"amax": "maximum", "max": "maximum", "amin": "minimum", "min": "minimum", "prod": "product", "median": "median"}
+# and what may join one expert's output with the others', one after another
+_ONTO = {"mul": "product", "div": "quotient", "maximum": "maximum", "minimum": "minimum"}
 _RANDOM = frozenset("rand_like randn_like bernoulli rand randn normal normal_functional uniform multinomial".split())
 _MOST = 4_000
+_NEAR = 24  # operations that an expert has
 
 
 def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = None) -> Rejection | None:
@@ -56,6 +59,42 @@ def mixing(choice: fx.Node) -> fx.Node | None:
     """The first operation after a selection that makes one row of the rows [n, features] of an expert."""
     reductions = (n for n in _rows_of_experts(choice, set()) if op_name(n) in names.REDUCTION | {"mean", "norm", "linalg_vector_norm"})
     return next((n for n in reductions if len(shape_of(n.args[0])) == 2 and not _over_features(n)), None)  # type: ignore[arg-type]
+
+
+def combined_otherwise(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
+    """What is told of a selection whose experts are applied in this graph, and whose results reach its end in another way than a sum of
+    a token's experts: ``out[t] = out[t] * y``. None where no expert is applied: then the indices, or rows picked by them, leave the graph.
+    """
+    rows = dict.fromkeys(_rows_of_experts(choice, walls))
+    if not any(op_name(n) in names.CONTRACTION or op_name(n) == "mul" and _weighs_product(n, rows) for n in rows):
+        return None
+    for n in rows:
+        if op_name(n) in _ONTO and any(_put_back(n, u) for u in n.users):
+            why = f"the outputs of a token's experts are combined by their {_ONTO[op_name(n)]}, not by a weighted sum"
+            return Rejection(why, n, "experts", code="inside")
+    why = "what the experts give reaches the result in another way than by a weighted sum over each token's experts"
+    return Rejection(why, next(reversed(rows)), "experts", code="inside")
+
+
+def _weighs_product(n: fx.Node, rows: Container[fx.Node]) -> bool:
+    """Whether a number of the selection's weighs what an expert made of all tokens."""
+    found = [x for x in n.all_input_nodes if x not in rows and len(shape_of(x)) > 1]
+    for x in found:
+        if op_name(x) in names.CONTRACTION:
+            return True
+        found.extend(y for y in x.all_input_nodes if y not in found and len(found) < _NEAR and y not in rows and _is_floats(y))
+    return False
+
+
+def _put_back(n: fx.Node, u: fx.Node) -> bool:
+    """Whether u puts n at the rows of a tensor that n was made of: ``out[t] = out[t] * y``."""
+    if op_name(u) in names.CAST:
+        return any(_put_back(n, v) for v in u.users)
+    if op_name(u) not in names.PUT:
+        return False
+    read = [x.args[0] if op_name(x) in names.CAST else x for x in n.all_input_nodes]
+    same = (x for x in read if op_name(x) == "index" and x.args[0] is u.args[0])
+    return any(list(call_args(x).indices) == list(call_args(u).indices) for x in same)
 
 
 def explained(m: ExpertsMatch, walls: set[fx.Node], r: Rejection) -> Rejection:
