@@ -120,8 +120,14 @@ class Work:
         """Plans, blocks and rejections without graph nodes, for an equal graph that other code may have made."""
         graph = self.gm.graph
         blocks = [(replace(b, ir=replace(b.ir, boundary=_names(b.ir.boundary))), recall.anchor(b.source, graph)) for b in self.out.blocks]
-        calls = [r.node.name if isinstance(r.node, fx.Node) and r.node.graph is graph else None for r in self.out.rejected]
+        calls = map(self._captured, self.out.rejected)
         return recall.lines(graph), self.plans, blocks, [*zip(map(_bare, self.out.rejected), calls, strict=True)]
+
+    def _captured(self, r: Rejection) -> str | None:
+        """The node of the captured graph that a rejection is about, or whose operation it is: its calls tell which loop holds it."""
+        origin = () if self.read is None else self.read.origin.get(r.node, ())
+        captured = [n for n in (r.node, *origin) if isinstance(n, fx.Node) and n.graph is self.gm.graph]
+        return next((n.name for n in captured if source_of(n) == r.source), captured[0].name if captured else None)
 
     def recall(self, kept: tuple[Any, ...] | None) -> bool:
         """Take over what was kept, with this graph's own lines. What was left as written is told in the words of the code that it was

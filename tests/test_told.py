@@ -238,6 +238,51 @@ def test_thresholds_in_a_loop_over_modules_are_told(form: type[OverThreshold]) -
     assert report.graph_count == 1 or form is LongRows
 
 
+@torch.library.custom_op("test_told::odd", mutates_args=())
+def odd(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+@odd.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class OddExpert(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return odd(super().forward(x))
+
+
+class OpInAnExpert(OverThreshold):
+    """Verdict: left. A custom op in an expert that is a module, called by a loop in a method of its own; `hit`: over the experts that
+    were hit, which no graph has as a whole."""
+
+    def __init__(self, hit: bool) -> None:
+        super().__init__()
+        self.experts, self.hit = nn.ModuleList(OddExpert(8, 8) for _ in range(4)), hit
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(2)
+        return self.loop(x, ids, w)
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist() if self.hit else range(4):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.experts[e](x[t]) * w[t, j, None])
+        return out
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_a_custom_op_is_told_once(hit: bool) -> None:
+    """The second time, what was found in an equal graph is recalled: it is the same cause in the same loop still."""
+    for _ in range(2):
+        report, got, want = small.both(OpInAnExpert(hit), torch.randn(small.T, 8))
+        small.assert_equal(got, want)
+        (told,) = report.rejected
+        assert told.code == ("effects" if hit else "opaque") and "custom op" in told.reason and "test_told::odd" in told.reason, str(report)
+
+
 def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None:
     """``down[int(ids[t, 0]), :, 0:1]`` with an id that has no value while it is traced: the frame is compiled as it would be without us."""
     assert flags.from_data_dependence(IndexError("only integers, slices (`:`) and tensors are valid indices (got SymInt)"))

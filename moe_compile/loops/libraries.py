@@ -148,6 +148,8 @@ def why_not(v: Any, label: str) -> str:
     if isinstance(v, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         space = str(v).partition(".")[0].partition("::")[0]
         return "" if space in _OPS or reference_of(v) is not None else f"it calls torch.ops.{v}, which cannot be looked into"
+    if isinstance(v, torch.library.CustomOpDef):
+        return f"it calls the custom op {getattr(v, '_qualname', name)}, which cannot be looked into"
     module = v.__name__ if isinstance(v, types.ModuleType) else home(v)
     top = module.partition(".")[0]
     if top in _RANDOM or module.startswith("numpy.random") or isinstance(getattr(v, "__self__", None), _random_class()):
