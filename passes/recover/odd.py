@@ -72,7 +72,7 @@ def combined_otherwise(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None
         if op_name(n) in _ONTO and any(_put_back(n, u) for u in n.users):
             why = f"the outputs of a token's experts are combined by their {_ONTO[op_name(n)]}, not by a weighted sum"
             return Rejection(why, n, "experts", code="inside")
-    why = "what the experts give reaches the result in another way than by a weighted sum over each token's experts"
+    why = "the selected indices reach experts in this graph, whose outputs were not read as a weighted sum over each token's experts"
     return Rejection(why, next(reversed(rows)), "experts", code="inside")
 
 
