@@ -141,14 +141,12 @@ def test_matrices_are_cast_by_the_op_where_the_target_does_that() -> None:
     """experts(x, cast(W)) = experts(x, W): a whole stack is never made wide for a few experts; with gradients it stays as written."""
     cast, op = torch.ops.aten.to.dtype, torch.ops.moe_compile.experts.default
     for grad in (False, True):
-        graphs: list[torch.fx.GraphModule] = []
         torch._dynamo.reset()
-        model = Cast().to(torch.bfloat16)
+        model, found = Cast().to(torch.bfloat16), []
+        kept: Callable[..., object] = lambda gm, inputs, to=found, **_: to.extend(gm.graph.nodes) or gm.forward  # noqa: E731
         with torch.set_grad_enabled(grad):
-            torch.compile(model, backend="moe_fused", options={"inner": lambda gm, inputs, **_: graphs.append(gm) or gm.forward})(
-                torch.randn(T, H, dtype=torch.bfloat16)
-            )
-        (experts,) = [n for gm in graphs for n in gm.graph.nodes if n.target is op]
+            torch.compile(model, backend="moe_fused", options={"inner": kept})(torch.randn(T, H, dtype=torch.bfloat16))
+        (experts,) = [n for n in found if n.target is op]
         weights = [w for i in (3, 4) for w in experts.args[i]]
         assert [w.target is cast for w in weights] == [grad] * 2, weights
         assert bool(moe_compile.last_report().notes) is not grad
