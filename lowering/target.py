@@ -68,6 +68,7 @@ class Target:
     decodes: why a shared expert in few bits, given as a block of one expert, is better left to the rest of the graph, "" where the target's
     kernels read its codes.
     places: whether its `finish` takes the calls that make physical experts of logical ones (`ir.placement.physical`).
+    casts: whether `experts` makes weights as wide as the tokens by itself, those of experts that are hit alone.
     router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
     machine, "" for nothing.
     machine: the family of devices that `refuses` and `says` depend on beside the IR, "" for none: plans on disk are kept for each.
@@ -92,6 +93,7 @@ class Target:
     chained: bool = False
     decodes: Callable[[MoeBlock], str] = lambda ir: "the target has no kernel for one expert in few bits that all tokens use"
     places: bool = False
+    casts: bool = False
     router_tokens: int = 0
     missing: Callable[[], str] = lambda: ""
     machine: Callable[[], str] = lambda: ""

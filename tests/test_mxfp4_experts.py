@@ -94,4 +94,4 @@ def test_left_for_what_multiplies_its_weights(monkeypatch: pytest.MonkeyPatch) -
         got = torch.compile(m, backend="moe_fused", options={"inner": "eager"})(x)
         torch.testing.assert_close(got, m(x))
     (left,) = report.rejected
-    assert report.graph_count == 1 and left.reason.endswith("matmul_ogs is no operation that experts are read through")
+    assert report.graph_count == 1 and "custom op (triton_kernels_here::matmul_ogs) computes is told by nothing" in left.reason

@@ -51,9 +51,10 @@ TARGET = Target(
     prepare=experts.prepare,
     rearrange=_rearrange,
     lacks=told.lacks,
-    remarks=told.packed,
+    remarks=told.remarks,
     missing=told.missing,
     decodes=told.decodes,
+    casts=True,
     coded=True,  # weights in few bits are made floats, those of touched experts alone
     chained=True,  # in plain torch: a product for each expert that is hit, maps of whole rows in between
 )

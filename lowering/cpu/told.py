@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ...ir import MoeBlock
@@ -59,6 +60,22 @@ def missing() -> str:
         held = prebuilt.held()
         return f"{e}: ops run in the kernels of this package ({', '.join(held)})" if held else f"{e}: ops run in plain torch"
     return ""
+
+
+def remarks(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
+    """What else the report says of a graph with fused ops."""
+    return [*packed(gm, inputs), *_cast(gm)]
+
+
+def _cast(gm: fx.GraphModule) -> list[str]:
+    """A remark on experts whose weights are narrower than their tokens."""
+    found = [(_value(n.args[0]), _value(n.args[3][0])) for n in gm.graph.nodes if n.target is torch.ops.moe_compile.experts.default]
+    mixed = [(x.dtype, w.dtype) for x, w in found if x is not None and w is not None and x.dtype.itemsize > w.dtype.itemsize]
+    if not mixed:
+        return []
+    wide, narrow = (str(d).removeprefix("torch.") for d in mixed[0])
+    blocks = f"{len(mixed)} block{'' if len(mixed) == 1 else 's'}"
+    return [f"{blocks} with weights in {narrow} that your code makes {wide}: experts that are hit are cast one by one, in plain torch"]
 
 
 def packed(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:

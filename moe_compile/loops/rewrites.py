@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from ..passes.aten.effects import aliased_arg, mutated_args
 from .cleaning import schema_name
 
 _AND = {"logical_and", "bitwise_and", "__and__", "mul", "logical_and_", "bitwise_and_"}
@@ -72,7 +73,7 @@ def _split(gm: fx.GraphModule, stack: fx.Node) -> None:
 
 
 def cast_stacks(gm: fx.GraphModule) -> None:
-    """cast(P[e]) = cast(P)[e], in place, where code casts every matrix that it takes of a stack P, to one wider type."""
+    """cast(P[e]) = cast(P)[e], in place, where code casts every matrix that it takes of a stack P to one wider type, and writes none."""
     for stack in [n for n in gm.graph.nodes if n.op == "placeholder" and "param_path" in n.meta]:
         takes = list(stack.users)
         casts = [u for n in takes for u in n.users]
@@ -82,8 +83,15 @@ def cast_stacks(gm: fx.GraphModule) -> None:
         (dtype,) = to
         if not all(u.target is _aten.select.int and u.args[1] == 0 and u.users for u in takes) or not _widens(stack, dtype):
             continue
+        if any(map(_is_written, casts)):
+            continue  # a copy of its own each time, where cast(P)[e] is one memory for all who take e
         _cast_whole(gm.graph, stack, dtype, casts)
     gm.recompile()
+
+
+def _is_written(n: fx.Node) -> bool:
+    """Whether something writes to a tensor, or to a view of it."""
+    return any(n in mutated_args(u) or aliased_arg(u) is n and _is_written(u) for u in n.users)
 
 
 def _widens(stack: fx.Node, dtype: torch.dtype) -> bool:

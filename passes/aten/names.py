@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 
 from .node import example_value
 
@@ -100,9 +101,17 @@ _PYTHON = {"truediv": "div", "itruediv": "div", "floordiv": "floor_divide", "mod
 
 @functools.cache
 def _of_schema(name: str) -> str:
-    """Without its namespace; somebody's own op that only shares its name with one of torch's keeps it, and is none that is known."""
+    """Without its namespace; somebody's own op that only shares its name with one of torch's keeps it, and is none that is known.
+
+    Torch's are those of ATen, and what only a tensor or a module of torch's has, such as `float` and `one_hot`; `silu_` is `silu` there.
+    """
     space, _, own = name.partition("::")
-    return name if space not in ("aten", "prims") and hasattr(torch.ops.aten, own) else _plain(own)
+    plain = _plain(own)
+    shared = plain == "getitem" or any(hasattr(room, x) for room in _TORCHS for x in {own, plain})
+    return name if space not in ("aten", "prims") and shared else plain
+
+
+_TORCHS = (torch.ops.aten, torch.Tensor, torch, F, torch.special)
 
 
 def op_name(n: fx.Node) -> str:

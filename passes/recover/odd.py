@@ -180,7 +180,7 @@ def _unknown(n: fx.Node, name: str) -> str:
     if name in _NORMS:
         return f"{name} is not read, in evaluation neither: its statistics are constants there, which the weights around it can take in"
     if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace != "aten":
-        return f"what a custom op ({n.target.namespace}::{name}) computes is told by nothing but its name"
+        return f"what a custom op ({n.target._schema.name}) computes is told by nothing but its name"
     if len(n.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(n.target, "tags", ()):
         return f"{name} is no activation that fused experts have: SiLU, GELU, ReLU and what exp, tanh, sigmoid and clamp make are"
     return f"{name} is no operation that experts are read through"

@@ -10,7 +10,8 @@ from ...ir import MoeBlock
 
 class Target(Protocol):
     """router_tokens: for up to how many tokens the routing op takes the router's product in. shares: whether the experts' op takes the
-    shared expert in, shares_coded: the op of experts in few bits. places: whether it has an op for `ir.placement.physical`. digest: of
+    shared expert in, shares_coded: the op of experts in few bits. casts: whether `experts` makes
+    weights as wide as the tokens by itself, matrix by matrix. places: whether it has an op for `ir.placement.physical`. digest: of
     its sources, machine: the family of devices; what can be lowered is part of a plan on disk.
     """
 
@@ -24,6 +25,8 @@ class Target(Protocol):
     def shares_coded(self) -> bool: ...
     @property
     def places(self) -> bool: ...
+    @property
+    def casts(self) -> bool: ...
     @property
     def digest(self) -> str: ...
     @property
