@@ -20,7 +20,7 @@ from .alike import Verdict, among_ranks
 from .errors import NotFused, OptionError
 from .inner import compile_with
 from .ir import Rejection
-from .loops import capture, flags, hooks, skips
+from .loops import capture, flags, hooks
 from .lowering.target import Target
 from .options import Options
 from .reported import LEFT_GRAPH, Report, graph_break_of
@@ -110,7 +110,6 @@ def _publish(part: Report, gm: torch.fx.GraphModule, rejected: list[Rejection], 
 def _reset() -> None:
     """torch._dynamo.reset() calls this; CUDA graphs of the inner compiler must go then, and what is told of dropped code."""
     versions.forget()
-    skips.forget()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None:
         trees.reset_cudagraph_trees()

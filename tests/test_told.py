@@ -283,41 +283,6 @@ def test_a_custom_op_is_told_once(hit: bool) -> None:
         assert told.code == ("effects" if hit else "opaque") and "custom op" in told.reason and "test_told::odd" in told.reason, str(report)
 
 
-class Passing(small.Block):
-    """A loop that passes over experts without rows, in a frame of its own; a `bad` one branches on values, which breaks in the loop."""
-
-    def __init__(self, bad: bool) -> None:
-        super().__init__()
-        self.bad = bad
-
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in range(len(self.up)):
-            t, j = torch.where(ids == e)
-            if t.numel() == 0:
-                continue
-            y = self.expert(x[t], e)
-            if self.bad and y.sum() > 0:
-                y = y * 2
-            out.index_add_(0, t, y * w[t, j, None])
-        return out
-
-
-def test_a_frame_that_is_given_up_is_so_for_one_layer() -> None:
-    """Dynamo gives up the code of the first layer. The second one is read and runs fused, and goes on so when nothing more is compiled."""
-    model, x = nn.Sequential(Passing(True), Passing(False), Passing(True)).eval(), torch.randn(small.T, small.H)
-    with torch.no_grad():
-        compiled = small.compiled(model)
-        for _ in range(12):
-            torch.testing.assert_close(compiled(x), model(x))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            compiled(x)
-    report = moe_compile.last_report(model)
-    assert report is not None and len(report.blocks) == 1 and any(r.code == "values" for r in report.rejected), str(report)
-    assert sum(e.name == "moe_compile::experts" for e in seen.events()) == 1
-
-
 def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None:
     """``down[int(ids[t, 0]), :, 0:1]`` with an id that has no value while it is traced: the frame is compiled as it would be without us."""
     assert flags.from_data_dependence(IndexError("only integers, slices (`:`) and tensors are valid indices (got SymInt)"))

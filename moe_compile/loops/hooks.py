@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import capture, declined, flags, lines, outermost, skips
+from . import capture, declined, flags, lines, outermost
 from .looks import asks, is_candidate
 from .sealed_code import is_set
 
@@ -184,39 +184,33 @@ def _hook_flags() -> None:
         if not enabled() or not for_us(given.get("compiler_fn")):
             with _around(given.get("compiler_fn")):
                 return original(*args, **kwargs)
-        if skips.again(given):
-            return skips.once()
         capture.met(given["code"], given.get("globals") or {}, _values(given))
         try:
             with lines.kept(), declined.frame(given["code"]):
-                way = original if _on_already(given) or not _wants(given) else functools.partial(_retried, original, given)
-                return skips.limited(given, outermost.whole(original, signature, given) or way(*args, **kwargs))
+                way = original if _on_already(given) or not _wants(given) else functools.partial(retried, given)
+                return outermost.whole(original, signature, given) or way(*args, **kwargs)
         except Exception as e:
             lines.given_up(given["code"], e)
-            if (instead := skips.in_place_of(given, e)) is None:
-                raise
-            return instead
+            raise
         finally:
             for f in after_frame:
                 f(given["compiler_fn"])
 
+    def retried(given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
+        for last in (False, True):
+            try:
+                with flags.on(outer, last) as tried:
+                    return original(*args, **kwargs)
+            except Exception as e:
+                if not flags.from_data_dependence(e):
+                    raise
+                log.info("capture: a frame is compiled again: %s", e)
+            if not outer() - tried:
+                break
+        return original(*args, **kwargs)
+
     convert_frame._compile = compile_frame
-
-
-def _retried(original: Callable[..., Any], given: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """A frame with the flags on, with whole blocks read if that fails, and as it would be without us."""
-    outer = functools.cache(lambda: flags.whole_blocks(_values(given)))
-    for last in (False, True):
-        try:
-            with flags.on(outer, last) as tried:
-                return original(*args, **kwargs)
-        except Exception as e:
-            if not flags.from_data_dependence(e):
-                raise
-            log.info("capture: a frame is compiled again: %s", e)
-        if not outer() - tried:
-            break
-    return original(*args, **kwargs)
 
 
 def _with_compiler(compile_frame: Callable[..., Any]) -> inspect.Signature:
