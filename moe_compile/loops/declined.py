@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..ir import Rejection
-from .guards import Guards, Unguarded
+from .guards import Guards
 from .places import HOOKS, MODULE, PLAIN, Place, find
 
 log = logging.getLogger("moe_compile")
@@ -113,8 +113,10 @@ def _install(tx: Any, here: _Frame, left: _Left) -> None:
         return
     guards = _Apart(tx, left.roots, left.sources)
     for place in left.reads:
-        with contextlib.suppress(Unguarded, AttributeError, ImportError, TypeError, NotImplementedError):
+        try:
             guards.install([place])
+        except Exception as e:  # of ours (`Unguarded`), or whatever Dynamo has against the way there
+            log.debug("capture: no guard on %s: %s: %s", place, type(e).__name__, e)
 
 
 def _count(code: types.CodeType) -> int:
