@@ -157,7 +157,7 @@ class Finder:
                 return Rejection(r.reason, r.node, r.stage, code=r.code)
         output = next(n for n in self.graph.nodes if n.op == "output")
         if any(self.live.get(n) == label and CUT not in n.meta for n in output.all_input_nodes):
-            if (otherwise := combined_otherwise(source, self.walls)) is not None:
+            if not _read_back(source) and (otherwise := combined_otherwise(source, self.walls)) is not None:
                 return otherwise
             return Rejection("the selected indices leave this graph before any expert is applied", source, "capture", code=LEAVES)
         seen = "are read back as numbers one by one: loop over the experts, and pick the rows of each with torch.where(ids == e)"

@@ -152,7 +152,6 @@ class Nf4Doubled(Nf4):
 
     expect = Rejected("double quantisation")
     near, differs = "Nf4", ()
-    zoo_only = True
     per = 4
 
     def build_experts(self, n: int) -> None:
