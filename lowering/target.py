@@ -67,6 +67,7 @@ class Target:
     coded, chained: whether weights in few bits (`ir.Stored`), and experts that are a chain (`ir.Chain`), are known to `refuses` at all.
     decodes: why a shared expert in few bits, given as a block of one expert, is better left to the rest of the graph, "" where the target's
     kernels read its codes.
+    alone_tokens: for up to how many tokens such a shared expert is an op of its own, 0 for any number.
     places: whether its `finish` takes the calls that make physical experts of logical ones (`ir.placement.physical`).
     casts: whether `experts` makes weights as wide as the tokens by itself, those of experts that are hit alone.
     router_tokens: for up to how many tokens the routing op takes the router's product in. missing: what keeps it from running on this
@@ -92,6 +93,7 @@ class Target:
     coded: bool = False
     chained: bool = False
     decodes: Callable[[MoeBlock], str] = lambda ir: "the target has no kernel for one expert in few bits that all tokens use"
+    alone_tokens: int = 0
     places: bool = False
     casts: bool = False
     router_tokens: int = 0

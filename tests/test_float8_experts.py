@@ -192,16 +192,17 @@ class WithShared(Block):
         return super().forward(x) + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_shared_expert_of_float8_linears(device: str) -> None:
-    """Read by the contract of the product of one matrix, rows rounded by groups of a block: an op of its own where kernels round rows."""
+@pytest.mark.parametrize(("device", "tokens"), [("cuda", 7), ("cuda", 65), ("cpu", 7)])
+def test_a_shared_expert_of_float8_linears(device: str, tokens: int) -> None:
+    """Read by the contract of the product of one matrix, rows rounded by groups of a block: an op of its own where kernels round rows, of
+    so many tokens as they are known to be good for."""
     pytest.importorskip("triton")
     torch._dynamo.reset()
-    m, x = WithShared().eval(), torch.randn(7, H)
+    m, x = WithShared().eval(), torch.randn(tokens, H)
     with torch.no_grad(), collecting() as report:
         got = torch.compile(m, backend="moe_fused", options={"inner": "eager", "target": device})(x)
         want = m(x)
     (block,) = report.blocks
-    assert "rows in float8_e4m3fn by 16" in block.shared and block.shared.endswith("an op of its own" if device == "cuda" else "as written")
-    assert ("rows that are rounded" in block.note) is (device == "cpu")
+    assert "rows in float8_e4m3fn by 16" in block.shared and block.shared.endswith("as written") is ((device, tokens) != ("cuda", 7))
+    assert ("rows that are rounded" in block.note) is (device == "cpu") and ("more than 64 tokens" in block.note) is (tokens == 65)
     assert float((got - want).norm() / want.norm()) < 2e-3

@@ -33,6 +33,7 @@ TARGET = Target(
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
     decodes=capability.decodes,
+    alone_tokens=64,  # with more a library multiplies floats of the one matrix: nobody has timed our kernels beside that
     coded=True,
     missing=capability.missing,
 )

@@ -8,11 +8,13 @@ kernels decode the scheme; else the graph goes on making floats of the one matri
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...ir import MoeBlock
 from .. import terms as T
 from ..aten.conditions import may_train
+from ..aten.element import shape_of
 from ..recover.match import ExpertsMatch
 from ..recover.region import Block
 from ..recover.shared import SharedMatch, SharedOperands
@@ -32,6 +34,9 @@ def stays(s: SharedMatch, planner: Planner, options: Any, target: Target) -> str
         return f"activations={options.activations!r} is for the routed experts"
     if planner.overwritten(s.node):
         return "its result is written in place"
+    most, sizes = target.alone_tokens, shape_of(s.node)[:-1]
+    if most and not all(isinstance(d, int) for d in sizes) or math.prod(sizes) > most > 0:
+        return f"with more than {most} tokens, or a number that is not known when compiling, a library's product is taken"
     block = block_of(s.operands)
     return target.decodes(block) or target.reason(block) or ""
 

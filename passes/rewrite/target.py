@@ -10,7 +10,8 @@ from ...ir import MoeBlock
 
 class Target(Protocol):
     """router_tokens: for up to how many tokens the routing op takes the router's product in. shares: whether the experts' op takes the
-    shared expert in, shares_coded: the op of experts in few bits. casts: whether `experts` makes
+    shared expert in, shares_coded: the op of experts in few bits. alone_tokens: for up to how many tokens a
+    shared expert in few bits is an op of its own, 0 for any number. casts: whether `experts` makes
     weights as wide as the tokens by itself, matrix by matrix. places: whether it has an op for `ir.placement.physical`. digest: of
     its sources, machine: the family of devices; what can be lowered is part of a plan on disk.
     """
@@ -25,6 +26,8 @@ class Target(Protocol):
     def shares_coded(self) -> bool: ...
     @property
     def places(self) -> bool: ...
+    @property
+    def alone_tokens(self) -> int: ...
     @property
     def casts(self) -> bool: ...
     @property
