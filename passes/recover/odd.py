@@ -182,7 +182,7 @@ def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
 def _unknown(n: fx.Node, name: str) -> str:
     """Why experts are not read through an operation that is not known."""
     if name in _NORMS:
-        return f"{name} is not read, in evaluation neither: its statistics are constants there, which the weights around it can take in"
+        return f"{name} is not read, nor in evaluation, where its statistics are constants: fold them into the weights around it"
     if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace != "aten":
         return f"what a custom op ({n.target._schema.name}) computes is told by nothing but its name"
     if len(n.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(n.target, "tags", ()):
