@@ -75,7 +75,8 @@ def _cast(gm: fx.GraphModule) -> list[str]:
         return []
     wide, narrow = (str(d).removeprefix("torch.") for d in mixed[0])
     blocks = f"{len(mixed)} block{'' if len(mixed) == 1 else 's'}"
-    return [f"{blocks} with weights in {narrow} that your code makes {wide}: experts that are hit are cast one by one, in plain torch and not in the kernel named above"]
+    how = "experts that are hit are cast one by one, in plain torch and not in the kernel named above"
+    return [f"{blocks} with weights in {narrow} that your code makes {wide}: {how}"]
 
 
 def packed(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
