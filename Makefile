@@ -35,7 +35,7 @@ WORKERS = $(if $(ALONE),0,$(JOBS))
 suite: $(READY)  ## all tests but those of other environments (ASCEND_APART=1: without those that test-ascend runs too)
 	$(if $(ASCEND_APART),ASCEND_APART=1) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py
+QUICK := tests/test_catalogue.py tests/test_zoo.py tests/test_ir.py tests/test_options.py tests/test_report.py tests/test_declined_doc.py
 
 quick: $(READY)  ## lint, type check and a fast cut of the tests, under a minute: before every commit
 	$(MAKE) --no-print-directory -j2 lint quick-tests

@@ -49,7 +49,9 @@ def between(choice: fx.Node, walls: set[fx.Node], only: Container[str] | None = 
     """The first such operation after a selection, in graph order; None if there is none. `only`: the names that are looked for."""
     for n in _rows_of_experts(choice, walls):
         if (only is None or op_name(n) in only) and (what := _odd(n, walls)) is not None:
-            return Rejection(what, n, "experts", code=_code(n, walls))
+            torchs = n not in walls and is_collective(n)  # in a namespace of its own, as custom ops are
+            opaque = n in walls or _is_custom(n)
+            return Rejection(what, n, "experts", code="elsewhere" if torchs else "opaque" if opaque else "inside")
     return None
 
 
@@ -146,12 +148,6 @@ def _over_features(n: fx.Node) -> bool:
     dims = [dim] if isinstance(dim, int) else list(dim or ())
     last = len(shape_of(n.args[0])) - 1  # type: ignore[arg-type]
     return bool(dims) and all(d in (-1, last) for d in dims)
-
-
-def _code(n: fx.Node, walls: set[fx.Node]) -> str:
-    if n not in walls and is_collective(n):  # torch's own, in a namespace as custom ops have
-        return "elsewhere"
-    return "opaque" if n in walls or _is_custom(n) else "inside"
 
 
 def _odd(n: fx.Node, walls: set[fx.Node]) -> str | None:
