@@ -95,24 +95,24 @@ def stacks(n: fx.Node) -> str:
 
 def how(n: fx.Node) -> Exchange:
     """How the rows of an op travel."""
-    _, size, group, shared, rows = _how(n)
-    rank = torch.distributed.distributed_c10d._resolve_process_group(group).rank()
-    return Exchange(Way.SHARED if shared else Way.ROWS if rows else Way.GATHER, group, size, rank)
+    _, group, shared, rows = _how(n)
+    own = summed.resolved(group)
+    return Exchange(Way.SHARED if shared else Way.ROWS if rows else Way.GATHER, group, own.size(), own.rank())
 
 
 def _how(n: fx.Node) -> tuple[Any, ...]:
     """The arguments of `whole`."""
     args = _sources(n)[0].args
-    return args if len(args) == 5 else (*args, False)
+    return args if len(args) == 4 else (*args, False)
 
 
 def exchange(gm: fx.GraphModule, experts: Sequence[fx.Node]) -> None:
     """Let the rows travel to the experts of these ops; weights that nothing else reads are not put together any more."""
     for n in experts:
         x, ids, weights, operands, (add, *rest) = bundled(n.args)
-        _, size, group, shared, by_rows = _how(n)
+        _, group, shared, by_rows = _how(n)
         plain = list(rest)
-        plain[_COUNT] //= size
+        plain[_COUNT] //= summed.resolved(group).size()
         with gm.graph.inserting_before(n):
             local = operands.map(lambda w: _local(gm.graph, w))
             args = (x, ids, weights, local.lists(), add, plain, group, shared)
@@ -150,7 +150,7 @@ def divided_experts(
     """experts(x, ids, weights, the stacks of all ranks) + add, with this rank's stacks; plain: of its own experts; rows: by all-to-all."""
     from . import exchange
 
-    own = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    own = summed.resolved(group)
     operands: Operands[torch.Tensor] = Operands.read(lists)
     count = plain[_COUNT]
 

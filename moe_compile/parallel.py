@@ -226,7 +226,7 @@ def _read_whole(model: nn.Module, reader: str, names: list[str], mesh: Any, batc
     prefix = len(reader) + 1 if reader else 0
     places = [(path, last) for path, _, last in (name[prefix:].rpartition(".") for name in names)]
     original = module.forward
-    how = (mesh.size(), mesh.get_group().group_name, *batch)
+    how = (mesh.get_group().group_name, *batch)  # no numbers: dynamic=True makes symbols of them
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

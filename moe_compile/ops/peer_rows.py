@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .schemas import library
-from .summed import ALIGNED, Peers, of_group
+from .summed import ALIGNED, Peers, of_group, resolved
 
 MESSAGE = 1 << 22  # bytes for ids and weights
 MEMORY = MESSAGE + (1 << 27)  # bytes that a group takes on each rank
@@ -26,7 +26,7 @@ library.define("summed_rows(Tensor part, str group) -> Tensor")
 
 
 def _ranks(group: str) -> int:
-    return torch.distributed.distributed_c10d._resolve_process_group(group).size()  # type: ignore[arg-type]
+    return resolved(group).size()  # type: ignore[no-any-return]
 
 
 def _size(t: Tensor) -> int:

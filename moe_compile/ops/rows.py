@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .peer_rows import UNEVEN
 from .schemas import library
+from .summed import resolved
 
 _WAY = "Tensor ids, Tensor table, int count, str group"
 library.define(
@@ -25,10 +26,6 @@ library.define(
 library.define(f"rows_out_bwd(Tensor grad, Tensor grad_weights, {_WAY}) -> (Tensor x, Tensor weights)")
 library.define(f"rows_back(Tensor part, {_WAY}) -> Tensor")
 library.define(f"rows_back_bwd(Tensor grad, {_WAY}) -> Tensor")
-
-
-def _resolved(group: str) -> Any:
-    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
 
 
 def _tokens(ids: Tensor, count: int, sent: list[int]) -> Tensor:
@@ -71,7 +68,7 @@ def rows_out(x: Tensor, ids: Tensor, weights: Tensor, count: int, group: str) ->
 
     Raises RuntimeError, on every rank, where the ranks' numbers of tokens differ, before any row travels.
     """
-    own, first = _resolved(group), _resolved(group).rank() * count
+    own, first = resolved(group), resolved(group).rank() * count
     table = _said(ids, count, own)
     sent, taken = _splits(table, own)
     token, most = _tokens(ids, count, sent), own.size() * len(ids)
@@ -89,7 +86,7 @@ def rows_out_bwd(grad: Tensor, grad_weights: Tensor, ids: Tensor, table: Tensor,
 
 def rows_back(part: Tensor, ids: Tensor, table: Tensor, count: int, group: str) -> Tensor:
     """Results [P T, H] of `rows_out`'s rows -> [T, H]: a token's are summed in float32 or wider, in the ranks' order."""
-    own = _resolved(group)
+    own = resolved(group)
     sent, taken = _splits(table, own)
     back = _send(part[: sum(taken)], taken, sent, own)
     out = torch.zeros(len(ids), *part.shape[1:], dtype=torch.promote_types(part.dtype, torch.float32), device=part.device)
@@ -100,14 +97,14 @@ def rows_back(part: Tensor, ids: Tensor, table: Tensor, count: int, group: str) 
 
 def rows_back_bwd(grad: Tensor, ids: Tensor, table: Tensor, count: int, group: str) -> Tensor:
     """The gradient [T, H] of sums to each of the results [P T, H] that were summed."""
-    own = _resolved(group)
+    own = resolved(group)
     sent, taken = _splits(table, own)
     into = grad.new_zeros(own.size() * len(ids), *grad.shape[1:])
     return _send(grad[_tokens(ids, count, sent)], sent, taken, own, into)
 
 
 def _shapes_out(x: Tensor, ids: Tensor, weights: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ranks = _resolved(group).size()
+    ranks = resolved(group).size()
     table = torch.empty(ranks, ranks, dtype=torch.int64, device="cpu")
     return *(t.new_empty(ranks * t.shape[0], *t.shape[1:]) for t in (x, ids, weights)), table  # type: ignore[return-value]
 
@@ -143,7 +140,7 @@ for _name, _run, _fake in (
     ("rows_out", rows_out, _shapes_out),
     ("rows_out_bwd", rows_out_bwd, lambda grad, gw, ids, table, count, group: (_per_token(grad, ids), _per_token(gw, ids))),
     ("rows_back", rows_back, lambda part, ids, table, count, group: _per_token(part, ids)),
-    ("rows_back_bwd", rows_back_bwd, lambda g, ids, table, count, group: g.new_empty(_resolved(group).size() * len(ids), *g.shape[1:])),
+    ("rows_back_bwd", rows_back_bwd, lambda g, ids, table, count, group: g.new_empty(resolved(group).size() * len(ids), *g.shape[1:])),
 ):
     library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moe_compile::{_name}", _fake, lib=library)

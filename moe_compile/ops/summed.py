@@ -26,6 +26,11 @@ ALIGNED = 16  # bytes: both kernels read vectors of them
 library.define("summed(Tensor part, str group) -> Tensor")
 
 
+def resolved(group: str) -> Any:
+    """The process group of a name. Raises ValueError or RuntimeError where there is none."""
+    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+
+
 class Sum(enum.Enum):
     """How a sum over ranks is taken."""
 
@@ -135,7 +140,7 @@ def set_peers(found: Peers) -> None:
 def of_group(name: str) -> Peers | None:
     """What the ranks of the group of this name agreed upon; None where they did not, or that group is destroyed."""
     found = _peers.get(name)
-    if found is None or found.group() is torch.distributed.distributed_c10d._resolve_process_group(name):  # type: ignore[arg-type]
+    if found is None or found.group() is resolved(name):
         return found
     del _peers[name]
     return None

@@ -13,19 +13,22 @@ from torch import Tensor
 
 from .peer_rows import UNEVEN, hello
 from .schemas import library
+from .summed import resolved
 
 AS_WRITTEN = -1  # where an exchange of rows begins with the number of this rank's tokens
 
-library.define("whole(Tensor local, SymInt size, str group, bool shared, bool rows=False) -> Tensor")
+# No number of ranks among the arguments: with dynamic sizes Dynamo would make a symbol of it, and so of the number of experts.
+library.define("whole(Tensor local, str group, bool shared, bool rows=False) -> Tensor")
 
 
-def whole(local: Tensor, size: int, group: str, shared: bool, rows: bool = False) -> Tensor:
-    """local [E / size, ...] of each rank -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient.
+def whole(local: Tensor, group: str, shared: bool, rows: bool = False) -> Tensor:
+    """local [E / P, ...] of each of P ranks -> [E, ...], by rank. `shared`: all ranks hold the same batch, so each has the whole gradient.
     `rows`: where rows travel they do so by all-to-all.
 
     Raises RuntimeError, on every rank, where one of them exchanges rows meanwhile (`exchange.gathered`, `exchange.sent`): all begin with
-    one message, of one number or, for `rows`, of size + 1.
+    one message, of one number or, for `rows`, of P + 1.
     """
+    size = resolved(group).size()
     if not shared:
         said = None if rows else hello(group, AS_WRITTEN, local.device)
         if said is None:
@@ -36,22 +39,22 @@ def whole(local: Tensor, size: int, group: str, shared: bool, rows: bool = False
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 
 
-def _shape(local: Tensor, size: int, group: str, shared: bool, rows: bool = False) -> Tensor:
-    return local.new_empty(local.shape[0] * size, *local.shape[1:])
+def _shape(local: Tensor, group: str, shared: bool, rows: bool = False) -> Tensor:
+    return local.new_empty(local.shape[0] * resolved(group).size(), *local.shape[1:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.how = inputs[1:4]
+    ctx.how = inputs[1:3]
     ctx.arguments = len(inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The rank's part of a gradient that all hold alike, or of the sum of the ranks' gradients."""
-    size, group, shared = ctx.how
+    group, shared = ctx.how
+    own = resolved(group)
     if shared:
-        own = torch.distributed.distributed_c10d._resolve_process_group(group).rank()
-        return grad.chunk(size)[own], *(None,) * (ctx.arguments - 1)
-    part = torch.ops._c10d_functional.reduce_scatter_tensor(grad.contiguous(), "sum", size, group)
+        return grad.chunk(own.size())[own.rank()], *(None,) * (ctx.arguments - 1)
+    part = torch.ops._c10d_functional.reduce_scatter_tensor(grad.contiguous(), "sum", own.size(), group)
     return torch.ops._c10d_functional.wait_tensor(part), *(None,) * (ctx.arguments - 1)
 
 

@@ -56,7 +56,8 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, 
         graphs.append(str(gm.graph))
         return gm.forward
 
-    run = torch.compile(m, backend="moe_fused", options={"inner": inner}, fullgraph=True) if how == "compiled" else m
+    dynamic = True if (spelling, batch) == ("grouped", "own") else None  # whose numbers are symbols, but for the number of experts
+    run = torch.compile(m, backend="moe_fused", options={"inner": inner}, fullgraph=True, dynamic=dynamic) if how == "compiled" else m
     out, want = run(xs[0 if shared else rank]), [one(x) for x in xs]
     weigh = torch.arange(float(cells.H))
     (out * weigh).sum().backward()
@@ -71,6 +72,7 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, 
         "kept": [type(kept).__name__, list(kept.to_local().shape)],
         "exchange": [b.exchange for b in moe_compile.last_report().blocks] if graphs else [],
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
+        "fewer tokens": cells.worst(run(xs[0 if shared else rank][2:]), one(xs[0 if shared else rank][2:])) if dynamic else 0.0,
         "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
         "through memory": getattr(getattr(of_group(mesh.get_group().group_name), "handle", None), "waits", 0) > 0,
     }
