@@ -24,21 +24,8 @@ from .reported import Report  # noqa: E402
 from .trace import Traced, trace  # noqa: E402
 
 __all__ = [
-    "BlockReport",
-    "GraphBreak",
-    "NotFused",
-    "OptionError",
-    "Options",
-    "Report",
-    "Traced",
-    "__version__",
-    "explain",
-    "ir",
-    "last_report",
-    "parallelize",
-    "prepare",
-    "register_contract",
-    "trace",
-]
+    "BlockReport", "GraphBreak", "NotFused", "OptionError", "Options", "Report", "Traced", "__version__", "explain", "ir", "last_report",
+    "parallelize", "prepare", "register_contract", "trace",
+]  # fmt: skip
 
 entry.register()

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[args.command](args)
     except NotFused as e:
-        print(_first_paragraph(e), file=sys.stderr)
+        print(models.without_hints(e), file=sys.stderr)
         return 1
     except (ImportError, ValueError, OSError) as e:
-        print(f"error: {_first_paragraph(e)}", file=sys.stderr)
+        print(f"error: {models.without_hints(e)}", file=sys.stderr)
         return 2
 
 
@@ -76,12 +76,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything into one self-contained page")
 
 
-def _check_folder(html: Path | None) -> None:
-    models.check_file(html, "--html")
-
-
 def _explain(args: argparse.Namespace) -> int:
-    _check_folder(args.html)
+    models.check_file(args.html, "--html")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, inputs = models.load(args)
@@ -100,7 +96,7 @@ def _trace(args: argparse.Namespace) -> int:
     from .trace_text import check_stage
 
     check_stage(args.stage, "--stage")
-    _check_folder(args.html)
+    models.check_file(args.html, "--html")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model, inputs = models.load(args)
@@ -126,11 +122,6 @@ def _graphs(args: argparse.Namespace, options: dict[str, Any]) -> Iterator[Calla
         if args.graph == "ge":
             options["inner"] = dry_run.ge_backend(Options.parse(options), found.ge.append)
         yield {"calls": found.calls_text, "fx": found.fx_text, "ge": found.ge_text}[args.graph]
-
-
-def _first_paragraph(e: BaseException) -> str:
-    """Without the hints Dynamo appends to whatever passes through it."""
-    return models.without_hints(e)
 
 
 _COMMANDS = {"explain": _explain, "trace": _trace, "bench": bench_cli.main, "tune": tune_cli.main, "env": _env}

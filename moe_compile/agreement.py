@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import time
 import weakref
 from collections import Counter
@@ -24,7 +23,6 @@ from ._version import __version__
 from .ops import sources
 from .passes.aten.sharded import takes_part
 
-log = logging.getLogger("moe_compile")
 Word = Mapping[str, Any]
 NAMING = 5.0  # seconds in which a rank that saw an exchange fail answers the others
 

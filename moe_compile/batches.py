@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import agreement, divided
 from .agreement import Talk, Word
-from .passes.aten.node import example_value
+from .passes.aten.node import example_value, reached
 from .passes.aten.sharded import is_sharded, takes_part
 
 ELEMENTS = 256  # of a tensor that are compared
@@ -28,13 +28,8 @@ def shared(gm: fx.GraphModule) -> list[tuple[int, str]]:
     What reaches experts by way of a collective or a DTensor alone may be a rank's own: its heads' keys and slopes under tensor parallelism.
     """
     wanted = [n for n in gm.graph.nodes if n.target is divided.divided_experts and n.args[7]]
-    seen: set[fx.Node] = set()
-    left = [x for n in wanted for x in n.args[:3] if isinstance(x, fx.Node)]
-    while left:
-        n = left.pop()
-        if n not in seen:
-            seen.add(n)
-            left.extend([] if _made_of_all(n) else n.all_input_nodes)
+    rows = (x for n in wanted for x in n.args[:3] if isinstance(x, fx.Node))
+    seen = set(reached(rows, lambda n: () if _made_of_all(n) else n.all_input_nodes))
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     return [(i, n.name) for i, n in enumerate(inputs) if n in seen and not isinstance(n.meta.get("example_value"), nn.Parameter)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 
@@ -38,8 +37,3 @@ class Snapshot:
 def _fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
     """Enough to see any change: the nodes by identity, what they call, and what they call it with."""
     return [(n, n.op, n.target, n.args, n.kwargs) for n in graph.nodes]
-
-
-def unchanged(gm: torch.fx.GraphModule, before: Snapshot) -> bool:
-    """Whether `gm` still holds the very graph that `before` saw."""
-    return _fingerprint(gm.graph) == before.print_

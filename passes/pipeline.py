@@ -23,7 +23,7 @@ from .recover.odd import explained
 from .rewrite import overlap, recall
 from .rewrite.target import Target
 from .terms import unify
-from .terms.deep import deep_recursion
+from .terms.budget import deep_recursion
 from .work import Candidate, Outcome, Recovered, Work
 
 __all__ = ["PASSES", "Outcome", "Pass", "Recovered", "recover_recorded", "run"]

@@ -20,7 +20,7 @@ from .recover.rows import MIXED
 from .recover.selections import is_id_input, is_selection
 from .steps import proved
 from .terms import unify
-from .terms.deep import deep_recursion
+from .terms.budget import deep_recursion
 from .work import Recovered
 
 

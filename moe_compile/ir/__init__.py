@@ -8,7 +8,6 @@ Shapes used throughout: T tokens, E experts, k selected experts a token, H hidde
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,27 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import Exchange as Exchange
-from .exchange import Way as Way
-from .experts import Experts as Experts
-from .experts import Form as Form
-from .experts import Overlap as Overlap
-from .experts import SharedExpert as SharedExpert
-from .gating import BiasOn as BiasOn
-from .gating import Gating as Gating
-from .gating import Groups as Groups
-from .gating import MaxK as MaxK
-from .gating import MinK as MinK
-from .gating import Norm as Norm
-from .gating import Normaliser as Normaliser
-from .gating import SumK as SumK
-from .gating import W as W
-from .gating import normalise as normalise
-from .rows import Rows as Rows
-from .score import Score as Score
-from .score import score as score
-from .stored import Stored as Stored
-from .world import evaluate_world as evaluate_world
+from .exchange import Exchange, Way, evaluate_world
+from .experts import Experts, Form, Overlap, SharedExpert
+from .gating import BiasOn, Gating, Groups, MaxK, MinK, Norm, Normaliser, SumK, W, normalise
+from .rows import Rows
+from .score import Score, score
+from .stored import Stored
+
+__all__ = [
+    "BiasOn", "Exchange", "Experts", "Form", "Gating", "Groups", "MaxK", "MinK", "MoeBlock", "Norm", "Normaliser", "Overlap",
+    "Rejection", "Rows", "Score", "SharedExpert", "Stored", "SumK", "W", "Way", "evaluate_world", "normalise", "score",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,9 +66,6 @@ class MoeBlock:
             raise ValueError("this block's routing was left as written: evaluate its experts with the ids and weights of the graph")
         w, ids = self.gating.evaluate(logits, bias, expert_scale, dtype)
         return self.experts.evaluate(x, ids, w, up, down, up_bias, down_bias, add, dtype, **others)
-
-
-NO_FILL = -math.inf
 
 
 class Rejection(Exception):

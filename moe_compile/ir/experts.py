@@ -134,7 +134,7 @@ class Experts:
             a, b = first
             first, second = ((a, half) if half is not None else None for half in split(b))
         low = dict(gl=first, ul=second, dl=self._pair(p.down_a, p.down_b, 0, e, self.down_pair))
-        smooth = dict(us=smooth_of(p.up_smooth, e, self.num_experts), ds=smooth_of(p.down_smooth, e, self.num_experts))
+        smooth = dict(us=smooth_of(p.up_smooth, e), ds=smooth_of(p.down_smooth, e))
         return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low, **smooth)
 
     def _stored_matrix(
@@ -222,7 +222,7 @@ class Experts:
         return out
 
 
-def smooth_of(scales: Sequence[Tensor], e: int, experts: int) -> Tensor | None:
+def smooth_of(scales: Sequence[Tensor], e: int) -> Tensor | None:
     """Expert e's smooth scales [in], of [E, in] of all, of a list of E, or of [in] for all; None where there are none."""
     if not scales:
         return None

@@ -31,22 +31,13 @@ def steps(how: Rows, rows: Tensor, near: Tensor, scales: Tensor | None = None) -
     near = near.unflatten(-1, group)
     _, least = how.codes(x)
     size = x.unflatten(-1, group).abs()
-    ends = [_scales(how, t.amax(-1, keepdim=True)) for t in ((size - near).clamp(min=0), size + near)]
+    ends = [how.scales(t.amax(-1, keepdim=True)) for t in ((size - near).clamp(min=0), size + near)]
     x = x.unflatten(-1, group)
     corners = torch.stack([_codes(how, v / s) for v in (x - near, x + near) for s, _ in ends])
     first, last = corners.amin(0), corners.amax(0)
     moved = torch.stack([c * s for c in (first, last) for _, s in ends])
-    far = (moved - _codes(how, x / _scales(how, size.amax(-1, keepdim=True))[0]) * least).abs().amax(0)
+    far = (moved - _codes(how, x / how.scales(size.amax(-1, keepdim=True))[0]) * least).abs().amax(0)
     return torch.where(first == last, 0.0, far).flatten(-2)
-
-
-def _scales(how: Rows, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """What a group whose largest number is `largest` is divided by, and multiplied by."""
-    s = largest / how.largest
-    least = s.clamp(min=how.floor) if how.floor else s
-    if how.power:
-        s = least = torch.exp2(torch.ceil(torch.log2(least)))
-    return least, least if how.floored else s
 
 
 def _codes(how: Rows, q: Tensor) -> Tensor:

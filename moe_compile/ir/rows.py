@@ -50,18 +50,23 @@ class Rows:
         """The number that the largest of a group becomes."""
         return float(torch.finfo(self.dtype).max) if self.dtype.is_floating_point else float(2 ** (self.bits - 1) - 1)
 
-    def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [N, K] -> q [N, groups, group] and what it is multiplied by [N, groups, 1], both in the type of the rows."""
-        x = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
-        s = x.abs().amax(-1, keepdim=True) / self.largest
+    def scales(self, most: Tensor) -> tuple[Tensor, Tensor]:
+        """What a group whose largest number is `most` is divided by, and what its codes are multiplied by."""
+        s = most / self.largest
         least = s.clamp(min=self.floor) if self.floor else s
         if self.power:
             s = least = torch.exp2(torch.ceil(torch.log2(least)))
+        return least, least if self.floored else s
+
+    def codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [N, K] -> q [N, groups, group] and what it is multiplied by [N, groups, 1], both in the type of the rows."""
+        x = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
+        least, s = self.scales(x.abs().amax(-1, keepdim=True))
         if self.dtype.is_floating_point:
             q = (x / least).to(self.dtype).to(rows.dtype)
         else:
             q = (x / torch.where(least == 0, 1.0, least)).round()
-        return q, least if self.floored else s
+        return q, s
 
     def _static(self, rows: Tensor, scales: Tensor | None) -> Tensor:
         """rows [N, K] by a number that is none of theirs: `step`, or scales [1] or [N, 1]."""

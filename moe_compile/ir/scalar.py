@@ -20,6 +20,10 @@ from torch import Tensor
 G, U = sp.symbols("g u", real=True)
 
 
+class relu(sp.Function):  # type: ignore[misc]
+    nargs = 1
+
+
 class sigmoid(sp.Function):  # type: ignore[misc]
     nargs = 1
 
@@ -27,15 +31,14 @@ class sigmoid(sp.Function):  # type: ignore[misc]
         return True
 
 
-class relu(sp.Function):  # type: ignore[misc]
-    nargs = 1
-
-
 class softplus(sp.Function):  # type: ignore[misc]
     nargs = 1
+    _eval_is_positive = sigmoid._eval_is_positive
 
-    def _eval_is_positive(self) -> bool:
-        return True
+
+class exp2(sp.Function):  # type: ignore[misc]
+    nargs = 1
+    _eval_is_positive = sigmoid._eval_is_positive
 
 
 class gelu_tanh(sp.Function):  # type: ignore[misc]
@@ -54,13 +57,6 @@ class expm1(sp.Function):  # type: ignore[misc]
     """exp(x) - 1, exact to rounding for small x."""
 
     nargs = 1
-
-
-class exp2(sp.Function):  # type: ignore[misc]
-    nargs = 1
-
-    def _eval_is_positive(self) -> bool:
-        return True
 
 
 class clamp(sp.Function):  # type: ignore[misc]
@@ -239,19 +235,10 @@ class Tensors:
         return f.torch(a)
 
 
-class Expressions:
+class Expressions(Tensors):
     """Programs as expressions again."""
 
-    number = staticmethod(number)
-
-    def add(self, a: Any, b: Any) -> Any:
-        return a + b
-
-    def mul(self, a: Any, b: Any) -> Any:
-        return a * b
-
-    def div(self, a: Any, b: Any) -> Any:
-        return a / b
+    number = staticmethod(number)  # type: ignore[assignment]
 
     def power(self, a: Any, p: float) -> Any:
         return a ** number(p)
@@ -276,14 +263,7 @@ class Programs:
     def number(self, c: float) -> _Code:
         return [OP_CONST], [c]
 
-    def add(self, a: _Code, b: _Code) -> _Code:
-        return [*a[0], *b[0], OP_ADD], [*a[1], *b[1]]
-
-    def mul(self, a: _Code, b: _Code) -> _Code:
-        return [*a[0], *b[0], OP_MUL], [*a[1], *b[1]]
-
-    def div(self, a: _Code, b: _Code) -> _Code:
-        return [*a[0], *b[0], OP_DIV], [*a[1], *b[1]]
+    add, mul, div = (lambda self, a, b, op=op: ([*a[0], *b[0], op], [*a[1], *b[1]]) for op in OF_TWO)
 
     def power(self, a: _Code, p: float) -> _Code:
         return [*a[0], OP_POW], [*a[1], p]

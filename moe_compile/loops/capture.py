@@ -144,7 +144,7 @@ def _read(tx: Any, func: Any, call: Call, arguments: Arguments) -> Reading | Non
         if _is_of_experts(trial.outcome, call):  # a block read around them would be left for it too
             for around in _frames(tx):
                 flags.tried(around)
-        declined.note(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments)), trial.reads, trial.outcome)
+        declined.note(tx, roots(call), dict(sources_of(func, call.fn, arguments)), trial.reads, trial.outcome)
         _leave(trial.outcome, call)
         return None
     refuse_modes(tx)
@@ -180,7 +180,7 @@ def _captured(tx: Any, func: Any, call: Call, arguments: Arguments, reading: Rea
             raise Rejection(f"{path} is a DTensor whose part here is read in another shape, {list(value.shape)}", stage="tensors")
     arguments.fix_widths()
     with or_unguarded():
-        Guards(tx, roots(call), dict(sources_of(tx, func, call.fn, arguments))).install(reading.reads)
+        Guards(tx, roots(call), dict(sources_of(func, call.fn, arguments))).install(reading.reads)
     _note(reading, call)
     return UserFunctionVariable(reading.run), [*(arguments.leaves[n] for n in reading.arguments), *params]
 

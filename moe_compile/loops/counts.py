@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections.abc import Callable, Mapping
@@ -37,24 +38,6 @@ class Count(int):
             met = "another number of rows" if isinstance(other, Count) else other
             refuse(f"it compares a number of rows with {met}, which few rows do not tell")
         return op(self.a, other.a if isinstance(other, Count) else other)
-
-    def __eq__(self, other: object) -> Any:
-        return self._meets(other, operator.eq)
-
-    def __ne__(self, other: object) -> Any:
-        return self._meets(other, operator.ne)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._meets(other, operator.lt)
-
-    def __le__(self, other: Any) -> Any:
-        return self._meets(other, operator.le)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._meets(other, operator.gt)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._meets(other, operator.ge)
 
     def __bool__(self) -> bool:
         return bool(self != 0)
@@ -101,6 +84,8 @@ def _binary(op: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
     return lambda self, other: _other(op, self, other), lambda self, other: _other(op, other, self)
 
 
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Count, f"__{_name}__", functools.partialmethod(Count._meets, op=getattr(operator, _name)))
 for _name in ("truediv", "pow", "lshift", "rshift", "and_", "or_", "xor"):
     _there, _back = _binary(getattr(operator, _name))
     setattr(Count, f"__{_name.rstrip('_')}__", _there)

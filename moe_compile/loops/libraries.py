@@ -40,16 +40,9 @@ _HEAP = 1 << 9  # of types: made by code, not built in
 # torch: modules of functions that compute, of classes, and single names
 _COMPUTES = {"torch.functional", "torch.nn.functional", "torch._tensor", "torch.special", "torch.linalg", "torch.fft", "torch.return_types"}
 _COMPUTES |= {"torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft", "torch._refs"}
-_CLASSES: tuple[str, ...] = (
-    "torch.nn.modules",
-    "torch.nn.parameter",
-    "torch.nn.utils.parametrize",
-    "torch.nn.utils.parametrizations",
-    "torch.amp",
-    "torch.cuda.amp",
-    "torch.return_types",
-)
-_CLASSES += ("torch.autograd.grad_mode", "torch.autograd.function", "torch.utils._contextlib", "torch.return_types")
+_CLASSES: tuple[str, ...] = ("torch.nn.modules", "torch.nn.parameter", "torch.nn.utils.parametrize", "torch.nn.utils.parametrizations")
+_CLASSES += ("torch.amp", "torch.cuda.amp", "torch.autograd.grad_mode", "torch.autograd.function", "torch.utils._contextlib")
+_CLASSES += ("torch.return_types",)
 _NAMES = {"Tensor", "Size", "dtype", "device", "finfo", "iinfo", "layout", "memory_format", "FloatTensor", "LongTensor", "BoolTensor"}
 _NAMES |= {"_ScalingType", "_SwizzleType"}  # how `scaled_mm` is told to scale
 _ASKS = {"is_tensor", "is_grad_enabled", "get_default_dtype", "is_scripting", "is_tracing", "is_storage", "typename", "promote_types"}

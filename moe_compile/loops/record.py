@@ -64,7 +64,7 @@ def record(
         values = cleaning.replay(gm)
         cleaning.check_result(values, result)
         cleaning.drop_nothing(gm, values)
-        gm.meta["host_reads"] = [HostRead(n, _plain(values[n])) for n in reads]
+        gm.meta["host_reads"] = [HostRead(n, v.tolist() if isinstance(v := values[n], Tensor) else v) for n in reads]
         gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
         cleaning.check_reads(reads)
         thresholds.check(gm, reads, rows)
@@ -126,10 +126,6 @@ def record_symbolically(
         for other in routings[1:]:
             _same_graph(gm, record(fn, other, probe, grad, rows))
     return gm
-
-
-def _plain(v: Any) -> Any:
-    return v.tolist() if isinstance(v, Tensor) else v
 
 
 def _first_line(e: Exception) -> str:

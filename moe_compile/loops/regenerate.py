@@ -22,6 +22,7 @@ from ..ir.reach import reach
 from ..ops import bundled, family_of
 from ..passes.aten.effects import aliased_arg, mutated_args
 from ..passes.aten.names import LIKE, op_name
+from ..passes.aten.node import reached
 from .call import Call
 from .fewer import Fewer
 
@@ -58,7 +59,7 @@ class Regenerated:
         self.orders: Mapping[fx.Node, Any] = boundary.get("orders") or {}
         self.join: Join | None = boundary.get("join")
         self.like = laid_out_like(self.out)
-        self.live = self._live()
+        self.live = set(reached((n for n in gm.graph.nodes if n.op == "output"), self._inputs))
         if self.out not in self.live:
             raise Rejection("its result is a view made before the experts wrote to it", stage="read")
         self._check_types()
@@ -100,15 +101,6 @@ class Regenerated:
             return n.all_input_nodes
         given = [*(self.boundary.get(x) for x in ("tokens", "ids", "weights", "base")), self.like]
         return [x for x in (*given, *(w for parts in self.lists for ws in parts for w in ws)) if x is not None]
-
-    def _live(self) -> set[fx.Node]:
-        stack, seen = [next(n for n in self.gm.graph.nodes if n.op == "output")], set()
-        while stack:
-            n = stack.pop()
-            if n not in seen:
-                seen.add(n)
-                stack.extend(self._inputs(n))
-        return seen
 
     def _check_types(self) -> None:
         out, tokens, base = self.out.meta["val"].dtype, self.boundary["tokens"].meta["val"].dtype, self.boundary.get("base")

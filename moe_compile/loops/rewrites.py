@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 
 from ..passes.aten.effects import aliased_arg, mutated_args
+from ..passes.aten.node import reached
 from .cleaning import schema_name
 
 _AND = {"logical_and", "bitwise_and", "__and__", "mul", "logical_and_", "bitwise_and_"}
@@ -131,15 +132,8 @@ def _masked(n: fx.Node) -> tuple[fx.Node, Any] | None:
 
 def _compares(mask: fx.Node) -> bool:
     """Whether a mask is itself made by comparing integers with a number."""
-    stack, seen = [mask], {mask}
-    while stack:
-        n = stack.pop()
-        if n.target is _aten.eq.Scalar and not n.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
-            return True
-        new = [i for i in n.all_input_nodes if i not in seen]
-        seen.update(new)
-        stack.extend(new)
-    return False
+    made = reached([mask], lambda n: n.all_input_nodes)
+    return any(n.target is _aten.eq.Scalar and not n.args[0].meta["val"].is_floating_point() for n in made)  # type: ignore[union-attr]
 
 
 def _masked_ids(graph: fx.Graph, ids: fx.Node, mask: fx.Node, none: int, before: fx.Node) -> fx.Node:

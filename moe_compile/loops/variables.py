@@ -189,7 +189,7 @@ def _width(s: Any) -> Any:
     return int(s.node.hint)
 
 
-def sources_of(tx: Any, func: Any, fn: types.FunctionType, arguments: Arguments) -> Iterator[tuple[str, Any]]:
+def sources_of(func: Any, fn: types.FunctionType, arguments: Arguments) -> Iterator[tuple[str, Any]]:
     """Dynamo's sources at the roots of places: the module, the function, objects among the arguments."""
     from torch._dynamo.source import AttrSource, TypeSource
 

@@ -24,24 +24,6 @@ from .records import adapted_of, bundled, chained_of, experts_args, family_of, l
 from .schemas import SCHEMAS, library, schema_of, straight_on_cuda
 
 __all__ = [
-    "SCHEMAS",
-    "adapted_of",
-    "anywhere",
-    "autocast",
-    "autograd",
-    "bundled",
-    "chained_of",
-    "experts_args",
-    "family_of",
-    "layout_of",
-    "library",
-    "route_args",
-    "routing_of",
-    "schema_of",
-    "shapes",
-    "shared_args",
-    "sorted",
-    "sources",
-    "storage_of",
-    "straight_on_cuda",
-]
+    "SCHEMAS", "adapted_of", "anywhere", "autocast", "autograd", "bundled", "chained_of", "experts_args", "family_of", "layout_of",
+    "library", "route_args", "routing_of", "schema_of", "shapes", "shared_args", "sorted", "sources", "storage_of", "straight_on_cuda",
+]  # fmt: skip

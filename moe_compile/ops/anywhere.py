@@ -13,7 +13,7 @@ from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED
 from ..ir.records import Storage
 from ..lowering.reference import chained, generic, routing, stored
 from .records import adapted_of, bundled, chained_of, layout_of, product_of, routing_of, storage_of, stored_adapted_of
-from .schemas import IN_WEIGHTS, ROUTED, STORED, library
+from .schemas import IN_WEIGHTS, NAMES, ROUTED, STORED, library
 
 _ops = torch.ops.moe_compile
 
@@ -163,24 +163,8 @@ def experts_as_floats(*args: Any) -> Tensor:
     return out.to(x.dtype)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "route": route,
-    "route_linear": route_linear,
-    "route_fwd": route_fwd,
-    "route_bwd": route_bwd,
-    "experts": experts,
-    "experts_fwd": with_copies(experts_fwd),
-    "experts_bwd": experts_bwd,
-    "experts_adapted": experts_adapted,
-    "experts_adapted_fwd": with_copies(experts_adapted_fwd),
-    "experts_adapted_bwd": experts_adapted_bwd,
-    "experts_chained": experts_chained,
-    "experts_chained_fwd": with_copies(experts_chained_fwd),
-    "experts_chained_bwd": experts_chained_bwd,
-    "experts_shared": experts_shared,
-    "experts_stored": experts_stored,
-    "experts_stored_shared": experts_stored_shared,
-    "experts_stored_adapted": experts_stored_adapted,
-}
+# of each op the function of its name
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {name: globals()[name] for name in NAMES}
+IMPLEMENTATIONS |= {name: with_copies(f) for name, f in IMPLEMENTATIONS.items() if name.startswith("experts") and name.endswith("_fwd")}
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU",
 _ops = torch.ops.moe_compile
 
 
-def _autocast(device_type: str, key: str, name: str = "experts") -> Callable[..., Tensor]:
+def _autocast(device_type: str, key: str, name: str) -> Callable[..., Tensor]:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.dtype.itemsize > 1  # or codes
         return t.to(dtype) if eligible and t is not None else t
@@ -42,9 +42,5 @@ def _tensor_list(a: Any) -> bool:
 
 for _device, _key in _AUTOCAST.items():
     if hasattr(torch._C.DispatchKey, _key):
-        library.impl("experts_shared", _autocast(_device, _key, "experts_shared"), _key)
-        library.impl("experts_stored_shared", _autocast(_device, _key, "experts_stored_shared"), _key)
-        library.impl("experts_adapted", _autocast(_device, _key, "experts_adapted"), _key)
-        library.impl("experts_stored", _autocast(_device, _key, "experts_stored"), _key)
-        library.impl("experts_stored_adapted", _autocast(_device, _key, "experts_stored_adapted"), _key)
-        library.impl("experts", _autocast(_device, _key), _key)
+        for _what in ("", "_shared", "_stored_shared", "_adapted", "_stored", "_stored_adapted"):
+            library.impl(f"experts{_what}", _autocast(_device, _key, f"experts{_what}"), _key)

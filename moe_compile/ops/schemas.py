@@ -52,6 +52,7 @@ SCHEMAS = (
     f"experts_stored_shared({_ROUTED}, {lists(CODED)}, Tensor? add, {_LAYOUT}, {schema(Storage)}, {_SHARED}) -> Tensor",
     f"experts_stored_adapted({_ROUTED}, {lists(STORED_ADAPTED)}, Tensor? add, {schema(AdaptedLayout)}, {schema(Storage)}) -> Tensor",
 )
+NAMES = tuple(s.partition("(")[0] for s in SCHEMAS)
 
 
 def schema_of(name: str) -> str:

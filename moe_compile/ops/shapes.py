@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.operands import ADAPTED, CHAINED, CODED, STORED_ADAPTED, Operands
+from ..ir.operands import ADAPTED, CHAINED, CODED, PLAIN, STORED_ADAPTED, Operands
 from ..ir.records import Layout, Storage
 from .records import adapted_of, bundled, chained_of, layout_of, product_of, storage_of, stored_adapted_of
-from .schemas import IN_WEIGHTS, ROUTED, STORED, library
+from .schemas import IN_WEIGHTS, NAMES, ROUTED, STORED, library
 
 
 def route(logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, k: int, *gating: Any) -> tuple[Tensor, Tensor]:
@@ -36,9 +36,33 @@ def route_bwd(grad: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, ex
     return [_empty_contiguous(t) for t, needed in wanted if needed and t is not None]
 
 
-def experts(*args: Any) -> Tensor:
-    x, _, _, p, (_, *plain) = bundled(args)
-    return x.new_empty(x.shape[0], layout_of(plain).out_features(p.down))  # type: ignore[no-any-return]
+def _of(names: Sequence[str], record: Callable[[Sequence[Any]], Layout]) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """The shapes of an op of experts with these parameters, and of its `_fwd`."""
+
+    def experts(*args: Any) -> Tensor:
+        x, _, _, p, (_, *plain) = bundled(args, names)
+        return x.new_empty(x.shape[0], record(plain).out_features(p.down))  # type: ignore[no-any-return]
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, ids, weights, p, (_, *plain) = bundled(args, names)
+        pre = x.new_empty(ids.shape[0] * ids.shape[1], record(plain).pre_width(p.down))
+        return experts(*args), pre, torch.empty_like(ids), torch.empty_like(weights)
+
+    return experts, forward
+
+
+def _backward_of(names: Sequence[str]) -> Callable[..., list[Tensor]]:
+    """The shapes of a `_bwd`: of the tensors whose gradients are asked for."""
+
+    def backward(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
+        x, _, weights, p, (*_, needs) = bundled(args, names)
+        return [_empty_contiguous(t) for t, needed in zip((x, weights, *p), needs, strict=True) if needed]
+
+    return backward
+
+
+experts, experts_fwd = _of(PLAIN, layout_of)
+experts_adapted, experts_adapted_fwd = _of(ADAPTED, adapted_of)
 
 
 def experts_stored(*args: Any) -> Tensor:
@@ -57,11 +81,6 @@ def _stored(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) ->
     return x.new_empty(x.shape[0], inner if layout.down_transposed else out)
 
 
-def experts_adapted(*args: Any) -> Tensor:
-    x, _, _, p, (_, *plain) = bundled(args, ADAPTED)
-    return x.new_empty(x.shape[0], adapted_of(plain).out_features(p.down))  # type: ignore[no-any-return]
-
-
 def experts_chained(*args: Any) -> Tensor:
     x, _, _, _, (_, *plain) = bundled(args, CHAINED)
     return x.new_empty(x.shape[0], chained_of(plain).chain.stages[-1].width)  # type: ignore[no-any-return]
@@ -75,69 +94,19 @@ def experts_stored_shared(*args: Any) -> Tensor:
     return experts_stored(*args[:STORED])
 
 
-def experts_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, ids, weights, p, (_, *plain) = bundled(args)
-    return _forward(x, ids, weights, p, layout_of(plain))
-
-
-def experts_adapted_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, ids, weights, p, (_, *plain) = bundled(args, ADAPTED)
-    return _forward(x, ids, weights, p, adapted_of(plain))
-
-
 def experts_chained_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, ids, weights = args[:3]
     return experts_chained(*args), x.new_empty(0), torch.empty_like(ids), torch.empty_like(weights)
 
 
-def _forward(x: Tensor, ids: Tensor, weights: Tensor, p: Operands[Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = x.new_empty(x.shape[0], layout.out_features(p.down))
-    pre = x.new_empty(ids.shape[0] * ids.shape[1], layout.pre_width(p.down))
-    return out, pre, torch.empty_like(ids), torch.empty_like(weights)
-
-
-def experts_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
-    x, _, weights, p, (*_, needs) = bundled(args)
-    return _asked((x, weights, *p), needs)
-
-
-def experts_adapted_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
-    x, _, weights, p, (*_, needs) = bundled(args, ADAPTED)
-    return _asked((x, weights, *p), needs)
-
-
-def experts_chained_bwd(grad: Tensor, pre: Tensor, *args: Any) -> list[Tensor]:
-    x, _, weights, p, (*_, needs) = bundled(args, CHAINED)
-    return _asked((x, weights, *p), needs)
-
-
-def _asked(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    return [_empty_contiguous(t) for t, needed in zip(tensors, needs, strict=True) if needed]
+experts_bwd, experts_adapted_bwd, experts_chained_bwd = map(_backward_of, (PLAIN, ADAPTED, CHAINED))
 
 
 def _empty_contiguous(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-SHAPES: dict[str, Callable[..., Any]] = {
-    "route": route,
-    "route_linear": route_linear,
-    "route_fwd": route_fwd,
-    "route_bwd": route_bwd,
-    "experts": experts,
-    "experts_fwd": experts_fwd,
-    "experts_bwd": experts_bwd,
-    "experts_adapted": experts_adapted,
-    "experts_adapted_fwd": experts_adapted_fwd,
-    "experts_adapted_bwd": experts_adapted_bwd,
-    "experts_chained": experts_chained,
-    "experts_chained_fwd": experts_chained_fwd,
-    "experts_chained_bwd": experts_chained_bwd,
-    "experts_shared": experts_shared,
-    "experts_stored": experts_stored,
-    "experts_stored_shared": experts_stored_shared,
-    "experts_stored_adapted": experts_stored_adapted,
-}
+SHAPES: dict[str, Callable[..., Any]] = {name: globals()[name] for name in NAMES}  # of each op by a function of its name
 _watching: dict[str, Callable[[Sequence[Any]], None]] = {}
 
 

@@ -39,10 +39,6 @@ def whole(local: Tensor, group: str, shared: bool, rows: bool = False) -> Tensor
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 
 
-def _shape(local: Tensor, group: str, shared: bool, rows: bool = False) -> Tensor:
-    return local.new_empty(local.shape[0] * resolved(group).size(), *local.shape[1:])
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.how = inputs[1:3]
     ctx.arguments = len(inputs)
@@ -59,5 +55,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 library.impl("whole", whole, "CompositeExplicitAutograd")
-torch.library.register_fake("moe_compile::whole", _shape, lib=library)
+torch.library.register_fake(
+    "moe_compile::whole",
+    lambda local, group, *_, **__: local.new_empty(local.shape[0] * resolved(group).size(), *local.shape[1:]),
+    lib=library,
+)
 torch.library.register_autograd("moe_compile::whole", _backward, setup_context=_keep, lib=library)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.fx as fx
 
-from .shadow import example_value
+from .node import example_value
 
 
 def may_train(graph: fx.Graph) -> bool:

@@ -8,7 +8,6 @@ proved is proved of the reference. A contract goes by the name of the op, in one
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
 import re
@@ -18,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .node import schema_of
+from .node import schema_of, traced
 
 _NAME = re.compile(r"(\w+::)?\w+(\.\w+)?")
 
@@ -124,13 +122,6 @@ def contract_of(target: Any) -> Contract | None:
     return None
 
 
-def unlike(target: Any) -> str:
-    """Why an op has no contract though one of its name was registered."""
-    schema = getattr(target, "_schema", None)
-    names = () if schema is None else (str(schema.name), str(schema.name).rpartition("::")[2])
-    return next((why for name in names if name in _contracts and (why := _unlike(_contracts[name], schema))), "")
-
-
 def foreign(graph: fx.Graph) -> bool:
     """Whether a graph has ops whose contract is not this package's: what is read of it is not told by the graph."""
     return any(c is not None and not c.own for n in graph.nodes if n.op == "call_function" for c in map(contract_of, _overloads(n.target)))
@@ -168,36 +159,25 @@ def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.N
         filled = pytree.tree_unflatten([next(rest) if isinstance(v, fx.Node) else v for v in leaves], spec)
         return c.reference(**filled), [filled[name] for name in written]
 
-    traced = _traced(run, [x.meta.get("val") for x in nodes])
-    if traced is None:
+    made = traced(run, [x.meta.get("val") for x in nodes], pre_dispatch=True)
+    if made is None:
         return {}
-    env: dict[fx.Node, Any] = dict(zip((x for x in traced.graph.nodes if x.op == "placeholder"), nodes, strict=True))
+    env: dict[fx.Node, Any] = dict(zip((x for x in made.graph.nodes if x.op == "placeholder"), nodes, strict=True))
     with gm.graph.inserting_before(n):
-        for x in traced.graph.nodes:
+        for x in made.graph.nodes:
             if x.op == "get_attr":
-                env[x] = gm.graph.get_attr(_kept(gm, getattr(traced, str(x.target))))
+                env[x] = gm.graph.get_attr(_kept(gm, getattr(made, str(x.target))))
                 env[x].meta = dict(x.meta)
             elif x.op == "call_function":
                 env[x] = gm.graph.node_copy(x, env.__getitem__)
                 env[x].meta |= {k: v for k, v in n.meta.items() if k not in ("val", "tensor_meta")}
-    ((out, after),) = (x.args[0] for x in traced.graph.nodes if x.op == "output")
+    ((out, after),) = (x.args[0] for x in made.graph.nodes if x.op == "output")
     _rename(n, {given[name]: env[a] for name, a in zip(written, after, strict=True)})
     return _replaced(n, fx.map_arg(out, env.__getitem__))
 
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
-
-
-def _traced(run: Callable[..., Any], values: list[Any]) -> fx.GraphModule | None:
-    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
-    try:
-        with mode if mode is not None else contextlib.nullcontext():
-            return make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
-    except Exception as e:
-        if type(e).__module__.startswith("torch._dynamo"):
-            raise
-        return None
 
 
 def _kept(gm: fx.GraphModule, value: Any) -> str:

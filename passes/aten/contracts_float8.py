@@ -80,9 +80,6 @@ def _mx(codes: Tensor, scale: Tensor) -> Tensor:
     return (values.unflatten(-1, (-1, _MX)) * powers.unsqueeze(-1)).flatten(-2)
 
 
-Floats = Callable[..., tuple[Tensor, Tensor]]
-
-
 def _block(A: Tensor, B: Tensor, Bs: Tensor, block_size: Sequence[int]) -> tuple[Tensor, Tensor]:
     return rounded(A, block_size[1]), weights(B, Bs, block_size)
 
@@ -125,39 +122,21 @@ def _block_batched(A, B, Bs, expert_ids, block_size, output_dtype=None):  # type
     return _batched_matmul(A, _block(A, B, Bs, block_size), expert_ids, output_dtype)
 
 
-def _tensor_2d(A, B, Bs, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _matmul(A, _tensor(A, B, Bs), output_dtype)
+def _three(floats: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Callable[..., Tensor], ...]:
+    """The references of the product with one matrix, with one for each group of rows, with one for each row."""
+    return (
+        lambda A, B, Bs, output_dtype=None: _matmul(A, floats(A, B, Bs), output_dtype),
+        lambda A, B, Bs, offsets, tokens_per_expert, output_dtype=None: _grouped_matmul(A, floats(A, B, Bs), offsets, output_dtype),
+        lambda A, B, Bs, expert_ids, output_dtype=None: _batched_matmul(A, floats(A, B, Bs), expert_ids, output_dtype),
+    )
 
 
-def _tensor_grouped(A, B, Bs, offsets, tokens_per_expert, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _grouped_matmul(A, _tensor(A, B, Bs), offsets, output_dtype)
-
-
-def _tensor_batched(A, B, Bs, expert_ids, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _batched_matmul(A, _tensor(A, B, Bs), expert_ids, output_dtype)
-
-
-def _mx_2d(A, B, Bs, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _matmul(A, _groups(A, B, Bs), output_dtype)
-
-
-def _mx_grouped(A, B, Bs, offsets, tokens_per_expert, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _grouped_matmul(A, _groups(A, B, Bs), offsets, output_dtype)
-
-
-def _mx_batched(A, B, Bs, expert_ids, output_dtype=None):  # type: ignore[no-untyped-def]
-    return _batched_matmul(A, _groups(A, B, Bs), expert_ids, output_dtype)
-
-
+_tensor_2d, _tensor_grouped, _tensor_batched = _three(_tensor)
+_mx_2d, _mx_grouped, _mx_batched = _three(_groups)
 _MX_NAMES = ("mxfp_dynamic_matmul", "w4a8_mx_dynamic_fp4_matmul", "w8a8_mx_dynamic_fp8_matmul", "w4a8_block_dynamic_fp4_matmul")
-own(
-    Contract("w8a8_block_dynamic_fp8_matmul", _block_2d, own=True),
-    Contract("w8a8_block_dynamic_fp8_matmul_grouped", _block_grouped, own=True),
-    Contract("w8a8_block_dynamic_fp8_matmul_batched", _block_batched, own=True),
-    Contract("w8a8_tensor_dynamic_fp8_matmul", _tensor_2d, own=True),
-    Contract("w8a8_tensor_dynamic_fp8_matmul_grouped", _tensor_grouped, own=True),
-    Contract("w8a8_tensor_dynamic_fp8_matmul_batched", _tensor_batched, own=True),
-    *(Contract(name, _mx_2d, own=True) for name in _MX_NAMES),
-    *(Contract(f"{name}_grouped", _mx_grouped, own=True) for name in _MX_NAMES),
-    *(Contract(f"{name}_batched", _mx_batched, own=True) for name in _MX_NAMES),
-)
+_OF = {
+    "w8a8_block_dynamic_fp8_matmul": (_block_2d, _block_grouped, _block_batched),
+    "w8a8_tensor_dynamic_fp8_matmul": (_tensor_2d, _tensor_grouped, _tensor_batched),
+    **dict.fromkeys(_MX_NAMES, (_mx_2d, _mx_grouped, _mx_batched)),
+}
+own(*(Contract(f"{name}{of}", f, own=True) for name, fs in _OF.items() for of, f in zip(("", "_grouped", "_batched"), fs, strict=True)))

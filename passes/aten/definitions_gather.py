@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import sympy as sp
@@ -13,14 +12,11 @@ from .. import terms as T
 from ..terms import Term
 from . import names
 from .definitions_views import TUPLES
-from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, truth
+from .element import Args, Idx, Mask, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, truth
 from .names import op_name
 from .places import REPEATED, apart, one_place, wrapped
 
 _PICKS = frozenset({"nonzero", "nonzero_numpy", "masked_select", "where"})
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
 
 
 def true_at(p: Puller, mask: fx.Node, row: Term) -> Idx:
@@ -112,14 +108,9 @@ def _index_select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(n.args[0], replace(idx, d, p.at(a.index, (idx[d],))))
 
 
-@rule("embedding")
-def _embedding(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return p.at(a.weight, (p.at(a.indices, idx[:-1]), idx[-1]))
-
-
-@rule("masked_select")
-def _masked_select(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return p.broadcast(n.args[0], true_at(p, a.mask, idx[0]))
+rule("embedding")(lambda p, n, a, idx: p.at(a.weight, (p.at(a.indices, idx[:-1]), idx[-1])))
+rule("masked_select")(lambda p, n, a, idx: p.broadcast(n.args[0], true_at(p, a.mask, idx[0])))
+rule("one_hot")(lambda p, n, a, idx: T.eq(p.at(n.args[0], idx[:-1]), idx[-1]))
 
 
 @rule("where")
@@ -134,16 +125,7 @@ def _nonzero(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return true_at(p, n.args[0], idx[0])[idx[1].args[0]]  # type: ignore[arg-type]
 
 
-def _where_tuple(p: Puller, src: fx.Node, i: int, n: fx.Node, idx: Idx) -> Term:
-    return true_at(p, src.args[0], idx[0])[i]  # type: ignore[arg-type]
-
-
-TUPLES["where"] = TUPLES["nonzero_numpy"] = _where_tuple
-
-
-@rule("one_hot")
-def _one_hot(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.eq(p.at(n.args[0], idx[:-1]), idx[-1])
+TUPLES["where"] = TUPLES["nonzero_numpy"] = lambda p, src, i, n, idx: true_at(p, src.args[0], idx[0])[i]
 
 
 # ---- scatter -----------------------------------------------------------------------------------------------------------

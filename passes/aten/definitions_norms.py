@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +12,7 @@ from .. import terms as T
 from ..terms import Term
 from .definitions_products import reduced
 from .definitions_views import TUPLES
-from .element import Opaque, Puller, call_args, dtype_of, rule, shape_of
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
+from .element import Args, Idx, Opaque, Puller, call_args, dtype_of, rule, shape_of
 
 
 def _mean(size: Any, f: Callable[[Term], Term], less: Any = 0) -> Term:
@@ -95,6 +91,4 @@ def _var(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return _mean(v.args[1], square, less)
 
 
-@rule("std")
-def _std(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.power(_var(p, n, a, idx), 0.5)
+rule("std")(lambda p, n, a, idx: T.power(_var(p, n, a, idx), 0.5))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import sympy as sp
@@ -15,11 +14,8 @@ from ...ir.scalar import FUNCTIONS
 from .. import terms as T
 from ..terms import Term
 from ..terms.blocks import joined
-from .element import Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of
+from .element import Args, Idx, Opaque, Puller, call_args, dtype_of, fixed_number, normal_dim, replace, rule, shape_of, size_of
 from .names import op_name
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
 
 # ---- pointwise ---------------------------------------------------------------------------------------------------------
 
@@ -75,11 +71,6 @@ def _read_at_variables(p: Puller, n: fx.Node) -> bool:
     return n in p.wholes
 
 
-@rule("mul", "multiply")
-def _mul(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.mul(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
-
-
 @rule("div", "divide", "true_divide", "floor_divide")
 def _div(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
@@ -128,6 +119,8 @@ def _unary(name: str) -> Any:
 
 for _f in FUNCTIONS:
     rule(*_f.aten, *((_f.name,) if _f.plain else ()))(_unary(_f.name))
+for _name in ("ceil", "log2"):
+    rule(_name)(_unary(_name))
 
 # spelled with the functions of the table
 _SPELLED: dict[tuple[str, ...], Any] = {
@@ -146,9 +139,39 @@ for _names, _spelling in _SPELLED.items():
     rule(*_names)(_spelled(_spelling))
 
 
-@rule("ldexp")
-def _ldexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.mul(p.broadcast(n.args[0], idx), T.fn("exp2", p.broadcast(n.args[1], idx)))
+def _of_two(make: Callable[[Term, Term], Term], what: str = "") -> Any:
+    """The rule of an op of two operands, of one shape once they are broadcast; `what` it is, where it is one of truth values only."""
+
+    def f(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+        if what and dtype_of(n) is not torch.bool:
+            raise Opaque(f"a bitwise {what} of integers")
+        return make(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
+
+    return f
+
+
+def _less(x: Term, y: Term) -> Term:
+    if T.is_c(x, 0) and T.is_truth(y):
+        return y
+    if T.is_c(x, 0) and y.op == "sum":
+        t = T.eq(y, x)  # a count is positive when it is not 0
+        if t.op == "not":
+            return T.not_(t)
+    if T.is_c(y, 1) and (T.is_truth(x)):
+        return T.not_(x)
+    return T.lt(x, y)
+
+
+rule("mul", "multiply")(_of_two(T.mul))
+rule("ldexp")(_of_two(lambda x, y: T.mul(x, T.fn("exp2", y))))
+rule("eq")(_of_two(T.eq))
+rule("ne", "not_equal")(_of_two(lambda x, y: T.not_(T.eq(x, y))))
+rule("lt", "less")(_of_two(_less))
+rule("gt", "greater")(_of_two(lambda x, y: _less(y, x)))
+rule("ge", "greater_equal")(_of_two(lambda x, y: T.not_(_less(x, y))))
+rule("le", "less_equal")(_of_two(lambda x, y: T.not_(_less(y, x))))
+rule("logical_and", "bitwise_and", "__and__")(_of_two(T.mul, "and"))
+rule("logical_or", "bitwise_or", "__or__")(_of_two(lambda x, y: T.not_(T.mul(T.not_(x), T.not_(y))), "or"))
 
 
 @rule("round")
@@ -156,16 +179,6 @@ def _round(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if getattr(a, "decimals", 0):
         raise Opaque("rounding to decimals")
     return T.fn("round", p.at(n.args[0], idx))
-
-
-@rule("ceil")
-def _ceil(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("ceil", p.at(n.args[0], idx))
-
-
-@rule("log2")
-def _log2(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("log2", p.at(n.args[0], idx))
 
 
 @rule("gelu")
@@ -236,54 +249,11 @@ def clamp_between(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return clamp_term(x, lo, hi, "maximum")
 
 
-@rule("eq", "ne", "not_equal")
-def _eq(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    t = T.eq(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
-    return t if op_name(n) == "eq" else T.not_(t)
-
-
-@rule("lt", "gt", "le", "ge", "less", "greater", "greater_equal", "less_equal")
-def _compare(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    x, y = p.broadcast(n.args[0], idx), p.broadcast(a.other, idx)
-    name = {"less": "lt", "greater": "gt", "greater_equal": "ge", "less_equal": "le"}.get(op_name(n), op_name(n))
-    if name in ("gt", "le"):
-        t = _less(y, x)
-        return t if name == "gt" else T.not_(t)
-    t = _less(x, y)
-    return t if name == "lt" else T.not_(t)
-
-
-def _less(x: Term, y: Term) -> Term:
-    if T.is_c(x, 0) and T.is_truth(y):
-        return y
-    if T.is_c(x, 0) and y.op == "sum":
-        t = T.eq(y, x)  # a count is positive when it is not 0
-        if t.op == "not":
-            return T.not_(t)
-    if T.is_c(y, 1) and (T.is_truth(x)):
-        return T.not_(x)
-    return T.lt(x, y)
-
-
 @rule("logical_not", "bitwise_not", "__invert__")
 def _not(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if dtype_of(n) is not torch.bool:
         raise Opaque("a bitwise not of integers")
     return T.not_(p.at(n.args[0], idx))
-
-
-@rule("logical_and", "bitwise_and", "__and__")
-def _and(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if dtype_of(n) is not torch.bool:
-        raise Opaque("a bitwise and of integers")
-    return T.mul(p.broadcast(n.args[0], idx), p.broadcast(a.other, idx))
-
-
-@rule("logical_or", "bitwise_or", "__or__")
-def _or(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    if dtype_of(n) is not torch.bool:
-        raise Opaque("a bitwise or of integers")
-    return T.not_(T.mul(T.not_(p.broadcast(n.args[0], idx)), T.not_(p.broadcast(a.other, idx))))
 
 
 @rule("masked_fill")

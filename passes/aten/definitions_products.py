@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch.fx as fx
@@ -11,11 +10,8 @@ import torch.fx as fx
 from .. import terms as T
 from ..terms import Term
 from .definitions_pointwise import clamp_between
-from .element import Opaque, Puller, dtype_of, normal_dim, replace, rule, shape_of, truth
+from .element import Args, Idx, Opaque, Puller, dtype_of, normal_dim, replace, rule, shape_of, truth
 from .names import op_name
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
 
 # ---- reductions --------------------------------------------------------------------------------------------------------
 
@@ -49,9 +45,11 @@ def _reduce(p: Puller, n: fx.Node, a: Args, idx: Idx, op: str, f: Any = lambda t
     return t
 
 
-@rule("sum")
-def _sum(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "sum")
+rule("sum")(lambda p, n, a, idx: _reduce(p, n, a, idx, "sum"))
+rule("amax")(lambda p, n, a, idx: _reduce(p, n, a, idx, "max"))
+rule("amin")(lambda p, n, a, idx: _reduce(p, n, a, idx, "min"))
+rule("any")(lambda p, n, a, idx: _reduce(p, n, a, idx, "any", truth))
+rule("logsumexp")(lambda p, n, a, idx: T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: T.fn("exp", t))))
 
 
 @rule("mean")
@@ -59,22 +57,10 @@ def _mean(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     _, variables = reduced(n, a.dim, getattr(a, "keepdim", False), idx, "s")
     t = _reduce(p, n, a, idx, "sum")
     for v in variables:
-        t = T.mul(t, T.power(T.const(v.args[1]), -1)) if isinstance(v.args[1], int) else _opaque("mean over a dynamic dim")
+        if not isinstance(v.args[1], int):
+            raise Opaque("mean over a dynamic dim")
+        t = T.mul(t, T.power(T.const(v.args[1]), -1))
     return t
-
-
-def _opaque(reason: str) -> Any:
-    raise Opaque(reason)
-
-
-@rule("amax")
-def _amax(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "max")
-
-
-@rule("amin")
-def _amin(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "min")
 
 
 @rule("max", "min")
@@ -82,16 +68,6 @@ def _max(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if hasattr(a, "other"):
         return clamp_between(p, n, a, idx)
     return _reduce(p, n, a, idx, op_name(n))
-
-
-@rule("any")
-def _any(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _reduce(p, n, a, idx, "any", truth)
-
-
-@rule("logsumexp")
-def _logsumexp(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.fn("log", _reduce(p, n, a, idx, "sum", lambda t: T.fn("exp", t)))
 
 
 @rule("softmax", "_softmax")
@@ -137,9 +113,7 @@ def _linear(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return t if a.bias is None else T.add(t, p.at(a.bias, (idx[-1],)))
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
-def _matmul(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _mm(p, n.args[0], n.args[1], idx)
+rule("matmul", "mm", "bmm", "mv", "dot")(lambda p, n, a, idx: _mm(p, n.args[0], n.args[1], idx))
 
 
 def _mm(p: Puller, x: Any, y: Any, idx: Idx) -> Term:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch.fx as fx
@@ -12,13 +11,10 @@ from .. import terms as T
 from ..terms import Term
 from . import names
 from .definitions_views import TUPLES
-from .element import Mask, Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
-from .names import op_name
+from .element import Args, Idx, Mask, Opaque, Puller, call_args, dtype_of, normal_dim, replace, rule, shape_of, size_of
+from .names import op_name, through
 from .places import least
 from .sorted_rows import marked
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
 
 # ---- sorting and selection ---------------------------------------------------------------------------------------------
 
@@ -92,9 +88,7 @@ def _sorted(p: Puller, node: fx.Node, i: int, idx: Idx) -> Term:
 TUPLES["sort"] = lambda p, src, i, n, idx: _sorted(p, src, i, idx)
 
 
-@rule("argsort")
-def _argsort(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return _sorted(p, n, 1, idx)
+rule("argsort")(lambda p, n, a, idx: _sorted(p, n, 1, idx))
 
 
 # ---- counts and grouped matmuls ----------------------------------------------------------------------------------------
@@ -171,9 +165,7 @@ def counted_key(p: Puller, counts: fx.Node) -> Term:
 
 def group_of(p: Puller, offs: fx.Node, row: Term, values: Iterable[Term] = ()) -> Term:
     """Which group of a grouped matmul a row is in. values: terms of the row itself, which tell of a mask whose true elements rows are."""
-    node: Any = offs
-    while op_name(node) in names.CAST | names.SAME:
-        node = node.args[0]
+    node = through(offs, names.CAST | names.SAME)
     if op_name(node) != "cumsum":
         raise Opaque("group offsets that are no running sum")
     return _group_at(p, node.args[0], row, values)
@@ -330,9 +322,7 @@ def scalar_sources(graph: fx.Graph) -> dict[str, tuple[fx.Node, int]]:
         cached = owner._moe_scalars = {}
         for n in graph.nodes:
             if op_name(n) in names.READ and isinstance(n.args[0], fx.Node):
-                x = n.args[0]
-                while op_name(x) in names.CAST | names.SAME:
-                    x = x.args[0]  # type: ignore[assignment]
+                x = through(n.args[0], names.CAST | names.SAME)
                 if op_name(x) == "select" and isinstance(call_args(x).index, int):
-                    cached[str(size_of(n))] = (x.args[0], call_args(x).index)  # type: ignore[assignment]
+                    cached[str(size_of(n))] = (x.args[0], call_args(x).index)
     return cached

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import sympy as sp
@@ -17,11 +16,8 @@ from .. import terms as T
 from ..terms import Term
 from ..terms.unify import unify
 from . import names
-from .element import Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, size_of, truth
+from .element import Args, Idx, Opaque, Puller, call_args, dtype_of, normal_dim, reindex, replace, rule, shape_of, size_of, truth
 from .names import op_name
-
-Idx = tuple[Term, ...]
-Args = SimpleNamespace
 
 # ---- views and casts ---------------------------------------------------------------------------------------------------
 
@@ -164,9 +160,7 @@ def _triangle(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.ite(kept, p.at(n.args[0], idx), T.const(0))
 
 
-@rule("expand", "expand_as", "broadcast_to")
-def _expand(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return p.broadcast(n.args[0], idx)
+rule("expand", "expand_as", "broadcast_to")(lambda p, n, a, idx: p.broadcast(n.args[0], idx))
 
 
 @rule("slice", "narrow")
@@ -286,14 +280,11 @@ def _kron(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
 # ---- creation ----------------------------------------------------------------------------------------------------------
 
 
-@rule(*names.ZEROS)
-def _zeros(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.const(0)
-
-
-@rule(*names.ONES)
-def _ones(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.const(1)
+rule(*names.ZEROS)(lambda p, n, a, idx: T.const(0))
+rule(*names.ONES)(lambda p, n, a, idx: T.const(1))
+rule(*names.EMPTY)(lambda p, n, a, idx: T.atom(n, idx))
+rule("copy")(lambda p, n, a, idx: p.broadcast(a.src, idx))
+rule("eye")(lambda p, n, a, idx: T.eq(idx[0], idx[1]))
 
 
 @rule(*names.FULL)
@@ -302,21 +293,6 @@ def _full(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return p.at(v, ()) if isinstance(v, fx.Node) else T.const(v)
 
 
-@rule(*names.EMPTY)
-def _empty(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.atom(n, idx)
-
-
 @rule("arange")
 def _arange(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     return T.add(T.const(size_of(getattr(a, "start", 0)) or 0), T.mul(T.const(getattr(a, "step", 1) or 1), idx[0]))
-
-
-@rule("copy")
-def _copy(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return p.broadcast(a.src, idx)
-
-
-@rule("eye")
-def _eye(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
-    return T.eq(idx[0], idx[1])

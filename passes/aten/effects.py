@@ -113,18 +113,7 @@ def storage_of(n: Any) -> int | None:
 # ---- Dynamo's graph ----------------------------------------------------------------------------------------------------
 
 _ASSERTIONS = ("_assert", "sym_constrain", "_check")
-_EFFECTS = (
-    "set_grad_enabled",
-    "autocast",
-    "_log_api",
-    "manual_seed",
-    "print",
-    "lock",
-    "nesting",
-    "batch_dim",
-    "record_function",
-    "profiler",
-)
+_EFFECTS = "set_grad_enabled autocast _log_api manual_seed print lock nesting batch_dim record_function profiler".split()
 
 
 def is_assertion(n: fx.Node) -> bool:

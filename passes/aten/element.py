@@ -23,9 +23,10 @@ from .names import op_name
 from .node import schema_of
 from .signs import is_positive
 
-Rule = Callable[["Puller", fx.Node, SimpleNamespace, tuple[Term, ...]], Term]
+Idx = tuple[Term, ...]
+Args = SimpleNamespace
+Rule = Callable[["Puller", fx.Node, Args, Idx], Term]
 RULES: dict[str, Rule] = {}
-
 
 NO_RULE = "no rule for"
 STEPS = 20  # of the budget for work on terms, for each element that is looked up

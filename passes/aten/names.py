@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -93,7 +93,6 @@ SELECTION = _row("topk sort argsort argmax max")  # the best by a score, and whe
 GROUPED = _row("_grouped_mm grouped_mm grouped_mm_fallback")
 LOOKUP = _row("index embedding gather")  # rows at places read from data
 ROUTED = SELECTION | GROUPED | _row("gumbel_softmax scaled_grouped_mm _scaled_grouped_mm")  # what a graph with experts holds one of
-WRITE = ACCUMULATE | _row("scatter copy masked_scatter index_copy index_fill masked_fill")  # some elements get another value
 CLAMP = _row("clamp clip clamp_min clamp_max")
 
 _PYTHON = {"truediv": "div", "itruediv": "div", "floordiv": "floor_divide", "mod": "remainder", "and_": "bitwise_and", "or_": "bitwise_or"}
@@ -133,6 +132,13 @@ def op_name(n: fx.Node) -> str:
     name = getattr(n.target, "__name__", "")
     name = name[1:] if getattr(n.target, "__module__", "") == "_operator" and name in _IN_PLACE else name
     return _PYTHON.get(name, _plain(name))
+
+
+def through(n: Any, ops: Container[str]) -> Any:
+    """What n is made of by way of these ops alone, each from its first argument; n itself where it is none of them."""
+    while isinstance(n, fx.Node) and op_name(n) in ops and n.args and isinstance(n.args[0], fx.Node):
+        n = n.args[0]
+    return n
 
 
 _IN_PLACE = _row("iadd isub imul ipow imatmul iand ior ixor ilshift irshift")

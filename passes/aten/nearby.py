@@ -19,7 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from ...calls import is_write
 from . import names
 from .effects import change_of_level, has_effect, is_transform, storage_of, targets_of
-from .names import op_name
+from .names import op_name, through
 from .node import example_value
 
 _SUMS = 8  # residual sums tried below one selection
@@ -328,9 +328,7 @@ def _stacks(n: fx.Node) -> set[int]:
 
 def _is_given(n: fx.Node) -> bool:
     """Whether a node is an input of the graph, in one view or another."""
-    while op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n.op in ("placeholder", "get_attr")
+    return through(n, names.VIEW | names.CAST).op in ("placeholder", "get_attr")
 
 
 def _is_read_through(n: fx.Node) -> bool:

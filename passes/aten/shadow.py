@@ -7,7 +7,6 @@ nodes back to the Dynamo graph, where the rewrite happens.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from typing import Any
 
@@ -22,10 +21,8 @@ from .. import terms as T
 from ..terms.text import SAID
 from . import contracts, sharded, sorted_rows
 from .effects import Memory, change_of_level
-from .effects import aliased_arg as aliased_arg
-from .effects import mutated_args as mutated_args
 from .merge import merge_made
-from .node import example_value as example_value
+from .node import example_value, fakes
 from .sources import input_name
 from .wrapped import HELD
 
@@ -61,7 +58,6 @@ class Shadow:
 
     def _trace(self, gm: fx.GraphModule) -> fx.GraphModule:
         values = [example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
-        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
         records: list[tuple[fx.Node, fx.Node]] = []
         tracer = _Tracer(gm, records, self.read)
 
@@ -69,10 +65,10 @@ class Shadow:
             with preserve_node_meta():
                 return tracer.run(*args)
 
-        with mode if mode is not None else contextlib.nullcontext(), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
+        with fakes(values), torch.autograd.set_grad_enabled(torch.is_grad_enabled()):
             traced = make_fx(run, tracing_mode="real", pre_dispatch=True)(*values)
         # make_fx copies its graph once more when it builds the module: names survive, node objects do not
-        with mode if mode is not None else contextlib.nullcontext():
+        with fakes(values):
             stands = {n.name: new for n, new in contracts.expand(traced).items()}
         by_name = {n.name: n for n in traced.graph.nodes} | stands
         for dynamo_node, recorded in records:

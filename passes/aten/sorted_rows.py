@@ -6,15 +6,12 @@ the shadow that does: expert_of_row(ends, rows)[r] = |{e : ends[e] <= r}|.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import torch.fx as fx
 
 from .. import terms as T
-from ..terms import Term
 from . import names
-from .element import Puller, rule, size_of
+from .element import rule, size_of
 from .names import op_name
 from .sharded import is_collective
 
@@ -73,6 +70,4 @@ def _behind(ends: fx.Node) -> tuple[bool, bool]:
     return bool(waiting), exchanged
 
 
-@rule(MARK)
-def _mark(p: Puller, n: fx.Node, a: SimpleNamespace, idx: tuple[Term, ...]) -> Term:
-    return T.atom(n, idx)
+rule(MARK)(lambda p, n, a, idx: T.atom(n, idx))

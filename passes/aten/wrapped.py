@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .node import example_value
+from .node import example_value, traced
 
 _PACKAGE = "torchao."
 # Their products are those of their floats where nothing is done to rows
@@ -73,13 +72,13 @@ def _floats(graph: fx.Graph, n: fx.Node, v: Any) -> fx.Node | None:
     inner = [getattr(v, name) for name in names]
     if any(is_traceable_wrapper_subclass(t) for t in inner):
         return None
-    traced = _traced(v, names, context, inner)
-    if traced is None:
+    made = _dequantized(v, names, context, inner)
+    if made is None:
         return None
     env: dict[fx.Node, Any] = {}
-    with graph.inserting_before(_behind_placeholders(graph)):
+    with graph.inserting_before(next(x for x in graph.nodes if x.op != "placeholder")):
         held = iter(zip(names, inner, strict=True))
-        for x in traced.graph.nodes:
+        for x in made.graph.nodes:
             if x.op == "placeholder":
                 name, value = next(held)
                 env[x] = graph.call_function(getattr, (n, name))
@@ -87,11 +86,11 @@ def _floats(graph: fx.Graph, n: fx.Node, v: Any) -> fx.Node | None:
             elif x.op == "call_function":
                 env[x] = graph.node_copy(x, env.__getitem__)
                 env[x].meta = {"example_value": x.meta.get("val")}
-    (out,) = (x.args[0] for x in traced.graph.nodes if x.op == "output")
+    (out,) = (x.args[0] for x in made.graph.nodes if x.op == "output")
     return env[out]
 
 
-def _traced(v: Any, names: list[str], context: Any, inner: list[Tensor]) -> fx.GraphModule | None:
+def _dequantized(v: Any, names: list[str], context: Any, inner: list[Tensor]) -> fx.GraphModule | None:
     """`dequantize` on the tensors that are held, None where it fails or holds tensors of its own."""
 
     def run(*tensors: Tensor) -> Tensor:
@@ -100,17 +99,13 @@ def _traced(v: Any, names: list[str], context: Any, inner: list[Tensor]) -> fx.G
         whole = type(v).__tensor_unflatten__(dict(zip(names, tensors, strict=True)), context, v.shape, v.stride())
         return whole.dequantize()  # type: ignore[no-any-return]
 
-    mode = next((t.fake_mode for t in inner if hasattr(t, "fake_mode")), None)
-    try:
-        with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
-            traced = make_fx(run, tracing_mode="real")(*inner)
-    except Exception as e:
-        if type(e).__module__.startswith("torch._dynamo"):
-            raise
+    with torch.no_grad():
+        made = traced(run, inner)
+    if made is None:
         return None
-    out = next(x.meta.get("val") for x in reversed(traced.graph.nodes) if x.op != "output")
-    whole = all(x.op != "get_attr" for x in traced.graph.nodes) and isinstance(out, Tensor)
-    return traced if whole and out.shape == v.shape and out.dtype == v.dtype else None
+    out = next(x.meta.get("val") for x in reversed(made.graph.nodes) if x.op != "output")
+    whole = all(x.op != "get_attr" for x in made.graph.nodes) and isinstance(out, Tensor)
+    return made if whole and out.shape == v.shape and out.dtype == v.dtype else None
 
 
 def _nvfp4(v: Any, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor | None = None, **_: Tensor) -> Tensor:
@@ -122,10 +117,6 @@ def _nvfp4(v: Any, qdata: Tensor, scale: Tensor, per_tensor_scale: Tensor | None
     values = table[torch.stack([codes & 15, codes >> 4], -1).flatten(-2)]
     factor = scale.float() if per_tensor_scale is None else scale.float() * per_tensor_scale
     return (values.unflatten(-1, (scale.shape[-1], -1)) * factor.unsqueeze(-1)).flatten(-2).to(v.dtype)
-
-
-def _behind_placeholders(graph: fx.Graph) -> fx.Node:
-    return next(n for n in graph.nodes if n.op != "placeholder")
 
 
 def _back(n: fx.Node, floats: fx.Node, readers: list[fx.Node]) -> None:

@@ -160,8 +160,6 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
     def load(a: Any) -> Any:
         if isinstance(a, fx.Node):
             return env[a]
-        if isinstance(a, (list, tuple)):
-            return type(a)(load(x) for x in a)
         wide = isinstance(a, torch.dtype) and a.is_floating_point and a.itemsize > 1  # what codes and rounded rows are stays
         return torch.float64 if wide else a
 
@@ -169,10 +167,10 @@ def interpret(graph: fx.Graph, value: Callable[[str], Any], results: list[fx.Nod
         if n.op == "placeholder":
             env[n] = value(n.name)
         elif n.target is view_stub:
-            env[n] = load(n.args[0]).reshape(value(n.name).shape)
+            env[n] = env[n.args[0]].reshape(value(n.name).shape)
         elif n.op == "call_method":
-            x, *rest = load(n.args)
+            x, *rest = fx.node.map_aggregate(n.args, load)
             env[n] = getattr(x, str(n.target))(*rest)
         elif n.op == "call_function" and n.target is not stub and "autocast" not in str(n.target):
-            env[n] = n.target(*load(n.args))  # type: ignore[operator]
+            env[n] = n.target(*fx.node.map_aggregate(n.args, load))  # type: ignore[operator]
     return [env[r] for r in results]

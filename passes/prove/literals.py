@@ -230,10 +230,8 @@ def _select(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[st
     return {}
 
 
-@rule("bitwise_right_shift", "__rshift__", "bitwise_left_shift", "__lshift__")
-def _shifts(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[str, Any]:
-    """By how many bits codes are shifted is no size of anything."""
-    return {}
+# by how many bits codes are shifted is no size of anything
+rule("bitwise_right_shift", "__rshift__", "bitwise_left_shift", "__lshift__")(lambda t, n, env, given: {})
 
 
 @rule("repeat")

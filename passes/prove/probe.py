@@ -25,7 +25,7 @@ _GAP = 1e-6  # relative to the largest score: far above rounding in float64
 
 @dataclass(frozen=True)
 class Kind:
-    """What a probe is for. `scale`: of tokens, `faint`: of logits and biases. `may_fail`: the graph's own code may refuse such values."""
+    """What a probe is for. `scale`: of tokens, `peaks`: of logits. `may_fail`: the graph's own code may refuse such values."""
 
     name: str
     scale: float = 1.0

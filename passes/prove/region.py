@@ -169,8 +169,6 @@ def value_of(n: fx.Node, env: Mapping[fx.Node, Any], literals: Literals, work: W
     def load(a: Any) -> Any:
         if isinstance(a, fx.Node):
             return env[a]
-        if isinstance(a, (list, tuple)):
-            return type(a)(load(x) for x in a)
         if isinstance(a, torch.dtype):
             return torch.float64 if a.is_floating_point and (a.itemsize > 1 or not ours) else a
         return torch.device("cpu") if isinstance(a, torch.device) else a
@@ -182,7 +180,8 @@ def value_of(n: fx.Node, env: Mapping[fx.Node, Any], literals: Literals, work: W
     if op_name(n) == "type_as":
         return _cast(n, env[n.args[0]])  # type: ignore[index]
     work.afford(_room(n, literals))
-    return _call(n, load(args), {k: load(v) for k, v in kwargs.items()}, work)
+    args, kwargs = fx.node.map_aggregate((args, kwargs), load)
+    return _call(n, args, kwargs, work)
 
 
 def _room(n: fx.Node, literals: Literals) -> int:

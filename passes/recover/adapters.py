@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
+import torch
 import torch.fx as fx
 
 from ...ir import Form
@@ -22,8 +23,7 @@ from ..terms import Term
 from .linear import Linear
 from .match import Param
 from .matrices import LowRank, matrices
-from .packed import nodes_of
-from .rows import Cause, No, factors
+from .rows import Cause, No, factors, nodes_of, parted
 
 DORA = "rows of a weight are divided by a norm that is computed from it (DoRA, weight norm): make them one weight before the product"
 APART = "a low-rank pair (LoRA) stands beside no single projection"
@@ -149,19 +149,14 @@ def beside(pairs: Mapping[Term, Pair], down: Linear, scale: Term, rest: Term, i:
 
 
 def _beside(pair: Pair, down: Linear, scale: Term, rest: Term, i: Term) -> LowRank:
-    ours, number = _apart(rest, i)
-    theirs, own = _apart(T.mul(*pair.input), pair.m)
+    ours, number = parted(rest, i)
+    theirs, own = parted(T.mul(*pair.input), pair.m)
     if T.canonical(T.subst(theirs, {pair.m: i})) is not T.canonical(ours):
         raise NoPair(OTHER_INPUT)
     ratio = T.mul(own, *pair.others, T.power(T.mul(number, scale), -1))
     if ratio.op != "c":
         raise NoPair(NO_NUMBER)
     return pair.beside(down, sp.sympify(ratio.args[0]))
-
-
-def _apart(t: Term, v: Term) -> tuple[Term, Term]:
-    """(what depends on v, what does not) of a product."""
-    return T.mul(*(f for f in factors(t) if T.uses(f, v))), T.mul(*(f for f in factors(t) if not T.uses(f, v)))
 
 
 def scales(ups: Sequence[Linear], down: Linear, form: Form) -> dict[str, Any]:
@@ -174,7 +169,7 @@ def scales(ups: Sequence[Linear], down: Linear, form: Form) -> dict[str, Any]:
     }
 
 
-def check(ups: Sequence[Linear], down: Linear, form: Form) -> None:
+def check(ups: Sequence[Linear], form: Form) -> None:
     """Gate and up in one weight have one pair; raises No for pairs that no op takes."""
     if form in (Form.CONCAT, Form.INTERLEAVED) and any(_of_all_rows(x.pair) != _of_all_rows(ups[0].pair) for x in ups):
         raise NoPair("a low-rank pair (LoRA) stands beside a part of a weight")
@@ -203,3 +198,36 @@ def operands(ups: Sequence[Linear], down: Linear, width: int, sizes: tuple[int, 
         "down_a": [q for p in low for q in p.a.params(columns=inner)],
         "down_b": [q for p in low for q in p.b.params(rows=out)],
     }
+
+
+# ---- one base for all experts, each with an adapter of its own on it:  W x + s b[e] (a[e] x) -----------------------------------
+
+# The op takes a matrix for each expert; they may all be the same one, read where it lies. It is so taken only where nothing is to be
+# learned of it: a gradient would be made once for each expert.
+
+
+def of_each(body: Term, t: Term, expert: Term) -> Term:
+    """The term with W[out, in] and bias[out] beside low-rank pairs read as those of `expert`, of as many as there are."""
+    count = expert.args[1]
+    found: dict[Term, Term] = {}
+    for total in [x for x in T.walk(body) if x.op == "add" and T.uses(x, expert)]:
+        for out in total.atoms - {t, expert}:
+            pairs = [a for a in total.args if (pair := read(a, out, expert)) is not None and isinstance(pair.a.args[0], tuple)]
+            for part in total.args if pairs else ():
+                atoms = [f for f in (part, *_inside(part, out)) if f.op == "a" and _is_common(f, out, t, expert)]
+                found |= {a: T.atom((a.args[0],) * count, (expert, *a.args[1])) for a in atoms}
+    return T.canonical(T.subst(body, found)) if found else body
+
+
+def _inside(part: Term, out: Term) -> list[Term]:
+    return [g for f in factors(part) if f.op == "sum" and T.uses(f, out) for g in factors(f.args[1])]
+
+
+def _is_common(a: Term, out: Term, t: Term, expert: Term) -> bool:
+    """Whether an atom is a frozen parameter of no expert."""
+    return T.uses(a, out) and not T.uses(a, t) and not T.uses(a, expert) and _is_frozen(a.args[0])
+
+
+def _is_frozen(n: Any) -> bool:
+    given = getattr(n, "op", "") in ("placeholder", "get_attr")
+    return given and not (torch.is_grad_enabled() and n.meta.get("trained", n.meta["val"].requires_grad))

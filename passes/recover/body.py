@@ -9,16 +9,16 @@ import sympy as sp
 
 from .. import terms as T
 from ..aten import names
-from ..aten.names import op_name
+from ..aten.names import op_name, through
 from ..terms import Term
 from . import adapters, grids
 from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
-from .packed import nodes_of
 from .rounding import ROUNDED
-from .rows import No, factors, reads
+from .rows import No, factors, nodes_of, reads
 
+_CLOSE = names.CAST | names.RESHAPE | names.CLAMP  # what may stand behind a rounding
 _SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
 
 
@@ -143,16 +143,9 @@ def _input_weight(expr: sp.Expr, reader: Reader) -> tuple[sp.Expr, Term | None]:
             powers = weight.as_powers_dict()
             term = T.mul(*(T.power(reader.scalars[s], int(e) if e.is_Integer else float(e)) for s, e in powers.items() if s in scalars))
             return out.subs({f: s for s, f in fresh.items()}, simultaneous=True), term
-    if any(_rounded(n) for x in reader.tokens for n in nodes_of(x)):
+    if any(op_name(through(n, _CLOSE)) == "round" for x in reader.tokens for n in nodes_of(x)):
         raise No(ROUNDED)
     raise No("a routing value enters an expert's activation")
-
-
-def _rounded(n: Any) -> bool:
-    """Whether a tensor was rounded, seen through casts and clamps."""
-    while op_name(n) in names.CAST | names.RESHAPE | names.CLAMP:
-        n = n.args[0]
-    return op_name(n) == "round"
 
 
 def _input_weights(expr: sp.Expr, reader: Reader) -> list[sp.Expr]:

@@ -15,6 +15,7 @@ from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, shape_of
 from ..aten.names import op_name
+from ..aten.node import reached
 from ..terms import Term
 from .rows import row_index, rows
 
@@ -65,11 +66,4 @@ def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterat
 
 def _cuts(n: fx.Node, source: fx.Node, out: fx.Node) -> bool:
     """Whether `out` reads `source` through n only."""
-    seen, waiting = {n, out}, [out]
-    while waiting:
-        new = {x for x in waiting.pop().all_input_nodes if x not in seen}
-        if source in new:
-            return False
-        seen |= new
-        waiting.extend(new)
-    return True
+    return source not in reached([out], lambda x: (y for y in x.all_input_nodes if y is not n))

@@ -193,7 +193,7 @@ class _Operands:
     def count(self) -> int:
         return int(self.expert.args[1])
 
-    def matrix(self, lin: Linear, width: Any) -> ir.Matrix:
+    def matrix(self, lin: Linear) -> ir.Matrix:
         nodes = lin.weight if isinstance(lin.weight, tuple) else (lin.weight,)
         if any(not dtype_of(n).is_floating_point or dtype_of(n).itemsize < 2 for n in nodes) or lin.grid or lin.words:
             raise No("the weights of a chain of more than two products, or with a norm, are no plain floats")
@@ -222,10 +222,9 @@ class _Operands:
         if lead and shape[:1] != lead:
             raise No("a vector of the experts holds another number of experts")
         long = [s for s in shape[len(lead) :] if s != 1]
-        full = (*lead, long[0] if long else 1)
         if len(long) > 1:
             raise No("a vector of the experts is no vector")
-        return Param(n, None if shape == full else full)
+        return Param.shaped(n, (*lead, long[0] if long else 1))
 
     def _add(self, key: Any, kind: ir.Kind, params: list[Param]) -> None:
         self.known[key] = len(self.kinds)
@@ -257,7 +256,7 @@ def _assembled(stages: list[Stage], maps: list[sp.Expr], expert: Term, tokens: T
         if not isinstance(s.width, int):
             raise No("the expert's inner size is not a fixed number")
         linears, vectors, m = _ordered(s, m)
-        matrices = tuple(held.matrix(lin, s.width) for lin in linears)
+        matrices = tuple(held.matrix(lin) for lin in linears)
         out.append(ir.Stage(s.width, matrices, tuple(held.vector(v) for v in vectors), m))
     if not any(s.matrices for s in out):
         raise No("no product of an expert reads the tokens")

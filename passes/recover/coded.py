@@ -77,7 +77,7 @@ def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
     lead = () if isinstance(x.weight, tuple) else (experts,)
     if lead and any(shape_of(n)[0] != experts for n in _nodes(x.weight)):
         raise No(f"packed weights of other than {experts} experts")
-    return [Param(n, None if shape_of(n) == (*lead, *own) else (*lead, *own)) for n in _nodes(x.weight)]
+    return [Param.shaped(n, (*lead, *own)) for n in _nodes(x.weight)]
 
 
 def table(x: Linear) -> list[Param]:

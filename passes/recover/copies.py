@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.fx as fx
 
@@ -13,7 +13,7 @@ from ..terms import Term
 from ..terms.unify import unify
 from .addends import Part, has_feature
 from .identity import supposed
-from .rows import MIXED, NO_EXPERTS, No, data_dependent, factors, ids_atom, outer_atoms, plain_row
+from .rows import MIXED, NO_EXPERTS, No, data_dependent, factors, ids_atom, nodes_of, outer_atoms, plain_row
 from .scales import is_coded
 
 EXPERT = "expert"
@@ -133,7 +133,7 @@ def _looked_up(part: Part) -> OneBody:
             for piece in pieces:
                 found[T.coefficient(piece)[1]] = None
                 stride = T.coefficient(piece)[0]
-                n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else _dim(a, d)
+                n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else shape_of(a.args[0])[d]
                 sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
         if found:
@@ -162,10 +162,6 @@ def _without_range(body: Term, core: Term) -> Term:
         return body
     for a in outer_atoms(core):
         if not plain_row(a) and len(a.args[1]) > 1 and any(data_dependent(i) for i in a.args[1]):
-            nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
-            T.facts().zero_beyond[a.args[0]] = (len(nodes), *shape_of(nodes[0])) if isinstance(a.args[0], tuple) else shape_of(nodes[0])
+            first, *more = nodes_of(a)
+            T.facts().zero_beyond[a.args[0]] = (1 + len(more), *shape_of(first)) if isinstance(a.args[0], tuple) else shape_of(first)
     return T.rewrite(body, T.EXPERT_WEIGHTS, T.facts())
-
-
-def _dim(a: Term, d: int) -> Any:
-    return shape_of(a.args[0])[d]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch.fx as fx
@@ -11,7 +12,7 @@ from ..aten import names
 from ..aten.element import Puller
 from ..aten.names import op_name
 from ..terms import Term
-from .rows import WORDS, data_dependent, is_row, outer_atoms
+from .rows import WORDS, data_dependent, is_row, nodes_of, outer_atoms
 
 
 class DenseReader:
@@ -23,16 +24,15 @@ class DenseReader:
 
     def __init__(self, walls: set[fx.Node], limit: int, given: frozenset[fx.Node], selection: fx.Node | None) -> None:
         self.walls, self.limit, self.given, self.selection = walls, limit, given, selection
-        self._inner: Puller | None = None
 
+    @functools.cached_property
     def inner(self) -> Puller:
-        if self._inner is None:
-            edge = self.router_inputs()
-            self._inner = Puller(lambda n: n in edge or WORDS in n.meta, self.walls, self.limit)
-            self._inner.given = self.given
-        return self._inner
+        p = Puller(lambda n: n in self.edge or WORDS in n.meta, self.walls, self.limit)
+        p.given = self.given
+        return p
 
-    def router_inputs(self) -> set[fx.Node]:
+    @functools.cached_property
+    def edge(self) -> set[fx.Node]:
         """Nodes the selection is computed from: tokens among them, experts' outputs never."""
         out: set[fx.Node] = set()
         frontier: list[Any] = [] if self.selection is None else list(self.selection.all_input_nodes)
@@ -53,8 +53,7 @@ class DenseReader:
         return body
 
     def hides_experts(self, a: Term) -> bool:
-        nodes = a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
-        n = nodes[0]
+        n = nodes_of(a)[0]
         if not isinstance(n, fx.Node) or n.op != "call_function" or op_name(n) in names.CREATION or WORDS in n.meta:
             return False
         row = (
@@ -65,18 +64,13 @@ class DenseReader:
         feature = (
             any(v.args[0] == "h" for i in a.args[1] for v in i.atoms) or len(a.args[1]) > 2 and any(data_dependent(i) for i in a.args[1])
         )
-        return row and feature and n not in self.inner_edge()
-
-    def inner_edge(self) -> set[fx.Node]:
-        if not hasattr(self, "_edge"):
-            self._edge = self.router_inputs()
-        return self._edge
+        return row and feature and n not in self.edge
 
     def look(self, a: Term) -> Term:
         nodes, idx = a.args
         if isinstance(nodes, tuple):  # one tensor for each expert, stacked
             out = T.const(0)
             for e in range(len(nodes) - 1, -1, -1):
-                out = T.ite(T.eq(idx[0], T.const(e)), self.inner().at(nodes[e], idx[1:]), out)
+                out = T.ite(T.eq(idx[0], T.const(e)), self.inner.at(nodes[e], idx[1:]), out)
             return out
-        return self.inner().at(nodes, idx)
+        return self.inner.at(nodes, idx)

@@ -26,7 +26,6 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .merged import apart
-from .one_base import of_each
 from .rounding import Rounding, unrounded
 from .rows import (
     NO_EXPERTS,
@@ -38,6 +37,7 @@ from .rows import (
     fixed_widths,
     ids_atom,
     mapped,
+    parted,
     reads,
     row_index,
     row_variable,
@@ -74,9 +74,9 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     if expert is None:
         raise No("no expert weight is read", NO_EXPERTS)
     count: int = expert.args[1]
-    f, rounding = _read(of_each(apart(body, expert), t, expert), t, h, expert)
+    f, rounding = _read(adapters.of_each(apart(body, expert), t, expert), t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
-    _check_identity(identity, count, weight, f.tokens, t, h)
+    _check_identity(identity, count, weight, f.tokens, h)
     _check_rows(ids, t, j, k)
     tokens = token_node(p, f.tokens, t, out)
     if not fixed_widths(tokens, out):
@@ -177,9 +177,7 @@ def _two_products(body: Term, t: Term, h: Term, expert: Term) -> Function:
 
 def _core_and_weight(body: Term, t: Term, h: Term, expert: Term) -> tuple[Core, Term]:
     """body = w(t, e) · core(t, h, e): an expert's own function, and the routing weight, which may stand on the expert's input."""
-    is_core = [T.uses(f, h) for f in factors(body)]
-    core = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if c))
-    weight = T.mul(*(f for f, c in zip(factors(body), is_core, strict=True) if not c))
+    core, weight = parted(body, h)
     tables, weight = channels.tables(core, weight, expert)
     parsed = parse_core(core, t, h, expert, weight, tables)
     if not isinstance(parsed.inner, int):
@@ -207,7 +205,7 @@ def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     if any(x.bias is not None and stacked == isinstance(x.bias, tuple) for x in (*ups, down)):
         raise No("of the experts' weights and biases some are stacked and some are not")
     coded.check(ups, down, form)
-    adapters.check(ups, down, form)
+    adapters.check(ups, form)
 
 
 def parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]:
@@ -261,7 +259,7 @@ def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
                 raise No(f"the expert ids are not one row a token{reads(ids)}")
 
 
-def _check_identity(identity: dict[int, Term], count: int, weight: Term, tokens: list[Term], t: Term, h: Term) -> None:
+def _check_identity(identity: dict[int, Term], count: int, weight: Term, tokens: list[Term], h: Term) -> None:
     """Identity experts must be w · x[t, h], with the same w and x as the others, numbered on from E."""
     if not identity:
         return

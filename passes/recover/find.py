@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..aten.definitions_views import TUPLES
 from ..aten.effects import Memory
 from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
+from ..aten.node import reached
 from ..aten.shadow import CUT
 from .counted import named, only_counted
 from .dense import DenseReader
@@ -26,13 +27,12 @@ from .fused import is_fused, read_fused, with_identity
 from .given_ids import given_ids, is_last, rows_in_order
 from .match import ExpertsMatch
 from .merged import merged_pairs
-from .mixture import mixtures
+from .mixture import mixtures, soft_mixtures
 from .odd import COMBINED, between, combined_otherwise
 from .rounded_nodes import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
 from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
-from .soft import soft_mixtures
 from .static_rows import is_own_number
 from .successive import successive
 from .writes import harmless
@@ -68,7 +68,7 @@ class Finder:
         for n in self.sources:
             if is_joined(n) and n not in self.memory.stale and (most := choices(n)) is not None:
                 T.facts().know(n, most)
-        self.static = self._labels(lambda n: None)
+        self.static = self._labels()
         self.live: dict[fx.Node, int] = {}
         self.within = Counter(self.static.values())  # how many nodes carry a label
         self.left: dict[int, int] = {}  # elements that may still be asked for around a selection, all attempts together
@@ -81,7 +81,7 @@ class Finder:
         self.in_order: frozenset[fx.Node] = frozenset()  # rows that are taken as they come, whatever put them in the order of their experts
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 
-    def _labels(self, reset: Callable[[fx.Node], Any]) -> dict[fx.Node, int]:
+    def _labels(self) -> dict[fx.Node, int]:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
         out: dict[fx.Node, int] = {}
         for n in self.graph.nodes:
@@ -329,13 +329,10 @@ def _by_position(n: fx.Node) -> bool:
 
 def _read_back(source: fx.Node) -> bool:
     """Whether elements of a selection's indices become numbers of the host, by way of integers alone."""
-    todo, seen = [source], {source}
-    while todo:
-        for user in todo.pop().users:
-            if op_name(user) in names.READ:
-                return True
-            v = user.meta.get("val")
-            if user not in seen and isinstance(v, torch.Tensor) and not v.dtype.is_floating_point:
-                seen.add(user)
-                todo.append(user)
-    return False
+
+    def is_whole(n: fx.Node) -> bool:
+        v = n.meta.get("val")
+        return isinstance(v, torch.Tensor) and not v.dtype.is_floating_point
+
+    made = reached([source], lambda n: n.users if n is source or is_whole(n) else ())
+    return any(op_name(n) in names.READ for n in made if n is not source)

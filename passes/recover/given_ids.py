@@ -13,8 +13,8 @@ import torch.fx as fx
 from ..aten import names
 from ..aten.definitions_views import SMALL, TUPLES
 from ..aten.element import RULES
-from ..aten.names import op_name
-from ..aten.node import example_value
+from ..aten.names import op_name, through
+from ..aten.node import example_value, reached
 from ..aten.sharded import is_collective, leaf
 from ..aten.sorted_rows import EXCHANGED, is_mark
 from ..terms import Term
@@ -70,17 +70,10 @@ def _is_stack(n: object) -> bool:
     v = example_value(n)
     if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
         return False
-    source = _shown(n)
+    source = through(n, names.VIEW | names.CAST)
     if op_name(source) == "add" and any(map(_is_stack, source.args[:2])):
         return True
     return _is_given(source) or _is_made_of_codes(source)
-
-
-def _shown(n: fx.Node) -> fx.Node:
-    """The tensor that n is a view or a cast of."""
-    while op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n
 
 
 def _is_given(n: fx.Node) -> bool:
@@ -89,18 +82,18 @@ def _is_given(n: fx.Node) -> bool:
 
 def _is_made_of_codes(n: fx.Node) -> bool:
     """Whether a tensor is codes that the graph is given times scales, less zero points, looked up in a table; or a stack of such."""
-    waiting, seen = [n], {n}
-    while waiting and len(seen) < _MOST:
-        x = _shown(waiting.pop())
-        v = example_value(x)
-        if x.op in ("placeholder", "get_attr"):
-            if isinstance(v, torch.Tensor) and v.ndim > 1 and v.dtype in _CODES:
-                return True
-        elif op_name(x) in _MADE:
-            new = [y for y in x.all_input_nodes if y not in seen]
-            seen.update(new)
-            waiting += new
-    return False
+    return any(map(_holds_codes, reached([n], _made_from, _MOST)))
+
+
+def _made_from(n: fx.Node) -> Iterable[fx.Node]:
+    n = through(n, names.VIEW | names.CAST)
+    return n.all_input_nodes if op_name(n) in _MADE else ()
+
+
+def _holds_codes(n: fx.Node) -> bool:
+    n = through(n, names.VIEW | names.CAST)
+    v = example_value(n)
+    return n.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim > 1 and v.dtype in _CODES
 
 
 _CODES = frozenset({torch.uint8, torch.int8, torch.int32, *SMALL})
@@ -139,16 +132,9 @@ def _inputs(n: fx.Node) -> Iterable[fx.Node]:
 
 def is_last(n: fx.Node) -> bool:
     """Whether a grouped product is the last one of its groups: rows that came in order are done with there."""
-    if op_name(n) not in names.GROUPED:
-        return False
-    seen, waiting = {n}, [n]
-    while waiting and len(seen) < _MOST:
-        new = [u for u in waiting.pop().users if u not in seen]
-        if any(op_name(u) in names.GROUPED for u in new):
-            return False
-        seen.update(new)
-        waiting += new
-    return True
+    return op_name(n) in names.GROUPED and not any(
+        op_name(u) in names.GROUPED for u in reached([n], lambda x: x.users, _MOST) if u is not n
+    )
 
 
 def rows_in_order(product: fx.Node) -> frozenset[fx.Node]:
@@ -158,13 +144,7 @@ def rows_in_order(product: fx.Node) -> frozenset[fx.Node]:
     if op_name(product) not in names.GROUPED:
         return frozenset()
     rows = [u.args[1] for ends in product.all_input_nodes for u in ends.users if is_mark(u) and u.meta[EXCHANGED]]
-    return frozenset(_uncast(x) for x in rows if isinstance(x, fx.Node))
-
-
-def _uncast(n: fx.Node) -> fx.Node:
-    while op_name(n) in names.CAST and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n
+    return frozenset(through(x, names.CAST) for x in rows if isinstance(x, fx.Node))
 
 
 def ends_of(ids: Term) -> fx.Node | None:

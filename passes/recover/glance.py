@@ -11,9 +11,8 @@ from ..aten import names
 from ..aten.names import op_name
 from ..aten.node import example_value
 from .given_ids import choosers
-from .mixture import routers
+from .mixture import routers, soft
 from .selections import unviewed
-from .soft import soft
 
 
 @dataclass(frozen=True)

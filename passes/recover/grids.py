@@ -13,8 +13,8 @@ from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
 from .match import Param
-from .packed import Reading, is_packed, nodes_of, place
-from .rows import No, outer_atoms, reads
+from .packed import Reading, is_packed, place
+from .rows import No, nodes_of, outer_atoms, reads
 from .scales import block_of, is_coded, is_whole
 
 

@@ -24,6 +24,11 @@ class Param:
     view: tuple[Any, ...] | None = None
     order: tuple[int, ...] | None = None
 
+    @staticmethod
+    def shaped(node: fx.Node, shape: tuple[Any, ...]) -> Param:
+        """A node seen in a shape, which may be its own."""
+        return Param(node, None if shape_of(node) == shape else shape)
+
     def stored(self) -> tuple[Any, ...]:
         """The shape before it is put in order."""
         return shape_of(self.node) if self.view is None else self.view
@@ -38,7 +43,7 @@ class ExpertsMatch:
     """Experts recovered at `out` (a shadow node of shape [T, H] or [..., H]).
 
     tokens: node whose rows, flattened to [T, H], are the expert inputs. ids, weight: terms in (t, j); the nodes that hold
-    them are found by `routing_node`. base: node added to the result ([T, H] rows like `out`), or None.
+    them are found by `routing_nodes`. base: node added to the result ([T, H] rows like `out`), or None.
     """
 
     experts: Experts

@@ -1,6 +1,10 @@
-"""Dense mixtures: y[t,h] = Σ_e p(t,e) · down_e act(up_e x[t]), every expert on every token. No selection, so nothing to dispatch: told.
+"""Mixtures without a selection, so that there is nothing to dispatch: told.
 
-p is any function of a projection of the tokens with a column for each expert: softmax, sigmoid, ReLU, or cut at a threshold.
+Dense ones have every expert on every token: y[t,h] = Σ_e p(t,e) · down_e act(up_e x[t]). p is any function of a projection of the
+tokens with a column for each expert: softmax, sigmoid, ReLU, or cut at a threshold.
+
+In soft ones slots of the experts hold weighed means of all tokens, and tokens take weighed means of all slots: with d a softmax over
+tokens and c one over slots of the same logits, y[t] = Σ_s c[t,s] · expert(s)(Σ_t' d[t',s] x[t']).
 """
 
 from __future__ import annotations
@@ -16,19 +20,21 @@ from ...ir import Rejection
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, shape_of, size_of
-from ..aten.names import op_name
+from ..aten.names import op_name, through
 from ..aten.node import example_value
 from ..terms import Term
 from ..terms.unify import unify
 from .body import parse_core
 from .copies import EXPERT
-from .rows import No, factors, row_index, row_variable, rows
+from .rows import No, factors, parted, row_index, row_variable, rows
 
 DENSE = "every expert is applied to every token, weighed by the router (no top-k): nothing to dispatch, the products stay as written"
+SOFT = "experts work on slots, each a weighed mean of all tokens (soft MoE), and no token selects any: there is nothing to dispatch"
 THRESHOLD = "experts are chosen by a threshold on the router's scores (no top-k), so that one token has more of them than another"
 _NEAR = 24  # steps from the router's product to the weights, and operations an expert has
 _ELEMENTS, _STEPS = 4_000, 100_000  # looked at for one possible result: a dense mixture is small
 _STEPS_A_NODE = 100  # and for all of a graph: as many for each of its nodes, besides
+_SOFTMAX = frozenset(("softmax", "_softmax"))
 _PARTS = names.PART | {"getitem", "index"}
 
 
@@ -141,9 +147,7 @@ def _of_one_block(out: fx.Node, router: fx.Node, order: dict[fx.Node, int], edge
 def _tokens(router: fx.Node) -> fx.Node:
     """What the router's product reads, before any views."""
     n = router.args[1] if op_name(router) in ("addmm", "einsum") else router.args[0]
-    n = n[0] if isinstance(n, (list, tuple)) else n
-    while isinstance(n, fx.Node) and op_name(n) in names.VIEW | names.CAST and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
+    n = through(n[0] if isinstance(n, (list, tuple)) else n, names.VIEW | names.CAST)
     return n if isinstance(n, fx.Node) else router
 
 
@@ -169,10 +173,42 @@ def _column(a: Term) -> int:
 def _weighs(body: Term, router: fx.Node, t: Term, h: Term) -> bool:
     """body = p(t, e) · down_e act(up_e x[t])"""
     (expert,) = {v for v in body.atoms if v.args[0] == EXPERT} or (None,)
-    weight = T.mul(*(f for f in factors(body) if not T.uses(f, h)))
-    core = T.mul(*(f for f in factors(body) if T.uses(f, h)))
+    core, weight = parted(body, h)
     if expert is None or any(x.op == "topk" for x in T.walk(body)):
         return False
     if not any(x.op == "a" and x.args[0] is router and T.uses(x, expert) for x in T.walk(weight)):
         return False
     return bool(parse_core(core, t, h, expert).linears)
+
+
+# ---- soft mixtures --------------------------------------------------------------------------------------------------------
+
+
+def soft_mixtures(graph: fx.Graph) -> Iterator[Rejection]:
+    return (Rejection(SOFT, found[-1], "lower", code="soft") for found in soft(graph))
+
+
+def soft(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """The softmaxes of each tensor of logits in either graph that is normalised over two of its dims, both of which go into products."""
+    over: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+    for n in graph.nodes:
+        if op_name(n) in _SOFTMAX and isinstance(n.args[0], fx.Node) and (dim := _dim(n)) is not None:
+            over.setdefault(through(n.args[0], names.RESHAPE | names.CAST), []).append((n, dim))
+    for found in over.values():
+        if len({d for _, d in found}) > 1 and all(_multiplied(n) for n, _ in found):
+            yield [n for n, _ in found]
+
+
+def _dim(n: fx.Node) -> int | None:
+    dim, v = n.kwargs.get("dim", n.args[1] if len(n.args) > 1 else None), example_value(n)
+    return dim % max(v.ndim, 1) - v.ndim if isinstance(dim, int) and v is not None else None
+
+
+def _multiplied(n: fx.Node) -> bool:
+    """Whether a product reads what was normalised, through views."""
+    seen = [n]
+    for x in seen:
+        if x is not n and op_name(x) in names.CONTRACTION or any(op_name(u) in names.CONTRACTION for u in x.users):
+            return True
+        seen += [u for u in x.users if op_name(u) in names.VIEW | names.CAST and u not in seen and len(seen) < 16]
+    return False

@@ -12,7 +12,8 @@ from ...ir import Gating, Norm
 from ..aten import names
 from ..aten.element import call_args, dtype_of, size_of
 from ..aten.names import op_name
-from ..aten.shadow import Shadow, example_value
+from ..aten.node import example_value
+from ..aten.shadow import Shadow
 from .match import ExpertsMatch
 
 

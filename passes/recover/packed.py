@@ -18,8 +18,9 @@ from torch import Tensor
 from ..aten import names
 from ..aten.element import reindex, shape_of
 from ..aten.names import op_name
+from ..aten.node import reached
 from ..terms import Term
-from .rows import WORDS, No, reads
+from .rows import WORDS, No, nodes_of, reads
 
 _WORDS = (torch.uint8, torch.int32, torch.int8)
 _BITS = frozenset("bitwise_and __and__ bitwise_or __or__ bitwise_xor bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split())
@@ -71,10 +72,6 @@ def _spreads(n: fx.Node) -> bool:
 def is_packed(a: Term) -> bool:
     """Whether an atom reads what is made of packed words."""
     return a.op == "a" and all(isinstance(n, fx.Node) and WORDS in n.meta for n in nodes_of(a))
-
-
-def nodes_of(a: Term) -> tuple[Any, ...]:
-    return a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
 
 
 def _unpacks(n: fx.Node, leaf: dict[fx.Node, fx.Node]) -> bool:
@@ -225,27 +222,21 @@ def _words(shape: tuple[int, ...], dtype: torch.dtype, stacked: bool, turn: int)
 
 def _made_of(n: fx.Node) -> list[fx.Node]:
     """What a node is computed from, itself included, in no order."""
-    found = [n]
-    for x in found:
-        found.extend(y for y in x.all_input_nodes if y not in found)
-    return found
+    return list(reached([n], lambda x: x.all_input_nodes))
 
 
 def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """A node's value, computed with the types that the graph has. `env`: values that are known, and come to be."""
 
     def load(a: Any) -> Any:
-        if isinstance(a, fx.Node):
-            return _value(a, env)
-        if isinstance(a, (list, tuple)):
-            return type(a)(load(x) for x in a)
-        return torch.device("cpu") if isinstance(a, torch.device) else a
+        return _value(a, env) if isinstance(a, fx.Node) else torch.device("cpu") if isinstance(a, torch.device) else a
 
     if n not in env:
         if n.op == "get_attr":
             env[n] = getattr(n.graph.owning_module, str(n.target))
         else:
-            env[n] = n.target(*load(n.args), **{k: load(a) for k, a in n.kwargs.items()})  # type: ignore[operator]
+            args, kwargs = fx.node.map_aggregate((n.args, n.kwargs), load)
+            env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
     return env[n]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 
 from ..aten import names
 from ..aten.definitions_views import SMALL
-from ..aten.names import op_name
+from ..aten.names import op_name, through
 from .selections import unviewed
 
 _SHOWN = names.CAST | names.RESHAPE | names.SAME
@@ -51,17 +49,11 @@ def _between(quotient: fx.Node) -> set[fx.Node]:
     while op_name(scale) in _SCALES and isinstance(scale.args[0], fx.Node):
         path.add(scale)
         scale = scale.args[0]
-    if op_name(scale) != "abs" or _uncast(scale.args[0]) is not _uncast(rows):
+    if op_name(scale) != "abs" or through(scale.args[0], names.CAST) is not through(rows, names.CAST):
         return set()
     path.add(scale)
     for n in (rows, scale.args[0]):
-        while isinstance(n, fx.Node) and n is not _uncast(n):
+        while isinstance(n, fx.Node) and op_name(n) in names.CAST:
             path.add(n)
             n = n.args[0]
     return path
-
-
-def _uncast(n: Any) -> Any:
-    while isinstance(n, fx.Node) and op_name(n) in names.CAST:
-        n = n.args[0]
-    return n

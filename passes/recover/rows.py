@@ -99,6 +99,16 @@ def factors(t: Term) -> tuple[Term, ...]:
     return t.args if t.op == "mul" else (t,)
 
 
+def parted(t: Term, v: Term) -> tuple[Term, Term]:
+    """(what depends on v, what does not) of a product."""
+    return T.mul(*(f for f in factors(t) if T.uses(f, v))), T.mul(*(f for f in factors(t) if not T.uses(f, v)))
+
+
+def nodes_of(a: Term) -> tuple[Any, ...]:
+    """What an atom reads: one tensor, or one for each expert."""
+    return a.args[0] if isinstance(a.args[0], tuple) else (a.args[0],)
+
+
 def outer_atoms(t: Term) -> list[Term]:
     """Atoms that are values (not those inside another atom's index), each once."""
     out: dict[Term, None] = {}
@@ -133,7 +143,7 @@ def plain_row(a: Term) -> bool:
 
 def reads(t: Term) -> str:
     """The tensors that a term reads, as the user calls them, for a rejection."""
-    nodes = [n for x in T.walk(t) if x.op == "a" for n in (x.args[0] if isinstance(x.args[0], tuple) else (x.args[0],))[:1]]
+    nodes = [n for x in T.walk(t) if x.op == "a" for n in nodes_of(x)[:1]]
     found = dict.fromkeys(_called(n) for n in nodes)
     names = [n for n in found if n]
     return f" (it reads {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""

@@ -22,8 +22,8 @@ from ..aten.sharded import leaf
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from .match import Param
-from .packed import cuts, is_packed, nodes_of
-from .rows import WORDS, Cause, No, factors, reads
+from .packed import cuts, is_packed
+from .rows import WORDS, Cause, No, factors, nodes_of, reads
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def params(c: Channel, experts: int, width: int) -> list[Param]:
     if isinstance(c.node, tuple):
         for n in c.node:
             _check_size(n, c.dim, rows)
-        return [Param(n, None if shape_of(n) == (rows,) else (rows,)) for n in c.node]
+        return [Param.shaped(n, (rows,)) for n in c.node]
     shape = shape_of(c.node)
     _check_size(c.node, None if c.dim is None else c.dim + 1, rows)
     if len(shape) == 2 and shape[0] >= experts:

@@ -48,7 +48,7 @@ def _build(
     kind, over_selected, out, select = _scored(select, value, red, whole)
     bias_on, in_weights = BiasOn.NONE, False
     if b is not None:
-        bias_on = _bias_on(select, b, kind, over_selected)
+        bias_on = _bias_on(select, b, kind)
         out, in_weights = _without_bias(out, b, red)
     else:
         _check_monotone(select, groups, kind)
@@ -103,8 +103,7 @@ def _softmax_all(red: Reductions) -> sp.Symbol | None:
 def _with_softmax(expr: sp.Expr, red: Reductions, z: sp.Symbol) -> sp.Expr:
     """Write exp(l) as s Z: s is the softmax over all experts."""
     out = red.replace(expr, lambda x: sp.expand_power_base(x.subs(sp.exp(L), S * z)), (z,))
-    out = sp.cancel(sp.together(out)) if z in out.free_symbols else out
-    return out
+    return sp.cancel(sp.together(out)) if z in out.free_symbols else out
 
 
 def _score(value: sp.Expr, red: Reductions, softmax_all: sp.Symbol | None) -> tuple[Score, bool, sp.Expr]:
@@ -158,7 +157,7 @@ def _mentions(e: sp.Expr, red: Reductions, *symbols: sp.Symbol) -> bool:
     return bool(_all_symbols(e, red) & set(symbols))
 
 
-def _bias_on(select: sp.Expr, b: sp.Symbol, kind: Score, over_selected: bool) -> BiasOn:
+def _bias_on(select: sp.Expr, b: sp.Symbol, kind: Score) -> BiasOn:
     rest = sp.expand(select - b)
     if rest == S or (rest == L and kind is Score.IDENTITY):
         return BiasOn.SCORE
@@ -238,7 +237,6 @@ def _norm_kind(r: Any) -> tuple[Norm, float] | None:
 
 def _guarded(below: sp.Expr, z: sp.Symbol, kind: Norm, p: float) -> tuple[Normaliser, float] | None:
     """1/ratio = (d + eps) / scale, or clamp(d, m) / scale, with d the reduction."""
-    d = z if kind is not Norm.PNORM else z ** sp.Rational(1, 1) ** 1
     d = z ** sp.nsimplify(1 / p, rational=True) if kind is Norm.PNORM else z
     clamps = list(below.atoms(act.clamp))
     if len(clamps) == 1:

@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from ..aten import names
 from ..aten.element import call_args, shape_of
-from ..aten.names import op_name
+from ..aten.names import op_name, through
 
 
 def is_zero(n: fx.Node) -> bool:
@@ -19,9 +19,7 @@ def is_zero(n: fx.Node) -> bool:
 
 def unviewed(n: fx.Node) -> fx.Node:
     """The tensor that n is a view of."""
-    while op_name(n) in names.VIEW and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-    return n
+    return through(n, names.VIEW)  # type: ignore[no-any-return]
 
 
 def users_through_views(n: fx.Node) -> Iterator[fx.Node]:

@@ -13,7 +13,8 @@ from ...ir.operands import CODED, Operands
 from .. import terms as T
 from ..aten import names
 from ..aten.element import Puller, shape_of
-from ..aten.names import op_name
+from ..aten.names import op_name, through
+from ..aten.node import reached
 from ..terms import Term
 from . import scales as channels
 from . import static_rows
@@ -24,7 +25,7 @@ from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
 from .rounding import Rounding, unrounded
-from .rows import WORDS, No, factors, fixed_widths, is_row, row_index, row_variable, rows
+from .rows import WORDS, No, factors, fixed_widths, is_row, parted, row_index, row_variable, rows
 from .selections import users_through_views
 
 
@@ -73,8 +74,7 @@ def _addends(n: fx.Node) -> list[fx.Node]:
     """What is added, and what that is a sum of."""
     out = [n]
     for n in out:
-        while op_name(n) in names.RESHAPE | names.SAME:
-            n = n.args[0]  # type: ignore[assignment]
+        n = through(n, names.RESHAPE | names.SAME)
         if op_name(n) == "add" and len(out) < FAR:
             out.extend(x for x in n.args[:2] if isinstance(x, fx.Node))
     return out
@@ -99,15 +99,8 @@ def _comes_from(n: fx.Node, out: fx.Node) -> bool:
 
 def _stands_beside(other: fx.Node, m: ExpertsMatch, order: dict[fx.Node, int]) -> bool:
     """Whether `other` is computed from the tokens by few operations and without the routed result: a later layer is not."""
-    seen, waiting = {other}, [other]
-    while waiting:
-        n = waiting.pop()
-        if n is m.out or len(seen) > LARGE:
-            return False
-        new = {x for x in n.all_input_nodes if order[x] > order[m.tokens]} - seen
-        seen |= new
-        waiting.extend(new)
-    return True
+    made = reached([other], lambda n: (x for x in n.all_input_nodes if order[x] > order[m.tokens]))
+    return all(n is not m.out and i < LARGE for i, n in enumerate(made))
 
 
 def _read(m: ExpertsMatch, other: fx.Node, order: dict[fx.Node, int], walls: set[fx.Node]) -> SharedMatch | None:
@@ -143,8 +136,8 @@ def _parse(m: ExpertsMatch, term: Term, t: Term, h: Term) -> tuple[Core, Term, R
     one = T.named("expert", 1)
     weights = {x: T.atom((x.args[0],), (one, *x.args[1])) for x in T.walk(term) if x.op == "a" and _is_parameter(x, m.tokens)}
     term = T.subst(term, weights)
-    core = T.mul(*(f for f in factors(term) if T.uses(f, h)))
-    tables, gate = channels.tables(core, T.mul(*(f for f in factors(term) if not T.uses(f, h))), one)
+    core, rest = parted(term, h)
+    tables, gate = channels.tables(core, rest, one)
     if gate.op != "c" and not (gate.op == "fn" and gate.args[0] == "sigmoid"):
         return None
     rounding = unrounded(core, h, one)

@@ -18,8 +18,7 @@ from ..aten.element import shape_of
 from ..terms import Term
 from . import scales as channels
 from .match import Param
-from .packed import nodes_of
-from .rows import No, factors
+from .rows import No, factors, nodes_of
 
 
 def split(rounded: Term, along: set[Term], expert: Term) -> tuple[Term, Term | None]:
@@ -100,12 +99,8 @@ def operands(k: Term | None, stacked: bool, count: int) -> list[Param]:
     if isinstance(nodes, tuple):
         if stacked:
             raise No("smooth scales are a list and the weights are stacked")
-        return [_viewed(n, (shape_of(n)[-1],)) for n in nodes]
+        return [Param.shaped(n, (shape_of(n)[-1],)) for n in nodes]
     own = any(x.op == "v" for x in a.args[1][:-1])
     if own and shape_of(nodes)[0] < count:
         raise No(f"smooth scales {nodes} have fewer experts than the weights")
-    return [_viewed(nodes, (shape_of(nodes)[0], shape_of(nodes)[-1]) if own else (shape_of(nodes)[-1],))]
-
-
-def _viewed(n: fx.Node, shape: tuple[Any, ...]) -> Param:
-    return Param(n) if shape_of(n) == shape else Param(n, shape)
+    return [Param.shaped(nodes, (shape_of(nodes)[0], shape_of(nodes)[-1]) if own else (shape_of(nodes)[-1],))]

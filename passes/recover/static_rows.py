@@ -17,8 +17,7 @@ from ..aten.names import op_name
 from ..terms import Term
 from . import scales as channels
 from .match import Param
-from .packed import nodes_of
-from .rows import No, factors
+from .rows import No, factors, nodes_of
 from .selections import unviewed
 
 Limits = tuple[float, float]
@@ -65,13 +64,9 @@ def operands(a: Term, stacked: bool, count: int) -> list[Param]:
     if isinstance(nodes, tuple):
         if stacked:
             raise No("the numbers that rows are divided by are a list and the weights are stacked")
-        return [_viewed(n, (1,)) for n in nodes]
+        return [Param.shaped(n, (1,)) for n in nodes]
     if not any(x.op == "v" for x in a.args[1]):
-        return [_viewed(nodes, (1,))]
+        return [Param.shaped(nodes, (1,))]
     if shape_of(nodes)[0] != count:
         raise No(f"{nodes} has numbers for {shape_of(nodes)[0]} experts, and there are {count}")
-    return [_viewed(nodes, (count, 1))]
-
-
-def _viewed(n: Any, shape: tuple[int, ...]) -> Param:
-    return Param(n) if shape_of(n) == shape else Param(n, shape)
+    return [Param.shaped(nodes, (count, 1))]

@@ -8,6 +8,7 @@ from ...ir import Rejection
 from ..aten import names
 from ..aten.element import shape_of
 from ..aten.names import op_name
+from ..aten.node import reached
 
 _MOST = 400  # nodes between one choice and the next
 _ONE = "argmax", "max"
@@ -28,15 +29,9 @@ def _leads(first: fx.Node, later: fx.Node) -> bool:
     sizes = [_experts(n) for n in (first, later)]
     if None in sizes or sizes[0] != sizes[1]:
         return False
-    reached, todo = {first}, [first]
-    while todo and len(reached) < _MOST:
-        for user in todo.pop().users:
-            if user is later:
-                return True
-            if user not in reached and op_name(user) not in names.CONTRACTION:  # another layer's router reads what experts gave
-                reached.add(user)
-                todo.append(user)
-    return False
+    # not behind products: another layer's router reads what experts gave
+    made = reached([first], lambda n: n.users if n is first or op_name(n) not in names.CONTRACTION else (), _MOST)
+    return any(n is later for n in made if n is not first)
 
 
 def _experts(n: fx.Node) -> object:

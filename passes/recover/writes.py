@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch.fx as fx
 
 from ..aten.effects import Memory, aliased_arg, mutated_args
+from ..aten.node import reached
 from .match import ExpertsMatch
 
 
@@ -76,9 +77,4 @@ def _through(n: fx.Node | None, out: fx.Node) -> bool:
 
 def made_of(n: fx.Node) -> set[fx.Node]:
     """n, and all that it is computed from."""
-    needed, stack = {n}, [n]
-    while stack:
-        new = set(stack.pop().all_input_nodes) - needed
-        needed |= new
-        stack.extend(new)
-    return needed
+    return set(reached([n], lambda x: x.all_input_nodes))

@@ -14,7 +14,7 @@ from ... import ops  # noqa: F401 (defines them)
 from ..aten import names
 from ..aten.conditions import may_train
 from ..aten.effects import written_between
-from ..aten.shadow import example_value
+from ..aten.node import example_value
 from .target import Target
 
 _experts = torch.ops.moe_compile.experts.default

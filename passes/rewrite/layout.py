@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from ...ir import Rejection
+from .calls import method
 
 
 def dims_by_stride(v: Any, node: fx.Node | None = None) -> tuple[int, ...] | None:
@@ -44,9 +45,7 @@ def restrided(g: fx.Graph, n: fx.Node, order: tuple[int, ...] | None) -> fx.Node
         return n
     back = tuple(order.index(d) for d in range(len(order)))
     for name, args in (("permute", order), ("contiguous", ()), ("permute", back)):
-        new = g.call_method(name, (n, *args))
-        new.meta.update({k: n.meta[k] for k in ("stack_trace", "nn_module_stack", "source_fn_stack") if k in n.meta})
-        n = new
+        n = method(g, name, (n, *args), n)
     return n
 
 

@@ -45,7 +45,7 @@ def plan_shared(b: Block, planner: Planner, overlap: int) -> SharedPlan | None:
     s = b.shared
     if s is None or s.operands is None or under_autocast(planner.shadow.dynamo.graph, b.match.out.meta["val"].device.type):
         return None
-    region = inside([s.node], _boundary(b, s.operands))
+    region = inside([s.node], filter(None, (b.match.tokens, *s.operands.params(), s.operands.gate)))
     if isinstance(region, Rejection) or not _private(region, s.node) or not _one_dtype(b, s, s.operands, region):
         return None
     try:
@@ -53,10 +53,6 @@ def plan_shared(b: Block, planner: Planner, overlap: int) -> SharedPlan | None:
         return None if join is None else _plan(b, s.operands, planner, overlap, *join)
     except Rejection:  # a value that the Dynamo graph does not hold
         return None
-
-
-def _boundary(b: Block, o: SharedOperands) -> list[fx.Node]:
-    return [b.match.tokens, *o.params(), *([] if o.gate is None else [o.gate])]
 
 
 def _private(region: list[fx.Node], out: fx.Node) -> bool:

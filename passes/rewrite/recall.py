@@ -22,7 +22,7 @@ import torch.fx as fx
 from ... import ir as _ir
 from ...ops import sources
 from ..aten import contracts
-from ..aten.shadow import example_value
+from ..aten.node import example_value
 from ..aten.sharded import group_called, takes_part
 from ..aten.sources import frames
 

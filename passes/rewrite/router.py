@@ -20,7 +20,7 @@ from ... import ops  # noqa: F401 (defines them)
 from ..aten import names
 from ..aten.conditions import may_train, under_autocast
 from ..aten.effects import written_between
-from ..aten.shadow import example_value
+from ..aten.node import example_value
 from .target import Target
 
 _SAME_VALUES = names.RESHAPE | names.SAME | names.CAST

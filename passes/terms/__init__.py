@@ -27,17 +27,15 @@ from .axioms import EXPERT_WEIGHTS
 from .budget import Budget, TooLarge, limited, look, step
 from .facts import Facts
 from .logic import is_truth
-from .numbers import exact_div, exact_sum, same_size
-from .ops import BINDERS
+from .numbers import exact_div, same_size
 from .orders import Q
 from .reductions import is_slot
 from .rewrite import Rewriter, rewrite
-from .rules import Rule, Rules, Trace, rule
+from .rules import Rule, Rules
 from .session import (
     NORMAL,
     add,
     at_key,
-    below,
     canonical,
     eq,
     extent,
@@ -57,7 +55,6 @@ from .session import (
     rebuild,
     reduce_,
     reset,
-    same_choice,
     subst,
     sv,
     tracing,
@@ -66,65 +63,9 @@ from .session import (
 from .term import Term, atom, children, const, is_c, let, mk, named, show, uses, var, walk
 
 __all__ = [
-    "BINDERS",
-    "EXPERT_WEIGHTS",
-    "NORMAL",
-    "Budget",
-    "Facts",
-    "Q",
-    "Rewriter",
-    "Rule",
-    "Rules",
-    "Term",
-    "TooLarge",
-    "Trace",
-    "add",
-    "at_key",
-    "atom",
-    "below",
-    "canonical",
-    "children",
-    "coefficient",
-    "const",
-    "eq",
-    "exact_div",
-    "exact_sum",
-    "extent",
-    "facts",
-    "fdiv",
-    "fn",
-    "inv",
-    "is_c",
-    "is_slot",
-    "is_truth",
-    "ite",
-    "let",
-    "limited",
-    "look",
-    "lt",
-    "mk",
-    "mod",
-    "mul",
-    "named",
-    "never_negative",
-    "normal",
-    "not_",
-    "perm",
-    "power",
-    "rebuild",
-    "reduce_",
-    "reset",
-    "rewrite",
-    "rule",
-    "same_choice",
-    "same_size",
-    "show",
-    "step",
-    "subst",
-    "sv",
-    "tracing",
-    "upper",
-    "uses",
-    "var",
-    "walk",
+    "EXPERT_WEIGHTS", "NORMAL", "Budget", "Facts", "Q", "Rewriter", "Rule", "Rules", "Term", "TooLarge", "add",
+    "at_key", "atom", "canonical", "children", "coefficient", "const", "eq", "exact_div", "extent", "facts", "fdiv",
+    "fn", "inv", "is_c", "is_slot", "is_truth", "ite", "let", "limited", "look", "lt", "mk", "mod", "mul", "named", "never_negative",
+    "normal", "not_", "perm", "power", "rebuild", "reduce_", "reset", "rewrite", "same_size", "show", "step",
+    "subst", "sv", "tracing", "upper", "uses", "var", "walk",
 ]  # fmt: skip

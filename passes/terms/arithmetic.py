@@ -13,7 +13,6 @@ from typing import Any
 import sympy as sp
 
 from .numbers import exact_sum, is_number
-from .ops import OPS
 from .term import Term, addends, const, let, mk
 
 TRUTHS = ("eq", "lt", "not", "any")
@@ -125,20 +124,6 @@ def _number_power(b: Any, e: Any, whole: bool) -> Any:
 
 def eq(a: Term, b: Term) -> Term:
     return mk("eq", a, b) if a.serial <= b.serial else mk("eq", b, a)
-
-
-def replace(t: Term, mapping: dict[Term, Term]) -> Term:
-    """Terms replaced everywhere; what comes out is in the normal form of rings and else as it was."""
-    memo = dict(mapping)
-    keys = frozenset(mapping)
-
-    def go(x: Term) -> Term:
-        y = memo.get(x)
-        if y is None:
-            y = memo[x] = build(x.op, *OPS[x.op].map(x.args, go)) if any(k.atoms <= x.atoms for k in keys) else x
-        return y
-
-    return go(t)
 
 
 _BUILD: dict[str, Any] = {

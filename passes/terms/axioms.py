@@ -28,4 +28,4 @@ def _limit(f: Term) -> tuple[Term, Any] | None:
     return (a, n) if inner is f else (a, None) if n == 0 else None
 
 
-EXPERT_WEIGHTS = Rules((_beyond_the_experts,))
+EXPERT_WEIGHTS = Rules.of(vars())

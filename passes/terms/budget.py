@@ -6,6 +6,7 @@ Beside them the processor seconds of all passes over one graph are limited (`lim
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ DEFAULT = 10_000_000
 SECONDS = 30.0  # of this thread's processor time, for one graph: the slowest that is known takes 7, in a loop that is read by example
 EACH = 1.0  # more for each place where experts may be chosen: an equal block takes a tenth of that, and a graph may hold a hundred of them
 TOO_MANY = "the values around the selection depend on each other in too many ways"
+_DEEP = 12_000  # calls in each other
 _LOOK = 50_000  # steps from one look at the clock to the next
 
 
@@ -104,3 +106,15 @@ def step(n: int = 1) -> None:
 def reset() -> None:
     """A new compilation begins: where nobody gave a budget, the default one is full again."""
     _root.left = DEFAULT
+
+
+@contextmanager
+def deep_recursion() -> Iterator[None]:
+    """Room for recursion while the passes run: a loop over hundreds of experts is a chain of hundreds of nodes. (Python 3.11 and later keep
+    Python calls off the C stack.)"""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(_DEEP, before))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)

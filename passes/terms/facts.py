@@ -139,10 +139,6 @@ def _of_add(facts: Facts, *ts: Term) -> Range:
     return _combined(facts, ts, lambda a, b: a + b - 1)
 
 
-def _of_mul(facts: Facts, *ts: Term) -> Range:
-    return _combined(facts, ts, lambda a, b: (a - 1) * (b - 1) + 1)
-
-
 def _combined(facts: Facts, ts: tuple[Term, ...], f: Callable[[Any, Any], Any]) -> Range:
     total: Any = None
     bounded = True
@@ -192,18 +188,10 @@ def _of_function(facts: Facts, name: str, args: tuple[Term, ...], consts: tuple[
     return name in ("exp", "sigmoid", "softplus", "abs"), None
 
 
-def _of_element(facts: Facts, node: Any, idx: tuple[Term, ...]) -> Range:
-    return (True, facts.extents[node]) if node in facts.extents else _ANY
-
-
-def _truth(facts: Facts, *args: Any) -> Range:
-    return _TRUTH
-
-
 _RANGES: dict[str, Callable[..., Range]] = {
     "c": _of_number,
     "v": lambda facts, name, size: (True, size),
-    "a": _of_element,
+    "a": lambda facts, node, idx: (True, facts.extents[node]) if node in facts.extents else _ANY,
     "topk": lambda facts, node, idx: (True, facts.extents.get(node)),
     "perm": lambda facts, sort, key, p: (True, facts.extents.get(sort)),
     "inv": lambda facts, sort, key, p: (True, facts.extents.get(sort)),
@@ -211,7 +199,7 @@ _RANGES: dict[str, Callable[..., Range]] = {
     "rank": lambda facts, key, p, e: (True, None),
     "nz": lambda facts, mask, row, d: (True, mask.shape[d]),
     "add": _of_add,
-    "mul": _of_mul,
+    "mul": lambda facts, *ts: _combined(facts, ts, lambda a, b: (a - 1) * (b - 1) + 1),
     "fdiv": _of_fdiv,
     "mod": lambda facts, t, n: (True, n.args[0]),
     "ite": _of_ite,
@@ -219,8 +207,5 @@ _RANGES: dict[str, Callable[..., Range]] = {
     "max": lambda facts, v, body: facts.range(body),
     "min": lambda facts, v, body: facts.range(body),
     "fn": _of_function,
-    "eq": _truth,
-    "lt": _truth,
-    "not": _truth,
-    "any": _truth,
+    **dict.fromkeys(("eq", "lt", "not", "any"), lambda facts, *args: _TRUTH),
 }

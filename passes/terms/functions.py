@@ -72,4 +72,4 @@ def _exp_times_logistic(t: Term, facts: Facts) -> Term | None:
     return None
 
 
-FUNCTIONS = Rules((_function_of_a_number, _function_of_the_scattered, _function_of_a_choice, _logistic, _exp_times_logistic))
+FUNCTIONS = Rules.of(vars())

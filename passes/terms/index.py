@@ -145,17 +145,4 @@ def _ordered_shifts(t: Term, facts: Facts) -> Term | None:
     return mk("lt", x, const(n - k))
 
 
-INDEX = Rules(
-    (
-        _by_one,
-        _whole_multiples,
-        _below_divisor,
-        _quotient_of_quotient,
-        _quotient_of_remainder,
-        _remainder_of_remainder,
-        _common_factor,
-        _quotient_and_remainder,
-        _ordered_multiples,
-        _ordered_shifts,
-    )
-)
+INDEX = Rules.of(vars())

@@ -195,27 +195,4 @@ def _masked_addend(t: Term, facts: Facts) -> Term | None:
     return None
 
 
-LOGIC = Rules(
-    (
-        _equal_to_itself,
-        _numbers_equal,
-        _truth_equal,
-        _count_is_zero,
-        _equal_shifts,
-        _never_equal,
-        _equal_quotient,
-        _numbers_ordered,
-        _certainly_ordered,
-        _compared_choice,
-        _not_a_number,
-        _not_twice,
-        _known_choice,
-        _turned_choice,
-        _no_choice,
-        _choice_that_is_known,
-        _choice_or_zero,
-        _zero_or_choice,
-        _choice_is_a_truth,
-        _masked_addend,
-    )
-)
+LOGIC = Rules.of(vars())

@@ -35,4 +35,4 @@ def _sorted_at_its_place(t: Term, facts: Facts) -> Term | None:
     return at_key(key, p.args[2]) if p.op == "inv" and p.args[1] is key else None
 
 
-ORDERS = Rules((_there_and_back, _sorted_at_its_place))
+ORDERS = Rules.of(vars())

@@ -47,4 +47,4 @@ def _any_slot_is_itself(t: Term, facts: Facts) -> Term | None:
     return None
 
 
-REDUCTIONS = Rules((_of_one_value, _any_hits, _any_slot_is_itself))
+REDUCTIONS = Rules.of(vars())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .facts import Facts
@@ -43,6 +43,11 @@ class Rules:
         for r in self.all:
             for head in r.heads:
                 self.by_head[head] = (*self.by_head.get(head, ()), r)
+
+    @classmethod
+    def of(cls, module: Mapping[str, object]) -> Rules:
+        """The rules that a module defines, by its names, in the order in which they stand there."""
+        return cls(r for r in module.values() if isinstance(r, Rule))
 
     def __add__(self, more: Rules) -> Rules:
         return Rules((*self.all, *more.all))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import arithmetic as ring
-from . import budget, orders, reductions
+from . import budget, orders
 from .facts import Facts
 from .functions import FUNCTIONS
 from .index import INDEX
@@ -152,11 +152,6 @@ def at_key(key: Term, q: Term) -> Term:
 # ---- questions ---------------------------------------------------------------------------------------------------------
 
 
-def below(t: Term, n: Any) -> bool:
-    """Whether 0 <= t < n is certain."""
-    return _facts.below(t, n)
-
-
 def extent(t: Term) -> Any:
     """Exclusive upper bound of an index term, or None."""
     return _facts.extent(t)
@@ -170,8 +165,3 @@ def upper(t: Term) -> int | None:
 def never_negative(t: Term) -> bool:
     """Whether a term is at least 0 for certain."""
     return _facts.range(t)[0]
-
-
-def same_choice(a: Term, b: Term, v: Term) -> bool:
-    """a is the choice in slot v, b one of the same top-k's choices: they are equal in just one slot, b's own."""
-    return reductions.same_choice(a, b, v, _facts)

@@ -225,22 +225,4 @@ def _counts(total: Term, a: Term, facts: Facts) -> bool:
     return all(c in factors(body) for c in factors(here))
 
 
-SUMS = Rules(
-    (
-        _of_a_constant,
-        _of_one_index,
-        _case_by_case,
-        _distinct_slots,
-        _over_a_sorted_order,
-        _over_masked_rows,
-        _factor_out,
-        _same_place,
-        _one_hot,
-        _own_slot,
-        _block,
-        _stride,
-        _scattered,
-        _distribute,
-        _any_of_the_summed,
-    )
-)
+SUMS = Rules.of(vars())

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy as sp
+from evaluate import World, evaluate, places_of, same_value
 
 import moe_compile.passes.terms as T
 from moe_compile.passes.terms.arithmetic import build
-from moe_compile.passes.terms.evaluate import World, evaluate, places_of, same_value
 from moe_compile.passes.terms.term import Term
 
 S0, S1 = sp.Symbol("s0", integer=True, positive=True), sp.Symbol("s1", integer=True, positive=True)

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from evaluate import World, evaluate
 
 from moe_compile.passes import terms as T
 from moe_compile.passes.terms import Term
 from moe_compile.passes.terms.blocks import joined
-from moe_compile.passes.terms.evaluate import World, evaluate
 
 N, K = 3, 4  # places of a block, blocks
 

@@ -6,11 +6,11 @@ import random
 
 import fuzz
 import pytest
+from evaluate import VALUES, evaluate
 from random_terms import Source, difference
 
 import moe_compile.passes.terms as T
 from moe_compile.passes.terms import arithmetic as ring
-from moe_compile.passes.terms.evaluate import VALUES, evaluate
 from moe_compile.passes.terms.ops import OPS
 
 
@@ -71,7 +71,6 @@ def test_substitution(seed: int):
     t, a = source.value([v, u], 3), source.index([u], 2)
     made = T.subst(T.normal(t), {v: T.normal(a)})
     assert not difference(T.let(t, {v: a}), made, source, 24, seed)[1]
-    assert not difference(T.let(t, {v: a}), ring.replace(t, {v: a}), source, 24, seed)[1]
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -114,6 +113,6 @@ def test_numbers_beyond_a_sum_are_never_met():
     assert T.reduce_("sum", v, T.ite(T.eq(v, T.const(3)), T.const(5), T.const(1))) is T.const(2)
     three = T.reduce_("sum", u, T.mul(T.eq(T.mod(u, 3), T.const(0)), T.atom(w, (u,))))
     world = {0: 2, 1: 3, 2: 5, 3: 7}
-    from moe_compile.passes.terms.evaluate import World
+    from evaluate import World
 
     assert evaluate(three, World(lambda node, at: world.get(at[0]))) == 9

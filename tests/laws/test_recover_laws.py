@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.fx as fx
+from evaluate import evaluate, same_value
 from random_terms import RandomWorld, Source, difference
 
 import moe_compile.passes.terms as T
@@ -16,7 +17,6 @@ from moe_compile.passes.recover.groups import keeps_all
 from moe_compile.passes.recover.identity import among, numbered
 from moe_compile.passes.recover.routing import at_best, risen, roll_slots
 from moe_compile.passes.terms.arithmetic import build
-from moe_compile.passes.terms.evaluate import evaluate, same_value
 
 SEEDS = range(60)
 

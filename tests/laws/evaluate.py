@@ -19,10 +19,10 @@ from typing import Any
 import sympy as sp
 import torch
 
-from .arithmetic import TRUTHS
-from .facts import Facts
-from .orders import Q
-from .term import Term, const
+from moe_compile.passes.terms.arithmetic import TRUTHS
+from moe_compile.passes.terms.facts import Facts
+from moe_compile.passes.terms.orders import Q
+from moe_compile.passes.terms.term import Term, const
 
 Value = Any  # a number, or None
 _NEAR = 1e-7
