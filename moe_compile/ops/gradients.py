@@ -20,7 +20,6 @@ from ..lowering.reference import stored, twice
 from .records import routing_of, stored_adapted_of
 from .schemas import IN_WEIGHTS, below
 
-
 _TENSORS_FROM = 7  # where the parameters stand among the arguments of `Experts`
 
 
@@ -76,7 +75,8 @@ def _reads_tokens(family: Family, places: Operands[None], layout: Sequence[Any],
     *_, need_w, _ = needs[:_TENSORS_FROM]
     if family is EXPERTS_CHAINED:  # computes the rows again
         return True
-    asked, record = places.filled(needs[_TENSORS_FROM:]), record_of(family.records[0], layout)
+    asked: Operands[bool] = places.filled(needs[_TENSORS_FROM:])
+    record: Any = record_of(family.records[0], layout)
     on_tokens = record.weight_on_input or record.num_identity
     return any((*asked.up, *asked.up_a, *asked.up_b)) or bool(need_w and on_tokens)
 
