@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
+from moe_compile.ir.operands import Operands
 from moe_compile.report import collecting
 
 torch.set_num_threads(1)
@@ -193,3 +194,59 @@ def test_the_gating_op_divides_twice() -> None:
     w, _ = g.evaluate(exact)
     (want,) = torch.autograd.grad((w * torch.tensor([1.0, 2.0])).sum(), exact)
     assert not difference_problem(got, want.float(), 1e-4)
+
+
+class FrozenResidual(Block):
+    """Experts that are not trained, and a residual in place: y = x + moe(x) in the memory of x."""
+
+    def __init__(self, trained: str = "") -> None:
+        super().__init__()
+        for name, p in self.named_parameters():
+            p.requires_grad_(name == trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        w, ids = self.route(x)
+        return x.add_(self.gathered(x, ids, w.detach()))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("trained", ["", "down"])
+def test_tokens_that_no_gradient_reads_may_be_written(trained: str, inner: str) -> None:
+    """Verdict: fused, eager's gradients. Only the up projections' gradient reads the tokens."""
+    module, x = FrozenResidual(trained).double(), torch.randn(T, H, dtype=torch.float64)
+    twin, found = copy.deepcopy(module), []
+    with collecting() as report:
+        for f, m in ((compiled(module, inner=inner), module), (twin, twin)):
+            y = x.clone().requires_grad_()
+            f(y).square().sum().backward()
+            found.append({n: p.grad for n, p in m.named_parameters()} | {"x": y.grad})
+    for name, want in found[1].items():
+        got = found[0][name]
+        assert (got is None) == (want is None) and (want is None or not difference_problem(got, want, 1e-9)), name
+    assert len(report.blocks) == 1 and not report.rejected, told(report)
+
+
+@pytest.mark.parametrize("reads", ["up", "weights on tokens", "identity", "none"])
+def test_the_experts_op_keeps_tokens_where_a_gradient_reads_them(reads: str) -> None:
+    """Near misses: the up projections are trained, weights stand on the tokens, or an expert is the identity."""
+    torch.manual_seed(0)
+    on_input, identity = reads == "weights on tokens", int(reads == "identity")
+    e = ir.Experts(3, 4, 3, 4, ir.Form.SINGLE, act.silu(act.G), weight_on_input=on_input, num_identity=identity)
+    x, up, down, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 4), (3, 3, 4), (3, 4, 3), (4, 2)))
+    up.requires_grad_(reads == "up")
+    ids = torch.tensor([[0, 1], [3 if identity else 2, 0], [1, 2], [0, 2]])
+    tokens = x * 1
+    y = torch.ops.moe_compile.experts(tokens, ids, w, [up], [down], [], [], None, *ops.experts_args(e))
+    wanted = [t for t in (x, up, down, w) if t.requires_grad]
+    found = torch.autograd.grad(y.sum(), wanted, retain_graph=True, create_graph=True)
+    exact = e.run(x, ids, w, Operands.named(up=[up], down=[down]), None, torch.float64)
+    for got, want in zip(found, torch.autograd.grad(exact.sum(), wanted), strict=True):
+        assert not difference_problem(got.detach(), want, 1e-9)
+    with torch.no_grad():
+        tokens.zero_()
+    if reads == "none":
+        torch.autograd.grad(y.sum(), wanted)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), wanted)

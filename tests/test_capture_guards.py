@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import collections
+import enum
+import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captured import Counter, H, Loop, compiled
 from torch import Tensor
 
+from moe_compile.loops.libraries import is_plain_instance
+from moe_compile.loops.places import mark
 from moe_compile.report import collecting
 
 SCALE = 1.0
@@ -143,3 +150,94 @@ def test_what_nothing_watches_stays_as_written() -> None:
     with collecting() as report:
         torch.testing.assert_close(compiled(m, counter)(x), m(x))
     assert counter.ops == 0 and report.rejected, str(report)
+
+
+class Size(enum.Enum):
+    ONE = 1.0
+    TWO = 2.0
+
+
+def held() -> float:
+    return held.value  # type: ignore[attr-defined, no-any-return]
+
+
+def one() -> float:
+    return 1.0
+
+
+class Holder:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def get(self) -> float:
+        return self.value
+
+
+class OfWhatever(Plain):
+    """What the loop reads is one value, which is replaced or changed as a whole."""
+
+    def __init__(self, value: Any, read: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.value, self.read = value, read
+
+    def dispatch(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        scale = self.read(self.value)
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * (2.0 if scale > 1.0 else 1.0) * w[t, j, None])
+        return out
+
+
+def call(f: Callable[[], float]) -> float:
+    return f()
+
+
+# (what is read, how, what takes its place, whether the loop is captured)
+WHOLE: dict[str, tuple[Any, Callable[[Any], float], Any, bool]] = {
+    "enum": (Size.ONE, lambda v: v.value, Size.TWO, True),
+    "bound method": (Holder(1.0).get, call, Holder(3.0).get, True),
+    "partial": (functools.partial(float, 1.0), call, functools.partial(float, 3.0), True),
+    "function's attribute": (held, call, None, True),
+    "deque": (collections.deque([1.0]), lambda v: v[0], None, False),
+    "numpy's array": (np.ones(1), lambda v: float(v[0]), None, False),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_values_that_are_read_as_a_whole(what: str) -> None:
+    """Verdict: as eager, before the change and after it; what nothing watches is left as written."""
+    torch._dynamo.reset()
+    value, read, other, captured = WHOLE[what]
+    held.value = 1.0  # type: ignore[attr-defined]
+    m, x, counter = OfWhatever(value, read), torch.randn(5, H), Counter()
+    f = compiled(m, counter)
+    with torch.no_grad():
+        torch.testing.assert_close(f(x), m(x))
+        assert counter.ops == captured
+        if other is not None:
+            m.value = other
+        elif what == "function's attribute":
+            held.value = 3.0  # type: ignore[attr-defined]
+        else:
+            value[0] = 3.0
+        torch.testing.assert_close(f(x), m(x))
+
+
+def test_a_mark_tells_what_code_would_notice() -> None:
+    """Equal marks: one reading serves both. New code under an old function, as a reload in a notebook leaves it, is another function."""
+    assert mark(Size.ONE) == mark(Size.ONE) != mark(Size.TWO)
+    assert mark(Holder(1.0)) == mark(Holder(2.0))  # what is read of them has places of its own
+    assert mark(functools.partial(float, 1.0)) == mark(functools.partial(float, 1.0)) != mark(functools.partial(float, 2.0))
+    assert mark(Holder(1.0).get) == mark(Holder(2.0).get)
+    before, old = mark(one), one.__code__
+    one.__code__ = held.__code__
+    assert mark(one) != before
+    one.__code__ = old
+    assert mark(one) == before
+
+
+def test_what_of_numpy_is_a_value() -> None:
+    """Arrays and generators are written by those who use them: a loop that is read has neither."""
+    assert all(map(is_plain_instance, (np.float64(1.0), np.dtype("int8"), np.exp, operator.itemgetter(0))))
+    assert not any(map(is_plain_instance, (np.ones(2), np.random.default_rng(0), np.random.RandomState(0))))

@@ -117,7 +117,7 @@ class Call:
 
         roles = roles_of(self.tensors)
         handed_in = {n: tuple(map(str, self.tensors[n].shape)) for r in roles for n in r.params}  # weights as arguments
-        state = (self.device.type, self.autocast, self.grad, torch.get_default_dtype())
+        state = (self.fn.__code__, self.device.type, self.autocast, self.grad, torch.get_default_dtype())
         return type(self.module), {k: of(v) for k, v in self.arguments.items()}, handed_in, roles, state
 
 

@@ -7,6 +7,7 @@ is told by `Unguarded`: the loop stays as written.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import sys
@@ -16,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from .libraries import home, is_library
+from .libraries import home, is_library, notes_reads
 from .places import MISSING, MODULE, PLAIN, Place, Space, find, own_attribute
 
 _DEPTH, _MOST = 4, 256
@@ -93,10 +93,14 @@ class Guards:
             self._value(place.attr("fget"), v.fget)
         elif isinstance(v, (list, tuple, dict, set, frozenset)):
             self._container(place, v, depth)
-        elif hasattr(v, "__dict__") or isinstance(v, nn.Module):
-            self._guard(place, GuardBuilder.TYPE_MATCH)  # what was read of it has a place of its own
-        else:
-            self._guard(place, GuardBuilder.ID_MATCH)
+        elif isinstance(v, collections.deque):
+            raise Unguarded(f"{place}, a deque, whose items nothing watches")
+        elif isinstance(v, (types.MethodType, functools.partial)):
+            self._guard(place, GuardBuilder.TYPE_MATCH)
+            for name in ("__func__", "__self__") if isinstance(v, types.MethodType) else ("func", "args", "keywords"):
+                self._value(place.attr(name), getattr(v, name), depth)
+        else:  # what was read of an object that notes it has a place of its own
+            self._guard(place, GuardBuilder.TYPE_MATCH if notes_reads(v) else GuardBuilder.ID_MATCH)
 
     def _container(self, place: Place, v: Any, depth: int) -> None:
         from torch._dynamo.guards import GuardBuilder

@@ -5,6 +5,7 @@ All other code is the user's (`sealed` runs a copy of it) or forbidden: `Forbidd
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import contextlib
 import enum
@@ -114,6 +115,7 @@ def is_library(name: str | None) -> bool:
     return top in ("torch", "moe_compile") or top in _PURE or top in sys.stdlib_module_names or top == "__builtin__"
 
 
+PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
 _NATIVE = "pybind11_builtins"  # the module of C++ classes' own class
 
 
@@ -202,7 +204,20 @@ def is_plain_instance(v: Any) -> bool:
         return True
     if cls.__name__ == "_tuplegetter":  # the names of a named tuple's items
         return True
-    return cls.__module__ in ("typing", "types", "operator", "re", "dataclasses") or cls.__module__.partition(".")[0] == "numpy"
+    return cls.__module__ in ("typing", "types", "operator", "re", "dataclasses") or _is_numpy_value(v)
+
+
+def notes_reads(v: Any) -> bool:
+    """Whether the copy of an object notes what it is asked for; others are one value as a whole."""
+    if isinstance(v, (enum.Enum, functools.partial, types.MethodType)):
+        return False
+    return isinstance(v, (torch.nn.Module, *PLAIN_OBJECTS)) or hasattr(v, "__dict__") and not is_library(home(type(v)))
+
+
+def _is_numpy_value(v: Any) -> bool:
+    """A number, type or function of numpy. Arrays and generators of random numbers are written by those who use them."""
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(v, (numpy.generic, numpy.dtype, numpy.ufunc))
 
 
 def safe_builtins(refuse: Callable[[str], NoReturn], find_module: Callable[..., Any]) -> dict[str, Any]:

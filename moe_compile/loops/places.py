@@ -6,6 +6,7 @@ alike?), turned into one of Dynamo's sources (`guards`), and said in the user's 
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .libraries import notes_reads
 
 MODULE, FUNCTION = "self", "function"  # roots: the module and the function of a call; an argument is the root "argument NAME"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -200,6 +203,12 @@ def mark(v: Any, depth: int = 4) -> Any:
         return type(v), frozenset(v)
     if depth and isinstance(v, dict):
         return type(v), tuple((k, mark(x, depth - 1)) for k, x in v.items())
-    if v is MISSING or isinstance(v, types.ModuleType) or hasattr(v, "__dict__") and not callable(v):
+    if v is MISSING or isinstance(v, types.ModuleType) or notes_reads(v) and not callable(v):
         return type(v)  # what was read of an object has a place of its own
+    if depth and isinstance(v, functools.partial):
+        return type(v), tuple(mark(x, depth - 1) for x in (v.func, v.args, v.keywords))
+    if isinstance(v, types.MethodType):
+        return mark(v.__func__), mark(v.__self__, depth)
+    if isinstance(v, types.FunctionType):
+        return _Same(v), v.__code__  # which a notebook that reloads a file puts in place of the old one
     return _Same(v)

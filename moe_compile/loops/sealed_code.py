@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import sys
@@ -16,13 +15,12 @@ from torch import nn
 from ..ir import Rejection
 from ..passes.aten.sharded import sharded_class
 from . import rows
-from .libraries import Forbidden, home, instead, is_library, only_asked, why_not
+from .libraries import PLAIN_OBJECTS, Forbidden, home, instead, is_library, only_asked, why_not
 from .places import PLAIN, Place, Space
 
 MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's own code looks up in every module
 # names by which code looks around behind its own data
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
-_PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
 _OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
 _OF_THE_METACLASS = {"_backward_cls"}  # what `torch.autograd.function.FunctionMeta` makes for every class, which points back at it
 _PROXIES = ("torch", "numpy", "contextlib", "math")  # libraries of which some names may be used and others not
@@ -133,7 +131,7 @@ class Code:
         new = types.FunctionType(fn.__code__.replace(), self._names(fn.__globals__), fn.__name__, None, tuple(cells))
         new.__qualname__, new.__module__ = name, fn.__module__
         places |= {place.default(i) for i in range(len(fn.__defaults__ or ()))}
-        places |= {place.attr("__kwdefaults__")} if fn.__kwdefaults__ else set()
+        places |= {place.attr(n) for n in ("__kwdefaults__", *(k for k in vars(fn) if not k.startswith("_"))) if getattr(fn, n) is not None}
         self._rests[id(new)] = new, places
         world.memo[id(fn)] = fn, new
         world.later.append(lambda: self._rest(fn, new, place))
@@ -295,7 +293,7 @@ class Code:
         return self._metas[meta]
 
     def is_plain_object(self, v: Any) -> bool:
-        return isinstance(v, _PLAIN_OBJECTS)
+        return isinstance(v, PLAIN_OBJECTS)
 
     def watched(self, cls: type) -> type:
         """A class of a library, for instances that note what they are asked for. Sealed code takes it for the class itself."""

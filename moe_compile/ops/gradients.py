@@ -6,6 +6,7 @@ given) are copies that the forward ops return. A gradient that is to have one it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..ir.codec import record_of
-from ..ir.families import Family
+from ..ir.families import EXPERTS_CHAINED, Family
 from ..ir.operands import ADAPTED, STORED_ADAPTED, Operands
 from ..lowering.reference import stored, twice
 from .records import routing_of, stored_adapted_of
 from .schemas import IN_WEIGHTS, below
+
+_TENSORS_FROM = 7  # where the parameters stand among the arguments of `Experts`
 
 
 class Experts(torch.autograd.Function):
@@ -37,19 +40,23 @@ class Experts(torch.autograd.Function):
     ) -> Tensor:
         lists = places.filled(flat).lists(family.names)
         out, pre, kept_ids, kept_weights = below(f"{family.op}_fwd", x, ids, weights, *lists, add, *layout)
-        ctx.save_for_backward(pre, x, kept_ids, kept_weights, *flat)
-        ctx.family, ctx.places, ctx.layout, ctx.given = family, places, layout, _Given(weights)
+        reads_x = _reads_tokens(family, places, layout, ctx.needs_input_grad)
+        ctx.save_for_backward(pre, kept_ids, kept_weights, *([x] if reads_x else []), *flat)
+        ctx.family, ctx.places, ctx.layout, ctx.width = family, places, layout, x.shape[1]
+        ctx.given = _Given(weights) if reads_x else _Given(weights, x)
         ctx.add_dtype = None if add is None else add.dtype
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pre, x, ids, weights, *flat = ctx.saved_tensors
+        pre, ids, weights, *flat = ctx.saved_tensors
         _, _, _, need_x, _, need_w, need_add, *need_flat = ctx.needs_input_grad
+        # what stands in for tokens that no gradient reads has their shape and no values
+        x = flat.pop(0) if len(flat) > len(need_flat) else pre.new_empty(grad.shape[0], ctx.width)
         needs = [need_x, need_w, *need_flat]
         found: list[Tensor | None] = [None] * len(needs)
         if torch.is_grad_enabled():
-            (w,) = ctx.given.tensors()
+            w, x = (*ctx.given.tensors(), x)[:2]
             places, layout = ctx.places, record_of(ctx.family.records[0], ctx.layout)
 
             def again(x: Tensor, w: Tensor, *flat: Tensor) -> Tensor:
@@ -61,6 +68,17 @@ class Experts(torch.autograd.Function):
             given = iter(below(f"{ctx.family.op}_bwd", grad, pre, x, ids, weights, *lists, *ctx.layout, needs))
             found = [next(given) if n else None for n in needs]
         return None, None, None, found[0], None, found[1], grad.to(ctx.add_dtype) if need_add else None, *found[2:]
+
+
+def _reads_tokens(family: Family, places: Operands[None], layout: Sequence[Any], needs: Sequence[bool]) -> bool:
+    """Whether a gradient that is asked for reads the tokens: those of what multiplies them, and of weights that stand on them."""
+    *_, need_w, _ = needs[:_TENSORS_FROM]
+    if family is EXPERTS_CHAINED:  # computes the rows again
+        return True
+    asked: Operands[bool] = places.filled(needs[_TENSORS_FROM:])
+    record: Any = record_of(family.records[0], layout)
+    on_tokens = record.weight_on_input or record.num_identity
+    return any((*asked.up, *asked.up_a, *asked.up_b)) or bool(need_w and on_tokens)
 
 
 class Coded(torch.autograd.Function):
