@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from .snapshot import Snapshot
 
 log = logging.getLogger("moe_compile")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_RESUMED = " in torch_dynamo_resume_in_"  # how Dynamo calls the rest of a function after a break
+_RESUMED = f" in {capture.RESUMED}"
 
 
 def moe_fused(
@@ -92,7 +93,11 @@ def _fuse(gm: torch.fx.GraphModule, before: Snapshot, chosen: Options, target: T
     """What is fused and what is not, told once, agreed upon by the ranks where they exchange experts; and the seconds of the passes."""
     blocks, rejected, seconds = _run_passes(gm, before, chosen, target)
     rejected = told_once(gm, rejected, loops_left([*(b.source for b in blocks), *_fused_at(gm)]))
-    flags.check(gm, rejected)  # may ask for another trace, before the ranks are asked about this one
+    try:
+        flags.check(gm, rejected)  # may ask for another trace, before the ranks are asked about this one
+    except flags.Again:
+        capture.not_told()
+        raise
     verdict = among_ranks(gm, before, Verdict(blocks, rejected, chosen.strict))
     divided.exchange(gm, verdict.experts)
     return verdict, seconds
@@ -194,7 +199,8 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
     if loops:
         return told
     earlier = reports.told_before(gm) if blocks != seen else []
-    seen = [r for r in seen if r.code != LEFT_GRAPH or not any(capture.holds(e.source, p) for e in earlier for p in _frames(r))]
+    around = _running() if earlier else []  # a function that Dynamo gave up runs in Python, and calls what is compiled here
+    seen = [r for r in seen if r.code != LEFT_GRAPH or not any(capture.holds(e.source, p) for e in earlier for p in [*_frames(r), *around])]
     cut = graph_break_of(gm)
     why = "" if cut is None else f" ({cut.reason})"
     return [r if r.code != LEFT_GRAPH else Rejection(r.reason + why, r.node, r.stage, r.source, code=r.code) for r in seen]
@@ -203,6 +209,11 @@ def told_once(gm: torch.fx.GraphModule, seen: list[Rejection], left: list[Reject
 def _frames(r: Rejection) -> list[str]:
     """file:line of a rejection, and of every call that leads to its node."""
     return [r.source, *(":".join(f) for f in _FRAME.findall(_stack(r.node)))]
+
+
+def _running() -> list[str]:
+    """file:line of every call in Python that is under way."""
+    return [f"{f.f_code.co_filename}:{line}" for f, line in traceback.walk_stack(None)]
 
 
 def _goes_into(gm: torch.fx.GraphModule, selection: Rejection, loops: Sequence[Rejection]) -> bool:
@@ -233,8 +244,9 @@ def of_no_graph(compiler_fn: Any) -> None:
     part = Report()
     part.add_rejected(left)
     reports.add(part, None)
-    if left and Options.parse(*hooks.asked(compiler_fn)).strict:
-        raise NotFused(left)
+    missed = [r for r in left if r.stage != "find"]  # as in a graph: nothing proves that these were experts
+    if missed and Options.parse(*hooks.asked(compiler_fn)).strict:
+        raise NotFused(missed)
 
 
 def loops_left(fused: Sequence[str]) -> list[Rejection]:

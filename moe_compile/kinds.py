@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-_PARTS = {"_parameters", "_buffers", "_modules"}
+_PARTS = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}  # compared by themselves, or no part of what a module is
 _MOST = 10_000  # calls of layers of a kind: a loop that ends once what a layer gives is large enough goes on forever
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -41,7 +41,7 @@ def kinds(model: nn.Module) -> list[Kind]:
     found: list[Kind] = []
     once = {id(layer.module): layer for layer in reversed([*_layers(model), *_blocks(model)])}
     for layer in reversed(once.values()):
-        known = next((k for k in found if _alike(k.layers[0], layer)), None)
+        known = next((k for k in found if alike(k.layers[0], layer)), None)
         if known is None:
             found.append(Kind([layer]))
         else:
@@ -104,7 +104,8 @@ def rest_is_dense(model: nn.Module, layers: list[Layer]) -> bool:
     return True
 
 
-def _alike(a: Layer, b: Layer) -> bool:
+def alike(a: Layer, b: Layer) -> bool:
+    """Whether two layers are the same but for the values of their weights and the numbers that count them."""
     ours, others = (dict(x.module.named_modules()) for x in (a, b))
     return ours.keys() == others.keys() and all(_same_module(m, others[n], (a.place, b.place)) for n, m in ours.items())
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from .findings import GraphBreak
 from .ir import Rejection
+from .kinds import Layer, alike
 from .reported import Report, graph_break_of, skipped_frame
-from .versions import Versions, modules_traced
+from .versions import Versions, modules_traced, tells
 
 
 class _SkippedFrames:
@@ -65,6 +66,14 @@ class _Call:
     owner: Any
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What was compiled of one module, by the frames of its code."""
+
+    of: weakref.ref[Any]
+    parts: dict[Any, Versions]
+
+
 class _Thread(threading.local):
     """What one thread is compiling: the call under way, its report, and its root if that is one graph: the frame's id and whose it is."""
 
@@ -85,7 +94,8 @@ class _Store:
         self.mine = _Thread()
         # model -> what came of each frame of its code, in the versions that it was compiled in
         self.models: weakref.WeakKeyDictionary[Any, dict[Any, Versions]] = weakref.WeakKeyDictionary()
-        self.kinds: weakref.WeakKeyDictionary[type, dict[Any, Versions]] = weakref.WeakKeyDictionary()  # the same by a module's class
+        # the same by a module's class, newest last; a module that is gone has left its code
+        self.kinds: weakref.WeakKeyDictionary[type, list[_Parts]] = weakref.WeakKeyDictionary()
 
     def report_for(self, gm: torch.fx.GraphModule | None) -> Report:
         """The report that a graph (or a frame that gave none) belongs to; a new one if it starts a compilation."""
@@ -114,15 +124,17 @@ class _Store:
         with self.lock:
             parts = self.models.setdefault(call.owner, {})
             parts.setdefault(compile_id[0] if compile_id is not None else None, Versions()).add(part)
-            self.kinds[type(call.owner)] = parts
+            others = [p for p in self.kinds.get(type(call.owner), ()) if p.of() is not None and p.of() is not call.owner]
+            self.kinds[type(call.owner)] = [*others, _Parts(weakref.ref(call.owner), parts)]
 
     def of(self, model: Any) -> Report | None:
         """Everything that was compiled of a model and of its parts. Parts that run what was compiled for another one of their class, as
         equal layers that are compiled one by one do, count as that one."""
         owners = list(model.modules()) if isinstance(model, nn.Module) else [model]
         compiled = {id(getattr(o, "_orig_mod", None)) for o in owners} | {id(o) for o in owners if getattr(o, "_compiled_call_impl", None)}
+        places = {id(m): _place(path) for path, m in model.named_modules()} if isinstance(model, nn.Module) else {}
         with self.lock:
-            found = [self.models.get(o) or (self.kinds.get(type(o)) if id(o) in compiled else None) or {} for o in owners]
+            found = [self.models.get(o) or (self._of_its_kind(o, places) if id(o) in compiled else None) or {} for o in owners]
             parts = [p for f in found for versions in f.values() for p in versions.told()]
         if not parts:
             return None
@@ -131,6 +143,16 @@ class _Store:
             report.add(p)
         return report
 
+    def _of_its_kind(self, module: nn.Module, places: dict[int, int]) -> dict[Any, Versions] | None:
+        """The parts of a module that has none of its own: those of one that is alike, or what all of its class have in common. None where
+        they differ, so that nobody knows which of them it runs."""
+        others = self.kinds.get(type(module)) or []
+        if not others or all(tells(p.parts) == tells(others[0].parts) for p in others):
+            return others[-1].parts if others else None
+        own = Layer("", places.get(id(module), 0), module)
+        live = ((p.of(), p.parts) for p in others)
+        return next((parts for m, parts in live if m is not None and alike(Layer("", places.get(id(m), 0), m), own)), None)
+
     def breaks(self, gm: torch.fx.GraphModule | None) -> list[GraphBreak]:
         with self.lock:
             cut = graph_break_of(gm) if gm is not None else None
@@ -138,6 +160,12 @@ class _Store:
 
 
 _store = _Store()
+
+
+def _place(path: str) -> int:
+    """A layer's number in the list that holds it; 0 outside of lists."""
+    last = path.removesuffix("._orig_mod").rpartition(".")[2]
+    return int(last) if last.isdigit() else 0
 
 
 def _compile_id() -> tuple[Any, int] | None:

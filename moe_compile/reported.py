@@ -13,6 +13,7 @@ from .drawing import STYLE
 from .findings import BlockReport, Findings, GraphBreak
 from .ir import MoeBlock, Rejection
 from .ir.text import exchange_text, experts_text, formula, shared_text
+from .loops.capture import holds
 from .loops.lines import line_given_up
 from .report_html import fragment, page
 from .table import render
@@ -82,6 +83,8 @@ class Report(Findings):
             left = next((r for r in self.rejected if r.code == LEFT_GRAPH), None)
             if b.ir.gating is None and left is not None:
                 self.rejected.remove(left)
+            # the frame that broke in front of a loop was told by what stands beside it
+            self.rejected = [r for r in self.rejected if r.code != "effects" or not holds(r.source, b.source)]
         self.blocks += part.blocks
         again = not part.graph_count  # a frame that gave no graph, of code that other frames have been tried with
         known = {(r.source, r.reason) for r in self.rejected if again or r.code in _ONCE}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -49,6 +49,11 @@ class Versions:
                 continue
             yield dataclasses.replace(part, blocks=_beyond(part.blocks, known), rejected=_beyond(part.rejected, known))
             known |= told
+
+
+def tells(parts: Mapping[Any, Versions]) -> Counter[Hashable]:
+    """What the pieces of code of one module fuse and leave, all versions together."""
+    return sum((_tells(part) for versions in parts.values() for part in versions.told()), Counter())
 
 
 def modules_traced() -> frozenset[int]:

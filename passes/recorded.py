@@ -23,6 +23,8 @@ from .terms import unify
 from .terms.budget import deep_recursion
 from .work import Recovered
 
+NO_SUM = "what it did on examples is no sum over chosen experts"
+
 
 def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
     """Experts of a recorded function: ATen calls with `meta["val"]`. With `gm.meta["roles"]` ids [T, k] are among its placeholders,
@@ -70,7 +72,7 @@ def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
 def _match(gm: fx.GraphModule) -> tuple[ExpertsMatch, Puller]:
     found = trace.finder(gm.graph, set(), Memory(gm.graph), id_inputs="roles" in gm.meta).run()
     if not found.matches:
-        raise found.rejected[0] if found.rejected else Rejection("what it did on examples is no sum over chosen experts", None, "record")
+        raise found.rejected[0] if found.rejected else Rejection(NO_SUM, None, "record")
     match, *more = found.matches
     if more:
         raise Rejection("the recorded function holds more than one block of experts", match[0].out, "record")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -595,6 +596,34 @@ class Draws(Hit):
         return super().expert(e, x + torch.rand_like(x))
 
 
+class ReadRows(Odd):
+    """The rows of an expert are read into Python, row by row."""
+
+    code, says, at = "record", ("is read back into Python, one by one", "torch.where(ids == e)"), "in enumerate"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, _ in enumerate(self.up):
+            for t, j in (ids == e).nonzero().tolist():
+                out[t] += w[t, j] * self.expert(e, x[t])
+        return out
+
+
+class MaskOfMasked(Odd):
+    """A mask picks among rows that another one has picked: not read by example, since Dynamo could unroll the loop, which it cannot."""
+
+    code, says, at = "experts", ("depends on more than one slot",), "in enumerate"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e, _ in enumerate(self.up):
+            hit = (ids == e).any(-1)
+            out[hit] = out[hit] + self.expert(e, x[hit]) * w[hit][ids[hit] == e][:, None]
+        return out
+
+
 class Vmap(Odd):
     """Experts under torch.func.vmap."""
 
@@ -645,9 +674,11 @@ def test_two_choices_in_one_tensor_of_ids_are_fused() -> None:
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")
 def test_softmin_is_written_out_bit_by_bit() -> None:
+    """No dim is dim 1 of [tokens, experts]; of [batch, tokens, experts] it is the batch, whatever one meant (near miss)."""
+
     class Softmin(Odd):
         def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            w, ids = F.softmin(self.gate(x), -1).topk(K, dim=-1)
+            w, ids = F.softmin(self.gate(x), None).topk(K, dim=-1)
             return w, ids
 
     m, x = Softmin(), torch.randn(T, H)
@@ -655,15 +686,16 @@ def test_softmin_is_written_out_bit_by_bit() -> None:
     assert len(report.blocks) == 1 and report.blocks[0].formula == "w = softmax(l)[top2]"
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(m, backend="moe_fused", options={"inner": "eager"})(x), m(x))
-    for given in ((1,), (-1, 3, torch.float64), (None,)):  # `dim`, then what torch calls `_stacklevel`, and `dtype`
+    # `dim`, then what torch calls `_stacklevel`, and `dtype`
+    for z, given in ((x, (1,)), (x, (-1, 3, torch.float64)), (x, (None,)), (x[None], ()), (x[None], (None,)), (x[0], ())):
         graph = torch.fx.Graph()
         graph.output(graph.call_function(F.softmin, (graph.placeholder("x"), *given)))
         for n in graph.nodes:
-            n.meta["example_value"] = x
+            n.meta["example_value"] = z
         gm = torch.fx.GraphModule(nn.Module(), graph)
         spell(gm)
         gm.recompile()
-        assert ("functional.softmin" in gm.code) == (given == (None,)) and torch.equal(gm(x), F.softmin(x, *given))
+        assert "functional.softmin" not in gm.code and torch.equal(gm(z), F.softmin(z, *given))
 
 
 class ScaledByAnother(Hit):
@@ -688,6 +720,59 @@ def test_a_function_of_more_tensors_is_told_what_to_take_out() -> None:
 
 
 # ---- routing that is left while the experts are fused ---------------------------------------------------------------------
+
+
+class ThresholdRead(nn.Module):
+    """Scores above a number choose experts, and Python reads which. Nothing proves that these are experts: `strict` does not raise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(H, E), nn.ModuleList(nn.Linear(H, H) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        for t, e in (p > 0.25).nonzero().tolist():
+            out[t] += p[t, e] * self.experts[e](x[t])
+        return out
+
+
+class ThresholdOfOthers(ThresholdRead):
+    """Near miss: a loop over rows that asks for no scores is told as a graph break, and as nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for t in (self.gate(x)[:, 0] > 0.25).nonzero().flatten().tolist():
+            out[t] += self.experts[0](x[t])
+        return out
+
+
+@pytest.mark.parametrize("cls", [ThresholdRead, ThresholdOfOthers])
+def test_a_threshold_that_python_reads_is_told(cls: type[nn.Module]) -> None:
+    report = told(cls(), strict=True)
+    assert report.graph_breaks and [r.code for r in report.rejected] == ["values"] * (cls is ThresholdRead), str(report)
+    for r in report.rejected:
+        path, _, line = r.source.rpartition(":")
+        assert "nonzero().tolist()" in linecache.getline(path, int(line)) and "no top-k chooses experts here" in r.reason
+
+
+class Timed(Odd):
+    """The loop is timed and the time is kept; Dynamo breaks at the clock, and what comes behind it is fused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = time.perf_counter()
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        self.took = time.perf_counter() - start
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_block_that_is_fused_is_not_told_as_left() -> None:
+    report = told(Timed())
+    assert len(report.blocks) == 1 and report.graph_breaks and not report.rejected, str(report)
 
 
 class CapacityOfWeights(Odd):

@@ -68,6 +68,23 @@ def of_other_rows(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -
     return gathered(x, ids.roll(1, 0)[:, :1].expand(-1, K) + 0 * ids, w, up, down).roll(1, 0).cumsum(0)
 
 
+def pairs() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(E, 2 * I, 3, generator=g) * 0.3, torch.randn(E, 3, H, generator=g) * 0.3
+
+
+def adapted(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Fused: low-rank pairs are added to the stacked weights before they are gathered (peft's target_parameters, batched_mm)."""
+    return gathered(x, ids, w, torch.baddbmm(up, *pairs(), alpha=2.0), down)
+
+
+def adapted_by_another(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Left: the pair of another expert."""
+    b, a = pairs()
+    both = torch.baddbmm(up, b, a, alpha=2.0)[ids] + (b @ a)[ids.flip(-1)]
+    return torch.einsum("tki,tkhi,tk->th", act(torch.einsum("th,tkih->tki", x, both)), down[ids], w)
+
+
 def compiled(f: Fn, *args: Any) -> tuple[Tensor, Report]:
     out = torch.compile(f, backend="moe_fused", options={"inner": "aot_eager"})(*args)
     return out, moe_compile.last_report()
@@ -75,6 +92,7 @@ def compiled(f: Fn, *args: Any) -> tuple[Tensor, Report]:
 
 @pytest.mark.parametrize(("f", "first", "fused"), [
     (gathered, 0, True), (loop_from_a_number_on, 4, True), (masked_gather, 0, True), (crossed, 0, False), (of_other_rows, 0, False),
+    (adapted, 0, True), (adapted_by_another, 0, False),
 ])  # fmt: skip
 def test_given_ids(f: Fn, first: int, fused: bool) -> None:
     """The verdict, and eager's result and gradients."""

@@ -126,6 +126,22 @@ class Layer(small.Block):
         return y.amax(1) if self.bad else y.sum(1)
 
 
+def test_a_layer_that_runs_the_code_of_another_is_told_as_that_one() -> None:
+    """Compiled layer by layer, the third layer runs what was compiled for the first, not for the second, which is of the same class. One
+    that is like none of those that were compiled (near miss: it was never called) is not told as any of them."""
+    model, x = nn.ModuleList(map(Layer, (False, True, False))).eval(), torch.randn(9, small.H)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for layer in model:
+            layer.compile(backend="moe_fused", options={"inner": "eager"})
+            layer(x)
+    report = moe_compile.last_report(model)
+    assert report is not None and len(report.blocks) == 2 and [r.code for r in report.rejected] == ["inside"], str(report)
+    stranger = Layer(False).double().eval()
+    stranger.compile(backend="moe_fused")
+    assert moe_compile.last_report(stranger) is None
+
+
 @pytest.mark.parametrize("bad", [(False, True, False), (True, False)], ids=["good_first", "bad_first"])
 def test_all_versions_of_one_piece_of_code_are_told(bad: tuple[bool, ...]) -> None:
     """Layers of one class share their code: the version of a bad one does not hide that of a good one, nor the other way round. Another

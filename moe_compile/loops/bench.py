@@ -29,6 +29,10 @@ class NoExperts(Rejection):
     """The function's ids choose nothing: no expert loop at all, so nobody wants to hear of it."""
 
 
+class Unrolls(NoExperts):
+    """Dynamo can unroll the function: there is no need to read it."""
+
+
 def lies_flat(w: Tensor) -> bool:
     """Whether a tensor may hold the packed words of several experts' matrices, each in one row."""
     return w.ndim == 2 and w.dtype is torch.uint8

@@ -23,6 +23,7 @@ from ..passes.aten.sharded import is_sharded
 from ..passes.recover.rows import NO_EXPERTS
 from ..passes.terms.budget import TOO_MANY
 from . import declined, flags
+from .bench import Unrolls
 from .call import Call, bind, roles_of
 from .guards import Guards, Unguarded, or_unguarded
 from .lines import span
@@ -34,16 +35,21 @@ from .sealed_code import codes
 from .variables import Arguments, attribute, function_of, refuse_modes, sources_of
 
 log = logging.getLogger("moe_compile")
+RESUMED = "torch_dynamo_resume_in_"  # Dynamo's name for the rest of a function
 APART = "give the loop over the experts a function of its own, of tokens, ids and weights"
 
 _lock = threading.RLock()
 _trials: weakref.WeakKeyDictionary[types.FunctionType, list[tuple[Any, Trial]]] = weakref.WeakKeyDictionary()
 _pending: list[tuple[Rejection | Reading, Call | None]] = []
+_taken: list[tuple[Rejection | Reading, Call | None]] = []  # what was pending before
 _spans: dict[str, tuple[int, int]] = {}  # file:line of a loop's function -> its first and last line
 
 
 def met(code: types.CodeType, names: Mapping[str, Any], values: Sequence[Any]) -> None:
-    """A frame of its own is compiled: a block whose loop does what someone outside can notice is not even tried."""
+    """A frame of its own is compiled: a block whose loop does what someone outside can notice is not even tried. (The rest of a frame that
+    broke is told by its beginning.)"""
+    if code.co_name.startswith(RESUMED):
+        return
     if has_loop(code) and asks(code) and effect(code) and flags.chooses(code, names, values, inside=False):
         source = f"{code.co_filename}:{line_of_effect(code)}"
         with _lock:
@@ -59,6 +65,7 @@ def pending() -> list[Rejection | Reading]:
     """
     with _lock:
         found, _pending[:] = list(_pending), []
+        _taken[:] = found
     read = {id(c.module) for o, c in found if isinstance(o, Reading) and c is not None}
     inner = {id(c.module) for _, c in found if c is not None and c.module is not None and roles_of(c.tensors)}
     kept: list[Rejection | Reading] = []
@@ -70,6 +77,13 @@ def pending() -> list[Rejection | Reading]:
         if id(call.module) not in read and not inner.intersection(parts):
             kept.append(outcome)
     return kept
+
+
+def not_told() -> None:
+    """What was `pending` last is so again: the graph that was to tell of it will not run, and its frame may do without one."""
+    with _lock:
+        _pending[:0] = [p for p in _taken if not any(p[0] is q for q, _ in _pending)]
+        _taken.clear()
 
 
 def holds(loop: str, source: str) -> bool:
@@ -139,6 +153,8 @@ def _read(tx: Any, func: Any, call: Call, arguments: Arguments) -> Reading | Non
     trial = trial_of(call)
     if not trial.about_experts:
         log.debug("capture: no expert loop: %s: %s", call.source, trial.outcome)
+        if isinstance(trial.outcome, Unrolls):
+            flags.spared(code)
         return None
     if isinstance(trial.outcome, Rejection):
         if _is_of_experts(trial.outcome, call):  # a block read around them would be left for it too
@@ -205,7 +221,7 @@ def _has_more(call: Call) -> bool:
 
 def trial_of(call: Call) -> Trial:
     """The reading of a call's function, made once per function and configuration."""
-    mark = call.mark()
+    mark = call.mark(), call.fn.__code__ in flags.blocks()
     with _lock:
         known = _trials.setdefault(call.fn, [])
         for m, trial in known:

@@ -135,13 +135,14 @@ def fix_indices(gm: fx.GraphModule, reads: Iterable[fx.Node], values: dict[fx.No
 
 def check_reads(reads: Iterable[fx.Node]) -> None:
     """Raise `Rejection` if what was read back hangs on parameters or on the values of float inputs (but for the choice of experts)."""
-    for n in behind(reads):
+    given = (n for n in behind(reads) if n.op == "placeholder")
+    for n in sorted(given, key=lambda n: ("param_path" in n.meta) and n.meta["real"].is_floating_point()):  # inputs and tables first
         if "param_path" in n.meta:
             path = n.meta["param_path"]
             if not n.meta["real"].is_floating_point():
                 raise Rejection(f"which experts run is read from {path}, a table, and not chosen by scores (topk, argmax)", stage="values")
             raise Rejection(f"a branch of the loop depends on the value of {path}: its control flow is data", stage="values")
-        if n.op == "placeholder" and n.meta["real"].is_floating_point():
+        if n.meta["real"].is_floating_point():
             raise Rejection(
                 f"a branch of the loop depends on the values of {n.meta['arg']}: its control flow is data",
                 stage="values",

@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,15 +35,27 @@ MATHS = {"inside", "unlike", "capacity", "expert choice", "dense", "soft", "subc
 _now = threading.local()
 
 
+@dataclass
+class Tried:
+    """Functions whose reading was tried, and those of them that were left for Dynamo, which can do without a reading of theirs."""
+
+    tried: set[types.CodeType] = field(default_factory=set)
+    spared: set[types.CodeType] = field(default_factory=set)
+
+    def for_good(self) -> set[types.CodeType]:
+        """Those of which nothing else would come where Dynamo cannot do without."""
+        return self.tried - self.spared
+
+
 class Again(Exception):
     """The frame is to be compiled again: without the flags, or with whole blocks read by example."""
 
 
 @contextmanager
-def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[set[types.CodeType]]:
+def on(outer: Callable[[], frozenset[types.CodeType]] = frozenset, last: bool = False) -> Iterator[Tried]:
     """The flags, for a frame that is compiled inside. `outer`: whole blocks that may be read, though their loops are in other functions;
     last: they are what this time is for. Yields the functions that are `tried`, as it goes."""
-    known: set[types.CodeType] = set()
+    known = Tried()
     was, _now.state = getattr(_now, "state", None), (outer, last, known)
     try:
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
@@ -60,16 +73,22 @@ def blocks() -> frozenset[types.CodeType]:
 def tried(code: types.CodeType) -> None:
     """Reading this function was tried: whatever came of it, it would come of it another time."""
     if (state := getattr(_now, "state", None)) is not None:
-        state[2].add(code)
+        state[2].tried.add(code)
+
+
+def spared(code: types.CodeType) -> None:
+    """This function was tried, and left for Dynamo to unroll: where it cannot, reading it may still do."""
+    if (state := getattr(_now, "state", None)) is not None:
+        state[2].spared.add(code)
 
 
 def check(gm: fx.GraphModule, missed: Sequence[Rejection]) -> None:
     """Raise `Again` if a graph that has such sizes through our flags asserts what the user's code does not, or if whole blocks of its frame
     that were not tried yet may be read in place of what was `missed`."""
-    outer, last, known = getattr(_now, "state", None) or (None, False, None)
+    outer, last, known = getattr(_now, "state", None) or (None, False, Tried())
     if outer is None:
         return
-    if not last and any(r.stage not in _TOLD and r.code not in MATHS for r in missed) and outer() - known:
+    if not last and any(r.stage not in _TOLD and r.code not in MATHS for r in missed) and outer() - known.tried:
         raise Again("whole blocks are read by example")
     for n in gm.graph.nodes:
         if n.target is torch.ops.aten._assert_scalar.default and _equates(n.args[0]):
@@ -106,8 +125,12 @@ def _loops(reached: Iterable[types.CodeType]) -> bool:
 
 
 def _thresholds(found: Iterable[types.CodeType]) -> bool:
+    return any(map(scored, found))
+
+
+def scored(code: types.CodeType) -> bool:
     """Whether a loop is in a function that scores experts itself and picks rows by a mask, such as ``probs > 0.1``, without a selection."""
-    return any(has_loop(c) and compares(c) and _SCORES & set(c.co_names) for c in found)
+    return has_loop(code) and compares(code) and bool(_SCORES & set(code.co_names))
 
 
 def _unrolled(found: Iterable[types.CodeType]) -> bool:

@@ -206,7 +206,7 @@ def _hook_flags() -> None:
                 if not flags.from_data_dependence(e):
                     raise
                 log.info("capture: a frame is compiled again: %s", e)
-            if not outer() - tried:
+            if not outer() - tried.for_good():
                 break
         return original(*args, **kwargs)
 

@@ -43,12 +43,21 @@ def has_loop(code: types.CodeType) -> bool:
 def effect(code: types.CodeType) -> str:
     """What code itself does that someone outside could notice, or ""."""
     found = sorted({n for c in codes(code) for n in c.co_names} & _EFFECTS)
+    who = "the loop" if _in_loop(code, line_of_effect(code)) else "the function of the loop"
     if found:
-        return f"the loop calls {found[0]}, which someone outside can notice"
+        return f"{who} calls {found[0]}, which someone outside can notice"
     instructions = [i for c in codes(code) for i in dis.get_instructions(c)]
     writes = [str(i.argval) for i in instructions if i.opname in _WRITES]
     outer = {i.argval for i in instructions if i.opname == "STORE_DEREF"} & set(code.co_freevars)
-    return next((f"the loop sets {n}, which someone outside can notice" for n in [*writes, *sorted(outer)]), "")
+    return next((f"{who} sets {n}, which someone outside can notice" for n in [*writes, *sorted(outer)]), "")
+
+
+def _in_loop(code: types.CodeType, line: int) -> bool:
+    """Whether a line is one of a loop, as far as the source tells."""
+    tree = _tree(code)
+    loops = [n for n in ast.walk(tree) if isinstance(n, ast.For)] if tree is not None else []
+    spans = [(n.lineno, n.end_lineno or n.lineno) for n in loops]
+    return not spans or any(first <= line - code.co_firstlineno + 1 <= last for first, last in spans)
 
 
 @functools.cache

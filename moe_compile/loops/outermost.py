@@ -39,7 +39,7 @@ def whole(compile_frame: Callable[..., Any], signature: inspect.Signature, given
             return None if getattr(found, "guarded_code", found) is None else found  # skipped: what it calls need not be
         except Exception as e:
             log.info("capture: a frame cannot be compiled as a whole: %s", e)
-            if not flags.from_data_dependence(e) or not outer() - tried:
+            if not flags.from_data_dependence(e) or not outer() - tried.for_good():
                 break
     return None
 

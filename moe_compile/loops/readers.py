@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
-from .bench import Bench, BlockBench, DispatchBench, NoExperts, lies_flat, number_of_experts, primes
+from .bench import Bench, BlockBench, DispatchBench, NoExperts, Unrolls, lies_flat, number_of_experts, primes
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
-from .flags import chooses, reached
+from .flags import blocks, chooses, reached, scored
 from .looks import branches_on_rows, effect, has_loop, line_of_effect
 from .places import Place
 from .probe import candidates
@@ -29,6 +29,7 @@ _HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
 UNROLLED = 16  # experts beyond which a loop that Dynamo can unroll is read all the same
 DRAWS = 4  # tries to choose every expert
+SCORED = "no top-k chooses experts here: scores are compared with a number, and what came of it is read back into Python"
 _WHOLE = {"random", "effects", "values"}  # refusals that what stands in front of a loop, in the same function, may be the cause of
 APART = "; where that is in front of the loop, give the loop a function of its own, of tokens, ids and weights"
 
@@ -236,6 +237,8 @@ class Block(_Reader):
         except Rejection as r:  # any function with a loop may come here: what cannot be read need not be about experts
             fn = self.call.fn
             if not chooses(fn.__code__, fn.__globals__, [self.call.module], inside=False):
+                if r.stage == "values" and scored(fn.__code__):
+                    raise Rejection(f"{r.reason}; {SCORED}", None, "find", r.source, code="values") from r
                 raise NoExperts(r.reason, stage="read") from r
             advice = APART if r.stage in _WHOLE else ""
             own = effect(fn.__code__) if r.stage == "effects" else ""
@@ -245,9 +248,9 @@ class Block(_Reader):
             if self.draw < DRAWS - 1:
                 raise Rejection("its probes choose some experts only", stage="draw")
             self.partial = True
-        self.spare = not gm.meta["host_reads"] and not self._counts_rows(gm)
+        self.spare = self.call.fn.__code__ not in blocks() and not gm.meta["host_reads"] and not self._counts_rows(gm)
         if self.spare and not self._is_long(gm):
-            raise NoExperts("nothing in its control flow depends on data", stage="read")
+            raise Unrolls("nothing in its control flow depends on data", stage="read")
         cast_stacks(gm)
         split_stacks(gm)
         return gm

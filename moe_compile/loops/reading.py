@@ -20,7 +20,8 @@ import torch.fx as fx
 from ..ir import Experts, Rejection
 from ..passes.aten.names import op_name
 from ..passes.prove.region import one_thread
-from .bench import NoExperts
+from ..passes.recorded import NO_SUM
+from .bench import NoExperts, Unrolls
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
 from .fewer import LIMIT, Fewer
@@ -28,6 +29,7 @@ from .flags import MATHS
 from .neutral import neutral
 from .places import FUNCTION, MODULE, Place, find, mark
 from .readers import APART, DRAWS, Block, Dispatch
+from .record import INSTEAD
 from .regenerate import Regenerated
 from .rows import FirstCall
 
@@ -115,7 +117,7 @@ def _cheapest(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading
             return _read(call, reader, recover)
         except Exception as e:
             if reader.spare and not isinstance(e, NoExperts):
-                raise NoExperts(f"Dynamo can unroll it, and reading it failed: {e}", stage="read") from e
+                raise Unrolls(f"Dynamo can unroll it, and reading it failed: {e}", stage="read") from e
             if fewer is None or _for_good(e, fewer):
                 raise
             log.debug("capture: %s as %s: %s: %s", call.source, fewer, type(e).__name__, e)
@@ -145,7 +147,7 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     if isinstance(found, Rejection) and reader.partial and (found.code or found.stage) == "experts":
         raise Rejection(f"no example was found on which its router chooses every expert{APART}", stage="record")
     if isinstance(found, Rejection):
-        raise _by_rows(reader, _with_line(reader, found))
+        raise _by_rows(reader, _with_line(reader, gm, found))
     found_experts = found.ir.experts.num_experts + found.ir.experts.num_identity
     if found_experts < reader.experts:
         raise Rejection(f"only {found_experts} of {reader.experts} experts were recovered", stage="read")
@@ -161,8 +163,10 @@ def _read(call: Call, reader: Dispatch | Block, recover: Recover) -> Reading:
     return Reading(real.experts, real.by_op, tuple(call.tensors), tuple(real.params), {}, call.source, ids)
 
 
-def _with_line(reader: Dispatch | Block, found: Rejection) -> Rejection:
+def _with_line(reader: Dispatch | Block, gm: fx.GraphModule, found: Rejection) -> Rejection:
     """What stands inside an expert with its line, which a recording does not tell: `source` is the loop's."""
+    if found.reason == NO_SUM and gm.meta["numbered"]:
+        return Rejection(f"which rows an expert gets is read back into Python, one by one: {INSTEAD}", None, "record")
     if found.code != "inside" or not isinstance(found.node, fx.Node):
         return found
     seen = FirstCall(op_name(found.node))

@@ -50,7 +50,8 @@ def record(
     arguments: the call's arguments by name; its tensors become placeholders with ``meta["arg"]``. Parameters and buffers that
     the function reads become placeholders with ``meta["param_path"]``. Every node has ``meta["val"]`` (a fake tensor) and
     ``meta["grad"]`` (whether gradients were on); placeholders also have ``meta["real"]``, the probe itself.
-    ``gm.meta["host_reads"]``: every `HostRead`, in order; ``gm.meta["host_values"]``: its values alone.
+    ``gm.meta["host_reads"]``: every `HostRead`, in order; ``gm.meta["host_values"]``: its values alone; ``gm.meta["numbered"]``: whether
+    the places of rows are among them.
     Rows picked by numbers from the host are named by what they are (see `selections`). rows: whether a dim of a size counts rows.
     Raises `Rejection` if the function fails, draws random numbers, writes to anything but what it makes itself, or branches on the
     values of its floats.
@@ -65,6 +66,7 @@ def record(
         cleaning.check_result(values, result)
         cleaning.drop_nothing(gm, values)
         gm.meta["host_reads"] = [HostRead(n, v.tolist() if isinstance(v := values[n], Tensor) else v) for n in reads]
+        gm.meta["numbered"] = any(thresholds.numbers(n, rows) for n in reads)
         gm.meta["host_values"] = [r.value for r in gm.meta["host_reads"]]
         cleaning.check_reads(reads)
         thresholds.check(gm, reads, rows)

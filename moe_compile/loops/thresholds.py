@@ -38,6 +38,14 @@ def check(gm: fx.GraphModule, reads: Iterable[fx.Node], rows: Rows) -> None:
             raise Rejection("its control flow depends on a count that it bounds or divides", stage="rows")
 
 
+def numbers(read: fx.Node, rows: Rows) -> bool:
+    """Whether what the host reads are the places of single rows: ``(ids == e).nonzero().tolist()``."""
+    source: Any = read
+    while isinstance(source, fx.Node) and source.args and (_is_view(source) or source.target is operator.getitem):
+        source = source.args[0]
+    return isinstance(source, fx.Node) and any(map(rows, _places(source) or ()))
+
+
 def _counted(gm: fx.GraphModule, rows: Rows) -> set[fx.Node]:
     """Tensors that count rows, or number them. What numbers experts, or slots of a token, does neither."""
     found: set[fx.Node] = set()

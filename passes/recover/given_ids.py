@@ -64,14 +64,14 @@ def _holds_integers(n: object) -> bool:
 
 
 def _is_stack(n: object) -> bool:
-    """Whether a tensor is weights of several experts, [E, ·, ·], given to the graph or made of codes, or the sum of such and another."""
+    """Whether a tensor is weights of several experts, [E, ·, ·], given or made of codes, or such and another added or multiplied."""
     if not isinstance(n, fx.Node):
         return False
     v = example_value(n)
     if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
         return False
     source = through(n, names.VIEW | names.CAST)
-    if op_name(source) == "add" and any(map(_is_stack, source.args[:2])):
+    if op_name(source) in _ADAPTED and any(map(_is_stack, source.args[:2])):
         return True
     return _is_given(source) or _is_made_of_codes(source)
 
@@ -96,6 +96,7 @@ def _holds_codes(n: fx.Node) -> bool:
     return n.op in ("placeholder", "get_attr") and isinstance(v, torch.Tensor) and v.ndim > 1 and v.dtype in _CODES
 
 
+_ADAPTED = frozenset("add sub baddbmm mul".split())  # weights and their low-rank pairs, masks or scales
 _CODES = frozenset({torch.uint8, torch.int8, torch.int32, *SMALL})
 _MADE = frozenset("mul div true_divide sub add ldexp stack cat index select getitem".split()) | frozenset(
     "bitwise_and __and__ and_ bitwise_right_shift __rshift__ rshift".split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.metadata
 import os
@@ -57,6 +58,33 @@ def test_a_recipe_of_a_library_runs(title: str, tmp_path: Path) -> None:
     exec(compile(code, f"<{title}>", "exec"), names)
     report = names["report"]
     assert report is not None and report.blocks and not report.rejected, str(report)
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_peft_on_stacked_weights(experts: str) -> None:
+    """Each way of transformers' to run experts fuses with its pairs; loss and gradients are those in float64, and the base has none."""
+    peft = pytest.importorskip("peft")
+    torch._dynamo.reset()
+    model, ids = _model(), torch.randint(2, 32, (2, 6))
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = peft.get_peft_model(model, config)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)  # zeros at first: A would get no gradient
+    exact = copy.deepcopy(model).double()  # grouped products take no float64: the loop is the reference
+    model.set_experts_implementation(experts)
+    model.compile(backend="moe_fused", options={"inner": "aot_eager"})
+    loss = []
+    for m in (model, exact):
+        loss.append(m(ids, labels=ids).loss)
+        loss[-1].backward()
+    report = moe_compile.last_report(model)
+    assert report is not None and len(report.blocks) == 1 and not report.rejected, str(report)
+    assert report.blocks[0].ir.experts.up_pair and report.blocks[0].ir.experts.down_pair
+    assert abs(float(loss[0]) - float(loss[1])) < 1e-6
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == ("lora" not in name), name
+        assert p.grad is None or q.grad is None or float((p.grad - q.grad).norm()) < 1e-5 * float(q.grad.norm()), name
 
 
 def test_accelerate_takes_no_other_backends_name() -> None:
