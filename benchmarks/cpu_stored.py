@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_stored.py                      # table and benchmarks/results/cpu_stored.json
     python benchmarks/cpu_stored.py --shapes S --tokens 1 16 --schemes mxfp4
+    python benchmarks/cpu_stored.py --each 8 10 26       # so many rows for each of four experts of S: cpu_stored_each.json
 
 Ids and weights are given, activations are SwiGLU. Layers and inputs rotate, so that weights come from memory. Each sample is one call,
 timed by the thread's own processor time, so that waiting for a processor is no part of it; schemes take turns. Figures are the least of
@@ -15,6 +16,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,8 +64,8 @@ def matrices(experts: int, rows: int, columns: int, how: ir.Stored | None) -> li
     return [[codes.view(how.dtype)], [scales], zeros]
 
 
-def side(shape: Shape, how: ir.Stored | None, tokens: int) -> Callable[[int], Tensor]:
-    """Call number i, on a layer and inputs of its own."""
+def side(shape: Shape, how: ir.Stored | None, tokens: int, alike: bool = False) -> Callable[[int], Tensor]:
+    """Call number i, on a layer and inputs of its own. `alike`: every expert has as many of the tokens, which go to one each."""
     h, i = shape.hidden, shape.intermediate
     held = ir.Experts(shape.experts, h, i, h, ir.Form.CONCAT, act.SWIGLU, dtype=BF16, up_stored=how, down_stored=how)
     count = max(1, min(16, int(TOTAL / bytes_of(shape, how))))
@@ -75,7 +77,8 @@ def side(shape: Shape, how: ir.Stored | None, tokens: int) -> Callable[[int], Te
     gen = torch.Generator().manual_seed(1)
     routed = []
     for _ in range(INPUTS):
-        weights, ids = torch.rand(tokens, shape.experts, generator=gen).topk(shape.k)
+        weights, ids = torch.rand(tokens, shape.experts, generator=gen).topk(1 if alike else shape.k)
+        ids = torch.arange(tokens)[:, None] % shape.experts if alike else ids
         routed.append((torch.randn(tokens, shape.hidden, generator=gen).to(BF16), ids, weights / weights.sum(-1, keepdim=True)))
     plain = ops.experts_args(held)
 
@@ -119,13 +122,16 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 128])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES)[1:], choices=list(SCHEMES)[1:])
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_stored.json")
+    parser.add_argument("--each", nargs="+", type=int, default=[], help="rows of each of four experts, in place of shapes and tokens")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.out = args.out or RESULTS / ("cpu_stored_each.json" if args.each else "cpu_stored.json")
     torch.set_num_threads(1)
     rows = []
-    for name in args.shapes:
-        for tokens in args.tokens:
-            sides = {s: side(SHAPES[name], SCHEMES[s], tokens) for s in ["bf16", *args.schemes]}
+    few = replace(SHAPES["S"], experts=4)
+    for name, shape in {"S, 4 experts": few}.items() if args.each else {s: SHAPES[s] for s in args.shapes}.items():
+        for tokens in [4 * n for n in args.each] or args.tokens:
+            sides = {s: side(shape, SCHEMES[s], tokens, bool(args.each)) for s in ["bf16", *args.schemes]}
             with torch.inference_mode():
                 least = measure(sides, args.seconds)
             rows.append({"shape": name, "tokens": tokens, "ms": least, "bf16 over it": {s: least["bf16"] / least[s] for s in args.schemes}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.fx as fx
 
@@ -133,7 +133,7 @@ def _looked_up(part: Part) -> OneBody:
             for piece in pieces:
                 found[T.coefficient(piece)[1]] = None
                 stride = T.coefficient(piece)[0]
-                n = len(a.args[0]) if isinstance(a.args[0], tuple) and d == 0 else shape_of(a.args[0])[d]
+                n = _dim(a, d)
                 sizes.append(T.exact_div(n, stride))
     if len(found) != 1:
         if found:
@@ -165,3 +165,10 @@ def _without_range(body: Term, core: Term) -> Term:
             first, *more = nodes_of(a)
             T.facts().zero_beyond[a.args[0]] = (1 + len(more), *shape_of(first)) if isinstance(a.args[0], tuple) else shape_of(first)
     return T.rewrite(body, T.EXPERT_WEIGHTS, T.facts())
+
+
+def _dim(a: Term, d: int) -> Any:
+    """The size of dim d of what an atom reads; of tensors that are one behind another, the first is their number."""
+    if isinstance(a.args[0], tuple):
+        return shape_of(a.args[0][0])[d - 1] if d else len(a.args[0])
+    return shape_of(a.args[0])[d]

@@ -16,7 +16,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from ..aten import names
-from ..aten.element import reindex, shape_of
+from ..aten.element import fixed_number, reindex, shape_of, size_of
 from ..aten.names import op_name
 from ..aten.node import reached
 from ..terms import Term
@@ -46,6 +46,8 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
                 leaf[n] = n
             elif n.op == "get_attr" or isinstance(v, Tensor) and v.ndim == 1 and v.is_floating_point() and v.shape[0] in _TABLES:
                 fixed.add(n)
+        elif fixed_number(n):
+            fixed.add(n)
         elif n.op == "call_function" and all(x in leaf or x in fixed for x in n.all_input_nodes):
             of = {leaf[x] for x in n.all_input_nodes if x in leaf}
             if _spreads(n) and n.args[0] in packed:
@@ -129,7 +131,8 @@ def read(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading
         return None
     if expert is None and v.shape[0] != words.shape[0]:
         return None
-    ways = (True,) if expert is None or words.ndim > 2 else (False, True)  # [E, words of a whole matrix] is a stack too
+    # [E, words of a whole matrix] is a stack too, and [rows, groups, words of a group] a matrix
+    ways = (True,) if expert is None else (True, False) if words.ndim > 2 else (False, True)
     found = (_read(n, leaf, expert, stacked and words.shape[0] >= experts) for stacked in ways)
     return next((f for f in found if f is not None), None)
 
@@ -221,8 +224,8 @@ def _words(shape: tuple[int, ...], dtype: torch.dtype, stacked: bool, turn: int)
 
 
 def _made_of(n: fx.Node) -> list[fx.Node]:
-    """What a node is computed from, itself included, in no order."""
-    return list(reached([n], lambda x: x.all_input_nodes))
+    """What a node is computed from, itself included, in no order. A number of the user's that Dynamo keeps variable is what it is now."""
+    return list(reached([n], lambda x: () if fixed_number(x) else x.all_input_nodes))
 
 
 def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -232,7 +235,9 @@ def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
         return _value(a, env) if isinstance(a, fx.Node) else torch.device("cpu") if isinstance(a, torch.device) else a
 
     if n not in env:
-        if n.op == "get_attr":
+        if fixed_number(n):
+            env[n] = size_of(n)
+        elif n.op == "get_attr":
             env[n] = getattr(n.graph.owning_module, str(n.target))
         else:
             args, kwargs = fx.node.map_aggregate((n.args, n.kwargs), load)
@@ -251,6 +256,8 @@ def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
         if x.op == "get_attr":
             v = getattr(x.graph.owning_module, str(x.target))
             return (v.tolist(), v.dtype) if isinstance(v, Tensor) and v.numel() <= max(_TABLES) else id(v)
+        if fixed_number(x):
+            return size_of(x)
         how = fx.map_arg((x.args, dict(x.kwargs)), lambda a: ("node", number[a]))
         return (x.name,) if x.op == "placeholder" else (str(x.target), how)
 

@@ -7,8 +7,14 @@
 struct CodedForward : Phases<CodedForward> {
   const CodedArgs& coded;
   uint16_t up_order[128] = {}, down_order[128] = {};
-  explicit CodedForward(const CodedArgs& args) : Phases(args.args), coded(args) { order_of(args.up, up_order), order_of(args.down, down_order); }
+  explicit CodedForward(const CodedArgs& args) : Phases(args.args, ROW_BY_ROW), coded(args) { order_of(args.up, up_order), order_of(args.down, down_order); }
 
+  // More rows of x than go in one turn would have codes looked up twice: a panel, padded, takes less.
+#if defined(PAIRS)
+  static constexpr RowByRow ROW_BY_ROW{CODED_ROWS, CODED_ROWS};
+#else
+  static constexpr RowByRow ROW_BY_ROW{};
+#endif
   static constexpr i64 TOGETHER = 2 * DOT_SET;  // rows that are floats at a time
 
   CodedMatrix matrix(

@@ -9,7 +9,7 @@ constexpr i64 UP_BLOCK = 24, DOWN_BLOCK = 48, ROW_BLOCK = 64;  // output columns
 template <class Of>
 struct Phases : Problem {
   // Panels of tokens want weight rows in one piece in both products.
-  explicit Phases(const Args& args) : Problem(args, args.up_k == 1 && args.down_k == 1) {}
+  explicit Phases(const Args& args, RowByRow most = {}) : Problem(args, args.up_k == 1 && args.down_k == 1, most) {}
   const Of& of() const { return static_cast<const Of&>(*this); }
 
   // Pre-activations and activations of columns n0 .. n1.

@@ -76,12 +76,16 @@ struct Plan {
   i64 a_size = 0;
 };
 
+// So many rows are cheaper row by row than as a panel, and so many that a whole panel leaves.
+struct RowByRow {
+  i64 few = VL * 11 / 16, left = VL * 10 / 16;
+};
+
 // Rows that go into a panel, whole vectors of them; the rest is cheaper row by row, or there are so many left that padding is.
-static i64 panel_rows(i64 rows) {
-  constexpr i64 FEW = VL * 11 / 16, LEFT = VL * 10 / 16;
-  if (rows <= FEW) return 0;
+static i64 panel_rows(i64 rows, RowByRow most) {
+  if (rows <= most.few) return 0;
   i64 whole = rows / VL * VL;
-  return rows - whole <= LEFT ? whole : rows;
+  return rows - whole <= most.left ? whole : rows;
 }
 
 static void add_strip(Plan& p, Task& t, i64 first, i64 rows, bool panel, i64 a_row) {
@@ -92,7 +96,7 @@ static void add_strip(Plan& p, Task& t, i64 first, i64 rows, bool panel, i64 a_r
 }
 
 // `panels`: many rows go as panels. a_row: elements of one row of activations.
-static Plan make_plan(const Args& a, bool panels, i64 a_row) {
+static Plan make_plan(const Args& a, bool panels, i64 a_row, RowByRow most) {
   Plan p;
   i64 pairs = a.tokens * a.k, n = a.experts;
   std::vector<i64> start(size_t(n) + 1, 0);
@@ -114,7 +118,7 @@ static Plan make_plan(const Args& a, bool panels, i64 a_row) {
     for (i64 b = 0, done = 0; b < blocks; b++) {
       i64 rows = (total - done + blocks - b - 1) / (blocks - b), first = start[size_t(e)] + done;
       Task t{e, first, rows, {}, 0};
-      i64 whole = panels ? panel_rows(rows) : 0;
+      i64 whole = panels ? panel_rows(rows, most) : 0;
       add_strip(p, t, first, whole, true, a_row);
       add_strip(p, t, first + whole, rows - whole, false, a_row);
       p.tasks.push_back(t);

@@ -29,7 +29,8 @@ struct Problem {
   Plan plan;
   Program program;
   element* act = nullptr;  // activations of all tasks
-  Problem(const Args& args, bool panels) : a(args), plan(make_plan(args, panels, row_stride(args.inter))), program{args.act_ops, args.act_consts, args.n_act} {}
+  Problem(const Args& args, bool panels, RowByRow most = {})
+      : a(args), plan(make_plan(args, panels, row_stride(args.inter), most)), program{args.act_ops, args.act_consts, args.n_act} {}
 
   Matrix up(i64 half, i64 e) const {
     return {static_cast<const stored*>(at<const void>(a.up, a.experts, a.up_expert, half, e)), a.up_n, a.up_k, a.inter, a.hidden};

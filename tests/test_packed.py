@@ -1,0 +1,123 @@
+"""Codes in words, spelled as in no catalogue entry: tables in lists of numbers with `dynamic=True`, words with more dims than two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moe_compile
+
+E, K, H, I, G = 2, 1, 16, 8, 4
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+TABLE = [*E2M1, *(-v for v in E2M1)]
+
+
+class Mxfp4(nn.Module):
+    """Experts in e2m1 pairs and exponents, gpt-oss's layout: words [.., N, K / G, G / 2], the table a list of numbers of the module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.values = list(TABLE)
+        for name, rows, columns in (("up", 2 * I, H), ("down", H, I)):
+            self.register_buffer(name, torch.randint(0, 256, (E, rows, columns // G, G // 2), dtype=torch.uint8))
+            self.register_buffer(f"{name}_scale", torch.randint(122, 127, (E, rows, columns // G), dtype=torch.uint8))
+
+    def floats(self, words: Tensor, scale: Tensor, values: list[float]) -> Tensor:
+        table = torch.tensor(values)
+        v = torch.stack([table[(words & 15).long()], table[(words >> 4).long()]], -1).flatten(-2)
+        return torch.ldexp(v, scale.int()[..., None] - 127).flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        up, down = (self.floats(getattr(self, n), getattr(self, f"{n}_scale"), self.values) for n in ("up", "down"))
+        g, u = torch.einsum("th,eoh->eto", x, up).chunk(2, -1)
+        y = torch.einsum("eti,ehi->eth", F.silu(g) * u, down)
+        dense = torch.zeros(x.shape[0], E, dtype=w.dtype).scatter_(1, ids, w)
+        return (y * dense.t()[..., None]).sum(0)
+
+    def matrix(self, name: str, e: int) -> Tensor:
+        """[out, in] of one expert in float64, word by word in plain Python."""
+        words, scale = getattr(self, name)[e].tolist(), getattr(self, f"{name}_scale")[e].tolist()
+        rows = [
+            [self.values[c] * 2.0 ** (s - 127) for b, s in zip(groups, row, strict=True) for w in b for c in (w & 15, w >> 4)]
+            for groups, row in zip(words, scale, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def reference(self, x: Tensor) -> Tensor:
+        x = x.double()
+        w, ids = (x @ self.gate.weight.double().t()).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            g, u = (x @ self.matrix("up", e).t()).chunk(2, -1)
+            out += (F.silu(g) * u) @ self.matrix("down", e).t() * torch.where(ids == e, w, 0).sum(-1, keepdim=True)
+        return out
+
+
+class Expert(nn.Module):
+    """One expert's own words and numbers."""
+
+    def __init__(self, of: Mxfp4, e: int) -> None:
+        super().__init__()
+        self.values, self.floats = list(of.values), of.floats
+        for name in ("up", "up_scale", "down", "down_scale"):
+            self.register_buffer(name, getattr(of, name)[e].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, u = F.linear(x, self.floats(self.up, self.up_scale, self.values)).chunk(2, -1)
+        return F.linear(F.silu(g) * u, self.floats(self.down, self.down_scale, self.values))
+
+
+class Listed(Mxfp4):
+    """Experts as modules in a list; a matrix of words [N, K / G, G / 2] is no stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(self, e) for e in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+        return out
+
+
+def held(model: Mxfp4, report: Any) -> None:
+    (block,) = report.blocks
+    stored = block.ir.experts.up_stored
+    assert stored is not None and stored.values == tuple(model.values) and stored.columns == G
+
+
+def check(cls: type[Mxfp4], **how: Any) -> tuple[Mxfp4, Any, list[Any]]:
+    """(a model, what is compiled of it, the graphs so far), right at two token counts."""
+    model, graphs = cls(), []
+    fused = torch.compile(model, backend="moe_fused", options={"inner": lambda gm, _: graphs.append(gm) or gm.forward}, **how)
+    for tokens in (5, 12):
+        x = torch.randn(tokens, H)
+        torch.testing.assert_close(fused(x).double(), model.reference(x), rtol=1e-5, atol=1e-5)
+    (block,) = moe_compile.last_report().blocks
+    stored = block.ir.experts.up_stored
+    assert stored is not None and stored.values == tuple(model.values) and stored.columns == G
+    return model, fused, graphs
+
+
+@torch.no_grad()
+def test_a_table_of_numbers_that_dynamo_keeps_variable() -> None:
+    """One compilation for two token counts; other numbers are another graph."""
+    model, fused, graphs = check(Mxfp4, dynamic=True)
+    assert len(graphs) == 1
+    model.values[3] = 1.75
+    x = torch.randn(4, H)
+    torch.testing.assert_close(fused(x).double(), model.reference(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2 and moe_compile.last_report().blocks[0].ir.experts.up_stored.values == tuple(model.values)
+
+
+@torch.no_grad()
+def test_a_matrix_of_words_by_groups_is_no_stack() -> None:
+    check(Listed, dynamic=None)
