@@ -19,9 +19,9 @@ from .weights import Interleaved, StackedOutIn
 g, u = sp.symbols("g u", real=True)
 
 
-def capped(limit: float, low: Any = -sp.oo) -> Any:
+def capped(limit: float, low: Any = -sp.oo, alpha: float = 1.702) -> Any:
     gate = act.clamp(g, low, limit)
-    return (act.clamp(u, -limit, limit) + 1) * gate * act.sigmoid(sp.Float(1.702) * gate)
+    return (act.clamp(u, -limit, limit) + 1) * gate * act.sigmoid(sp.Float(alpha) * gate)
 
 
 def with_activation(expr: Any) -> Fused:
@@ -58,8 +58,7 @@ class GateClampedBelow(Interleaved):
 class OtherAlpha(Interleaved):
     """Verdict: fused as written, differs from Interleaved in the activation: σ(1.5 g)."""
 
-    limit = act.clamp(g, -sp.oo, 7)
-    expect = with_activation((act.clamp(u, -7, 7) + 1) * limit * act.sigmoid(sp.Float(1.5) * limit))
+    expect = with_activation(capped(7, alpha=1.5))
     group = ""
     near, differs = "Interleaved", ("experts.activation",)
 
@@ -84,8 +83,7 @@ class HalfSplit(Interleaved):
 class OddEven(Interleaved):
     """Verdict: fused as written, differs from Interleaved in the activation: the odd outputs are the gate."""
 
-    swapped = Interleaved.expect.experts.activation.subs({g: u, u: g}, simultaneous=True)  # type: ignore[union-attr]
-    expect = with_activation(swapped)
+    expect = with_activation(Interleaved.expect.experts.activation.subs({g: u, u: g}, simultaneous=True))  # type: ignore[union-attr]
     group = ""
     near, differs = "Interleaved", ("experts.activation",)
 

@@ -14,6 +14,8 @@ from moe_compile.ir import scalar as act
 
 from .base import LIST_EXPERTS, RENORM, SWIGLU_EXPERTS, Case, E, Fused, H, I, ListCase, experts, mlp, parameter
 
+CAPPED = act.clamp(act.G, -sp.oo, 7)  # not in a class: sympy's objects are read with the module's class, and their classes are not watched
+
 
 class _Stored(Case):
     """Verdict: fused. A loop over torch.where(ids == e); subclasses say what `expert` e is."""
@@ -214,13 +216,11 @@ class FlattenedSlices(FlattenedViews):
 class Interleaved(_Stored):
     """Verdict: fused. gpt-oss: gate and up interleaved, biases, clamps, (u + 1) · g · σ(1.702 g), [E, in, out]."""
 
-    g, u = sp.symbols("g u", real=True)
-    capped = act.clamp(g, -sp.oo, 7)
     expect = Fused(
         RENORM,
         experts(
             form=Form.INTERLEAVED,
-            activation=(act.clamp(u, -7, 7) + 1) * capped * act.sigmoid(sp.Float(1.702) * capped),
+            activation=(act.clamp(act.U, -7, 7) + 1) * CAPPED * act.sigmoid(sp.Float(1.702) * CAPPED),
             up_transposed=True,
             down_transposed=True,
             up_bias=True,

@@ -30,9 +30,20 @@ CONFIGS = {
     "fsdp and ep, moe_compile": dict(fsdp_size=2, ep_size=2, ep_implementation="moe_compile"),
     "fsdp and ep, moe_compile_rows": dict(fsdp_size=2, ep_size=2, ep_implementation="moe_compile_rows"),
 }
-# Of these the loop is left to `make zoo`, and AOTAutograd of all but ours
-GROUPED = ("tp", "ep, all_reduce", "fsdp and ep, moe_compile", "fsdp and ep, moe_compile_rows") if "ZOO_ALL" not in os.environ else ()
-INFERENCE = ("ep, moe_compile",) if "ZOO_ALL" not in os.environ else ("ep, moe_compile", "tp", "ep, all_reduce", "ep, all_to_all")
+# Left to `make zoo`: the loop in training, grouped products without gradients, AOTAutograd of all but ours.
+# Dynamo breaks in the exchange of all_to_all, and each layer around it becomes graphs of its own: the block alone is compiled
+EVERY = "ZOO_ALL" in os.environ
+INFERENCE = ("ep, moe_compile", "tp", "ep, all_reduce", "ep, all_to_all") if EVERY else ("ep, moe_compile",)
+BLOCK_ALONE = () if EVERY else ("ep, all_to_all",)
+
+
+def spellings(name: str, train: bool) -> tuple[str, ...]:
+    """Of a configuration, those of the experts that run in a mode."""
+    if not train and name not in INFERENCE:
+        return ()
+    if name == "ep, all_to_all":
+        return ("grouped_mm",)
+    return ("grouped_mm", "eager") if EVERY else ("grouped_mm",) if train else ("eager",)
 
 
 def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
@@ -46,10 +57,8 @@ def table(rank: int, world: int, *names: str) -> Iterator[tuple[str, Any]]:
     shared = [folder.name]
     dist.broadcast_object_list(shared, 0)
     for name in names or CONFIGS:
-        for spelling in ("grouped_mm", "eager"):
-            for train in (True, False):
-                if spelling == "eager" and name in ("ep, all_to_all", *GROUPED) or not train and name not in INFERENCE:
-                    continue
+        for train in (True, False):
+            for spelling in spellings(name, train):
                 found = cell(shared[0], name, spelling, train, rank)
                 yield f"{name} / {spelling} / {'training' if train else 'inference'}", found
 
@@ -63,10 +72,10 @@ def cell(path: str, name: str, spelling: str, train: bool, rank: int) -> dict[st
     batches = [torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(5 + r * apart)) for r in range(dist.get_world_size())]
     ops: list[int] = []
     options = {"backend": "moe_fused", "options": {"inner": cells.counting(ops, cells.EVERY or name == "ep, moe_compile")}}
-    if apart:
-        for layer in model.model.layers:
-            layer.compile(**options)
-    run = model if apart else torch.compile(model, **options)
+    alone = name in BLOCK_ALONE
+    for layer in model.model.layers if apart or alone else ():
+        (layer.mlp if alone else layer).compile(**options)
+    run = model if apart or alone else torch.compile(model, **options)
     with torch.enable_grad() if train else torch.no_grad():
         out, want = run(input_ids=batches[rank]).logits, [one(input_ids=b).logits for b in batches]
         if train:
