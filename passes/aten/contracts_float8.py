@@ -134,7 +134,7 @@ def _three(floats: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) ->
 _tensor_2d, _tensor_grouped, _tensor_batched = _three(_tensor)
 _mx_2d, _mx_grouped, _mx_batched = _three(_groups)
 _MX_NAMES = ("mxfp_dynamic_matmul", "w4a8_mx_dynamic_fp4_matmul", "w8a8_mx_dynamic_fp8_matmul", "w4a8_block_dynamic_fp4_matmul")
-_OF = {
+_OF: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "w8a8_block_dynamic_fp8_matmul": (_block_2d, _block_grouped, _block_batched),
     "w8a8_tensor_dynamic_fp8_matmul": (_tensor_2d, _tensor_grouped, _tensor_batched),
     **dict.fromkeys(_MX_NAMES, (_mx_2d, _mx_grouped, _mx_batched)),
