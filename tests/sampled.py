@@ -28,6 +28,7 @@ GRIDS: dict[Key, int] = {  # one in n
     ("ascend/test_streams.py", "test_the_stream_program_is_sound"): 2,
     ("gpu/test_experts.py", "test_layouts"): 2,
     ("gpu/test_experts.py", "test_routings"): 2,
+    ("gpu/test_experts.py", "test_strides"): 2,
     ("gpu/test_few_bits.py", "test_decoded_in_the_loop"): 2,
     ("gpu/test_pairs.py", "test_values_and_gradients"): 2,
     ("gpu/test_router_product.py", "test_product"): 5,
@@ -36,6 +37,7 @@ GRIDS: dict[Key, int] = {  # one in n
     ("test_autograd_contract.py", "test_what_a_step_changes_before_backward"): 3,
     ("test_capture_guards.py", "test_a_change_is_seen"): 2,
     ("test_cpu_packed.py", "test_values"): 12,
+    ("test_layouts.py", "test_constants_that_overflow"): 2,
     ("test_layouts.py", "test_strides_are_eagers"): 2,
     ("test_router.py", "test_few_tokens"): 6,
 }
@@ -43,9 +45,12 @@ LISTS: dict[Key, int] = {  # the first of n: the same on other models, or what a
     ("ascend/test_ids.py", "test_a_write_after_the_experts_changes_nothing"): 3,
     ("ascend/test_ids.py", "test_ids_written_in_place_in_training"): 3,
     ("ascend/test_lowering.py", "test_models_give_eagers_outputs"): 2,
+    ("gpu/test_backward.py", "test_padded"): 2,
     ("test_capture.py", "test_eager_loops_of_transformers_give_one_graph"): 2,  # the zoo has them all
     ("test_loops_few.py", "test_few_stand_for_all"): 2,
     ("test_loops_few.py", "test_what_few_do_not_tell"): 3,
+    ("test_ops.py", "test_experts_opcheck"): 2,
+    ("test_ops.py", "test_route_opcheck"): 3,
     ("test_zoo.py", "test_decoding_with_a_kv_cache"): 3,
     ("test_shared_stored.py", "test_emitted"): 2,
     ("test_trace.py", "test_a_trace_changes_no_verdict"): 2,

@@ -6,8 +6,9 @@ code may choose by a width, can differ. On the wide ones no float is computed: a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,43 +22,65 @@ Line = tuple[str, list[Any]]
 
 
 class _Listed(TorchDispatchMode):
-    """Writes down each operation with its plain arguments. `idle`: floats are not computed."""
+    """Writes down each operation with its plain arguments. `idle`: floats are not computed.
+
+    `made`: what an operation that is not computed makes of tensors that lie like these, since each expert runs the same.
+    """
 
     def __init__(self, idle: bool) -> None:
         super().__init__()
-        self.idle, self.lines = idle, list[Line]()
+        self.idle, self.lines, self.made = idle, list[Line](), dict[Any, Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flat, how = pytree.tree_flatten((args, kwargs or {}))
-        self.lines.append((str(func), [None if isinstance(a, Tensor) else a for a in flat]))
-        return self._unmade(func, flat, how) if self.idle and _computes(func, flat) else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        flat, how = [*args, *kwargs.values()], (len(args), *kwargs)
+        if any(isinstance(a, (list, tuple, dict)) for a in flat):
+            flat, how = pytree.tree_flatten((args, kwargs))
+        self.lines.append((_kind(func).name, [None if isinstance(a, Tensor) else a for a in flat]))
+        if not self.idle or not _computes(func, flat):
+            return func(*args, **kwargs)
+        return flat[0] if _kind(func).writes else self._unmade(func, args, kwargs, flat, how)
 
-    def _unmade(self, func: Any, flat: list[Any], how: Any) -> Any:
-        if func._schema.is_mutable:
-            return flat[0]
-        args, kwargs = pytree.tree_unflatten([_meta(a) if isinstance(a, Tensor) else a for a in flat], how)
-        return pytree.tree_map_only(Tensor, _real, func(*args, **kwargs))
+    def _unmade(self, func: Any, args: Any, kwargs: Any, flat: list[Any], how: Any) -> Any:
+        key = func, how, tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else (type(a), a) for a in flat)
+        if key not in self.made:
+            args, kwargs = pytree.tree_map_only(Tensor, _meta, (args, kwargs))
+            self.made[key] = func(*args, **kwargs)
+        made = self.made[key]
+        return _real(made) if isinstance(made, Tensor) else pytree.tree_map_only(Tensor, _real, made)
 
 
 def _computes(func: Any, flat: list[Any]) -> bool:
     """Whether an operation makes floats of tensors, or writes them, and is no view."""
-    tensors = [a for a in flat if isinstance(a, Tensor)]
-    returns = func._schema.returns
-    if not tensors or any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or not returns:
+    of = _kind(func)
+    if not of.computes or not any(isinstance(a, Tensor) and a.is_floating_point() for a in flat):
         return False
-    if torch.Tag.dynamic_output_shape in func.tags or not any(_is_float(t) for t in tensors):
-        return False
-    if func._schema.is_mutable:
-        return len(returns) == 1 and flat[0] is tensors[0] and _is_float(tensors[0])
-    mask = any(t.dtype is torch.bool for t in tensors) and "index" in str(func)  # how many rows it has is in its values
-    return not mask and str(func).partition(".")[2].partition(".")[0] not in _CHOOSE
+    if of.writes:
+        first = flat[0]
+        return of.returns == 1 and isinstance(first, Tensor) and first.is_floating_point()
+    return not (of.indexes and any(isinstance(a, Tensor) and a.dtype is torch.bool for a in flat))  # how many rows: in the mask's values
+
+
+class _Kind(NamedTuple):
+    """What an operation's schema and name say: `computes` is False for views, for what makes no tensor or chooses one by values."""
+
+    name: str
+    computes: bool
+    writes: bool
+    indexes: bool
+    returns: int
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    returns, name, writes = func._schema.returns, str(func), func._schema.is_mutable
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    chooses = name.partition(".")[2].partition(".")[0] in _CHOOSE and not writes
+    sized = torch.Tag.dynamic_output_shape in func.tags
+    return _Kind(name, bool(returns) and not (view or chooses or sized), writes, "index" in name, len(returns))
 
 
 _CHOOSE = {"topk", "sort", "argsort", "argmax", "argmin", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "item", "_local_scalar_dense"}
-
-
-def _is_float(t: Tensor) -> bool:
-    return t.is_floating_point()
 
 
 def _meta(t: Tensor) -> Tensor:

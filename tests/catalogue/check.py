@@ -47,7 +47,7 @@ LONG = frozenset(
     TutorialOtherScoreRead Int4GroupsLessOne Int4GroupsAlongInputs Int4GroupsHit LoraDora TutorialEvery OddEven OtherConstant
     OtherClampLimit CapacityFirstRows SwitchArgmax StaticRowsOfAnother StaticRowsThatWrap MaskOrderByToken CodedResultsInFloat8
     WeightMaskOfOthers AddedAtMapped NormOfRouted OntoItself OntoSharedHalfRead LoraDeltaLast Dropped CentredOverTokens WrittenWeights
-    OneBias SwappedHalves WeightOnHiddenWithBias ClampedGroupedBias""".split()
+    OneBias SwappedHalves WeightOnHiddenWithBias ClampedGroupedBias PickedFromTheLast NanoCapacity WeightMaskAbove""".split()
 )
 
 
