@@ -197,10 +197,8 @@ def call(f: Callable[[], float]) -> float:
 WHOLE: dict[str, tuple[Any, Callable[[Any], float], Any, bool]] = {
     "enum": (Size.ONE, lambda v: v.value, Size.TWO, True),
     "bound method": (Holder(1.0).get, call, Holder(3.0).get, True),
-    "partial": (functools.partial(float, 1.0), call, functools.partial(float, 3.0), True),
     "function's attribute": (held, call, None, True),
     "deque": (collections.deque([1.0]), lambda v: v[0], None, False),
-    "numpy's array": (np.ones(1), lambda v: float(v[0]), None, False),
 }
 
 

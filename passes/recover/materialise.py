@@ -2,10 +2,12 @@
 
 i [T] of a single slot:      i = squeeze(unsqueeze(i))                        and unsqueeze(i) is [T, 1]
 d [T, E], read at the ids:   d = scatter(0, ids, gather(d, ids)) at the ids   and gather(d, ids) is [T, k]
+c w of weights w [T, k]:     w = (c w) / ([ids = ids] c)                      and c w is [T, k]
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from .. import terms as T
 from ..aten.effects import Memory, mutated_args
 from ..aten.element import Puller, shape_of
 from ..terms import Term
+from ..terms.numbers import is_plain
 from .match import ExpertsMatch
-from .region import RoutingNodes
+from .region import RoutingNodes, routing_nodes
 from .rows import row_index, rows
 from .writes import made_of
 
@@ -40,6 +43,8 @@ def _hold(m: ExpertsMatch, p: Puller, nodes: RoutingNodes) -> bool:
             return True
     if nodes.ids is None or nodes.weights is not None:
         return False
+    if _scale(m, p, nodes.ids):
+        return True
     raw = next((x for x in T.walk(m.ids) if x.op == "topk"), None)
     dense = None if raw is None else _holder(m, p, m.weight, (*shape_of(nodes.ids)[:-1], T.extent(raw)), m.ids)
     return dense is not None and _read_at_ids(dense, nodes.ids, m.out)
@@ -62,6 +67,31 @@ def _holder(m: ExpertsMatch, p: Puller, term: Term, full: tuple[Any, ...] | None
         if T.canonical(p.at(n, at)) is want:
             found = n
     return found
+
+
+def _scale(m: ExpertsMatch, p: Puller, ids: fx.Node) -> bool:
+    """Weights times a number other than 0, where the weights alone are a tensor: the experts read them off their product.
+
+    [ids = ids] is 1, and has the quotient made of ids: what is not is no part of the experts, and is not looked into.
+    """
+    number, rest = T.coefficient(m.weight)
+    w = None if T.is_c(rest) or not is_plain(number) or number in (0, 1) else routing_nodes(replace(m, weight=rest), p).weights
+    if w is None:
+        return False
+    memory, region = Memory(m.out.graph), _between(w, m.out)
+    order = {n: i for i, n in enumerate(m.out.graph.nodes)}
+    last = max(w, ids, key=order.__getitem__)
+    readers = [u for u in w.users if u in region]
+    if memory.writers.get(memory.root[w]) or any(order[u] < order[last] for u in readers):
+        return False
+    scaled = _after(last, _aten.mul.Tensor, w, float(number))
+    same = _after(scaled, _aten.eq.Tensor, ids, ids)
+    one = _after(same, _aten.to.dtype, same, w.meta["val"].dtype)
+    numbers = _after(one, _aten.mul.Tensor, one, float(number))
+    back = _after(numbers, _aten.div.Tensor, scaled, numbers)
+    for u in readers:
+        u.replace_input_with(w, back)
+    return True
 
 
 def _with_slot(n: fx.Node) -> None:
