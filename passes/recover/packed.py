@@ -202,7 +202,7 @@ def _function(fields: Sequence[Tensor], bits: int, out: Tensor) -> tuple[int, tu
 def _turns(words: Tensor, stacked: bool) -> int:
     """So many runs that every byte occurs, wherever among the blocks of 256 a matrix starts."""
     own = words.numel() // (words.shape[0] if stacked else 1)
-    return -(-512 // max(own, 16))
+    return -(-512 // max(own, 2))
 
 
 def _generator(turn: int) -> torch.Generator:
