@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile.ir.stored import Exponent
 
 E, K, H, I, G = 2, 1, 16, 8, 4
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -39,13 +40,17 @@ class Mxfp4(nn.Module):
         dense = torch.zeros(x.shape[0], E, dtype=w.dtype).scatter_(1, ids, w)
         return (y * dense.t()[..., None]).sum(0)
 
+    def numbers(self, words: Tensor) -> list[list[float]]:
+        """What the codes of one matrix stand for, word by word in plain Python."""
+        return [[self.values[c] for w in row for c in (w & 15, w >> 4)] for row in words.flatten(1).tolist()]
+
+    def factor(self, scale: float) -> float:
+        return float(2.0 ** (scale - 127))
+
     def matrix(self, name: str, e: int) -> Tensor:
-        """[out, in] of one expert in float64, word by word in plain Python."""
-        words, scale = getattr(self, name)[e].tolist(), getattr(self, f"{name}_scale")[e].tolist()
-        rows = [
-            [self.values[c] * 2.0 ** (s - 127) for b, s in zip(groups, row, strict=True) for w in b for c in (w & 15, w >> 4)]
-            for groups, row in zip(words, scale, strict=True)
-        ]
+        """[out, in] of one expert in float64."""
+        numbers, scales = self.numbers(getattr(self, name)[e]), getattr(self, f"{name}_scale")[e].tolist()
+        rows = [[v * self.factor(s[j // G]) for j, v in enumerate(row)] for row, s in zip(numbers, scales, strict=True)]
         return torch.tensor(rows, dtype=torch.float64)
 
     def reference(self, x: Tensor) -> Tensor:
@@ -94,6 +99,62 @@ def held(model: Mxfp4, report: Any) -> None:
     assert stored is not None and stored.values == tuple(model.values) and stored.columns == G
 
 
+class Float8(Mxfp4):
+    """MXFP8 whose exponents are bytes, seen as e8m0 (DeepSeek's `ue8m0` checkpoints)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = []
+        for name, rows, columns in (("up", 2 * I, H), ("down", H, I)):
+            setattr(self, name, torch.randn(E, rows, columns).to(torch.float8_e4m3fn))
+
+    def floats(self, words: Tensor, scale: Tensor, values: list[float]) -> Tensor:
+        return (words.float().unflatten(-1, (-1, G)) * scale.view(torch.float8_e8m0fnu).float()[..., None]).flatten(-2)
+
+    def numbers(self, words: Tensor) -> list[list[float]]:
+        return words.double().tolist()  # type: ignore[no-any-return]
+
+
+class BytesAsNumbers(Float8):
+    """The near miss: the bytes are the scales."""
+
+    def floats(self, words: Tensor, scale: Tensor, values: list[float]) -> Tensor:
+        return (words.float().unflatten(-1, (-1, G)) * (scale.float()[..., None] / 4096)).flatten(-2)
+
+    def factor(self, scale: float) -> float:
+        return scale / 4096
+
+
+class RoundedFirst(Float8):
+    """Codes and scales are rounded to bf16, and once more their product, before the fp32 product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("up", "down"):
+            setattr(self, f"{name}_scale", torch.rand(getattr(self, f"{name}_scale").shape) + 0.5)
+
+    def floats(self, words: Tensor, scale: Tensor, values: list[float]) -> Tensor:
+        return (words.bfloat16().unflatten(-1, (-1, G)) * scale.bfloat16()[..., None]).flatten(-2).float()
+
+    def factor(self, scale: float) -> float:
+        return scale
+
+
+class Across(RoundedFirst):
+    """Codes of 3 bits in bytes, eight in three of them: two of each eight lie across."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows, columns in (("up", 2 * I, H), ("down", H, I)):
+            setattr(self, name, torch.randint(0, 256, (E, rows, columns // 8 * 3), dtype=torch.uint8))
+
+    def floats(self, words: Tensor, scale: Tensor, values: list[float]) -> Tensor:
+        a, b, c = words.int().unflatten(-1, (-1, 3)).unbind(-1)
+        codes = [a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5]
+        q = torch.stack([x & 7 for x in codes], -1).flatten(-2) - 4
+        return (q.float().unflatten(-1, (-1, G)) * scale[..., None]).flatten(-2)
+
+
 def check(cls: type[Mxfp4], **how: Any) -> tuple[Mxfp4, Any, list[Any]]:
     """(a model, what is compiled of it, the graphs so far), right at two token counts."""
     model, graphs = cls(), []
@@ -121,3 +182,33 @@ def test_a_table_of_numbers_that_dynamo_keeps_variable() -> None:
 @torch.no_grad()
 def test_a_matrix_of_words_by_groups_is_no_stack() -> None:
     check(Listed, dynamic=None)
+
+
+@torch.no_grad()
+def test_exponents_in_bytes_beside_float8() -> None:
+    """MXFP8: read as stored by what every byte stands for; bytes that are numbers are not."""
+    for cls, exponents in ((Float8, Exponent.VALUE), (BytesAsNumbers, None)):
+        model, x = cls(), torch.randn(5, H)
+        torch.testing.assert_close(compiled(model)(x).double(), model.reference(x), rtol=1e-5, atol=1e-5)
+        blocks = moe_compile.last_report().blocks
+        stored = [b.ir.experts.up_stored for b in blocks]
+        assert [s.exponents for s in stored if s is not None] == ([] if exponents is None else [exponents])
+
+
+@torch.no_grad()
+def test_a_product_that_is_rounded_first_is_not() -> None:
+    """codes · scales, each rounded to bf16 by the model, are what is stored: nearer to float64 than eager is."""
+    model, x = RoundedFirst(), torch.randn(5, H)
+    got, want, eager = compiled(model)(x).double(), model.reference(x), model(x).double()
+    assert (got - want).norm() <= 1e-5 * want.norm() and (eager - want).norm() >= 1e-3 * want.norm()
+
+
+@torch.no_grad()
+def test_codes_across_words_are_told_as_that() -> None:
+    model, x = Across(), torch.randn(5, H)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+    assert "lie across words: 8 of them in 3" in moe_compile.last_report().rejected[0].reason
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="moe_fused", options={"inner": "eager"})

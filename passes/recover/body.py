@@ -11,7 +11,7 @@ from .. import terms as T
 from ..aten import names
 from ..aten.names import op_name, through
 from ..terms import Term
-from . import adapters, grids
+from . import adapters, grids, shifts
 from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
@@ -48,7 +48,7 @@ def parse_core(core: Term, t: Term, h: Term, expert: Term, outside: Term | None 
     if parts is None:
         raise No(_why_no_matrix(factors(inner), h, i, expert) or _why_not_own(factors(inner), h, i, len(downs)))
     rest = T.mul(*(f for f in factors(inner) if f not in parts.factors))
-    down = linear_of(parts, h, i, expert)
+    down = linear_of(parts, h, i, expert, factors(inner))
     if down.stride != 1 or down.offset != 0:
         raise No("the down projection reads a part of its weight")
     if bias is not None:
@@ -106,6 +106,8 @@ def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:
 
 def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> str | None:
     """What else than one weight a product holds: scales that do not come out of its sum, or a zero point."""
+    if (why := shifts.shifted(fs, expert)) is not None:
+        return why
     if _scaled_by_codes(fs, expert):
         return (
             "the scales of a weight are codes with scales of their own (double quantisation): make floats of the scales once, when loading"
@@ -325,7 +327,7 @@ class Reader(Bridge):
                 raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
             raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
-        return linear_of(parts, self.i, m, self.expert), sp.Mul(*(self.symbol(f) for f in numbers))
+        return linear_of(parts, self.i, m, self.expert, fs), sp.Mul(*(self.symbol(f) for f in numbers))
 
     def name(self, lin: Linear) -> sp.Symbol:
         key = (lin.weight, lin.stride, lin.offset, lin.bias, lin.scale, lin.pair, lin.grid, lin.channel)

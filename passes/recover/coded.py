@@ -40,12 +40,12 @@ def _stored(x: Linear) -> Stored | None:
         rows, columns = _of_channels(x)
         second = Scale.DIVIDES if x.channel.divides else Scale.TIMES
         how = replace(how, second=second, second_rows=rows, second_columns=columns)
+    if x.exponents:
+        how = replace(how, exponents=Exponent.BITS if x.grid is not None and x.grid.by_bits else Exponent.VALUE)
     if x.words is None:
         return how
     w, tabled = x.words, x.words.table is not None
     how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, **_zeroed(x, w))
-    if x.exponents:
-        how = replace(how, exponents=Exponent.BITS if x.grid is not None and x.grid.by_bits else Exponent.VALUE)
     return how if tabled else replace(how, values=w.values) if w.offset is None else replace(how, offset=w.offset)
 
 

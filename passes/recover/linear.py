@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import sympy as sp
 from .. import terms as T
 from ..terms import Term
 from ..terms.arithmetic import constant_part
-from . import grids, packed
+from . import grids, packed, shifts
 from .grids import Grid, Parts
 from .matrices import LowRank
 from .packed import Reading
@@ -44,8 +45,18 @@ class Linear:
     divided: bool = False
 
 
-def linear_of(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
-    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]."""
+def linear_of(parts: Parts, out: Term, inp: Term, expert: Term, product: Sequence[Term]) -> Linear:
+    """How a weight (with the scales of its blocks) is laid out: [e, out, in], [e, in, out], or [e * rows + out, in]. `product`: all that
+    the weight is multiplied with, itself among it."""
+    try:
+        return _laid_out(parts, out, inp, expert)
+    except No as e:
+        if (why := shifts.shifted(product, expert)) is not None:
+            raise No(why) from e
+        raise
+
+
+def _laid_out(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
     a, weight, words = parts.codes, parts.codes.args[0], None
     idx = list(a.args[1])
     if packed.is_packed(a):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _read(n: fx.Node, leaf: fx.Node, expert: int | None, stacked: bool) -> Readi
     v, words = n.meta["val"], leaf.meta["val"]
     if stacked and expert is not None and v.numel() * words.shape[0] % words.numel():
         return None
-    tables = [x for x in _made_of(n) if x.op == "placeholder" and x is not leaf]
+    tables = [x for x in made_of(n) if x.op == "placeholder" and x is not leaf]
     given: dict[fx.Node, Any] = {t: torch.randperm(t.meta["val"].shape[0], generator=_generator(0)).double() + 0.5 for t in tables}
     runs: list[tuple[Tensor, Tensor]] = []
     for turn in range(_turns(words, stacked)):
@@ -158,7 +159,10 @@ def _read(n: fx.Node, leaf: fx.Node, expert: int | None, stacked: bool) -> Readi
     (rows, columns), per = runs[0][0].shape, max(len(order), 1)
     shape = (rows * per if axis == 1 else rows, columns * per if axis == 2 else columns)
     table = next((t for t in tables if tuple(given[t].tolist()) == codes), None)
-    return None if tables and table is None else Reading(shape, axis, order, codes, table)
+    reading = Reading(shape, axis, order, codes, table)
+    if reading.powers:  # what 255 stands for may be no number, which equals no other
+        reading = replace(reading, values=(*codes[:-1], math.inf))
+    return None if tables and table is None else reading
 
 
 def _looked_at(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
@@ -195,7 +199,7 @@ def _function(fields: Sequence[Tensor], bits: int, out: Tensor) -> tuple[int, tu
 def _turns(words: Tensor, stacked: bool) -> int:
     """So many runs that every byte occurs, wherever among the blocks of 256 a matrix starts."""
     own = words.numel() // (words.shape[0] if stacked else 1)
-    return -(-512 // max(own, 16))
+    return -(-512 // max(own, 2))
 
 
 def _generator(turn: int) -> torch.Generator:
@@ -223,7 +227,7 @@ def _words(shape: tuple[int, ...], dtype: torch.dtype, stacked: bool, turn: int)
     return flat.as_strided(shape, (_APART, *strides)) if stacked else flat.reshape(shape)
 
 
-def _made_of(n: fx.Node) -> list[fx.Node]:
+def made_of(n: fx.Node) -> list[fx.Node]:
     """What a node is computed from, itself included, in no order. A number of the user's that Dynamo keeps variable is what it is now."""
     return list(reached([n], lambda x: () if fixed_number(x) else x.all_input_nodes))
 
@@ -247,7 +251,7 @@ def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
 
 def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
     """How a node is made of its words: nodes with one spelling have one reading, whichever expert's words they are made of."""
-    made = _made_of(n)
+    made = made_of(n)
     number = {x: i for i, x in enumerate(made)}
 
     def told(x: fx.Node) -> object:
@@ -284,6 +288,16 @@ class Place:
     reading: Reading
 
 
+def _why_not(n: fx.Node, leaf: fx.Node, stack: bool) -> str:
+    """Why what a node is made of its words was not read."""
+    v, words = n.meta["val"], leaf.meta["val"]
+    of_one = stack or words.ndim < 3
+    share = Fraction(v.numel() * (1 if of_one else words.shape[0]), words.numel()) if v.numel() and words.numel() else Fraction(1)
+    if share > 1 and share.denominator > 1:
+        return f"codes of a weight lie across words: {share.numerator} of them in {share.denominator}"
+    return "packed weights are unpacked in an unknown way"
+
+
 def in_rows(p: Place, width: int) -> Place:
     """The same element of a matrix that has so many columns; p itself where a word would lie in two rows or elements are not in a row."""
     (rows, columns), per = p.reading.shape, max(len(p.reading.order), 1)
@@ -305,8 +319,10 @@ def place(a: Term, expert: Term) -> Place:
     experts = [None] if stack else range(count)
     alike = {_spelling(n, leaf, e): (n, leaf, e) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
     readings = {_read_once(*case, count) for case in alike.values()}
-    if len(readings) != 1 or None in readings:
-        raise No("packed weights are unpacked in an unknown way")
+    if len(readings) > 1 and None not in readings:
+        raise No("packed weights of different experts are unpacked unlike each other")
+    if None in readings:
+        raise No(_why_not(nodes[0], leaves[0], stack))
     (reading,) = readings
     assert reading is not None
     row, column = reindex(tuple(inner), shape_of(nodes[0])[stack:], reading.shape)

@@ -120,7 +120,7 @@ class Stage(Bridge):
             raise No(f"numbers of parts of a row (a norm over groups of features) stand inside the expert{reads(s)}")
         if w is None or any(T.uses(f, self.out) for f in rest):
             raise No(f"an expert's function holds a product that does not read one weight of its own{reads(s)}")
-        lin = linear_of(grids.Parts((w,), w), self.out, m, self.expert)
+        lin = linear_of(grids.Parts((w,), w), self.out, m, self.expert, (w,))
         self.at = T.named("m", m.args[1])
         self.inputs.append(T.canonical(T.subst(T.mul(*rest), {m: self.at})))
         self.linears.append(lin)

@@ -187,7 +187,7 @@ class Int4FloatZeroStacked(Int4FloatZero):
 class Int4ShiftsInABuffer(Int4Offset):
     """Verdict: rejected. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
 
-    expect = Rejected("an expert weight is no matrix")
+    expect = Rejected("shifted by numbers that a tensor holds")
     near, differs = "", ()
 
     def build_experts(self, n: int) -> None:
