@@ -158,5 +158,6 @@ def skipped_frame(message: str) -> GraphBreak | None:
     path, _, line = place.rstrip(")").rpartition(" line ")
     frame, cause = f"{path}:{line}", _headline(message).rstrip(".")
     why = "" if "graph break in loop" in cause else f" ({cause})"
-    told = f"{name} holds a break inside a loop: it runs in plain Python, nothing in it is compiled{why}"
+    # Dynamo skips code, not a module
+    told = f"{name} holds a break inside a loop: it runs in plain Python, in every module of its class; nothing in it is compiled{why}"
     return GraphBreak(told, line_given_up(frame) or frame)

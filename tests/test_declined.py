@@ -105,6 +105,19 @@ class NormOfWeighted(Odd):
         return out
 
 
+class ResidualInside(Odd):
+    """A residual around a product in the middle of an expert. (Three products in a row are fused.)"""
+
+    code, says, at = "experts", ("no chain", "a residual or a branch stands around one of them"), "index_add_"
+
+    def make(self) -> None:
+        self.middle = nn.Parameter(torch.randn(E, I, I))
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        h = self.inner(e, x)
+        return F.linear(h + F.relu(F.linear(h, self.middle[e])), self.down[e])
+
+
 class NormInLoop(Hit):
     """A norm over groups of features in a loop over the experts that were hit."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue.check import difference_problem
+from catalogue.check import OPTIONS, difference_problem
 from small import Block, E, H, K, T, assert_equal, both, compiled, told
 from torch import Tensor
 
@@ -79,6 +79,23 @@ def test_a_result_with_gaps_stays_as_written() -> None:
     report, got, want = both(Wide(), torch.randn(T, H))
     assert_equal(got, want)
     assert not report.blocks and any("gaps" in t for t in told(report)), told(report)
+
+
+def test_chunks_of_any_number_of_tokens() -> None:
+    """Verdict: fused, each chunk. The last one has T - 4 tokens of a number T that is not fixed, and the proof runs on few."""
+
+    class Chunks(Block):
+        def forward(self, x: Tensor) -> Any:
+            return torch.cat([Block.forward(self, c) for c in x.split(4)])
+
+    m = Chunks()
+    torch._dynamo.reset()
+    with torch.no_grad(), collecting() as report:
+        run = torch.compile(m, backend="moe_fused", options=OPTIONS, dynamic=True)
+        for tokens in (7, 8):
+            x = torch.randn(tokens, H)
+            assert_equal([run(x)], [m(x)])
+    assert len(report.blocks) == 2 and not report.rejected, told(report)
 
 
 # Transforms ------------------------------------------------------------------------------------------------------------------

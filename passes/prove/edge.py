@@ -101,6 +101,7 @@ class Edge:
         few = min(max(FEW, -(-self.total // (PROBES * self.k)) | 1), _MOST)
         symbols = sorted({x for s in self.lead if isinstance(s, sp.Expr) for x in s.free_symbols}, key=str)
         values = {x: few if i == len(symbols) - 1 else 2 for i, x in enumerate(symbols)}
+        values = {x: max(v, *(_value(s, x, v) for s in self.lead)) for x, v in values.items()}
         rows = self._few_rows(atoms, few, bool(symbols))
         kept = {e.num_experts, self.total, self.k, *widths.values()}
         return Sizes(values, tuple(p for p in dict.fromkeys((*rows.items(), *atoms.items())) if p[0] > 1), frozenset(kept))
@@ -160,6 +161,14 @@ def _beside(old: int, known: Mapping[int, int]) -> int | None:
             if a == old * q and b % q == 0 and b // q > 2:
                 return b // q
     return None
+
+
+def _value(size: Dim, x: sp.Symbol, least: int) -> int:
+    """A value of x for which a size c x + d, such as that of what is left behind a chunk of the tokens, is no smaller than `least`."""
+    factor = sp.sympify(size).coeff(x)
+    rest = size - factor * x
+    whole = factor.is_Integer and rest.is_Integer and factor > 0
+    return -(-(least - int(rest)) // int(factor)) if whole else least
 
 
 def _one(sizes: Sizes, old: Iterable[Dim], new: Iterable[int], shape: tuple[Dim, ...]) -> tuple[int, ...]:

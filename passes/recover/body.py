@@ -16,7 +16,7 @@ from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
 from .rounding import ROUNDED
-from .rows import No, factors, nodes_of, reads
+from .rows import NO_CHAIN, No, factors, nodes_of, reads
 
 _CLOSE = names.CAST | names.RESHAPE | names.CLAMP  # what may stand behind a rounding
 _SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
@@ -324,7 +324,7 @@ class Reader(Bridge):
             if (why := _why_no_matrix(fs, self.i, m, self.expert)) is not None:
                 raise No(why)
             if any(f.op == "sum" for x in xs for f in T.walk(x)):
-                raise No(f"an expert has more than two products in a row (down, activation, up is what is taken){reads(s)}")
+                raise No(f"{NO_CHAIN}{reads(s)}")
             raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(parts, self.i, m, self.expert, fs), sp.Mul(*(self.symbol(f) for f in numbers))

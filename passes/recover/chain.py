@@ -24,7 +24,7 @@ from . import adapters
 from .forms import tidy
 from .linear import Linear
 from .match import Param
-from .rows import Cause, No, data_dependent, factors, outer_atoms, reads
+from .rows import NO_CHAIN, Cause, No, data_dependent, factors, outer_atoms, reads
 from .stages import Read, Stage, Tokens, matrix_of, products
 
 _MOST = 8  # stages
@@ -92,7 +92,7 @@ def _different(term: Term, out: Term, expert: Term) -> No:
         return _telling(
             "low-rank pairs (LoRA) in experts with norms, residuals or more than two products: merge the adapter into the weights"
         )
-    return No("the products of an expert read different rows")
+    return No(NO_CHAIN)
 
 
 def holds_statistics(body: Term, expert: Term) -> bool:

@@ -32,6 +32,9 @@ class Cause(enum.Enum):
     TELLING = "what stands in the way, in any way to read it"
 
 
+NO_CHAIN = "an expert's products are no chain, each of what the one before it made: a residual or a branch stands around one of them"
+
+
 class No(Exception):
     """The first predicate that failed. `code`: as a rejection's."""
 

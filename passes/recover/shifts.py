@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import terms as T
 from ..aten.names import op_name
 from ..terms import Term
-from .packed import made_of, nodes_of
-from .rows import reads
+from .packed import made_of
+from .rows import nodes_of, reads
 
 _SHIFTS = frozenset({"bitwise_right_shift", "__rshift__"})
 
