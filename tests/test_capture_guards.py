@@ -165,6 +165,10 @@ def one() -> float:
     return 1.0
 
 
+def factor(value: float) -> Callable[[], float]:
+    return lambda: value
+
+
 class Holder:
     def __init__(self, value: float) -> None:
         self.value = value
@@ -220,6 +224,14 @@ def test_values_that_are_read_as_a_whole(what: str) -> None:
         else:
             value[0] = 3.0
         torch.testing.assert_close(f(x), m(x))
+
+
+def test_a_key_that_cannot_be_watched_is_told() -> None:
+    """Dynamo has a source for what a dictionary has under a number or text, and for nothing else."""
+    m, x = OfWhatever(types.SimpleNamespace(of={int: factor(1.0)}), lambda v: max(f() for f in v.of.values())), torch.randn(5, H)
+    with torch.no_grad(), collecting() as told:
+        torch.testing.assert_close(torch.compile(m, backend="moe_fused", options={"inner": "eager"})(x), m(x))
+    assert [r.code for r in told.rejected] == ["guards"] and "watched" in told.rejected[0].reason, told
 
 
 def test_a_mark_tells_what_code_would_notice() -> None:

@@ -126,6 +126,7 @@ class Guards:
 
     def _made(self, place: Place) -> Any:
         from torch._dynamo import source as s
+        from torch._dynamo.variables import ConstantVariable
 
         if not place.steps:
             found = None if isinstance(place.root, Space) else self.sources.get(place.root)
@@ -142,6 +143,8 @@ class Guards:
             return s.AttrSource(s.GetItemSource(s.AttrSource(base, "__closure__"), key), "cell_contents")
         if kind == "default":
             return s.GetItemSource(s.AttrSource(base, "__defaults__"), key)
+        if kind == "item" and isinstance(holder, dict) and not ConstantVariable.is_literal(key):
+            raise Unguarded(f"{place}, which is found by a key that cannot be watched")
         if kind == "item":
             return s.DictGetItemSource(base, key) if isinstance(holder, dict) else s.GetItemSource(base, key)
         unbound = isinstance(holder, type) and isinstance(_static(holder, key), classmethod)
