@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from moe_compile.loops.rows import Listener
 from moe_compile.passes.aten.sources import code_of
 from moe_compile.passes.aten.spelled import spell
 from moe_compile.passes.recover.odd import _odd
+from moe_compile.passes.recover.successive import successive
 from moe_compile.report import Report, _current_call, collecting
 
 torch.set_num_threads(1)
@@ -681,6 +683,21 @@ class ArgmaxTwice(OneAfterAnother):
 
 
 @torch.no_grad()
+def test_products_between_two_choices_are_not_counted() -> None:
+    """Of 250 experts each has a mask of the first choice and a product that reads it; the second choice is among what is left."""
+    g = fx.Graph()
+    scores = g.placeholder("scores")
+    first = g.call_function(torch.ops.aten.argmax.default, (scores, -1))
+    masks = [g.call_function(torch.ops.aten.eq.Scalar, (first, e)) for e in range(250)]
+    for m in masks:
+        g.call_function(torch.ops.aten.mm.default, (m, scores))
+    left = g.call_function(torch.ops.aten.masked_fill.Scalar, (scores, masks[0], 0.0))
+    g.output(g.call_function(torch.ops.aten.argmax.default, (left, -1)))
+    scores.meta["val"] = left.meta["val"] = torch.empty(6, 250, device="meta")
+    found = successive(first)
+    assert found is not None and "(2 times)" in found.reason
+
+
 def test_two_choices_in_one_tensor_of_ids_are_fused() -> None:
     assert len(told(ArgmaxTwice()).blocks) == 1
 

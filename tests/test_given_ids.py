@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single
 
 import moe_compile
 from moe_compile import exchange
+from moe_compile.passes.recover.given_ids import choosers
 from moe_compile.report import Report
 
 E, K, H, I, T = 4, 2, 16, 16, 9
@@ -280,6 +282,22 @@ def test_input_ids_of_a_model_are_no_experts() -> None:
 
     _, report = compiled(f, torch.randint(0, 8, (2, 5)), torch.randn(8, H), torch.randn(3, 5, H))
     assert not report.blocks and not report.rejected
+
+
+def test_what_rows_are_looked_up_in_is_walked_once() -> None:
+    """y = y * y, sixty times, has 2^60 ways down to the input: weights and their masks are found on none of them, or on the first."""
+    v = torch.empty(E, I, H, device="meta")
+    for weights_below in (False, True):
+        g = fx.Graph()
+        y = g.placeholder("y")
+        y = y if weights_below else g.call_function(torch.sin, (y,))
+        ids = g.placeholder("ids")
+        for _ in range(60):
+            y.meta["val"] = v
+            y = g.call_function(torch.ops.aten.mul.Tensor, (y, y))
+        y.meta["val"], ids.meta["val"] = v, torch.zeros(T, dtype=torch.int64)
+        g.output(g.call_function(torch.ops.aten.index.Tensor, (y, [ids])))
+        assert list(choosers(g)) == ([ids] if weights_below else [])
 
 
 def test_evaluate_world_is_the_undivided_experts() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moe_compile
 from moe_compile.ir.stored import Exponent
+from moe_compile.passes.recover import packed
 
 E, K, H, I, G = 2, 1, 16, 8, 4
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -212,3 +214,18 @@ def test_codes_across_words_are_told_as_that() -> None:
 
 def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="moe_fused", options={"inner": "eager"})
+
+
+def test_a_table_for_each_half_of_a_byte_is_no_table() -> None:
+    """The near miss beside it: two tables that are operands are read as two, though nothing is known of what they hold."""
+
+    def f(words: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([a[(words & 15).long()], b[(words >> 4).long()]], -1).flatten(-2)
+
+    words, a, b = torch.zeros(E, H, I, dtype=torch.uint8), torch.randn(16), torch.randn(16)
+    for graph, tables in ((make_fx(f)(words, a, b).graph, 2), (make_fx(lambda words, a: f(words, a, a))(words, a).graph, 1)):
+        leaf, *_ = given = [n for n in graph.nodes if n.op == "placeholder"]
+        (out,) = (n.args[0] for n in graph.nodes if n.op == "output")
+        assert len(given) == 1 + tables
+        found = packed.read(out, leaf, None, E)
+        assert found is None if tables == 2 else found is not None and found.table is given[1]

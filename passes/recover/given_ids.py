@@ -6,6 +6,7 @@ They are found from what they choose: rows of a stack of weights, the groups of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -65,15 +66,18 @@ def _holds_integers(n: object) -> bool:
 
 def _is_stack(n: object) -> bool:
     """Whether a tensor is weights of several experts, [E, ·, ·], given or made of codes, or such and another added or multiplied."""
-    if not isinstance(n, fx.Node):
-        return False
-    v = example_value(n)
-    if not isinstance(v, torch.Tensor) or v.ndim != 3 or not v.dtype.is_floating_point:
-        return False
-    source = through(n, names.VIEW | names.CAST)
-    if op_name(source) in _ADAPTED and any(map(_is_stack, source.args[:2])):
-        return True
-    return _is_given(source) or _is_made_of_codes(source)
+    made = (through(x, names.VIEW | names.CAST) for x in reached(filter(_has_matrices, [n]), _adapted_from, _MOST))  # type: ignore[arg-type]
+    return any(_is_given(x) or _is_made_of_codes(x) for x in made)
+
+
+def _has_matrices(n: object) -> bool:
+    v = example_value(n) if isinstance(n, fx.Node) else None
+    return isinstance(v, torch.Tensor) and v.ndim == 3 and v.dtype.is_floating_point
+
+
+def _adapted_from(n: fx.Node) -> Iterable[Any]:
+    n = through(n, names.VIEW | names.CAST)
+    return filter(_has_matrices, n.args[:2]) if op_name(n) in _ADAPTED else ()
 
 
 def _is_given(n: fx.Node) -> bool:

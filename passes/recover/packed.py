@@ -144,7 +144,8 @@ def _read(n: fx.Node, leaf: fx.Node, expert: int | None, stacked: bool) -> Readi
     if stacked and expert is not None and v.numel() * words.shape[0] % words.numel():
         return None
     tables = [x for x in made_of(n) if x.op == "placeholder" and x is not leaf]
-    given: dict[fx.Node, Any] = {t: torch.randperm(t.meta["val"].shape[0], generator=_generator(0)).double() + 0.5 for t in tables}
+    drawn = (torch.randperm(t.meta["val"].shape[0], generator=_generator(i)) for i, t in enumerate(tables))  # no two tables alike
+    given: dict[fx.Node, Any] = {t: numbers.double() + 0.5 for t, numbers in zip(tables, drawn, strict=True)}
     runs: list[tuple[Tensor, Tensor]] = []
     for turn in range(_turns(words, stacked)):
         given[leaf] = _words(tuple(words.shape), words.dtype, stacked, turn)

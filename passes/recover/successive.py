@@ -29,8 +29,8 @@ def _leads(first: fx.Node, later: fx.Node) -> bool:
     sizes = [_experts(n) for n in (first, later)]
     if None in sizes or sizes[0] != sizes[1]:
         return False
-    # not behind products: another layer's router reads what experts gave
-    made = reached([first], lambda n: n.users if n is first or op_name(n) not in names.CONTRACTION else (), _MOST)
+    # not by way of products, which do not count either: another layer's router reads what experts gave
+    made = reached([first], lambda n: (u for u in n.users if u is later or op_name(u) not in names.CONTRACTION), _MOST)
     return any(n is later for n in made if n is not first)
 
 

@@ -46,3 +46,16 @@ def test_positive(name: str) -> None:
 @pytest.mark.parametrize("name", NOT)
 def test_not_positive(name: str) -> None:
     assert not said(NOT[name]) and smallest(NOT[name]) <= 0
+
+
+def test_every_node_is_looked_at_once() -> None:
+    """x * x, 23 times: 2^23 ways down, to numbers that are positive, to any, and to such as a condition makes -inf."""
+
+    def squared(x: Tensor) -> Tensor:
+        for _ in range(23):
+            x = x * x
+        return x
+
+    assert said(lambda x, m: squared(torch.sigmoid(x)))
+    assert said(lambda x, m: squared(x).softmax(-1))
+    assert not said(lambda x, m: squared(x.masked_fill(m, -torch.inf)).softmax(-1))
