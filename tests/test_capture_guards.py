@@ -16,8 +16,11 @@ import torch
 from captured import Counter, H, Loop, compiled
 from torch import Tensor
 
+from moe_compile.ir import Rejection
+from moe_compile.loops.guards import Guards, Unguarded
 from moe_compile.loops.libraries import is_plain_instance
-from moe_compile.loops.places import mark
+from moe_compile.loops.places import MODULE, Place, mark
+from moe_compile.loops.sealed import Sealed
 from moe_compile.report import collecting
 
 SCALE = 1.0
@@ -177,6 +180,38 @@ class Holder:
         return self.value
 
 
+class Asked(Holder):
+    def __call__(self) -> float:
+        return getattr(self, "later", self.value)  # type: ignore[no-any-return]
+
+
+class Called(Holder):
+    def __call__(self) -> float:
+        return self.value
+
+
+class Sizes(enum.Enum):
+    BOTH = [1.0]  # noqa: RUF012
+    FOUR = (4.0, "four")
+
+
+class Kind(enum.Enum):
+    ONE = 1.0
+
+    @property
+    def scale(self) -> float:
+        return SCALE
+
+
+class Looks:
+    def __get__(self, of: Holder, _: type) -> float:
+        return of.value
+
+
+class Looked(Holder):
+    scale = Looks()
+
+
 class OfWhatever(Plain):
     """What the loop reads is one value, which is replaced or changed as a whole."""
 
@@ -197,11 +232,13 @@ def call(f: Callable[[], float]) -> float:
     return f()
 
 
-# (what is read, how, what takes its place, whether the loop is captured)
+# (what is read, how, what takes its place or changes it, whether the loop is captured)
 WHOLE: dict[str, tuple[Any, Callable[[Any], float], Any, bool]] = {
-    "enum": (Size.ONE, lambda v: v.value, Size.TWO, True),
+    "enum": (Size.ONE, lambda v: 1.0 if v is Size.ONE else v.value, Size.TWO, True),
     "bound method": (Holder(1.0).get, call, Holder(3.0).get, True),
-    "function's attribute": (held, call, None, True),
+    "function's attribute": (held, call, lambda v: setattr(v, "value", 3.0), True),
+    "a name that nobody has": (Asked(1.0), call, lambda v: setattr(Asked, "later", 3.0), True),
+    "what is called without its name": (Called(1.0), call, lambda v: setattr(Called, "__call__", lambda self: 3.0), True),
     "deque": (collections.deque([1.0]), lambda v: v[0], None, False),
 }
 
@@ -217,10 +254,10 @@ def test_values_that_are_read_as_a_whole(what: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(f(x), m(x))
         assert counter.ops == captured
-        if other is not None:
+        if isinstance(other, types.LambdaType):
+            other(value)
+        elif other is not None:
             m.value = other
-        elif what == "function's attribute":
-            held.value = 3.0  # type: ignore[attr-defined]
         else:
             value[0] = 3.0
         torch.testing.assert_close(f(x), m(x))
@@ -245,6 +282,25 @@ def test_a_mark_tells_what_code_would_notice() -> None:
     assert mark(one) != before
     one.__code__ = old
     assert mark(one) == before
+
+
+def test_which_enums_are_values() -> None:
+    """A list may change, and a property reads what it likes: nothing would watch either."""
+    assert all(map(is_plain_instance, (Size.ONE, Sizes.FOUR, enum.IntEnum("N", "A").A)))
+    assert not any(map(is_plain_instance, (Sizes.BOTH, Kind.ONE)))
+    place = Place(MODULE).attr("kind")
+    assert Sealed().copy(Size, place) is Size
+    for v in (Kind.ONE, Kind, Sizes):
+        with pytest.raises(Rejection, match="an Enum with methods or properties of its own"):
+            Sealed().copy(v, place).ONE  # noqa: B018
+
+
+def test_what_a_descriptor_looks_up_is_not_watched() -> None:
+    """Asking its class for it, as a guard would, raised in the middle of compiling."""
+    effects = types.SimpleNamespace(id_to_variable={})
+    tx = types.SimpleNamespace(output=types.SimpleNamespace(side_effects=effects))
+    with pytest.raises(Unguarded, match=r"self\.scale, which a descriptor looks up"):
+        Guards(tx, {MODULE: Looked(1.0)}, {}).install([Place(MODULE).attr("scale")])
 
 
 def test_what_of_numpy_is_a_value() -> None:

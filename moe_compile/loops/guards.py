@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import functools
 import sys
 import types
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .libraries import home, is_library, notes_reads
+from .libraries import enum_state, home, is_library, notes_reads
 from .places import MISSING, MODULE, PLAIN, Place, Space, find, own_attribute
 
 _DEPTH, _MOST = 4, 256
@@ -48,6 +49,8 @@ class Guards:
 
     def install(self, reads: Iterable[Place]) -> None:
         """Guard every place, and where it is found in an object of a class, that the object has no such name of its own."""
+        from torch._dynamo.guards import GuardBuilder
+
         reads = list(reads)
         pending = _Pending(self.tx)
         for place in reads:
@@ -56,18 +59,25 @@ class Guards:
         for place in reads:
             value, holder = find(place, self.roots), find(place.holder, self.roots) if place.steps else MISSING
             kind, name = place.steps[-1] if place.steps else ("", "")
+            if kind == "attr" and value is MISSING and holder is not MISSING:
+                self._guard(place.holder, functools.partial(GuardBuilder.HASATTR, attr=name))
+                continue
             if kind == "attr" and not isinstance(holder, type) and own_attribute(holder, name) is MISSING and hasattr(holder, "__dict__"):
-                self._absent(place.holder, name)
-                if value is MISSING or (type(holder), name) in done or is_library(home(type(holder))):
+                self._own(place, holder, name)
+                if (type(holder), name) in done or is_library(home(type(holder))):
                     continue
                 done.add((type(holder), name))
                 place = place.holder.type().attr(name)
             self._value(place, value)
 
-    def _absent(self, place: Place, name: str) -> None:
+    def _own(self, place: Place, holder: Any, name: str) -> None:
+        """Guard that an object has no such name of its own. Raises `Unguarded` where code of the user's looks it up."""
         from torch._dynamo.guards import GuardBuilder
 
-        self._guard(place, functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name))
+        of = type(_static(type(holder), name))
+        if hasattr(of, "__get__") and not is_library(home(of)):
+            raise Unguarded(f"{place}, which a descriptor looks up")
+        self._guard(place.holder, functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name))
 
     def _guard(self, place: Place, kind: Any) -> None:
         from torch._dynamo.guards import install_guard
@@ -99,6 +109,10 @@ class Guards:
             self._guard(place, GuardBuilder.TYPE_MATCH)
             for name in ("__func__", "__self__") if isinstance(v, types.MethodType) else ("func", "args", "keywords"):
                 self._value(place.attr(name), getattr(v, name), depth)
+        elif isinstance(v, enum.Enum):
+            self._guard(place, GuardBuilder.ID_MATCH)
+            for name, x in enum_state(v).items():
+                self._value(place.attr(name), x, depth)
         else:  # what was read of an object that notes it has a place of its own
             self._guard(place, GuardBuilder.TYPE_MATCH if notes_reads(v) else GuardBuilder.ID_MATCH)
 

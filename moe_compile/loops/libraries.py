@@ -115,6 +115,7 @@ def is_library(name: str | None) -> bool:
     return top in ("torch", "moe_compile") or top in _PURE or top in sys.stdlib_module_names or top == "__builtin__"
 
 
+OF_ENUMS = "an Enum with methods or properties of its own, or whose values can change"
 PLAIN_OBJECTS = (types.SimpleNamespace, argparse.Namespace)
 _NATIVE = "pybind11_builtins"  # the module of C++ classes' own class
 
@@ -197,7 +198,7 @@ def is_plain_instance(v: Any) -> bool:
     """Whether an object of a library's class is a value, or computes and keeps nothing."""
     cls = type(v)
     if isinstance(v, enum.Enum):
-        return not any(isinstance(f, types.FunctionType) and not is_library(home(f)) for c in cls.__mro__ for f in vars(c).values())
+        return not any(_is_code(f) for c in cls.__mro__ for f in vars(c).values()) and all(map(_is_fixed, enum_state(v).values()))
     if v is Ellipsis or v is NotImplemented or isinstance(v, (range, slice, torch.finfo, torch.iinfo, torch.layout, torch.memory_format)):
         return True
     if cls.__module__.startswith(("torch.autograd.grad_mode", "torch.amp", "torch.cuda.amp")) or isinstance(v, torch.jit.ScriptFunction):
@@ -205,6 +206,27 @@ def is_plain_instance(v: Any) -> bool:
     if cls.__name__ == "_tuplegetter":  # the names of a named tuple's items
         return True
     return cls.__module__ in ("typing", "types", "operator", "re", "dataclasses") or _is_numpy_value(v)
+
+
+def enum_state(v: enum.Enum) -> dict[str, Any]:
+    """The value of an enum's member, and attributes of its own."""
+    return {k: x for k, x in vars(v).items() if k not in ("_name_", "__objclass__", "_sort_order_")}
+
+
+def _is_code(f: Any) -> bool:
+    """Whether what a class holds is the user's code, a method or a property."""
+    parts = (f, *(getattr(f, n, None) for n in ("__func__", "fget", "func")))
+    return any(isinstance(g, types.FunctionType) and not is_library(home(g)) for g in parts)
+
+
+def _is_fixed(v: Any) -> bool:
+    """Whether a value of an enum's member can not change, all the way down."""
+    if isinstance(v, (tuple, frozenset)):
+        return all(map(_is_fixed, v))
+    if isinstance(v, enum.Enum):
+        return is_plain_instance(v)
+    is_name = isinstance(v, (type, types.FunctionType, types.BuiltinFunctionType)) and is_library(home(v)) and why_not(v, "") is None
+    return is_name or isinstance(v, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
 
 
 def notes_reads(v: Any) -> bool:

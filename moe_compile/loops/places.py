@@ -6,6 +6,7 @@ alike?), turned into one of Dynamo's sources (`guards`), and said in the user's 
 
 from __future__ import annotations
 
+import enum
 import functools
 import types
 import weakref
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .libraries import notes_reads
+from .libraries import enum_state, notes_reads
 
 MODULE, FUNCTION = "self", "function"  # roots: the module and the function of a call; an argument is the root "argument NAME"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -207,6 +208,8 @@ def mark(v: Any, depth: int = 4) -> Any:
         return type(v)  # what was read of an object has a place of its own
     if depth and isinstance(v, functools.partial):
         return type(v), tuple(mark(x, depth - 1) for x in (v.func, v.args, v.keywords))
+    if isinstance(v, enum.Enum):
+        return _Same(v), tuple(mark(x, depth - 1) for x in enum_state(v).values()) if depth else ()
     if isinstance(v, types.MethodType):
         return mark(v.__func__), mark(v.__self__, depth)
     if isinstance(v, types.FunctionType):

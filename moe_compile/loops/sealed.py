@@ -8,6 +8,7 @@ the code asks for them, and noted: `reads` holds every place that an answer came
 from __future__ import annotations
 
 import collections
+import enum
 import functools
 import types
 import weakref
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..ir import Rejection
 from . import rows, sealed_code
 from .fewer import Fewer
-from .libraries import Forbidden, home, is_library, is_plain_instance, reference_of, safe_builtins, why_not
+from .libraries import OF_ENUMS, Forbidden, home, is_library, is_plain_instance, reference_of, safe_builtins, why_not
 from .places import FUNCTION, PLAIN, Place
 
 _MOST = 50_000  # objects that are copied
@@ -106,6 +107,8 @@ class Sealed:
             return self._object(v, place)
         if is_plain_instance(v):
             return v
+        if isinstance(v, enum.Enum):
+            return self.forbid(f"it uses {place}, {OF_ENUMS}")
         if not is_library(home(type(v))):
             return self._object(v, place)
         if isinstance(v, (*_CONTAINERS, tuple, frozenset)):

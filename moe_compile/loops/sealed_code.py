@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib.util
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from ..ir import Rejection
 from ..passes.aten.sharded import sharded_class
 from . import rows
-from .libraries import PLAIN_OBJECTS, Forbidden, home, instead, is_library, only_asked, why_not
+from .libraries import OF_ENUMS, PLAIN_OBJECTS, Forbidden, home, instead, is_library, is_plain_instance, only_asked, why_not
 from .places import PLAIN, Place, Space
 
 MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's own code looks up in every module
@@ -23,6 +24,7 @@ MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's ow
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
 _OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
 _OF_THE_METACLASS = {"_backward_cls"}  # what `torch.autograd.function.FunctionMeta` makes for every class, which points back at it
+_UNASKED = {f"__{n}__" for n in ("call", "getitem", "len", "iter", "next", "contains", "bool", "enter", "exit")}
 _PROXIES = ("torch", "numpy", "contextlib", "math")  # libraries of which some names may be used and others not
 
 
@@ -221,6 +223,9 @@ class Code:
             return self.world.forbid(reason) if reason else cls
         if not is_library(home(type(cls))) or "__getattribute__" in vars(cls):
             return self.world.forbid(f"{cls.__name__} makes its instances or looks up their attributes in a way of its own")
+        if issubclass(cls, enum.Enum):
+            plain = all(map(is_plain_instance, cls.__members__.values()))
+            return cls if plain else self.world.forbid(f"it uses {place}, {OF_ENUMS}")
         bases = [self.world.copy(b, place.attr("__mro__").item(i)) for b in cls.__bases__ for i in [cls.__mro__.index(b)]]
         if any(type(b) is Forbidden for b in bases):
             return next(b for b in bases if type(b) is Forbidden)
@@ -242,6 +247,8 @@ class Code:
         for k in names:
             if k.startswith("__") and not (of_instance and k in ("__init__", "__new__")):  # Python calls these without asking by name
                 self._use(vars(new).get(k))
+            if k in _UNASKED and isinstance(names[k], types.FunctionType):
+                self.world.reads.add(place.attr(k))
         return new
 
     def _of_class(self, v: Any, place: Place, own: types.CellType) -> Any:

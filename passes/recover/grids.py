@@ -86,7 +86,7 @@ def split(weights: Sequence[Term]) -> Parts | None:
     exponents = divided = False
     for f in whole:
         if (inner := _divisor(f)) is not None and scale is None:
-            scale, divided = inner, True
+            scale, divided, exponents = inner, True, is_packed(inner)
         elif f.op == "fn" and f.args[0] == "exp2" and is_packed(f.args[1][0]) and scale is None:
             scale, exponents = f.args[1][0], True
         elif f.op == "add" and (taken := _less_zero(f)) is not None and zero is None:
