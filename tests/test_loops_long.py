@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moe_compile
 from moe_compile import backend
 from moe_compile.loops import capture
-from moe_compile.loops.bench import NoExperts
+from moe_compile.loops.bench import Unrolls
 from moe_compile.loops.fewer import MANY
 from moe_compile.loops.readers import UNROLLED
 
@@ -131,7 +131,7 @@ def test_what_was_tried_is_not_traced_again_for_it(monkeypatch: pytest.MonkeyPat
     graphs: list[int] = []
     kept = backend.flags.check
     monkeypatch.setattr(backend.flags, "check", lambda gm, missed: graphs.append(len(missed)) or kept(gm, missed))
-    assert compiled(FromOnes(3), monkeypatch) == [NoExperts] and graphs == [1]
+    assert compiled(FromOnes(3), monkeypatch) == [Unrolls] and graphs == [1]
     assert moe_compile.last_report().rejected[0].stage == "experts"
 
 
