@@ -248,6 +248,13 @@ def test_the_reason_names_what_is_written() -> None:
     assert any("writes to self.stats.rows" in r.reason for r in report.rejected), str(report)
 
 
+def test_what_is_held_and_not_asked_for_is_no_reason() -> None:
+    """The near miss: locks, queues and counters stand in the module, and the loop uses none of them."""
+    m, counter, x = effect(lambda self, e, n: None)(), Counter(), torch.randn(9, H)
+    torch.testing.assert_close(compiled(m, counter)(x), m(x))
+    assert counter.ops == 1
+
+
 # ---- what torch keeps --------------------------------------------------------------------------------------------------
 
 

@@ -247,7 +247,7 @@ class Code:
         for k in names:
             if k.startswith("__") and not (of_instance and k in ("__init__", "__new__")):  # Python calls these without asking by name
                 self._use(vars(new).get(k))
-            if k in _UNASKED and isinstance(names[k], types.FunctionType):
+            if k in _UNASKED and type(names[k]) is types.FunctionType:  # what is forbidden refuses where it is asked for its class
                 self.world.reads.add(place.attr(k))
         return new
 
