@@ -24,6 +24,7 @@ MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"}  # what torch's ow
 _BEHIND = {"__dict__", "__globals__", "__closure__", "__code__", "__subclasses__", "__builtins__", "__mro__", "gi_frame", "f_back"}
 _OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # whose parts may be the user's
 _OF_THE_METACLASS = {"_backward_cls"}  # what `torch.autograd.function.FunctionMeta` makes for every class, which points back at it
+# What Python looks up in an object's class by itself, past `__getattribute__`, so that nothing else notes that it was read.
 _UNASKED = {f"__{n}__" for n in ("call", "getitem", "len", "iter", "next", "contains", "bool", "enter", "exit")}
 _PROXIES = ("torch", "numpy", "contextlib", "math")  # libraries of which some names may be used and others not
 
