@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ..target import Target
-from . import capability, pairs, short
+from . import capability, coded_tiles, pairs, short
 
 short.define(ops.library, ops.anywhere.IMPLEMENTATIONS, ops.shapes.SHAPES)
 
@@ -33,7 +33,7 @@ TARGET = Target(
     straight=short.call,
     router_tokens=capability.ROUTER_TOKENS,
     decodes=capability.decodes,
-    alone_tokens=64,  # with more a library multiplies floats of the one matrix: nobody has timed our kernels beside that
+    alone_tokens=coded_tiles.FEW_OF_ONE,  # with more, floats of the one matrix and a library's product are faster
     coded=True,
     missing=capability.missing,
 )

@@ -18,7 +18,7 @@ from ...ir.records import Layout, Storage
 from ..reference import generic
 from . import activation, coded_gemm, codes_kernels, gemm, hopper_coded_calls, hopper_float8_calls, rounding
 from .call import Late
-from .coded_tiles import DECODING, FLOAT8, TWO_PARTS_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
+from .coded_tiles import DECODING, FEW_OF_ONE, FLOAT8, TWO_PARTS_FROM, Choice, Tile, Vector, decoding, of_bytes, of_halves
 from .codes import NO_SCALE, Codes, read
 from .combine import combine, early_launch
 from .dispatch import Dispatch, dispatch
@@ -295,7 +295,7 @@ def choose(c: Coded) -> Choice | None:
         up = FLOAT8 if hopper_float8_calls.fits(c.x, c.up, c.rows[0]) else up
         if c.rows[1] is not None or rows > TWO_PARTS_FROM:
             down = FLOAT8 if hopper_float8_calls.fits(c.x, c.down, c.rows[1]) else down
-        choice = Choice(up, down, _vectors(c) if tokens <= FEW else None)
+        choice = Choice(up, down, _vectors(c) if tokens <= (FEW_OF_ONE if c.layout.num_experts == 1 else FEW) else None)
     if choice.few is None and not (fits(c.up, choice.up.bk) and fits(c.down, choice.down.bk)):
         return None
     return choice

@@ -47,6 +47,7 @@ class Choice:
     few: tuple[Vector, Vector] | None = None
 
 
+FEW_OF_ONE = 8  # tokens of the few-token pair where there is one expert: a grid of tiles of one expert leaves processors idle
 DECODING = Tile(128, 128, 64, 4, 3, 8, hopper=True)
 FLOAT8 = Tile(128, 128, 64, 8, 3, 8, float8=True)
 TWO_PARTS_FROM = 12  # rows an expert from which hidden rows in two parts pay: they cost a launch; tokens do always
