@@ -113,3 +113,19 @@ def test_kernels_of_the_cpu_beside_others() -> None:
     chained = {(r["dtype"], r["tokens"]): f"{r['loop over op']:.2f}" for r in data("cpu_chained.json")["rows"]}
     for dtype, *cells in table("docs/cpu.md", "| S | 1 token |"):
         assert cells == [chained[dtype, tokens] for tokens in (1, 4, 16, 128)], dtype
+
+
+def test_a_shared_expert_in_few_bits_on_a_gpu() -> None:
+    known: dict[tuple[str, int], dict[str, float]] = {}
+    for p in points("cuda_shared_stored_nvidia_h200.json"):  # the first run, then the second
+        known[p["scheme"], p["tokens"]] = p["us"] if p["run"] == 2 else known.get((p["scheme"], p["tokens"]), p["us"])
+    for what, *cells in table("docs/kernels.md", "| | T = 1 | 4 | 8 |"):
+        scheme = {"float8": "fp8", "int4": "int4", "W8A8": "w8a8"}[what.partition(",")[0]]
+        for tokens, cell in zip((1, 4, 8, 16, 64, 128, 256), cells, strict=True):
+            us = known.get((scheme, tokens))
+            said = [float(v.strip(" *")) for v in cell.split("/")] if cell != "–" else None
+            assert (
+                said is None
+                if us is None
+                else said and all(abs(v - us[n]) <= 0.051 for v, n in zip(said, ("ours", "inductor"), strict=True))
+            )
