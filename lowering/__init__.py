@@ -28,6 +28,7 @@ log = logging.getLogger("moe_compile")
 def own() -> Mapping[str, Target]:
     """The targets of this package, by name, their kernels registered."""
     found = {}
+    _never_traced()
     for module in pkgutil.iter_modules(__path__):
         target = getattr(importlib.import_module(f".{module.name}", __name__), "TARGET", None) if module.ispkg else None
         if target is not None:
@@ -77,6 +78,14 @@ def _home(entry: EntryPoint) -> str:
     """The top package of an entry point's module, or the module itself where it stands alone."""
     top = importlib.import_module(entry.module.partition(".")[0])
     return str(top.__path__[0] if hasattr(top, "__path__") else top.__file__)
+
+
+def _never_traced() -> None:
+    """Kernels in Python are no code of the user's: in `loss.backward()` of a compiled training step Dynamo would compile them."""
+    from torch._dynamo import trace_rules
+
+    for module in (__name__, ops.autograd.__name__, ops.anywhere.__name__):
+        trace_rules.add(module)
 
 
 def _registered(target: Target, *home: str) -> Target:

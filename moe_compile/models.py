@@ -25,12 +25,13 @@ from . import lowering, passes
 from .errors import NotFused, OptionError
 from .tiny import TOKENS, NoSuchModel, build, build_full, field, model_of
 
-WHAT = "a transformers type (qwen3_moe), a config.json or the folder of a checkpoint, or FILE.py:NAME with --shape"
+WHAT = "a transformers type (qwen3_moe), a config.json, the folder or cached hub id of a checkpoint, or FILE.py:NAME with --shape"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `load` reads."""
-    parser.add_argument("--model", required=True, metavar="MODEL", help=WHAT)
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=WHAT)
+    parser.add_argument("--model", default="", metavar="MODEL", help="the same")
     parser.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of a configuration, an argument of a class"
@@ -45,6 +46,8 @@ def load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     A configuration is built at its true size, on the meta device; a type small, with random weights, unless `--full` is given.
     Raises ImportError without transformers where it is needed, and ValueError that names what was given and what is allowed.
     """
+    if not args.model:
+        raise ValueError(f"no model was named; MODEL or --model takes {WHAT}")
     path, colon, name = args.model.rpartition(":")
     if not colon and name.endswith(".py"):
         path, name = name, ""
@@ -125,7 +128,7 @@ def check_file(path: Path | None, option: str, kinds: Sequence[str] = ()) -> Non
 
 def _of_type(name: str, full: bool, fields: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     if "/" in name or "\\" in name or name.endswith(".json"):
-        raise NoSuchModel(f"there is no {name!r} here, and nothing is downloaded: --model takes {WHAT}")
+        raise NoSuchModel(f"there is no {name!r} here, and nothing is downloaded: MODEL takes {WHAT}")
     return build_full(name, fields) if full else build(name)
 
 
@@ -138,7 +141,19 @@ def _config_file(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise NoSuchModel(f"the folder {name} holds no config.json")
         return path / "config.json"
-    return path if path.is_file() and path.suffix == ".json" else None
+    if path.is_file():
+        return path if path.suffix == ".json" else None
+    return _cached(name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
+def _cached(hub_id: str) -> Path | None:
+    """config.json of a checkpoint that was downloaded once."""
+    with contextlib.suppress(ImportError):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(hub_id, "config.json")
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def _of_config(path: Path, fields: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:

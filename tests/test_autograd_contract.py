@@ -250,3 +250,21 @@ def test_the_experts_op_keeps_tokens_where_a_gradient_reads_them(reads: str) -> 
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y.sum(), wanted)
+
+
+def test_a_compiled_training_step_compiles_no_kernels_of_ours() -> None:
+    """Verdict: fused; backward inside of the compiled function runs under Dynamo, which must pass by kernels written in Python."""
+    module, x = Block(), torch.randn(T, H)
+    twin = copy.deepcopy(module)
+
+    def step(m: nn.Module) -> None:
+        m(x).square().sum().backward()
+
+    torch._dynamo.reset()
+    with collecting() as report:
+        torch.compile(step, backend="moe_fused", options={"inner": "eager"})(module)
+        step(twin)
+    for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert not difference_problem(mine.grad, theirs.grad)
+    assert len(report.blocks) == 1 and not report.rejected, told(report)
+    assert [b.source.partition(":")[0].rpartition("/")[2] for b in report.graph_breaks] == ["test_autograd_contract.py"]

@@ -57,13 +57,32 @@ def test_unknown_model_lists_close_ones(capsys):
     assert "qwen3_mo" in err and "qwen3_moe" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["explain", "trace", "bench"])
+def test_no_model_was_named(command, capsys):
+    assert main([command]) == 2
+    assert "no model was named" in capsys.readouterr().err
+
+
+def test_a_hub_id_that_was_downloaded_once(one_block, tmp_path, monkeypatch, capsys):
+    """Told as what it is where it is not here; a config.json in the cache of the hub is taken at its true size."""
+    hub = pytest.importorskip("huggingface_hub")
+    assert main(["explain", "someone/a-moe"]) == 2
+    assert "nothing is downloaded" in capsys.readouterr().err
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": MODEL, "num_hidden_layers": 1, "hidden_size": 64}))
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda name, file: str(config) if (name, file) == ("someone/a-moe", "config.json") else None
+    )
+    assert main(["explain", "someone/a-moe"]) == 0
+
+
 def test_without_transformers(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["explain", "--model", MODEL]) == 2
     assert "pip install" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["explain"], ["explain", "--model", "x", "--target", "tpu"], ["tell"]])
+@pytest.mark.parametrize("argv", [[], ["explain", "--model", "x", "--target", "tpu"], ["explain", "x", "y"], ["tell"]])
 def test_wrong_usage(argv):
     with pytest.raises(SystemExit) as e:
         main(argv)
