@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import moe_compile
 from moe_compile.ir import Rejection
-from moe_compile.ops.summed import of_group
+from moe_compile.ops.summed import memory_of, of_group
 from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
@@ -35,7 +35,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
         yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
         yield "peers / uneven", uneven(rank, mesh)
-    with in_files.peers(rank, mesh.get_group(), size=64) as files:
+    with in_files.peers(rank, mesh.get_group(), size=memory_of(32)) as files:
         yield "peers / too small", too_small(rank, mesh.get_group(), files)
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
@@ -74,7 +74,7 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, 
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
         "fewer tokens": cells.worst(run(xs[0 if shared else rank][2:]), one(xs[0 if shared else rank][2:])) if dynamic else 0.0,
         "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
-        "through memory": getattr(getattr(of_group(mesh.get_group().group_name), "handle", None), "waits", 0) > 0,
+        "through memory": (found := of_group(mesh.get_group().group_name)) is not None and int(found.count[0]) > 0,
     }
 
 
@@ -98,17 +98,17 @@ def uneven(rank: int, mesh: Any) -> dict[str, str]:
 def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:
     """Rows that a group's memory does not hold: collectives, behind the numbers of tokens, which it does hold."""
     each = [torch.randn(4, 8, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
-    own, head = each[rank].clone().requires_grad_(), torch.full((5, 4), 4, dtype=torch.int32)
-    rows, _ = torch.ops.moe_compile.rows_gathered(own, head, group.group_name)
+    own, none = each[rank].clone().requires_grad_(), torch.empty(4, 0, dtype=torch.int32)
+    rows, *_ = torch.ops.moe_compile.rows_gathered(own, none, none.float(), group.group_name)
     out = torch.ops.moe_compile.summed_rows(rows * (rank + 1), group.group_name)
     (out * 2).sum().backward()
     times = sum(range(1, group.size() + 1))
     off = max(
         cells.worst(rows, torch.cat(each)), cells.worst(out, own.detach() * times), cells.worst(own.grad, torch.full_like(own, 2.0 * times))
     )
-    met, told = files.waits, ""
+    met, told = int(files.count[0]), ""
     try:
-        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), head[rank:], group.group_name)
+        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), none[rank:], none[rank:].float(), group.group_name)
     except RuntimeError as e:
         told = str(e)
     return {"off": off, "met": met, "uneven": told}
