@@ -35,7 +35,8 @@ SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}  # of use where ranks
 STAGES = {
     "one": 200,
     "few": 200,
-    "layers": 480,
+    "decode_own": 300,
+    "prefill_own": 300,
     "sums": 120,
     "travel": 120,
     "training": 420,
@@ -45,6 +46,7 @@ STAGES = {
     "travel_deepseek": 120,
     "dead": 60,
     "block_deepseek": 240,
+    "layers": 480,
     "big": 240,
 }
 # (stage, what, side, cards) -> µs, or x of another row's time ("ratio"); set for H100s
@@ -57,6 +59,8 @@ TARGETS: dict[tuple[str, str, str, int], tuple[str, float]] = {
     ("one", "block, shared, T=1", "divided", 2): ("us", 42),
     ("layers", "decode", "divided", 2): ("ratio", 0.60),
     ("layers", "prefill", "divided", 2): ("ratio", 0.62),
+    ("decode_own", "decode", "divided, half of the batch on each rank", 2): ("ratio", 0.60),
+    ("prefill_own", "prefill", "divided, half of the batch on each rank", 2): ("ratio", 0.62),
     ("training", "FSDP2 x EP2, tokens/s", "transformers all_to_all, inductor", 4): ("ours over theirs", 1.25),
 }
 
@@ -68,6 +72,7 @@ def main() -> None:
     p.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     p.add_argument("--seconds", type=float, default=1e9, help="for all stages together: what does not fit is left for the next run")
     p.add_argument("--beside", type=int, default=1, help="stages at a time: they compile side by side, and are timed one by one")
+    p.add_argument("--turn", type=Path, help="a file that runs beside this one are given too: all of them are timed one by one")
     p.add_argument("--again", action="store_true", help="stages that are there already, too")
     p.add_argument("--tiny", action="store_true")
     p.add_argument("--table", action="store_true")
@@ -75,7 +80,7 @@ def main() -> None:
     until = time.monotonic() + args.seconds
     if not args.table:
         with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.beside) as several:
-            list(several.map(lambda name: stage(args, name, until, turn.name), args.stages))
+            list(several.map(lambda name: stage(args, name, until, str(args.turn or turn.name)), args.stages))
     if args.table or len(args.stages) > 1:
         table(load(args.out)["rows"])
 

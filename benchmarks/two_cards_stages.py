@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -27,6 +28,8 @@ import moe_compile
 from moe_compile import exchange, peers
 from moe_compile.ops import peer_rows, summed
 
+# (peers' memory is written to, workers, chunks) of an exchange through it
+DESIGNS = ((False, 66, 4), (False, 132, 1), (False, 132, 2), (False, 264, 4), (True, 132, 4), (True, 132, 1), (True, 264, 2))
 # experts of all ranks, experts a token, model width, experts' width
 TRINITY, DEEPSEEK, TINY = (128, 8, 2048, 1024), (256, 8, 7168, 2048), (8, 2, 32, 16)
 
@@ -250,14 +253,21 @@ def halves(b: Bench, x: Tensor, ids: Tensor, w: Tensor) -> dict[str, Callable[[]
     memory = summed.of_group(group.group_name)
     assert memory is not None
     part = torch.cat([x] * b.world)
-    return {
+    found: dict[str, Callable[[], Any]] = {
         "  arriving": lambda: exchange.arriving(x, ids, w, group, peers=True),
         "  leaving": lambda: exchange.leaving(part, group, peers=True),
-        "  barrier": memory.wait,
+        "  only a number each": lambda: memory.say(1),
         "  a copy of the rows": lambda: x.clone(),
         "  arriving, NCCL": lambda: exchange.arriving(x, ids, w, group),
         "  leaving, NCCL": lambda: exchange.leaving(part, group),
     }
+    for push, workers, chunks in DESIGNS:
+        how = dataclasses.replace(memory, push=push, workers=workers, chunks=chunks)
+        how.count = memory.count  # one count of calls, as of one object
+        name = f"{'writing to' if push else 'reading from'} peers, {workers} workers, {chunks} chunks"
+        found[f"  arriving, {name}"] = lambda how=how: how.gather(x, ids, w, b.tokens)
+        found[f"  leaving, {name}"] = lambda how=how: how.scatter(part)
+    return found
 
 
 def travel_deepseek(b: Bench) -> None:
@@ -271,16 +281,17 @@ def sums(b: Bench) -> None:
     group = b.mesh.get_group()
     have = peers.join(group, b.device.type)
     memory = summed.of_group(group.group_name)
-    for tokens in (1, 12) if b.tiny else (1, 16, 64, 128, 256, 512, 1024, 4096):
+    for tokens in (1, 12) if b.tiny else (1, 16, 64, 256, 512, 1024, 2048):
         what, x = f"sum, T={tokens}", b.x(tokens, b.rank)
         want = sum(b.x(tokens, r).double() for r in range(b.world))
         ways: dict[str, Callable[[], Tensor]] = {}
         if not b.one_card:
             ways["nccl"] = lambda x=x: fc.wait_tensor(fc.all_reduce(x, "sum", group))
         if memory is not None:
-            own = memory.memory[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
-            ways["one-shot, no wait"] = lambda x=x, own=own: torch.ops.symm_mem.one_shot_all_reduce_copy(own, x, "sum", group.group_name)
             ways |= {way.name: functools.partial(memory.sum, x, way) for way in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT)}
+            pushed = dataclasses.replace(memory, push=not memory.push)
+            pushed.count = memory.count
+            ways[f"ONE_SHOT, {'writing' if pushed.push else 'reading'}"] = functools.partial(pushed.sum, x, summed.Sum.ONE_SHOT)
         ways["op"] = lambda x=x: torch.ops.moe_compile.summed(x, group.group_name)
         for side, f in ways.items():
             took, out = b.time(f), f().clone()
@@ -307,7 +318,8 @@ def dead(b: Bench) -> None:
         torch.ops.moe_compile.summed(b.x(64, 0), group.group_name).sum().item()
     except Exception as e:
         told = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-    b.note(what="a sum whose peer is gone", failed=told, seconds=round(time.monotonic() - start, 1))
+    said = summed.of_group(group.group_name).missing()  # type: ignore[union-attr]
+    b.note(what="a sum whose peer is gone", failed=f"{told}; {said}", seconds=round(time.monotonic() - start, 1))
     os._exit(0)
 
 
