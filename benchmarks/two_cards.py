@@ -8,7 +8,7 @@
 A stage is a group of processes of its own, one a card, that is ended when its limit or `--seconds` is up; what it had found until then is
 kept. Where there are fewer cards than ranks all share one, which says whether what goes through peers' memory is right, and no time. With
 `--beside n` n stages compile at a time, of which one at a time is timed. What a stage measures: `two_cards_stages.py`. Times are in µs of
-replays of a CUDA graph where "graph" is said, else of calls: the least of three medians, the slower rank's. Under --tiny they mean nothing.
+replays of a CUDA graph where "graph" is said, else of calls: the least of five medians, the slower rank's. Under --tiny they mean nothing.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ STAGES = {
     "correct": 200,
     "block": 200,
     "theirs": 240,
+    "block_grad": 200,
     "travel_deepseek": 120,
     "dead": 60,
     "block_deepseek": 240,
@@ -186,6 +187,7 @@ SHOWN = (
     "ours over theirs",
     "off",
     "how",
+    "speed",
     "tokens_per_second",
     "gib",
     "grads",

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from two_cards_stages import TINY, Bench, Block, apart
+from two_cards_stages import TINY, Bench, Block, apart, without_peers
 
 import moe_compile
 
@@ -51,6 +51,31 @@ def training(b: Bench) -> None:
         found[side] = b.tokens * b.world / ms * 1e3
         ratio = {"ours over theirs": found[ours] / found[theirs]} if side == theirs else {}
         b.note(what=what, side=side, tokens_per_second=found[side], **ratio, losses=losses, gib=peaks(b))
+        gc.collect()
+
+
+def block_grad(b: Bench) -> None:
+    """A block and its gradients, 4,096 tokens on each card: undivided, divided through peers' memory and by NCCL. Calls, not graphs."""
+    x = b.x(b.tokens, b.rank).requires_grad_()
+    given = torch.randn(x.shape, device=b.device, dtype=b.dtype, generator=torch.Generator(b.device).manual_seed(1))
+    alone = 0.0
+    for side in ("undivided", "divided", "divided, NCCL"):
+        torch._dynamo.reset()
+        if side.endswith("NCCL"):
+            without_peers(b)
+        m = b.block(None if side == "undivided" else "own")
+        run = b.compiled(m)
+
+        def step(m: nn.Module = m, run: Any = run) -> None:
+            m.zero_grad()
+            x.grad = None
+            run(x).backward(given)
+
+        took = b.time(step, rounds=10, graph=False)
+        alone = alone or took["us"]
+        b.note(what="block and gradients, own, T=4096", side=side, **took, ratio=took["us"] / alone)
+        profile(b, step, f"gradients, {side},")
+        del m, run, step
         gc.collect()
 
 
@@ -88,6 +113,8 @@ def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[lis
         losses.append(round(float(mean) / b.world, 4))
         took.append((time.perf_counter() - start) * 1e3)
     timed.close()
+    again = torch.randint(0, config.vocab_size, (1, b.tokens), generator=torch.Generator().manual_seed(b.rank)).to(b.device)
+    profile(b, lambda: m(input_ids=again, labels=again).loss.backward(), f"step {how} {backend}")
     return losses, b.slower(statistics.median(took[2:]))
 
 
@@ -213,7 +240,7 @@ def profile(b: Bench, run: Callable[[], Any], name: str) -> None:
         torch.cuda.synchronize()
     if b.rank == 0:
         kernels = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
-        b.lines.with_name(name.split(",")[0] + ("_divided" if "divided," in name else "") + ".txt").write_text(kernels)
+        b.lines.with_name("".join(c if c.isalnum() else "_" for c in name)[:40] + ".txt").write_text(kernels)
 
 
 class Last(nn.Module):

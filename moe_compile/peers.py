@@ -1,7 +1,7 @@
 """Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-Only where every rank has `MOE_COMPILE_PEERS=1`: it was never timed on two cards, and what is not measured is no default.
+Left to collectives where a rank has `MOE_COMPILE_PEERS=0`, or where memory is slower than NVLink's; with `MOE_COMPILE_PEERS=1` it may be.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 
 from . import agreement
 from .ops import summed
-from .ops.summed import FLAGS, MOST, Peers, Sum
+from .ops.summed import FLAGS, MESSAGE, MOST, Peers, Sum
 
 log = logging.getLogger("moe_compile")
+NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
 
@@ -56,8 +57,8 @@ def join(group: Any, device_type: str, memory: int = summed.memory_of(summed.SUM
 
 def lacks(group: Any) -> str:
     """What keeps this process from peers' memory for a group; "" for nothing."""
-    if os.environ.get("MOE_COMPILE_PEERS") != "1":
-        return "no MOE_COMPILE_PEERS=1"
+    if os.environ.get("MOE_COMPILE_PEERS") == "0":
+        return "MOE_COMPILE_PEERS=0"
     if group.size() > MOST:
         return f"more than {MOST} ranks"
     if group.group_name in _met:
@@ -88,26 +89,49 @@ def _meet(group: Any, timeout: float, size: int) -> Peers:
     handle.barrier(0, int(timeout * 1000))  # nobody raises a flag before all flags are down
     each = [memory if r == group.rank() else handle.get_buffer(r, [size], torch.uint8) for r in range(group.size())]
     found = Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), each, int(timeout * 1000), kernels)
-    _try(found, device)
+    wrong, speed = _try(found, device), _speed(found)
+    if not wrong and speed < NVLINK and os.environ.get("MOE_COMPILE_PEERS") != "1":
+        wrong = f"{speed / 1e9:.0f} GB/s from card to card: no NVLink? (MOE_COMPILE_PEERS=1 takes it nevertheless)"
+    if wrong:
+        raise RuntimeError(wrong)
     threading.Thread(target=_watch, args=(weakref.ref(found),), name="moe_compile peers", daemon=True).start()
     return found
 
 
-def _try(found: Peers, device: torch.device) -> None:
-    """Raises where an exchange of small numbers is wrong, in either half of the memory."""
-    size, rank = found.size, found.rank
+def _try(found: Peers, device: torch.device) -> str:
+    """What is wrong with an exchange of small numbers, in either half of the memory; "" for nothing. All calls are made whatever is wrong:
+    the other ranks make them too."""
+    size, rank, wrong = found.size, found.rank, []
     ones = torch.full((size, 64), rank + 1.0, device=device)
     every = torch.arange(1.0, size + 1, device=device)
     for _ in range(2):
         for how in (Sum.ONE_SHOT, Sum.TWO_SHOT, Sum.ONE_SHOT):
             if not bool((found.sum(ones, how) == every.sum()).all()):
-                raise RuntimeError(f"a sum through peers' memory ({how.value}) is wrong")
+                wrong.append(f"a sum ({how.value})")
         rows, ids, weights, told, even = found.gather(ones, ones[:, 0].int(), ones[0], rank)
         alike = [bool((t.view(size, -1) == every[:, None]).all()) for t in (rows, ids, weights)]
         if not all(alike) or told.tolist() != list(range(size)) or bool(even):
-            raise RuntimeError("what is read in peers' memory is wrong")
-        if not bool((found.scatter(rows) == size * (rank + 1.0)).all()):
-            raise RuntimeError("sums of what is read in peers' memory are wrong")
+            wrong.append("what is read")
+        if not bool((found.scatter(torch.cat([ones] * size)) == every.sum()).all()):
+            wrong.append("sums of what is read")
+    return f"wrong in peers' memory: {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+
+
+def _speed(found: Peers) -> float:
+    """Bytes a second that come from a peer, the best of a few: whatever the environment says, every rank does this."""
+    size = min((found.half - MESSAGE) // found.size, 1 << 24) // 16 * 16
+    x = torch.empty(size // 4, dtype=torch.int32, device=found.count.device)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # until all of this is launched
+        found.say(0)  # the ranks begin together
+        start.record()
+        found.gather(x, x[:0], x[:0])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return size * (found.size - 1) / min(times)
 
 
 def _watch(known: weakref.ref[Peers]) -> None:

@@ -39,7 +39,8 @@ def memory(group: Any, size: int, ranks: int = 2) -> summed.Peers:
     ("tokens", "dtype", "ranks", "how"),
     [
         (1, torch.bfloat16, 2, Sum.ONE_SHOT),
-        (4096, torch.bfloat16, 2, Sum.ONE_SHOT),  # two ranks read as much either way
+        (2048, torch.bfloat16, 2, Sum.ONE_SHOT),  # two ranks get as much either way
+        (4096, torch.bfloat16, 2, Sum.TWO_SHOT),  # no place for the parts of both
         (128, torch.bfloat16, 4, Sum.ONE_SHOT),  # 0.5 MiB of rows of 2048
         (128, torch.float32, 4, Sum.TWO_SHOT),
         (4097, torch.bfloat16, 2, Sum.COLLECTIVE),  # more than the memory holds
@@ -93,7 +94,7 @@ def made(group: Any, timeout: float, size: int) -> summed.Peers:
 @pytest.mark.parametrize(
     ("other", "own"),
     [
-        ({"peers": {"lacks": "no MOE_COMPILE_PEERS=1", "host": "here"}}, ""),
+        ({"peers": {"lacks": "MOE_COMPILE_PEERS=0", "host": "here"}}, ""),
         ({"peers": {"lacks": "", "host": "elsewhere"}}, ""),
         ({"peers": None}, ""),
         ({}, "no CUDA"),
@@ -119,9 +120,9 @@ def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
 
 
 def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
-    monkeypatch.delenv("MOE_COMPILE_PEERS", raising=False)
-    assert peers.lacks(group) == "no MOE_COMPILE_PEERS=1"
-    monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
+    assert peers.lacks(group) == "MOE_COMPILE_PEERS=0"
+    monkeypatch.delenv("MOE_COMPILE_PEERS")
     monkeypatch.setattr(peers, "_met", {group.group_name})
     assert "another group of this name" in peers.lacks(group)
     monkeypatch.setattr(peers, "_met", set())

@@ -1,12 +1,13 @@
 """Exchanges through peers' memory, each in one launch: rows and choices are gathered, results are summed.
 
-The first half of a launch's programs puts this rank's part into its memory, chunk by chunk, raises a flag at every peer behind each, and
-waits for nobody. The second half waits for the peers' flags and reads from their memory, so that nothing waits for a program that has not
-started. A flag holds the number of the call, which is the same on all ranks, and in its low 32 bits a number that the rank says.
+The first half of a launch's programs writes this rank's part into its peers' memory, chunk by chunk, raises a flag there behind each, and
+waits for nobody. The second half waits for the peers' flags and reads what they have written into its own, so that nothing waits for a
+program that has not started. (Reading from peers takes longer: a request travels first. docs/distributed.md has both.)
 
-Calls alternate between two halves of the memory, and no barrier ends them: a rank that is through call n + 1 has heard of every peer that
-it is in n + 1, so that it reads nothing of n any more, and call n + 2 may write where n did. The count of calls is on the device: CUDA
-graphs of any number of calls may be replayed in any order.
+A flag holds the number of the call, which is the same on all ranks, and in its low 32 bits a number that the rank says. Calls alternate
+between two halves of the memory, and no barrier ends them: a rank that is through call n + 1 has heard of every peer that it is in n + 1,
+so that it has read all of n, and call n + 2 may write where n did. The count of calls is on the device: CUDA graphs of any number of
+calls may be replayed in any order.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -39,7 +40,7 @@ def _flag(bases, owner, source, call, chunk, i, RANKS: tl.constexpr):
 
 @triton.jit
 def _half(bases, owner, call, half):
-    """The address of what a rank has put there for this call."""
+    """The address in a rank's memory of what it is given in this call."""
     return tl.load(bases + owner) + FLAGS + (call & 1) * half
 
 
@@ -95,7 +96,7 @@ def _copy(source, target, n, first, steps, i, workers, TILE: tl.constexpr):
 def _gather(
     x, ids, weights, rows, all_ids, all_weights, told, even, bases, count, lost,
     said, words, n_ids, n_weights, weights_at, rows_at, half, limit,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, PUSH: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     workers = tl.num_programs(0) // 2
     call = (tl.load(count) + 1) & CALLS
@@ -106,22 +107,20 @@ def _gather(
     weight_type: tl.constexpr = weights.dtype.element_ty
     if tl.program_id(0) < workers:
         for c in tl.static_range(PARTS):
-            for s in tl.static_range(RANKS):
-                owner = (RANK + s) % RANKS
-                if (s > 0) == PUSH:
-                    base = _half(bases, owner, call, half)
-                    slot = RANK if PUSH else 0
-                    if c == 0:
-                        _copy(ids, _at(base, id_type) + slot * n_ids, n_ids, 0, ids_steps, i, workers, TILE)
-                        target = _at(base + weights_at, weight_type) + slot * n_weights
-                        _copy(weights, target, n_weights, 0, weights_steps, i, workers, TILE)
-                    _copy(x, _at(base + rows_at, tl.int32) + slot * words, words, c * each, each, i, workers, TILE)
+            for s in tl.static_range(1, RANKS):
+                base = _half(bases, (RANK + s) % RANKS, call, half)
+                if c == 0:
+                    _copy(ids, _at(base, id_type) + RANK * n_ids, n_ids, 0, ids_steps, i, workers, TILE)
+                    place = _at(base + weights_at, weight_type) + RANK * n_weights
+                    _copy(weights, place, n_weights, 0, weights_steps, i, workers, TILE)
+                _copy(x, _at(base + rows_at, tl.int32) + RANK * words, words, c * each, each, i, workers, TILE)
             _tell(bases, call, c, i, said, RANK, RANKS)
         _copy(ids, all_ids + RANK * n_ids, n_ids, 0, ids_steps, i, workers, TILE)
         _copy(weights, all_weights + RANK * n_weights, n_weights, 0, weights_steps, i, workers, TILE)
         _copy(x, rows + RANK * words, words, 0, each * PARTS, i, workers, TILE)
     else:
         same = said == said
+        base = _half(bases, RANK, call, half)
         for c in tl.static_range(PARTS):
             for s in tl.static_range(1, RANKS):
                 peer = (RANK + s) % RANKS
@@ -129,13 +128,11 @@ def _gather(
                 if i == 0:
                     tl.store(told + peer, number.to(tl.int32))
                     same = same & (number == said)
-                base = _half(bases, RANK if PUSH else peer, call, half)
-                slot = peer if PUSH else 0
                 if c == 0:
-                    _copy(_at(base, id_type) + slot * n_ids, all_ids + peer * n_ids, n_ids, 0, ids_steps, i, workers, TILE)
-                    source = _at(base + weights_at, weight_type) + slot * n_weights
-                    _copy(source, all_weights + peer * n_weights, n_weights, 0, weights_steps, i, workers, TILE)
-                _copy(_at(base + rows_at, tl.int32) + slot * words, rows + peer * words, words, c * each, each, i, workers, TILE)
+                    _copy(_at(base, id_type) + peer * n_ids, all_ids + peer * n_ids, n_ids, 0, ids_steps, i, workers, TILE)
+                    place = _at(base + weights_at, weight_type) + peer * n_weights
+                    _copy(place, all_weights + peer * n_weights, n_weights, 0, weights_steps, i, workers, TILE)
+                _copy(_at(base + rows_at, tl.int32) + peer * words, rows + peer * words, words, c * each, each, i, workers, TILE)
         if i == 0:
             tl.store(told + RANK, said.to(tl.int32))
             tl.store(even, same)
@@ -145,8 +142,7 @@ def _gather(
 @triton.jit(do_not_specialize=["limit"])
 def _add(
     part, out, bases, count, lost, n, rows_at, half, limit,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SCATTER: tl.constexpr, PARTS: tl.constexpr, PUSH: tl.constexpr, TILE: tl.constexpr,
-    TIMED: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SCATTER: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     workers = tl.num_programs(0) // 2
     call = (tl.load(count) + 1) & CALLS
@@ -156,14 +152,14 @@ def _add(
     total: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     if tl.program_id(0) < workers:
         for c in tl.static_range(PARTS):
-            for s in tl.static_range(1, RANKS if PUSH or SCATTER else 2):
+            for s in tl.static_range(1, RANKS):
                 peer = (RANK + s) % RANKS
-                taken = peer if SCATTER else 0
-                base = _at(_half(bases, peer if PUSH else RANK, call, half) + rows_at, dtype)
-                _copy(part + taken * n, base + (RANK if PUSH else taken) * n, n, c * each, each, i, workers, TILE)
+                place = _at(_half(bases, peer, call, half) + rows_at, dtype) + RANK * n
+                _copy(part + (peer if SCATTER else 0) * n, place, n, c * each, each, i, workers, TILE)
             _tell(bases, call, c, i, 0, RANK, RANKS)
     else:
-        own = RANK if SCATTER else 0
+        own = part + (RANK if SCATTER else 0) * n
+        base = _at(_half(bases, RANK, call, half) + rows_at, dtype)
         for c in tl.static_range(PARTS):
             for s in tl.static_range(1, RANKS):
                 _hear(bases, call, c, i, (RANK + s) % RANKS, lost, limit, RANK, RANKS, TIMED)
@@ -171,11 +167,7 @@ def _add(
                 at = ((c * each + step) * workers + i).to(tl.int64) * TILE + tl.arange(0, TILE)
                 sums = tl.zeros((TILE,), total)
                 for r in tl.static_range(RANKS):
-                    if r == RANK:
-                        addend = tl.load(part + own * n + at, mask=at < n, other=0.0)
-                    else:
-                        base = _at(_half(bases, RANK if PUSH else r, call, half) + rows_at, dtype)
-                        addend = tl.load(base + (r if PUSH else own) * n + at, mask=at < n, other=0.0)
+                    addend = tl.load((own if r == RANK else base + r * n) + at, mask=at < n, other=0.0)
                     sums += addend.to(total)
                 tl.store(out + at, sums.to(dtype), mask=at < n)
     _leave(count, call)
@@ -188,12 +180,11 @@ def gathered(p: Peers, x: Tensor, ids: Tensor, weights: Tensor, said: int) -> tu
     told, even = (torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in (((p.size,), torch.int32), ((), torch.bool)))
     own = [_words(t) for t in (x, ids, weights)]
     every = [t.view(-1).view(w.dtype) for t, w in zip(whole, own, strict=True)]
-    places = p.size if p.push else 1
     with _on(x):
         _gather[(2 * p.workers,)](
             *own, *every, told, even, p.bases, p.count, p.lost, said & 0xFFFFFFFF, *(t.numel() for t in own),
-            cdiv(places * own[1].numel() * own[1].element_size(), 16) * 16, p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, PARTS=p.chunks, PUSH=p.push, TILE=TILE, TIMED=x.is_cuda, num_warps=WARPS,
+            cdiv(p.size * own[1].numel() * own[1].element_size(), 16) * 16, p.message, p.half, p.timeout * 1_000_000,
+            RANK=p.rank, RANKS=p.size, PARTS=p.chunks, TILE=TILE, TIMED=x.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return whole[0], whole[1], whole[2], told, even
 
@@ -208,7 +199,7 @@ def added(p: Peers, part: Tensor, scatter: bool) -> Tensor:
     with _on(part):
         _add[(2 * workers,)](
             part, out, p.bases, p.count, p.lost, out.numel(), p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=min(p.chunks, cdiv(tiles, workers)), PUSH=p.push, TILE=TILE,
+            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=min(p.chunks, cdiv(tiles, workers)), TILE=TILE,
             TIMED=part.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from torch import Tensor
 from .schemas import library
 
 SUMS = 1 << 24  # bytes of a sum, at most, in the memory of a group whose batch is shared
-ONE_SHOT = 1 << 19  # bytes up to which each of more than two ranks reads all of its peers' parts
+ONE_SHOT = 1 << 19  # bytes up to which each of more than two ranks gets all parts
 ALIGNED = 16  # bytes: kernels read vectors of them
 FLAGS = 1 << 18  # bytes by which ranks wait for each other, in front of what they exchange
 MESSAGE = 1 << 22  # bytes for ids and weights
@@ -38,8 +38,8 @@ class Sum(enum.Enum):
     """How a sum over ranks is taken."""
 
     COLLECTIVE = "all-reduce"
-    ONE_SHOT = "each rank reads its peers' parts"
-    TWO_SHOT = "each rank sums a share and reads its peers' sums"
+    ONE_SHOT = "each rank gets all parts"
+    TWO_SHOT = "each rank sums a share and gets its peers' sums"
 
 
 def memory_of(rows: int) -> int:
@@ -49,10 +49,10 @@ def memory_of(rows: int) -> int:
 
 @dataclass
 class Peers:
-    """Memory of a group, of one size on all ranks, that each rank's peers read and write, and who waits for whom.
+    """Memory of a group, of one size on all ranks, that each rank's peers write to, and who waits for whom.
 
     each: the ranks' memory, zero when they meet. timeout: milliseconds for which a kernel waits for a peer before it traps. kernels: what
-    exchanges (`lowering.triton.peers`). workers, chunks, push: how, on all ranks alike. What is called is in order behind what was called
+    exchanges (`lowering.triton.peers`). workers, chunks: how, on all ranks alike. What is called is in order behind what was called
     last, whichever streams that was on; every rank makes the same calls.
     """
 
@@ -63,9 +63,8 @@ class Peers:
     each: Sequence[Tensor]
     timeout: int
     kernels: Any
-    workers: int = 132
-    chunks: int = 4
-    push: bool = False
+    workers: int = 264
+    chunks: int = 2
     stream: Any = None
     message = MESSAGE
 
@@ -83,10 +82,10 @@ class Peers:
     def way(self, shape: Sequence[int], dtype: torch.dtype) -> Sum:
         """How a sum of tensors of this shape and dtype is taken."""
         size = math.prod(shape) * dtype.itemsize
-        all_ranks = size * self.size if self.push else size  # where peers write, each has a place of its own
-        if not dtype.is_floating_point or not size or size % (ALIGNED * self.size) or all_ranks > self.half - MESSAGE:
+        if not dtype.is_floating_point or not self.holds(size):
             return Sum.COLLECTIVE
-        return Sum.ONE_SHOT if size <= ONE_SHOT or self.size == 2 else Sum.TWO_SHOT
+        one_shot = size <= ONE_SHOT or self.size == 2
+        return Sum.ONE_SHOT if one_shot and self.holds(size * self.size) else Sum.TWO_SHOT  # a place for each rank's part
 
     def sum(self, part: Tensor, how: Sum) -> Tensor:
         """Σ over the ranks of part, contiguous, in the ranks' order; all ranks get the same bits."""
