@@ -1,7 +1,8 @@
 """Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-Left to collectives where a rank has `MOE_COMPILE_PEERS=0`, or where memory is slower than NVLink's; with `MOE_COMPILE_PEERS=1` it may be.
+Left to collectives where a rank has `MOE_COMPILE_PEERS=0`, and, without `MOE_COMPILE_PEERS=1`, among more than two ranks or where memory is
+slower than NVLink's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .ops import summed
 from .ops.summed import FLAGS, MESSAGE, MOST, Peers, Sum
 
 log = logging.getLogger("moe_compile")
+TIMED = 2  # ranks among which this was timed: what is not measured is no default
 NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
@@ -57,10 +59,11 @@ def join(group: Any, device_type: str, memory: int = summed.memory_of(summed.SUM
 
 def lacks(group: Any) -> str:
     """What keeps this process from peers' memory for a group; "" for nothing."""
-    if os.environ.get("MOE_COMPILE_PEERS") == "0":
+    wanted = os.environ.get("MOE_COMPILE_PEERS")
+    if wanted == "0":
         return "MOE_COMPILE_PEERS=0"
-    if group.size() > MOST:
-        return f"more than {MOST} ranks"
+    if group.size() > (MOST if wanted == "1" else TIMED):
+        return f"{group.size()} ranks: more than {TIMED} want MOE_COMPILE_PEERS=1 on every rank, and {MOST} are the most"
     if group.group_name in _met:
         return "another group of this name has had its memory"
     if torch.version.hip or not torch.cuda.is_available():

@@ -123,6 +123,9 @@ def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
     assert peers.lacks(group) == "MOE_COMPILE_PEERS=0"
     monkeypatch.delenv("MOE_COMPILE_PEERS")
+    assert "more than 2 want MOE_COMPILE_PEERS=1" in peers.lacks(SimpleNamespace(size=lambda: 4))
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
+    assert "8 are the most" in peers.lacks(SimpleNamespace(size=lambda: 9))
     monkeypatch.setattr(peers, "_met", {group.group_name})
     assert "another group of this name" in peers.lacks(group)
     monkeypatch.setattr(peers, "_met", set())
