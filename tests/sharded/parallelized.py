@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile import peers
 from moe_compile.ir import Rejection
-from moe_compile.ops.summed import memory_of, of_group
+from moe_compile.ops.summed import Sum, memory_of, of_group
 from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
@@ -31,7 +32,8 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
     yield "summed", summed(rank, mesh.get_group())
-    with in_files.peers(rank, mesh.get_group()):
+    with in_files.peers(rank, mesh.get_group()) as found:
+        yield "peers / by hand", by_hand(rank, world, found)
         yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
         yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
         yield "peers / uneven", uneven(rank, mesh)
@@ -93,6 +95,26 @@ def uneven(rank: int, mesh: Any) -> dict[str, str]:
         except RuntimeError as e:
             told[name] = str(e)
     return told
+
+
+def by_hand(rank: int, world: int, found: Any) -> dict[str, Any]:
+    """Every exchange beside what the ranks' tensors, made of seeds, are known to be: sizes that are no whole tiles, words or chunks."""
+
+    def of(r: int, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(r))
+
+    tried = peers._try(found, torch.device("cpu"))
+    x, ids, w = (
+        [f(r) for r in range(world)] for f in (lambda r: of(r, 5, 1000), lambda r: of(r, 5, 3).long(), lambda r: of(r, 5, 3).half())
+    )
+    *whole, told, even = found.gather(x[rank], ids[rank], w[rank], 5)
+    same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, (x, ids, w), strict=True)) and bool(even)
+    part = [of(r, world * 5, 1000) for r in range(world)]
+    sums = torch.equal(found.scatter(part[rank]), sum(part).chunk(world)[rank])  # type: ignore[union-attr]
+    wide = [
+        torch.equal(found.sum(x[rank].to(d), how), sum(y.to(d) for y in x)) for d in (torch.float32, torch.float64) for how in list(Sum)[1:]
+    ]
+    return {"tried": tried, "same": same, "told": told.tolist(), "sums": [sums, *wide], "said": found.say(-1 - rank).tolist()}
 
 
 def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:
