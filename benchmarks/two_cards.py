@@ -8,7 +8,7 @@
 A stage is a group of processes of its own, one a card, that is ended when its limit or `--seconds` is up; what it had found until then is
 kept. Where there are fewer cards than ranks all share one, which says whether what goes through peers' memory is right, and no time. With
 `--beside n` n stages compile at a time, of which one at a time is timed. What a stage measures: `two_cards_stages.py`. Times are in µs of
-replays of a CUDA graph where "graph" is said, else of calls: the least of three medians, the slower rank's. Under --tiny they mean nothing.
+replays of a CUDA graph where "graph" is said, else of calls: the least of five medians, the slower rank's. Under --tiny they mean nothing.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}  # of use where ranks
 STAGES = {
     "one": 200,
     "few": 200,
-    "layers": 480,
+    "decode_own": 300,
+    "prefill_own": 300,
     "sums": 120,
     "travel": 120,
     "training": 420,
     "correct": 200,
     "block": 200,
     "theirs": 240,
+    "block_grad": 200,
     "travel_deepseek": 120,
     "dead": 60,
     "block_deepseek": 240,
+    "layers": 480,
     "big": 240,
 }
 # (stage, what, side, cards) -> µs, or x of another row's time ("ratio"); set for H100s
@@ -57,6 +60,8 @@ TARGETS: dict[tuple[str, str, str, int], tuple[str, float]] = {
     ("one", "block, shared, T=1", "divided", 2): ("us", 42),
     ("layers", "decode", "divided", 2): ("ratio", 0.60),
     ("layers", "prefill", "divided", 2): ("ratio", 0.62),
+    ("decode_own", "decode", "divided, half of the batch on each rank", 2): ("ratio", 0.60),
+    ("prefill_own", "prefill", "divided, half of the batch on each rank", 2): ("ratio", 0.62),
     ("training", "FSDP2 x EP2, tokens/s", "transformers all_to_all, inductor", 4): ("ours over theirs", 1.25),
 }
 
@@ -68,6 +73,7 @@ def main() -> None:
     p.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     p.add_argument("--seconds", type=float, default=1e9, help="for all stages together: what does not fit is left for the next run")
     p.add_argument("--beside", type=int, default=1, help="stages at a time: they compile side by side, and are timed one by one")
+    p.add_argument("--turn", type=Path, help="a file that runs beside this one are given too: all of them are timed one by one")
     p.add_argument("--again", action="store_true", help="stages that are there already, too")
     p.add_argument("--tiny", action="store_true")
     p.add_argument("--table", action="store_true")
@@ -75,7 +81,7 @@ def main() -> None:
     until = time.monotonic() + args.seconds
     if not args.table:
         with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.beside) as several:
-            list(several.map(lambda name: stage(args, name, until, turn.name), args.stages))
+            list(several.map(lambda name: stage(args, name, until, str(args.turn or turn.name)), args.stages))
     if args.table or len(args.stages) > 1:
         table(load(args.out)["rows"])
 
@@ -181,6 +187,7 @@ SHOWN = (
     "ours over theirs",
     "off",
     "how",
+    "speed",
     "tokens_per_second",
     "gib",
     "grads",

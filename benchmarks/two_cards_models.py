@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from two_cards_stages import TINY, Bench, Block, apart
+from two_cards_stages import TINY, Bench, Block, apart, without_peers
 
 import moe_compile
 
@@ -43,12 +43,39 @@ def training(b: Bench) -> None:
     what, theirs = f"FSDP2 x EP2, tokens/s{'' if b.world > 2 else ' (EP2 alone)'}", "transformers all_to_all, inductor"
     found: dict[str, float] = {}
     sides = ((ours, "moe_compile", "moe_fused"), (theirs, "all_to_all", "inductor"), ("undivided", "", "inductor"))
+    sides += (("FSDP2 over all ranks, moe_fused", "fsdp", "moe_fused"), ("FSDP2 over all ranks, inductor", "fsdp", "inductor"))
     for side, how, backend in sides:
         torch._dynamo.reset()
-        losses, ms = steps(b, config, mesh, how, backend)
+        of = init_device_mesh(b.device.type, (b.world, 1), mesh_dim_names=("dp", "ep")) if how == "fsdp" else mesh
+        losses, ms = steps(b, config, of, how, backend)
         found[side] = b.tokens * b.world / ms * 1e3
         ratio = {"ours over theirs": found[ours] / found[theirs]} if side == theirs else {}
         b.note(what=what, side=side, tokens_per_second=found[side], **ratio, losses=losses, gib=peaks(b))
+        gc.collect()
+
+
+def block_grad(b: Bench) -> None:
+    """A block and its gradients, 4,096 tokens on each card: undivided, divided through peers' memory and by NCCL. Calls, not graphs."""
+    x = b.x(b.tokens, b.rank).requires_grad_()
+    given = torch.randn(x.shape, device=b.device, dtype=b.dtype, generator=torch.Generator(b.device).manual_seed(1))
+    alone = 0.0
+    for side in ("undivided", "divided", "divided, NCCL"):
+        torch._dynamo.reset()
+        if side.endswith("NCCL"):
+            without_peers(b)
+        m = b.block(None if side == "undivided" else "own")
+        run = b.compiled(m)
+
+        def step(m: nn.Module = m, run: Any = run) -> None:
+            m.zero_grad()
+            x.grad = None
+            run(x).backward(given)
+
+        took = b.time(step, rounds=10, graph=False)
+        alone = alone or took["us"]
+        b.note(what="block and gradients, own, T=4096", side=side, **took, ratio=took["us"] / alone)
+        profile(b, step, f"gradients, {side},")
+        del m, run, step
         gc.collect()
 
 
@@ -60,7 +87,7 @@ def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[lis
     with b.device:
         m = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=b.dtype)
     for layer in m.model.layers:
-        if how:
+        if how not in ("", "fsdp"):
             of_rank(b, config, layer.mlp, how, mesh["ep"])
         layer.forward = b.compiled(layer.forward, backend)
         if how and mesh["dp"].size() > 1:
@@ -77,7 +104,8 @@ def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[lis
         start = time.perf_counter()
         loss = m(input_ids=ids, labels=ids).loss
         loss.backward()
-        average(m, mesh["ep"].get_group() if how else dist.group.WORLD, of_all=not how)
+        if how != "fsdp":  # which has averaged them
+            average(m, mesh["ep"].get_group() if how else dist.group.WORLD, of_all=not how)
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().float()
@@ -85,6 +113,8 @@ def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[lis
         losses.append(round(float(mean) / b.world, 4))
         took.append((time.perf_counter() - start) * 1e3)
     timed.close()
+    again = torch.randint(0, config.vocab_size, (1, b.tokens), generator=torch.Generator().manual_seed(b.rank)).to(b.device)
+    profile(b, lambda: m(input_ids=again, labels=again).loss.backward(), f"step {how} {backend}")
     return losses, b.slower(statistics.median(took[2:]))
 
 
@@ -125,20 +155,8 @@ def peaks(b: Bench) -> list[float]:
 @torch.no_grad()
 def layers(b: Bench) -> None:
     """Trinity-mini, 32 layers, random weights: prefill of 4,096 tokens, a step of 32 sequences; undivided and divided, of one batch."""
-    import divided
-    import trinity
-    from decoding import Step, new_cache
-    from transformers import AfmoeForCausalLM
-
-    models = {}
-    for side in ("undivided", "divided"):
-        with torch.device("meta"):
-            config = trinity.tiny_config() if b.tiny else trinity.mini_config()
-            m = trinity.cast(AfmoeForCausalLM(config), b.dtype).eval()
-        if side == "divided":
-            moe_compile.parallelize(m, b.mesh, torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False, shared_batch=True)
-        divided.fill(m, b.device, 0, b.rank if side == "divided" else 0)
-        models[side] = m
+    models = {side: mini(b, side) for side in ("undivided", "divided")}
+    config = models["undivided"].config
     g = torch.Generator(b.device).manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, b.tokens), device=b.device, generator=g)
     token, at = torch.randint(config.vocab_size, (32, 1), device=b.device, generator=g), torch.full((1, 1), 256, device=b.device)
@@ -146,13 +164,83 @@ def layers(b: Bench) -> None:
         alone = 0.0
         for side, m in models.items():
             torch._dynamo.reset()
-            made: nn.Module = Step(m, new_cache(m, 512, 32), 512) if what == "decode" else Last(m)
+            made: nn.Module = a_step(m, 32) if what == "decode" else Last(m)
             run, given = b.compiled(made), (token, at) if what == "decode" else (ids,)
             took = b.time(functools.partial(run, *given), rounds=10)
             alone = alone or took["us"]
             b.note(what=what, side=side, **took, ratio=took["us"] / alone, fused=len(moe_compile.last_report().blocks), gib=peaks(b))
             del run, made
             gc.collect()
+
+
+def decode_own(b: Bench) -> None:
+    """A step of 32 sequences on one card, beside half of them on each card: attention of a rank's own, experts divided."""
+    halves(b, "decode")
+
+
+def prefill_own(b: Bench) -> None:
+    """Two sequences of half of 4,096 tokens on one card, beside one on each."""
+    halves(b, "prefill")
+
+
+@torch.no_grad()
+def halves(b: Bench, what: str) -> None:
+    alone = 0.0
+    for side in ("undivided", OWN):
+        torch._dynamo.reset()
+        m = mini(b, side)
+        g = torch.Generator(b.device).manual_seed(b.rank)
+        batch = (32 if what == "decode" else 2) // (1 if side == "undivided" else b.world)
+        ids = torch.randint(m.config.vocab_size, (batch, 1 if what == "decode" else b.tokens // 2), device=b.device, generator=g)
+        made: nn.Module = Last(m)
+        given: tuple[Tensor, ...] = (ids,)
+        if what == "decode":
+            made, given = a_step(m, batch), (ids, torch.full((1, 1), 256, device=b.device))
+        run = functools.partial(b.compiled(made), *given)
+        took = b.time(run, rounds=10)
+        alone = alone or took["us"]
+        b.note(what=what, side=side, **took, ratio=took["us"] / alone, fused=len(moe_compile.last_report().blocks), gib=peaks(b))
+        profile(b, run, f"{what}, {side}")
+        del run, made, m
+        gc.collect()
+        if not b.tiny:
+            torch.cuda.empty_cache()
+
+
+OWN = "divided, half of the batch on each rank"
+
+
+def mini(b: Bench, side: str) -> Any:
+    """Trinity-mini with random weights; a divided one with this rank's part of the experts."""
+    import divided
+    import trinity
+    from transformers import AfmoeForCausalLM
+
+    with torch.device("meta"):
+        m = trinity.cast(AfmoeForCausalLM(trinity.tiny_config() if b.tiny else trinity.mini_config()), b.dtype).eval()
+    if side != "undivided":
+        example = torch.zeros(1, 8, dtype=torch.long, device="meta")
+        moe_compile.parallelize(m, b.mesh, example, use_cache=False, shared_batch=side != OWN)
+    divided.fill(m, b.device, 0, b.rank if side != "undivided" else 0)
+    return m
+
+
+def a_step(m: Any, batch: int) -> nn.Module:
+    from decoding import Step, new_cache
+
+    return Step(m, new_cache(m, 512, batch), 512)
+
+
+def profile(b: Bench, run: Callable[[], Any], name: str) -> None:
+    """Where a call's time on the card goes, by kernel: into a file beside the results."""
+    if b.tiny:
+        return
+    with b.turn(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    if b.rank == 0:
+        kernels = found.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
+        b.lines.with_name("".join(c if c.isalnum() else "_" for c in name)[:40] + ".txt").write_text(kernels)
 
 
 class Last(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import functools
@@ -27,6 +28,7 @@ import moe_compile
 from moe_compile import exchange, peers
 from moe_compile.ops import peer_rows, summed
 
+DESIGNS = ((132, 1), (132, 2), (264, 1), (512, 1))  # (workers, chunks) of an exchange through peers' memory
 # experts of all ranks, experts a token, model width, experts' width
 TRINITY, DEEPSEEK, TINY = (128, 8, 2048, 1024), (256, 8, 7168, 2048), (8, 2, 32, 16)
 
@@ -122,7 +124,7 @@ class Bench:
         how, call = self.graph_of(f) if graph else ("call", f)
         with self.turn():
             took = []
-            for _ in range(1 if self.one_card else 3):  # other stages compile meanwhile, and may come between for a moment
+            for _ in range(1 if self.one_card else 5):  # other stages compile meanwhile, and may come between for a moment
                 took.append(self.slower(statistics.median(self.replays(call, 2 if self.one_card else rounds))))
                 time.sleep(0.2)
         return {"us": min(took), "how": how}
@@ -211,11 +213,14 @@ def travel(b: Bench) -> None:
     have = peers.join(group, b.device.type, peer_rows.MEMORY)
     if b.one_card:
         return by_hand(b, (x, ids, w))
-    want = exchange.gathered(x, ids, w, local, b.rank * n, n, group)
+    want = there_and_back(x, ids, w, group, False)
     for side, through in (("gather", have), ("gather, NCCL", False)):
         if side == "gather" or have:
-            run = functools.partial(exchange.gathered, x, ids, w, local, b.rank * n, n, group, peers=through)
+            run = functools.partial(there_and_back, x, ids, w, group, through)
             b.note(what=what, side=side, **b.time(run), peers=through, off=worst(run(), want))
+    if have:
+        speed = peers._speed(summed.of_group(group.group_name))  # type: ignore[arg-type]
+        b.note(what="bytes/s from card to card", side="as the ranks find it when they meet", speed=b.slower(speed))
     for name, f in halves(b, x, ids, w).items() if have else ():
         b.note(what=what, side=name, **b.time(f))
     b.note(what=what, side="rows, one graph of Dynamo's", **b.time(lambda: exchange.sent(x, ids, w, local, n, group), graph=False))
@@ -228,6 +233,10 @@ def travel(b: Bench) -> None:
         dist.all_to_all_single(sent, got, group=group)
 
     b.note(what=what, side="a row a pair, all-to-all twice", **b.time(pairs))
+
+
+def there_and_back(x: Tensor, ids: Tensor, w: Tensor, group: Any, through: bool) -> Tensor:
+    return exchange.leaving(exchange.arriving(x, ids, w, group, peers=through)[0], group, through)
 
 
 def by_hand(b: Bench, own: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -250,14 +259,21 @@ def halves(b: Bench, x: Tensor, ids: Tensor, w: Tensor) -> dict[str, Callable[[]
     memory = summed.of_group(group.group_name)
     assert memory is not None
     part = torch.cat([x] * b.world)
-    return {
+    found: dict[str, Callable[[], Any]] = {
         "  arriving": lambda: exchange.arriving(x, ids, w, group, peers=True),
         "  leaving": lambda: exchange.leaving(part, group, peers=True),
-        "  barrier": memory.wait,
+        "  only a number each": lambda: memory.say(1),
         "  a copy of the rows": lambda: x.clone(),
         "  arriving, NCCL": lambda: exchange.arriving(x, ids, w, group),
         "  leaving, NCCL": lambda: exchange.leaving(part, group),
     }
+    for workers, chunks in DESIGNS:
+        how = dataclasses.replace(memory, workers=workers, chunks=chunks)
+        how.count = memory.count  # one count of calls, as of one object
+        name = f"{workers} workers, {chunks} chunks"
+        found[f"  arriving, {name}"] = lambda how=how: how.gather(x, ids, w, b.tokens)
+        found[f"  leaving, {name}"] = lambda how=how: how.scatter(part)
+    return found
 
 
 def travel_deepseek(b: Bench) -> None:
@@ -271,16 +287,14 @@ def sums(b: Bench) -> None:
     group = b.mesh.get_group()
     have = peers.join(group, b.device.type)
     memory = summed.of_group(group.group_name)
-    for tokens in (1, 12) if b.tiny else (1, 16, 64, 128, 256, 512, 1024, 4096):
+    for tokens in (1, 12) if b.tiny else (1, 16, 64, 256, 1024, 2048, 4096):
         what, x = f"sum, T={tokens}", b.x(tokens, b.rank)
         want = sum(b.x(tokens, r).double() for r in range(b.world))
         ways: dict[str, Callable[[], Tensor]] = {}
         if not b.one_card:
             ways["nccl"] = lambda x=x: fc.wait_tensor(fc.all_reduce(x, "sum", group))
         if memory is not None:
-            own = memory.memory[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
-            ways["one-shot, no wait"] = lambda x=x, own=own: torch.ops.symm_mem.one_shot_all_reduce_copy(own, x, "sum", group.group_name)
-            ways |= {way.name: functools.partial(memory.sum, x, way) for way in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT)}
+            ways["TWO_SHOT"] = functools.partial(memory.sum, x, summed.Sum.TWO_SHOT)
         ways["op"] = lambda x=x: torch.ops.moe_compile.summed(x, group.group_name)
         for side, f in ways.items():
             took, out = b.time(f), f().clone()
@@ -307,7 +321,8 @@ def dead(b: Bench) -> None:
         torch.ops.moe_compile.summed(b.x(64, 0), group.group_name).sum().item()
     except Exception as e:
         told = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-    b.note(what="a sum whose peer is gone", failed=told, seconds=round(time.monotonic() - start, 1))
+    said = summed.of_group(group.group_name).missing()  # type: ignore[union-attr]
+    b.note(what="a sum whose peer is gone", failed=f"{told}; {said}", seconds=round(time.monotonic() - start, 1))
     os._exit(0)
 
 

@@ -55,24 +55,22 @@ class _Sum(torch.autograd.Function):
 
 class _Arrived(torch.autograd.Function):
     """`arrived`, which a collective has made of the ranks' `own` without gradients; the gradient of a rank's own part travels back:
-    summed by a reduce-scatter (peers: through their memory), or by all-to-all of `splits` rows (sent, taken).
+    summed by a reduce-scatter, or by all-to-all of `splits` rows (sent, taken).
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, arrived: Tensor, group: Any, splits: Any, peers: bool) -> Tensor:
-        ctx.group, ctx.splits, ctx.peers = group, splits, peers
+    def forward(ctx: Any, own: Tensor, arrived: Tensor, group: Any, splits: Any) -> Tensor:
+        ctx.group, ctx.splits = group, splits
         return arrived.view_as(arrived)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         grad = grad.contiguous()
-        if ctx.peers:
-            back = torch.ops.moe_compile.summed_rows(grad, ctx.group.group_name)
-        elif ctx.splits is None:
+        if ctx.splits is None:
             back = fc.wait_tensor(_scatter(grad, "sum", 0, ctx.group))
         else:
             back = fc.wait_tensor(fc.all_to_all_single(grad, *ctx.splits, ctx.group))
-        return back, None, None, None, None
+        return back, None, None, None
 
 
 def _message(ids: Tensor, weights: Tensor) -> Tensor:
@@ -81,11 +79,11 @@ def _message(ids: Tensor, weights: Tensor) -> Tensor:
     return torch.cat((ids.clamp(-1, torch.iinfo(torch.int32).max).to(ints), weights.detach().to(wide).view(ints)), -1)
 
 
-def _read(message: Tensor, ids: Tensor, weights: Tensor, group: Any, splits: Any = None, peers: bool = False) -> tuple[Tensor, Tensor]:
+def _read(message: Tensor, ids: Tensor, weights: Tensor, group: Any, splits: Any = None) -> tuple[Tensor, Tensor]:
     """What messages hold that came from ranks whose own ids and weights are of these dtypes."""
     found, bits = message.split((ids.shape[-1], weights.shape[-1]), -1)
     w = bits.contiguous().view(_wide(weights)[1]).to(weights.dtype)
-    return found.to(ids.dtype), _Arrived.apply(weights, w, group, splits, peers)  # type: ignore[no-any-return]
+    return found.to(ids.dtype), _Arrived.apply(weights, w, group, splits)  # type: ignore[no-any-return]
 
 
 def _wide(weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -116,15 +114,12 @@ def arriving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], ids and weights [T, k] of each of P ranks, with one T -> those of all, [P T, ·], by rank. Raises as `gathered`.
 
-    This and `leaving` are all that travels in a gather: through peers' memory the number of tokens is the first row of the message.
+    This and `leaving` are all that travels in a gather.
     """
     if peers:
-        message, tokens = _message(ids, weights), ids.shape[0]
-        head = message.new_full((1, message.shape[1]), tokens)
-        rows, told = torch.ops.moe_compile.rows_gathered(x, torch.cat((head, message)), group.group_name)
-        told = told.view(group.size(), tokens + 1, -1)
-        torch._assert_async((told[:, 0] == tokens).all(), uneven)
-        return rows, *_read(told[:, 1:].flatten(0, 1), ids, weights, group, peers=True)
+        *arrived, even = torch.ops.moe_compile.rows_gathered(x, ids, weights, group.group_name)
+        torch._assert_async(even, uneven)
+        return tuple(arrived)  # type: ignore[return-value]
     sizes = _gather(ids.new_full((1,), ids.shape[0], dtype=torch.int64), 0, group)
     torch._assert_async((sizes == ids.shape[0]).all(), uneven)
     rows = _gather_rows(x.contiguous(), 0, group)

@@ -192,7 +192,7 @@ def _together(mesh: Any, stacks: list[_Stack], shared_batch: bool, rows: bool) -
     group = mesh.get_group()
     _alike(agreement.join(group), stacks)
     if not rows:
-        peers.join(group, mesh.device_type, summed.TWO_SHOT if shared_batch else peer_rows.MEMORY)
+        peers.join(group, mesh.device_type, summed.memory_of(summed.SUMS) if shared_batch else peer_rows.MEMORY)
 
 
 def _alike(talk: agreement.Talk | None, stacks: list[_Stack]) -> None:

@@ -1,14 +1,18 @@
 """Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-Only where every rank has `MOE_COMPILE_PEERS=1`: it was never timed on two cards, and what is not measured is no default.
+Left to collectives where a rank has `MOE_COMPILE_PEERS=0`, and, without `MOE_COMPILE_PEERS=1`, among more than two ranks or where memory is
+slower than NVLink's.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -16,13 +20,15 @@ import torch
 
 from . import agreement
 from .ops import summed
-from .ops.summed import ALIGNED
+from .ops.summed import FLAGS, MESSAGE, MOST, Peers, Sum
 
 log = logging.getLogger("moe_compile")
+TIMED = 2  # ranks among which this was timed: what is not measured is no default
+NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
 
-def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
+def join(group: Any, device_type: str, memory: int = summed.memory_of(summed.SUMS)) -> bool:
     """Whether what the group exchanges goes through peers' memory; every rank calls this, and all are told the same.
 
     memory: bytes on each rank, where the group has none yet. Words go through the group's store. What one rank lacks, or what fails on it,
@@ -33,7 +39,7 @@ def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
         return False
     if summed.of_group(group.group_name) is not None:
         return True
-    can = talk.round("peers", {"lacks": lacks(group.group_name), "host": socket.gethostname()}, talk.timeout)
+    can = talk.round("peers", {"lacks": lacks(group), "host": socket.gethostname()}, talk.timeout)
     why = [word["lacks"] for word in can if word is not None and word["lacks"]]
     if why or None in can or len({word["host"] for word in can if word is not None}) > 1:
         log.info("%s exchanges by collectives: %s", group.group_name, why or "several hosts, or a rank that does not answer")
@@ -51,41 +57,92 @@ def join(group: Any, device_type: str, memory: int = summed.TWO_SHOT) -> bool:
     return True
 
 
-def lacks(name: str) -> str:
-    """What keeps this process from peers' memory for the group of this name; "" for nothing."""
-    if os.environ.get("MOE_COMPILE_PEERS") != "1":
-        return "no MOE_COMPILE_PEERS=1"
-    if name in _met:
+def lacks(group: Any) -> str:
+    """What keeps this process from peers' memory for a group; "" for nothing."""
+    wanted = os.environ.get("MOE_COMPILE_PEERS")
+    if wanted == "0":
+        return "MOE_COMPILE_PEERS=0"
+    if group.size() > (MOST if wanted == "1" else TIMED):
+        return f"{group.size()} ranks: more than {TIMED} want MOE_COMPILE_PEERS=1 on every rank, and {MOST} are the most"
+    if group.group_name in _met:
         return "another group of this name has had its memory"
     if torch.version.hip or not torch.cuda.is_available():
         return "no CUDA"
     try:
         import torch.distributed._symmetric_memory as symm
 
-        torch.ops.symm_mem.one_shot_all_reduce_copy.default  # noqa: B018 (whether it is there)
+        importlib.import_module("moe_compile.lowering.triton.peers")
         kind = symm.get_backend(torch.device("cuda"))
     except (ImportError, AttributeError, RuntimeError) as e:
-        return f"torch {torch.__version__} has no symmetric memory here ({type(e).__name__})"
+        return f"torch {torch.__version__} has no symmetric memory here, or no Triton ({type(e).__name__})"
     return "" if kind in ("CUDA", None) else f"symmetric memory is of kind {kind}"  # None: nobody has chosen, torch does
 
 
-def _meet(group: Any, timeout: float, size: int) -> summed.Peers:
+def _meet(group: Any, timeout: float, size: int) -> Peers:
     """Every rank comes here. Raises where memory cannot be shared, or does not hold what the peers put there."""
     import torch.distributed._symmetric_memory as symm
+
+    from .lowering.triton import peers as kernels
 
     _met.add(group.group_name)
     device = torch.device("cuda", torch.cuda.current_device())
     memory = symm.empty(size, dtype=torch.uint8, device=device)
     handle = symm.rendezvous(memory, group)
-    found = summed.Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), memory, handle, int(timeout * 1000))
-    ones = torch.full((64,), group.rank() + 1.0, device=device)
-    want = group.size() * (group.size() + 1) / 2
-    for how in (summed.Sum.ONE_SHOT, summed.Sum.TWO_SHOT):
-        if not bool((found.sum(ones, how) == want).all()):
-            raise RuntimeError(f"a sum through peers' memory ({how.value}) is wrong")
-    (each,) = found.gather((ALIGNED, ones))
-    if not bool((each.view(group.size(), -1) == torch.arange(1.0, group.size() + 1, device=device)[:, None]).all()):
-        raise RuntimeError("what is read in peers' memory is wrong")
-    if not bool((found.scatter(ALIGNED, each) == group.size() * (group.rank() + 1.0)).all()):
-        raise RuntimeError("sums of what is read in peers' memory are wrong")
+    memory[:FLAGS] = 0
+    handle.barrier(0, int(timeout * 1000))  # nobody raises a flag before all flags are down
+    each = [memory if r == group.rank() else handle.get_buffer(r, [size], torch.uint8) for r in range(group.size())]
+    found = Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), each, int(timeout * 1000), kernels)
+    wrong, speed = _try(found, device), _speed(found)
+    if not wrong and speed < NVLINK and os.environ.get("MOE_COMPILE_PEERS") != "1":
+        wrong = f"{speed / 1e9:.0f} GB/s from card to card: no NVLink? (MOE_COMPILE_PEERS=1 takes it nevertheless)"
+    if wrong:
+        raise RuntimeError(wrong)
+    threading.Thread(target=_watch, args=(weakref.ref(found),), name="moe_compile peers", daemon=True).start()
     return found
+
+
+def _try(found: Peers, device: torch.device) -> str:
+    """What is wrong with an exchange of small numbers, in either half of the memory; "" for nothing. All calls are made whatever is wrong:
+    the other ranks make them too."""
+    size, rank, wrong = found.size, found.rank, []
+    ones = torch.full((size, 64), rank + 1.0, device=device)
+    every = torch.arange(1.0, size + 1, device=device)
+    for _ in range(2):
+        for how in (Sum.ONE_SHOT, Sum.TWO_SHOT, Sum.ONE_SHOT):
+            if not bool((found.sum(ones, how) == every.sum()).all()):
+                wrong.append(f"a sum ({how.value})")
+        rows, ids, weights, told, even = found.gather(ones, ones[:, 0].int(), ones[0], rank)
+        alike = [bool((t.view(size, -1) == every[:, None]).all()) for t in (rows, ids, weights)]
+        if not all(alike) or told.tolist() != list(range(size)) or bool(even):
+            wrong.append("what is read")
+        if not bool((found.scatter(torch.cat([ones] * size)) == every.sum()).all()):
+            wrong.append("sums of what is read")
+    return f"wrong in peers' memory: {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+
+
+def _speed(found: Peers) -> float:
+    """Bytes a second that come from a peer, the best of a few: whatever the environment says, every rank does this."""
+    size = min((found.half - MESSAGE) // found.size, 1 << 24) // 16 * 16
+    x = torch.empty(size // 4, dtype=torch.int32, device=found.count.device)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # until all of this is launched
+        found.say(0)  # the ranks begin together
+        start.record()
+        found.gather(x, x[:0], x[:0])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return size * (found.size - 1) / min(times)
+
+
+def _watch(known: weakref.ref[Peers]) -> None:
+    """Says who did not come when a kernel has ended for that: the error that CUDA reports names nobody."""
+    while (found := known()) is not None:
+        told = found.missing()
+        if told:
+            log.error(told)
+            return
+        del found
+        time.sleep(0.5)

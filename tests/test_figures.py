@@ -129,3 +129,43 @@ def test_a_shared_expert_in_few_bits_on_a_gpu() -> None:
                 if us is None
                 else said and all(abs(v - us[n]) <= 0.051 for v, n in zip(said, ("ours", "inductor"), strict=True))
             )
+
+
+HALVES = "divided, half of the batch on each rank"
+# run, stage, part of what was measured, side, decimals, and what one of the unit is in µs
+TWO_CARDS = [
+    ("C", "one", "", "divided", 1, 1),
+    ("C", "few", "", "divided", 0, 1),
+    ("C", "block", "", "divided", 0, 1),
+    ("C", "block_grad", "", "divided", 0, 1),
+    ("A", "block_deepseek", "", "divided", 0, 1),
+    ("C", "travel", "dispatch", "gather", 0, 1),
+    ("C", "travel", "dispatch", ("  arriving", "  leaving"), 0, 1),
+    ("C", "sums", "", "op", 1, 1),
+    ("C", "decode_own", "", HALVES, 2, 1e3),
+    ("A", "layers", "decode", "divided", 2, 1e3),
+    ("A", "layers", "prefill", "divided", 1, 1e3),
+]
+
+
+def test_two_cards() -> None:
+    rows = data("two_cards_nvidia_h200.json")["rows"]
+    said = table("docs/distributed.md", "| | one card | two, peers' memory | two, NCCL | target |")
+    for line, (run, stage, what, side, digits, unit) in zip(said, TWO_CARDS, strict=False):
+
+        def us(side: str, tokens: str = "", key: tuple[str, str, str] = (run, stage, what)) -> float:
+            matching = (r for r in rows if (r["run"], r["stage"], r.get("side")) == (*key[:2], side))
+            return next(float(r["us"]) for r in matching if key[2] in r["what"] and r["what"].endswith(tokens))
+
+        divided = line[2].replace("**", "")
+        if stage == "sums":
+            wanted = [f"{us(side, f'T={t}'):.{digits if t < 100 else 0}f}" for t in (1, 64, 1024, 4096)]
+            assert divided.split(", ") == wanted, line
+        elif isinstance(side, tuple):
+            assert divided == " / ".join(f"{us(s):.0f}" for s in side), line
+        elif line[1]:
+            alone = us("undivided")
+            assert line[1] == f"{alone / unit:,.{digits}f}", line
+            assert divided == f"{us(side) / unit:,.{digits}f} ({us(side) / alone:.2f} x)", line
+        else:
+            assert divided == f"{us(side):.0f}", line

@@ -5,7 +5,8 @@ What crosses cards is checked on cards: benchmarks/two_cards.py, stage "sums".
 
 from __future__ import annotations
 
-import dataclasses
+import unittest.mock
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -29,21 +30,40 @@ def group() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+def memory(group: Any, size: int, ranks: int = 2) -> summed.Peers:
+    each = [torch.empty(size, dtype=torch.uint8)] * ranks
+    return summed.Peers(lambda: group, group.group_name, 0, ranks, each, 1000, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "how"),
+    ("tokens", "dtype", "ranks", "how"),
     [
-        (1, torch.bfloat16, Sum.ONE_SHOT),
-        (128, torch.bfloat16, Sum.ONE_SHOT),  # 0.5 MiB of rows of 2048
-        (128, torch.float32, Sum.TWO_SHOT),
-        (4096, torch.bfloat16, Sum.TWO_SHOT),
-        (4097, torch.bfloat16, Sum.COLLECTIVE),  # more than the memory holds
-        (1, torch.float16, Sum.COLLECTIVE),  # the kernels know two dtypes
-        (0, torch.bfloat16, Sum.COLLECTIVE),
+        (1, torch.bfloat16, 2, Sum.ONE_SHOT),
+        (2048, torch.bfloat16, 2, Sum.ONE_SHOT),  # two ranks get as much either way
+        (4096, torch.bfloat16, 2, Sum.TWO_SHOT),  # no place for the parts of both
+        (128, torch.bfloat16, 4, Sum.ONE_SHOT),  # 0.5 MiB of rows of 2048
+        (128, torch.float32, 4, Sum.TWO_SHOT),
+        (4097, torch.bfloat16, 2, Sum.COLLECTIVE),  # more than the memory holds
+        (1, torch.int32, 2, Sum.COLLECTIVE),
+        (0, torch.bfloat16, 2, Sum.COLLECTIVE),
     ],
 )
-def test_the_way_follows_from_size_and_dtype(tokens: int, dtype: torch.dtype, how: Sum) -> None:
-    assert summed.way((tokens, 2048), dtype) is how
-    assert summed.way((tokens, 2048 * tokens + 1), dtype) is Sum.COLLECTIVE  # no whole number of vectors
+def test_the_way_follows_from_size_and_dtype(tokens: int, dtype: torch.dtype, ranks: int, how: Sum, group: Any) -> None:
+    found = memory(group, summed.memory_of(summed.SUMS), ranks)
+    assert found.way((tokens, 2048), dtype) is how
+    assert found.way((tokens, 2048 * tokens + 1), dtype) is Sum.COLLECTIVE  # no whole number of vectors
+
+
+def test_a_lost_rank_is_named(group: Any) -> None:
+    """What a kernel notes before it ends is read by the host: before the next call, and by a thread that says it."""
+    found = memory(group, summed.memory_of(64))
+    assert found.missing() == ""
+    found.lost[1] = 1
+    with pytest.raises(RuntimeError, match=r"rank 1 did not come .* within 1 s .* start all ranks again"):
+        found.sum(torch.ones(8), Sum.ONE_SHOT)
+    with unittest.mock.patch.object(peers.log, "error") as said:
+        peers._watch(weakref.ref(found))
+    assert "rank 1" in said.call_args.args[0]
 
 
 class Told:
@@ -61,20 +81,20 @@ class Told:
 def joined(monkeypatch: pytest.MonkeyPatch, group: Any, talk: Told, meet: Any, own: str = "") -> bool:
     monkeypatch.setattr(agreement, "join", lambda g: talk)
     monkeypatch.setattr(peers, "_meet", meet)
-    monkeypatch.setattr(peers, "lacks", lambda name: own)
+    monkeypatch.setattr(peers, "lacks", lambda group: own)
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr(summed, "_peers", {})
     return peers.join(group, "cuda")
 
 
 def made(group: Any, timeout: float, size: int) -> summed.Peers:
-    return summed.Peers(lambda: group, group.group_name, 0, 2, torch.empty(64, dtype=torch.uint8), None, 1000)  # type: ignore[arg-type]
+    return memory(group, summed.memory_of(64))
 
 
 @pytest.mark.parametrize(
     ("other", "own"),
     [
-        ({"peers": {"lacks": "no MOE_COMPILE_PEERS=1", "host": "here"}}, ""),
+        ({"peers": {"lacks": "MOE_COMPILE_PEERS=0", "host": "here"}}, ""),
         ({"peers": {"lacks": "", "host": "elsewhere"}}, ""),
         ({"peers": None}, ""),
         ({}, "no CUDA"),
@@ -99,22 +119,26 @@ def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
     assert summed.of_group(group.group_name) is None and not summed._peers
 
 
-def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOE_COMPILE_PEERS", raising=False)
-    assert peers.lacks("any") == "no MOE_COMPILE_PEERS=1"
+def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
+    assert peers.lacks(group) == "MOE_COMPILE_PEERS=0"
+    monkeypatch.delenv("MOE_COMPILE_PEERS")
+    assert "more than 2 want MOE_COMPILE_PEERS=1" in peers.lacks(SimpleNamespace(size=lambda: 4))
     monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
-    monkeypatch.setattr(peers, "_met", {"met"})
-    assert "another group of this name" in peers.lacks("met")
+    assert "8 are the most" in peers.lacks(SimpleNamespace(size=lambda: 9))
+    monkeypatch.setattr(peers, "_met", {group.group_name})
+    assert "another group of this name" in peers.lacks(group)
+    monkeypatch.setattr(peers, "_met", set())
     if not torch.cuda.is_available():
-        assert peers.lacks("any") == "no CUDA"
+        assert peers.lacks(group) == "no CUDA"
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(0, False), (32, True), (48, False), (1 << 27, True), ((1 << 27) + 32, False), (-1, False)])
 def test_rows_that_memory_holds(rows: int, fits: bool, group: Any) -> None:
-    """Those of all ranks, each rank's in whole vectors."""
-    memory = summed.Peers(lambda: group, "", 0, 2, torch.empty(peer_rows.MEMORY, dtype=torch.uint8, device="meta"), None, 1)  # type: ignore[arg-type]
-    assert peer_rows._holds(memory, rows) == fits
-    assert not peer_rows._holds(dataclasses.replace(memory, memory=memory.memory[: summed.ALIGNED]), 32)  # of a group that sums alone
+    """Those of all ranks, each rank's in whole vectors; beside them ids and weights."""
+    found = memory(group, peer_rows.MEMORY)
+    assert found.holds(rows) == fits and not found.holds(rows, summed.MESSAGE + 1)
+    assert not memory(group, summed.memory_of(summed.ALIGNED)).holds(32)
 
 
 def test_the_sum_of_a_group_without_memory_is_an_all_reduce(group: Any) -> None:

@@ -33,7 +33,7 @@ except ImportError as e:
 
 from .. import agreement, exchange, peers
 from ..ops.peer_rows import MEMORY
-from ..ops.summed import TWO_SHOT
+from ..ops.summed import SUMS, memory_of
 
 NAME, ROWS, STATIC = "moe_compile", "moe_compile_rows", "moe_compile_rows_static"
 UNEVEN = (
@@ -54,7 +54,7 @@ class GatherEP(EPImplementation):  # type: ignore[misc]
     def __init__(self, experts: torch.nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         agreement.join(ep_mesh.get_group())
-        memory = TWO_SHOT if self.shares_batch else MEMORY
+        memory = memory_of(SUMS) if self.shares_batch else MEMORY
         self.peers = (self.shares_batch or self.gathers) and peers.join(ep_mesh.get_group(), ep_mesh.device_type, memory)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """`rows_gathered` and `summed_rows`: what an all-gather of rows and a reduce-scatter of sums do, through peers' memory where the ranks of
 a group have agreed upon that (`moe_compile.peers`) and it holds them; else by those collectives. The gradient of one is the other.
-
-A rank's memory holds the message of its choices in front, the first row of which is the number of its tokens, and rows behind it.
 """
 
 from __future__ import annotations
@@ -12,16 +10,15 @@ import torch
 from torch import Tensor
 
 from .schemas import library
-from .summed import ALIGNED, Peers, of_group, resolved
+from .summed import Peers, memory_of, of_group, resolved
 
-MESSAGE = 1 << 22  # bytes for ids and weights
-MEMORY = MESSAGE + (1 << 27)  # bytes that a group takes on each rank
+MEMORY = memory_of(1 << 27)  # bytes that a group takes on each rank
 UNEVEN = (
     "the ranks of a group that divides experts have different numbers of tokens (pad the batches to one length), or one of them runs the "
     "model as written where others run compiled code (as Dynamo does behind torch._dynamo.config.recompile_limit)"
 )
 
-library.define("rows_gathered(Tensor x, Tensor message, str group) -> (Tensor rows, Tensor message)")
+library.define("rows_gathered(Tensor x, Tensor ids, Tensor weights, str group) -> (Tensor rows, Tensor ids, Tensor weights, Tensor even)")
 library.define("summed_rows(Tensor part, str group) -> Tensor")
 
 
@@ -33,70 +30,71 @@ def _size(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-def _holds(peers: Peers, rows: int) -> bool:
-    """Whether memory takes so many bytes of rows of all ranks; vectors are of whole rows."""
-    return 0 < rows <= len(peers.memory) - MESSAGE and rows % (ALIGNED * peers.size) == 0
-
-
-def hello(group: str, number: int, device: torch.device) -> Tensor | None:
+def hello(group: str, number: int) -> Tensor | None:
     """The numbers that the ranks say before they exchange anything else [ranks]; None where the group has no peers' memory."""
     peers = of_group(group)
-    if peers is None:
-        return None
-    (each,) = peers.gather((0, torch.full((2,), number, dtype=torch.int64, device=device)))
-    return each
+    return None if peers is None else peers.say(number)
 
 
-def rows_gathered(x: Tensor, message: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """x [T, ...] and message [T + 1, m] of each of P ranks -> those of all by rank, [P T, ...] and [P (T + 1), m].
+def rows_gathered(x: Tensor, ids: Tensor, weights: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T, ...], ids and weights [T, k] of each of P ranks -> those of all by rank, [P T, ·], and whether the ranks have one T [].
 
-    message: its first row is T; where ranks' T differ the first rows tell, and the rest is undefined."""
+    Where they have not the rest is undefined, or this raises."""
     peers = of_group(group)
-    if peers is not None and _holds(peers, _size(x) * peers.size) and _size(message) <= MESSAGE:
-        rows, told = peers.gather((MESSAGE, x.contiguous()), (0, message.contiguous()))
-        return rows, told
-    _alike(group, len(x), x.device)
+    if peers is not None and _fits(peers, x, ids, weights):
+        *whole, _, even = peers.gather(x.contiguous(), ids.contiguous(), weights.contiguous(), len(x))
+        return *whole, even
+    even = _even(group, len(x), x.device)
     size = _ranks(group)
     gather, wait = torch.ops._c10d_functional.all_gather_into_tensor, torch.ops._c10d_functional.wait_tensor
-    rows, told = gather(x.contiguous(), size, group), gather(message.contiguous(), size, group)
-    return wait(rows), wait(told)
+    rows, chosen, w = (gather(t.contiguous(), size, group) for t in (x, ids, weights))
+    return wait(rows), wait(chosen), wait(w), even
 
 
-def _alike(group: str, tokens: int, device: torch.device) -> None:
-    """Stops every rank where their numbers of tokens differ, before a collective does that has other sizes on each."""
-    said = hello(group, tokens, device)
+def _fits(peers: Peers, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
+    return peers.holds(_size(x) * peers.size, (_size(ids) + _size(weights)) * peers.size)
+
+
+def _even(group: str, tokens: int, device: torch.device) -> Tensor:
+    """Whether the ranks' numbers of tokens are one; stops every rank where they differ, before a collective has other sizes on each."""
+    said = hello(group, tokens)
     if said is None:
         own = torch.full((1,), tokens, dtype=torch.int64, device=device)
         said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, _ranks(group), group))
-    torch._assert_async((said == tokens).all(), UNEVEN)
+    even = (said == tokens).all()
+    torch._assert_async(even, UNEVEN)
+    return even
 
 
 def summed_rows(part: Tensor, group: str) -> Tensor:
     """part [P T, ...] on each of P ranks -> Σ over the ranks of this one's [T, ...]."""
     peers = of_group(group)
-    if peers is not None and _holds(peers, _size(part)):
-        return peers.scatter(MESSAGE, part.contiguous())
+    if peers is not None and part.dtype.is_floating_point and peers.holds(_size(part)):
+        return peers.scatter(part.contiguous())
     out = torch.ops._c10d_functional.reduce_scatter_tensor(part.contiguous(), "sum", _ranks(group), group)
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 
 
-def _gathered_shape(x: Tensor, message: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape[0] * _ranks(group), *t.shape[1:]) for t in (x, message))  # type: ignore[return-value]
+def _gathered_shape(x: Tensor, ids: Tensor, weights: Tensor, group: str) -> tuple[Tensor, ...]:
+    whole = (t.new_empty(t.shape[0] * _ranks(group), *t.shape[1:]) for t in (x, ids, weights))
+    return *whole, torch.empty((), dtype=torch.bool, device=x.device)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.group = inputs[-1]
     if isinstance(output, tuple):
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(output[1], output[3])
 
 
-def _gathered_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return torch.ops.moe_compile.summed_rows(grad, ctx.group), None, None
+def _gathered_backward(ctx: Any, rows: Tensor, ids: Any, weights: Tensor, even: Any) -> tuple[Any, ...]:
+    back = [torch.ops.moe_compile.summed_rows(g, ctx.group) if wanted else None
+            for g, wanted in ((rows, ctx.needs_input_grad[0]), (weights, ctx.needs_input_grad[2]))]  # fmt: skip
+    return back[0], None, back[1], None
 
 
 def _summed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    head = grad.new_full((1, 4), grad.shape[0], dtype=torch.int32)
-    return torch.ops.moe_compile.rows_gathered(grad, head, ctx.group)[0], None
+    none = grad.new_empty(grad.shape[0], 0, dtype=torch.int64)
+    return torch.ops.moe_compile.rows_gathered(grad, none, none, ctx.group)[0], None
 
 
 library.impl("rows_gathered", rows_gathered, "CompositeExplicitAutograd")

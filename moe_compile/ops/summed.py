@@ -11,7 +11,7 @@ import enum
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from .schemas import library
 
-ONE_SHOT = 1 << 19  # bytes up to which each rank reads all of its peers' parts
-TWO_SHOT = 1 << 24  # bytes up to which each rank sums its share, and reads the others' sums; the memory that a group takes on each rank
-ALIGNED = 16  # bytes: both kernels read vectors of them
+SUMS = 1 << 24  # bytes of a sum, at most, in the memory of a group whose batch is shared
+ONE_SHOT = 1 << 19  # bytes up to which each of more than two ranks gets all parts
+ALIGNED = 16  # bytes: kernels read vectors of them
+FLAGS = 1 << 18  # bytes by which ranks wait for each other, in front of what they exchange
+MESSAGE = 1 << 22  # bytes for ids and weights
+MOST = 8  # ranks
 
 library.define("summed(Tensor part, str group) -> Tensor")
 
@@ -35,98 +38,104 @@ class Sum(enum.Enum):
     """How a sum over ranks is taken."""
 
     COLLECTIVE = "all-reduce"
-    ONE_SHOT = "each rank reads its peers' parts"
-    TWO_SHOT = "each rank sums a share and reads its peers' sums"
+    ONE_SHOT = "each rank gets all parts"
+    TWO_SHOT = "each rank sums a share and gets its peers' sums"
 
 
-def way(shape: Sequence[int], dtype: torch.dtype) -> Sum:
-    """How a sum of tensors of this shape and dtype is taken where there is memory for it."""
-    size = math.prod(shape) * dtype.itemsize
-    if dtype not in (torch.bfloat16, torch.float32) or not size or size % ALIGNED or size > TWO_SHOT:
-        return Sum.COLLECTIVE
-    return Sum.ONE_SHOT if size <= ONE_SHOT else Sum.TWO_SHOT
+def memory_of(rows: int) -> int:
+    """Bytes of a group's memory on each rank, for so many bytes of rows (of all ranks) or of a sum: two halves, used in turn."""
+    return FLAGS + 2 * (MESSAGE + rows)
 
 
 @dataclass
 class Peers:
-    """Memory of a group, of one size on all ranks, that each rank's peers read, and who waits for whom.
+    """Memory of a group, of one size on all ranks, that each rank's peers write to, and who waits for whom.
 
-    handle: torch's, of the rendezvous. timeout: milliseconds for which a rank's kernel waits for its peers before it traps. What is called
-    is in order behind what was called last, whichever streams that was on. Nobody writes again before all have read: everything below ends
-    with a barrier.
+    each: the ranks' memory, zero when they meet. timeout: milliseconds for which a kernel waits for a peer before it traps. kernels: what
+    exchanges (`lowering.triton.peers`). workers, chunks: how, on all ranks alike. What is called is in order behind what was called
+    last, whichever streams that was on; every rank makes the same calls.
     """
 
     group: weakref.ref[Any]
     name: str
     rank: int
     size: int
-    memory: Tensor
-    handle: Any
+    each: Sequence[Tensor]
     timeout: int
+    kernels: Any
+    workers: int = 264
+    chunks: int = 2
     stream: Any = None
-    buffers: dict[Any, Tensor] = field(default_factory=dict)
+    message = MESSAGE
+
+    def __post_init__(self) -> None:
+        own = self.each[self.rank]
+        self.half = (len(own) - FLAGS) // 2 // ALIGNED * ALIGNED
+        self.bases = torch.tensor([m.data_ptr() for m in self.each], dtype=torch.int64, device=own.device)
+        self.count = torch.zeros(2, dtype=torch.int64, device=own.device)
+        self.lost = torch.zeros(self.size, dtype=torch.int32, pin_memory=own.is_cuda)  # which the host reads when the device is lost
+
+    def holds(self, rows: int, message: int = 0) -> bool:
+        """Whether a half takes so many bytes of rows, or of addends, of all ranks, and of ids and weights; vectors are of whole ranks."""
+        return 0 < rows <= self.half - MESSAGE and rows % (ALIGNED * self.size) == 0 and message <= MESSAGE
+
+    def way(self, shape: Sequence[int], dtype: torch.dtype) -> Sum:
+        """How a sum of tensors of this shape and dtype is taken."""
+        size = math.prod(shape) * dtype.itemsize
+        if not dtype.is_floating_point or not self.holds(size):
+            return Sum.COLLECTIVE
+        one_shot = size <= ONE_SHOT or self.size == 2
+        return Sum.ONE_SHOT if one_shot and self.holds(size * self.size) else Sum.TWO_SHOT  # a place for each rank's part
 
     def sum(self, part: Tensor, how: Sum) -> Tensor:
-        """Σ over the ranks of part, contiguous, in the ranks' order in its own dtype; all ranks get the same bits."""
-        self._in_order()
-        own = self._own(0, part)
-        self.wait()  # the kernels below wait without end: nobody goes there before all have come here
+        """Σ over the ranks of part, contiguous, in the ranks' order; all ranks get the same bits."""
+        self._before()
         if how is Sum.ONE_SHOT:
-            aligned = part if part.data_ptr() % ALIGNED == 0 else part.clone()
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(own, aligned, "sum", self.name)  # type: ignore[no-any-return]
-        own.copy_(part)
-        torch.ops.symm_mem.two_shot_all_reduce_(own, "sum", self.name)
-        return own.clone()
+            return self.kernels.added(self, part, False)  # type: ignore[no-any-return]
+        return self.gather(self.scatter(part.view(-1)), *self._nothing)[0].view(part.shape)
 
-    def gather(self, *parts: tuple[int, Tensor]) -> list[Tensor]:
-        """(byte at which it lies meanwhile, contiguous part [n, ...]) of each rank -> [ranks · n, ...] of all, by rank."""
-        self._in_order()
-        for at, part in parts:
-            self._own(at, part).copy_(part)
-        self.wait()
-        out = [part.new_empty(self.size * len(part), *part.shape[1:]) for _, part in parts]
-        for (at, part), whole in zip(parts, out, strict=True):
-            for r, into in enumerate(whole.chunk(self.size) if len(part) else ()):
-                into.copy_(part if r == self.rank else self._of(r, at, part.shape, part.dtype))
-        self.wait()
-        return out
+    def gather(self, x: Tensor, ids: Tensor, weights: Tensor, said: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x [n, ...], ids and weights, contiguous, of each rank -> those of all by rank, what each says [ranks], whether all say the same.
 
-    def scatter(self, at: int, part: Tensor) -> Tensor:
-        """part [ranks · n, ...], contiguous -> Σ over the ranks of this rank's [n, ...], in the ranks' order in its own dtype."""
-        self._in_order()
-        each, own = part.chunk(self.size), self._own(at, part).chunk(self.size)
-        for r in range(self.size):
-            if r != self.rank:
-                own[r].copy_(each[r])
-        self.wait()
-        at += self.rank * each[0].numel() * part.element_size()
-        addends = [each[r] if r == self.rank else self._of(r, at, each[0].shape, part.dtype) for r in range(self.size)]
-        out = addends[0] + addends[1]
-        for more in addends[2:]:
-            out += more
-        self.wait()
-        return out
+        Where they do not the rest is undefined."""
+        self._before()
+        return self.kernels.gathered(self, x, ids, weights, said)  # type: ignore[no-any-return]
 
-    def wait(self) -> None:
-        """Until all ranks have come here; a rank that does not is named on stderr when the time is up."""
-        self.handle.barrier(0, self.timeout)
+    def say(self, said: int) -> Tensor:
+        """Only what each rank says [ranks]: other ranks may be in a `gather` meanwhile, and hear it."""
+        return self.gather(*self._nothing[:1] * 3, said=said)[3]
 
-    def _own(self, at: int, like: Tensor) -> Tensor:
-        return self.memory[at : at + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+    def scatter(self, part: Tensor) -> Tensor:
+        """part [ranks · n, ...], contiguous -> Σ over the ranks of this rank's [n, ...], in the ranks' order."""
+        self._before()
+        return self.kernels.added(self, part, True)  # type: ignore[no-any-return]
 
-    def _of(self, rank: int, at: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        key = (rank, at, tuple(shape), dtype)
-        if key not in self.buffers:
-            self.buffers[key] = self.handle.get_buffer(rank, list(shape), dtype, at // dtype.itemsize)
-        return self.buffers[key]
+    @property
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        nothing = torch.empty(0, dtype=torch.int64, device=self.count.device)
+        return nothing, nothing
 
-    def _in_order(self) -> None:
-        if not self.memory.is_cuda:
+    def _before(self) -> None:
+        """In order behind the last call. Raises RuntimeError where a rank was lost."""
+        if told := self.missing():
+            raise RuntimeError(told)
+        if not self.count.is_cuda:
             return
-        now = torch.cuda.current_stream(self.memory.device)
+        now = torch.cuda.current_stream(self.count.device)
         if self.stream is not None and now != self.stream and not torch.cuda.is_current_stream_capturing():
             now.wait_stream(self.stream)
         self.stream = now
+
+    def missing(self) -> str:
+        """Whom a kernel has waited for in vain, and what to do; "" for nobody. Nothing of the device's is asked, which is lost then."""
+        who = ", ".join(f"rank {r}" for r, lost in enumerate(self.lost.tolist()) if lost)
+        if not who:
+            return ""
+        return (
+            f"moe_compile: {who} did not come to an exchange of group {self.name} within {self.timeout / 1000:g} s (dead, or still busy): "
+            f"rank {self.rank} of {self.size} cannot go on, and CUDA reports a launch failure there. See what ended {who}, and start all "
+            "ranks again; where it was only late, a longer timeout of init_process_group helps"
+        )
 
 
 _peers: dict[str, Peers] = {}
@@ -148,7 +157,8 @@ def of_group(name: str) -> Peers | None:
 
 def summed(part: Tensor, group: str) -> Tensor:
     """Σ over the ranks of `group` of part, of one shape and dtype on all of them."""
-    peers, how = of_group(group), way(part.shape, part.dtype)
+    peers = of_group(group)
+    how = Sum.COLLECTIVE if peers is None else peers.way(part.shape, part.dtype)
     if peers is None or how is Sum.COLLECTIVE:
         out = torch.ops._c10d_functional.all_reduce(part.contiguous(), "sum", group)
         return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ def whole(local: Tensor, group: str, shared: bool, rows: bool = False) -> Tensor
     """
     size = resolved(group).size()
     if not shared:
-        said = None if rows else hello(group, AS_WRITTEN, local.device)
+        said = None if rows else hello(group, AS_WRITTEN)
         if said is None:
             own = torch.full((size + 1 if rows else 1,), AS_WRITTEN, dtype=torch.int64, device=local.device)
             said = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(own, size, group))

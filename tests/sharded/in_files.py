@@ -1,51 +1,40 @@
-"""Peers' memory that is files which all processes of a machine map, with a barrier of the group's: what it holds is read as on a card."""
+"""Peers' memory that is files which all processes of a machine map: the kernels that exchange through it run in Triton's interpreter."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from moe_compile.ops import peer_rows, summed
+from moe_compile.lowering.triton import peers as kernels
+from moe_compile.ops import summed
 
-SIZE = peer_rows.MESSAGE + (1 << 16)
-
-
-class Files:
-    """The handle of a rendezvous. waits: how often the ranks have met."""
-
-    def __init__(self, folder: Path, group: Any, size: int) -> None:
-        self.group, self.waits = group, 0
-        own = str(folder / str(group.rank()))
-        self.own = torch.from_file(own, shared=True, size=size, dtype=torch.uint8)
-        dist.barrier(group)
-        self.each = [torch.from_file(str(folder / str(r)), shared=True, size=size, dtype=torch.uint8) for r in range(group.size())]
-
-    def barrier(self, channel: int, timeout: int) -> None:
-        self.waits += 1
-        dist.barrier(self.group)
-
-    def get_buffer(self, rank: int, shape: list[int], dtype: torch.dtype, at: int) -> Tensor:
-        return self.each[rank].view(dtype)[at:][: torch.Size(shape).numel()].view(shape)
+SIZE = summed.memory_of(1 << 16)
 
 
 @contextlib.contextmanager
-def peers(rank: int, group: Any, size: int = SIZE) -> Iterator[Files]:
+def peers(rank: int, group: Any, size: int = SIZE, **how: Any) -> Iterator[summed.Peers]:
     with tempfile.TemporaryDirectory() as mine:
         folder = [mine]
         dist.broadcast_object_list(folder, 0, group=group)
-        files = Files(Path(folder[0]), group, size)
+        each = []
+        for r in range(group.size()):
+            each.append(torch.from_file(str(Path(folder[0]) / str(r)), shared=True, size=size, dtype=torch.uint8))
+        dist.barrier(group)
         name = group.group_name
-        summed.set_peers(summed.Peers(weakref.ref(group), name, rank, group.size(), files.own, files, 1000))
+        found = summed.Peers(weakref.ref(group), name, rank, group.size(), each, 1000, kernels, **{"workers": 2, "chunks": 2, **how})
+        summed.set_peers(found)
         try:
-            yield files
+            yield found
         finally:
             summed._peers.clear()
             dist.barrier(group)

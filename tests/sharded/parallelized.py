@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile import peers
 from moe_compile.ir import Rejection
-from moe_compile.ops.summed import of_group
+from moe_compile.ops.summed import Sum, memory_of, of_group
 from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
@@ -31,11 +32,12 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield f"parallelize / {' / '.join(names)}", cell(rank, world, mesh, *names)
     yield "parallelize / refused", dict(refused(mesh))
     yield "summed", summed(rank, mesh.get_group())
-    with in_files.peers(rank, mesh.get_group()):
+    with in_files.peers(rank, mesh.get_group()) as found:
+        yield "peers / by hand", by_hand(rank, world, found)
         yield "peers / grouped / own", cell(rank, world, mesh, "grouped", "own", "compiled", layers=1)
         yield "peers / as written", cell(rank, world, mesh, "loop", "own", "eager", layers=1)
         yield "peers / uneven", uneven(rank, mesh)
-    with in_files.peers(rank, mesh.get_group(), size=64) as files:
+    with in_files.peers(rank, mesh.get_group(), size=memory_of(32)) as files:
         yield "peers / too small", too_small(rank, mesh.get_group(), files)
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
@@ -74,7 +76,7 @@ def cell(rank: int, world: int, mesh: Any, spelling: str, batch: str, how: str, 
         "gathers weights": any("moe_compile.whole" in g for g in graphs),
         "fewer tokens": cells.worst(run(xs[0 if shared else rank][2:]), one(xs[0 if shared else rank][2:])) if dynamic else 0.0,
         "same": bool(torch.equal(out, run(xs[0 if shared else rank]))),
-        "through memory": getattr(getattr(of_group(mesh.get_group().group_name), "handle", None), "waits", 0) > 0,
+        "through memory": (found := of_group(mesh.get_group().group_name)) is not None and int(found.count[0]) > 0,
     }
 
 
@@ -95,20 +97,40 @@ def uneven(rank: int, mesh: Any) -> dict[str, str]:
     return told
 
 
+def by_hand(rank: int, world: int, found: Any) -> dict[str, Any]:
+    """Every exchange beside what the ranks' tensors, made of seeds, are known to be: sizes that are no whole tiles, words or chunks."""
+
+    def of(r: int, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(r))
+
+    tried = peers._try(found, torch.device("cpu"))
+    x, ids, w = (
+        [f(r) for r in range(world)] for f in (lambda r: of(r, 5, 1000), lambda r: of(r, 5, 3).long(), lambda r: of(r, 5, 3).half())
+    )
+    *whole, told, even = found.gather(x[rank], ids[rank], w[rank], 5)
+    same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, (x, ids, w), strict=True)) and bool(even)
+    part = [of(r, world * 5, 1000) for r in range(world)]
+    sums = torch.equal(found.scatter(part[rank]), sum(part).chunk(world)[rank])  # type: ignore[union-attr]
+    wide = [
+        torch.equal(found.sum(x[rank].to(d), how), sum(y.to(d) for y in x)) for d in (torch.float32, torch.float64) for how in list(Sum)[1:]
+    ]
+    return {"tried": tried, "same": same, "told": told.tolist(), "sums": [sums, *wide], "said": found.say(-1 - rank).tolist()}
+
+
 def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:
     """Rows that a group's memory does not hold: collectives, behind the numbers of tokens, which it does hold."""
     each = [torch.randn(4, 8, generator=torch.Generator().manual_seed(r)) for r in range(group.size())]
-    own, head = each[rank].clone().requires_grad_(), torch.full((5, 4), 4, dtype=torch.int32)
-    rows, _ = torch.ops.moe_compile.rows_gathered(own, head, group.group_name)
+    own, none = each[rank].clone().requires_grad_(), torch.empty(4, 0, dtype=torch.int32)
+    rows, *_ = torch.ops.moe_compile.rows_gathered(own, none, none.float(), group.group_name)
     out = torch.ops.moe_compile.summed_rows(rows * (rank + 1), group.group_name)
     (out * 2).sum().backward()
     times = sum(range(1, group.size() + 1))
     off = max(
         cells.worst(rows, torch.cat(each)), cells.worst(out, own.detach() * times), cells.worst(own.grad, torch.full_like(own, 2.0 * times))
     )
-    met, told = files.waits, ""
+    met, told = int(files.count[0]), ""
     try:
-        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), head[rank:], group.group_name)
+        torch.ops.moe_compile.rows_gathered(own[rank:].detach(), none[rank:], none[rank:].float(), group.group_name)
     except RuntimeError as e:
         told = str(e)
     return {"off": off, "met": met, "uneven": told}

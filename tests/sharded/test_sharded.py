@@ -231,6 +231,13 @@ def test_rows_through_peers_memory_are_the_undivided_model(own: list[dict[str, A
         assert told["off"] < 1e-6 and told["met"] > 0 and "different numbers of tokens" in told["uneven"], told
 
 
+def test_exchanges_through_peers_memory_by_hand(own: list[dict[str, Any]]) -> None:
+    """The kernels in Triton's interpreter: rows, choices, numbers and sums of any size are the ranks', in both halves of the memory."""
+    for of_rank in own:
+        told = of_rank["peers / by hand"]
+        assert told["tried"] == "" and told["same"] and told["told"] == [5, 5] and told["said"] == [-1, -2] and all(told["sums"]), told
+
+
 def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
     """Results are the undivided model's; every rank is told whose block it was; `strict` on another rank raises on both."""
     for of_rank in own:
