@@ -23,7 +23,7 @@ from .recover.odd import explained
 from .rewrite import overlap, recall
 from .rewrite.target import Target
 from .terms import unify
-from .terms.budget import deep_recursion
+from .terms.budget import BUDGET, deep_recursion
 from .work import Candidate, Outcome, Recovered, Work
 
 __all__ = ["PASSES", "Outcome", "Pass", "Recovered", "recover_recorded", "run"]
@@ -54,7 +54,7 @@ class Pass:
             try:
                 out = self.each(work, c)
             except (Rejection, T.TooLarge) as e:
-                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out, code="budget"))
+                r = explained(c.match, work.shadow.walls, e if isinstance(e, Rejection) else Rejection(str(e), c.match.out, code=BUDGET))
                 work.reject([r])
                 entry.refused(work.out.rejected[-1])
                 return None

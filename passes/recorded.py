@@ -20,7 +20,7 @@ from .recover.rows import MIXED
 from .recover.selections import is_id_input, is_selection
 from .steps import proved
 from .terms import unify
-from .terms.budget import deep_recursion
+from .terms.budget import BUDGET, deep_recursion
 from .work import Recovered
 
 NO_SUM = "what it did on examples is no sum over chosen experts"
@@ -43,7 +43,7 @@ def recover_recorded(gm: fx.GraphModule) -> Recovered | Rejection:
         except Rejection as r:
             return _explained(gm, r)
         except T.TooLarge as e:
-            return Rejection(str(e), None, "record", code="budget")
+            return Rejection(str(e), None, "record", code=BUDGET)
         return Recovered(block.ir, "", True, "")
 
 

@@ -272,7 +272,7 @@ def test_a_base_of_all_experts_that_is_trained_is_left() -> None:
     model = Loop()
     one_base(model)
     model.experts[0]["d"].base.requires_grad_(True)
-    torch.compile(model, backend="moe_fused", options={"inner": "aot_eager"})(torch.randn(10, H)).sum().backward()
+    torch.compile(model, backend="moe_fused", options={"inner": "eager"})(torch.randn(10, H)).sum().backward()
     report = moe_compile.last_report()
     assert not report.blocks and any("one and the same" in r.reason for r in report.rejected), [r.reason for r in report.rejected]
 
@@ -282,7 +282,7 @@ def test_dropout_inside_an_adapter(train: bool) -> None:
     """In training the adapter reads another input than its projection: left as written, and told. In evaluation dropout is nothing."""
     torch.manual_seed(0)
     model, x = Loop(0.5).train(train), torch.randn(10, H)
-    torch.compile(model, backend="moe_fused", options={"inner": "aot_eager"})(x)
+    torch.compile(model, backend="moe_fused", options={"inner": "eager"})(x)
     report = moe_compile.last_report()
     assert len(report.blocks) == (not train)
     assert not train or any("dropout" in r.reason for r in report.rejected), [r.reason for r in report.rejected]

@@ -88,7 +88,7 @@ def adapted_by_another(x: Tensor, ids: Tensor, w: Tensor, up: Tensor, down: Tens
 
 
 def compiled(f: Fn, *args: Any) -> tuple[Tensor, Report]:
-    out = torch.compile(f, backend="moe_fused", options={"inner": "aot_eager"})(*args)
+    out = torch.compile(f, backend="moe_fused", options={"inner": "eager"})(*args)
     return out, moe_compile.last_report()
 
 

@@ -102,15 +102,16 @@ def _fused(model: nn.Module, *, times: int = 2) -> int:
 def test_a_declined_block_hides_no_good_one(block: type[Block], order: Sequence[type[Good]]) -> None:
     for experts in order:
         assert _fused(nn.Sequential(block(experts))) == (experts is Good)
-    if block is not Skipping:
+    if block is not Skipping and len(order) > 3:  # the other order is a part of this one
         torch._dynamo.reset()
         assert _fused(nn.Sequential(*map(block, order))) == order.count(Good)
 
 
-@pytest.mark.parametrize("block", [Block, Skipping, Hit])
+@pytest.mark.parametrize(("block", "layers", "frames"), [(Block, 3, 1), (Skipping, 9, 5), (Hit, 9, 9)])
 @torch.no_grad()
-def test_equal_layers_that_are_declined_share_their_code(block: type[Block]) -> None:
+def test_equal_layers_that_are_declined_share_their_code(block: type[Block], layers: int, frames: int) -> None:
+    """More layers than Dynamo compiles one function for, where each is a frame of its own."""
     torch.manual_seed(0)
     counters.clear()
-    assert _fused(nn.Sequential(*(block(Bad) for _ in range(9))), times=1) == 0
-    assert counters["frames"]["total"] <= {Block: 1, Skipping: 5, Hit: 9}[block]
+    assert _fused(nn.Sequential(*(block(Bad) for _ in range(layers))), times=1) == 0
+    assert counters["frames"]["total"] <= frames

@@ -215,8 +215,17 @@ def test_what_the_maths_decline_is_not_read_again(cls: type[Wide], why: str, mon
     report, got, want = compiled(cls)
     assert any(why in r.reason for r in report.rejected) and not report.blocks
     assert {name for name, _ in read} == {"dispatch"} and read[0][1] is not None and read[0][1].widths
-    assert len(read) == 1 or cls is RoundsSomeRows
+    assert len(read) == 1
     assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(("code", "final"), [("budget", True), ("rounded in part", True), ("", False)])
+def test_what_took_too_much_work_is_not_read_again(code: str, final: bool) -> None:
+    """Terms are as large at any width, and larger with more experts."""
+    from moe_compile.loops import reading
+
+    refused = moe_compile.ir.Rejection("why", stage="experts", code=code)
+    assert reading._for_good(refused, Fewer(11, 64, ((2048, 128),))) is final
 
 
 def test_packed_matrices_too_large_for_tables(monkeypatch: pytest.MonkeyPatch) -> None:

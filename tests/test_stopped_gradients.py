@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue.base import Case, E, H, K, mlp
-from catalogue.check import OPTIONS, Host, difference_problem
+from catalogue.check import BARE, OPTIONS, Host, difference_problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -160,7 +160,7 @@ def trained(cls: Callable[[], Case], **options: Any) -> tuple[Report, list[dict[
     torch.manual_seed(0)
     module, x = cls(), torch.randn(9, H)
     twin = copy.deepcopy(module)
-    fused = torch.compile(Host(module), backend="moe_fused", options=OPTIONS | options)
+    fused = torch.compile(Host(module), backend="moe_fused", options=BARE | options)
     found = []
     with collecting() as report:
         for run, owner in ((fused, module), (twin, twin)):
@@ -236,7 +236,7 @@ def test_a_stop_means_nothing_in_inference(cls: Callable[[], Case]) -> None:
 
 @pytest.mark.parametrize(("cls", "blocks"), [(ExpertsInCheckpoint, 1), (OneOfTwoInCheckpoint, 2)])
 def test_checkpoints_beside_a_router(cls: Callable[[], Case], blocks: int) -> None:
-    report, found = trained(cls)
+    report, found = trained(cls, **OPTIONS)
     assert_eagers(found)
     assert len(report.blocks) == blocks, str(report)
     assert not report.rejected, str(report)

@@ -26,7 +26,7 @@ ENTRIES = catalogue.entries()
 def told(case: Case, strict: bool = False) -> Report:
     torch._dynamo.reset()
     with collecting() as report:
-        torch.compile(case.eval(), backend="moe_fused", options={"inner": "aot_eager", "strict": strict})(*case.example_inputs())
+        torch.compile(case.eval(), backend="moe_fused", options={"inner": "eager", "strict": strict})(*case.example_inputs())
     return report
 
 

@@ -57,7 +57,7 @@ class Quantile(Float8Tensor):
 Quantile.__module__ = "torchao.stand_in"
 
 
-def compiled(entry: str, kind: type[Float8Tensor], inner: str = "aot_eager", **given: Any) -> tuple[float, Report]:
+def compiled(entry: str, kind: type[Float8Tensor], inner: str = "eager", **given: Any) -> tuple[float, Report]:
     torch._dynamo.reset()
     model = catalogue.build(catalogue.entries()[entry]).eval()
     for name in ("up", "down"):

@@ -59,8 +59,8 @@ class Windows:
         old = self.buffers.get(dtype)
         if old is None or old.numel() < size:
             size = max(size, 1 << 16, 0 if old is None else 2 * old.numel())
-            block = self._noise(min(size, _PERIOD), dtype)
-            self.buffers[dtype] = block.repeat(-(-size // block.numel())).to(self.device, dtype)
+            block = self._noise(min(size, _PERIOD), dtype).to(self.device, dtype)
+            self.buffers[dtype] = block.repeat(-(-size // block.numel()))
         return self.buffers[dtype]
 
     def _noise(self, size: int, dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,11 @@ class _Listed(TorchDispatchMode):
         super().__init__()
         self.idle, self.lines, self.made = idle, list[Line](), dict[Any, Any]()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: Dynamo sees none of this anyway, and keeping it away costs as much as an operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flat, how = [*args, *kwargs.values()], (len(args), *kwargs)

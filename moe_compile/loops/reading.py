@@ -21,6 +21,8 @@ from ..ir import Experts, Rejection
 from ..passes.aten.names import op_name
 from ..passes.prove.region import one_thread
 from ..passes.recorded import NO_SUM
+from ..passes.recover.rounding import IN_PART
+from ..passes.terms.budget import BUDGET
 from .bench import NoExperts, Unrolls
 from .call import Call, Roles, roles_of
 from .confirm import confirm, holds_for_repeats
@@ -38,6 +40,7 @@ log = logging.getLogger("moe_compile")
 Recover = Callable[[fx.GraphModule], Any]
 _NEVER = {"hooks", "shared", "tensors"}  # refusals that rest on one module and on no question that its code asked
 _ANYWAY = {*_NEVER, "effects", "random", "values", "rows", "draw"}  # those that fewer experts do not cause
+_ANY_WIDTH = MATHS | {BUDGET, IN_PART}  # codes of what more experts, and wider ones, do not change
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _for_good(e: Exception, fewer: Fewer) -> bool:
     """Whether a failure has nothing to do with how many experts there are, and how wide."""
     if isinstance(e, NoExperts):
         return not fewer.widths or not _of_running(e)
-    return isinstance(e, Rejection) and (e.stage in _ANYWAY or e.code in MATHS)
+    return isinstance(e, Rejection) and (e.stage in _ANYWAY or e.code in _ANY_WIDTH)
 
 
 def _of_running(e: BaseException) -> bool:

@@ -93,6 +93,7 @@ class Code:
         self._spaces: list[Names] = []
         self._rests: dict[int, tuple[Any, set[Place]]] = {}  # id of a function's copy -> (it, the places of its closure and defaults)
         self._classes: set[type] = set()
+        self._noted: dict[tuple[int, str], Place] = {}  # (id of what was asked for a name, the name) -> where it is
         self._metas: dict[type, type] = {}
         self._watched: dict[type, type] = {}
         self.real: dict[type, type] = {}
@@ -267,6 +268,10 @@ class Code:
 
     def note(self, place: Place, name: str, asked: Any) -> None:
         """An object or class was asked for a name."""
+        key = id(asked), name
+        if self._noted.get(key) is place:
+            return
+        self._noted[key] = place  # `world.places` keeps what was asked
         self.world.reads |= {place, place.attr(name)}
         for c in type.mro(asked if isinstance(asked, type) else type(asked)):
             if name in c.__dict__:

@@ -7,8 +7,7 @@ where rows are different places. A selection's own indices are; indices mapped b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 
 import sympy as sp
 import torch
@@ -19,6 +18,7 @@ from ..terms import Term
 from .element import Mask, call_args, normal_dim, shape_of
 from .names import op_name
 
+_PAIRS = 4_000  # of terms and conditions around them
 REPEATED = "rows that may be put in one place are written, not added: the last of them counts"
 
 
@@ -115,15 +115,47 @@ def never_negative(t: Term) -> bool:
     return T.never_negative(t) or lowest is not None and lowest >= 0
 
 
-def least(t: Term, given: int | None = None, known: Mapping[Term, int] = MappingProxyType({})) -> int | None:
-    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own.
-    `known`: what terms are not below because of a condition around them.
-    """
-    if t in known:
-        return known[t]
-    if t.op == "ite":
-        cases = [least(c, given, {**known, **_bounds(t.args[0], i == 0)}) for i, c in enumerate(t.args[1:])]
-        return None if None in cases else min(cases)  # type: ignore[type-var]
+def least(t: Term, given: int | None = None) -> int | None:
+    """A number that an index is not below for certain. `given`: what is taken to be the least of a tensor of the user's own."""
+    return _Least(given).of(t, frozenset())
+
+
+class _Least:
+    """`found`: by term, and what terms in it are not below because of conditions around it. Each pair is looked at once, of _PAIRS."""
+
+    def __init__(self, given: int | None) -> None:
+        self.given = given
+        self.found: dict[tuple[Term, frozenset[tuple[Term, int]]], int | None] = {}
+
+    def of(self, t: Term, known: frozenset[tuple[Term, int]]) -> int | None:
+        below = set(T.walk(t)) if known else ()
+        key = t, frozenset(k for k in known if k[0] in below)
+        if key not in self.found:
+            self.found[key] = self._of(*key) if len(self.found) < _PAIRS else None
+        return self.found[key]
+
+    def _of(self, t: Term, known: frozenset[tuple[Term, int]]) -> int | None:
+        bounds = [n for x, n in known if x is t]
+        if bounds:
+            return max(bounds)
+        if t.op == "ite":
+            cases = [self.of(c, known.union(_bounds(t.args[0], i == 0).items())) for i, c in enumerate(t.args[1:])]
+            return None if None in cases else min(cases)  # type: ignore[type-var]
+        if t.op == "fn":
+            limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
+            return math.floor(limit) if limit > -math.inf else self.of(t.args[1][0], known) if t.args[0] == "round" else None
+        if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv"):
+            return _least_of_leaf(t, self.given)
+        parts = [self.of(c, known) for c in T.children(t)]
+        if None in parts:
+            return None
+        if t.op == "add":
+            return sum(parts)  # type: ignore[arg-type]
+        lowest: int = min(parts)  # type: ignore[type-var,assignment]
+        return lowest if t.op in ("max", "min", "sv") else 0 if lowest >= 0 else None
+
+
+def _least_of_leaf(t: Term, given: int | None) -> int | None:
     if t.op == "c":
         return int(t.args[0]) if isinstance(t.args[0], (int, float)) else 0 if isinstance(t.args[0], sp.Expr) else None
     if t.op == "rank":
@@ -133,18 +165,7 @@ def least(t: Term, given: int | None = None, known: Mapping[Term, int] = Mapping
     if t.op == "a":
         value = t.args[0].meta.get("val") if isinstance(t.args[0], fx.Node) else None
         return 0 if T.never_negative(t) or isinstance(value, torch.Tensor) and value.dtype in _UNSIGNED else given
-    if t.op == "fn":
-        limit = t.args[2][0] if t.args[0] in ("clamp", "hardtanh", "maximum") else 0 if t.args[0] in ("relu", "abs") else -math.inf
-        return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given, known) if t.args[0] == "round" else None
-    if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv"):
-        return None
-    parts = [least(c, given, known) for c in T.children(t)]
-    if None in parts:
-        return None
-    if t.op == "add":
-        return sum(parts)  # type: ignore[arg-type]
-    lowest: int = min(parts)  # type: ignore[type-var,assignment]
-    return lowest if t.op in ("max", "min", "sv") else 0 if lowest >= 0 else None
+    return None
 
 
 def _bounds(condition: Term, true: bool) -> dict[Term, int]:

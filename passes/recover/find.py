@@ -20,6 +20,7 @@ from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.node import reached
 from ..aten.shadow import CUT
+from ..terms.budget import BUDGET
 from .counted import named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
@@ -237,7 +238,7 @@ class Finder:
             if self._is_table(label):
                 allowed = self.left[label]
                 return Rejection("the ids come from a table, and what is around them depends on each other in too many ways", n, FIND)
-            return Rejection(str(e), n, "experts")
+            return Rejection(str(e), n, "experts", code=BUDGET)
         finally:
             self.left[label] -= allowed - max(p.left, 0)
         if isinstance(out, Rejection):

@@ -26,6 +26,7 @@ _WITH_PRODUCT = frozenset({"addmm", "baddbmm"})
 def merged_pairs(graph: fx.Graph) -> set[fx.Node]:
     """Nodes from such sums down to what is given: the sum, the product and its factor, views in between."""
     found: set[fx.Node] = set()
+    known: dict[fx.Node, set[fx.Node] | None] = {}
     for n in graph.nodes:
         if not _matrix(n):
             continue
@@ -36,7 +37,7 @@ def merged_pairs(graph: fx.Graph) -> set[fx.Node]:
                 found.update([n], *(p for p in parts if p is not None))
         elif name == "add" and len(n.args) > 1:
             for base, low in (n.args[:2], n.args[1::-1]):
-                plain, made = _base(base, found), _low(low)
+                plain, made = _base(base, found), _low(low, known)
                 if plain is not None and made is not None:
                     found.update([n], plain, made)
     return found
@@ -48,18 +49,26 @@ def _base(n: Any, found: set[fx.Node]) -> list[fx.Node] | None:
     return seen if source in found else _down(n)
 
 
-def _low(n: Any) -> list[fx.Node] | None:
-    """The nodes of s · b a, or of a sum of such; None where n is something else."""
+def _low(n: Any, known: dict[fx.Node, set[fx.Node] | None]) -> set[fx.Node] | None:
+    """The nodes of s · b a, or of a sum of such; None where n is something else. `known`: of products and sums met already."""
     seen, product = _through(n)
-    if isinstance(product, fx.Node) and op_name(product) == "add" and len(product.args) > 1:
-        both = [_low(x) for x in product.args[:2]]
-        return None if None in both else [*seen, product, *(x for p in both if p is not None for x in p)]
-    if not isinstance(product, fx.Node) or op_name(product) not in _PRODUCT:
+    if not isinstance(product, fx.Node):
         return None
-    parts = [_down(x) for x in product.all_input_nodes]
-    if len(parts) != 2 or any(p is None for p in parts):
+    if product not in known:
+        known[product] = _pair(product, known)
+    below = known[product]
+    return None if below is None else {*seen, *below}
+
+
+def _pair(product: fx.Node, known: dict[fx.Node, set[fx.Node] | None]) -> set[fx.Node] | None:
+    name = op_name(product)
+    if name == "add" and len(product.args) > 1:
+        parts = [_low(x, known) for x in product.args[:2]]
+    elif name in _PRODUCT and len(product.all_input_nodes) == 2:
+        parts = [None if (p := _down(x)) is None else set(p) for x in product.all_input_nodes]
+    else:
         return None
-    return [*seen, product, *(x for p in parts if p is not None for x in p)]
+    return None if None in parts else {product}.union(*(p for p in parts if p is not None))
 
 
 def _down(n: Any) -> list[fx.Node] | None:

@@ -21,6 +21,7 @@ from . import static_rows
 from .rows import No, factors
 
 ROUNDED = "rows are rounded to fewer bits in a way that is not recovered: by max / largest of each row or of equal groups of it"
+IN_PART = "rounded in part"  # code of a function whose products have different rows
 _TYPES = {"round": torch.int8} | {name: dtype for dtype, name in SMALL.items()}
 
 
@@ -104,7 +105,7 @@ def _check_every(body: Term, level: int, expert: Term) -> None:
     for x in T.walk(body):
         if x.op == "sum" and T.uses(x, expert) and _products(x.args[1], expert) == level and T.uses(x.args[1], x.args[0]):
             if not any(_is_round(y) and _level(y, expert) == level for y in T.walk(x.args[1])):
-                raise No("rows are rounded to fewer bits before some of the up projections only")
+                raise No("rows are rounded to fewer bits before some of the up projections only", IN_PART)
 
 
 def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tuple[Term, _Found]:

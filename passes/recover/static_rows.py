@@ -14,6 +14,7 @@ from ...ir import Rows
 from .. import terms as T
 from ..aten.element import shape_of
 from ..aten.names import op_name
+from ..aten.node import reached
 from ..terms import Term
 from . import scales as channels
 from .match import Param
@@ -51,11 +52,14 @@ def is_step(a: Term, expert: Term) -> bool:
 
 def is_own_number(n: fx.Node) -> bool:
     """Whether a node is one number, made of numbers that the graph is given and of constants: a scale of rows times one of weights."""
+    made = reached([n], lambda x: x.all_input_nodes if _is_number(x) else ())
+    return _is_number(n) and all(_is_number(x) or unviewed(x).op in ("placeholder", "get_attr") for x in made)
+
+
+def _is_number(n: fx.Node) -> bool:
     v = n.meta.get("val")
     floats = isinstance(v, torch.Tensor) and v.dtype.is_floating_point
-    if op_name(n) not in ("mul", "div") or not floats or shape_of(n) not in ((), (1,)):
-        return False
-    return all(unviewed(x).op in ("placeholder", "get_attr") or is_own_number(x) for x in n.all_input_nodes)
+    return op_name(n) in ("mul", "div") and floats and shape_of(n) in ((), (1,))
 
 
 def operands(a: Term, stacked: bool, count: int) -> list[Param]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 DEFAULT = 10_000_000
 SECONDS = 30.0  # of this thread's processor time, for one graph: the slowest that is known takes 7, in a loop that is read by example
 EACH = 1.0  # more for each place where experts may be chosen: an equal block takes a tenth of that, and a graph may hold a hundred of them
+BUDGET = "budget"  # code of what is given up for the work that it takes
 TOO_MANY = "the values around the selection depend on each other in too many ways"
 _DEEP = 12_000  # calls in each other
 _LOOK = 50_000  # steps from one look at the clock to the next

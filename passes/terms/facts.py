@@ -18,6 +18,7 @@ from typing import Any
 import sympy as sp
 
 from .arithmetic import TRUTHS, add, coefficient
+from .budget import step
 from .numbers import exact_div, is_plain, same_size
 from .term import Term, addends, const, is_c, mk, walk
 
@@ -78,6 +79,7 @@ class Facts:
 
     def _choices(self, t: Term) -> int | None:
         """How many conditions [ids = e] a product in t holds at most; None where t has other conditions or numbers that may be 0."""
+        step()
         if t.op in ("mul", "add", "sum"):
             found = [self._choices(x) for x in t.parts]
             known = [n for n in found if n is not None]
@@ -100,6 +102,7 @@ class Facts:
 
     def vanishes(self, t: Term, index: Term, n: Any) -> bool:
         """Whether t is 0 wherever `index` is n or more (negative, where n is None): an expert weight of at most n experts is a factor."""
+        step()
         if t.op == "a" and t.args[0] in self.zero_beyond:
             sizes = self.zero_beyond[t.args[0]]
             return any(self._ends_at(i, size, index, n) for i, size in zip(t.args[1], sizes))

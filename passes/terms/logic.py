@@ -6,18 +6,13 @@ from .arithmetic import TRUTHS, add, build, eq, mul
 from .facts import Facts
 from .numbers import differ, is_number, is_plain, positive, same_size
 from .rules import Rules, rule
-from .term import Term, addends, const, is_c, mk
+from .term import Term, addends, const, is_c, mk, reached
 
 
 def is_truth(t: Term) -> bool:
     """Whether a term is 0 or 1 by construction."""
-    if t.op in TRUTHS:
-        return True
-    if t.op == "c":
-        return t.args[0] in (0, 1)
-    if t.op == "mul":
-        return all(is_truth(a) for a in t.args)
-    return t.op == "ite" and is_truth(t.args[1]) and is_truth(t.args[2])
+    made = reached(t, lambda x: x.args if x.op == "mul" else x.args[1:] if x.op == "ite" else ())
+    return all(x.op in TRUTHS or x.op in ("mul", "ite") or x.op == "c" and x.args[0] in (0, 1) for x in made)
 
 
 def _both(t: Term) -> tuple[tuple[Term, Term], tuple[Term, Term]]:
@@ -101,7 +96,8 @@ def _whole(n: object) -> bool:
 
 def reads(t: Term) -> bool:
     """Whether an index is read from data: a choice, a place in a sorted order or a tensor's element."""
-    return t.op in ("topk", "a", "sv", "perm", "inv", "nz") or t.op in ("add", "mul", "mod", "fdiv", "ite") and any(map(reads, t.parts))
+    made = reached(t, lambda x: x.parts if x.op in ("add", "mul", "mod", "fdiv", "ite") else ())
+    return any(x.op in ("topk", "a", "sv", "perm", "inv", "nz") for x in made)
 
 
 @rule("[2 < 3] = 1", "lt")

@@ -135,6 +135,18 @@ def walk(t: Term) -> Iterator[Term]:
     step(len(done))
 
 
+def reached(t: Term, into: Callable[[Term], Iterable[Term]]) -> Iterator[Term]:
+    """t and the terms that `into` leads to from it, each once."""
+    seen = {t}
+    stack = [t]
+    while stack:
+        x = stack.pop()
+        yield x
+        new = [y for y in into(x) if y not in seen]
+        seen.update(new)
+        stack += new
+
+
 def places(t: Term, v: Term, ops: tuple[str, ...]) -> list[Term]:
     """The subterms of these ops that v is free in."""
     found = []
