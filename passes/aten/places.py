@@ -138,6 +138,8 @@ def least(t: Term, given: int | None = None, known: Mapping[Term, int] = Mapping
         return math.floor(limit) if limit > -math.inf else least(t.args[1][0], given, known) if t.args[0] == "round" else None
     if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv"):
         return None
+    if t.op == "mul" and any(map(T.is_truth, t.args)):
+        return _least_where(t, given, known)
     parts = [least(c, given, known) for c in T.children(t)]
     if None in parts:
         return None
@@ -145,6 +147,15 @@ def least(t: Term, given: int | None = None, known: Mapping[Term, int] = Mapping
         return sum(parts)  # type: ignore[arg-type]
     lowest: int = min(parts)  # type: ignore[type-var,assignment]
     return lowest if t.op in ("max", "min", "sv") else 0 if lowest >= 0 else None
+
+
+def _least_where(product: Term, given: int | None, known: Mapping[Term, int]) -> int | None:
+    """Of [c] · x, which is 0 or x where c holds: ids of experts elsewhere are put to 0 like this."""
+    truths = [f for f in product.args if T.is_truth(f)]
+    under = {**known, **{x: n for f in truths for x, n in _bounds(f, True).items()}}
+    rest = T.mul(*(f for f in product.args if f not in truths)) if len(truths) < len(product.args) else None
+    lowest = 0 if rest is None else least(rest, given, under)
+    return None if lowest is None else min(0, lowest)
 
 
 def _bounds(condition: Term, true: bool) -> dict[Term, int]:
