@@ -171,3 +171,23 @@ def test_constants_that_overflow(name: str, fill: float) -> None:
     report, got, want = both(Filled(), torch.randn(T, H))
     assert not any(t.startswith("internal") for t in told(report)), told(report)
     assert torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class ShiftedWindows(Block):
+    """Padded to whole windows and shifted by two; `back` is how far the result is shifted back: 2, or a near miss."""
+
+    def __init__(self, back: int) -> None:
+        super().__init__()
+        self.back = back
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 4)).roll(-2, 0).view(-1, 4, H)
+        w, ids = self.route(y.reshape(-1, H))
+        return self.gathered(y.reshape(-1, H), ids, w).roll(self.back, 0)[: len(x)] + x
+
+
+@pytest.mark.parametrize("back", [2, 1])
+def test_windows_that_are_padded_and_shifted(back: int) -> None:
+    report, got, want = both(ShiftedWindows(back), torch.randn(T, H))
+    assert len(report.blocks) == 1, told(report)
+    assert_equal(got, want)

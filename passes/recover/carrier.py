@@ -21,7 +21,7 @@ from .rows import row_index, rows
 
 _MANY = 400  # nodes that are looked at
 _BY_DATA = ("topk", "sv", "nz", "a")
-_MOVES = names.VIEW | names.LOOKUP | names.CAST | {"getitem"}
+_MOVES = names.VIEW | names.MOVE | names.LOOKUP | names.CAST | {"getitem"}
 
 
 def holds_rows(n: fx.Node, idx: tuple[Term, ...], t: Term, count: Any) -> bool:
