@@ -20,7 +20,7 @@ from ..aten.element import NO_RULE, RULES, Puller, call_args, shape_of
 from ..aten.names import op_name
 from ..aten.node import reached
 from ..aten.shadow import CUT
-from .counted import named, only_counted
+from .counted import kth_best, named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
@@ -85,8 +85,13 @@ class Finder:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
         out: dict[fx.Node, int] = {}
         for n in self.graph.nodes:
-            out[n] = number.get(n) or max((out[x] for x in n.all_input_nodes), default=0)
+            label = max((out[x] for x in n.all_input_nodes), default=0)
+            out[n] = number.get(n) or (0 if self._embeds(n, label) else label)
         return out
+
+    def _embeds(self, n: fx.Node, label: int) -> bool:
+        """Whether n is what a table holds for numbers that experts are compared with: a part of the tokens, as of words that are hashed."""
+        return label > 0 and op_name(n) == "embedding" and self.sources[label - 1] in self.silent
 
     def run(self) -> Findings:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -96,10 +101,11 @@ class Finder:
         matched: set[int] = set()  # selections whose experts were found; there may be more of them
         for n in self.graph.nodes:
             label = max((self.live[x] for x in n.all_input_nodes), default=0)
+            unknown = n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES
             if n in number:
                 closed.add(label)  # a selection that feeds another one is a part of it
                 label = number[n]
-            elif label and n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES:
+            elif label and (unknown or self._embeds(n, label)):
                 label = 0
             self.live[n] = label
             ready = is_fused(n) and n not in self.walls  # in a checkpointed body: taken there
@@ -121,6 +127,8 @@ class Finder:
             if i not in matched:
                 found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
         found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
+        if not found.matches and not found.rejected:
+            found.rejected.extend(kth_best(self.graph))
         return found
 
     def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
