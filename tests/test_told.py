@@ -196,7 +196,7 @@ class RowsLeave(small.Block):
         return x[ids.flatten().argsort() // small.K], w
 
 
-OTHERWISE = [(MultipliedInPlace, "inside", "product"), (MultipliedDense, "inside", "not read as"), (RowsLeave, "left graph", "before any")]
+OTHERWISE = [(MultipliedInPlace, "inside", "product"), (MultipliedDense, "inside", "product"), (RowsLeave, "left graph", "before any")]
 
 
 @pytest.mark.parametrize("form, code, word", OTHERWISE, ids=lambda p: getattr(p, "__name__", None))

@@ -35,7 +35,7 @@ from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .static_rows import is_own_number
 from .successive import successive
-from .writes import harmless
+from .writes import first_write, harmless
 
 FIND = "find"
 LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
@@ -262,7 +262,8 @@ class Finder:
                 return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code="" if told else out.code)
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
-            return Rejection("a tensor of the block is written through another view", n, "experts")
+            writer = first_write(self.memory, (x for x, _ in p.memo))
+            return Rejection("a tensor of the block is written through another view", writer or n, "experts")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
         return out
