@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -173,3 +174,22 @@ def test_a_number_of_the_token_is_no_id(value: float) -> None:
     report, got, want = both(PaddedInPlace(value), torch.randn(T, H), torch.arange(T) % 3)
     assert len(report.blocks) == 1, told(report)
     assert not difference_problem(got[0], want[0])
+
+
+class FilledThroughAView(Block):
+    """DeepSeek-V2: scores are filled through a view of theirs, and selected and weighed by their own name."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        lost = scores.view(len(x), 2, -1).max(-1).values.topk(1, largest=False).indices
+        scores.view(len(x), 2, -1).masked_fill_(torch.arange(2).eq(lost).unsqueeze(-1), 0.0)
+        w, ids = scores.topk(K)
+        return w, ids
+
+
+def test_the_line_that_writes_is_told() -> None:
+    report, got, want = both(FilledThroughAView(), torch.randn(T, H))
+    assert not difference_problem(got[0], want[0])
+    lines, first = inspect.getsourcelines(FilledThroughAView)
+    line = first + next(i for i, text in enumerate(lines) if "masked_fill_" in text)
+    assert any("another view" in r.reason and r.source.endswith(f"test_in_place.py:{line}") for r in report.rejected), told(report)
