@@ -89,7 +89,8 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
         raise Rejection(f"experts before number {m.experts.first} were not hit when it was recorded", m.out, "record")
     count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
     if possible is not None and possible >= count:
-        raise Rejection(f"only {count} of {possible + 1} experts were hit when it was recorded", m.out, "record")
+        why = f"the router chooses among {possible + 1} numbers, and in the example experts were applied for the first {count} only"
+        raise Rejection(why, m.out, "record")
     ir = MoeBlock(None, m.experts, None, "")
     ir.boundary.update(tokens=m.tokens, ids=ids, weights=weights, out=m.out, base=m.base)
     ir.boundary.update(m.nodes())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from catalogue.check import difference_problem
-from small import Block, H, K, T, compiled, tensors, told
+from small import Block, H, K, T, both, compiled, tensors, told
 from torch import Tensor
 
 from moe_compile.report import Report, collecting
@@ -151,3 +152,44 @@ def test_rows_of_padding_are_not_computed(how: str) -> None:
         got, want = compiled(module, inner="aot_eager")(x, keep), module(x, keep)
     assert want.isfinite().all() and got.isfinite().all() and not difference_problem(got, want)
     assert len(report.blocks) == (how == "none"), told(report)
+
+
+class PaddedInPlace(Block):
+    """w[token] = 0 where a number of the token says so; the number is no expert's id. A near miss adds 1 there instead."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor, segment: Tensor) -> Any:
+        w, ids = self.route(x)
+        w = w.clone()
+        w[segment == 0] = self.value
+        return self.gathered(x, ids, w)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_number_of_the_token_is_no_id(value: float) -> None:
+    """Verdict: fused, the weights as they were written."""
+    report, got, want = both(PaddedInPlace(value), torch.randn(T, H), torch.arange(T) % 3)
+    assert len(report.blocks) == 1, told(report)
+    assert not difference_problem(got[0], want[0])
+
+
+class FilledThroughAView(Block):
+    """DeepSeek-V2: scores are filled through a view of theirs, and selected and weighed by their own name."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        lost = scores.view(len(x), 2, -1).max(-1).values.topk(1, largest=False).indices
+        scores.view(len(x), 2, -1).masked_fill_(torch.arange(2).eq(lost).unsqueeze(-1), 0.0)
+        w, ids = scores.topk(K)
+        return w, ids
+
+
+def test_the_line_that_writes_is_told() -> None:
+    report, got, want = both(FilledThroughAView(), torch.randn(T, H))
+    assert not difference_problem(got[0], want[0])
+    lines, first = inspect.getsourcelines(FilledThroughAView)
+    line = first + next(i for i, text in enumerate(lines) if "masked_fill_" in text)
+    assert any("another view" in r.reason and r.source.endswith(f"test_in_place.py:{line}") for r in report.rejected), told(report)

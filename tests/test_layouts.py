@@ -171,3 +171,79 @@ def test_constants_that_overflow(name: str, fill: float) -> None:
     report, got, want = both(Filled(), torch.randn(T, H))
     assert not any(t.startswith("internal") for t in told(report)), told(report)
     assert torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class ShiftedWindows(Block):
+    """Padded to whole windows and shifted by two; `back` is how far the result is shifted back: 2, or a near miss."""
+
+    def __init__(self, back: int) -> None:
+        super().__init__()
+        self.back = back
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 4)).roll(-2, 0).view(-1, 4, H)
+        w, ids = self.route(y.reshape(-1, H))
+        return self.gathered(y.reshape(-1, H), ids, w).roll(self.back, 0)[: len(x)] + x
+
+
+@pytest.mark.parametrize("back", [2, 1])
+def test_windows_that_are_padded_and_shifted(back: int) -> None:
+    report, got, want = both(ShiftedWindows(back), torch.randn(T, H))
+    assert len(report.blocks) == 1, told(report)
+    assert_equal(got, want)
+
+
+class Stacked(Block):
+    """Two kinds of tokens, stacked: the experts' rows are those of the stack."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.stack([x, x * 2], 1)
+        w, ids = self.route(y.reshape(-1, H))
+        return self.gathered(y.reshape(-1, H), ids, w).view(y.shape)
+
+
+class Hashed(Block):
+    """A word's number says its expert, and its row of a table is a part of the tokens: one id a token, without a dim for slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(20, H)
+
+    def forward(self, x: Tensor, word: Tensor) -> Any:
+        h = (self.words(word) + x).view(-1, H)
+        ids = (word * 7 % E).view(-1)
+        out = torch.zeros_like(h)
+        for e in range(E):
+            rows = (ids == e).nonzero(as_tuple=True)[0]
+            out[rows] = self.expert(h[rows], e)
+        return out.view(x.shape)
+
+
+def test_words_that_are_hashed() -> None:
+    report, got, want = both(Hashed(), torch.randn(2, T, H), torch.arange(2 * T).view(2, T))
+    assert len(report.blocks) == 1 and report.graph_count == 1, told(report)
+    assert_equal(got, want)
+
+
+class PutBack(Block):
+    """Rows in the order of the experts are put back to their places by index_copy, or a near miss: to those of the row before."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        place = ids.flatten().argsort()
+        expert = ids.flatten()[place]
+        h = torch.nn.functional.silu(torch.einsum("rh,rih->ri", x[place // K], self.up[expert]))
+        rows = torch.einsum("ri,rhi->rh", h, self.down[expert])
+        back = torch.zeros_like(rows).index_copy(0, place.roll(self.by), rows)
+        return (back.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize(("module", "blocks"), [(Stacked(), 1), (PutBack(0), 1), (PutBack(1), 0)])
+def test_rows_that_are_put_elsewhere(module: Block, blocks: int) -> None:
+    report, got, want = both(module, torch.randn(T, H))
+    assert len(report.blocks) == blocks, told(report)
+    assert_equal(got, want)

@@ -196,7 +196,7 @@ class RowsLeave(small.Block):
         return x[ids.flatten().argsort() // small.K], w
 
 
-OTHERWISE = [(MultipliedInPlace, "inside", "product"), (MultipliedDense, "inside", "not read as"), (RowsLeave, "left graph", "before any")]
+OTHERWISE = [(MultipliedInPlace, "inside", "product"), (MultipliedDense, "inside", "product"), (RowsLeave, "left graph", "before any")]
 
 
 @pytest.mark.parametrize("form, code, word", OTHERWISE, ids=lambda p: getattr(p, "__name__", None))
@@ -303,3 +303,17 @@ def test_an_op_that_takes_no_unknown_number_is_no_failure_of_the_users() -> None
     """``down[int(ids[t, 0]), :, 0:1]`` with an id that has no value while it is traced: the frame is compiled as it would be without us."""
     assert flags.from_data_dependence(IndexError("only integers, slices (`:`) and tensors are valid indices (got SymInt)"))
     assert not flags.from_data_dependence(IndexError("index 3 is out of bounds for dimension 0 with size 3"))
+
+
+class KthBest(Case):
+    """Verdict: left. Kept is what is at least the k-th best score; the top-k's indices are not read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.logits(x).softmax(-1)
+        p = torch.where(p >= p.topk(K).values[:, -1:], p, 0.0)
+        return sum(p[:, e, None] * F.linear(F.silu(F.linear(x, self.up[e])).chunk(2, -1)[0], self.down[e]) for e in range(E))
+
+
+def test_the_kth_best_score_as_a_threshold_is_told() -> None:
+    (r,) = told(catalogue.build(KthBest), strict=True).rejected
+    assert r.code == "no block" and "threshold" in r.reason and "test_told" in r.source

@@ -219,15 +219,25 @@ def _put_sum(p: Puller, n: fx.Node, a: Args, values: Any, idx: Idx) -> Term:
 def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     if a.accumulate or accumulated_value(n) is not None:
         return _index_add(p, n, a, idx)
-    where = Index(p, n.args[0], a.indices)  # type: ignore[arg-type]
+    return _put(p, n, Index(p, n.args[0], a.indices), a.values, idx)  # type: ignore[arg-type]
+
+
+@rule("index_copy")
+def _index_copy(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
+    """x[.., index, ..] = source along one dim."""
+    d = normal_dim(a.dim, len(idx))
+    return _put(p, n, Index(p, n.args[0], [*[None] * d, a.index]), a.source, idx)  # type: ignore[arg-type]
+
+
+def _put(p: Puller, n: fx.Node, where: Index, values: Any, idx: Idx) -> Term:
     if len(where.shape) != 1:
-        return _put_scatter(p, n, a, where, idx)
+        return _put_scatter(p, n, values, where, idx)
     row = T.named(f"row:{n.name}", where.shape[0] if where.shape[0] != "rows" else f"rows:{n.name}")
     kept = [idx[d] for d in where.kept]
     full = tuple(kept[: where.front] + [row] + kept[where.front :])
     src = where.source(full)
     coords = [src[d] for d in where.at_dim]
-    value = p.broadcast(a.values, full)
+    value = p.broadcast(values, full)
     (first, *_) = coords
     if len(coords) == 1 and first.op == "perm" and first.args[2] is row:
         (d,) = where.at_dim
@@ -242,7 +252,7 @@ def _index_put(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
         if T.uses(inside, row):
             raise Opaque("a masked write that depends on the row's number")
         return T.ite(mask.at(at), inside, p.at(n.args[0], idx))
-    return _put_scatter(p, n, a, where, idx)
+    return _put_scatter(p, n, values, where, idx)
 
 
 def _place_in_mask(coords: list[Term], row: Term, at: list[Term], sizes: list[Any]) -> tuple[Mask, Idx] | None:
@@ -259,7 +269,7 @@ def _place_in_mask(coords: list[Term], row: Term, at: list[Term], sizes: list[An
     return None
 
 
-def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term:
+def _put_scatter(p: Puller, n: fx.Node, values: Any, where: Index, idx: Idx) -> Term:
     """Plain writes at index tuples, e.g. dense[arange, ids] = w."""
     base = p.at(n.args[0], idx)
     rows = tuple(T.var(s, "n") for s in where.shape)
@@ -269,7 +279,7 @@ def _put_scatter(p: Puller, n: fx.Node, a: Args, where: Index, idx: Idx) -> Term
     src = where.source(full)
     if any(s == "rows" for s in where.shape):
         raise Opaque("a write through a partial mask")
-    value = p.broadcast(a.values, full)
+    value = p.broadcast(values, full)
     if value.op != "c" and not apart([src[d] for d in where.at_dim], rows, p.given):
         raise Opaque(REPEATED)
     hit = T.mul(*(T.eq(src[d], idx[d]) for d in where.at_dim))

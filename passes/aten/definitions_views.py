@@ -168,7 +168,8 @@ def _slice(p: Puller, n: fx.Node, a: Args, idx: Idx) -> Term:
     src: Any = n.args[0]
     d = normal_dim(a.dim, len(idx))
     start, step = size_of(a.start) or 0, getattr(a, "step", 1) or 1
-    if free_unbacked_symbols(src.meta["val"].shape[d]) and not T.same_size(shape_of(src)[d], shape_of(n)[d]):
+    whole = T.same_size(shape_of(src)[d], shape_of(n)[d]) or op_name(src) == "bincount"  # each of whose elements is a count by itself
+    if free_unbacked_symbols(src.meta["val"].shape[d]) and not whole:
         raise Opaque("some of the rows that depend on data are left out")
     if isinstance(start, int) and start < 0:
         start = start + shape_of(src)[d]

@@ -146,6 +146,8 @@ class _Least:
             return math.floor(limit) if limit > -math.inf else self.of(t.args[1][0], known) if t.args[0] == "round" else None
         if t.op not in ("add", "mul", "sum", "max", "min", "fdiv", "sv"):
             return _least_of_leaf(t, self.given)
+        if t.op == "mul" and any(map(T.is_truth, t.args)):
+            return self._where(t, known)
         parts = [self.of(c, known) for c in T.children(t)]
         if None in parts:
             return None
@@ -153,6 +155,15 @@ class _Least:
             return sum(parts)  # type: ignore[arg-type]
         lowest: int = min(parts)  # type: ignore[type-var,assignment]
         return lowest if t.op in ("max", "min", "sv") else 0 if lowest >= 0 else None
+
+    def _where(self, product: Term, known: frozenset[tuple[Term, int]]) -> int | None:
+        """Of [c] · x, which is 0 or x where c holds: ids of experts elsewhere are put to 0 like this."""
+        truths = [f for f in product.args if T.is_truth(f)]
+        if len(truths) == len(product.args):
+            return 0
+        rest = T.mul(*(f for f in product.args if f not in truths))
+        lowest = self.of(rest, known.union(*(_bounds(f, True).items() for f in truths)))
+        return None if lowest is None else min(0, lowest)
 
 
 def _least_of_leaf(t: Term, given: int | None) -> int | None:

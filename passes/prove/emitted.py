@@ -41,6 +41,9 @@ def emitted_claim(b: Block, plan: BlockPlan, shadow: Shadow) -> Claim | Rejectio
     names = {n.name: n for n in shadow.dynamo.graph.nodes}
     images = {name: shadow.image[names[name]] for name in plan.names() if names[name] in shadow.image}
     r, e = plan.route, plan.experts
+    if e is not None:  # a tensor that is written by `x[i] = y` has another value where the op stands than where it was made
+        read = ((e.tokens, b.match.tokens), (e.ids, b.ids), (e.weights, b.weights))
+        images |= {name: n for name, n in read if name is not None and n in shadow.statement}
     plain = (None if r is None else (r.plain, r.normaliser), None if e is None else (e.experts, e.k, e.lead, e.join))
     roles = tuple(region.number.get(images[name]) if name in images else None for name in plan.names())
     key = (replace(b.ir, boundary={}), b.fold.factor, b.masked, b.wraps, plain, roles)

@@ -123,11 +123,10 @@ def _open(body: Term, dense: Any) -> list[Part]:
         if chain is not None:
             rest = T.mul(*(g for g in fs if g is not f))
             return [Part(e, T.mul(rest, given(y, ids, e)), ids) for ids, e, y in chain]
-    for f in fs:
-        hit = _condition(f)
-        if hit is not None:
-            ids, e = hit
-            return [Part(e, given(T.mul(*(g for g in fs if g is not f)), ids, e), ids)]
+    hits = [(*hit, f) for f in fs if (hit := _condition(f)) is not None and not _masks(hit[0], body)]
+    if hits:
+        ids, e, f = max(hits, key=lambda hit: _is_selected(hit[0]))
+        return [Part(e, given(T.mul(*(g for g in fs if g is not f)), ids, e), ids)]
     free = numbered(body)
     if free is not None:
         ids, copies = free
@@ -135,6 +134,18 @@ def _open(body: Term, dense: Any) -> list[Part]:
     if any(data_dependent(i) for a in outer_atoms(body) for i in a.args[1] if not plain_row(a)):
         return [Part(None, body, None)]
     return []
+
+
+def _is_selected(ids: Term) -> bool:
+    """Whether a selection or a slot is in ids; else a number of the token is asked for, which may be a mask's."""
+    return any(x.op == "topk" for x in T.walk(ids)) or any(v.args[0] == "slot" for v in ids.atoms)
+
+
+def _masks(ids: Term, body: Term) -> bool:
+    """Whether [ids = e] chooses tokens (padding) and no expert: it asks for no selection, and the weights are looked up by one."""
+    if _is_selected(ids):
+        return False
+    return any(x.op == "topk" for a in outer_atoms(body) if has_feature(a) for i in a.args[1] for x in T.walk(i))
 
 
 def given(t: Term, ids: Term, e: int) -> Term:

@@ -21,7 +21,7 @@ from .rows import row_index, rows
 
 _MANY = 400  # nodes that are looked at
 _BY_DATA = ("topk", "sv", "nz", "a")
-_MOVES = names.VIEW | names.LOOKUP | names.CAST | {"getitem"}
+_MOVES = names.VIEW | names.MOVE | names.LOOKUP | names.CAST | {"getitem"}
 
 
 def holds_rows(n: fx.Node, idx: tuple[Term, ...], t: Term, count: Any) -> bool:
@@ -39,6 +39,10 @@ def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
     """The node whose flattened rows, one for each row of `out`, are x[t, ·]; None when no tensor holds them in that order."""
     node, idx = x.args
     count = rows(out)
+    if isinstance(node, tuple):  # the tensors of a stack
+        stacks = [u for u in node[0].users if op_name(u) in names.JOIN]
+        wanted = T.canonical(x)
+        return next((n for u in stacks for n in _moved(p, u, x, t, out) if _reads(p, n, x, t) is wanted), None)
     if not isinstance(node, fx.Node) or not idx or idx[-1].op != "v":
         return None
     if holds_rows(node, idx, t, count):
@@ -51,7 +55,18 @@ def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
 
 def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
     """What is made of `node` by moving its elements and is x, in the graph's order."""
-    wanted, last = T.canonical(p.at(node, x.args[1])), x.args[1][-1]
+    wanted = T.canonical(p.at(node, x.args[1]))
+    return (n for n in _moved(p, node, x, t, out) if _reads(p, n, x, t) is wanted)
+
+
+def _reads(p: Puller, n: fx.Node, x: Term, t: Term) -> Term:
+    """The element of n that is x[t, m] where n holds the rows in order."""
+    return T.canonical(p.at(n, (*row_of(n, t), x.args[1][-1])))
+
+
+def _moved(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
+    """What is made of `node` by moving its elements, and has a row of the right width for each row of the result, in the graph's order."""
+    last = x.args[1][-1]
     seen, order = [node], {n: i for i, n in enumerate(out.graph.nodes)}
     for n in seen:
         moved = (u for u in n.users if op_name(u) in _MOVES and order[u] < order[out] and u not in p.walls)
@@ -60,7 +75,7 @@ def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterat
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or v.dtype != node.meta["val"].dtype:
             continue
-        if shape_of(n)[-1] == last.args[1] and T.same_size(rows(n), rows(out)) and T.canonical(p.at(n, (*row_of(n, t), last))) is wanted:
+        if shape_of(n)[-1] == last.args[1] and T.same_size(rows(n), rows(out)):
             yield n
 
 

@@ -17,6 +17,7 @@ from .. import terms as T
 from ..aten import names
 from ..aten.element import Opaque, Puller, call_args, shape_of, size_of
 from ..aten.names import op_name
+from ..aten.node import reached
 from .rows import rows
 
 # what turns ids into indicators [T, k, E] and weighs them, element by element
@@ -25,6 +26,7 @@ _INDICATES |= frozenset("one_hot eq ne mul add sub div scatter masked_fill where
 _ADDS_UP = names.REDUCTION | names.CONTRACTION | {"amax", "any", "max"}
 _COUNTS = {"histc", "bincount", "scatter_add", "index_add", "index_put", "scatter_reduce"}
 _MOST = 200
+KTH = "selection found, no block: of the top-k only the values are used, as a threshold; experts are read from its indices"
 CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
 ROOM = "tokens take places in their expert's queue, whose capacity is enough for all: none is dropped, but rows are not read through places"
 EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
@@ -46,6 +48,17 @@ def only_counted(choice: fx.Node, walls: set[fx.Node]) -> bool:
                 return False
             seen.append(u)
     return True
+
+
+def kth_best(graph: fx.Graph) -> Iterator[Rejection]:
+    """Where values that a top-k gives, and not its indices, are compared with scores: what is at least the k-th best one is kept."""
+    for n in graph.nodes:
+        if op_name(n) != "topk" or any(i.users for i in indices(n)):
+            continue
+        shown = reached([u for u in n.users if u.args[1] == 0], lambda x: (u for u in x.users if op_name(u) in names.VIEW), _MOST)
+        kept = next((u for x in shown for u in x.users if op_name(u) in ("lt", "le", "gt", "ge")), None)
+        if kept is not None:
+            yield Rejection(KTH, kept, "find", code="no block")
 
 
 def indices(choice: fx.Node) -> Iterator[fx.Node]:

@@ -77,7 +77,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
     f, rounding = _read(adapters.of_each(apart(body, expert), t, expert), t, h, expert)
     weight = T.subst(f.weight, {expert: ids}) if T.uses(f.weight, expert) else f.weight
     _check_identity(identity, count, weight, f.tokens, h)
-    _check_rows(ids, t, j, k)
+    _check_rows(ids, t, j, k, {x.args[1][:-1] for x in f.tokens})
     tokens = token_node(p, f.tokens, t, out)
     if not fixed_widths(tokens, out):
         raise No(UNFIXED_WIDTH)
@@ -242,9 +242,11 @@ def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:
     return found.pop() if len(found) == 1 else dtype_of(tokens if dtype_of(tokens).itemsize > 1 else out)
 
 
-def _check_rows(ids: Term, t: Term, j: Term, k: int) -> None:
-    """Ids must be those of token t in slot j: [T, k] tensors (or [B, S, k]), read row by row."""
+def _check_rows(ids: Term, t: Term, j: Term, k: int, tokens: set[tuple[Term, ...]]) -> None:
+    """Ids must be those of token t in slot j: [T, k] tensors (or [B, S, k]), read row by row; or one a token, read where the tokens are."""
     for x in T.walk(ids):
+        if k == 1 and x.op == "a" and x.args[1] in tokens:
+            continue
         if x.op == "topk" or x.op == "a" and len(x.args[1]) > 1:
             *lead, last = x.args[1]
             free = {v for i in x.args[1] for v in i.atoms}

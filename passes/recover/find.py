@@ -21,7 +21,7 @@ from ..aten.names import op_name
 from ..aten.node import reached
 from ..aten.shadow import CUT
 from ..terms.budget import BUDGET
-from .counted import named, only_counted
+from .counted import kth_best, named, only_counted
 from .dense import DenseReader
 from .experts import match_experts
 from .fused import is_fused, read_fused, with_identity
@@ -36,7 +36,7 @@ from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .static_rows import is_own_number
 from .successive import successive
-from .writes import harmless
+from .writes import first_write, harmless
 
 FIND = "find"
 LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
@@ -86,8 +86,13 @@ class Finder:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
         out: dict[fx.Node, int] = {}
         for n in self.graph.nodes:
-            out[n] = number.get(n) or max((out[x] for x in n.all_input_nodes), default=0)
+            label = max((out[x] for x in n.all_input_nodes), default=0)
+            out[n] = number.get(n) or (0 if self._embeds(n, label) else label)
         return out
+
+    def _embeds(self, n: fx.Node, label: int) -> bool:
+        """Whether n is what a table holds for numbers that experts are compared with: a part of the tokens, as of words that are hashed."""
+        return label > 0 and op_name(n) == "embedding" and self.sources[label - 1] in self.silent
 
     def run(self) -> Findings:
         number = {n: i + 1 for i, n in enumerate(self.sources)}
@@ -97,10 +102,11 @@ class Finder:
         matched: set[int] = set()  # selections whose experts were found; there may be more of them
         for n in self.graph.nodes:
             label = max((self.live[x] for x in n.all_input_nodes), default=0)
+            unknown = n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES
             if n in number:
                 closed.add(label)  # a selection that feeds another one is a part of it
                 label = number[n]
-            elif label and n.op == "call_function" and not is_fused(n) and op_name(n) not in RULES and op_name(n) not in TUPLES:
+            elif label and (unknown or self._embeds(n, label)):
                 label = 0
             self.live[n] = label
             ready = is_fused(n) and n not in self.walls  # in a checkpointed body: taken there
@@ -122,6 +128,8 @@ class Finder:
             if i not in matched:
                 found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
         found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
+        if not found.matches and not found.rejected:
+            found.rejected.extend(kth_best(self.graph))
         return found
 
     def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
@@ -255,7 +263,8 @@ class Finder:
                 return Rejection(why if told else f"{out.reason} ({why})", node, "experts", code="" if told else out.code)
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
-            return Rejection("a tensor of the block is written through another view", n, "experts")
+            writer = first_write(self.memory, (x for x, _ in p.memo))
+            return Rejection("a tensor of the block is written through another view", writer or n, "experts")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
         return out

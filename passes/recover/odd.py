@@ -5,7 +5,7 @@ Looked for only where a block is left as written, to say why: a norm, dropout, a
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 
 import torch
 import torch.fx as fx
@@ -61,6 +61,15 @@ def mixing(choice: fx.Node) -> fx.Node | None:
     return next((n for n in reductions if len(shape_of(n.args[0])) == 2 and not _over_features(n)), None)  # type: ignore[arg-type]
 
 
+def _is_gathered_up(n: fx.Node, rows: Collection[fx.Node]) -> bool:
+    """Whether n is ``out * y0 * y1 ...`` from a tensor of ones (or other numbers) on; an expert's own products begin with its rows."""
+    chain = [n]
+    while isinstance(before := chain[-1].args[0], fx.Node) and op_name(before) == op_name(n):
+        chain.append(before)
+    starts = isinstance(before, fx.Node) and op_name(before) in names.CREATION
+    return starts and len(chain) > 1 and all(x.args[1] in rows for x in chain)
+
+
 def combined_otherwise(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None:
     """What is told of a selection whose experts are applied in this graph, and whose results reach its end in another way than a sum of
     a token's experts: ``out[t] = out[t] * y``. None where no expert is applied: then the indices, or rows picked by them, leave the graph.
@@ -69,7 +78,7 @@ def combined_otherwise(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None
     if not any(op_name(n) in names.CONTRACTION or op_name(n) == "mul" and _weighs_product(n, rows) for n in rows):
         return None
     for n in rows:
-        if op_name(n) in _ONTO and any(_put_back(n, u) for u in n.users):
+        if op_name(n) in _ONTO and (_is_gathered_up(n, rows) or any(_put_back(n, u) for u in n.users)):
             why = f"the outputs of a token's experts are combined by their {_ONTO[op_name(n)]}, not by a weighted sum"
             return Rejection(why, n, "experts", code="inside")
     why = "the selected indices reach experts in this graph, whose outputs were not read as a weighted sum over each token's experts"

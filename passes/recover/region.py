@@ -129,12 +129,21 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
             if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
+    found = _without_slots(m, {name: ns for name, ns in holders.items() if name in want}) | found
     if "ids" not in found and m.ids.op == "mod" and T.is_c(m.ids.args[1], m.experts.num_experts):
         inner = next((x for n in sorted(reached, key=order.__getitem__) if (x := _before_mod(n, m, slot, p)) is not None), None)
         if inner is not None:
             return replace(routing_nodes(replace(m, ids=inner), p), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+
+
+def _without_slots(m: ExpertsMatch, holders: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
+    """Tensors [T] that hold the one id of a token, or its weight, where no top-k makes the ids."""
+    if m.k > 1 or any(x.op == "topk" for x in T.walk(m.ids)):
+        return {}
+    flat = {name: [n for n in ns if len(shape_of(n)) == 1] for name, ns in holders.items()}
+    return {name: ns[-1] for name, ns in flat.items() if ns}
 
 
 def _before_mod(n: fx.Node, m: ExpertsMatch, slot: T.Term, p: Puller) -> T.Term | None:

@@ -28,6 +28,12 @@ def harmless(memory: Memory, nodes: Iterable[fx.Node], m: ExpertsMatch) -> bool:
     return True
 
 
+def first_write(memory: Memory, nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The first write to one of these nodes that not all names of its memory know of."""
+    roots = {memory.root[n] for n in memory.stale.intersection(nodes)}
+    return min((w for r in roots for w in memory.writers.get(r, ())), key=memory.order.__getitem__, default=None)
+
+
 def touched(memory: Memory, m: ExpertsMatch) -> bool:
     """Whether tokens or result are written through another view at all."""
     root = memory.root

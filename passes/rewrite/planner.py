@@ -48,6 +48,16 @@ class Planner:
         self._unwritten(s, [until], self.shadow.order[until])
         return found[0]
 
+    def _now(self, s: fx.Node, until: fx.Node) -> fx.Node:
+        """`locate`, for an op that stands where `until` is: after `x[i] = y` the tensor x is the one that holds the value."""
+        holder = s
+        while holder in self.shadow.statement and (written := mutated_args(holder)):
+            holder = written[0]
+        if holder is s or holder not in self.shadow.origin:
+            return self.locate(s, until)
+        self._unwritten(s, [until], self.shadow.order[until])
+        return self.shadow.origin[holder][0]
+
     def _nameless(self, s: fx.Node) -> str:
         """Why no Dynamo node holds a shadow node: a statement that writes gives no tensor, others are steps of one of Dynamo's."""
         if s in self.shadow.statement:
@@ -114,7 +124,7 @@ class Planner:
 
     def _experts(self, b: Block) -> ExpertsPlan:
         m, routed = b.match, b.gating is not None
-        out, tokens = self._result(m.out), self.locate(m.tokens, m.out)
+        out, tokens = self._result(m.out), self._now(m.tokens, m.out)
         params = {n: self.locate(n, m.out) for n in b.params()}
         names = self.aliases(m.out)
         written = writes_onto_base(m, self.shadow, out, names)
@@ -188,7 +198,7 @@ class Planner:
     def _required(self, s: fx.Node | None, until: fx.Node, what: str) -> fx.Node:
         if s is None:
             raise Rejection(f"no tensor of the graph holds the {what}", until, "rewrite")
-        return self.locate(s, until)
+        return self._now(s, until)
 
     def _result(self, s: fx.Node) -> fx.Node:
         """The Dynamo node after which the result is there: the one that holds it, or `result[...] = y`."""
