@@ -115,7 +115,7 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
         p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     reached |= {x.args[0] for x in T.walk(m.ids) if x.op == "a" and isinstance(x.args[0], fx.Node)}
-    for n in sorted(reached, key=order.__getitem__):
+    for n in sorted(reached - _in_other_rows(m), key=order.__getitem__):
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:
             continue
@@ -135,6 +135,17 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
             return replace(routing_nodes(replace(m, ids=inner), p), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+
+
+def _in_other_rows(m: ExpertsMatch) -> set[fx.Node]:
+    """Where all weights are one number, of which no term tells the order: floats that rows were looked up of, and views of them."""
+    found: set[fx.Node] = set()
+    for n in m.out.graph.nodes if m.weight.op == "c" else ():
+        v, name = n.meta.get("val"), op_name(n)
+        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point:
+            moved = name in names.LOOKUP | names.MOVE | {"index_select"}
+            found |= {n} if moved or name in names.VIEW | names.CAST and any(x in found for x in n.all_input_nodes) else set()
+    return found
 
 
 def _before_mod(n: fx.Node, m: ExpertsMatch, slot: T.Term, p: Puller) -> T.Term | None:

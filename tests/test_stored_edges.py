@@ -1,0 +1,42 @@
+"""Blocks at the edges of sizes and storage: no token, one choice a token that always weighs 1, what is read of them then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import Block, E, H, both
+from torch import Tensor, nn
+
+
+class GroupedOfOne(Block):
+    """One choice, normalised: each weight is 1, in the tokens' order and in the order of rows sorted by expert alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.router(x).softmax(-1).topk(1)
+        w = w / w.sum(-1, keepdim=True)
+        flat, order = torch.sort(ids.reshape(-1))
+        ends = torch.cumsum(torch.histc(flat.float(), E, 0, E - 1), 0, dtype=torch.int32)
+        up, down = (p.bfloat16().transpose(-2, -1) for p in (self.up, self.down))
+        h = F.silu(F.grouped_mm(x[order].bfloat16(), up, offs=ends))
+        y = F.grouped_mm(h, down, offs=ends).to(x.dtype) * w.reshape(-1)[order, None]
+        return y[order.argsort()].view(-1, 1, H).sum(1)
+
+
+class Left(Block):
+    """Each expert's result once more through a function that no experts have: left as written."""
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        return super().expert(x, e).cumsum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return self.loop(x, ids, w)
+
+
+@pytest.mark.parametrize(("module", "tokens", "fused"), [(GroupedOfOne(), 9, 1), (Left(), 0, 0)])
+def test_edges(module: nn.Module, tokens: int, fused: int) -> None:
+    """Weights of 1 in another order were taken for the tokens'; of no token a count of elements was 0 / 0, an internal error."""
+    report, ours, theirs = both(module, torch.randn(tokens, H))
+    assert len(report.blocks) == fused and not any(r.code in ("internal", "differs") for r in report.rejected)
+    torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=2e-2)
