@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue.packed import Int8InWords
+from catalogue.stored import BlocksHitExperts
 from small import Block, E, H, both
 from torch import Tensor, nn
 
@@ -40,3 +42,17 @@ def test_edges(module: nn.Module, tokens: int, fused: int) -> None:
     report, ours, theirs = both(module, torch.randn(tokens, H))
     assert len(report.blocks) == fused and not any(r.code in ("internal", "differs") for r in report.rejected)
     torch.testing.assert_close(ours, theirs, atol=1e-2, rtol=2e-2)
+
+
+class Int8InWordsHit(Int8InWords):
+    """As Int8InWords, in a loop over the experts that were hit. 128 is taken off codes, whatever else has that size."""
+
+    run_experts = BlocksHitExperts.run_experts
+
+
+def test_numbers_that_meet_codes_are_no_sizes() -> None:
+    """Found by example, the formula was refuted by probes on which another number was taken off."""
+    module = Int8InWordsHit()
+    report, (ours,), (theirs,) = both(module, *module.example_inputs())
+    assert [b.ir.experts.up_stored for b in report.blocks] == [Int8InWords.how] and not report.rejected
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
