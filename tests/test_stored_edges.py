@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue.packed import Int8InWords
+from catalogue.base import Case
+from catalogue.packed import Int4FloatZero, Int8InWords, Nf4
 from catalogue.stored import BlocksHitExperts
 from small import Block, E, H, both
 from torch import Tensor, nn
@@ -56,3 +59,36 @@ def test_numbers_that_meet_codes_are_no_sizes() -> None:
     report, (ours,), (theirs,) = both(module, *module.example_inputs())
     assert [b.ir.experts.up_stored for b in report.blocks] == [Int8InWords.how] and not report.rejected
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+class ZeroBehindTheScale(Int4FloatZero):
+    """q * s - z * s: a zero point that is taken off behind the scale, as no storage has it."""
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        b = getattr(self, name)[e].int()
+        q = torch.stack([b & 15, b >> 4], -1).flatten(-2).float().unflatten(-1, (-1, 4))
+        s, z = (getattr(self, f"{name}_{of}")[e][..., None] for of in ("scale_inv", "zero"))
+        return (q * s - z * s).flatten(-2)
+
+
+class OwnTables(Nf4):
+    """Each expert's table is a buffer of its own."""
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for e in range(n):
+            self.register_buffer(f"code{e}", self.code.clone())
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        self.code = getattr(self, f"code{e}")
+        return super().expert(e, x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"), [(ZeroBehindTheScale, "a zero point of packed codes is neither"), (OwnTables, "looked up in a table of its own")]
+)
+def test_what_is_said_of_codes(cls: type[Case], why: str) -> None:
+    module = cls()
+    report, (ours,), (theirs,) = both(module, *module.example_inputs())
+    assert [why in r.reason for r in report.rejected] == [True], report
+    torch.testing.assert_close(ours, theirs)
