@@ -92,3 +92,34 @@ def test_what_is_said_of_codes(cls: type[Case], why: str) -> None:
     report, (ours,), (theirs,) = both(module, *module.example_inputs())
     assert [why in r.reason for r in report.rejected] == [True], report
     torch.testing.assert_close(ours, theirs)
+
+
+class RowsInFloat8(Block):
+    """Codes and rows in float8, a number for each matrix and each row; products in `dtype`, results in the tokens' type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("codes_up", self.up.detach().to(torch.float8_e4m3fn))
+        self.register_buffer("codes_down", self.down.detach().to(torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.rand(E) + 0.5)
+
+    def product(self, x: Tensor, codes: Tensor, e: int) -> Tensor:
+        s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+        rows = (x.float() / s).to(torch.float8_e4m3fn).float() * s
+        return F.linear(rows.to(self.dtype), (codes[e].float() * self.scale[e]).to(self.dtype))
+
+    def expert(self, x: Tensor, e: int) -> Tensor:
+        return self.product(F.silu(self.product(x, self.codes_up, e)), self.codes_down, e).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return self.loop(x, ids, w.to(x.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_rows_that_are_rounded_from_a_wider_type(dtype: torch.dtype, fused: int) -> None:
+    """float32 tokens are rounded to float8 as they are, and not to bfloat16 first: their codes would be others."""
+    report, (ours,), (theirs,) = both(RowsInFloat8(dtype), torch.randn(9, H))
+    assert len(report.blocks) == fused and any("and multiplied in" in r.reason for r in report.rejected) != fused
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
