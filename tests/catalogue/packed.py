@@ -153,6 +153,11 @@ class Int4ZeroAdded(Int4FloatZero):
     expect = storing(how)
     near, differs = "Int4FloatZero", tuple(f"experts.{p}_stored.{f}" for p in ("down", "up") for f in ("offset", "zeroed"))
 
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for zero in (self.up_zero, self.down_zero):  # of a weight's size, not of a code's
+            zero.sub_(4).div_(64)
+
     def matrix(self, name: str, e: Any) -> Tensor:
         b = getattr(self, name)[e].int()
         q = (torch.stack([b & 15, b >> 4], -1).flatten(-2) - 8).float().unflatten(-1, (-1, G))
