@@ -25,6 +25,7 @@ SCHEMES = {
     "any of these with scales that divide": lambda s: s.scaled == Scale.DIVIDES,
     "NVFP4": lambda s: bool(s.second),
     "any of these with groups by an index": lambda s: bool(s.indexed),
+    "int4, a float added": lambda s: s.zeroed == Zero.ADDED,
     "int4, float zero point": lambda s: s.zeroed == Zero.PLAIN,
     "int4, packed zero points": lambda s: bool(s.zeroed),
     "MXFP4": lambda s: bool(s.axis and s.exponents),
@@ -55,7 +56,7 @@ SOURCES = {
 ABOUT = {
     "float8:": ["float8 (", "float8, a scale"],
     "MXFP8": ["MXFP8", "int8, groups", "int8, a scale"],
-    "int4, MXFP4": ["int4 packed", "int4, float zero point", "int4, packed zero points", "MXFP4"],
+    "int4, MXFP4": ["int4 packed", "int4, float zero point", "int4, a float added", "int4, packed zero points", "MXFP4"],
     "NVFP4": ["NVFP4"],
     "GPTQ": ["any of these with groups by an index", "NF4"],
 }

@@ -54,6 +54,14 @@ MEANINGS = {
     "eight codes a word, an offset, zero points": replace(
         CONCAT, hidden=16, intermediate=8, out_features=16, up_stored=INT4, down_stored=INT4
     ),
+    "eight codes a word, zero points that are added": replace(
+        CONCAT,
+        hidden=16,
+        intermediate=8,
+        out_features=16,
+        up_stored=replace(INT4, zeroed=Zero.ADDED),
+        down_stored=replace(INT4, zeroed=Zero.ADDED),
+    ),
     "words along rows, a table, transposed": replace(
         CONCAT, intermediate=8, up_transposed=True, down_transposed=True, up_stored=ROWS, down_stored=ROWS
     ),
@@ -108,7 +116,7 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         if how is None or not how.zeroed:
             return []
         r, c = how.scales_of(shape)
-        return many(leaf, parts, r, c) if how.zeroed == Zero.PLAIN else many(packed, parts, r, c // len(how.zero_order))
+        return many(leaf, parts, r, c) if how.zeroed in (Zero.PLAIN, Zero.ADDED) else many(packed, parts, r, c // len(how.zero_order))
 
     def of_seconds(how: ir.Stored | None, parts: int, shape: tuple[int, int]) -> list[Tensor]:
         return many(second, parts, *how.seconds_of(shape)) if how is not None and how.second else []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...ir import Stored
-from ...ir.stored import Scale
+from ...ir.stored import Scale, Zero
 from ...ir.text import stored_text
 from . import schemas
 
@@ -118,6 +118,8 @@ def _multiplied(p: Problem) -> str | None:
         return "an index says which group an input is in, npu_grouped_matmul takes groups that lie side by side"
     if p.stored.second:
         return "weights have second scales, npu_grouped_matmul takes one"
+    if p.stored.zeroed == Zero.ADDED:
+        return "zero points are added behind the scales, npu_grouped_matmul takes them off the codes"
     return "zero points lie several in a word, npu_grouped_matmul takes them one by one" if p.stored.zero_order else None
 
 

@@ -2,6 +2,7 @@
 
     w[i, j] = (value(code[i, j]) - z[i // rows, j // columns]) · s[i // rows, j // columns] · r[i // second_rows, j // second_columns]
 
+Zero points that are added stand behind the scale: (value(code) · s + z) · r.
 i and j count rows and columns of a matrix as it is stored, [out, in] or [in, out]. A scale for each output channel is a block of
 (1, all) of them, one for the whole matrix a block of (all, all), FP8 in blocks (128, 128), MXFP4 (1, 32). NVFP4 has scales of (1, 16),
 each a float8, and a second scale r for the whole matrix, which multiplies or divides. Where blocks are looked up (GPTQ's g_idx), g[i]
@@ -43,6 +44,7 @@ class Zero(enum.IntEnum):
     PLAIN = 1  # as scales do
     ROWS = 2  # as codes of as many bits, several in a word, the words along rows
     COLUMNS = 3
+    ADDED = 4  # as scales do, and are added to what is scaled: value · s + z
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Stored:
     axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order: the
     place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
     has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
-    scales, and how they lie. exponents: scales are bytes that stand for powers of two. zero_order: of packed zero points, as `order`;
+    scales, and how they lie, or that they are added behind the scale. exponents: scales are bytes that stand for
+    powers of two. zero_order: of packed zero points, as `order`;
     zero_offset is added to each. second: whether there are second scales, and what they do; second_rows, second_columns: of the matrix
     as stored that share one. They are laid out as scales that are no grid. indexed: along which dim an index says the block of each row
     (1) or column (2), 0 for none: there are `groups` of them, rows (columns) is 1 then, and scales are a grid. The index [R] (or [C]) is
@@ -150,9 +153,11 @@ class Stored:
         if group is not None:
             s, z = (None if t is None else looked_up(t, group, self.indexed - 3) for t in (s, z))
             assert s is not None
-        if z is not None:
-            value = value - times(torch.ones_like(value), z, rows, columns)
-        return times(value, s, rows, columns)
+        spread = None if z is None else times(torch.ones_like(value), z, rows, columns)
+        if spread is not None and self.zeroed != Zero.ADDED:
+            value, spread = value - spread, None
+        w = times(value, s, rows, columns)
+        return w if spread is None else w + spread
 
     def factor(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """What weights are multiplied by, laid out as the scales."""
@@ -164,7 +169,7 @@ class Stored:
 
     def zeros(self, zero: Tensor, dtype: torch.dtype) -> Tensor:
         """Zero points, laid out as the scales."""
-        if self.zeroed == Zero.PLAIN:
+        if self.zeroed in (Zero.PLAIN, Zero.ADDED):
             return zero.to(dtype)
         packed = Stored(self.bits, zero.dtype, axis=int(self.zeroed) - 1, order=self.zero_order)
         return packed.unpacked(zero).to(dtype) + self.zero_offset

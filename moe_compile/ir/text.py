@@ -14,7 +14,7 @@ from .chain import Chain, Stage, product, vector
 from .rows import Rows
 from .scalar import FUNCTIONS, SWIGLU, G, U, gelu, gelu_tanh, relu, sigmoid, silu
 from .score import score_text
-from .stored import ALL, Scale, Stored
+from .stored import ALL, Scale, Stored, Zero
 
 _DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -200,6 +200,8 @@ def stored_text(s: Stored | None) -> str:
     """How weights lie in memory, such as ``float8_e4m3fn × scale of 128 × 128``."""
     if s is None:
         return "floats"
+    if s.zeroed == Zero.ADDED:
+        return f"{stored_text(replace(s, zeroed=Zero.NONE))} + zero point"
     codes = f"{s.bits} bits in {dtype_text(s.dtype)}" if s.axis else dtype_text(s.dtype)
     codes = f"({codes} − zero point)" if s.zeroed else codes
     if not s.scaled:

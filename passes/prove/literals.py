@@ -24,6 +24,7 @@ Args = tuple[Any, ...]
 Env = Mapping[fx.Node, Any]
 Rule = Callable[["Literals", fx.Node, Env, dict[str, Any]], dict[str, Any]]
 RULES: dict[str, Rule] = {}
+_SHIFTS = frozenset("bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split())
 
 
 class Literals:
@@ -66,8 +67,9 @@ class Literals:
         return self.script.choose((n, place), self.sizes.candidates(value))
 
     def itself(self, n: fx.Node, place: Any, value: Any) -> Any:
-        """As `number`, for one that is itself first where it may be an expert's."""
-        if type(value) is not int or not 1 < value <= max(self.sizes.kept, default=0):
+        """As `number`, for one that is itself first where it may be an expert's, or meets codes of words."""
+        own = type(value) is int and value > 1 and (value <= max(self.sizes.kept, default=0) or _of_words(n))
+        if not own:
             return self.number(n, place, value)
         return self.script.choose((n, place), (value, *self.sizes.candidates(value)))
 
@@ -106,8 +108,19 @@ def _sizes_and_scalars(t: Literals, n: fx.Node, env: Env, given: dict[str, Any])
         if spec.name in given and (kind == "SymIntType" or whole and kind == "NumberType"):
             v = given[spec.name]
             listed = isinstance(v, (list, tuple))
-            out[spec.name] = [t.number(n, (spec.name, i), x) for i, x in enumerate(v)] if listed else t.number(n, spec.name, v)
+            number = t.itself if kind == "NumberType" and _of_words(n) else t.number
+            out[spec.name] = [number(n, (spec.name, i), x) for i, x in enumerate(v)] if listed else number(n, spec.name, v)
     return out
+
+
+def _of_words(n: fx.Node) -> bool:
+    """Whether an operation is done to codes that were shifted out of words: `(q >> 8 & 255) - 128`."""
+    x = n.args[0] if n.op == "call_function" and n.args else None
+    while isinstance(x, fx.Node) and x.args and op_name(x) in names.VIEW | names.CAST | _SHIFTS | {"bitwise_and", "__and__"}:
+        if op_name(x) in _SHIFTS:
+            return True
+        x = x.args[0]
+    return False
 
 
 def _kind(t: Any) -> str:
@@ -231,7 +244,7 @@ def _select(t: Literals, n: fx.Node, env: Env, given: dict[str, Any]) -> dict[st
 
 
 # by how many bits codes are shifted is no size of anything
-rule("bitwise_right_shift", "__rshift__", "bitwise_left_shift", "__lshift__")(lambda t, n, env, given: {})
+rule(*_SHIFTS)(lambda t, n, env, given: {})
 
 
 @rule("repeat")

@@ -15,8 +15,9 @@ from . import adapters, grids, shifts
 from . import scales as channels
 from .bridge import Bridge
 from .linear import Linear, affine, linear_of
+from .packed import is_packed
 from .rounding import ROUNDED
-from .rows import NO_CHAIN, No, factors, nodes_of, reads
+from .rows import NO_CHAIN, No, factors, nodes_of, outer_atoms, reads
 
 _CLOSE = names.CAST | names.RESHAPE | names.CLAMP  # what may stand behind a rounding
 _SAID = {"max": "a maximum over features", "prod": "a product over features", "topk": "a selection", "ite": "a condition"}
@@ -114,6 +115,8 @@ def _why_no_matrix(fs: tuple[Term, ...], out: Term, inp: Term, expert: Term) -> 
         )
     if any(f.op == "add" and any(channels.is_integer(x) for x in T.walk(f) if x.op == "a" and T.uses(x, expert)) for f in fs):
         return "an integer weight has a zero point"
+    if any(f.op == "add" and any(is_packed(x) for x in outer_atoms(f)) for f in fs):
+        return "a zero point of packed codes is neither taken off them, (q - zero) * scale, nor added behind their scale, q * scale + zero"
     read = [f for f in fs if f.op == "a" and T.uses(f, expert) and T.uses(f, inp)]
     if len(read) < 2 or not any(channels.is_coded(f) for f in read):
         return None

@@ -59,7 +59,7 @@ def _scaling(x: Linear) -> Scale:
 def _zeroed(x: Linear, words: Reading) -> dict[str, Any]:
     """How the zero points lie."""
     if x.zero is None or x.zero.words is None:
-        return {"zeroed": Zero.NONE if x.zero is None else Zero.PLAIN}
+        return {"zeroed": Zero.NONE if x.zero is None else Zero.ADDED if x.added else Zero.PLAIN}
     z = x.zero.words
     if z.bits != words.bits or not z.axis:
         raise No("zero points have other bits than the codes")

@@ -70,10 +70,11 @@ def indices(choice: fx.Node) -> Iterator[fx.Node]:
 
 
 def _small(n: fx.Node, most: Any) -> bool:
-    """Whether a tensor has no more elements than one for each token, slot and expert."""
+    """Whether a tensor has no more elements than one for each token, slot and expert. Of no tokens everything is small."""
     if not isinstance(n.meta.get("val"), torch.Tensor):
         return False
-    ratio = sp.cancel(sp.Mul(*shape_of(n)) / most)
+    size = sp.Mul(*shape_of(n))
+    ratio = sp.cancel(size / most) if most != 0 else size
     return bool(ratio.is_number and ratio <= 1)
 
 

@@ -92,6 +92,7 @@ def _assemble(p: Puller, out: fx.Node, one: OneBody, base: list[Term], t: Term, 
         **f.fields,
     )
     experts = _with_rows(experts, rounding.up, rounding.down)
+    _check_rounded(experts, dtype_of(tokens))
     scales = {f"{n}_smooth": tuple(_of_rows(experts, rounding, n)) for n in ("up", "down")}
     operands = replace(f.operands(experts), **scales)
     return ExpertsMatch(experts, out, tokens, ids, weight, t, j, k, operands, base_node(p, base, out, t, h), f.join)
@@ -240,6 +241,14 @@ def compute_dtype(p: Puller, tokens: fx.Node, out: fx.Node) -> torch.dtype:
     found = {dtype_of(n) for n, _ in p.memo if n.op == "call_function" and op_name(n) in names.CONTRACTION and not p.stop(n)}
     found = {d for d in found if d.is_floating_point}
     return found.pop() if len(found) == 1 else dtype_of(tokens if dtype_of(tokens).itemsize > 1 else out)
+
+
+def _check_rounded(e: Experts, tokens: torch.dtype) -> None:
+    """The op has tokens in the type of its products; rows that the model rounds from a wider one are other rows."""
+    if e.up_rows is not None and e.dtype.itemsize < tokens.itemsize:
+        raise No(
+            f"rows of {tokens} are rounded to {e.up_rows.dtype}, and multiplied in {e.dtype}: the op takes tokens of one type for both"
+        )
 
 
 def _check_rows(ids: Term, t: Term, j: Term, k: int, tokens: set[tuple[Term, ...]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.fx as fx
@@ -14,7 +14,7 @@ from ..aten.element import shape_of
 from ..terms import Term
 from .match import Param
 from .packed import Reading, is_packed, place
-from .rows import No, nodes_of, outer_atoms, reads
+from .rows import No, factors, nodes_of, outer_atoms, reads
 from .scales import block_of, is_coded, is_whole
 
 
@@ -51,7 +51,7 @@ class Grid:
 @dataclass(frozen=True)
 class Parts:
     """A weight as a product has it: what is read (codes, or floats), scales, zero points; whether scales are exponents of
-    two, or divide."""
+    two, or divide; whether zero points are added to what is scaled."""
 
     factors: tuple[Term, ...]
     codes: Term
@@ -59,6 +59,7 @@ class Parts:
     zero: Term | None = None
     exponents: bool = False
     divided: bool = False
+    added: bool = False
 
 
 def belongs(f: Term, expert: Term) -> bool:
@@ -81,6 +82,8 @@ def split(weights: Sequence[Term]) -> Parts | None:
     whole = tuple(weights)
     if len(whole) == 1 and whole[0].op == "a":
         return Parts(whole, whole[0])
+    if len(whole) == 1 and (affine := _and_zero(whole[0])) is not None:
+        return replace(affine, factors=whole)
     scale = zero = None
     codes: list[Term] = []
     exponents = divided = False
@@ -103,6 +106,17 @@ def split(weights: Sequence[Term]) -> Parts | None:
         scale = codes.pop(0)
         exponents = is_packed(scale)
     return Parts(whole, codes[0], scale, zero, exponents, divided) if len(codes) == 1 else None
+
+
+def _and_zero(f: Term) -> Parts | None:
+    """The parts of codes · scales + zero points (tinygemm)."""
+    if f.op != "add" or len(f.args) != 2:
+        return None
+    for scaled, zero in (f.args, f.args[::-1]):
+        parts = split(factors(scaled)) if zero.op == "a" and not is_coded(zero) else None
+        if parts is not None and parts.scale is not None and parts.zero is None and is_packed(parts.codes):
+            return replace(parts, zero=zero, added=True)
+    return None
 
 
 def _less_zero(f: Term) -> tuple[Term, Term] | None:

@@ -26,7 +26,7 @@ class Linear:
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
     multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
     points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of
-    two. `divided`: they divide.
+    two. `divided`: they divide. `added`: zero points are added to what is scaled.
     """
 
     weight: Any
@@ -43,6 +43,7 @@ class Linear:
     words: Reading | None = None
     exponents: bool = False
     divided: bool = False
+    added: bool = False
 
 
 def linear_of(parts: Parts, out: Term, inp: Term, expert: Term, product: Sequence[Term]) -> Linear:
@@ -83,7 +84,8 @@ def _laid_out(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
             zero = None if parts.zero is None else grids.grid(parts.zero, idx, expert, zeros=True)
             if zero is not None and (scale is None or _blocks(scale) != _blocks(zero)):
                 raise No("zero points are not laid out as the scales")
-            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents, "divided": parts.divided}
+            blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
+            blocks |= {"divided": parts.divided, "added": parts.added}
             return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
     raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 

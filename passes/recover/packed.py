@@ -321,6 +321,9 @@ def place(a: Term, expert: Term) -> Place:
     alike = {_spelling(n, leaf, e): (n, leaf, e) for n, leaf, e in zip(nodes, leaves, experts, strict=True)}
     readings = {_read_once(*case, count) for case in alike.values()}
     if len(readings) > 1 and None not in readings:
+        tabled = [replace(r, values=(), table=None) for r in readings if r is not None and r.table is not None]
+        if len(tabled) == len(readings) and len(set(tabled)) == 1:
+            raise No("each expert's codes are looked up in a table of its own: give all of them one buffer, or the numbers as constants")
         raise No("packed weights of different experts are unpacked unlike each other")
     if None in readings:
         raise No(_why_not(nodes[0], leaves[0], stack))

@@ -115,7 +115,7 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
         p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     reached |= {x.args[0] for x in T.walk(m.ids) if x.op == "a" and isinstance(x.args[0], fx.Node)}
-    for n in sorted(reached, key=order.__getitem__):
+    for n in sorted(reached - _in_other_rows(m), key=order.__getitem__):
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:
             continue
@@ -144,6 +144,17 @@ def _without_slots(m: ExpertsMatch, holders: dict[str, list[fx.Node]]) -> dict[s
         return {}
     flat = {name: [n for n in ns if len(shape_of(n)) == 1] for name, ns in holders.items()}
     return {name: ns[-1] for name, ns in flat.items() if ns}
+
+
+def _in_other_rows(m: ExpertsMatch) -> set[fx.Node]:
+    """Where all weights are one number, of which no term tells the order: floats that rows were looked up of, and views of them."""
+    found: set[fx.Node] = set()
+    for n in m.out.graph.nodes if m.weight.op == "c" else ():
+        v, name = n.meta.get("val"), op_name(n)
+        if isinstance(v, torch.Tensor) and v.dtype.is_floating_point:
+            moved = name in names.LOOKUP | names.MOVE | {"index_select"}
+            found |= {n} if moved or name in names.VIEW | names.CAST and any(x in found for x in n.all_input_nodes) else set()
+    return found
 
 
 def _before_mod(n: fx.Node, m: ExpertsMatch, slot: T.Term, p: Puller) -> T.Term | None:

@@ -228,14 +228,16 @@ def decoded(
             q = code(how, words, i, j) if how.axis else words[i, j]
             row, column = ((i if group is None or how.indexed == 2 else group[i]), (j if group is None or how.indexed == 1 else group[j]))
             at = tuple([int(n) // b for n, b in ((row, how.rows), (column, how.columns)) if b] or [0])
-            value = (q if table is None else table[int(q)]) + how.offset - (0 if zeros is None else zeros[at])
+            zero, added = 0 if zeros is None else zeros[at], how.zeroed == ir.stored.Zero.ADDED
+            value = (q if table is None else table[int(q)]) + how.offset - (0 if added else zero)
             scale = 1.0 if scales is None else 2.0 ** (scales[at] - 127) if how.exponents else scales[at]
             if how.exponents == ir.stored.Exponent.BITS and scales[at] == 0:
                 scale = 0.0
+            value = (value / scale if how.scaled == ir.stored.Scale.DIVIDES else value * scale) + (zero if added else 0)
             if seconds is not None:
                 second = seconds[tuple([n // b for n, b in ((i, how.second_rows), (j, how.second_columns)) if b] or [0])]
                 value = value / second if how.second == ir.stored.Scale.DIVIDES else value * second
-            out[i, j] = value / scale if how.scaled == ir.stored.Scale.DIVIDES else value * scale
+            out[i, j] = value
     return out
 
 

@@ -146,6 +146,24 @@ class Int4FloatZero(_Packed):
         return F.linear(F.silu(g) * u, self.matrix("down", e))
 
 
+class Int4ZeroAdded(Int4FloatZero):
+    """Verdict: fused, another function: a float of each group is added to codes less 8, times the scale (tinygemm)."""
+
+    how = replace(Int4FloatZero.how, offset=-8.0, zeroed=Zero.ADDED)
+    expect = storing(how)
+    near, differs = "Int4FloatZero", tuple(f"experts.{p}_stored.{f}" for p in ("down", "up") for f in ("offset", "zeroed"))
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for zero in (self.up_zero, self.down_zero):  # of a weight's size, not of a code's
+            zero.sub_(4).div_(64)
+
+    def matrix(self, name: str, e: Any) -> Tensor:
+        b = getattr(self, name)[e].int()
+        q = (torch.stack([b & 15, b >> 4], -1).flatten(-2) - 8).float().unflatten(-1, (-1, G))
+        return (q * getattr(self, f"{name}_scale_inv")[e][..., None] + getattr(self, f"{name}_zero")[e][..., None]).flatten(-2)
+
+
 class Int4PackedZeros(_Packed):
     """Verdict: fused. AWQ: codes along the outputs in the order 0 2 4 6 1 3 5 7, weights [in, out], packed zero points of each group."""
 

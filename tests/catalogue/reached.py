@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Case, E, Fused, H, K
 from .dispatch import GroupedSorted
 from .indexed import Int4GroupsByIndex
-from .packed import Int4FloatZero, Int4Offset, Int4OffsetHit, Int4PackedZeros, Mxfp4Table, Nf4, Nvfp4
+from .packed import Int4FloatZero, Int4Offset, Int4OffsetHit, Int4PackedZeros, Int4ZeroAdded, Mxfp4Table, Nf4, Nvfp4
 from .quantised import Int8Grouped
 from .stored import Float8Channels, Float8Matrices, GroupsOfInputs, _Blocks
 
@@ -79,6 +79,7 @@ SCHEMES: dict[str, type[Case]] = {
     "Int8Groups": Int8Groups,
     "Int4Offset": Int4Offset,
     "Int4FloatZero": Int4FloatZero,
+    "Int4ZeroAdded": Int4ZeroAdded,
     "Int4PackedZeros": Int4PackedZeros,
     "Int4GroupsByIndex": Int4GroupsByIndex,
     "Mxfp4": _Mxfp4,

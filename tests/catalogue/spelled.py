@@ -171,6 +171,22 @@ class Nf4Doubled(Nf4):
         return F.linear(F.silu(g) * u, self.floats(self.down[e], self.absmax("down", e)))
 
 
+class Nf4OwnTables(Nf4):
+    """Verdict: rejected. Each expert's table is a buffer of its own."""
+
+    expect = Rejected("in a table of its own")
+    near, differs, zoo_only = "", (), True
+
+    def build_experts(self, n: int) -> None:
+        super().build_experts(n)
+        for e in range(n):
+            self.register_buffer(f"code{e}", self.code.clone())
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        self.code = getattr(self, f"code{e}")
+        return super().expert(e, x)
+
+
 class Int4FloatZeroStacked(Int4FloatZero):
     """Verdict: fused as Int4FloatZero. Each expert's floats, stacked, einsum, dense weights; many numbers to be told from sizes."""
 
