@@ -100,6 +100,8 @@ def test_what_the_host_reads_is_the_hosts(group: Any) -> None:
 
 
 class Stream:
+    cuda_stream = 1
+
     def __init__(self, captured: bool = False) -> None:
         self.captured, self.waits = captured, list[Any]()
 

@@ -141,6 +141,8 @@ class Peers:
 
 
 def _captured(stream: Any) -> bool:
+    if stream.cuda_stream == 0:  # the legacy stream never is, and may not be asked during some captures
+        return False
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
 
