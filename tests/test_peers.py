@@ -219,6 +219,14 @@ def test_rows_that_memory_holds(rows: int, fits: bool, group: Any) -> None:
     assert not memory(group, summed.memory_of(summed.ALIGNED)).holds(32)
 
 
+@pytest.mark.parametrize(("tokens", "fits"), [(139808, True), (139810, False)])
+def test_weights_behind_ids_end_before_the_rows(tokens: int, fits: bool, group: Any) -> None:
+    """Five ranks' ids of 4 bytes end 8 bytes before a vector's bound, where weights begin: 30 bytes a token are 4 less than there are."""
+    found = memory(group, peer_rows.MEMORY, ranks=5)
+    x, ids, w = (torch.empty(tokens, 8, dtype=torch.bfloat16), torch.empty(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1).bfloat16())
+    assert peer_rows._fits(found, x, ids, w) == fits
+
+
 def test_the_sum_of_a_group_without_memory_is_an_all_reduce(group: Any) -> None:
     """A group whose collectives do nothing: value and gradient pass; shape and strides of the fake are those of the op."""
     x = torch.randn(4, 6, requires_grad=True)

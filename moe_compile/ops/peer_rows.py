@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .schemas import library
-from .summed import Peers, memory_of, of_group, resolved
+from .summed import ALIGNED, Peers, memory_of, of_group, resolved
 
 MEMORY = memory_of(1 << 27)  # bytes that a group takes on each rank
 UNEVEN = (
@@ -53,7 +53,8 @@ def rows_gathered(x: Tensor, ids: Tensor, weights: Tensor, group: str) -> tuple[
 
 
 def _fits(peers: Peers, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-    return peers.holds(_size(x) * peers.size, (_size(ids) + _size(weights)) * peers.size)
+    of_ids = -(-_size(ids) * peers.size // ALIGNED) * ALIGNED  # weights begin on a vector's bound
+    return peers.holds(_size(x) * peers.size, of_ids + _size(weights) * peers.size)
 
 
 def _even(group: str, tokens: int, device: torch.device) -> Tensor:
