@@ -7,6 +7,7 @@ slower than NVLink's.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import logging
@@ -30,6 +31,7 @@ log = logging.getLogger("moe_compile")
 TIMED = 2  # ranks among which this was timed: what is not measured is no default
 NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
 TRIAL = 1 << 24  # bytes from each peer, by which the speed is measured
+OFTEN = 0.05  # seconds between two looks for a lost rank: NCCL's watchdog may end the process soon
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
 
@@ -163,10 +165,22 @@ def _speed(found: Peers) -> float:
 
 def _watch(known: weakref.ref[Peers]) -> None:
     """Says who did not come when a kernel has ended for that: the error that CUDA reports names nobody."""
-    while (found := known()) is not None:
-        told = found.missing()
-        if told:
-            log.error(told)
-            return
+    while (found := known()) is not None and not _told(found):
         del found
-        time.sleep(0.5)
+        time.sleep(OFTEN)
+
+
+def _told(found: Peers) -> bool:
+    """Whether a rank was lost, which is said once."""
+    told = found.missing()
+    if told and not found.told:
+        found.told = True
+        log.error(told)
+    return bool(told)
+
+
+@atexit.register
+def _last_word() -> None:
+    """Of a process that ends by CUDA's error before the thread looks again."""
+    for found in list(summed.known()):
+        _told(found)

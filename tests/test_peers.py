@@ -67,6 +67,19 @@ def test_a_lost_rank_is_named(group: Any) -> None:
     assert "rank 1" in said.call_args.args[0]
 
 
+def test_a_lost_rank_is_named_once_when_the_process_ends(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks first, the thread or the end of the process, which may be the next thing behind CUDA's error."""
+    found = memory(group, summed.memory_of(64))
+    monkeypatch.setattr(summed, "_peers", {found.name: found})
+    with unittest.mock.patch.object(peers.log, "error") as said:
+        peers._last_word()
+        assert not said.called
+        found.lost[1] = 1
+        peers._last_word()
+        peers._watch(weakref.ref(found))
+    assert "rank 1" in said.call_args.args[0] and said.call_count == 1
+
+
 class Counting:
     """Kernels that exchange nothing and note in which half they are called."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class Peers:
     workers: int = 264
     chunks: int = 2
     stream: Any = None
+    told: bool = False  # that a rank was lost
     message = MESSAGE
 
     def __post_init__(self) -> None:
@@ -153,6 +154,11 @@ _peers: dict[str, Peers] = {}
 def set_peers(found: Peers) -> None:
     """Sums over this group go through peers' memory from now on, on every rank."""
     _peers[found.name] = found
+
+
+def known() -> Iterable[Peers]:
+    """The memory of all groups, of those that are destroyed too."""
+    return _peers.values()
 
 
 def of_group(name: str) -> Peers | None:
