@@ -317,3 +317,27 @@ class KthBest(Case):
 def test_the_kth_best_score_as_a_threshold_is_told() -> None:
     (r,) = told(catalogue.build(KthBest), strict=True).rejected
     assert r.code == "no block" and "threshold" in r.reason and "test_told" in r.source
+
+
+class BesideExperts(small.Block):
+    """Verdict: fused. Behind its experts the router has one number for nothing, one for the token itself, and one for a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.const = nn.Linear(small.H, small.E + 3), nn.Parameter(torch.randn(small.H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = self.loop(x, ids, w)
+        t, j = torch.where(ids == small.E + 1)
+        out.index_add_(0, t, x[t] * w[t, j, None])
+        t, j = torch.where(ids == small.E + 2)
+        return out.index_add_(0, t, self.const.expand(len(t), -1) * w[t, j, None])
+
+
+def test_what_other_numbers_stand_for_is_added_to_the_block() -> None:
+    report, got, want = small.both(BesideExperts(), torch.randn(40, small.H))
+    small.assert_equal(got, want)
+    assert len(report.blocks) == 1 and not report.rejected, str(report)
+    gating = report.blocks[0].ir.gating
+    assert gating is not None and gating.num_experts == small.E + 3 and report.blocks[0].ir.experts.num_experts == small.E
