@@ -632,6 +632,37 @@ class SharedUp(Odd):
         return (torch.einsum("ti,tkhi->tkh", F.gelu(self.shared(x)), self.down[ids]) * w[..., None]).sum(1)
 
 
+class PartOfStack(Odd):
+    """Experts use the first rows of their weights only."""
+
+    code, says, at = "experts", ("expert parameter self.up has shape (3, 8, 8), used as (3, 4, 8)",), "self.down[ids]"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        h = F.silu(torch.einsum("th,tkih->tki", x, self.up[ids, :I]))
+        return (torch.einsum("tki,tkhi->tkh", h, self.down[ids]) * w[..., None]).sum(1)
+
+
+class MaskedThroughView(Odd):
+    """Scores of groups that were not chosen are put to 0 through a view of the scores, which are read by their own name later."""
+
+    code, says, at = "aliased", ("written through another view",), "masked_fill_"
+    elsewhere = False
+
+    def make(self) -> None:
+        self.gate = nn.Linear(H, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 2 * I, H)), nn.Parameter(torch.randn(4, H, I))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.gate(x).softmax(-1)
+        best = p.view(-1, 2, 2).amax(-1).topk(1).indices
+        kept = torch.zeros(len(p), 2).scatter(1, best, 1.0).repeat_interleave(2, 1)
+        seen = p.clone().view(-1, 4) if self.elsewhere else p.view(-1, 4)
+        seen.masked_fill_(kept == 0, 0.0)
+        w, ids = p.topk(K)
+        return w, ids
+
+
 class StackOfMirrored(Odd):
     """Each token is there twice, once with its features in reverse order."""
 
@@ -814,6 +845,21 @@ def test_softmin_is_written_out_bit_by_bit() -> None:
         spell(gm)
         gm.recompile()
         assert "functional.softmin" not in gm.code and torch.equal(gm(z), F.softmin(z, *given))
+
+
+class MaskedElsewhere(MaskedThroughView):
+    """Near miss: a copy of the scores is masked, and no expert is chosen from it."""
+
+    says, elsewhere = (), True
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        g, u = torch.einsum("th,tkih->tki", x, self.up[ids]).chunk(2, -1)
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.down[ids]) * w[..., None]).sum(1)
+
+
+def test_groups_that_no_expert_is_chosen_from_are_told() -> None:
+    report = told(MaskedElsewhere())
+    assert len(report.blocks) == 1 and [r.code for r in report.rejected] == ["no block"], str(report)
 
 
 class ScaledByAnother(Hit):

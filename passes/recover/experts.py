@@ -32,6 +32,7 @@ from .rows import (
     UNFIXED_WIDTH,
     Cause,
     No,
+    called,
     data_dependent,
     factors,
     fixed_widths,
@@ -314,15 +315,15 @@ def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> l
     if isinstance(nodes, tuple):
         for n in nodes:
             if shape_of(n) != tuple(want[1:]):
-                raise No(f"expert parameter {n} has shape {shape_of(n)}, used as {want[1:]}")
+                raise No(f"expert parameter {called(n)} has shape {shape_of(n)}, used as {want[1:]}")
         return [Param(n) for n in nodes]
     if flat:
         if shape_of(nodes)[0] != want[0] * want[1]:
-            raise No(f"expert parameter {nodes} has shape {shape_of(nodes)}, used as {want}")
+            raise No(f"expert parameter {called(nodes)} has shape {shape_of(nodes)}, used as {want}")
         return [Param(nodes, tuple(want))]
     shape = shape_of(nodes)
     if shape[1:] != tuple(want[1:]) or shape[0] < want[0]:  # rows of identity experts may follow
-        raise No(f"expert parameter {nodes} has shape {shape}, used as {want}")
+        raise No(f"expert parameter {called(nodes)} has shape {shape}, used as {want}")
     return [Param(nodes)]
 
 

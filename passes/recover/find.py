@@ -36,7 +36,7 @@ from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .static_rows import is_own_number
 from .successive import successive
-from .writes import first_write, harmless
+from .writes import feeds_by_writes, first_write, harmless
 
 FIND = "find"
 LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
@@ -152,6 +152,7 @@ class Finder:
             return [r for r in tried if r.code != NO_EXPERTS][-1:]
         if is_table(source):
             return [r for r in tried if r.stage == FIND][:1]
+        closed = closed or feeds_by_writes(self.memory, source, self.sources)
         return [] if closed or only_counted(source, self.walls) else [self._worst(tried, source, label)]
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
@@ -276,7 +277,7 @@ class Finder:
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
             writer = first_write(self.memory, (x for x, _ in p.memo))
-            return Rejection("a tensor of the block is written through another view", writer or n, "experts")
+            return Rejection("a tensor of the block is written through another view", writer or n, "experts", code="aliased")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
         return out
