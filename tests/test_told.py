@@ -341,3 +341,35 @@ def test_what_other_numbers_stand_for_is_added_to_the_block() -> None:
     assert len(report.blocks) == 1 and not report.rejected, str(report)
     gating = report.blocks[0].ir.gating
     assert gating is not None and gating.num_experts == small.E + 3 and report.blocks[0].ir.experts.num_experts == small.E
+
+
+class TokenByToken(small.Block):
+    """Verdict: left. Each token, by itself, through every expert whose score is above a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x).softmax(-1)
+        out = []
+        for t in range(len(x)):
+            out.append(sum((p[t][e] > 0.2) * p[t][e] * self.expert(x[t], e) for e in range(small.E)))
+        return torch.stack(out)
+
+
+class OneScoreOnly(small.Block):
+    """Near miss: two of the scores weigh something, which is no mixture of all experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x).softmax(-1)
+        return torch.stack([p[t][0] * self.expert(x[t], 0) + p[t][1] for t in range(len(x))])
+
+
+@pytest.mark.parametrize("form", [TokenByToken, OneScoreOnly])
+def test_experts_of_each_token_by_itself_are_told(form: type[small.Block]) -> None:
+    report, got, want = small.both(form(), torch.randn(3, small.H), strict=True)
+    small.assert_equal(got, want)
+    assert not report.blocks
+    if form is OneScoreOnly:
+        assert not report.rejected, str(report)
+        return
+    (r,) = report.rejected
+    line = Path(__file__).read_text().splitlines()[int(r.source.removeprefix(f"{__file__}:")) - 1]
+    assert r.code == "dense" and "by itself" in r.reason and "p[t][e]" in line, str(report)

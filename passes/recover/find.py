@@ -28,7 +28,7 @@ from .fused import is_fused, read_fused, with_identity
 from .given_ids import given_ids, is_last, rows_in_order
 from .match import ExpertsMatch, outermost
 from .merged import merged_pairs
-from .mixture import mixtures, soft_mixtures
+from .mixture import mixtures, one_by_one, soft_mixtures
 from .odd import COMBINED, between, combined_otherwise
 from .rounded_nodes import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
@@ -127,7 +127,7 @@ class Finder:
                 found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
         found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
         if not found.matches and not found.rejected:
-            found.rejected.extend(kth_best(self.graph))
+            found.rejected.extend((*kth_best(self.graph), *one_by_one(self.graph)))
         return found
 
     def _attempts(self, n: fx.Node, label: int) -> Iterator[tuple[fx.Node, tuple[ExpertsMatch, Puller] | Rejection]]:
