@@ -373,3 +373,29 @@ def test_experts_of_each_token_by_itself_are_told(form: type[small.Block]) -> No
     (r,) = report.rejected
     line = Path(__file__).read_text().splitlines()[int(r.source.removeprefix(f"{__file__}:")) - 1]
     assert r.code == "dense" and "by itself" in r.reason and "p[t][e]" in line, str(report)
+
+
+class Residual(small.Block):
+    """Verdict: fused. The best expert's output and the token, mixed by how well the token fits the expert's own vector (BASE layers)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.router(x).argmax(-1)
+        p = torch.sigmoid((x * self.router.weight[e]).sum(-1, keepdim=True))
+        h = F.silu(torch.bmm(self.up[e], x[..., None]))
+        return p * torch.bmm(self.down[e], h)[..., 0] + (1 - p) * x
+
+
+class ResidualOfAnother(Residual):
+    """Near miss: what the token is mixed with is no expert's either, and nothing is fused of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.router(x).argmax(-1)
+        p = torch.sigmoid((x * self.router.weight[e]).sum(-1, keepdim=True))
+        return p * F.silu(x) + (1 - p) * x
+
+
+@pytest.mark.parametrize("form", [Residual, ResidualOfAnother])
+def test_an_expert_mixed_with_its_token_is_one_of_two_summands(form: type[small.Block]) -> None:
+    report, got, want = small.both(form(), torch.randn(40, small.H))
+    small.assert_equal(got, want)
+    assert len(report.blocks) == (form is Residual), str(report)

@@ -161,7 +161,9 @@ class Finder:
             return self._weighed(n, label)
         if op_name(n) != "add":
             return []
-        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in names.COMBINE]
+        both = all(isinstance(x, fx.Node) and op_name(x) == "mul" for x in n.args[:2])  # p · y + (1 - p) · x: the experts are one of them
+        kinds = names.COMBINE | {"mul"} if both else names.COMBINE
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in kinds]
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
