@@ -758,6 +758,18 @@ class Depths(Odd):
         return x.scatter_add(1, rows, y)[0]
 
 
+class BlocksOfOne(Odd):
+    """The experts are blocks of one layer's features, and a mask of the chosen ones multiplies what all of them gave."""
+
+    code, says, at = "dense", ("masks blocks of one product's features",), "hot[..., None]"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        hot = torch.zeros(len(x), E).scatter(1, ids, w)
+        h = F.relu(F.linear(x, self.up.flatten(0, 1))).view(-1, E, 2 * I) * hot[..., None]
+        return F.linear(h.flatten(1), self.down.transpose(0, 1).repeat(1, 1, 2).flatten(1))
+
+
 class Vmap(Odd):
     """Experts under torch.func.vmap."""
 
