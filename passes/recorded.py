@@ -63,7 +63,7 @@ def _read(gm: fx.GraphModule) -> tuple[ExpertsMatch, RoutingNodes]:
         T.reset()
         unify.reset()
         m, p = _match(gm)
-        nodes = routing_nodes(m, p)
+        nodes = routing_nodes(m, p, recorded=True)
         if not hold(m, p, nodes):
             break
     return m, nodes

@@ -602,6 +602,96 @@ class IdById(Odd):
         return out
 
 
+class ConstantInFront(Odd):
+    """One number of the router stands for a vector, and its tokens get it in front of the experts. (Behind them it is apart.)"""
+
+    code, says, at = "beside", ("expert 3 gives the same vector for all tokens", "only the identity"), "index_add_"
+
+    def make(self) -> None:
+        self.gate, self.const = nn.Linear(H, E + 1), nn.Parameter(torch.randn(H))
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out, (t, j) = torch.zeros_like(x), torch.where(ids == E)
+        out.index_add_(0, t, self.const.expand(len(t), -1) * w[t, j, None])
+        for e in range(E):
+            t, j = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * w[t, j, None])
+        return out
+
+
+class SharedUp(Odd):
+    """All experts have one up projection; the down projections are their own."""
+
+    code, says, at = "experts", ("one product of their own, of what they share", "self.shared(x)"), "self.down[ids]"
+
+    def make(self) -> None:
+        self.shared = nn.Linear(H, I)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return (torch.einsum("ti,tkhi->tkh", F.gelu(self.shared(x)), self.down[ids]) * w[..., None]).sum(1)
+
+
+class PartOfStack(Odd):
+    """Experts use the first rows of their weights only."""
+
+    code, says, at = "experts", ("expert parameter self.up has shape (3, 8, 8), used as (3, 4, 8)",), "self.down[ids]"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        h = F.silu(torch.einsum("th,tkih->tki", x, self.up[ids, :I]))
+        return (torch.einsum("tki,tkhi->tkh", h, self.down[ids]) * w[..., None]).sum(1)
+
+
+class MaskedThroughView(Odd):
+    """Scores of groups that were not chosen are put to 0 through a view of the scores, which are read by their own name later."""
+
+    code, says, at = "aliased", ("written through another view",), "masked_fill_"
+    elsewhere = False
+
+    def make(self) -> None:
+        self.gate = nn.Linear(H, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 2 * I, H)), nn.Parameter(torch.randn(4, H, I))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.gate(x).softmax(-1)
+        best = p.view(-1, 2, 2).amax(-1).topk(1).indices
+        kept = torch.zeros(len(p), 2).scatter(1, best, 1.0).repeat_interleave(2, 1)
+        seen = p.clone().view(-1, 4) if self.elsewhere else p.view(-1, 4)
+        seen.masked_fill_(kept == 0, 0.0)
+        w, ids = p.topk(K)
+        return w, ids
+
+
+class StackOfMirrored(Odd):
+    """Each token is there twice, once with its features in reverse order."""
+
+    code, says, at = "experts", ("put together from parts whose features lie in different orders",), "self.down[ids]"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, x.flip(-1)], 1).view(-1, H)
+        w, ids = self.route(x)
+        h = F.silu(torch.einsum("th,tkih->tki", x, self.up[ids, :I]))
+        return (torch.einsum("tki,tkhi->tkh", h, self.down[ids]) * w[..., None]).sum(1)
+
+
+class TwoLevels(Odd):
+    """A group, then an expert of the group."""
+
+    code, says, at = "experts", ("put together from several selections", "two levels"), "self.down[ids]"
+
+    def make(self) -> None:
+        self.group, self.gate = nn.Linear(H, 2), nn.Linear(H, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, I, H)), nn.Parameter(torch.randn(4, H, I))
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, g = self.group(x).softmax(-1).max(-1)
+        q, e = self.gate(x).view(-1, 2, 2)[torch.arange(len(x)), g].softmax(-1).topk(1)
+        ids = 2 * g[:, None] + e
+        h = F.silu(torch.einsum("th,tkih->tki", x, self.up[ids]))
+        return (torch.einsum("tki,tkhi->tkh", h, self.down[ids]) * (p[:, None] * q)[..., None]).sum(1)
+
+
 class Draws(Hit):
     """Noise inside the loop."""
 
@@ -637,6 +727,47 @@ class MaskOfMasked(Odd):
             hit = (ids == e).any(-1)
             out[hit] = out[hit] + self.expert(e, x[hit]) * w[hit][ids[hit] == e][:, None]
         return out
+
+
+class PlacesInQueues(Odd):
+    """A buffer has a place for each token and slot in the queue of each expert; no place is compared with how many there are."""
+
+    code, says, at = "capacity", ("none is dropped", "not read by places"), "cumsum(0)"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        flat, room = ids.flatten(), len(x) * K
+        hot = F.one_hot(flat, E)
+        at = flat * room + ((hot.cumsum(0) - 1) * hot).sum(-1)
+        rows = x.new_zeros(E * room, H).index_add(0, at, x.repeat_interleave(K, 0)).view(E, room, H)
+        y = torch.bmm(F.silu(torch.bmm(rows, self.up[:, :I].mT)), self.down.mT).view(-1, H)
+        return (y[at].view(-1, K, H) * w[..., None]).sum(1)
+
+
+class Depths(Odd):
+    """Some tokens go through the layer, in the order of the text; the others pass by."""
+
+    code, says, at = "expert choice", ("tokens are chosen here, not experts (mixture of depths)",), "scatter_add"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[None]
+        scores = x @ self.gate.weight[0]
+        at = scores.topk(2, 1).indices.sort(1)[0]
+        rows = at[..., None].expand(-1, -1, H)
+        y = self.expert(0, x.gather(1, rows)) * scores.gather(1, at).sigmoid()[..., None]
+        return x.scatter_add(1, rows, y)[0]
+
+
+class BlocksOfOne(Odd):
+    """The experts are blocks of one layer's features, and a mask of the chosen ones multiplies what all of them gave."""
+
+    code, says, at = "dense", ("masks blocks of one product's features",), "hot[..., None]"
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        hot = torch.zeros(len(x), E).scatter(1, ids, w)
+        h = F.relu(F.linear(x, self.up.flatten(0, 1))).view(-1, E, 2 * I) * hot[..., None]
+        return F.linear(h.flatten(1), self.down.transpose(0, 1).repeat(1, 1, 2).flatten(1))
 
 
 class Vmap(Odd):
@@ -726,6 +857,21 @@ def test_softmin_is_written_out_bit_by_bit() -> None:
         spell(gm)
         gm.recompile()
         assert "functional.softmin" not in gm.code and torch.equal(gm(z), F.softmin(z, *given))
+
+
+class MaskedElsewhere(MaskedThroughView):
+    """Near miss: a copy of the scores is masked, and no expert is chosen from it."""
+
+    says, elsewhere = (), True
+
+    def loop(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        g, u = torch.einsum("th,tkih->tki", x, self.up[ids]).chunk(2, -1)
+        return (torch.einsum("tki,tkhi->tkh", F.silu(g) * u, self.down[ids]) * w[..., None]).sum(1)
+
+
+def test_groups_that_no_expert_is_chosen_from_are_told() -> None:
+    report = told(MaskedElsewhere())
+    assert len(report.blocks) == 1 and [r.code for r in report.rejected] == ["no block"], str(report)
 
 
 class ScaledByAnother(Hit):

@@ -317,3 +317,85 @@ class KthBest(Case):
 def test_the_kth_best_score_as_a_threshold_is_told() -> None:
     (r,) = told(catalogue.build(KthBest), strict=True).rejected
     assert r.code == "no block" and "threshold" in r.reason and "test_told" in r.source
+
+
+class BesideExperts(small.Block):
+    """Verdict: fused. Behind its experts the router has one number for nothing, one for the token itself, and one for a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.const = nn.Linear(small.H, small.E + 3), nn.Parameter(torch.randn(small.H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = self.loop(x, ids, w)
+        t, j = torch.where(ids == small.E + 1)
+        out.index_add_(0, t, x[t] * w[t, j, None])
+        t, j = torch.where(ids == small.E + 2)
+        return out.index_add_(0, t, self.const.expand(len(t), -1) * w[t, j, None])
+
+
+def test_what_other_numbers_stand_for_is_added_to_the_block() -> None:
+    report, got, want = small.both(BesideExperts(), torch.randn(40, small.H))
+    small.assert_equal(got, want)
+    assert len(report.blocks) == 1 and not report.rejected, str(report)
+    gating = report.blocks[0].ir.gating
+    assert gating is not None and gating.num_experts == small.E + 3 and report.blocks[0].ir.experts.num_experts == small.E
+
+
+class TokenByToken(small.Block):
+    """Verdict: left. Each token, by itself, through every expert whose score is above a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x).softmax(-1)
+        out = []
+        for t in range(len(x)):
+            out.append(sum((p[t][e] > 0.2) * p[t][e] * self.expert(x[t], e) for e in range(small.E)))
+        return torch.stack(out)
+
+
+class OneScoreOnly(small.Block):
+    """Near miss: two of the scores weigh something, which is no mixture of all experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x).softmax(-1)
+        return torch.stack([p[t][0] * self.expert(x[t], 0) + p[t][1] for t in range(len(x))])
+
+
+@pytest.mark.parametrize("form", [TokenByToken, OneScoreOnly])
+def test_experts_of_each_token_by_itself_are_told(form: type[small.Block]) -> None:
+    report, got, want = small.both(form(), torch.randn(3, small.H), strict=True)
+    small.assert_equal(got, want)
+    assert not report.blocks
+    if form is OneScoreOnly:
+        assert not report.rejected, str(report)
+        return
+    (r,) = report.rejected
+    line = Path(__file__).read_text().splitlines()[int(r.source.removeprefix(f"{__file__}:")) - 1]
+    assert r.code == "dense" and "by itself" in r.reason and "p[t][e]" in line, str(report)
+
+
+class Residual(small.Block):
+    """Verdict: fused. The best expert's output and the token, mixed by how well the token fits the expert's own vector (BASE layers)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.router(x).argmax(-1)
+        p = torch.sigmoid((x * self.router.weight[e]).sum(-1, keepdim=True))
+        h = F.silu(torch.bmm(self.up[e], x[..., None]))
+        return p * torch.bmm(self.down[e], h)[..., 0] + (1 - p) * x
+
+
+class ResidualOfAnother(Residual):
+    """Near miss: what the token is mixed with is no expert's either, and nothing is fused of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.router(x).argmax(-1)
+        p = torch.sigmoid((x * self.router.weight[e]).sum(-1, keepdim=True))
+        return p * F.silu(x) + (1 - p) * x
+
+
+@pytest.mark.parametrize("form", [Residual, ResidualOfAnother])
+def test_an_expert_mixed_with_its_token_is_one_of_two_summands(form: type[small.Block]) -> None:
+    report, got, want = small.both(form(), torch.randn(40, small.H))
+    small.assert_equal(got, want)
+    assert len(report.blocks) == (form is Residual), str(report)

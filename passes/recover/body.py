@@ -210,6 +210,9 @@ class Reader(Bridge):
             return self.linear(x)
         if self._is_channel(x):
             return self.channel(x)
+        if x.op == "a" and not T.uses(x, self.expert) and T.uses(x, self.t) and T.uses(x, self.i):
+            shared = f"the experts have one product of their own, of what they share{reads(x)}"
+            raise No(f"{shared}: an expert is read with an up and a down projection")
         if x.op == "a":
             raise No(f"an expert's activation reads something else than its up projections{reads(x)}")
         raise No(f"an expert's activation holds {_SAID.get(x.op, x.op)}{reads(x)}")
@@ -328,6 +331,9 @@ class Reader(Bridge):
                 raise No(why)
             if any(f.op == "sum" for x in xs for f in T.walk(x)):
                 raise No(f"{NO_CHAIN}{reads(s)}")
+            if len(xs) == 1 and xs[0].op == "ite":
+                where = "parts whose features lie in different orders"
+                raise No(f"the rows that experts get are put together from {where}: they are not read as rows of one tensor{reads(s)}")
             raise No(f"a projection is not token times weight{reads(s)}")
         self.tokens.append(T.subst(xs[0], {m: T.named("m", m.args[1])}))
         return linear_of(parts, self.i, m, self.expert, fs), sp.Mul(*(self.symbol(f) for f in numbers))

@@ -17,7 +17,7 @@ from .rows import MIXED, NO_EXPERTS, No, data_dependent, factors, ids_atom, node
 from .scales import is_coded
 
 EXPERT = "expert"
-_JOINED = "an expert's id is put together from several selections (product keys): each has scores of its own, and no one top-k chooses"
+_JOINED = "an expert's id is put together from several selections (two levels, product keys): no one top-k chooses"
 
 
 class OneBody(NamedTuple):

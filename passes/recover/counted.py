@@ -29,6 +29,8 @@ _MOST = 200
 KTH = "selection found, no block: of the top-k only the values are used, as a threshold; experts are read from its indices"
 CAPACITY = "tokens beyond an expert's capacity are dropped, by their place in its queue"
 ROOM = "tokens take places in their expert's queue, whose capacity is enough for all: none is dropped, but rows are not read through places"
+NO_LIMIT = "tokens take places in their expert's queue, by which rows lie in a buffer; none is dropped, but they are not read by places"
+DEPTHS = "tokens are chosen here, not experts (mixture of depths): those that are not chosen pass by, and no token has experts of its own"
 EXPERT_CHOICE = "experts choose tokens here (expert choice): a token has no fixed number of experts, and may have none"
 
 
@@ -104,8 +106,11 @@ def named(choice: fx.Node) -> Rejection | None:
     """Why a selection is left as written, where that has a name."""
     if (queue := dropped(choice)) is not None:
         return Rejection(ROOM if _has_room(queue) else CAPACITY, queue, "experts", code="capacity")
+    if (queue := _queue(choice)) is not None:
+        return Rejection(NO_LIMIT, queue, "experts", code="capacity")
     if (rows_at := chosen_by_experts(choice)) is not None:
-        return Rejection(EXPERT_CHOICE, rows_at, "experts", code="expert choice")
+        whole = shape_of(choice.args[0]) == shape_of(rows_at)[:-1]  # type: ignore[arg-type]  # one score a token
+        return Rejection(DEPTHS if whole else EXPERT_CHOICE, rows_at, "experts", code="expert choice")
     return None
 
 
@@ -118,6 +123,12 @@ def dropped(choice: fx.Node) -> fx.Node | None:
         if op_name(n) == "slice" and op_name(n.args[0]) == "getitem" and op_name(n.args[0].args[0]) in ("where", "nonzero_numpy"):  # type: ignore[arg-type, union-attr]
             return n
     return None
+
+
+def _queue(choice: fx.Node) -> fx.Node | None:
+    """Where places in the queues of the experts are counted, [tokens, ..., experts], and never compared with how many there are."""
+    queues = (n for n in _made_of(indices(choice)) if op_name(n) == "cumsum" and len(shape_of(n)) > 1 and _is_place(n))
+    return next((n for n in queues if call_args(n).dim not in (-1, len(shape_of(n)) - 1)), None)
 
 
 def over_scores(n: fx.Node, choice: fx.Node) -> bool:
@@ -178,6 +189,6 @@ def chosen_by_experts(choice: fx.Node) -> fx.Node | None:
                 and len(shape_of(u)) > 1
             ):
                 return u
-            if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME | names.PART | names.PERMUTE | {"getitem"} and u not in seen:
+            if op_name(u) in names.RESHAPE | names.REPEAT | names.SAME | names.PART | names.PERMUTE | {"getitem", "sort"} and u not in seen:
                 seen.append(u)
     return None

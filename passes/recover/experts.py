@@ -32,11 +32,13 @@ from .rows import (
     UNFIXED_WIDTH,
     Cause,
     No,
+    called,
     data_dependent,
     factors,
     fixed_widths,
     ids_atom,
     mapped,
+    outer_atoms,
     parted,
     reads,
     row_index,
@@ -44,6 +46,8 @@ from .rows import (
     rows,
 )
 from .ways import Function, Way, read
+
+BESIDE = "beside"  # code of what other numbers of the router than the experts' stand for
 
 
 def match_experts(p: Puller, out: fx.Node, dense: Any) -> ExpertsMatch | Rejection:
@@ -274,13 +278,24 @@ def _check_identity(identity: dict[int, Term], count: int, weight: Term, tokens:
     """Identity experts must be w · x[t, h], with the same w and x as the others, numbered on from E."""
     if not identity:
         return
-    if sorted(identity) != list(range(count, count + len(identity))):
-        raise No("identity experts are not numbered on from the others")
     (x,) = {a.args[0] for a in tokens}
     for e, c in identity.items():
         xs = [f for f in factors(c) if f.op == "a" and f.args[0] is x and T.uses(f, h)]
         if len(xs) != 1 or T.mul(*(f for f in factors(c) if f is not xs[0])) is not weight:
-            raise No(f"expert {e} is neither like the others nor the identity")
+            what = "gives the same vector for all tokens" if _is_constant(c, h) else "is neither like the others nor the identity"
+            raise No(f"expert {e} {what}: beside experts of one function only the identity (a copy of the token) is read", BESIDE)
+    gap = next((e for e in range(count, max(identity)) if e not in identity), None)
+    if gap is not None:
+        why = f"no expert has number {gap}, and number {max(identity)} is the identity"
+        raise No(f"{why}: identity experts are read where their numbers follow the others' without a gap", BESIDE)
+    if min(identity) < 0:
+        raise No("identity experts come before the others: they are read where their numbers follow the others'", BESIDE)
+
+
+def _is_constant(c: Term, h: Term) -> bool:
+    """Whether an expert's output is a weight of the routing times numbers [H] that no token enters."""
+    features = [a for a in outer_atoms(c) if T.uses(a, h)]
+    return bool(features) and all(a.args[1] == (h,) for a in features)
 
 
 def token_node(p: Puller, tokens: list[Term], t: Term, out: fx.Node) -> fx.Node:
@@ -300,15 +315,15 @@ def params(nodes: Any, full: tuple[Any, ...], transposed: bool, flat: bool) -> l
     if isinstance(nodes, tuple):
         for n in nodes:
             if shape_of(n) != tuple(want[1:]):
-                raise No(f"expert parameter {n} has shape {shape_of(n)}, used as {want[1:]}")
+                raise No(f"expert parameter {called(n)} has shape {shape_of(n)}, used as {want[1:]}")
         return [Param(n) for n in nodes]
     if flat:
         if shape_of(nodes)[0] != want[0] * want[1]:
-            raise No(f"expert parameter {nodes} has shape {shape_of(nodes)}, used as {want}")
+            raise No(f"expert parameter {called(nodes)} has shape {shape_of(nodes)}, used as {want}")
         return [Param(nodes, tuple(want))]
     shape = shape_of(nodes)
     if shape[1:] != tuple(want[1:]) or shape[0] < want[0]:  # rows of identity experts may follow
-        raise No(f"expert parameter {nodes} has shape {shape}, used as {want}")
+        raise No(f"expert parameter {called(nodes)} has shape {shape}, used as {want}")
     return [Param(nodes)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,12 @@ from ..aten.shadow import CUT
 from ..terms.budget import BUDGET
 from .counted import kth_best, named, only_counted
 from .dense import DenseReader
-from .experts import match_experts
+from .experts import BESIDE, match_experts
 from .fused import is_fused, read_fused, with_identity
 from .given_ids import given_ids, is_last, rows_in_order
-from .match import ExpertsMatch
+from .match import ExpertsMatch, outermost
 from .merged import merged_pairs
-from .mixture import mixtures, soft_mixtures
+from .mixture import mixtures, one_by_one, soft_mixtures
 from .odd import COMBINED, between, combined_otherwise
 from .rounded_nodes import rounded_nodes
 from .rows import NO_EXPERTS, WORDS
@@ -36,11 +36,12 @@ from .scales import made_floats, says_groups
 from .selections import choices, is_id_input, is_joined, is_selection, is_table, is_zero, unviewed, users_through_views
 from .static_rows import is_own_number
 from .successive import successive
-from .writes import first_write, harmless
+from .writes import feeds_by_writes, first_write, harmless
 
 FIND = "find"
 LEAVES = "left graph"  # code of a selection whose experts, if there are any, are not in the graph
 # What may be spent on the experts of one selection, in steps of a few microseconds; loops over experts take up to 450 a node
+_BESIDE = 4  # how far back a sum is tried that goes on behind its experts
 STEPS, STEPS_A_NODE = 150_000, 400
 
 
@@ -113,24 +114,35 @@ class Finder:
             if label and self._is_spent(label):
                 continue
             if ready or label and label not in closed and self._is_candidate(n, label):
-                for x in (n, *self._summands(n, label)):
-                    out = self.attempt(x, label)
-                    if not isinstance(out, Rejection):
-                        found.matches.append(out)
-                        self.live[x] = 0
-                        matched.add(label)
-                    else:
+                for x, out in self._attempts(n, label):
+                    if isinstance(out, Rejection):
                         tried.setdefault(label, []).append(out)
-                    if x is n and not isinstance(out, Rejection):
-                        break
+                        continue
+                    found.matches.append(out)
+                    self.live[x] = 0
+                    matched.add(label)
         found.matches = outermost(sorted(found.matches, key=lambda m: self.order[m[0].out]))
         for s, i in number.items():
             if i not in matched:
                 found.rejected.extend(self._refused(s, i, tried.get(i, []), i in closed))
         found.rejected.extend((*mixtures(self.graph, self.walls, self.sources), *soft_mixtures(self.graph)))
         if not found.matches and not found.rejected:
-            found.rejected.extend(kth_best(self.graph))
+            found.rejected.extend((*kth_best(self.graph), *one_by_one(self.graph)))
         return found
+
+    def _attempts(self, n: fx.Node, label: int) -> Iterator[tuple[fx.Node, tuple[ExpertsMatch, Puller] | Rejection]]:
+        """What comes of n, and, where it is no block, of what n may have added to one."""
+        out = self.attempt(n, label)
+        x, first = n, out
+        for _ in range(_BESIDE):  # a sum that goes on behind its experts, with what other numbers of the router stand for
+            before = x.args[0]
+            if not isinstance(out, Rejection) or out.code != BESIDE or op_name(before) not in names.ACCUMULATE:  # type: ignore[arg-type]
+                break
+            x = before  # type: ignore[assignment]
+            out = self.attempt(x, label)
+        yield (n, first) if isinstance(out, Rejection) else (x, out)
+        if isinstance(out, Rejection):
+            yield from ((y, self.attempt(y, label)) for y in self._summands(n, label))
 
     def _refused(self, source: fx.Node, label: int, tried: list[Rejection], closed: bool) -> list[Rejection]:
         """What is told of a selection without experts; of numbers that may be no choice at all only where experts were seen."""
@@ -140,6 +152,7 @@ class Finder:
             return [r for r in tried if r.code != NO_EXPERTS][-1:]
         if is_table(source):
             return [r for r in tried if r.stage == FIND][:1]
+        closed = closed or feeds_by_writes(self.memory, source, self.sources)
         return [] if closed or only_counted(source, self.walls) else [self._worst(tried, source, label)]
 
     def _summands(self, n: fx.Node, label: int) -> list[fx.Node]:
@@ -148,7 +161,9 @@ class Finder:
             return self._weighed(n, label)
         if op_name(n) != "add":
             return []
-        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in names.COMBINE]
+        both = all(isinstance(x, fx.Node) and op_name(x) == "mul" for x in n.args[:2])  # p · y + (1 - p) · x: the experts are one of them
+        kinds = names.COMBINE | {"mul"} if both else names.COMBINE
+        out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in kinds]
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
     def _worst(self, tried: Iterable[Rejection], source: fx.Node, label: int) -> Rejection:
@@ -264,7 +279,7 @@ class Finder:
             return out
         if not harmless(self.memory, (x for x, _ in p.memo), out):
             writer = first_write(self.memory, (x for x, _ in p.memo))
-            return Rejection("a tensor of the block is written through another view", writer or n, "experts")
+            return Rejection("a tensor of the block is written through another view", writer or n, "experts", code="aliased")
         if is_fused(n) and not isinstance(out, Rejection):
             self.fused[n] = out
         return out
@@ -294,32 +309,6 @@ class Finder:
             u = src.meta["val"] if isinstance(src, fx.Node) else None
             return not (isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (u.dtype, u.device) == (v.dtype, v.device))
         return True
-
-
-def outermost(matches: list[tuple[ExpertsMatch, Puller]]) -> list[tuple[ExpertsMatch, Puller]]:
-    """Without those whose result goes nowhere but into another one of the same selection: there the routing weight is still to come."""
-    chosen = [{x.args[0] for x in T.walk(m.ids) if x.op == "topk"} for m, _ in matches]
-    kept = []
-    for i, (m, p) in enumerate(matches):
-        later = (n for (n, _), c in zip(matches[i + 1 :], chosen[i + 1 :], strict=True) if c & chosen[i])
-        if not any(_part_of(m.out, n) for n in later):
-            kept.append((m, p))
-    return kept
-
-
-def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
-    """Whether all that is made of `out` is the result of m."""
-    seen: set[fx.Node] = set()
-    stack = [out]
-    while stack and len(seen) < 64:
-        n = stack.pop()
-        if n is m.out or n in seen:
-            continue
-        seen.add(n)
-        if not n.users or n is m.tokens or n is m.base or n.op == "output":
-            return False
-        stack.extend(n.users)
-    return not stack
 
 
 def _is_tensor(n: Any) -> bool:

@@ -9,7 +9,8 @@ import torch.fx as fx
 
 from ...ir import Experts
 from ...ir.operands import Join, Operands
-from ..aten.element import shape_of
+from .. import terms as T
+from ..aten.element import Puller, shape_of
 from ..terms import Term
 
 
@@ -61,3 +62,29 @@ class ExpertsMatch:
     def nodes(self) -> dict[str, list[fx.Node]]:
         """The parameters' nodes, by their names."""
         return {name: [q.node for q in group] for name, group in self.operands.by_name().items()}
+
+
+def outermost(matches: list[tuple[ExpertsMatch, Puller]]) -> list[tuple[ExpertsMatch, Puller]]:
+    """Without those whose result goes nowhere but into another one of the same selection: there the routing weight is still to come."""
+    chosen = [{x.args[0] for x in T.walk(m.ids) if x.op == "topk"} for m, _ in matches]
+    kept = []
+    for i, (m, p) in enumerate(matches):
+        later = (n for (n, _), c in zip(matches[i + 1 :], chosen[i + 1 :], strict=True) if c & chosen[i])
+        if not any(_part_of(m.out, n) for n in later):
+            kept.append((m, p))
+    return kept
+
+
+def _part_of(out: fx.Node, m: ExpertsMatch) -> bool:
+    """Whether all that is made of `out` is the result of m."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack and len(seen) < 64:
+        n = stack.pop()
+        if n is m.out or n in seen:
+            continue
+        seen.add(n)
+        if not n.users or n is m.tokens or n is m.base or n.op == "output":
+            return False
+        stack.extend(n.users)
+    return not stack

@@ -75,7 +75,11 @@ def _scale(m: ExpertsMatch, p: Puller, ids: fx.Node) -> bool:
     [ids = ids] is 1, and has the quotient made of ids: what is not is no part of the experts, and is not looked into.
     """
     number, rest = T.coefficient(m.weight)
-    w = None if T.is_c(rest) or not is_plain(number) or number in (0, 1) else routing_nodes(replace(m, weight=rest), p).weights
+    w = (
+        None
+        if T.is_c(rest) or not is_plain(number) or number in (0, 1)
+        else routing_nodes(replace(m, weight=rest), p, recorded=True).weights
+    )
     if w is None:
         return False
     memory, region = Memory(m.out.graph), _between(w, m.out)

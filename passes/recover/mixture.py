@@ -31,6 +31,9 @@ from .rows import No, factors, parted, row_index, row_variable, rows
 DENSE = "every expert is applied to every token, weighed by the router (no top-k): nothing to dispatch, the products stay as written"
 SOFT = "experts work on slots, each a weighed mean of all tokens (soft MoE), and no token selects any: there is nothing to dispatch"
 THRESHOLD = "experts are chosen by a threshold on the router's scores (no top-k), so that one token has more of them than another"
+ONE_BY_ONE = (
+    "each token goes through every expert by itself, weighed by single numbers of the router's scores (no top-k): nothing is dispatched"
+)
 _NEAR = 24  # steps from the router's product to the weights, and operations an expert has
 _ELEMENTS, _STEPS = 4_000, 100_000  # looked at for one possible result: a dense mixture is small
 _STEPS_A_NODE = 100  # and for all of a graph: as many for each of its nodes, besides
@@ -179,6 +182,45 @@ def _weighs(body: Term, router: fx.Node, t: Term, h: Term) -> bool:
     if not any(x.op == "a" and x.args[0] is router and T.uses(x, expert) for x in T.walk(weight)):
         return False
     return bool(parse_core(core, t, h, expert).linears)
+
+
+# ---- token by token -------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(graph: fx.Graph) -> Iterator[Rejection]:
+    """Where all scores of a token are read as single numbers, p[k][j], and weigh products: told of the first, and not proved."""
+    for router in graph.nodes:
+        sizes = _sizes(router) if op_name(router) in names.CONTRACTION else None
+        if sizes is None or len(sizes) < 2 or not isinstance(sizes[-1], int) or sizes[-1] < 2:
+            continue
+        for numbers in _numbers(x for x in _near(router, _NEAR) if _sizes(x) == sizes):
+            weighed = [_weighed_product(u, router) for u in numbers.values()] if len(numbers) == sizes[-1] else [None]
+            if all(weighed):
+                yield Rejection(ONE_BY_ONE, weighed[0], "find", code="dense")
+                return
+
+
+def _numbers(scores: Iterable[fx.Node]) -> Iterator[dict[Any, fx.Node]]:
+    """The single numbers that are read of each row of some tensors, by their place in it."""
+    rows_of: dict[Any, dict[Any, fx.Node]] = {}
+    waiting: list[tuple[fx.Node, Any]] = [(x, x) for x in scores]
+    for x, path in waiting:
+        for u in (u for u in x.users if op_name(u) == "select"):
+            if _sizes(u) == ():
+                rows_of.setdefault(path, {}).setdefault(u.args[2], u)
+            else:
+                waiting.append((u, (path, *u.args[1:])))
+    yield from rows_of.values()
+
+
+def _weighed_product(number: fx.Node, router: fx.Node) -> fx.Node | None:
+    """Where a single number multiplies what a product of other tensors made."""
+    for n in _closure(number, lambda n: (u for u in n.users if op_name(u) not in names.CONTRACTION | {"add"}), 8):
+        others = [x for x in n.all_input_nodes if op_name(n) == "mul" and _sizes(x) not in ((), None)]
+        made_of = _closure(others[0], lambda n: n.all_input_nodes if n is not router else (), 8) if others else ()
+        if any(op_name(x) in names.CONTRACTION and x is not router for x in made_of):
+            return n
+    return None
 
 
 # ---- soft mixtures --------------------------------------------------------------------------------------------------------

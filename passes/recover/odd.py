@@ -81,8 +81,18 @@ def combined_otherwise(choice: fx.Node, walls: set[fx.Node]) -> Rejection | None
         if op_name(n) in _ONTO and (_is_gathered_up(n, rows) or any(_put_back(n, u) for u in n.users)):
             why = f"the outputs of a token's experts are combined by their {_ONTO[op_name(n)]}, not by a weighted sum"
             return Rejection(why, n, "experts", code="inside")
+    if (masked := next((n for n in rows if op_name(n) == "mul" and _is_block_mask(n)), None)) is not None:
+        why = "the selection masks blocks of one product's features (MoEfication): all of them are computed, and one product takes them"
+        return Rejection(why, masked, "experts", code="dense")
     why = "the selected indices reach experts in this graph, whose outputs were not read as a weighted sum over each token's experts"
     return Rejection(why, next(reversed(rows)), "experts", code="inside")
+
+
+def _is_block_mask(n: fx.Node) -> bool:
+    """Whether features [..., blocks, size] become one row [..., blocks * size], which a product takes."""
+    *_, blocks, size = (1, 1, *shape_of(n))
+    joined = [u for u in n.users if op_name(u) in names.RESHAPE and shape_of(u)[-1:] == (blocks * size,)]
+    return any(op_name(v) in names.CONTRACTION for u in joined for v in u.users)
 
 
 def _weighs_product(n: fx.Node, rows: Container[fx.Node]) -> bool:

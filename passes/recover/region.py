@@ -96,7 +96,8 @@ def constant_weight(m: ExpertsMatch) -> float | None:
     return float(m.weight.args[0]) if given and not is_fused(m.out) else None
 
 
-def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
+def routing_nodes(m: ExpertsMatch, p: Puller, recorded: bool = False) -> RoutingNodes:
+    """The tensors that hold ids and weights. `recorded`: those of a top-k are wanted with a slot, [T, k], and can be put so."""
     slot = m.j if m.j.op == "v" else T.const(0)
     raw = next((x for x in T.walk(m.ids) if x.op == "topk"), m.ids)
     want = {"ids": T.canonical(m.ids), "weights": T.canonical(m.weight), "raw": T.canonical(raw)}
@@ -110,9 +111,8 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
         if term.op == "a" and isinstance(term.args[0], fx.Node):
             found |= {name: term.args[0]} if term.args[1] == (at or (*row_index(m.t, shape_of(term.args[0])[:-1]), slot)) else {}
     if is_fused(m.out):
-        a = call_args(m.out)
-        found.update(ids=a.ids, weights=a.weights)
-        p.at(a.ids, (*row_index(m.t, shape_of(a.ids)[:-1]), slot))
+        found.update(ids=call_args(m.out).ids, weights=call_args(m.out).weights)
+        p.at(found["ids"], (*row_index(m.t, shape_of(found["ids"])[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     reached |= {x.args[0] for x in T.walk(m.ids) if x.op == "a" and isinstance(x.args[0], fx.Node)}
     for n in sorted(reached - _in_other_rows(m), key=order.__getitem__):
@@ -129,18 +129,18 @@ def routing_nodes(m: ExpertsMatch, p: Puller) -> RoutingNodes:
             if term is value and v.dtype.is_floating_point == (name == "weights") and len(at) > 1 and at[-1] is slot:
                 if not (name == "weights" and is_fused(m.out)):
                     found[name] = n  # the last one: weights may be cast after they are computed
-    found = _without_slots(m, {name: ns for name, ns in holders.items() if name in want}) | found
+    found = _without_slots(m, {name: ns for name, ns in holders.items() if name in want}, recorded) | found
     if "ids" not in found and m.ids.op == "mod" and T.is_c(m.ids.args[1], m.experts.num_experts):
         inner = next((x for n in sorted(reached, key=order.__getitem__) if (x := _before_mod(n, m, slot, p)) is not None), None)
         if inner is not None:
-            return replace(routing_nodes(replace(m, ids=inner), p), wraps=True)
+            return replace(routing_nodes(replace(m, ids=inner), p, recorded), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
     return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
 
 
-def _without_slots(m: ExpertsMatch, holders: dict[str, list[fx.Node]]) -> dict[str, fx.Node]:
-    """Tensors [T] that hold the one id of a token, or its weight, where no top-k makes the ids."""
-    if m.k > 1 or any(x.op == "topk" for x in T.walk(m.ids)):
+def _without_slots(m: ExpertsMatch, holders: dict[str, list[fx.Node]], recorded: bool) -> dict[str, fx.Node]:
+    """Tensors [T] that hold the one id of a token, or its weight; those with a slot, [T, 1], are preferred."""
+    if m.k > 1 or recorded and any(x.op == "topk" for x in T.walk(m.ids)):
         return {}
     flat = {name: [n for n in ns if len(shape_of(n)) == 1] for name, ns in holders.items()}
     return {name: ns[-1] for name, ns in flat.items() if ns}

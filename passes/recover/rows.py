@@ -147,12 +147,13 @@ def plain_row(a: Term) -> bool:
 def reads(t: Term) -> str:
     """The tensors that a term reads, as the user calls them, for a rejection."""
     nodes = [n for x in T.walk(t) if x.op == "a" for n in nodes_of(x)[:1]]
-    found = dict.fromkeys(_called(n) for n in nodes)
+    found = dict.fromkeys(called(n) for n in nodes)
     names = [n for n in found if n]
     return f" (it reads {', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
 
-def _called(n: object) -> str:
+def called(n: object) -> str:
+    """A node as the user calls it: a parameter by its path, anything else by its code; "" where neither is known."""
     if not isinstance(n, fx.Node):
         return ""
     return said(n) if n.op in ("placeholder", "get_attr") else code_of(n)

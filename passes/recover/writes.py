@@ -34,6 +34,19 @@ def first_write(memory: Memory, nodes: Iterable[fx.Node]) -> fx.Node | None:
     return min((w for r in roots for w in memory.writers.get(r, ())), key=memory.order.__getitem__, default=None)
 
 
+def feeds_by_writes(memory: Memory, choice: fx.Node, selections: Iterable[fx.Node]) -> bool:
+    """Whether what is made of one selection is written to what a later one chooses from, under another name of its memory."""
+    order, root = memory.order, memory.root
+    if not memory.stale:
+        return False
+    made = set(reached([choice], lambda n: n.users))
+    for s in selections:
+        read = {root[n] for n in memory.stale & made_of(s)} if order[s] > order[choice] else set()
+        if any(w in made and order[w] < order[s] for r in read for w in memory.writers.get(r, ())):
+            return True
+    return False
+
+
 def touched(memory: Memory, m: ExpertsMatch) -> bool:
     """Whether tokens or result are written through another view at all."""
     root = memory.root
