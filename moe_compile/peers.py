@@ -7,6 +7,8 @@ slower than NVLink's.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import logging
 import os
@@ -14,17 +16,22 @@ import socket
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import agreement
 from .ops import summed
 from .ops.summed import FLAGS, MESSAGE, MOST, Peers, Sum
 
+T = TypeVar("T")
 log = logging.getLogger("moe_compile")
 TIMED = 2  # ranks among which this was timed: what is not measured is no default
 NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
+TRIAL = 1 << 24  # bytes from each peer, by which the speed is measured
+OFTEN = 0.05  # seconds between two looks for a lost rank: NCCL's watchdog may end the process soon
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
 
@@ -44,17 +51,26 @@ def join(group: Any, device_type: str, memory: int = summed.memory_of(summed.SUM
     if why or None in can or len({word["host"] for word in can if word is not None}) > 1:
         log.info("%s exchanges by collectives: %s", group.group_name, why or "several hosts, or a rank that does not answer")
         return False
-    found, failed = None, ""
-    try:
-        found = _meet(group, talk.timeout, memory)
-    except Exception as e:  # whatever torch, the driver or the cards object to
-        failed = f"{type(e).__name__}: {e}"[:300]
-    met = talk.round("peers met", {"failed": failed}, talk.timeout)
-    if found is None or any(word is None or word["failed"] for word in met):
-        log.info("%s exchanges by collectives: %s", group.group_name, [word and word["failed"] for word in met])
+    own = _agreed(talk, "peers hold", group, functools.partial(_own, group, memory))
+    found = None if own is None else _agreed(talk, "peers met", group, functools.partial(_meet, group, talk.timeout, own))
+    if found is None:
         return False
     summed.set_peers(found)
     return True
+
+
+def _agreed(talk: agreement.Talk, topic: str, group: Any, make: Callable[[], T]) -> T | None:
+    """What `make` makes on this rank; None, on all of them, where it raises on one."""
+    made, failed = None, ""
+    try:
+        made = make()
+    except Exception as e:  # whatever torch, the driver or the cards object to
+        failed = f"{type(e).__name__}: {e}"[:300]
+    told = talk.round(topic, {"failed": failed}, talk.timeout)
+    if made is None or any(word is None or word["failed"] for word in told):
+        log.info("%s exchanges by collectives: %s", group.group_name, [word and word["failed"] for word in told])
+        return None
+    return made
 
 
 def lacks(group: Any) -> str:
@@ -73,26 +89,35 @@ def lacks(group: Any) -> str:
 
         importlib.import_module("moe_compile.lowering.triton.peers")
         kind = symm.get_backend(torch.device("cuda"))
-    except (ImportError, AttributeError, RuntimeError) as e:
+    except Exception as e:  # the other ranks wait for this one's word
         return f"torch {torch.__version__} has no symmetric memory here, or no Triton ({type(e).__name__})"
     return "" if kind in ("CUDA", None) else f"symmetric memory is of kind {kind}"  # None: nobody has chosen, torch does
 
 
-def _meet(group: Any, timeout: float, size: int) -> Peers:
+def _own(group: Any, size: int) -> Tensor:
+    """This rank's memory. Raises where there is none: before ranks wait for each other on their cards, where waiting in vain is an error
+    that ends a process. What the trial takes besides is left to torch's allocator."""
+    import torch.distributed._symmetric_memory as symm
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty((group.size() + 1) * TRIAL, dtype=torch.uint8, device=device)
+    return symm.empty(size, dtype=torch.uint8, device=device)  # type: ignore[no-any-return]
+
+
+def _meet(group: Any, timeout: float, memory: Tensor) -> Peers:
     """Every rank comes here. Raises where memory cannot be shared, or does not hold what the peers put there."""
     import torch.distributed._symmetric_memory as symm
 
     from .lowering.triton import peers as kernels
 
     _met.add(group.group_name)
-    device = torch.device("cuda", torch.cuda.current_device())
-    memory = symm.empty(size, dtype=torch.uint8, device=device)
+    size = len(memory)
     handle = symm.rendezvous(memory, group)
     memory[:FLAGS] = 0
     handle.barrier(0, int(timeout * 1000))  # nobody raises a flag before all flags are down
     each = [memory if r == group.rank() else handle.get_buffer(r, [size], torch.uint8) for r in range(group.size())]
     found = Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), each, int(timeout * 1000), kernels)
-    wrong, speed = _try(found, device), _speed(found)
+    wrong, speed = _try(found, memory.device), _speed(found)
     if not wrong and speed < NVLINK and os.environ.get("MOE_COMPILE_PEERS") != "1":
         wrong = f"{speed / 1e9:.0f} GB/s from card to card: no NVLink? (MOE_COMPILE_PEERS=1 takes it nevertheless)"
     if wrong:
@@ -102,13 +127,14 @@ def _meet(group: Any, timeout: float, size: int) -> Peers:
 
 
 def _try(found: Peers, device: torch.device) -> str:
-    """What is wrong with an exchange of small numbers, in either half of the memory; "" for nothing. All calls are made whatever is wrong:
-    the other ranks make them too."""
+    """What is wrong with an exchange of small numbers; "" for nothing. All calls are made whatever is wrong: the other ranks make them too.
+
+    They are five (a two-shot sum is two), an odd number, and made twice: each is in either half of the memory."""
     size, rank, wrong = found.size, found.rank, []
     ones = torch.full((size, 64), rank + 1.0, device=device)
     every = torch.arange(1.0, size + 1, device=device)
     for _ in range(2):
-        for how in (Sum.ONE_SHOT, Sum.TWO_SHOT, Sum.ONE_SHOT):
+        for how in (Sum.ONE_SHOT, Sum.TWO_SHOT):
             if not bool((found.sum(ones, how) == every.sum()).all()):
                 wrong.append(f"a sum ({how.value})")
         rows, ids, weights, told, even = found.gather(ones, ones[:, 0].int(), ones[0], rank)
@@ -122,7 +148,7 @@ def _try(found: Peers, device: torch.device) -> str:
 
 def _speed(found: Peers) -> float:
     """Bytes a second that come from a peer, the best of a few: whatever the environment says, every rank does this."""
-    size = min((found.half - MESSAGE) // found.size, 1 << 24) // 16 * 16
+    size = min((found.half - MESSAGE) // found.size, TRIAL) // 16 * 16
     x = torch.empty(size // 4, dtype=torch.int32, device=found.count.device)
     times = []
     for _ in range(5):
@@ -139,10 +165,22 @@ def _speed(found: Peers) -> float:
 
 def _watch(known: weakref.ref[Peers]) -> None:
     """Says who did not come when a kernel has ended for that: the error that CUDA reports names nobody."""
-    while (found := known()) is not None:
-        told = found.missing()
-        if told:
-            log.error(told)
-            return
+    while (found := known()) is not None and not _told(found):
         del found
-        time.sleep(0.5)
+        time.sleep(OFTEN)
+
+
+def _told(found: Peers) -> bool:
+    """Whether a rank was lost, which is said once."""
+    told = found.missing()
+    if told and not found.told:
+        found.told = True
+        log.error(told)
+    return bool(told)
+
+
+@atexit.register
+def _last_word() -> None:
+    """Of a process that ends by CUDA's error before the thread looks again."""
+    for found in list(summed.known()):
+        _told(found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .schemas import library
-from .summed import Peers, memory_of, of_group, resolved
+from .summed import ALIGNED, Peers, memory_of, of_group, resolved
 
 MEMORY = memory_of(1 << 27)  # bytes that a group takes on each rank
 UNEVEN = (
@@ -20,6 +20,7 @@ UNEVEN = (
 
 library.define("rows_gathered(Tensor x, Tensor ids, Tensor weights, str group) -> (Tensor rows, Tensor ids, Tensor weights, Tensor even)")
 library.define("summed_rows(Tensor part, str group) -> Tensor")
+library.define("summed_pair(Tensor part, Tensor weights, str group) -> (Tensor part, Tensor weights)")
 
 
 def _ranks(group: str) -> int:
@@ -52,7 +53,8 @@ def rows_gathered(x: Tensor, ids: Tensor, weights: Tensor, group: str) -> tuple[
 
 
 def _fits(peers: Peers, x: Tensor, ids: Tensor, weights: Tensor) -> bool:
-    return peers.holds(_size(x) * peers.size, (_size(ids) + _size(weights)) * peers.size)
+    of_ids = -(-_size(ids) * peers.size // ALIGNED) * ALIGNED  # weights begin on a vector's bound
+    return peers.holds(_size(x) * peers.size, of_ids + _size(weights) * peers.size)
 
 
 def _even(group: str, tokens: int, device: torch.device) -> Tensor:
@@ -75,21 +77,37 @@ def summed_rows(part: Tensor, group: str) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(out)  # type: ignore[no-any-return]
 
 
+def summed_pair(part: Tensor, weights: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """`summed_rows` of both, in this order on all ranks: of two ops that do not read each other's results, the schedule of a rank's graph
+    may choose either first."""
+    return summed_rows(part, group), summed_rows(weights, group)
+
+
+def _summed_shape(part: Tensor, group: str) -> Tensor:
+    return part.new_empty(part.shape[0] // _ranks(group), *part.shape[1:])
+
+
 def _gathered_shape(x: Tensor, ids: Tensor, weights: Tensor, group: str) -> tuple[Tensor, ...]:
     whole = (t.new_empty(t.shape[0] * _ranks(group), *t.shape[1:]) for t in (x, ids, weights))
     return *whole, torch.empty((), dtype=torch.bool, device=x.device)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _keep_group(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[1], output[3])
+
+
+def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.group = inputs[-1]
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(output[1], output[3])
 
 
 def _gathered_backward(ctx: Any, rows: Tensor, ids: Any, weights: Tensor, even: Any) -> tuple[Any, ...]:
-    back = [torch.ops.moe_compile.summed_rows(g, ctx.group) if wanted else None
-            for g, wanted in ((rows, ctx.needs_input_grad[0]), (weights, ctx.needs_input_grad[2]))]  # fmt: skip
-    return back[0], None, back[1], None
+    ops, (of_rows, _, of_weights, _) = torch.ops.moe_compile, ctx.needs_input_grad
+    if of_rows and of_weights:
+        x, w = ops.summed_pair(rows, weights, ctx.group)
+        return x, None, w, None
+    one = ops.summed_rows(rows if of_rows else weights, ctx.group)
+    return one if of_rows else None, None, one if of_weights else None, None
 
 
 def _summed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -97,11 +115,20 @@ def _summed_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.moe_compile.rows_gathered(grad, none, none, ctx.group)[0], None
 
 
+def _pair_backward(ctx: Any, part: Tensor, weights: Tensor) -> tuple[Any, ...]:
+    none = part.new_empty(part.shape[0], 0, dtype=torch.int64)
+    rows, _, w, _ = torch.ops.moe_compile.rows_gathered(part, none, weights, ctx.group)
+    return rows, w, None
+
+
 library.impl("rows_gathered", rows_gathered, "CompositeExplicitAutograd")
 library.impl("summed_rows", summed_rows, "CompositeExplicitAutograd")
+library.impl("summed_pair", summed_pair, "CompositeExplicitAutograd")
 torch.library.register_fake("moe_compile::rows_gathered", _gathered_shape, lib=library)
+torch.library.register_fake("moe_compile::summed_rows", _summed_shape, lib=library)
 torch.library.register_fake(
-    "moe_compile::summed_rows", lambda p, group: p.new_empty(p.shape[0] // _ranks(group), *p.shape[1:]), lib=library
+    "moe_compile::summed_pair", lambda part, weights, group: (_summed_shape(part, group), _summed_shape(weights, group)), lib=library
 )
 torch.library.register_autograd("moe_compile::rows_gathered", _gathered_backward, setup_context=_keep, lib=library)
-torch.library.register_autograd("moe_compile::summed_rows", _summed_backward, setup_context=_keep, lib=library)
+torch.library.register_autograd("moe_compile::summed_rows", _summed_backward, setup_context=_keep_group, lib=library)
+torch.library.register_autograd("moe_compile::summed_pair", _pair_backward, setup_context=_keep_group, lib=library)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class Peers:
     workers: int = 264
     chunks: int = 2
     stream: Any = None
+    told: bool = False  # that a rank was lost
     message = MESSAGE
 
     def __post_init__(self) -> None:
@@ -73,7 +74,8 @@ class Peers:
         self.half = (len(own) - FLAGS) // 2 // ALIGNED * ALIGNED
         self.bases = torch.tensor([m.data_ptr() for m in self.each], dtype=torch.int64, device=own.device)
         self.count = torch.zeros(2, dtype=torch.int64, device=own.device)
-        self.lost = torch.zeros(self.size, dtype=torch.int32, pin_memory=own.is_cuda)  # which the host reads when the device is lost
+        # which the host reads when the device is lost, whatever torch makes tensors on (models are placed under `torch.device("meta")`)
+        self.lost = torch.zeros(self.size, dtype=torch.int32, device="cpu", pin_memory=own.is_cuda)
 
     def holds(self, rows: int, message: int = 0) -> bool:
         """Whether a half takes so many bytes of rows, or of addends, of all ranks, and of ids and weights; vectors are of whole ranks."""
@@ -121,10 +123,11 @@ class Peers:
             raise RuntimeError(told)
         if not self.count.is_cuda:
             return
-        now = torch.cuda.current_stream(self.count.device)
-        if self.stream is not None and now != self.stream and not torch.cuda.is_current_stream_capturing():
-            now.wait_stream(self.stream)
+        last, now = self.stream, torch.cuda.current_stream(self.count.device)
         self.stream = now
+        # streams of one capture wait for each other as streams of none do; neither may wait for the other kind
+        if last is not None and now != last and _captured(last) == _captured(now):
+            now.wait_stream(last)
 
     def missing(self) -> str:
         """Whom a kernel has waited for in vain, and what to do; "" for nobody. Nothing of the device's is asked, which is lost then."""
@@ -138,12 +141,24 @@ class Peers:
         )
 
 
+def _captured(stream: Any) -> bool:
+    if stream.cuda_stream == 0:  # the legacy stream never is, and may not be asked during some captures
+        return False
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
+
+
 _peers: dict[str, Peers] = {}
 
 
 def set_peers(found: Peers) -> None:
     """Sums over this group go through peers' memory from now on, on every rank."""
     _peers[found.name] = found
+
+
+def known() -> Iterable[Peers]:
+    """The memory of all groups, of those that are destroyed too."""
+    return _peers.values()
 
 
 def of_group(name: str) -> Peers | None:
