@@ -28,10 +28,19 @@ from .tiny import TOKENS, NoSuchModel, build, build_full, field, model_of
 WHAT = "a transformers type (qwen3_moe), a config.json, the folder or cached hub id of a checkpoint, or FILE.py:NAME with --shape"
 
 
+class _One(argparse.Action):
+    """A model may be named in two ways, and once."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest, ""):
+            parser.error(f"two models: {getattr(namespace, self.dest)} and {values}")
+        setattr(namespace, self.dest, values)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `load` reads."""
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=WHAT)
-    parser.add_argument("--model", default="", metavar="MODEL", help="the same")
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, action=_One, metavar="MODEL", help=WHAT)
+    parser.add_argument("--model", default="", action=_One, metavar="MODEL", help="the same")
     parser.add_argument("--full", action="store_true", help="at its true size: nothing is computed, all tensors are on the meta device")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of a configuration, an argument of a class"

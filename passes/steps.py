@@ -27,7 +27,7 @@ from .recover.placed import placed
 from .recover.region import Block, routing_nodes
 from .recover.routing import GatingMatch, match_gating, where_valid
 from .recover.shared import SharedMatch, match_shared
-from .rewrite import activations, alone, casts, overlap, router
+from .rewrite import activations, alone, casts, kept, overlap, router
 from .rewrite.plan import BlockPlan, execute
 from .work import Candidate, Recovered, Work
 
@@ -240,3 +240,4 @@ def rewrite(work: Work) -> None:
         activations.apply(work.gm.graph, work.options.activations)
         router.take_products(work.gm, work.target)
         casts.leave_narrow(work.gm, work.target)
+        kept.keep_tokens(work.gm)

@@ -227,6 +227,25 @@ def test_tokens_that_no_gradient_reads_may_be_written(trained: str, inner: str) 
     assert len(report.blocks) == 1 and not report.rejected, told(report)
 
 
+class TrainedResidual(Block):
+    """Tokens that are written after a loop, which keeps rows that it picked: eager's backward pass goes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        w, ids = self.route(x * 1)
+        return x.add_(self.loop(x, ids, w))
+
+
+def test_tokens_that_a_gradient_reads_may_be_written() -> None:
+    """Verdict: fused, eager's gradients: the op has a copy of the tokens (it kept them, and backward said that they were modified)."""
+    module, x = TrainedResidual().double(), torch.randn(T, H, dtype=torch.float64)
+    with collecting() as report:
+        found = [torch.autograd.grad(f(x).square().sum(), list(module.parameters())) for f in (compiled(module), module)]
+    assert len(report.blocks) == 1 and not report.rejected, told(report)
+    for got, want in zip(*found, strict=True):
+        assert not difference_problem(got, want, 1e-9)
+
+
 @pytest.mark.parametrize("reads", ["up", "weights on tokens", "identity", "none"])
 def test_the_experts_op_keeps_tokens_where_a_gradient_reads_them(reads: str) -> None:
     """Near misses: the up projections are trained, weights stand on the tokens, or an expert is the identity."""

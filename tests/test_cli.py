@@ -82,7 +82,9 @@ def test_without_transformers(monkeypatch, capsys):
     assert "pip install" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["explain", "--model", "x", "--target", "tpu"], ["explain", "x", "y"], ["tell"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["explain", "--model", "x", "--target", "tpu"], ["explain", "x", "y"], ["explain", "x", "--model", "y"], ["tell"]]
+)
 def test_wrong_usage(argv):
     with pytest.raises(SystemExit) as e:
         main(argv)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small import compiled
+from small import Block, assert_equal, both, compiled
 from torch import Tensor, nn
 
 from moe_compile.passes import terms as T
@@ -107,8 +107,24 @@ def test_own_experts(dispatch: Callable[..., Tensor], local: Callable[..., Any],
     (0, lambda x: T.mul(T.not_(T.lt(x, T.const(4))), T.add(x, T.const(-4)))),
     (-4, lambda x: T.mul(T.lt(x, T.const(4)), T.add(x, T.const(-4)))),
     (None, lambda x: T.mul(T.lt(x, T.const(4)), T.mk("a", "w", ()))),
+    (-1, lambda x: T.mul(T.lt(T.const(-1), T.add(x, T.const(-1.7))), T.add(x, T.const(-1.7)))),
+    (-1, lambda x: T.mul(T.eq(T.fdiv(T.add(x, T.const(-1)), T.const(-2)), T.const(0)), T.add(x, T.const(-1)))),
 ])  # fmt: skip
 def test_least_of_what_a_condition_multiplies(low: int | None, t: Callable[[T.Term], T.Term]) -> None:
-    """[c] · x is 0 or at least what x is where c holds."""
+    """[c] · x is 0 or at least what x is where c holds: of numbers with a fraction, of which -0.7 is above -1, no more than that."""
     term = t(T.var(8, "e"))
     assert term.op == "mul" and least(term) == low
+
+
+class Rounded(Block):
+    """Ids with a fraction: 0 less 0.7 is -1 when it is rounded, which is the last expert."""
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        return self.gathered(x, (ids - 0.7).round().long(), w)
+
+
+def test_ids_that_are_rounded_below_zero() -> None:
+    report, got, want = both(Rounded(), torch.randn(9, H))
+    assert len(report.blocks) == 1, str(report)
+    assert_equal(got, want)

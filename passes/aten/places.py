@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from .. import terms as T
 from ..terms import Term
+from ..terms.term import reached
 from .element import Mask, call_args, normal_dim, shape_of
 from .names import op_name
 
@@ -168,7 +169,8 @@ class _Least:
 
 def _least_of_leaf(t: Term, given: int | None) -> int | None:
     if t.op == "c":
-        return int(t.args[0]) if isinstance(t.args[0], (int, float)) else 0 if isinstance(t.args[0], sp.Expr) else None
+        finite = isinstance(t.args[0], (int, float)) and math.isfinite(t.args[0])
+        return math.floor(t.args[0]) if finite else 0 if isinstance(t.args[0], sp.Expr) else None
     if t.op == "rank":
         return int(t.args[2] is T.at_key(*t.args[:2]))  # an element is among those of its own key
     if T.is_truth(t) or t.op in ("v", "nz", "topk", "perm", "inv", "mod"):
@@ -189,12 +191,25 @@ def _bounds(condition: Term, true: bool) -> dict[Term, int]:
         return {}
     a, b = condition.args
     if condition.op == "lt":
-        x, n, more = (b, a, 1) if true else (a, b, 0)
+        x, n, more = (b, a, int(_is_whole(b))) if true else (a, b, 0)
         return {x: n.args[0] + more} if n.op == "c" and isinstance(n.args[0], int) else {}
     x, n = (a, b) if b.op == "c" else (b, a)
     if n.op != "c" or not isinstance(n.args[0], int):
         return {}
-    return {x.args[0]: n.args[0] * x.args[1].args[0]} if x.op == "fdiv" and isinstance(x.args[1].args[0], int) else {x: n.args[0]}
+    if x.op == "fdiv" and isinstance(d := x.args[1].args[0], int) and d > 0:
+        return {x.args[0]: n.args[0] * d}
+    return {x: n.args[0]}
+
+
+def _is_whole(t: Term) -> bool:
+    """Whether a term is a whole number by construction: -0.7 is above -1, and is rounded to it."""
+    for x in reached(t, lambda x: x.parts if x.op in ("add", "mul", "mod", "ite") else ()):
+        value = x.args[0].meta.get("val") if x.op == "a" and isinstance(x.args[0], fx.Node) else None
+        numbers = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
+        made = x.op in ("add", "mul", "mod", "ite", "v", "nz", "topk", "perm", "inv", "rank", "fdiv") or T.is_truth(x)
+        if not (made or numbers or x.op == "c" and isinstance(x.args[0], (int, sp.Expr))):
+            return False
+    return True
 
 
 _UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
