@@ -81,10 +81,13 @@ def _home(entry: EntryPoint) -> str:
 
 
 def _never_traced() -> None:
-    """Kernels in Python are no code of the user's: in `loss.backward()` of a compiled training step Dynamo would compile them."""
+    """Kernels in Python are no code of the user's: in `loss.backward()` of a compiled training step Dynamo would compile them.
+
+    Those of Ascend stay open: beside them are modules that hold a model's weights (`ascend.physical`), and they are emulated only."""
     from torch._dynamo import trace_rules
 
-    for module in (__name__, ops.autograd.__name__, ops.anywhere.__name__):
+    own = (f"{__name__}.{folder}" for folder in ("cpu", "reference", "triton"))
+    for module in (*own, ops.autograd.__name__, ops.anywhere.__name__):
         trace_rules.add(module)
 
 

@@ -175,7 +175,7 @@ class Nf4OwnTables(Nf4):
     """Verdict: rejected. Each expert's table is a buffer of its own."""
 
     expect = Rejected("in a table of its own")
-    near, differs, zoo_only = "", (), True
+    near, differs = "", ()
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
