@@ -622,7 +622,7 @@ class ConstantInFront(Odd):
 class SharedUp(Odd):
     """All experts have one up projection; the down projections are their own."""
 
-    code, says, at = "experts", ("one product of their own, of what they share", "self.shared(x)"), "self.down[ids]"
+    code, says, at = "experts", ("reads something else than its up projections", "self.shared(x)"), "self.down[ids]"
 
     def make(self) -> None:
         self.shared = nn.Linear(H, I)

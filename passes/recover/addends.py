@@ -142,10 +142,9 @@ def _is_selected(ids: Term) -> bool:
 
 
 def _masks(ids: Term, body: Term) -> bool:
-    """Whether [ids = e] chooses tokens (padding) and no expert: it asks for no selection, and the weights are looked up by one."""
-    if _is_selected(ids):
-        return False
-    return any(x.op == "topk" for a in outer_atoms(body) if has_feature(a) for i in a.args[1] for x in T.walk(i))
+    """Whether [ids = e] chooses tokens (padding) and no expert: the weights are looked up by a selection, and by other ids."""
+    looked_up = {x for a in outer_atoms(body) if has_feature(a) for i in a.args[1] for x in T.walk(i)}
+    return ids not in looked_up and any(x.op == "topk" for x in looked_up)
 
 
 def given(t: Term, ids: Term, e: int) -> Term:

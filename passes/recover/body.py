@@ -210,9 +210,6 @@ class Reader(Bridge):
             return self.linear(x)
         if self._is_channel(x):
             return self.channel(x)
-        if x.op == "a" and not T.uses(x, self.expert) and T.uses(x, self.t) and T.uses(x, self.i):
-            shared = f"the experts have one product of their own, of what they share{reads(x)}"
-            raise No(f"{shared}: an expert is read with an up and a down projection")
         if x.op == "a":
             raise No(f"an expert's activation reads something else than its up projections{reads(x)}")
         raise No(f"an expert's activation holds {_SAID.get(x.op, x.op)}{reads(x)}")

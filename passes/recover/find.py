@@ -161,8 +161,7 @@ class Finder:
             return self._weighed(n, label)
         if op_name(n) != "add":
             return []
-        both = all(isinstance(x, fx.Node) and op_name(x) == "mul" for x in n.args[:2])  # p · y + (1 - p) · x: the experts are one of them
-        kinds = names.COMBINE | {"mul"} if both else names.COMBINE
+        kinds = names.COMBINE | {"mul"} if _is_mixed(n) else names.COMBINE
         out = [x for x in n.args[:2] if isinstance(x, fx.Node) and self.live.get(x) == label and op_name(x) in kinds]
         return [x for x in out if op_name(x) != "add" and x.meta["val"].ndim >= 2]
 
@@ -335,3 +334,10 @@ def _read_back(source: fx.Node) -> bool:
 
     made = reached([source], lambda n: n.users if n is source or is_whole(n) else ())
     return any(op_name(n) in names.READ for n in made if n is not source)
+
+
+def _is_mixed(n: fx.Node) -> bool:
+    """Whether n is p · y + (1 - p) · x, where experts may be one of the products."""
+    products = [x for x in n.args[:2] if isinstance(x, fx.Node) and op_name(x) == "mul"]
+    shares = (op_name(f) for x in products for y in x.all_input_nodes if (f := names.through(y, names.VIEW | names.CAST)) is not None)
+    return len(products) == 2 and any(name in ("sub", "rsub") for name in shares)
