@@ -39,6 +39,8 @@ STAGES = {
     "prefill_own": 300,
     "sums": 120,
     "travel": 120,
+    "travel_few": 120,
+    "chosen": 90,
     "training": 420,
     "correct": 200,
     "block": 200,
@@ -49,7 +51,10 @@ STAGES = {
     "block_deepseek": 240,
     "layers": 480,
     "big": 240,
+    "example": 300,
+    "training_alone": 420,
 }
+ALONE = {"training_alone"}  # begin to time when all others of a run have ended
 # (stage, what, side, cards) -> µs, or x of another row's time ("ratio"); set for H100s
 TARGETS: dict[tuple[str, str, str, int], tuple[str, float]] = {
     ("travel", "dispatch + combine", "gather", 2): ("us", 140),
@@ -80,13 +85,18 @@ def main() -> None:
     args = p.parse_args()
     until = time.monotonic() + args.seconds
     if not args.table:
-        with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(args.beside) as several:
-            list(several.map(lambda name: stage(args, name, until, str(args.turn or turn.name)), args.stages))
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.beside) as several:
+            turn, alone = args.turn or Path(folder) / "turn", Path(folder) / "alone"
+            turn.touch()
+            ended = {n: several.submit(stage, args, n, until, str(turn), str(alone)) for n in sorted(args.stages, key=ALONE.__contains__)}
+            for name in set(ended) - ALONE:
+                ended[name].result()
+            alone.touch()
     if args.table or len(args.stages) > 1:
         table(load(args.out)["rows"])
 
 
-def stage(args: argparse.Namespace, name: str, until: float, turn: str) -> None:
+def stage(args: argparse.Namespace, name: str, until: float, turn: str, alone: str) -> None:
     """One stage, unless it is there already or no time is left."""
     with FILE:
         known = done(load(args.out), name, args.cards)
@@ -96,7 +106,7 @@ def stage(args: argparse.Namespace, name: str, until: float, turn: str) -> None:
     if left < 20:
         print(f"{name}: no time left", flush=True)
         return
-    run(args, name, min(left, STAGES[name]), turn)
+    run(args, name, min(left, STAGES[name]), {"TURN": turn, "ALONE": alone})
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -107,8 +117,9 @@ def done(found: dict[str, Any], name: str, cards: int) -> bool:
     return bool(found["stages"].get(f"{name}, {cards}", {}).get("done"))
 
 
-def run(args: argparse.Namespace, name: str, limit: float, turn: str) -> None:
-    """One stage in processes of its own; what it says, line by line, goes into the file. turn: the file whose lock a timing holds."""
+def run(args: argparse.Namespace, name: str, limit: float, files: dict[str, str]) -> None:
+    """One stage in processes of its own; what it says, line by line, goes into the file. files: TURN, whose lock a timing holds, and ALONE,
+    which is there when all other stages have ended."""
     port, lines = free_port(), args.out.with_suffix(f".{name}.jsonl")
     lines.unlink(missing_ok=True)
     started = time.monotonic()
@@ -121,7 +132,7 @@ def run(args: argparse.Namespace, name: str, limit: float, turn: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(args.cards),
-        "TURN": turn,
+        **files,
     }
     if args.tiny:
         env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -189,6 +200,8 @@ SHOWN = (
     "how",
     "speed",
     "tokens_per_second",
+    "ms",
+    "peers",
     "gib",
     "grads",
     "losses",

@@ -31,13 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 def training(b: Bench) -> None:
     """Tokens a second of a step of Qwen3-MoE: experts divided over two ranks, FSDP2 over the others. Beside transformers' exchange under
     Inductor, and beside the undivided model (every rank holds all of it, gradients averaged) for the losses."""
-    from transformers import Qwen3MoeConfig
-
-    wide = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32, head_dim=128)
-    small = dict(hidden_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, num_attention_heads=2, head_dim=16)
-    more = dict(num_hidden_layers=2, num_key_value_heads=2, vocab_size=64) if b.tiny else dict(num_key_value_heads=4, vocab_size=32768)
-    config = Qwen3MoeConfig(**(small if b.tiny else {**wide, "num_hidden_layers": 4}), **more, use_cache=False)
-    config._experts_implementation = "grouped_mm"
+    config = qwen3(b)
     mesh = init_device_mesh(b.device.type, (b.world // 2, 2), mesh_dim_names=("dp", "ep"))
     ours = "gather, moe_fused"
     what, theirs = f"FSDP2 x EP2, tokens/s{'' if b.world > 2 else ' (EP2 alone)'}", "transformers all_to_all, inductor"
@@ -52,6 +46,18 @@ def training(b: Bench) -> None:
         ratio = {"ours over theirs": found[ours] / found[theirs]} if side == theirs else {}
         b.note(what=what, side=side, tokens_per_second=found[side], **ratio, losses=losses, gib=peaks(b))
         gc.collect()
+
+
+def qwen3(b: Bench) -> Any:
+    """Qwen3-MoE's widths, four layers."""
+    from transformers import Qwen3MoeConfig
+
+    wide = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32, head_dim=128)
+    small = dict(hidden_size=32, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, num_attention_heads=2, head_dim=16)
+    more = dict(num_hidden_layers=2, num_key_value_heads=2, vocab_size=64) if b.tiny else dict(num_key_value_heads=4, vocab_size=32768)
+    config = Qwen3MoeConfig(**(small if b.tiny else {**wide, "num_hidden_layers": 4}), **more, use_cache=False)
+    config._experts_implementation = "grouped_mm"
+    return config
 
 
 def block_grad(b: Bench) -> None:
@@ -79,43 +85,56 @@ def block_grad(b: Bench) -> None:
         gc.collect()
 
 
+class Learner:
+    """Qwen3-MoE that learns from random tokens, which are known by the number of the step and the rank."""
+
+    def __init__(self, b: Bench, config: Any, mesh: Any, how: str, backend: str, dynamic: bool | None = False) -> None:
+        from transformers import Qwen3MoeForCausalLM
+
+        self.b, self.config, self.mesh, self.how = b, config, mesh, how
+        torch.manual_seed(0)
+        with b.device:
+            self.m = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=b.dtype)
+        for layer in self.m.model.layers:
+            if how not in ("", "fsdp"):
+                of_rank(b, config, layer.mlp, how, mesh["ep"])
+            layer.forward = b.compiled(layer.forward, backend, dynamic)
+            if how and mesh["dp"].size() > 1:
+                fully_shard(layer, mesh=mesh["dp"])
+        if how and mesh["dp"].size() > 1:
+            fully_shard(self.m, mesh=mesh["dp"])
+        self.optimizer = torch.optim.AdamW(self.m.parameters(), lr=1e-4, fused=not b.tiny)
+
+    def loss(self, seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.config.vocab_size, (1, self.b.tokens), generator=g).to(self.b.device)
+        return self.m(input_ids=ids, labels=ids).loss  # type: ignore[no-any-return]
+
+    def step(self, n: int) -> tuple[float, float]:
+        """(the mean loss of all ranks, milliseconds) of the n-th step."""
+        dist.barrier()
+        start = time.perf_counter()
+        loss = self.loss(n * 10 + self.b.rank)
+        loss.backward()
+        if self.how != "fsdp":  # which has averaged them
+            average(self.m, self.mesh["ep"].get_group() if self.how else dist.group.WORLD, of_all=not self.how)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mean = loss.detach().float()
+        dist.all_reduce(mean)
+        return round(float(mean) / self.b.world, 4), (time.perf_counter() - start) * 1e3
+
+
 def steps(b: Bench, config: Any, mesh: Any, how: str, backend: str) -> tuple[list[float], float]:
     """The mean loss of all ranks, step by step, and the median milliseconds of a step."""
-    from transformers import Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    with b.device:
-        m = Qwen3MoeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=b.dtype)
-    for layer in m.model.layers:
-        if how not in ("", "fsdp"):
-            of_rank(b, config, layer.mlp, how, mesh["ep"])
-        layer.forward = b.compiled(layer.forward, backend)
-        if how and mesh["dp"].size() > 1:
-            fully_shard(layer, mesh=mesh["dp"])
-    if how and mesh["dp"].size() > 1:
-        fully_shard(m, mesh=mesh["dp"])
-    optimizer = torch.optim.AdamW(m.parameters(), lr=1e-4, fused=not b.tiny)
-    losses, took, timed = [], [], contextlib.ExitStack()
+    learner, timed, said = Learner(b, config, mesh, how, backend), contextlib.ExitStack(), []
     for n in range(3 if b.tiny else 10):
         if n == 2:  # what was compiled before is not timed
             timed.enter_context(b.turn())
-        ids = torch.randint(0, config.vocab_size, (1, b.tokens), generator=torch.Generator().manual_seed(n * 10 + b.rank)).to(b.device)
-        dist.barrier()
-        start = time.perf_counter()
-        loss = m(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if how != "fsdp":  # which has averaged them
-            average(m, mesh["ep"].get_group() if how else dist.group.WORLD, of_all=not how)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach().float()
-        dist.all_reduce(mean)
-        losses.append(round(float(mean) / b.world, 4))
-        took.append((time.perf_counter() - start) * 1e3)
+        said.append(learner.step(n))
     timed.close()
-    again = torch.randint(0, config.vocab_size, (1, b.tokens), generator=torch.Generator().manual_seed(b.rank)).to(b.device)
-    profile(b, lambda: m(input_ids=again, labels=again).loss.backward(), f"step {how} {backend}")
-    return losses, b.slower(statistics.median(took[2:]))
+    profile(b, lambda: learner.loss(b.rank).backward(), f"step {how} {backend}")
+    return [loss for loss, _ in said], b.slower(statistics.median(ms for _, ms in said[2:]))
 
 
 def of_rank(b: Bench, config: Any, mlp: Any, how: str, mesh: Any) -> None:

@@ -107,11 +107,11 @@ class Bench:
             moe_compile.parallelize(m, self.mesh, self.x(16, 0), shared_batch=batch == "shared", rows=batch == "rows")
         return m
 
-    def compiled(self, m: Any, backend: str = "moe_fused") -> Any:
+    def compiled(self, m: Any, backend: str = "moe_fused", dynamic: bool | None = False) -> Any:
         if not self.tiny:
-            return torch.compile(m, backend=backend, dynamic=False)
+            return torch.compile(m, backend=backend, dynamic=dynamic)
         ours = backend == "moe_fused"
-        return torch.compile(m, backend=backend if ours else "eager", dynamic=False, **({"options": {"inner": "eager"}} if ours else {}))
+        return torch.compile(m, backend=backend if ours else "eager", dynamic=dynamic, **({"options": {"inner": "eager"}} if ours else {}))
 
     def time(self, f: Callable[[], Any], rounds: int = 30, graph: bool = True) -> dict[str, Any]:
         """Median µs of a call, in a CUDA graph where it can be captured."""
@@ -157,6 +157,12 @@ class Bench:
             dist.barrier()
             if not self.tiny:
                 torch.cuda.synchronize()
+
+    def alone(self) -> None:
+        """Waits until all other stages have ended, for calls of the host that are timed: they compile on many processors meanwhile."""
+        while os.environ.get("ALONE") and not os.path.exists(os.environ["ALONE"]):
+            time.sleep(0.5)
+        dist.barrier()
 
     def graph_of(self, f: Callable[[], Any]) -> tuple[str, Callable[[], Any]]:
         torch.cuda.synchronize()
@@ -415,11 +421,12 @@ def theirs(b: Bench) -> None:
 
 
 def main() -> None:
+    import two_cards_apart
     import two_cards_models
 
     name, lines = sys.argv[1], Path(sys.argv[2])
     b = Bench(lines, "--tiny" in sys.argv)
-    stage = globals().get(name) or getattr(two_cards_models, name)
+    stage = globals().get(name) or getattr(two_cards_models, name, None) or getattr(two_cards_apart, name)
     try:
         stage(b)
         dist.barrier()

@@ -1,8 +1,8 @@
 """Peers' memory of a group (`ops.summed`, `ops.peer_rows`): agreed upon by its ranks when a model is placed, or left to collectives.
 
 torch's symmetric memory of kind "CUDA": pointers into the other cards of one host, without NVSHMEM and without NVLink's multicast.
-Only where every rank has `MOE_COMPILE_PEERS=1`: it was timed between two cards and mended since without one, so that it is no default
-before it has run there again.
+Left to collectives where a rank has `MOE_COMPILE_PEERS=0`, and, without `MOE_COMPILE_PEERS=1`, among more than two ranks or where memory is
+slower than NVLink's.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from torch import Tensor
 
 from . import agreement
 from .ops import summed
-from .ops.summed import FLAGS, MOST, Peers, Sum
+from .ops.summed import FLAGS, MESSAGE, MOST, Peers, Sum
 
 T = TypeVar("T")
 log = logging.getLogger("moe_compile")
+TIMED = 2  # ranks among which this was timed: what is not measured is no default
+NVLINK = 8e10  # bytes/s: PCIe 5 has at most 6.4e10
+TRIAL = 1 << 24  # bytes from each peer, by which the speed is measured
 OFTEN = 0.05  # seconds between two looks for a lost rank: NCCL's watchdog may end the process soon
 _met: set[str] = set()  # names of groups whose ranks have met: torch keeps the store of a name's first group
 
@@ -72,10 +75,11 @@ def _agreed(talk: agreement.Talk, topic: str, group: Any, make: Callable[[], T])
 
 def lacks(group: Any) -> str:
     """What keeps this process from peers' memory for a group; "" for nothing."""
-    if os.environ.get("MOE_COMPILE_PEERS") != "1":
-        return "no MOE_COMPILE_PEERS=1"
-    if group.size() > MOST:
-        return f"{group.size()} ranks: {MOST} are the most"
+    wanted = os.environ.get("MOE_COMPILE_PEERS")
+    if wanted == "0":
+        return "MOE_COMPILE_PEERS=0"
+    if group.size() > (MOST if wanted == "1" else TIMED):
+        return f"{group.size()} ranks: more than {TIMED} want MOE_COMPILE_PEERS=1 on every rank, and {MOST} are the most"
     if group.group_name in _met:
         return "another group of this name has had its memory"
     if torch.version.hip or not torch.cuda.is_available():
@@ -92,10 +96,12 @@ def lacks(group: Any) -> str:
 
 def _own(group: Any, size: int) -> Tensor:
     """This rank's memory. Raises where there is none: before ranks wait for each other on their cards, where waiting in vain is an error
-    that ends a process."""
+    that ends a process. What the trial takes besides is left to torch's allocator."""
     import torch.distributed._symmetric_memory as symm
 
-    return symm.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))  # type: ignore[no-any-return]
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty((group.size() + 1) * TRIAL, dtype=torch.uint8, device=device)
+    return symm.empty(size, dtype=torch.uint8, device=device)  # type: ignore[no-any-return]
 
 
 def _meet(group: Any, timeout: float, memory: Tensor) -> Peers:
@@ -111,10 +117,19 @@ def _meet(group: Any, timeout: float, memory: Tensor) -> Peers:
     handle.barrier(0, int(timeout * 1000))  # nobody raises a flag before all flags are down
     each = [memory if r == group.rank() else handle.get_buffer(r, [size], torch.uint8) for r in range(group.size())]
     found = Peers(weakref.ref(group), group.group_name, group.rank(), group.size(), each, int(timeout * 1000), kernels)
-    if wrong := _try(found, memory.device):
+    wrong, speed = _try(found, memory.device), _speed(found)  # on every rank, whatever is wrong or set on one of them
+    if wrong := wrong or slow(speed):
         raise RuntimeError(wrong)
     threading.Thread(target=_watch, args=(weakref.ref(found),), name="moe_compile peers", daemon=True).start()
     return found
+
+
+def slow(speed: float) -> str:
+    """What speaks against memory of so many bytes a second; "" for nothing. Ranks may find another speed each: they choose alike all the
+    same (`_agreed`)."""
+    if speed >= NVLINK or os.environ.get("MOE_COMPILE_PEERS") == "1":
+        return ""
+    return f"{speed / 1e9:.0f} GB/s from card to card: no NVLink? (MOE_COMPILE_PEERS=1 on every rank takes it nevertheless)"
 
 
 def _try(found: Peers, device: torch.device) -> str:
@@ -135,6 +150,23 @@ def _try(found: Peers, device: torch.device) -> str:
         if not bool((found.scatter(torch.cat([ones] * size)) == every.sum()).all()):
             wrong.append("sums of what is read")
     return f"wrong in peers' memory: {', '.join(dict.fromkeys(wrong))}" if wrong else ""
+
+
+def _speed(found: Peers) -> float:
+    """Bytes a second that come from a peer, the best of a few: whatever the environment says, every rank does this."""
+    size = min((found.half - MESSAGE) // found.size, TRIAL) // 16 * 16
+    x = torch.empty(size // 4, dtype=torch.int32, device=found.count.device)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # until all of this is launched
+        found.say(0)  # the ranks begin together
+        start.record()
+        found.gather(x, x[:0], x[:0])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return size * (found.size - 1) / min(times)
 
 
 def _watch(known: weakref.ref[Peers]) -> None:

@@ -173,7 +173,7 @@ def made(group: Any, timeout: float, own: torch.Tensor) -> summed.Peers:
 @pytest.mark.parametrize(
     ("other", "own"),
     [
-        ({"peers": {"lacks": "no MOE_COMPILE_PEERS=1", "host": "here"}}, ""),
+        ({"peers": {"lacks": "MOE_COMPILE_PEERS=0", "host": "here"}}, ""),
         ({"peers": {"lacks": "", "host": "elsewhere"}}, ""),
         ({"peers": None}, ""),
         ({}, "no CUDA"),
@@ -211,8 +211,10 @@ def test_ranks_meet_once(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
 
 
 def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.MonkeyPatch, group: Any) -> None:
-    monkeypatch.delenv("MOE_COMPILE_PEERS", raising=False)
-    assert peers.lacks(group) == "no MOE_COMPILE_PEERS=1"
+    monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
+    assert peers.lacks(group) == "MOE_COMPILE_PEERS=0"
+    monkeypatch.delenv("MOE_COMPILE_PEERS")
+    assert "more than 2 want MOE_COMPILE_PEERS=1" in peers.lacks(SimpleNamespace(size=lambda: 4))
     monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
     assert "8 are the most" in peers.lacks(SimpleNamespace(size=lambda: 9))
     monkeypatch.setattr(peers, "_met", {group.group_name})

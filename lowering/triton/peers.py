@@ -2,9 +2,12 @@
 
 The first half of a launch's programs writes this rank's part into its peers' memory, chunk by chunk, raises a flag there behind each, and
 waits for nobody. The second half waits for the peers' flags and reads what they have written into its own, so that nothing waits for a
-program that has not started. (Reading from peers takes longer: a request travels first. docs/distributed.md has both.)
+program that has not started. (Reading from peers takes longer: a request travels first. docs/distributed.md has both.) There are as many
+programs as there are tiles, up to a number that fills the card: a launch of few rows is latency alone, which grows with its programs.
 
-A flag holds the number of the call, which is the same on all ranks, and in its low 32 bits a number that the rank says. Calls alternate
+A flag holds the number of the call, which is the same on all ranks, and in its low 32 bits a number that the rank says: of tokens, so that
+a rank that says another one may have other rows, and fewer programs that raise flags. Whoever waits for one of those sees it by the peer's
+first flag, which every launch raises, and goes on; what it reads then is undefined. Calls alternate
 between two halves of the memory, and no barrier ends them: a rank that is through call n + 1 has heard of every peer that it is in n + 1,
 so that it has read all of n, and call n + 2 may write where n did. The count of calls is on the device: CUDA graphs of any number of
 calls may be replayed in any order.
@@ -28,7 +31,8 @@ from .host import cdiv
 WORKERS, CHUNKS = tl.constexpr(512), tl.constexpr(4)  # at most: each has a flag of each of up to 8 ranks in each half
 FLAGS = tl.constexpr(BYTES)  # bytes in front of the halves: 2 x chunks x workers x ranks x 8
 CALLS = tl.constexpr((1 << 30) - 1)  # the number of a call is taken modulo 2^30: it shares a flag with what a rank says
-TILE, WARPS = 4096, 8  # elements, or words of 4 bytes: each thread has 64 bytes of rows on the way
+WARPS = 8  # each thread has 64 bytes of rows on the way, at 4,096 words of 4 bytes
+OFTEN = tl.constexpr(32)  # looks at a flag between two looks at the first one of that rank
 
 
 @triton.jit
@@ -59,15 +63,22 @@ def _tell(bases, call, chunk, i, said, RANK: tl.constexpr, RANKS: tl.constexpr):
 
 
 @triton.jit
-def _hear(bases, call, chunk, i, peer, lost, limit, RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr):
-    """Waits for a peer; what it says. Behind `limit` nanoseconds it is noted as lost, and the program traps."""
-    flag = _flag(bases, RANK, peer, call, chunk, i, RANKS)
+def _hear(bases, call, chunk, i, peer, said, lost, limit, RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr):
+    """Waits for a peer; what it says. Behind `limit` nanoseconds it is noted as lost, and the program traps.
+
+    A peer that says another number than `said` is heard by its first flag: it may raise no other one."""
+    flag, first = _flag(bases, RANK, peer, call, chunk, i, RANKS), _flag(bases, RANK, peer, call, 0, 0, RANKS)
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    looks = 0
     began = call  # of one type with the clock
     if TIMED:
         began = tl.extra.cuda.globaltimer()
     while (seen >> 32) != call:
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        looks += 1
+        if looks % OFTEN == 0:
+            other = tl.atomic_add(first, 0, sem="acquire", scope="sys")
+            seen = tl.where((other >> 32 == call) & ((other & 0xFFFFFFFF) != said), other, seen)
         if TIMED:
             if tl.extra.cuda.globaltimer() - began > limit:
                 tl.store(lost + peer, 1)
@@ -124,7 +135,7 @@ def _gather(
         for c in tl.static_range(PARTS):
             for s in tl.static_range(1, RANKS):
                 peer = (RANK + s) % RANKS
-                number = _hear(bases, call, c, i, peer, lost, limit, RANK, RANKS, TIMED)
+                number = _hear(bases, call, c, i, peer, said, lost, limit, RANK, RANKS, TIMED)
                 if i == 0:
                     tl.store(told + peer, number.to(tl.int32))
                     same = same & (number == said)
@@ -162,7 +173,7 @@ def _add(
         base = _at(_half(bases, RANK, call, half) + rows_at, dtype)
         for c in tl.static_range(PARTS):
             for s in tl.static_range(1, RANKS):
-                _hear(bases, call, c, i, (RANK + s) % RANKS, lost, limit, RANK, RANKS, TIMED)
+                _hear(bases, call, c, i, (RANK + s) % RANKS, 0, lost, limit, RANK, RANKS, TIMED)
             for step in range(each):
                 at = ((c * each + step) * workers + i).to(tl.int64) * TILE + tl.arange(0, TILE)
                 sums = tl.zeros((TILE,), total)
@@ -180,11 +191,12 @@ def gathered(p: Peers, x: Tensor, ids: Tensor, weights: Tensor, said: int) -> tu
     told, even = (torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in (((p.size,), torch.int32), ((), torch.bool)))
     own = [_words(t) for t in (x, ids, weights)]
     every = [t.view(-1).view(w.dtype) for t, w in zip(whole, own, strict=True)]
+    workers, parts = _grid(p, own[0].numel())
     with _on(x):
-        _gather[(2 * p.workers,)](
+        _gather[(2 * workers,)](
             *own, *every, told, even, p.bases, p.count, p.lost, said & 0xFFFFFFFF, *(t.numel() for t in own),
             cdiv(p.size * own[1].numel() * own[1].element_size(), 16) * 16, p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, PARTS=p.chunks, TILE=TILE, TIMED=x.is_cuda, num_warps=WARPS,
+            RANK=p.rank, RANKS=p.size, PARTS=parts, TILE=p.tile, TIMED=x.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return whole[0], whole[1], whole[2], told, even
 
@@ -194,15 +206,20 @@ def added(p: Peers, part: Tensor, scatter: bool) -> Tensor:
     each rank gets the sums of its [n, ...]."""
     out = part.new_empty(part.shape[0] // p.size, *part.shape[1:]) if scatter else torch.empty_like(part)
     part = _aligned(part)
-    tiles = cdiv(out.numel(), TILE)
-    workers = min(tiles, p.workers)
+    workers, parts = _grid(p, out.numel())
     with _on(part):
         _add[(2 * workers,)](
             part, out, p.bases, p.count, p.lost, out.numel(), p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=min(p.chunks, cdiv(tiles, workers)), TILE=TILE,
-            TIMED=part.is_cuda, num_warps=WARPS,
+            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=parts, TILE=p.tile, TIMED=part.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return out
+
+
+def _grid(p: Peers, n: int) -> tuple[int, int]:
+    """(programs that write, chunks) for n words, or elements, of each rank: no more of either than there are tiles."""
+    tiles = max(1, cdiv(n, p.tile))
+    workers = max(min(tiles, p.workers), p.least)
+    return workers, min(p.chunks, cdiv(tiles, workers))
 
 
 def _aligned(t: Tensor) -> Tensor:

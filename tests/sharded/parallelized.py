@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -20,7 +22,8 @@ from torch.distributed.tensor import DTensor
 import moe_compile
 from moe_compile import peers
 from moe_compile.ir import Rejection
-from moe_compile.ops.summed import Sum, memory_of, of_group
+from moe_compile.ops import summed as ops_summed
+from moe_compile.ops.summed import Peers, Sum, memory_of, of_group
 from moe_compile.passes import pipeline
 
 CELLS = (("grouped", "own", "compiled"), ("loop", "shared", "compiled"), ("loop", "own", "eager"), ("grouped", "rows", "compiled"))
@@ -39,6 +42,7 @@ def table(rank: int, world: int) -> Iterator[tuple[str, Any]]:
         yield "peers / uneven", uneven(rank, mesh)
     with in_files.peers(rank, mesh.get_group(), size=memory_of(32)) as files:
         yield "peers / too small", too_small(rank, mesh.get_group(), files)
+    yield "peers / chosen", dict(chosen(rank, mesh.get_group()))
     yield "parallelize / other batches", other_batches(rank, mesh)
     yield "parallelize / left on rank 1", left_on_one(rank, mesh)
     yield "parallelize / strict on rank 0", left_on_one(rank, mesh, strict=rank == 0)
@@ -109,12 +113,44 @@ def by_hand(rank: int, world: int, found: Any) -> dict[str, Any]:
     )
     *whole, told, even = found.gather(x[rank], ids[rank], w[rank], 5)
     same = all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, (x, ids, w), strict=True)) and bool(even)
+    # two tiles' programs beside one that carries a number alone, in turn: neither waits for what the other one does not raise
+    crossed = [found.gather(of(r, 8, 1000), *ids[:1], w[0], 8) if r == rank else (None,) * 3 + (found.say(-7), False) for r in range(world)]
+    said = [(told.tolist(), bool(even)) for *_, told, even in crossed]
     part = [of(r, world * 5, 1000) for r in range(world)]
     sums = torch.equal(found.scatter(part[rank]), sum(part).chunk(world)[rank])  # type: ignore[union-attr]
     wide = [
         torch.equal(found.sum(x[rank].to(d), how), sum(y.to(d) for y in x)) for d in (torch.float32, torch.float64) for how in list(Sum)[1:]
     ]
-    return {"tried": tried, "same": same, "told": told.tolist(), "sums": [sums, *wide], "said": found.say(-1 - rank).tolist()}
+    return {
+        "tried": tried,
+        "same": same,
+        "told": told.tolist(),
+        "sums": [sums, *wide],
+        "said": found.say(-1 - rank).tolist(),
+        "crossed": said,
+    }
+
+
+def chosen(rank: int, group: Any) -> Iterator[tuple[str, bool]]:
+    """Whether this rank exchanges through peers' memory, where cards have it: by the speed that each rank finds, and what it was told."""
+    cases = {
+        "fast": ((2e11, 2e11), ("", "")),
+        "one is slow": ((2e11, 2e10), ("", "")),
+        "slow, asked for": ((2e10, 2e10), ("1", "1")),
+        "slow, asked for on one rank": ((2e10, 2e10), ("1", "")),
+        "not wanted on one rank": ((2e11, 2e11), ("1", "0")),
+    }
+    for name, (speeds, told) in cases.items():
+
+        def meet(group: Any, timeout: float, own: Tensor, speed: float = speeds[rank]) -> Peers:
+            if wrong := peers.slow(speed):
+                raise RuntimeError(wrong)
+            return Peers(weakref.ref(group), group.group_name, rank, group.size(), [own] * group.size(), 1, None)
+
+        here = mock.patch.multiple(peers, _own=lambda group, size: torch.zeros(size, dtype=torch.uint8), _meet=meet, _met=set())
+        cards = mock.patch.multiple(torch.cuda, is_available=lambda: True)
+        with here, cards, mock.patch.dict(os.environ, {"MOE_COMPILE_PEERS": told[rank]}), mock.patch.dict(ops_summed._peers, clear=True):
+            yield name, peers.join(group, "cuda", memory_of(32))
 
 
 def too_small(rank: int, group: Any, files: Any) -> dict[str, Any]:

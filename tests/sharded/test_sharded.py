@@ -236,6 +236,14 @@ def test_exchanges_through_peers_memory_by_hand(own: list[dict[str, Any]]) -> No
     for of_rank in own:
         told = of_rank["peers / by hand"]
         assert told["tried"] == "" and told["same"] and told["told"] == [5, 5] and told["said"] == [-1, -2] and all(told["sums"]), told
+        assert told["crossed"] == [[[8, -7], False], [[-7, 8], False]], told["crossed"]
+
+
+def test_ranks_choose_an_exchange_alike(own: list[dict[str, Any]]) -> None:
+    """By the slowest link that any of them finds; whoever wants no peers' memory has none of them use it, nor does one that alone asks."""
+    for of_rank in own:
+        used = [name for name, peers in of_rank["peers / chosen"].items() if peers]
+        assert used == ["fast", "slow, asked for"], of_rank["peers / chosen"]
 
 
 def test_what_one_rank_cannot_prove_gathers_weights_on_all(own: list[dict[str, Any]]) -> None:
