@@ -77,6 +77,9 @@ def main() -> None:
     p.add_argument("--cards", type=int, default=2)
     p.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     p.add_argument("--seconds", type=float, default=1e9, help="for all stages together: what does not fit is left for the next run")
+    p.add_argument(
+        "--limit", type=float, default=1e9, help="seconds for a stage, at most; not for one that is timed when all others have ended"
+    )
     p.add_argument("--beside", type=int, default=1, help="stages at a time: they compile side by side, and are timed one by one")
     p.add_argument("--turn", type=Path, help="a file that runs beside this one are given too: all of them are timed one by one")
     p.add_argument("--again", action="store_true", help="stages that are there already, too")
@@ -106,7 +109,8 @@ def stage(args: argparse.Namespace, name: str, until: float, turn: str, alone: s
     if left < 20:
         print(f"{name}: no time left", flush=True)
         return
-    run(args, name, min(left, STAGES[name]), {"TURN": turn, "ALONE": alone})
+    limit = left if name in ALONE else min(left, args.limit)
+    run(args, name, min(limit, STAGES[name]), {"TURN": turn, "ALONE": alone})
 
 
 def load(path: Path) -> dict[str, Any]:

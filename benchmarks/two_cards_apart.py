@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from two_cards_models import Learner, qwen3
+from two_cards_models import Learner, peaks, qwen3
 from two_cards_stages import Bench, there_and_back, worst
 
 from moe_compile import peers
 from moe_compile.ops import peer_rows, summed
 
-FEW = (1, 16, 64)  # tokens of each rank
+FEW = (16, 64)  # tokens of each rank
 # programs of each half at most and at least, and words of a tile: as many as there are tiles, or all whatever there is to carry
 FEW_DESIGNS = ((264, 1, 4096), (264, 1, 2048), (264, 1, 1024), (264, 16, 4096), (264, 66, 4096), (264, 264, 4096))
 
@@ -54,7 +54,8 @@ def travel_few(b: Bench) -> None:
             rows = how.gather(x, ids, w, tokens)[0]
             right = bool(torch.equal(rows[b.rank * tokens :][:tokens], x)) and worst(how.scatter(rows), want) == 0
             b.note(what=what, side=f"  arriving, {name}", **b.time(functools.partial(how.gather, x, ids, w, tokens)), same_bits=right)
-            b.note(what=what, side=f"  leaving, {name}", **b.time(functools.partial(how.scatter, part)))
+            if least == 1:  # sums are added by as many programs as there are tiles
+                b.note(what=what, side=f"  leaving, {name}", **b.time(functools.partial(how.scatter, part)))
 
 
 def chosen(b: Bench) -> None:
@@ -68,8 +69,9 @@ def chosen(b: Bench) -> None:
     del os.environ["MOE_COMPILE_PEERS"]
     group = b.mesh.get_group()
     dist.barrier()
-    start = time.monotonic()
-    have = peers.join(group, b.device.type, peer_rows.MEMORY)
+    with b.turn():
+        start = time.monotonic()
+        have = peers.join(group, b.device.type, peer_rows.MEMORY)
     row: dict[str, Any] = {"seconds": round(time.monotonic() - start, 2), "peers": have, "failed": "; ".join(said)}
     if have:
         row["speed"] = b.slower(peers._speed(summed.of_group(group.group_name)))  # type: ignore[arg-type]
@@ -82,9 +84,19 @@ def training_alone(b: Bench) -> None:
     torch._dynamo.config.recompile_limit = 64  # all sides compile one code
     config = qwen3(b)
     mesh = init_device_mesh(b.device.type, (b.world // 2, 2), mesh_dim_names=("dp", "ep"))
-    sides = {"gather, moe_fused": ("moe_compile", "moe_fused"), "transformers all_to_all, inductor": ("all_to_all", "inductor")}
-    learners = {side: Learner(b, config, mesh, *how, dynamic=None) for side, how in {**sides, "undivided": ("", "inductor")}.items()}
-    said: dict[str, list[tuple[float, float]]] = {}
+    ours, theirs = "gather, moe_fused", "transformers all_to_all, inductor"
+    rate = _in_turns(b, {ours: ("moe_compile", "moe_fused"), theirs: ("all_to_all", "inductor")}, config, mesh)
+    b.note(what=ALONE, side=theirs, **{"ours over theirs": rate[ours] / rate[theirs]})
+    _in_turns(b, {"undivided": ("", "inductor")}, config, mesh)
+
+
+ALONE = "EP2 alone, tokens/s, nothing beside"
+
+
+def _in_turns(b: Bench, sides: dict[str, tuple[str, str]], config: Any, mesh: Any) -> dict[str, float]:
+    """Tokens a second of each side, the better of two rounds."""
+    learners = {side: Learner(b, config, mesh, *how, dynamic=None) for side, how in sides.items()}
+    said = {}
     for side, learner in learners.items():
         said[side] = [learner.step(n) for n in range(4)]
         b.note(what="training, compiled", side=side, seconds=round(sum(ms for _, ms in said[side]) / 1e3, 1))
@@ -96,12 +108,11 @@ def training_alone(b: Bench) -> None:
                 found = [learner.step(n) for n in range(first, first + (4 if b.tiny else 10))]
             said[side] += found
             rounds[side].append(b.slower(statistics.median(ms for _, ms in found)))
-    ours, theirs = (min(rounds[side]) for side in sides)
+    rate = {side: b.tokens * b.world / min(ms) * 1e3 for side, ms in rounds.items()}
     for side, ms in rounds.items():
-        ratio = {"ours over theirs": theirs / ours} if side == list(sides)[1] else {}
-        losses = [loss for loss, _ in said[side]]
-        rate = b.tokens * b.world / min(ms) * 1e3
-        b.note(what="EP2 alone, tokens/s, nothing beside", side=side, tokens_per_second=rate, ms=ms, **ratio, losses=losses)
+        each = [round(t, 1) for _, t in said[side]]
+        b.note(what=ALONE, side=side, tokens_per_second=rate[side], ms=ms, each=each, losses=[loss for loss, _ in said[side]], gib=peaks(b))
+    return rate
 
 
 def example(b: Bench) -> None:
