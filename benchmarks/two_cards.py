@@ -41,6 +41,8 @@ STAGES = {
     "travel": 120,
     "travel_few": 120,
     "chosen": 90,
+    "decode_ways": 300,
+    "prefill_ways": 300,
     "training": 420,
     "correct": 200,
     "block": 200,
@@ -92,8 +94,11 @@ def main() -> None:
             turn, alone = args.turn or Path(folder) / "turn", Path(folder) / "alone"
             turn.touch()
             ended = {n: several.submit(stage, args, n, until, str(turn), str(alone)) for n in sorted(args.stages, key=ALONE.__contains__)}
-            for name in set(ended) - ALONE:
+            for name in set(ended) - ALONE - {"example"}:
                 ended[name].result()
+            alone.with_name("alone.but").touch()
+            if "example" in ended:
+                ended["example"].result()
             alone.touch()
     if args.table or len(args.stages) > 1:
         table(load(args.out)["rows"])
@@ -109,7 +114,7 @@ def stage(args: argparse.Namespace, name: str, until: float, turn: str, alone: s
     if left < 20:
         print(f"{name}: no time left", flush=True)
         return
-    limit = left if name in ALONE else min(left, args.limit)
+    limit = left if name in (*ALONE, "example") else min(left, args.limit)
     run(args, name, min(limit, STAGES[name]), {"TURN": turn, "ALONE": alone})
 
 

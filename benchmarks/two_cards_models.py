@@ -208,13 +208,7 @@ def halves(b: Bench, what: str) -> None:
     for side in ("undivided", OWN):
         torch._dynamo.reset()
         m = mini(b, side)
-        g = torch.Generator(b.device).manual_seed(b.rank)
-        batch = (32 if what == "decode" else 2) // (1 if side == "undivided" else b.world)
-        ids = torch.randint(m.config.vocab_size, (batch, 1 if what == "decode" else b.tokens // 2), device=b.device, generator=g)
-        made: nn.Module = Last(m)
-        given: tuple[Tensor, ...] = (ids,)
-        if what == "decode":
-            made, given = a_step(m, batch), (ids, torch.full((1, 1), 256, device=b.device))
+        made, given = a_call(b, m, what, 1 if side == "undivided" else b.world)
         run = functools.partial(b.compiled(made), *given)
         took = b.time(run, rounds=10)
         alone = alone or took["us"]
@@ -224,6 +218,16 @@ def halves(b: Bench, what: str) -> None:
         gc.collect()
         if not b.tiny:
             torch.cuda.empty_cache()
+
+
+def a_call(b: Bench, m: Any, what: str, parts: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """(what is compiled, what it is called with) for one of `parts` of a batch."""
+    g = torch.Generator(b.device).manual_seed(b.rank)
+    batch = (32 if what == "decode" else 2) // parts
+    ids = torch.randint(m.config.vocab_size, (batch, 1 if what == "decode" else b.tokens // 2), device=b.device, generator=g)
+    if what == "decode":
+        return a_step(m, batch), (ids, torch.full((1, 1), 256, device=b.device))
+    return Last(m), (ids,)
 
 
 OWN = "divided, half of the batch on each rank"

@@ -191,12 +191,12 @@ def gathered(p: Peers, x: Tensor, ids: Tensor, weights: Tensor, said: int) -> tu
     told, even = (torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in (((p.size,), torch.int32), ((), torch.bool)))
     own = [_words(t) for t in (x, ids, weights)]
     every = [t.view(-1).view(w.dtype) for t, w in zip(whole, own, strict=True)]
-    workers, parts = _grid(p, own[0].numel())
+    workers, parts, tile = _grid(p, own[0].numel())
     with _on(x):
         _gather[(2 * workers,)](
             *own, *every, told, even, p.bases, p.count, p.lost, said & 0xFFFFFFFF, *(t.numel() for t in own),
             cdiv(p.size * own[1].numel() * own[1].element_size(), 16) * 16, p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, PARTS=parts, TILE=p.tile, TIMED=x.is_cuda, num_warps=WARPS,
+            RANK=p.rank, RANKS=p.size, PARTS=parts, TILE=tile, TIMED=x.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return whole[0], whole[1], whole[2], told, even
 
@@ -206,20 +206,21 @@ def added(p: Peers, part: Tensor, scatter: bool) -> Tensor:
     each rank gets the sums of its [n, ...]."""
     out = part.new_empty(part.shape[0] // p.size, *part.shape[1:]) if scatter else torch.empty_like(part)
     part = _aligned(part)
-    workers, parts = _grid(p, out.numel())
+    workers, parts, tile = _grid(p, out.numel())
     with _on(part):
         _add[(2 * workers,)](
             part, out, p.bases, p.count, p.lost, out.numel(), p.message, p.half, p.timeout * 1_000_000,
-            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=parts, TILE=p.tile, TIMED=part.is_cuda, num_warps=WARPS,
+            RANK=p.rank, RANKS=p.size, SCATTER=scatter, PARTS=parts, TILE=tile, TIMED=part.is_cuda, num_warps=WARPS,
         )  # fmt: skip
     return out
 
 
-def _grid(p: Peers, n: int) -> tuple[int, int]:
-    """(programs that write, chunks) for n words, or elements, of each rank: no more of either than there are tiles."""
-    tiles = max(1, cdiv(n, p.tile))
+def _grid(p: Peers, n: int) -> tuple[int, int, int]:
+    """(programs that write, chunks, words of a tile) for n words, or elements, of each rank: no more of either than there are tiles."""
+    tile = p.tile if n > p.workers * p.few else p.few
+    tiles = max(1, cdiv(n, tile))
     workers = max(min(tiles, p.workers), p.least)
-    return workers, min(p.chunks, cdiv(tiles, workers))
+    return workers, min(p.chunks, cdiv(tiles, workers)), tile
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Peers:
     """Memory of a group, of one size on all ranks, that each rank's peers write to, and who waits for whom.
 
     each: the ranks' memory, zero when they meet. timeout: milliseconds for which a kernel waits for a peer before it traps. kernels: what
-    exchanges (`lowering.triton.peers`). workers (at most; `least`: at least), chunks (at most), words of a tile: how, on all ranks alike.
+    exchanges (`lowering.triton.peers`). workers (at most; `least`: at least), chunks (at most), words of a tile (few: where
+    there are fewer tiles than workers): how, on all ranks alike.
     What is called is in order behind what was called last, whichever streams that was on; every rank makes the same calls.
     """
 
@@ -66,6 +67,7 @@ class Peers:
     workers: int = 264
     chunks: int = 2
     tile: int = 4096
+    few: int = 2048
     least: int = 1
     stream: Any = None
     told: bool = False  # that a rank was lost
