@@ -132,18 +132,20 @@ def test_a_shared_expert_in_few_bits_on_a_gpu() -> None:
 
 
 HALVES = "divided, half of the batch on each rank"
-# run, stage, part of what was measured, side, decimals, and what one of the unit is in µs
+# run, stage, part of what was measured, side, decimals, what one of the unit is in µs, and run and stage of one card where they are others
 TWO_CARDS = [
     ("C", "one", "", "divided", 1, 1),
     ("C", "few", "", "divided", 0, 1),
     ("C", "block", "", "divided", 0, 1),
     ("C", "block_grad", "", "divided", 0, 1),
     ("A", "block_deepseek", "", "divided", 0, 1),
-    ("C", "travel", "dispatch", "gather", 0, 1),
-    ("C", "travel", "dispatch", ("  arriving", "  leaving"), 0, 1),
-    ("C", "sums", "", "op", 1, 1),
-    ("C", "decode_own", "", HALVES, 2, 1e3),
+    ("D", "travel", "dispatch", "gather", 0, 1),
+    ("D", "travel", "dispatch", ("  arriving", "  leaving"), 0, 1),
+    ("E", "travel_few", "T=16", "gather", 0, 1),
+    ("E", "sums", "", "op", 1, 1),
+    ("E", "decode_ways", "", HALVES, 2, 1e3, "C", "decode_own"),
     ("A", "layers", "decode", "divided", 2, 1e3),
+    ("E", "prefill_ways", "", HALVES, 1, 1e3, "D", "prefill_own"),
     ("A", "layers", "prefill", "divided", 1, 1e3),
 ]
 
@@ -151,7 +153,7 @@ TWO_CARDS = [
 def test_two_cards() -> None:
     rows = data("two_cards_nvidia_h200.json")["rows"]
     said = table("docs/distributed.md", "| | one card | two, peers' memory | two, NCCL | target |")
-    for line, (run, stage, what, side, digits, unit) in zip(said, TWO_CARDS, strict=False):
+    for line, (run, stage, what, side, digits, unit, *one) in zip(said, TWO_CARDS, strict=False):
 
         def us(side: str, tokens: str = "", key: tuple[str, str, str] = (run, stage, what)) -> float:
             matching = (r for r in rows if (r["run"], r["stage"], r.get("side")) == (*key[:2], side))
@@ -164,7 +166,7 @@ def test_two_cards() -> None:
         elif isinstance(side, tuple):
             assert divided == " / ".join(f"{us(s):.0f}" for s in side), line
         elif line[1]:
-            alone = us("undivided")
+            alone = us("undivided", key=(*one, what) if one else (run, stage, what))
             assert line[1] == f"{alone / unit:,.{digits}f}", line
             assert divided == f"{us(side) / unit:,.{digits}f} ({us(side) / alone:.2f} x)", line
         else:
