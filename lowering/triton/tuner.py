@@ -23,7 +23,6 @@ from .dispatch import dispatch
 from .tune import Choice, Problem, Tile, Vector
 
 TOKENS = tuple(1 << i for i in range(15))
-_PROCESSORS = 132  # of a card with the warp-specialised kernel
 _WAVES, _DEPTH = 10, 1024  # below so many waves of tiles the depth may be split, into parts of at least so much
 _SECONDS = 0.06  # a candidate's share
 
@@ -70,10 +69,8 @@ def tiles(problem: Problem, tokens: int, down: bool) -> list[Tile]:
 
 def may_split(problem: Problem, tokens: int, tile: Tile, split: int) -> bool:
     """Whether the last wave of the down projection's tiles is much of all, and a part of its depth still a long product."""
-    rows = tokens * problem.k / problem.experts / tile.bm
-    waves = problem.experts * (rows + 0.5) * problem.hidden / (2 * tile.bn) / _PROCESSORS
     usual = tile.hopper and tile.group == 8 and (tile.bm, tile.bk) == (128, 64)
-    return usual and waves < _WAVES and problem.intermediate >= split * _DEPTH
+    return usual and tune.waves(problem, tokens, tile) < _WAVES and problem.intermediate >= split * _DEPTH
 
 
 def vectors(down: bool) -> list[Vector]:

@@ -159,3 +159,16 @@ def test_the_depth_is_split_for_few_deep_experts() -> None:
     for other in (PROBLEM, Problem(256, 7168, 2048, 8, torch.bfloat16, True), replace(few, intermediate=1024)):
         assert all(t.split == 1 for tokens in (1024, 4096) for t in tuner.tiles(other, tokens, down=True))
     assert all(t.split == 1 for t in tuner.tiles(few, 16384, down=True))
+
+
+def test_the_rule_splits_the_depth_where_the_last_wave_is_half_empty() -> None:
+    """2.4 waves (Mixtral at 1,024 tokens); not 8.2 or 31.5 (a sixteenth and less), not 2.9 (Phi-3.5-MoE), not short depths, not up."""
+    mixtral = Problem(8, 4096, 14336, 2, torch.bfloat16, True)
+    assert [tune.rule(mixtral, t).down.split for t in (256, 1024, 4096, 16384)] == [1, 2, 1, 1]
+    assert tune.rule(mixtral, 1024).up == replace(tune.rule(mixtral, 1024).down, split=1)
+    for other, tokens in (
+        (replace(mixtral, intermediate=4096), 1024),
+        (Problem(16, 4096, 6400, 2, torch.bfloat16, True), 1024),
+        (PROBLEM, 4096),
+    ):
+        assert tune.rule(other, tokens).down.split == 1
