@@ -191,6 +191,7 @@ def _recorder() -> Tape:
 
 # ---- the side stream -----------------------------------------------------------------------------------------------
 
+PRIORITY = -1  # above the main stream's: what is small and waited for gets the next free processors
 _streams: dict[int, torch.cuda.Stream] = {}
 
 
@@ -198,7 +199,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The one side stream of a device."""
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _streams:
-        _streams[index] = torch.cuda.Stream(device)
+        _streams[index] = torch.cuda.Stream(device, priority=PRIORITY)
     return _streams[index]
 
 
