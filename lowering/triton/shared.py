@@ -39,7 +39,7 @@ from .weights import Biases
 if TYPE_CHECKING:
     from .decode_shared import Shared
 
-MOST_BY_OURS = 4096  # tokens whose shared expert our GEMMs do; beyond, torch's
+MOST_BY_OURS = 1 << 19  # activations [T, I] of a shared expert that our GEMMs make; beyond, torch's are faster and the host has time
 _MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
 
 
@@ -116,7 +116,7 @@ class Side:
     """A branch on the side stream, from what the main stream has at this point on."""
 
     def __init__(self, branch: Few | One | Many, device: torch.device) -> None:
-        self.branch, self.beside = branch, Beside(device)
+        self.branch, self.beside = branch, Beside(device, first=isinstance(branch, One))
         self.result: Tensor | None = None
 
     def issue(self) -> None:
@@ -242,7 +242,7 @@ def _branch(
     if choice.decode is not None:
         return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
     a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
-    if tokens <= MOST_BY_OURS and x.dtype != torch.float32:
+    if tokens * call.up.n <= MOST_BY_OURS and x.dtype != torch.float32:
         return One(
             call, a, y, None if gate is None and add is None else out, None if gate is None else weights, add, tiles(call, a, choice)
         )
