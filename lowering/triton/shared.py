@@ -1,13 +1,15 @@
 """Routed experts and shared expert in one op: the shared MLP runs on a side stream while the routed up projection streams its weights.
 
     main   event ── dispatch ── up GEMM ──────────── down GEMM ── combine(add = shared)
-    side       └─ shared up ── act ── shared down ──────────────┘
+    side       └─ shared up ── (act) ── shared down ────────────┘
 
-One to a few tokens go without a stream: `decode_shared` runs both in the same two kernels.
+One to a few tokens go without a stream: `decode_shared` runs both in the same two kernels. More go through the grouped GEMMs, with one
+expert, whose activation is in the epilogue, until products by torch are faster.
 
-One side stream a device for all layers. The main branch is issued first. All that the side branch writes is allocated on the main stream
-before the event, and the main stream waits for the side branch before it reads the result: so memory that is handed out again later, on
-the main stream, is never still in use. Events only, nothing waits on the host, and a CUDA graph captures both branches.
+One side stream a device for all layers, or two: our GEMMs are on one whose kernels come first. The main branch is issued first. All that
+the side branch writes and the main stream reads is allocated on the main stream before the event, and the main stream waits for the side
+branch before it reads the result: so memory that is handed out again later, on the main stream, is never still in use. Events only,
+nothing waits on the host, and a CUDA graph captures both branches.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
