@@ -52,6 +52,7 @@ def measured(tokens: int, device: str, stub: bool) -> dict[str, float]:
     """Each op through the short form that compiled graphs call; `direct` through the long one."""
     from moe_compile import ir, ops
     from moe_compile.ir import scalar as act
+    from moe_compile.lowering.triton import shared as shared_expert
     from moe_compile.lowering.triton import short
 
     e = ir.Experts(EXPERTS, HIDDEN, INTERMEDIATE, HIDDEN, ir.Form.CONCAT, act.SWIGLU, dtype=torch.bfloat16)
@@ -85,7 +86,7 @@ def measured(tokens: int, device: str, stub: bool) -> dict[str, float]:
             "torch.mm": lambda: torch.mm(x, t["shared_up"].t()),
             "torch.empty": lambda: torch.empty(8, 8, device=device),
         }
-    if stub and tokens > 4:
+    if stub and tokens * INTERMEDIATE > shared_expert.MOST_BY_OURS:
         del calls_["experts_shared"]  # products by torch on a side stream
     with torch.no_grad():
         return {n: round(least(f), 1) for n, f in calls_.items()}

@@ -1,13 +1,15 @@
 """Routed experts and shared expert in one op: the shared MLP runs on a side stream while the routed up projection streams its weights.
 
     main   event ── dispatch ── up GEMM ──────────── down GEMM ── combine(add = shared)
-    side       └─ shared up ── act ── shared down ──────────────┘
+    side       └─ shared up ── (act) ── shared down ────────────┘
 
-One to a few tokens go without a stream: `decode_shared` runs both in the same two kernels.
+One to a few tokens go without a stream: `decode_shared` runs both in the same two kernels. More go through the grouped GEMMs, with one
+expert, whose activation is in the epilogue, until products by torch are faster.
 
-One side stream a device for all layers. The main branch is issued first. All that the side branch writes is allocated on the main stream
-before the event, and the main stream waits for the side branch before it reads the result: so memory that is handed out again later, on
-the main stream, is never still in use. Events only, nothing waits on the host, and a CUDA graph captures both branches.
+One side stream a device for all layers, or two: our GEMMs are on one whose kernels come first. The main branch is issued first. All that
+the side branch writes and the main stream reads is allocated on the main stream before the event, and the main stream waits for the side
+branch before it reads the result: so memory that is handed out again later, on the main stream, is never still in use. Events only,
+nothing waits on the host, and a CUDA graph captures both branches.
 """
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, check-untyped-defs=False
 
@@ -28,15 +30,18 @@ from ...ir.records import Storage
 from ..reference.generic import Layout
 from . import tune
 from .call import Call, Late, read
-from .experts import few_down, few_up, forward
+from .dispatch import dispatch
+from .experts import few_down, few_up, forward, grouped_gemm, runnable
 from .host import cdiv, power_of_2
 from .launch.tape import Beside, empty, fill, launch, product
 from .pointwise import activate
-from .tune import Vector
+from .tune import Choice, Tile, Vector
+from .weights import Biases
 
 if TYPE_CHECKING:
     from .decode_shared import Shared
 
+MOST_BY_OURS = 1 << 19  # activations [T, I] of a shared expert that our GEMMs make; beyond, torch's are faster and the host has time
 _MOST_BESIDE = 4096  # tokens; a side stream gains 2 to 4 % up to 1,024, 0 to 3 % at 4,096 (docs/kernels.md); beyond nothing was measured
 
 
@@ -82,23 +87,38 @@ class Many:
         product(self.a, self.down, self.y)
         if self.out is None:
             return self.y
-        bias = None if c.down_bias is None else c.down_bias.parts[0]
-        tokens, width = self.y.shape
-        columns = min(1024, power_of_2(width))
-        launch(
-            _finish, (tokens, cdiv(width, columns)),
-            self.y, self.gate, bias, self.add, self.out, width, 0 if self.add is None else self.add.stride(0),
-            0 if c.down_bias is None else c.down_bias.stride_n,
-            GATED=self.gate is not None, BIAS=bias is not None, ADD=self.add is not None, BN=columns, num_warps=4,
-        )  # fmt: skip
-        return self.out
+        return _finished(self.y, self.gate, c.down_bias, self.add, self.out)
+
+
+@dataclass(frozen=True)
+class One:
+    """Up to some thousand tokens: the grouped GEMMs of the routed experts, whose one expert has all tokens.
+
+    A launch of ours costs the host 3 to 4 us, a product by torch 13 to 18. Buffers: ids (filled when run), activations, products.
+    """
+
+    call: Call
+    a: Tensor  # [T, I]
+    y: Tensor  # [T, H]
+    out: Tensor | None  # fp32; None: y is the result
+    gate: Tensor | None
+    add: Tensor | None
+    tiles: tuple[Tile, Tile]
+
+    def run(self) -> Tensor:
+        c, (up, down) = self.call, self.tiles
+        fill(c.ids, 0)
+        rows = dispatch(c.ids, 1, tuple(dict.fromkeys((up.bm, down.bm))))
+        grouped_gemm(c.x, c.up, c.up_bias, rows, self.a, up, c.layout)
+        grouped_gemm(self.a, c.down, c.down_bias, rows, self.y, down, None)
+        return self.y if self.out is None else _finished(self.y, self.gate, None, self.add, self.out)
 
 
 class Side:
     """A branch on the side stream, from what the main stream has at this point on."""
 
-    def __init__(self, branch: Few | Many, device: torch.device) -> None:
-        self.branch, self.beside = branch, Beside(device)
+    def __init__(self, branch: Few | One | Many, device: torch.device) -> None:
+        self.branch, self.beside = branch, Beside(device, first=isinstance(branch, One))
         self.result: Tensor | None = None
 
     def issue(self) -> None:
@@ -140,7 +160,7 @@ def experts_shared(routed: Sequence[Any], layout: Layout, shared: Sequence[Any],
 Run = Callable[[Tensor | None, Late | None], Tensor]
 
 
-def _beside(run: Run, branch: Few | Many, device: torch.device) -> Tensor:
+def _beside(run: Run, branch: Few | One | Many, device: torch.device) -> Tensor:
     side = Side(branch, device)
     try:
         return run(None, side)
@@ -149,7 +169,7 @@ def _beside(run: Run, branch: Few | Many, device: torch.device) -> Tensor:
         raise
 
 
-def _in_few_bits(routed: Sequence[Any], layout: Layout, storage: Storage, branch: Few | Many) -> tuple[Tensor | None, Run | None]:
+def _in_few_bits(routed: Sequence[Any], layout: Layout, storage: Storage, branch: Few | One | Many) -> tuple[Tensor | None, Run | None]:
     """The result where both are in the few-token kernels; else how to run the routed experts, None where there are none to run."""
     from . import coded, coded_shared  # few models have them, and kernels take time to import
 
@@ -208,7 +228,7 @@ def _branch(
     form: int,
     up_transposed: bool,
     down_transposed: bool,
-) -> Few | Many | None:
+) -> Few | One | Many | None:
     """The shared MLP ready to run: operands read, every buffer allocated on the stream that is current now."""
     tokens = x.shape[0]
     if tokens == 0:
@@ -223,12 +243,34 @@ def _branch(
     choice = tune.choose(tune.Problem(1, call.up.k, call.up.n, 1, x.dtype, layout.gated), tokens, x.device)
     if choice.decode is not None:
         return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
+    a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
+    if tokens * call.up.n <= MOST_BY_OURS and x.dtype != torch.float32:
+        return One(
+            call, a, y, None if gate is None and add is None else out, None if gate is None else weights, add, tiles(call, a, choice)
+        )
     up_in = [t if up_transposed else t.t() for t in p.up]
     pre = [empty(x, tokens, w.shape[1]) for w in up_in]
     plain = gate is None and add is None and not p.down_bias
     down_in = p.down[0] if down_transposed else p.down[0].t()
-    a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
     return Many(call, up_in, down_in, pre, a, y, None if plain else out, None if gate is None else weights, add)
+
+
+def tiles(c: Call, a: Tensor, choice: Choice) -> tuple[Tile, Tile]:
+    """Of both products, as they can be run."""
+    return runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+
+
+def _finished(y: Tensor, gate: Tensor | None, bias: Biases | None, add: Tensor | None, out: Tensor) -> Tensor:
+    """out = gate · (y + bias) + add, in fp32."""
+    tokens, width = y.shape
+    columns = min(1024, power_of_2(width))
+    launch(
+        _finish, (tokens, cdiv(width, columns)),
+        y, gate, None if bias is None else bias.parts[0], add, out, width, 0 if add is None else add.stride(0),
+        0 if bias is None else bias.stride_n,
+        GATED=gate is not None, BIAS=bias is not None, ADD=add is not None, BN=columns, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

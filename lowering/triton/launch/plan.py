@@ -42,7 +42,7 @@ class Plan:
         self._entries: dict[Pointer, int] = {}
         self._configs: list[tuple[Any, bool]] = []  # and whether on the side stream
         self._stream: int | None = None
-        self._side = 0
+        self._side, self._first_side = 0, tape.first
         packed = {i: pack(s, driver) for i, s in enumerate(tape.steps) if isinstance(s, Launch)}
         fills = [Pointer(s.target.root, s.target.start * s.target.dtype.itemsize) for s in tape.steps if isinstance(s, Fill)]
         count = sum(isinstance(v, Pointer) for p in packed.values() for v in p.values) + len(fills)
@@ -91,7 +91,7 @@ class Plan:
     def _on(self, stream: int) -> None:
         self._stream = stream
         if self._event:
-            self._side = side_stream(self._device).cuda_stream
+            self._side = side_stream(self._device, self._first_side).cuda_stream
         for config, side in self._configs:
             config.stream = self._side if side else stream
 
@@ -195,7 +195,7 @@ class Plan:
     def _begin(self) -> Any:
         """On the side stream, torch's products too."""
         if self._by_torch:
-            side = side_stream(self._device)
+            side = side_stream(self._device, self._first_side)
             self._main = current_stream(side.device_index)
             set_stream(side.stream_id, side.device_index, side.device_type)
         return self._driver.wait(self._side, self._event, 0)

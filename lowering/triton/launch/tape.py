@@ -104,6 +104,7 @@ class Tape:
     buffers: list[Later] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     side: bool = False
+    first: bool = False  # which side stream
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Later:
         made = Later(self.operands + len(self.buffers), shape, packed(shape), dtype, self.device)
@@ -191,25 +192,26 @@ def _recorder() -> Tape:
 
 # ---- the side stream -----------------------------------------------------------------------------------------------
 
-_streams: dict[int, torch.cuda.Stream] = {}
+_streams: dict[tuple[int, bool], torch.cuda.Stream] = {}
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one side stream of a device."""
+def side_stream(device: torch.device, first: bool = False) -> torch.cuda.Stream:
+    """A device's side stream; `first`: the one whose kernels are given free processors before those of other streams."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _streams:
-        _streams[index] = torch.cuda.Stream(device)
-    return _streams[index]
+    if (index, first) not in _streams:
+        _streams[index, first] = torch.cuda.Stream(device, priority=-int(first))
+    return _streams[index, first]
 
 
 class Beside:
-    """A branch on the side stream of a device, from here on the main stream until `join`."""
+    """A branch on a side stream of a device, from here on the main stream until `join`. `first`: see `side_stream`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, first: bool = False) -> None:
+        self.device, self.first = device, first
         if _now.tape is None:
             self.event = torch.cuda.current_stream(device).record_event()
         else:
+            _now.tape.first = first
             _now.tape.steps.append(Fork())
 
     @contextmanager
@@ -217,7 +219,7 @@ class Beside:
         """What is launched inside runs on the side stream."""
         tape = _now.tape
         if tape is None:
-            stream = side_stream(self.device)
+            stream = side_stream(self.device, self.first)
             stream.wait_event(self.event)
             with torch.cuda.stream(stream):
                 yield
@@ -233,6 +235,6 @@ class Beside:
     def join(self) -> None:
         """The main stream waits for the branch."""
         if _now.tape is None:
-            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device))
+            torch.cuda.current_stream(self.device).wait_stream(side_stream(self.device, self.first))
         else:
             _now.tape.steps.append(Join())
