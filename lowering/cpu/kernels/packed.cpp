@@ -6,12 +6,15 @@ extern "C" int moe_experts_forward(const Args* args) {
   try {
     PackedForward f(*args);
     if (!f.spots_agree()) return 2;
+    f.tiles = tiles_allowed();
     run(f, COLS);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
 }
+
+extern "C" int moe_tiles_from(i64 rows) { return tiles_from_now(rows); }
 
 // Bytes of packed up (which 0) or down (which 1) weights.
 extern "C" i64 moe_packed_bytes(const Args* args, i64 which) {
