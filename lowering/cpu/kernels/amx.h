@@ -20,7 +20,10 @@ constexpr i64 TILE = 16;  // rows, units of depth and lanes of a tile
 
 #if defined(TILES)
 // From so many rows of an expert on tiles are used, two at least: docs/cpu.md has the measurements. Tests and benchmarks change it.
-static i64 tiles_from = 8;
+#ifndef TILES_FROM
+#define TILES_FROM 5
+#endif
+static i64 tiles_from = TILES_FROM;
 
 #if defined(MOE_AMX_EMULATED)
 static bool tiles_allowed() { return true; }
@@ -91,6 +94,7 @@ static void tile_rest(const TileRows& a, const char* b, i64 bs, i64 left) {
   for (i64 i = 0; i < TILE; i++) memcpy(rows + i * 64, a.first + i * a.stride, size_t(left * 4));
   for (i64 i = 0; MA > 1 && i < TILE; i++) memcpy(rows + (TILE + i) * 64, a.second + i * a.stride, size_t(left * 4));
   for (i64 k = 0; k < left; k++) memcpy(lanes + k * MB * 64, b + k * bs, MB * 64);
+  asm volatile("" ::: "memory");  // the compiler does not know what a tile is loaded from
   tile_step<MA, MB>({rows, rows + (MA - 1) * TILE * 64, 64}, lanes, MB * 64);
 }
 
@@ -103,14 +107,16 @@ struct Lines {
 // out[i][0 .. MB tiles) = Σ_k rows[i][k] panel[k][.] for one or two tiles of rows, whose sums go to `to`, os floats apart.
 template <int MA, int MB>
 static void tile_sums(TileRows a, const char* b, i64 bs, i64 n_units, float* const to[2], i64 os, const Lines& lines) {
+  asm volatile("" ::: "memory");  // as above
   _tile_zero(0);
   if constexpr (MB > 1) _tile_zero(1);
   if constexpr (MA > 1) _tile_zero(2);
   if constexpr (MA > 1 && MB > 1) _tile_zero(3);
   const char* ahead = lines.at;
   i64 k = 0;
-  for (; k + TILE <= n_units; k += TILE, a.first += 64, a.second += 64, b += TILE * bs, ahead += lines.step) {
-    if (lines.at) each<32>(EACH_OF(i) { __builtin_prefetch(ahead + i * lines.apart, 0, 2); });
+  for (; k + TILE <= n_units; k += TILE, a.first += 64, a.second += 64, b += TILE * bs, ahead += ahead ? lines.step : 0) {
+    if (const char* line = ahead)
+      for (int i = 0; i < 32; i++, line += lines.apart) __builtin_prefetch(line, 0, 2);
     tile_step<MA, MB>(a, b, bs);
   }
   if (k < n_units) tile_rest<MA, MB>(a, b, bs, n_units - k);

@@ -1,5 +1,6 @@
 // Entry points of the library for packed weights: packing them, and the experts op on them. Each returns 0, 1 when there is no memory, or
 // 2 when the weights are no longer what was packed.
+#define TILES_FROM 2  // packed weights lie as tiles read them
 #include "packed.h"
 
 extern "C" int moe_experts_forward(const Args* args) {
