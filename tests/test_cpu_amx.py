@@ -9,19 +9,21 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import bundle, have_compiler
+from test_cpu_coded import SCHEMES, WIDE, call, operands
 from test_cpu_lowering import LAYOUTS, ROUTINGS, balanced, block, layout, make, relative
 from test_cpu_packed import frozen, packed
 from torch import Tensor
 
 from moe_compile.lowering.cpu import build as cpu_build
+from moe_compile.lowering.cpu import coded, levels, prebuilt
 from moe_compile.lowering.cpu import experts as cpu
 from moe_compile.lowering.cpu import frozen as cpu_frozen
-from moe_compile.lowering.cpu import levels, prebuilt
 
 PAIRS = have_compiler() and "avx512_bf16" in levels.supported()
 REAL = have_compiler() and "amx" in levels.supported()
@@ -97,6 +99,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MOE_COMPILE_CPU_LEVEL", raising=False)
     if not REAL:
         monkeypatch.setattr(prebuilt, "variant", (*prebuilt.variant, "-DMOE_AMX_EMULATED"))
+    monkeypatch.setattr(coded, "_found", {})
+    monkeypatch.setattr(coded, "_seen", {})
     libraries = [cpu_build.library(direction, torch.bfloat16) for direction in ("forward", "packed")]
     assert all(library is not None and library.moe_tiles_from(ctypes.c_int64(2)) for library in libraries)
     threads = torch.get_num_threads()
@@ -176,3 +180,34 @@ def test_few_rows_run_in_vectors() -> None:
                 assert cpu_build.library(direction, torch.bfloat16).moe_tiles_from(ctypes.c_int64(rows))  # type: ignore[union-attr]
             outs.append(both(dict(t), e))
     assert all(not torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+@whole
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_in_few_bits(name: str) -> None:
+    """Scales for fewer numbers than a tile is deep, for more and for whole rows; sizes that fill no tile; rows that become floats first."""
+    how = SCHEMES[name]
+    for hidden, intermediate, columns in ((72, 40, how.columns), (200, 168, how.columns), (192, 128, 64 if how.columns else 0)):
+        sized = replace(how, columns=columns)
+        e = replace(
+            WIDE, hidden=hidden, intermediate=intermediate, out_features=hidden, up_stored=sized, down_stored=sized, dtype=torch.bfloat16
+        )
+        for tokens in (14, 70):
+            t, runs = operands(e, tokens, torch.bfloat16), []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                runs.append(call(e, t))
+            assert runs[0] is not None and relative(runs[0], e.evaluate(**t)) < 6e-3
+            assert all(torch.equal(run, runs[0]) for run in runs[1:])  # type: ignore[arg-type]
+
+
+@whole
+@pytest.mark.skipif(REAL, reason="a processor with tiles")
+def test_kernels_with_tiles_run_in_vectors_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a wheel brings for tiles, where the processor, or the system, has none."""
+    monkeypatch.setattr(cpu_build, "library", lambda direction, dtype: cpu_build._load(direction, dtype, "amx"))
+    monkeypatch.setattr(cpu, "_found", {})
+    t = make(block(), balanced(150, 2, 6), torch.bfloat16)
+    assert not cpu_build.library("forward", torch.bfloat16).moe_tiles_from(ctypes.c_int64(0))  # type: ignore[union-attr]
+    assert relative(cpu.forward(*bundle(t), layout(block()), save=False)[0], block().evaluate(**t)) < 1e-2
