@@ -101,18 +101,17 @@ def loop(layers: list[Layer]) -> Side:
     return side
 
 
-def grouped(layers: list[Layer]) -> Side:
+def grouped_block(up: Tensor, down: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """torch's grouped product on rows that are sorted by expert."""
+    order = ids.flatten().argsort(stable=True)
+    ends = torch.histc(ids.flatten().float(), bins=len(up), min=0, max=len(up) - 1).cumsum(0).int()
+    gate, u = torch._grouped_mm(tokens[order // ids.shape[1]], up.transpose(1, 2), offs=ends).chunk(2, -1)
+    y = torch._grouped_mm(torch.nn.functional.silu(gate) * u, down.transpose(1, 2), offs=ends) * weights.flatten()[order, None].to(BF16)
+    return torch.empty_like(y).index_copy_(0, order, y).view(*ids.shape, -1).sum(1)
 
-    def side(i: int, x: Routed) -> Tensor:
-        (up, down), (tokens, ids, weights) = layers[i], x
-        order = ids.flatten().argsort(stable=True)
-        ends = torch.bincount(ids.flatten(), minlength=len(up)).cumsum(0).int()
-        gate, u = torch._grouped_mm(tokens[order // ids.shape[1]], up.transpose(1, 2), offs=ends).chunk(2, -1)
-        y = torch._grouped_mm(torch.nn.functional.silu(gate) * u, down.transpose(1, 2), offs=ends) * weights.flatten()[order, None].to(BF16)
-        return torch.empty_like(y).index_copy_(0, order, y).view(*ids.shape, -1).sum(1)
 
-    return side
+def grouped(layers: list[Layer]) -> Side:
+    return lambda i, x: grouped_block(*layers[i], *x)
 
 
 def sides_of(shape: Shape, layers: list[Layer], wanted: list[str], peers: bool) -> dict[str, Side]:

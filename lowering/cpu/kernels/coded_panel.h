@@ -88,7 +88,7 @@ static bool coded_panel(const unit* panel, i64 lanes, const CodedMatrix& m, i64 
   const i64 most = tiles_on ? MAX_BLOCK : nb;  // sums of tiles have bits of their own: no matter how columns are cut for threads
   if (span % PER || (2 * most * room + groups * lanes) > WIDE * m.k || most * depth > ROWS * m.k) return false;
   const C chunk(m.c);
-  float *scales = reinterpret_cast<float*>(s.w_panel), *zeros = scales + nb * room, *sums = zeros + nb * room;
+  float *sums = reinterpret_cast<float*>(s.w_panel), *scales = sums + groups * lanes, *zeros = scales + nb * room;
   PanelRows rows;
   rows.sums = sums, rows.span = span / PER, rows.count = units(m.k), rows.lanes = lanes;
   for (i64 i = 0, until = 0; i < nb; i++) {
@@ -104,7 +104,7 @@ static bool coded_panel(const unit* panel, i64 lanes, const CodedMatrix& m, i64 
     else std::fill(scales + i * room, scales + (i + 1) * room, 1.f);
     if (ZERO) numbers(m.zeros, at, m.c.scale_k, groups, m.c.zero_kind, 1, zeros + i * room);
   }
-  if (ZERO) panel_sums(panel, rows, sums);
+  if (ZERO && s.summed != panel) panel_sums(panel, rows, sums), s.summed = panel;  // once for all rows of an expert
   panel_product<ZERO>(panel, lanes, rows, nb, out, os);
   return true;
 }

@@ -19,7 +19,7 @@ struct Phases : Problem {
       const Strip& p = t.strips[i];
       i64 at = p.first - t.first;
       input_rows(p, rows + at, s.x_rows + at * row_stride(a.hidden));
-      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden);
+      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden), s.summed = nullptr;
     }
     i64 step = t.panel() ? panel_block(UP_BLOCK) : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)

@@ -14,6 +14,7 @@ struct Scratch {
   element* w_rows;    // copied weight rows, or tokens once more (dots.h)
   unit* w_panel;      // copied weight columns
   float *g, *u, *a;   // a block of pre-activations and activations
+  const unit* summed = nullptr;  // the panel whose sums w_panel begins with (coded_panel.h)
   Scratch(Carver& c, i64 depth) {
     i64 padded = up_to(depth, 2), block = up_to(MAX_BLOCK * up_to(ROWS, VL), RUN);
     x_panel = c.take<unit>(up_to(ROWS, VL) * padded);
