@@ -3,10 +3,13 @@
     python benchmarks/cpu_stored.py                      # table and benchmarks/results/cpu_stored.json
     python benchmarks/cpu_stored.py --shapes S --tokens 1 16 --schemes mxfp4
     python benchmarks/cpu_stored.py --each 8 10 26       # so many rows for each of four experts of S: cpu_stored_each.json
+    python benchmarks/cpu_stored.py --inductor --shapes S --tokens 64 1024   # beside Inductor on bf16: cpu_stored_inductor.json
 
 Ids and weights are given, activations are SwiGLU. Layers and inputs rotate, so that weights come from memory. Each sample is one call,
 timed by the thread's own processor time, so that waiting for a processor is no part of it; schemes take turns. Figures are the least of
 all samples, and ratios are of these. The floor of a scheme is what it would take if its bytes came at the speed of bf16's.
+`--inductor`: torch's grouped products on the dequantised model's bf16 weights and what stands around them, compiled by Inductor; medians of
+pairs, each scheme's call beside one of Inductor's.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_levels
 import torch
 from cpu_experts import SHAPES, Shape
 from torch import Tensor
@@ -116,6 +121,41 @@ def measure(sides: dict[str, Callable[[int], Tensor]], seconds: float) -> dict[s
     return least
 
 
+def inductor(shape: Shape, tokens: int) -> Callable[[int], Tensor]:
+    """As `side`, on weights that were made bf16 ahead."""
+    layers, x = cpu_levels.weights_of(shape, 4), cpu_levels.routed(shape, tokens)
+    compiled = torch.compile(cpu_levels.grouped_block, fullgraph=True)
+    return lambda i: compiled(*layers[i % len(layers)], *x)
+
+
+def paired(ours: Callable[[int], Tensor], theirs: Callable[[int], Tensor], seconds: float) -> tuple[float, float]:
+    """Processor time of ours, and the median of theirs over ours."""
+    times, ratios, end, i = [], [], time.monotonic() + seconds, 0
+    while len(ratios) < 8 or time.monotonic() < end:
+        start = time.thread_time()
+        ours(i)
+        between = time.thread_time()
+        theirs(i)
+        times.append((between - start) * 1e3)
+        ratios.append((time.thread_time() - between) / (between - start))
+        i += 1
+    return min(times[2:]), statistics.median(ratios[2:])
+
+
+def beside_inductor(args: argparse.Namespace) -> None:
+    rows = []
+    for name in args.shapes:
+        for tokens in args.tokens:
+            theirs, found = inductor(SHAPES[name], tokens), {}
+            with torch.inference_mode():
+                for scheme in ["bf16", *args.schemes]:
+                    found[scheme] = paired(side(SHAPES[name], SCHEMES[scheme], tokens), theirs, args.seconds)
+            rows.append({"shape": name, "tokens": tokens, "ms": {s: t for s, (t, _) in found.items()}})
+            rows[-1]["inductor over it"] = {s: r for s, (_, r) in found.items()}
+            print(name, tokens, *(f"{s} {t:.3f} ms {r:.2f}" for s, (t, r) in found.items()), flush=True)
+            args.out.write_text(json.dumps({"machine": machine(), "torch": torch.__version__, "threads": 1, "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -123,10 +163,13 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES)[1:], choices=list(SCHEMES)[1:])
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--each", nargs="+", type=int, default=[], help="rows of each of four experts, in place of shapes and tokens")
+    parser.add_argument("--inductor", action="store_true", help="beside Inductor on the dequantised model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.out = args.out or RESULTS / ("cpu_stored_each.json" if args.each else "cpu_stored.json")
+    args.out = args.out or RESULTS / f"cpu_stored{'_inductor' if args.inductor else '_each' if args.each else ''}.json"
     torch.set_num_threads(1)
+    if args.inductor:
+        return beside_inductor(args)
     rows = []
     few = replace(SHAPES["S"], experts=4)
     for name, shape in {"S, 4 experts": few}.items() if args.each else {s: SHAPES[s] for s in args.shapes}.items():

@@ -22,6 +22,7 @@ def describe() -> str:
 def _lines() -> Iterator[tuple[str, str]]:
     from . import __version__
     from .lowering import targets
+    from .lowering.cpu import levels
 
     yield "moe_compile", f"{__version__} in {Path(__file__).parent}"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
@@ -31,6 +32,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "C++ compiler", _compiler()
     yield "devices", ", ".join(_devices()) or "none but the CPU"
     yield "cache", _cache()
+    yield "CPU kernels", levels.told()
     for name, t in targets().items():
         yield f"target {name}", t.missing() or "ready"
     for name in sorted(n for n in os.environ if n.startswith("MOE_COMPILE_")):

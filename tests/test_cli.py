@@ -175,7 +175,18 @@ def test_env_names_versions_devices_and_what_is_lacking(capsys, monkeypatch, tmp
     monkeypatch.setenv("MOE_COMPILE_CACHE_DIR", str(tmp_path / "not" / "there"))
     assert main(["env"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
-    assert {"moe_compile", "python", "torch", "triton", "devices", "cache", "target cpu", "target cuda", "target ascend"} <= set(lines)
+    assert {
+        "moe_compile",
+        "python",
+        "torch",
+        "triton",
+        "devices",
+        "cache",
+        "CPU kernels",
+        "target cpu",
+        "target cuda",
+        "target ascend",
+    } <= set(lines)
     assert "not/there" in lines["cache"] and "cannot be written" not in lines["cache"]
     if not torch.cuda.is_available():
         assert lines["target cuda"].strip() in ("no CUDA device", "triton is not installed")

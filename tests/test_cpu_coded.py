@@ -55,6 +55,17 @@ def test_every_scheme(how: ir.Stored, dtype: torch.dtype, tolerance: float) -> N
         assert got is not None and float((got.double() - want).norm() / want.norm()) <= tolerance
 
 
+@pytest.mark.parametrize("name", ["bytes, zero points", "int4, any order, zero points"])
+def test_rows_past_a_panel(name: str) -> None:
+    """20 rows of an expert in bf16: sums of a panel's numbers are not those of the four rows behind it, block by block of the output."""
+    how = replace(SCHEMES[name], columns=64)
+    e = replace(WIDE, hidden=256, intermediate=192, out_features=256, up_stored=how, down_stored=how, dtype=torch.bfloat16)
+    t = operands(e, 20, torch.bfloat16)
+    t["ids"] = torch.tensor([[0, -1]]).expand(20, 2).contiguous()
+    got, want = call(e, t), e.evaluate(**t)
+    assert got is not None and float((got.double() - want).norm() / want.norm()) <= 6e-3
+
+
 def test_every_code() -> None:
     """All bytes of e4m3 that are numbers."""
     how = ir.Stored(8, F8, rows=1, columns=32)

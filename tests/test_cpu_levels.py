@@ -18,7 +18,7 @@ from moe_compile.lowering.cpu import levels as cpu_levels
 from moe_compile.lowering.reference import generic
 
 needs_kernels = pytest.mark.skipif(not have_compiler(), reason="no C++ compiler on this machine")
-LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "native")
+LEVELS = ("base", "avx2", "avx512", "avx512_bf16", "amx", "native")
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +70,14 @@ def test_a_level_that_is_not_there_falls_back(wanted: str, monkeypatch: pytest.M
     with caplog.at_level(logging.WARNING, logger="moe_compile"):
         assert cpu_levels.chosen() == "native"
     assert wanted in caplog.text and "base" in caplog.text
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_tiles_are_a_level_where_the_system_grants_them(granted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = frozenset(need for _, needs in cpu_levels._X86.values() for need in needs)
+    monkeypatch.setattr(cpu_levels, "_instructions", lambda: flags)
+    monkeypatch.setattr(cpu_levels, "_tiles_granted", lambda: granted)
+    monkeypatch.setattr(cpu_levels, "_is_x86", lambda: True)
+    monkeypatch.delenv("MOE_COMPILE_CPU_LEVEL", raising=False)
+    highest = "amx" if granted else "avx512_bf16"
+    assert cpu_levels.supported()[-2] == highest and cpu_levels.told() == f"native ({highest})"

@@ -175,6 +175,7 @@ static bool coded_dots(const CodedMatrix& m, i64 n, i64 nb, const element* const
   CodedTask t{m, {s.w_rows, nullptr, stride, chunks * VL}, 
       (m.k + span - 1) / span, std::max(span, C::CODES), std::max<i64>(C::CODES / span, 1), lane_groups<C>(span), nullptr, nullptr};
   float* room = reinterpret_cast<float*>(s.w_panel);
+  s.summed = nullptr;  // no longer there
   t.scales = room, t.zeros = t.scales + DOT_SET * t.room(), t.rows.sums = room = t.zeros + DOT_SET * t.room();
   std::fill(t.scales, t.scales + DOT_SET * t.room(), C::GAIN);
   for (i64 r = 0; r < count; r++) {

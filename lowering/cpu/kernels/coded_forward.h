@@ -7,7 +7,10 @@
 struct CodedForward : Phases<CodedForward> {
   const CodedArgs& coded;
   uint16_t up_order[128] = {}, down_order[128] = {};
-  explicit CodedForward(const CodedArgs& args) : Phases(args.args, ROW_BY_ROW), coded(args) { order_of(args.up, up_order), order_of(args.down, down_order); }
+  explicit CodedForward(const CodedArgs& args) : Phases(args.args, row_by_row()), coded(args) {
+    tiles = tiles_allowed();
+    order_of(args.up, up_order), order_of(args.down, down_order);
+  }
 
   // More rows of x than go in one turn would have codes looked up twice: a panel, padded, takes less.
 #if defined(PAIRS)
@@ -15,6 +18,7 @@ struct CodedForward : Phases<CodedForward> {
 #else
   static constexpr RowByRow ROW_BY_ROW{};
 #endif
+  static RowByRow row_by_row() { return tiles_allowed() ? RowByRow{tiles_from - 1, 0} : ROW_BY_ROW; }
   static constexpr i64 TOGETHER = 2 * DOT_SET;  // rows that are floats at a time
 
   CodedMatrix matrix(
@@ -40,7 +44,7 @@ struct CodedForward : Phases<CodedForward> {
       const element* w[MAX_BLOCK];
       decode_rows(m, n, nb, s.w_rows, depth);
       for (i64 r = 0; r < nb; r++) w[r] = s.w_rows + r * depth;
-      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os);
+      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, Stream{}, ROWS);
       return;
     }
     if (few_rows(m, n, nb, rows, p.rows, s, out, os)) return;

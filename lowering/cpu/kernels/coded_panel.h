@@ -2,16 +2,9 @@
 // once and not rounded, and is broadcast along the panel. Scales go to the sums of the numbers that share one, and so do zero points, as
 // z Σ x. Without pairs, decoding goes through floats, which scales cost little more (coded.h).
 #pragma once
-#include "coded_dots.h"
+#include "coded_tiles.h"
 
 #if defined(PAIRS)
-// Scales and zero points of rows of codes as floats, what they meet, and Σ x of each lane of the panel for the numbers that share them.
-struct PanelRows {
-  const element* w[MAX_BLOCK];
-  const float *scales[MAX_BLOCK], *zeros[MAX_BLOCK], *sums;
-  i64 span, count, lanes;  // units that share a scale, units in all, lanes that `sums` are apart
-};
-
 // Row i of a matrix as elements in its order, unscaled; room for a whole chunk behind it is written to.
 template <class C>
 static void plain_row(const C& chunk, const CodedMatrix& m, i64 i, element* to) {
@@ -67,6 +60,7 @@ static void panel_rows_of(const unit* panel, const PanelRows& rows, i64 n, i64 l
 // As `lanes_product`.
 template <bool ZERO>
 static void panel_product(const unit* panel, i64 lanes, const PanelRows& rows, i64 n, float* out, i64 os) {
+  if (tiles_on) return scaled_tile_product<ZERO>(panel, lanes, rows, n, out, os);
   typedef void (*Rows)(const unit*, const PanelRows&, i64, i64, float*, i64);
   static constexpr Rows widths[] = {panel_rows_of<1, ZERO>, panel_rows_of<2, ZERO>, panel_rows_of<3, ZERO>, panel_rows_of<4, ZERO>};
   for (i64 l = 0; l < lanes; l += WIDE) widths[block_lanes(lanes, l) / VL - 1](panel + l * rows.count, rows, n, l, out + l, os);
@@ -91,9 +85,10 @@ static bool coded_panel(const unit* panel, i64 lanes, const CodedMatrix& m, i64 
   typedef Chunk<KIND> C;
   const i64 span = m.c.columns && m.c.columns < m.k ? m.c.columns : up_to(m.k, PER), groups = (m.k + span - 1) / span, room = groups + VL;
   const i64 depth = up_to(m.k, C::CODES) + STEP;
-  if (span % PER || (2 * nb * room + groups * lanes) > WIDE * m.k || nb * depth > ROWS * m.k) return false;
+  const i64 most = tiles_on ? MAX_BLOCK : nb;  // sums of tiles have bits of their own: no matter how columns are cut for threads
+  if (span % PER || (2 * most * room + groups * lanes) > WIDE * m.k || most * depth > ROWS * m.k) return false;
   const C chunk(m.c);
-  float *scales = reinterpret_cast<float*>(s.w_panel), *zeros = scales + nb * room, *sums = zeros + nb * room;
+  float *sums = reinterpret_cast<float*>(s.w_panel), *scales = sums + groups * lanes, *zeros = scales + nb * room;
   PanelRows rows;
   rows.sums = sums, rows.span = span / PER, rows.count = units(m.k), rows.lanes = lanes;
   for (i64 i = 0, until = 0; i < nb; i++) {
@@ -109,7 +104,7 @@ static bool coded_panel(const unit* panel, i64 lanes, const CodedMatrix& m, i64 
     else std::fill(scales + i * room, scales + (i + 1) * room, 1.f);
     if (ZERO) numbers(m.zeros, at, m.c.scale_k, groups, m.c.zero_kind, 1, zeros + i * room);
   }
-  if (ZERO) panel_sums(panel, rows, sums);
+  if (ZERO && s.summed != panel) panel_sums(panel, rows, sums), s.summed = panel;  // once for all rows of an expert
   panel_product<ZERO>(panel, lanes, rows, nb, out, os);
   return true;
 }

@@ -3,10 +3,12 @@
 
 extern "C" int moe_experts_forward(const Args* args) {
   try {
-    Forward f(*args);
-    run(f, 8);
+    Forward f = Forward::in_tiles(*args);
+    run(f, f.tiles ? 2 * TILE : 8);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
 }
+
+extern "C" int moe_tiles_from(i64 rows) { return tiles_from_now(rows); }

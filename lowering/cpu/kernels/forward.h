@@ -19,9 +19,9 @@ struct Phases : Problem {
       const Strip& p = t.strips[i];
       i64 at = p.first - t.first;
       input_rows(p, rows + at, s.x_rows + at * row_stride(a.hidden));
-      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden);
+      if (p.lanes) pack_panel(s.x_panel, rows + at, p.rows, p.lanes, a.hidden), s.summed = nullptr;
     }
-    i64 step = t.panel() ? UP_BLOCK : row_block(t.rows);
+    i64 step = t.panel() ? panel_block(UP_BLOCK) : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)
       for (int i = 0; i < t.n_strips; i++) up_block(t, t.strips[i], n, std::min(step, n1 - n), n + step < n1, rows, s);
   }
@@ -73,13 +73,15 @@ struct Phases : Problem {
     }
   }
 
+  static i64 panel_block(i64 of_vectors) { return tiles_on ? MAX_BLOCK : of_vectors; }
+
   // Output columns that few rows are multiplied by at a time: the longer a stream, the better, as far as scratch goes.
   static i64 row_block(i64 rows) { return std::max(ROW_BLOCK, MAX_BLOCK * ROWS / std::max<i64>(rows, 1) / ROW_BLOCK * ROW_BLOCK); }
 
   // Weighted outputs of columns n0 .. n1, added to `sums` [tokens, n1 - n0 and up to whole panels]; `then`: the next task, if any.
   void down_phase(const Task& t, const Task* then, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
     const auto m = of().down(t.expert);
-    i64 step = t.panel() ? DOWN_BLOCK : row_block(t.rows);
+    i64 step = t.panel() ? panel_block(DOWN_BLOCK) : row_block(t.rows);
     for (i64 n = n0; n < n1; n += step)
       for (int i = 0; i < t.n_strips; i++) {
         const Strip& p = t.strips[i];
@@ -99,16 +101,17 @@ struct Phases : Problem {
         else for (i64 r = 0; r < p.rows; r++) put(r, 0, nb, s.g + r * os);
       }
   }
-
-  static void add_output(const float* v, i64 n, float weight, float* to) {
-    i64 j = 0;
-    for (; j + VL <= n; j += VL) *(vf_any*)(to + j) += *(const vf_any*)(v + j) * weight;
-    for (; j < n; j++) to[j] += v[j] * weight;
-  }
 };
 
 struct Forward : Phases<Forward> {
   using Phases::Phases;
+
+  // With tiles whatever is a panel is padded to whole ones: rows that are not there cost nothing.
+  static Forward in_tiles(const Args& args) {
+    Forward f(args, tiles_allowed() ? RowByRow{tiles_from - 1, 0} : RowByRow{});
+    f.tiles = tiles_allowed();
+    return f;
+  }
 
   // [nb][lanes] of a strip's panel, or [rows][os] of its rows: columns n .. n + nb of a matrix. `stream`: the weights come from memory,
   // and `next` is what is read after them.
@@ -118,11 +121,11 @@ struct Forward : Phases<Forward> {
     const element* w[MAX_BLOCK];
     if (p.lanes) {
       bool direct = weight_rows(m, n, nb, w, s.w_rows);
-      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{});
+      lanes_product(panel, p.lanes, w, nb, units(m.k), out, os, stream && direct ? Stream{m(n, 0), m.sn, nb, next} : Stream{}, direct ? nb : ROWS);
     } else if (m.sk == 1) {
       dots(rows, p.rows, Stream{m(n, 0), m.sn, nb, next}, m.k, s.w_rows, out, os, stream);
     } else {
-      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os);
+      columns_product(rows, p.rows, m, n, nb, s.w_panel, out, os, tiled(p) ? ROWS : 0);
     }
   }
 };

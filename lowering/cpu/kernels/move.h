@@ -88,9 +88,10 @@ static inline void elements(const stored* from, i64 n, i64 depth, element* to) {
   for (i64 j = n; j < depth; j++) to[j] = element(0);
 }
 
-// Rows n0 .. n0 + nb of a matrix with whole units, copied into `scratch` where they cannot be used as they lie; tells whether they can.
+// Rows n0 .. n0 + nb of a matrix with whole units, copied into `scratch` where they cannot be used as they lie (fewer than a tile has
+// are no tile there); tells whether they can.
 static bool weight_rows(const Matrix& m, i64 n0, i64 nb, const element** rows, element* scratch) {
-  if (m.rows_direct() && m.k % PER == 0) {
+  if (m.rows_direct() && m.k % PER == 0 && !(tiles_on && nb < TILE)) {
     for (i64 r = 0; r < nb; r++) rows[r] = reinterpret_cast<const element*>(m(n0 + r, 0));
     return true;
   }
@@ -141,12 +142,15 @@ static i64 weight_panel(const Matrix& m, i64 n0, i64 w, [[maybe_unused]] bool re
   return lanes;
 }
 
-// out[r][0 .. n) (row stride os, room for whole vectors) = Σ_k rows[r][k] * m(n0 + ., k), vectors along n.
-static void columns_product(const element* const* rows, i64 n_rows, const Matrix& m, i64 n0, i64 n, unit* scratch, float* out, i64 os) {
+// out[r][0 .. n) (row stride os, room for whole vectors) = Σ_k rows[r][k] * m(n0 + ., k), vectors along n. `readable`: for tiles, rows that
+// may be read; 0 for none.
+static void columns_product(
+    const element* const* rows, i64 n_rows, const Matrix& m, i64 n0, i64 n, unit* scratch, float* out, i64 os, i64 readable = 0) {
   for (i64 l = 0; l < n; l += WIDE) {
     i64 w = std::min<i64>(WIDE, n - l);
     const unit* panel;
     i64 stride = weight_panel(m, n0 + l, w, n_rows > 32, &panel, scratch);
+    if (readable && tile_product(panel, stride, up_to(w, VL), Spaced{rows, n_rows, readable}, units(m.k), out + l, os, Stream{}, false)) continue;
     tile_block(panel, stride, up_to(w, VL) / VL, rows, n_rows, units(m.k), out + l, os, Stream{}, 0);
   }
 }

@@ -1,17 +1,21 @@
 // Entry points of the library for packed weights: packing them, and the experts op on them. Each returns 0, 1 when there is no memory, or
 // 2 when the weights are no longer what was packed.
+#define TILES_FROM 2  // packed weights lie as tiles read them
 #include "packed.h"
 
 extern "C" int moe_experts_forward(const Args* args) {
   try {
     PackedForward f(*args);
     if (!f.spots_agree()) return 2;
+    f.tiles = tiles_allowed();
     run(f, COLS);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
 }
+
+extern "C" int moe_tiles_from(i64 rows) { return tiles_from_now(rows); }
 
 // Bytes of packed up (which 0) or down (which 1) weights.
 extern "C" i64 moe_packed_bytes(const Args* args, i64 which) {

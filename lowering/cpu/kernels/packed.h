@@ -120,7 +120,9 @@ struct PackedForward : Problem {
       i64 j = n / COLS, nb = std::min(COLS, n1 - n);
       for (i64 half = 0; half < a.halves; half++) {
         float* out = half ? s.u : s.g;
-        packed_product<false>(from + (j * a.halves + half) * size, rows, p.rows, units(a.hidden), n + COLS >= n1 && half + 1 == a.halves, Out{out, COLS});
+        const packed* panel = from + (j * a.halves + half) * size;
+        if (!tiled(p) || !panel_in_tiles(panel, rows, p, units(a.hidden), out))
+          packed_product<false>(panel, rows, p.rows, units(a.hidden), n + COLS >= n1 && half + 1 == a.halves, Out{out, COLS});
         add_bias(up_bias(half, t.expert), a.up_bias_n, n, nb, out, COLS, p);
       }
       activate(p.rows * COLS, s);
@@ -128,8 +130,13 @@ struct PackedForward : Problem {
     }
   }
 
+  // out[r][COLS] of a panel and a strip's rows.
+  static bool panel_in_tiles(const packed* panel, const element* const* rows, const Strip& p, i64 n_units, float* out) {
+    return tile_product(panel, COLS, COLS, Spaced{rows, p.rows, ROWS}, n_units, out, COLS, Stream{}, true);
+  }
+
   // Weighted outputs of columns n0 .. n1, n0 a multiple of COLS, added to `sums` [tokens, whole panels].
-  void down_phase(const Task& t, const Task*, i64 n0, i64 n1, float* sums, i64 width, Scratch&) const {
+  void down_phase(const Task& t, const Task*, i64 n0, i64 n1, float* sums, i64 width, Scratch& s) const {
     const element* rows[ROWS];
     const Strip& p = t.strips[0];
     const i64* tokens = plan.tokens.data() + p.first;
@@ -137,8 +144,11 @@ struct PackedForward : Problem {
     for (i64 r = 0; r < p.rows; r++) rows[r] = act + p.a_at + r * a_row();
     const i64 size = units(a.inter) * COLS;
     const packed* from = Packed(a).down(t.expert) + n0 / COLS * size;
-    for (i64 n = n0; n < n1; n += COLS, from += size)
-      packed_product<true>(from, rows, p.rows, units(a.inter), n + COLS >= n1, Out{sums + n - n0, width, tokens, weights});
+    for (i64 n = n0; n < n1; n += COLS, from += size) {
+      if (tiled(p) && panel_in_tiles(from, rows, p, units(a.inter), s.g))
+        for (i64 r = 0; r < p.rows; r++) add_output(s.g + r * COLS, COLS, weights[r], sums + tokens[r] * width + n - n0);
+      else packed_product<true>(from, rows, p.rows, units(a.inter), n + COLS >= n1, Out{sums + n - n0, width, tokens, weights});
+    }
     const stored* bias = down_bias(t.expert);
     for (i64 r = 0; bias && r < p.rows; r++)
       for (i64 n = n0; n < n1; n++) sums[tokens[r] * width + n - n0] += load(bias[n]) * weights[r];

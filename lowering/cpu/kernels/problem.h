@@ -14,6 +14,7 @@ struct Scratch {
   element* w_rows;    // copied weight rows, or tokens once more (dots.h)
   unit* w_panel;      // copied weight columns
   float *g, *u, *a;   // a block of pre-activations and activations
+  const unit* summed = nullptr;  // the panel whose sums w_panel begins with (coded_panel.h)
   Scratch(Carver& c, i64 depth) {
     i64 padded = up_to(depth, 2), block = up_to(MAX_BLOCK * up_to(ROWS, VL), RUN);
     x_panel = c.take<unit>(up_to(ROWS, VL) * padded);
@@ -29,6 +30,7 @@ struct Problem {
   Plan plan;
   Program program;
   element* act = nullptr;  // activations of all tasks
+  bool tiles = false;      // whether products of many rows may run in tiles
   Problem(const Args& args, bool panels, RowByRow most = {})
       : a(args), plan(make_plan(args, panels, row_stride(args.inter), most)), program{args.act_ops, args.act_consts, args.n_act} {}
 
@@ -52,11 +54,17 @@ struct Problem {
     return to_element(load(x[k]));
   }
 
-  // A strip's tokens as pointers to rows of whole units. Rows that would meet in one or two sets of the cache are copied; others,
-  // and rows on the way to a panel, are used where they lie.
+  bool wants_tiles() const {
+    return tiles && std::any_of(plan.tasks.begin(), plan.tasks.end(), [](const Task& t) { return t.rows >= tiles_from; });
+  }
+  // Whether a strip's rows are rows of tiles: they are evenly spaced then, and as many as a tile has may be read.
+  static bool tiled(const Strip& p) { return tiles_on && !p.lanes && p.rows >= tiles_from; }
+
+  // A strip's tokens as pointers to rows of whole units. Rows of tiles and rows that would meet in one or two sets of the cache are
+  // copied; others, and rows on the way to a panel, are used where they lie.
   void input_rows(const Strip& p, const element** rows, element* copy) const {
     bool apart = p.lanes || p.rows == 1 || a.x_stride * i64(sizeof(stored)) % 2048;
-    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && apart;
+    bool direct = DIRECT && !a.weight_on_input && a.hidden % PER == 0 && apart && !tiled(p);
     i64 stride = row_stride(a.hidden), depth = units(a.hidden) * PER;
     for (i64 r = 0; r < p.rows; r++) {
       const size_t at = size_t(p.first + r);
@@ -89,6 +97,12 @@ struct Problem {
     }
   }
 
+  static void add_output(const float* v, i64 n, float weight, float* to) {
+    i64 j = 0;
+    for (; j + VL <= n; j += VL) *(vf_any*)(to + j) += *(const vf_any*)(v + j) * weight;
+    for (; j < n; j++) to[j] += v[j] * weight;
+  }
+
   // What a token's sum of columns n0 .. n1 begins with: what is to be added, and experts that hand the token on.
   void begin_sum(i64 t, i64 n0, i64 n1, float* sum) const {
     const stored* add = a.add ? static_cast<const stored*>(a.add) + t * a.out_features : nullptr;
@@ -115,7 +129,7 @@ static void run(Phases& f, i64 unit) {
   float* sums = nullptr;
   for (int pass = 0; pass < 2; pass++) {
     Carver c{pass ? shared.data : nullptr};
-    f.act = c.take<element>(f.plan.a_size);
+    f.act = c.take<element>(f.plan.a_size + (f.tiles ? TILE * f.a_row() : 0));  // the last tile's rows may be read
     sums = c.take<float>(a.tokens * part * parts);
     if (!pass) shared.get(c.used);
   }
@@ -124,6 +138,7 @@ static void run(Phases& f, i64 unit) {
   const i64 step = up_to((a.inter + chunks - 1) / chunks, unit);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
   {
+    const Tiles tiles(f.wants_tiles());
     Carver size{nullptr};
     Scratch(size, std::max(a.hidden, a.inter));
     Carver c{own.get(size.used)};

@@ -3,7 +3,7 @@
 // Either operand may be the panel. Weights as the model holds them are the rows, and tokens are packed into panels (move.h); weights
 // packed ahead (packed.h) are the panels, and tokens the rows, any number of them.
 #pragma once
-#include "dots.h"
+#include "amx.h"
 
 enum Fetch { NOTHING, ROWS_AHEAD, PACED };
 
@@ -92,9 +92,16 @@ static inline void tile_block(
 }
 
 // out[r][lane] for a panel of `lanes` (a multiple of VL) and n rows; a group of rows stays cached while the panel's blocks pass.
-// `s`: the rows as they lie in memory, where they do.
-static void lanes_product(const unit* panel, i64 lanes, const element* const* rows, i64 n, i64 n_units, float* out, i64 os, const Stream& s = {}) {
+// `s`: the rows as they lie in memory, where they do. `readable`: rows that may be read, if there are more.
+static void lanes_product(
+    const unit* panel, i64 lanes, const element* const* rows, i64 n, i64 n_units, float* out, i64 os, const Stream& s = {}, i64 readable = 0) {
   constexpr i64 GROUP = 24;
+  bool tiles = tiles_on;
+  for (i64 l = 0; tiles && l < lanes; l += WIDE) {
+    const i64 w = block_lanes(lanes, l);
+    tiles = tile_product(panel + l * n_units, w, w, Spaced{rows, n, std::max(n, readable)}, n_units, out + l, os, l ? Stream{} : s, false);
+  }
+  if (tiles) return;
   for (i64 r = 0; r < n; r += GROUP) {
     i64 nr = std::min(GROUP, n - r);
     for (i64 l = 0; l < lanes; l += WIDE) {
