@@ -82,7 +82,7 @@ ascend-products: $(ASCEND)/.ready
 
 $(ASCEND)/.ready: $(READY) tests/ascend/cann_stub.py tests/ascend/requirements.txt
 	$(call borrowing,$(ASCEND))
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/ascend/requirements.txt \
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python -m pip install --disable-pip-version-check --no-compile -q --no-deps -r tests/ascend/requirements.txt \
 	  torch-npu==$(or $(TORCH_NPU),$$($(BIN)/python -c 'import torch; print(torch.__version__.split("+")[0])').*)
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND)/bin/python tests/ascend/cann_stub.py $(ASCEND)/cann
 	touch $@
@@ -96,7 +96,7 @@ compat-%: $(abspath $(VENV))-transformers-%/.ready
 .PRECIOUS: $(abspath $(VENV))-transformers-%/.ready
 $(abspath $(VENV))-transformers-%/.ready: $(READY) tests/compat/%.txt
 	$(call borrowing,$(@D))
-	$(@D)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/compat/$*.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile -q --no-deps -r tests/compat/$*.txt
 	touch $@
 
 test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels, and recipes that need some (DOCS_WRITE=1 writes docs/libraries.md and the recipes' versions anew)
@@ -104,7 +104,7 @@ test-libraries: $(LIBRARIES)/.ready  ## layers of other libraries' wheels, and r
 
 $(LIBRARIES)/.ready: $(READY) tests/libraries/requirements.txt tests/libraries/small.txt
 	$(call borrowing,$(LIBRARIES))
-	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/requirements.txt
+	$(LIBRARIES)/bin/python -m pip install --disable-pip-version-check --no-compile -q --no-deps -r tests/libraries/requirements.txt
 	touch $@
 
 test-small-libraries: $(LIBRARIES)-small/.ready  ## the part of it that is installed in seconds: in CI
@@ -112,7 +112,7 @@ test-small-libraries: $(LIBRARIES)-small/.ready  ## the part of it that is insta
 
 $(LIBRARIES)-small/.ready: $(READY) tests/libraries/small.txt
 	$(call borrowing,$(LIBRARIES)-small)
-	$(LIBRARIES)-small/bin/python -m pip install --disable-pip-version-check -q --no-deps -r tests/libraries/small.txt
+	$(LIBRARIES)-small/bin/python -m pip install --disable-pip-version-check --no-compile -q --no-deps -r tests/libraries/small.txt
 	touch $@
 
 wheel: $(READY)  ## a wheel for this platform with CPU kernels in it, in dist/ (LEVELS="avx2 avx512_bf16": only these)
@@ -150,10 +150,11 @@ bench: $(READY)  ## every benchmark; results and plots land in benchmarks/result
 	$(BIN)/python benchmarks/compile_time.py
 
 # Everything in one pip call: torch's version decides whether a small CPU build or gigabytes of CUDA come along.
+# Bytecode is made of what is imported when it is imported (--no-compile): of ten thousand files most never are.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run on the CPU in tests/gpu
 lean.time_no_guards()
 lean.seed_without_stacks()
+lean.fake_once()
+lean.trace_without_modules()
 lean.sleep_longer()
 
 collect_ignore_glob = [] if "COMPAT" in os.environ else ["compat/*"]  # other versions of transformers: `make test-compat`
@@ -151,6 +153,7 @@ def bundle(t: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     lean.find_builtins_once()
+    lean.name_dtypes_once()
     lean.collect_seldom()
 
 

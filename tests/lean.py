@@ -10,6 +10,7 @@ import gc
 import inspect
 import logging
 import sys
+import traceback
 import types
 from typing import Any
 
@@ -20,7 +21,7 @@ def collect_seldom() -> None:
     """What is imported stays: the collector need not look at it again and again, which is a quarter of the time of a compilation."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(300_000, 20, 50)
 
 
 def time_no_guards() -> None:
@@ -68,6 +69,67 @@ def find_builtins_once() -> None:
                 interpreter._patch_attr(part, name, member, builder, scope)
 
     interpreter._patch_builtin = patch
+
+
+def name_dtypes_once() -> None:
+    """Triton's interpreter makes a table of all of numpy's dtypes for each value; by the name of the element it is one look-up."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_get_np_dtype"):
+        return
+    inner, known = interpreter._get_np_dtype, {}
+    pointer, block = interpreter.tl.pointer_type, interpreter.tl.block_type
+
+    def dtype_of(of: Any) -> Any:
+        element = of.element_ty if isinstance(of, block) else of
+        name = "a pointer" if isinstance(element, pointer) else element.name
+        if name not in known:
+            known[name] = inner(of)
+        return known[name]
+
+    interpreter._get_np_dtype = dtype_of
+
+
+def fake_once() -> None:
+    """What torch keeps of a fake result, to make the same again for the same arguments, it tries at once: a second fake tensor for each.
+
+    It looks whether the two are of one kind, which they are but for subclasses that no test has under a fake mode's cache. And each fake
+    mode formats the stack that made it, for a message about two of them at once.
+    """
+    from torch._subclasses import fake_tensor
+
+    mode = fake_tensor.FakeTensorMode
+    if hasattr(mode, "_get_output_info_for_cache_entry") and hasattr(mode, "_output_from_cache_entry"):
+        inner = mode._get_output_info_for_cache_entry
+
+        def untried(self: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            self._output_from_cache_entry = lambda *_: output
+            try:
+                return inner(self, state, key, func, args, kwargs, output)
+            finally:
+                del self._output_from_cache_entry
+
+        mode._get_output_info_for_cache_entry = untried
+    if hasattr(fake_tensor, "traceback"):
+        fake_tensor.traceback = types.SimpleNamespace(**vars(traceback) | {"extract_stack": traceback.StackSummary})
+
+
+def trace_without_modules() -> None:
+    """`make_fx` replaces `Module.__call__` and `__getattr__` by functions that do the same, and back: torch goes through each class of
+    modules that is loaded, four times a trace."""
+    from torch.fx import _symbolic_trace as symbolic
+    from torch.fx.experimental.proxy_tensor import PythonKeyTracer
+
+    if not hasattr(symbolic, "_Patcher"):
+        return
+    inner = symbolic._Patcher.patch_method
+
+    def patch_method(self: Any, cls: type, name: str, new_fn: Any, deduplicate: bool = True) -> None:
+        free = zip(new_fn.__code__.co_freevars, new_fn.__closure__ or (), strict=True)
+        if cls is torch.nn.Module and any(v == "self" and type(c.cell_contents) is PythonKeyTracer for v, c in free):
+            return
+        inner(self, cls, name, new_fn, deduplicate)
+
+    symbolic._Patcher.patch_method = patch_method
 
 
 def sleep_longer() -> None:

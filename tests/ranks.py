@@ -58,6 +58,8 @@ def together() -> None:
     torch.set_num_threads(1)
     lean.time_no_guards()
     lean.seed_without_stacks()
+    lean.fake_once()
+    lean.trace_without_modules()
     lean.collect_seldom()
 
 

@@ -88,7 +88,7 @@ class Bench:
 
     def _run(self, arguments: Mapping[str, Any], autocast: torch.dtype | None, listener: AbstractContextManager[Any] | None) -> Any:
         cast = torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None)
-        with neutral(self.call.grad), cast, self.types(), listener or contextlib.nullcontext():
+        with neutral(self.call.grad, noting=False), cast, self.types(), listener or contextlib.nullcontext():
             return self.call_user(arguments)
 
     def _narrow(self) -> torch.dtype | None:
@@ -240,11 +240,10 @@ class DispatchBench(Bench):
         k, pool = self.roles.k, torch.tensor(list(experts))
         order = torch.cat([pool[torch.randperm(len(pool), generator=self.generator)] for _ in range(-(-tokens * k // len(pool)))])
         ids = order[: tokens * k].view(tokens, k)
-        for row in ids:  # where two shuffles meet, a row may hold an expert twice
-            if len(row.unique()) < k:
-                others = pool[~torch.isin(pool, row)]
-                twice = torch.tensor([i for i in range(k) if row[i] in row[:i]])
-                row[twice] = others[torch.randperm(len(others), generator=self.generator)[: len(twice)]]
+        for t, row in enumerate(ids.tolist()):  # where two shuffles meet, a row may hold an expert twice
+            if twice := [i for i in range(k) if row[i] in row[:i]]:
+                others = pool[~torch.isin(pool, ids[t])]
+                ids[t, twice] = others[torch.randperm(len(others), generator=self.generator)[: len(twice)]]
         return ids
 
 

@@ -92,7 +92,7 @@ def _compare_once(
     cast = torch.autocast(bench.device.type, dtype=autocast, enabled=autocast is not None)
 
     def ours(fn: Any) -> Any:
-        with neutral(bench.call.grad), cast, bench.types():
+        with neutral(bench.call.grad, noting=False), cast, bench.types():
             return fn(*_given(written, bench, arguments))
 
     got = ours(written.by_oracle)

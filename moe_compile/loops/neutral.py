@@ -17,16 +17,16 @@ from ..passes.aten.conditions import no_saving_hooks
 
 
 @contextlib.contextmanager
-def neutral(grad: bool = True) -> Iterator[None]:
+def neutral(grad: bool = True, noting: bool = True) -> Iterator[None]:
     """Run user code apart from whatever is being traced: no modes, no hooks of autograd, no autocast, no random number drawn.
 
-    grad: whether gradients are on, as they are at the call that is read: code may ask.
+    grad: whether gradients are on, as they are at the call that is read: code may ask. noting: whether a graph is made in it.
 
     Raises `Rejection` if the code moved a random generator; the generators are put back in every case.
     """
     with contextlib.ExitStack() as stack:
         # a context of its own, with one fake mode for all the values noted down: without it make_fx makes one per node
-        stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(FakeTensorMode())))
+        stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(FakeTensorMode() if noting else None)))
         stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
         stack.enter_context(_no_function_modes())
         for device in {"cpu", *(() if (a := torch.accelerator.current_accelerator()) is None else (a.type,))}:

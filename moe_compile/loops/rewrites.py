@@ -58,7 +58,7 @@ def split_stacks(gm: fx.GraphModule) -> None:
             continue
         for n in group:
             _split(gm, n)
-    gm.recompile()
+        gm.recompile()
 
 
 def _split(gm: fx.GraphModule, stack: fx.Node) -> None:
@@ -87,7 +87,7 @@ def cast_stacks(gm: fx.GraphModule) -> None:
         if any(map(_is_written, casts)):
             continue  # a copy of its own each time, where cast(P)[e] is one memory for all who take e
         _cast_whole(gm.graph, stack, dtype, casts)
-    gm.recompile()
+        gm.recompile()
 
 
 def _is_written(n: fx.Node) -> bool:
