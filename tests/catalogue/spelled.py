@@ -213,6 +213,30 @@ class Int4FloatZeroStacked(Int4FloatZero):
         return torch.einsum("eth,te->th", y, full)
 
 
+class Int4Written(Int4Offset):
+    """Verdict: fused as Int4Offset. Codes are written into every eighth place of a buffer (compressed-tensors' unpack_from_int32)."""
+
+    near, differs = "", ()
+
+    def codes(self, q: Tensor) -> Tensor:
+        out = torch.zeros((q.shape[0], q.shape[1] * 8), dtype=torch.int32)
+        for i in range(8):
+            out[:, i::8] = (q >> (4 * i)) & 15
+        return out
+
+
+class Int4WrittenAgain(Int4Written):
+    """Verdict: rejected. The first places are written once more, with other codes."""
+
+    expect = Rejected("is no matrix")
+    near, differs = "Int4Offset", ()
+
+    def codes(self, q: Tensor) -> Tensor:
+        out = super().codes(q)
+        out[:, :1] = 3
+        return out
+
+
 class Int4ShiftsInABuffer(Int4Offset):
     """Verdict: fused. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which stays an operand."""
 
