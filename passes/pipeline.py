@@ -15,6 +15,7 @@ from ..ir import Rejection
 from . import steps, trace
 from . import terms as T
 from .aten.conditions import no_saving_hooks
+from .aten.own_gradients import opened
 from .aten.spelled import spell
 from .aten.wrapped import unwrapped
 from .recorded import recover_recorded as recover_recorded
@@ -101,7 +102,7 @@ def run(gm: fx.GraphModule, options: Any, target: Target) -> Outcome:
     if not seen:
         return out
     spell(gm)
-    with trace.unit(gm), unwrapped(gm):
+    with trace.unit(gm), unwrapped(gm), opened(gm):
         work = Work(gm, options, target, seen)
         _searched(work)
         for b in work.out.blocks:

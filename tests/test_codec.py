@@ -58,6 +58,8 @@ STORED = st.builds(
     second=st.sampled_from(Scale),
     second_rows=st.integers(0, 128),
     second_columns=st.integers(0, 128),
+    zero_wraps=st.booleans(),
+    shifted=st.booleans(),
 )
 ROWS = st.builds(
     ir.Rows,

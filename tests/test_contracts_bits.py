@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
+from moe_compile.passes.aten import own_gradients
 from moe_compile.passes.aten.contracts_bits import _NF4
 
 E, K, H, I, RUN, PER = 4, 2, 64, 32, 64, 4
@@ -61,6 +65,49 @@ class Linear(nn.Module):
         return y + F.linear(F.linear(x, self.a), self.b) if hasattr(self, "a") else y
 
 
+class Product(torch.autograd.Function):
+    """bitsandbytes' MatMul4Bit: x W, the floats made once more for the gradient of x; codes and scales have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, linear: Linear) -> Tensor:
+        ctx.linear, ctx.codes = linear, codes
+        return F.linear(x, linear.floats(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return torch.matmul(grad, ctx.linear.floats(grad.dtype)) if ctx.needs_input_grad[0] else None, None, None
+
+
+class Twice(Product):
+    """Near miss: the gradient of the rows is not that of the product."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return 2 * torch.matmul(grad, ctx.linear.floats(grad.dtype)), None, None
+
+
+class InFunction(Linear):
+    product: type[Product] = Product
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product.apply(x, self.weight, self)  # type: ignore[no-untyped-call]
+        return y + F.linear(F.linear(x, self.a), self.b) if hasattr(self, "a") else y
+
+
+class InAnotherFunction(InFunction):
+    product = Twice
+
+
+class TrainedScales(InFunction):
+    """Near miss: scales are trained, and the function has no gradient for them."""
+
+    def __init__(self, out: int, inp: int, rank: int = 0) -> None:
+        super().__init__(out, inp, rank)
+        second = self.second
+        del self.second
+        self.second = nn.Parameter(second)
+
+
 class OtherCodes(Linear):
     """Near miss: another table, which no contract knows."""
 
@@ -93,19 +140,38 @@ def run(m: nn.Module, x: Tensor, compiled: bool) -> tuple[Tensor, ...]:
         y = (torch.compile(m, backend="moe_fused", options={"inner": "eager"}) if compiled else m)(x)
     if not x.requires_grad:
         return (y,)
-    return (y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()]))
+    grads = torch.autograd.grad(y.square().sum(), [x, *m.parameters()], allow_unused=True)
+    return (y, *(g for g in grads if g is not None))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_doubly_quantised_codes_are_read(rank: int) -> None:
-    """As stored: no floats of all experts. Against the same module in float64."""
-    m = Block(rank=rank)
+@pytest.mark.parametrize(("linear", "rank"), [(Linear, 0), (InFunction, 2)])
+def test_doubly_quantised_codes_are_read(linear: type[Linear], rank: int) -> None:
+    """As stored: no floats of all experts. With gradients through a function that says them itself (QLoRA). Against the same in float64."""
+    m = Block(linear, rank)
     x = torch.randn(9, H)
     ours = run(m, x, True)
     (block,) = moe_compile.last_report().blocks
     assert [(s.bits, s.order) for s in (block.ir.experts.up_stored, block.ir.experts.down_stored)] == [(4, (1, 0))] * 2
     for got, want in zip(ours, run(m.double(), x.double(), False), strict=True):
         assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+
+
+@pytest.mark.parametrize(("linear", "own"), [(InFunction, True), (InAnotherFunction, False), (TrainedScales, False)])
+def test_a_function_of_other_gradients_stays(linear: type[Linear], own: bool) -> None:
+    """What it computes stands in a function's place while its graph is read, where its gradients are those of that; then it does again."""
+    seen = []
+
+    def look(gm: fx.GraphModule, inputs: Any) -> Any:
+        before = [n.name for n in gm.graph.nodes]
+        with own_gradients.opened(gm):
+            seen.append(any("dequantize_4bit" in str(n.target) for n in gm.graph.nodes))
+        assert [n.name for n in gm.graph.nodes] == before
+        return gm.forward
+
+    torch._dynamo.reset()
+    m, x = linear(I, H), torch.randn(9, H, requires_grad=True)
+    torch.testing.assert_close(torch.compile(m, backend=look)(x), m(x))
+    assert seen == [own]
 
 
 def test_other_codes_stay_behind_their_op() -> None:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "quantisation.md").read_text(encoding="utf-8")
 # What a scheme's row begins with, in the order in which a record is asked
 SCHEMES = {
+    "any of these whose shifts": lambda s: s.shifted,
     "any of these with scales that divide": lambda s: s.scaled == Scale.DIVIDES,
     "NVFP4": lambda s: bool(s.second),
     "any of these with groups by an index": lambda s: bool(s.indexed),
@@ -58,7 +59,7 @@ ABOUT = {
     "MXFP8": ["MXFP8", "int8, groups", "int8, a scale"],
     "int4, MXFP4": ["int4 packed", "int4, float zero point", "int4, a float added", "int4, packed zero points", "MXFP4"],
     "NVFP4": ["NVFP4"],
-    "GPTQ": ["any of these with groups by an index", "NF4"],
+    "GPTQ": ["any of these with groups by an index", "any of these whose shifts", "NF4"],
 }
 # Cells that no entry of the catalogue shows: the file and the test that does
 ELSEWHERE = {

@@ -30,6 +30,7 @@ INT4 = ir.Stored(4, torch.int32, True, 1, 4, 2, (0, 4, 1, 5, 2, 6, 3, 7), offset
 AWQ = ir.Stored(4, torch.int32, True, 4, 1, 2, INT4.order, zeroed=Zero.COLUMNS, zero_order=INT4.order, zero_offset=1.0)
 ROWS = ir.Stored(4, torch.uint8, True, 4, 1, 1, (1, 0), tabled=True)
 BY_INDEX = replace(AWQ, rows=1, indexed=1, groups=3)
+SHIFTED = replace(AWQ, shifted=True, zero_wraps=True)
 ALONG_INPUTS = replace(CHANNELS, columns=1, indexed=2, groups=3)
 CONCAT = ir.Experts(4, 8, 6, 8, ir.Form.CONCAT, act.SWIGLU, up_stored=CHANNELS, down_stored=CHANNELS)
 MEANINGS = {
@@ -80,6 +81,18 @@ MEANINGS = {
     ),
     "groups of inputs by an index of each, lists": replace(
         CONCAT, form=ir.Form.SEPARATE, stacked=False, up_stored=ALONG_INPUTS, down_stored=ALONG_INPUTS
+    ),
+    "shifts of each, zero points that wrap, lists": replace(
+        CONCAT,
+        hidden=16,
+        intermediate=8,
+        out_features=16,
+        form=ir.Form.SEPARATE,
+        stacked=False,
+        up_transposed=True,
+        down_transposed=True,
+        up_stored=SHIFTED,
+        down_stored=SHIFTED,
     ),
     "blocks that divide": replace(
         CONCAT, up_stored=replace(BLOCKS, scaled=Scale.DIVIDES), down_stored=replace(BLOCKS, scaled=Scale.DIVIDES)
@@ -132,7 +145,10 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
             torch.randint(-3, 3, (shape[how.indexed - 1],), generator=gen) for _ in range(parts if e.stacked else parts * e.num_experts)
         ]
 
-    def of_table(how: ir.Stored | None) -> list[Tensor]:
+    def of_table(how: ir.Stored | None, parts: int) -> list[Tensor]:
+        if how is not None and how.shifted:
+            count = (2 if how.zero_order else 1) * parts * (1 if e.stacked else e.num_experts)
+            return [torch.randint(0, 25, (1, len(how.order)), generator=gen).int() for _ in range(count)]
         return [torch.randn(2**how.bits, generator=gen)] if how is not None and how.tabled else []
 
     def of_smooth(how: ir.Rows | None, inner: int) -> list[Tensor]:
@@ -182,8 +198,8 @@ def tensors(e: ir.Experts) -> dict[str, Any]:
         "down_scale": of_scales(e.down_stored, 1, down),
         "up_zero": of_zeros(e.up_stored, parts, up),
         "down_zero": of_zeros(e.down_stored, 1, down),
-        "up_table": of_table(e.up_stored),
-        "down_table": of_table(e.down_stored),
+        "up_table": of_table(e.up_stored, parts),
+        "down_table": of_table(e.down_stored, 1),
         "up_second": of_seconds(e.up_stored, parts, up),
         "down_second": of_seconds(e.down_stored, 1, down),
         "up_group": of_groups(e.up_stored, parts, up),

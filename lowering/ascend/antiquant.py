@@ -47,7 +47,7 @@ class Problem:
     def values(self) -> tuple[float, float] | None:
         """The least and the largest whole number that codes stand for; None where some are none."""
         s = self.stored
-        if s.tabled or (s.dtype.is_floating_point and not s.values):
+        if s.tabled or s.shifted or (s.dtype.is_floating_point and not s.values):
             return None
         if s.values:
             return (min(s.values), max(s.values)) if all(v == int(v) for v in s.values) else None

@@ -136,7 +136,7 @@ def _prepared(x: Tensor, p: Operands[Tensor], layout: Layout, storage: Storage) 
 
 def takes(how: Stored, transposed: bool) -> bool:
     """Whether the kernels know such codes, for all that the record says."""
-    plain = not (how.second or how.indexed or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN))
+    plain = not (how.second or how.indexed or how.shifted or how.scaled == Scale.DIVIDES or how.zeroed not in (Zero.NONE, Zero.PLAIN))
     return plain and not transposed and _kind(how) is not None
 
 

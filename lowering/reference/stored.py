@@ -27,7 +27,7 @@ class Held:
     codes: Sequence[Tensor]
     scales: Sequence[Tensor]
     zeros: Sequence[Tensor]
-    table: Tensor | None
+    tables: Sequence[Tensor]
     seconds: Sequence[Tensor]
     groups: Sequence[Tensor]
     how: Stored
@@ -35,15 +35,15 @@ class Held:
     @classmethod
     def of(cls, p: Operands[Tensor], name: str, how: Stored) -> Held:
         codes, scales, zeros, seconds, groups = (getattr(p, f"{name}{what}") for what in ("", "_scale", "_zero", "_second", "_group"))
-        table = getattr(p, f"{name}_table")
-        return cls(codes, scales, zeros, table[0] if table else None, seconds, groups, how)
+        return cls(codes, scales, zeros, getattr(p, f"{name}_table"), seconds, groups, how)
 
     def floats(self, i: int, e: Any, dtype: torch.dtype) -> Tensor:
         """Matrix `e` of tensor i; `...` for all that it holds."""
         scale, zero, second = (ts[i][e] if ts else None for ts in (self.scales, self.zeros, self.seconds))
         group = self.groups[i] if self.groups else None
         group = group[e] if group is not None and group.ndim > 1 else group
-        return self.how.matrix(self.codes[i][e], scale, dtype, zero, self.table, second, group)
+        table = self.tables[0] if self.tables and not self.how.shifted else None
+        return self.how.matrix(self.codes[i][e], scale, dtype, zero, table, second, group, self.how.shifts_of(self.tables, i))
 
 
 class _Stacked:

@@ -100,7 +100,7 @@ def read(p: Operands[Tensor], name: str, how: Stored, layout: Layout) -> Codes |
 def takes(how: Stored, transposed: bool) -> bool:
     """Whether the kernels know such codes, for all that the record says."""
     packing = _packing(how, transposed)
-    if packing is None or _kind(how) is None or how.second or how.indexed or how.scaled == Scale.DIVIDES:
+    if packing is None or _kind(how) is None or how.second or how.indexed or how.shifted or how.scaled == Scale.DIVIDES:
         return False
     columns = how.rows if transposed else how.columns
     return columns % (2 if packing[0] else 1) == 0 and (not how.zeroed or how.zeroed == Zero.PLAIN and not how.exponents)

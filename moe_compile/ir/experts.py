@@ -119,7 +119,7 @@ class Experts:
             return t[0::2], t[1::2]
 
         def matrix(name: str, transposed: bool, part: int = 0) -> Tensor:
-            t = self._stored_matrix(name, lambda ts: pick(ts, part), part, p, dtype)
+            t = self._stored_matrix(name, lambda ts: pick(ts, part), part, e, p, dtype)
             return t.t() if transposed else t
 
         up = ("up", self.up_transposed)
@@ -138,7 +138,7 @@ class Experts:
         return dict(g=g, u=u, gb=gb, ub=ub, d=d, db=db, **low, **smooth)
 
     def _stored_matrix(
-        self, name: str, pick: Callable[[Sequence[Tensor]], Tensor | None], part: int, p: Operands[Tensor], dtype: torch.dtype
+        self, name: str, pick: Callable[[Sequence[Tensor]], Tensor | None], part: int, e: int, p: Operands[Tensor], dtype: torch.dtype
     ) -> Tensor:
         """The matrix of what `pick` takes of each parameter, as stored. An index of groups beside stacks may be one for all."""
         code, scale, zero, second = (pick(getattr(p, f"{name}{what}")) for what in ("", "_scale", "_zero", "_second"))
@@ -146,9 +146,11 @@ class Experts:
         assert code is not None
         if how is None:
             return code
-        table, groups = next(iter(getattr(p, f"{name}_table")), None), getattr(p, f"{name}_group")
+        tables, groups = getattr(p, f"{name}_table"), getattr(p, f"{name}_group")
         group = groups[part] if groups and self.stacked and groups[part].ndim == 1 else pick(groups)
-        return how.matrix(code, scale, dtype, zero, table, second, group)
+        table = None if how.shifted else next(iter(tables), None)
+        shifts = how.shifts_of(tables, part if self.stacked else part * self.num_experts + e)
+        return how.matrix(code, scale, dtype, zero, table, second, group, shifts)
 
     def _pair(self, a: Sequence[Tensor], b: Sequence[Tensor], part: int, e: int, scale: float) -> tuple[Tensor, Tensor] | None:
         """An expert's (a [r, in], scale · b [out, r]), the `part`-th of those that are there."""

@@ -22,10 +22,11 @@ CHAINED = ("parts",)
 class Operands(Generic[T]):
     """One stack (two for `Form.SEPARATE`), or as many matrices as there are experts, for each parameter; nothing where there is none.
 
-    A table is one for all, and so may be an index of blocks (`group`) beside stacks: one for each of these. Smooth scales, numbers of a
-    projection's inputs, are [E, in] or a list like the weights, or one [in] for all. Low-rank pairs stand beside the projections that
-    have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored. `parts`: all parameters of experts that are a
-    chain, as its kinds say (`ir.chain`); there are no others then.
+    A table is one for all; where codes are shifted by numbers that a tensor holds (`Stored.shifted`) there are as many as tensors of codes,
+    and behind them as many for packed zero points. One for all may also be an index of blocks (`group`) beside stacks: one for each of
+    these. Smooth scales, numbers of a projection's inputs, are [E, in] or a list like the weights, or one [in] for all. Low-rank pairs
+    stand beside the projections that have one: `a` [E, r, in] and `b` [E, out, r], whatever way the weights are stored. `parts`: all
+    parameters of experts that are a chain, as its kinds say (`ir.chain`); there are no others then.
     """
 
     up: tuple[T, ...] = ()

@@ -12,6 +12,7 @@ stands in the place of i // rows, or g[j] in that of j // columns.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,15 +55,16 @@ class Stored:
     bits: of a code. dtype: what codes lie in. scaled: whether there are scales, and what they do. rows, columns: of the matrix as stored,
     that share a scale; `ALL` for as many as there are. Codes are [.., R, C]. Scales are [.., R / rows] where columns are `ALL` (one
     number: [.., 1]), [.., C / columns] where rows are, else [.., R / rows, C / columns], each rounded up.
-    axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order: the
-    place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what `values`
-    has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z, laid out as
-    scales, and how they lie, or that they are added behind the scale. exponents: scales are bytes that stand for
-    powers of two. zero_order: of packed zero points, as `order`;
-    zero_offset is added to each. second: whether there are second scales, and what they do; second_rows, second_columns: of the matrix
-    as stored that share one. They are laid out as scales that are no grid. indexed: along which dim an index says the block of each row
-    (1) or column (2), 0 for none: there are `groups` of them, rows (columns) is 1 then, and scales are a grid. The index [R] (or [C]) is
-    one for all experts or each expert's own; numbers below zero count from the last block.
+    axis: along which several codes lie in one word, 1 for rows, 2 for columns (R or C of the words is less by that), 0 for none; order:
+    the place of each of them in its word, counted from the lowest bits. A code's value is the number that it is, and `offset`; or what
+    `values` has for it; or, `tabled`, what a table [2^bits] that the op is given has for it. zeroed: whether there are zero points z,
+    laid out as scales, and how they lie, or that they are added behind the scale. exponents: scales are bytes that stand for powers of
+    two. zero_order: of packed zero points, as `order`; zero_offset is added to each, and where `zero_wraps` taken modulo 2^bits. second:
+    whether there are second scales, and what they do; second_rows, second_columns: of the matrix as stored that share one. They are laid
+    out as scales that are no grid. indexed: along which dim an index says the block of each row (1) or column (2), 0 for none: there are
+    `groups` of them, rows (columns) is 1 then, and scales are a grid. The index [R] (or [C]) is one for all experts or each expert's own;
+    numbers below zero count from the last block. shifted: by how many bits each code of a word is shifted is said by a list that the op
+    is given, and `order` counts its numbers (`zero_order` those of a list for the zero points).
     """
 
     bits: int
@@ -84,6 +86,8 @@ class Stored:
     second_columns: int = ALL
     indexed: int = 0
     groups: int = 0
+    zero_wraps: bool = False
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         """Plain numbers, as an op has them, are taken too."""
@@ -124,13 +128,15 @@ class Stored:
         table: Tensor | None = None,
         second: Tensor | None = None,
         group: Tensor | None = None,
+        shifts: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
         """codes [.., R, C], scales (and zero points) as above -> the weights [.., R, C] in `dtype`, computed in it.
 
-        group: the index of blocks [R] (or [C]), or [.., R] where each matrix has its own. Raises IndexError or RuntimeError on a number
+        group: the index of blocks [R] (or [C]), or [.., R] where each matrix has its own. shifts: of codes and of zero points.
+        Raises IndexError or RuntimeError on a number
         of no block, where the device does.
         """
-        w = self._once(code, scale, dtype, zero, table, group)
+        w = self._once(code, scale, dtype, zero, table, group, shifts)
         if second is None:
             return w
         r = second.to(dtype).unsqueeze(-2 if self.second_columns != ALL else -1)
@@ -138,10 +144,17 @@ class Stored:
         return times(w, r, max(self.second_rows, 1), max(self.second_columns, 1))
 
     def _once(
-        self, code: Tensor, scale: Tensor | None, dtype: torch.dtype, zero: Tensor | None, table: Tensor | None, group: Tensor | None
+        self,
+        code: Tensor,
+        scale: Tensor | None,
+        dtype: torch.dtype,
+        zero: Tensor | None,
+        table: Tensor | None,
+        group: Tensor | None,
+        shifts: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         """The weights without their second scales."""
-        value = self.value(self.unpacked(code), table, dtype)
+        value = self.value(self.unpacked(code, shifts[0]), table, dtype)
         if not self.scaled or scale is None:
             return value
         s = self.factor(scale, dtype)
@@ -149,7 +162,7 @@ class Stored:
             lone = -2 if self.columns != ALL else -1
             s, zero = s.unsqueeze(lone), None if zero is None else zero.unsqueeze(lone)
         rows, columns = max(self.rows, 1), max(self.columns, 1)
-        z = None if zero is None else self.zeros(zero, dtype)
+        z = None if zero is None else self.zeros(zero, dtype, shifts[1])
         if group is not None:
             s, z = (None if t is None else looked_up(t, group, self.indexed - 3) for t in (s, z))
             assert s is not None
@@ -159,6 +172,12 @@ class Stored:
         w = times(value, s, rows, columns)
         return w if spread is None else w + spread
 
+    def shifts_of(self, tables: Sequence[Tensor], i: int) -> tuple[Tensor | None, Tensor | None]:
+        """By how much the i-th tensor of codes and its zero points are shifted, of lists for all codes and then for all zero points."""
+        if not self.shifted:
+            return None, None
+        return tables[i], tables[len(tables) // 2 + i] if self.zero_order else None
+
     def factor(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """What weights are multiplied by, laid out as the scales."""
         s = scale.to(dtype)
@@ -167,19 +186,21 @@ class Stored:
             s = torch.where(scale == 0, 0.0, power) if self.exponents == Exponent.BITS else power
         return 1 / s if self.scaled == Scale.DIVIDES else s
 
-    def zeros(self, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    def zeros(self, zero: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
         """Zero points, laid out as the scales."""
         if self.zeroed in (Zero.PLAIN, Zero.ADDED):
             return zero.to(dtype)
         packed = Stored(self.bits, zero.dtype, axis=int(self.zeroed) - 1, order=self.zero_order)
-        return packed.unpacked(zero).to(dtype) + self.zero_offset
+        z = packed.unpacked(zero, shift).to(dtype) + self.zero_offset
+        return z % (1 << self.bits) if self.zero_wraps else z
 
-    def unpacked(self, words: Tensor) -> Tensor:
-        """The codes of words, as whole numbers where several lie in one."""
+    def unpacked(self, words: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The codes of words, as whole numbers where several lie in one; `shift`: where `order` counts its numbers."""
         if not self.axis:
             return words
         mask, wide = (1 << self.bits) - 1, words.to(torch.int32)
-        codes = [(wide >> (self.bits * place)) & mask for place in self.order]
+        by = None if shift is None else shift.flatten().to(torch.int32)
+        codes = [(wide >> (self.bits * place if by is None else by[place])) & mask for place in self.order]
         return torch.stack(codes, -1).flatten(-2, -1) if self.axis == 2 else torch.stack(codes, -2).flatten(-3, -2)
 
     def value(self, code: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:

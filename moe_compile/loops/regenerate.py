@@ -265,8 +265,12 @@ class Regenerated:
 
 
 def _of_data(n: fx.Node) -> bool:
-    """Whether the size of an operation's result depends on data; that of one_hot does not where it is told how many classes there are."""
+    """Whether the size of an operation's result depends on data; that of one_hot does not where it is told how many classes there are, nor
+    that of an index of whole numbers."""
     schema = n.target._schema  # type: ignore[union-attr]
+    if schema.name == "aten::index":
+        chosen = [x for x in n.args[1] if isinstance(x, fx.Node)]  # type: ignore[union-attr]
+        return any(x.meta["val"].dtype not in (torch.int64, torch.int32) for x in chosen)
     if schema.name == "aten::one_hot":
         classes = n.args[1] if len(n.args) > 1 else n.kwargs.get("num_classes", -1)
         return not isinstance(classes, int) or classes < 0

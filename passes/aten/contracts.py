@@ -19,7 +19,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
-from .node import schema_of, traced
+from .node import fakes, schema_of, traced
 
 _NAME = re.compile(r"(\w+::)?\w+(\.\w+)?")
 
@@ -141,14 +141,16 @@ def expand(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     Nodes have fake tensors as `meta["val"]`. A reference that fails leaves its op.
     """
     stands: dict[fx.Node, fx.Node] = {}
+    known: dict[Any, fx.GraphModule | None] = {}
     for n in list(gm.graph.nodes):
         c = contract_of(n.target) if n.op == "call_function" else None
         if c is not None:
-            stands |= _expanded(gm, n, c)
+            stands |= _expanded(gm, n, c, known)
     return stands
 
 
-def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.Node]:
+def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract, known: dict[Any, fx.GraphModule | None]) -> dict[fx.Node, fx.Node]:
+    """`known`: references that were traced on arguments of these kinds."""
     given = {a.name: v for a, v in zip(schema_of(n).arguments, n.args, strict=False)} | dict(n.kwargs)
     leaves, spec = pytree.tree_flatten(given)
     nodes = [v for v in leaves if isinstance(v, fx.Node)]
@@ -159,21 +161,37 @@ def _expanded(gm: fx.GraphModule, n: fx.Node, c: Contract) -> dict[fx.Node, fx.N
         filled = pytree.tree_unflatten([next(rest) if isinstance(v, fx.Node) else v for v in leaves], spec)
         return c.reference(**filled), [filled[name] for name in written]
 
-    made = traced(run, [x.meta.get("val") for x in nodes], pre_dispatch=True)
+    values = [x.meta.get("val") for x in nodes]
+    key = (c.name, str(spec), repr([_kind(values[nodes.index(v)]) if isinstance(v, fx.Node) else v for v in leaves]))
+    first = key not in known
+    if first:
+        known[key] = traced(run, values, pre_dispatch=True)
+    made = known[key]
     if made is None:
         return {}
     env: dict[fx.Node, Any] = dict(zip((x for x in made.graph.nodes if x.op == "placeholder"), nodes, strict=True))
-    with gm.graph.inserting_before(n):
+    held: dict[fx.Node, torch.Tensor] = {}
+    with gm.graph.inserting_before(n), fakes(values):
         for x in made.graph.nodes:
             if x.op == "get_attr":
                 env[x] = gm.graph.get_attr(_kept(gm, getattr(made, str(x.target))))
                 env[x].meta = dict(x.meta)
+                held[env[x]] = getattr(made, str(x.target))
             elif x.op == "call_function":
                 env[x] = gm.graph.node_copy(x, env.__getitem__)
                 env[x].meta |= {k: v for k, v in n.meta.items() if k not in ("val", "tensor_meta")}
+                if not first:  # memory of its own
+                    args, kwargs = fx.map_arg((env[x].args, env[x].kwargs), lambda y: held.get(y, y.meta["val"]))
+                    env[x].meta["val"] = x.target(*args, **kwargs)
     ((out, after),) = (x.args[0] for x in made.graph.nodes if x.op == "output")
     _rename(n, {given[name]: env[a] for name, a in zip(written, after, strict=True)})
     return _replaced(n, fx.map_arg(out, env.__getitem__))
+
+
+def _kind(v: Any) -> Any:
+    """What a reference's operations may hang on, of an argument."""
+    same = (v.shape, v.stride(), v.dtype, v.device, v.requires_grad) if isinstance(v, torch.Tensor) else v
+    return str(same)
 
 
 def _is_written(argument: Any) -> bool:

@@ -1,9 +1,10 @@
 """Contracts of ops that make floats of codes of four bits (`contracts`): bitsandbytes' NF4, as QLoRA has it.
 
     w = (table[code] · absmax[n // blocksize]) of element n, seen as `shape`
+    a = code[c] · absmax[n // blocksize]       of what is in eight bits itself (double quantisation)
 
 The table is that of Dettmers and others, QLoRA (arXiv 2305.14314), appendix E. The first of two codes is in the high half of its byte.
-What `absmax` is made of, codes too (double quantisation) or not, is the graph's. Other tables than NF4 have no contract.
+What `absmax` is made of, codes too or not, is the graph's. Other tables than NF4 have no contract.
 """
 
 from __future__ import annotations
@@ -35,4 +36,12 @@ def _dequantize_4bit(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str,
     return (v.view(-1, blocksize) * absmax[:, None]).view(*shape).to(dtype)
 
 
-own(Contract("dequantize_4bit", _dequantize_4bit, own=True))
+def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    v = code[A.long()].flatten()
+    return (v * absmax.repeat_interleave(blocksize)[: v.shape[0]]).view(A.shape).to(dtype)
+
+
+own(
+    Contract("dequantize_4bit", _dequantize_4bit, own=True),
+    Contract("dequantize_blockwise", _dequantize_blockwise, own=True),
+)

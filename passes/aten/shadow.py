@@ -21,6 +21,7 @@ from .. import terms as T
 from ..terms.text import SAID
 from . import contracts, sharded, sorted_rows
 from .effects import Memory, change_of_level
+from .filled import fill
 from .merge import merge_made
 from .node import example_value, fakes
 from .sources import input_name
@@ -49,6 +50,7 @@ class Shadow:
         self.transformed: set[fx.Node] = set()
         self.module = self._trace(gm)
         self.graph = self.module.graph
+        fill(self.graph)
         sorted_rows.mark(self.graph)
         self.order = {n: i for i, n in enumerate(self.graph.nodes)}
         self.memory = Memory(self.graph)

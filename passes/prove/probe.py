@@ -105,6 +105,8 @@ class _Draw:
             return torch.randint(118, 123, shape, generator=self.generator).to(dtype)
         if role in ("weight", "zero") and dtype in (torch.uint8, torch.int32):
             return word_windows(shape, dtype, self.generator)
+        if role == "table" and not dtype.is_floating_point:  # by how much codes are shifted
+            return torch.randint(0, 25, shape, generator=self.generator).to(dtype)
         if role == "group":
             return torch.randint(0, self.edge.counts[n], shape, generator=self.generator).to(dtype)
         if not dtype.is_floating_point:

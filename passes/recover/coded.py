@@ -11,9 +11,9 @@ from ...ir.stored import ALL, Exponent, Scale, Stored, Zero
 from ..aten.element import dtype_of, shape_of
 from . import grids
 from . import scales as channels
+from .codes import Reading
 from .linear import Linear
 from .match import Param
-from .packed import Reading
 from .rows import No
 
 
@@ -45,7 +45,7 @@ def _stored(x: Linear) -> Stored | None:
     if x.words is None:
         return how
     w, tabled = x.words, x.words.table is not None
-    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, **_zeroed(x, w))
+    how = replace(how, bits=w.bits, axis=w.axis, order=w.order, tabled=tabled, shifted=bool(w.shifts), **_zeroed(x, w))
     return how if tabled else replace(how, values=w.values) if w.offset is None else replace(how, offset=w.offset)
 
 
@@ -63,7 +63,11 @@ def _zeroed(x: Linear, words: Reading) -> dict[str, Any]:
     z = x.zero.words
     if z.bits != words.bits or not z.axis:
         raise No("zero points have other bits than the codes")
-    return {"zeroed": Zero.ROWS if z.axis == 1 else Zero.COLUMNS, "zero_order": z.order, "zero_offset": float(z.offset or 0)}
+    if bool(z.shifts) != bool(words.shifts):
+        raise No("of codes and zero points one is shifted by numbers that a tensor holds, and the other by constants")
+    wraps = z.offset is None
+    zeroed = {"zeroed": Zero.ROWS if z.axis == 1 else Zero.COLUMNS, "zero_order": z.order}
+    return zeroed | {"zero_offset": float(z.wraps or 0) if wraps else float(z.offset or 0), "zero_wraps": wraps}
 
 
 def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
@@ -80,9 +84,14 @@ def words(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:
     return [Param.shaped(n, (*lead, *own)) for n in _nodes(x.weight)]
 
 
-def table(x: Linear) -> list[Param]:
-    """The table that codes are looked up in."""
-    return [] if x.words is None or x.words.table is None else [Param(x.words.table)]
+def tables(store: Sequence[Linear], experts: int) -> list[Param]:
+    """The table that codes are looked up in; or by how much they are shifted, of each tensor of codes, then of its zero points."""
+    words = [x.words for x in store if x.words is not None]
+    if words and words[0].table is not None:
+        return [Param(words[0].table)]
+    zeros = [x.zero.words for x in store if x.zero is not None and x.zero.words is not None]
+    each = experts if any(isinstance(x.weight, tuple) for x in store) else 1
+    return [Param(n) for w in (*words, *zeros) if w.shifts for n in (w.shifts * each if len(w.shifts) == 1 else w.shifts)]
 
 
 def groups(x: Linear, experts: int, shape: tuple[int, int]) -> list[Param]:

@@ -22,6 +22,7 @@ from .body import Core, parse_core
 from .carrier import carrier
 from .chain import holds_rows_of_experts, holds_statistics, read_chain
 from .copies import EXPERT, OneBody, one_body
+from .doubled import as_list
 from .forms import layout
 from .linear import Linear
 from .match import ExpertsMatch, Param
@@ -202,6 +203,8 @@ def _with_rows(e: Experts, up: Rows | None, down: Rows | None) -> Experts:
 
 def _check_stored(ups: list[Linear], down: Linear, form: Form) -> None:
     """All of an expert's parameters are stored alike."""
+    for x in (*ups, down):
+        as_list(x)
     if len({(x.transposed, x.flat, isinstance(x.weight, tuple)) for x in ups}) != 1 or len({x.bias is None for x in ups}) != 1:
         raise No("gate and up projections are stored differently")
     stacked = not isinstance(ups[0].weight, tuple)
@@ -230,8 +233,8 @@ def parameters(e: Experts, store: list[Linear], down: Linear) -> Operands[Param]
         down_scale=coded.scales(down, count, down_shape),
         up_zero=[q for x in store for q in coded.zeros(x, count, up_shape)],
         down_zero=coded.zeros(down, count, down_shape),
-        up_table=coded.table(store[0]),
-        down_table=coded.table(down),
+        up_table=coded.tables(store, count),
+        down_table=coded.tables([down], count),
         up_group=[q for x in store for q in coded.groups(x, count, up_shape)],
         down_group=coded.groups(down, count, down_shape),
         up_second=[q for x in store for q in coded.seconds(x, count, up_shape)],

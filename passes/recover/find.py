@@ -23,6 +23,7 @@ from ..aten.shadow import CUT
 from ..terms.budget import BUDGET
 from .counted import kth_best, named, only_counted
 from .dense import DenseReader
+from .doubled import scales_of_codes
 from .experts import BESIDE, match_experts
 from .fused import is_fused, read_fused, with_identity
 from .given_ids import given_ids, is_last, rows_in_order
@@ -79,7 +80,8 @@ class Finder:
         if codes:
             codes |= rounded_nodes(graph)
         self.opened = codes | merged_pairs(graph)  # weights that are looked into for what they are made of
-        self.fallbacks = [set(s) for s in {frozenset(codes): None, frozenset(): None} if s != self.opened]
+        fewer = self.opened - scales_of_codes(graph, codes)
+        self.fallbacks = [set(s) for s in dict.fromkeys(map(frozenset, (fewer, codes, ()))) if s != self.opened]
         self.in_order: frozenset[fx.Node] = frozenset()  # rows that are taken as they come, whatever put them in the order of their experts
         self.fused: dict[fx.Node, ExpertsMatch] = {}  # calls of the fused op that were read
 

@@ -12,8 +12,9 @@ import torch.fx as fx
 from .. import terms as T
 from ..aten.element import shape_of
 from ..terms import Term
+from .codes import Reading
 from .match import Param
-from .packed import Reading, is_packed, place
+from .packed import is_packed, place
 from .rows import No, factors, nodes_of, outer_atoms, reads
 from .scales import block_of, is_coded, is_whole
 
@@ -136,7 +137,7 @@ def grid(a: Term, matrix: Sequence[Term], expert: Term, zeros: bool = False) -> 
     if is_packed(a):
         p = place(a, expert)
         node, idx, sizes = p.words, [p.row, p.column], p.reading.shape
-        if not (p.reading.powers or zeros) or zeros and p.reading.offset is None:
+        if not (p.reading.powers or zeros) or zeros and p.reading.offset is None and p.reading.wraps is None:
             raise No(f"{'zero points' if zeros else 'scales'} are made of words in an unknown way")
         words, by_bits = (p.reading if zeros else None), p.reading.values[0] == 0
     else:

@@ -12,10 +12,10 @@ from .. import terms as T
 from ..terms import Term
 from ..terms.arithmetic import constant_part
 from . import grids, packed, shifts
+from .codes import Reading
 from .grids import Grid, Parts
 from .matrices import LowRank
-from .packed import Reading
-from .rows import No, reads
+from .rows import No, nodes_of, reads
 from .scales import Channel
 
 
@@ -25,8 +25,8 @@ class Linear:
 
     `scale` multiplies the sum but not the bias: what the projection's input is multiplied by. `channel`: a scale for each row, which
     multiplies the sum too. `pair`: a low-rank pair that is added to the sum, before `scale` and bias. `grid`, `zero`: scales and zero
-    points of blocks of the weight, which are in the sum. `words`: what packed codes mean. `exponents`: scales are exponents of
-    two. `divided`: they divide. `added`: zero points are added to what is scaled.
+    points of blocks of the weight, which are in the sum. `words`: what packed codes mean; `codes`: nodes that hold them, unpacked.
+    `exponents`: scales are exponents of two. `divided`: they divide. `added`: zero points are added to what is scaled.
     """
 
     weight: Any
@@ -44,6 +44,7 @@ class Linear:
     exponents: bool = False
     divided: bool = False
     added: bool = False
+    codes: tuple[Any, ...] = ()
 
 
 def linear_of(parts: Parts, out: Term, inp: Term, expert: Term, product: Sequence[Term]) -> Linear:
@@ -86,7 +87,7 @@ def _laid_out(parts: Parts, out: Term, inp: Term, expert: Term) -> Linear:
                 raise No("zero points are not laid out as the scales")
             blocks = {"grid": scale, "zero": zero, "words": words, "exponents": parts.exponents}
             blocks |= {"divided": parts.divided, "added": parts.added}
-            return Linear(weight, stride, offset, transposed, flat, **blocks)  # type: ignore[arg-type]
+            return Linear(weight, stride, offset, transposed, flat, codes=nodes_of(a), **blocks)  # type: ignore[arg-type]
     raise No(f"an expert weight is indexed in an unknown way{reads(a)}")
 
 

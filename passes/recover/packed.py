@@ -6,8 +6,6 @@ of theirs is needs no term, it is found out.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -19,20 +17,17 @@ from torch import Tensor
 from ..aten import names
 from ..aten.element import fixed_number, reindex, shape_of, size_of
 from ..aten.names import op_name
-from ..aten.node import reached
 from ..terms import Term
+from .codes import Reading, made_of, read
 from .rows import WORDS, No, nodes_of, reads
+from .shifts import is_list
 
 _WORDS = (torch.uint8, torch.int32, torch.int8)
 _BITS = frozenset("bitwise_and __and__ bitwise_or __or__ bitwise_xor bitwise_right_shift __rshift__ bitwise_left_shift __lshift__".split())
 _POINTWISE = frozenset("add sub rsub mul div neg ldexp exp2 pow eq ne lt le gt ge where floor_divide remainder".split())
 _MADE_OF_WORDS = names.VIEW | names.CAST | names.JOIN | names.LOOKUP | frozenset({"index_select", "getitem"}) | _BITS | _POINTWISE
 _TABLES = (16, 256)
-_MOST = 1 << 25  # elements of a node that is looked at
-_APART = 7  # words between the matrices of a stack
-_FAR_FROM = 1 << 16  # between the seeds of two places of bytes in a word; words that are drawn at random beyond
 _READ = "readings of words"  # in a node's notes
-_NAN = 1e300  # what stands for it where values are compared
 
 
 def cuts(graph: fx.Graph) -> set[fx.Node]:
@@ -43,7 +38,9 @@ def cuts(graph: fx.Graph) -> set[fx.Node]:
     for n in graph.nodes:
         if n.op in ("placeholder", "get_attr"):
             v = n.meta.get("val")
-            if isinstance(v, Tensor) and v.dtype in _WORDS and v.ndim > 1:
+            if is_list(n):
+                fixed.add(n)
+            elif isinstance(v, Tensor) and v.dtype in _WORDS and v.ndim > 1:
                 leaf[n] = n
             elif n.op == "get_attr" or isinstance(v, Tensor) and v.ndim == 1 and v.is_floating_point() and v.shape[0] in _TABLES:
                 fixed.add(n)
@@ -87,169 +84,6 @@ def _unpacks(n: fx.Node, leaf: dict[fx.Node, fx.Node]) -> bool:
     return name in _POINTWISE and words is torch.uint8
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a node made of words is: value(code) at every place of a matrix [rows, columns] of codes.
-
-    axis: along which a word's codes lie, 1 for rows, 2 for columns, 0
-    where a word is one code. order: the place, in its word, of each of its codes. values: of each code. table: the node they come from.
-    """
-
-    shape: tuple[int, int]
-    axis: int
-    order: tuple[int, ...]
-    values: tuple[float, ...]
-    table: fx.Node | None = None
-
-    @property
-    def bits(self) -> int:
-        return len(self.values).bit_length() - 1
-
-    @property
-    def powers(self) -> bool:
-        """Whether bytes b are exponents b - 127, or 2^(b - 127) where 0 may be 0; 255, which no scale has, may be something else."""
-        inner = list(self.values[1:-1])
-        if self.axis or self.bits != 8:
-            return False
-        if inner == [float(b - 127) for b in range(1, 255)]:
-            return self.values[0] == -127
-        return inner == [2.0 ** (b - 127) for b in range(1, 255)] and self.values[0] in (0.0, 2.0**-127)
-
-    @property
-    def offset(self) -> float | None:
-        """c where every code's value is the code and c, None where there is no such number."""
-        first = self.values[0]
-        return first if self.values == tuple(code + first for code in range(len(self.values))) else None
-
-
-def read(n: fx.Node, leaf: fx.Node, expert: int | None, experts: int) -> Reading | None:
-    """The reading of a node, which holds one matrix (that of `expert` where the leaf is a stack) or with `expert` None a stack of them.
-
-    None where it is no such thing, or too large to look at.
-    """
-    v, words = n.meta["val"], leaf.meta["val"]
-    if v.numel() > _MOST or not all(isinstance(s, int) for s in (*v.shape, *words.shape)):
-        return None
-    if expert is None and v.shape[0] != words.shape[0]:
-        return None
-    # [E, words of a whole matrix] is a stack too, and [rows, groups, words of a group] a matrix
-    ways = (True,) if expert is None else (True, False) if words.ndim > 2 else (False, True)
-    found = (_read(n, leaf, expert, stacked and words.shape[0] >= experts) for stacked in ways)
-    return next((f for f in found if f is not None), None)
-
-
-def _read(n: fx.Node, leaf: fx.Node, expert: int | None, stacked: bool) -> Reading | None:
-    """The reading of a node where its leaf is a stack, or is none."""
-    v, words = n.meta["val"], leaf.meta["val"]
-    if stacked and expert is not None and v.numel() * words.shape[0] % words.numel():
-        return None
-    tables = [x for x in made_of(n) if x.op == "placeholder" and x is not leaf]
-    drawn = (torch.randperm(t.meta["val"].shape[0], generator=_generator(i)) for i, t in enumerate(tables))  # no two tables alike
-    given: dict[fx.Node, Any] = {t: numbers.double() + 0.5 for t, numbers in zip(tables, drawn, strict=True)}
-    runs: list[tuple[Tensor, Tensor]] = []
-    for turn in range(_turns(words, stacked)):
-        given[leaf] = _words(tuple(words.shape), words.dtype, stacked, turn)
-        out = _value(n, dict(given))
-        for e in (0, words.shape[0] - 1) if expert is None else (expert,):
-            own = given[leaf][e] if stacked else given[leaf]
-            runs.append((own.flatten(1) if own.ndim > 1 else own[None], out[e] if expert is None else out))
-    found = _looked_at(runs)
-    if found is None:
-        return None
-    axis, order, codes = found
-    (rows, columns), per = runs[0][0].shape, max(len(order), 1)
-    shape = (rows * per if axis == 1 else rows, columns * per if axis == 2 else columns)
-    table = next((t for t in tables if tuple(given[t].tolist()) == codes), None)
-    reading = Reading(shape, axis, order, codes, table)
-    if reading.powers:  # what 255 stands for may be no number, which equals no other
-        reading = replace(reading, values=(*codes[:-1], math.inf))
-    return None if tables and table is None else reading
-
-
-def _looked_at(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
-    """(axis, order, value of every code) where each element that came out is a function of one code of a word in its own place."""
-    words = torch.cat([w for w, _ in runs])
-    rows, columns = runs[0][0].shape
-    per, rest = divmod(runs[0][1].numel(), rows * columns)
-    if rest or per not in (1, 2, 4, 8, 16) or 8 * words.dtype.itemsize // per > 8:
-        return None
-    bits = 8 * words.dtype.itemsize // per
-    fields = [(words.long() >> (bits * p)) & ((1 << bits) - 1) for p in range(per)]
-    along = torch.cat([out.reshape(rows, columns, per) for _, out in runs]).unbind(-1)
-    across = torch.cat([out.reshape(rows, per, columns) for _, out in runs]).unbind(1)
-    for axis, seen in ((2, along), (1, across)):
-        found = [f for part in seen if (f := _function(fields, bits, part)) is not None]
-        order = tuple(place for place, _ in found)
-        if sorted(order) == list(range(per)) and len({codes for _, codes in found}) == 1:
-            return (0, (), found[0][1]) if per == 1 else (axis, order, found[0][1])
-    return None
-
-
-def _function(fields: Sequence[Tensor], bits: int, out: Tensor) -> tuple[int, tuple[float, ...]] | None:
-    """(place, value of every code): which of the codes an element is a function of. Every code must occur."""
-    out = out.double()
-    for place, codes in enumerate(fields):
-        table = torch.zeros(1 << bits, dtype=torch.float64)
-        table[codes.flatten()] = out.flatten()
-        every = bool(codes.flatten().bincount(minlength=1 << bits).all())
-        if every and torch.equal(table[codes].nan_to_num(nan=_NAN), out.nan_to_num(nan=_NAN)):
-            return place, tuple(table.tolist())
-    return None
-
-
-def _turns(words: Tensor, stacked: bool) -> int:
-    """So many runs that every byte occurs, wherever among the blocks of 256 a matrix starts."""
-    own = words.numel() // (words.shape[0] if stacked else 1)
-    return -(-512 // max(own, 2))
-
-
-def _generator(turn: int) -> torch.Generator:
-    return torch.Generator().manual_seed(11 + turn)
-
-
-def _words(shape: tuple[int, ...], dtype: torch.dtype, stacked: bool, turn: int) -> Tensor:
-    """Words with all their bits in use, each of their bytes having all values in turn (of many words at random); the matrices of a stack
-    start a few words apart in one buffer."""
-    rest = shape[1:] if stacked else shape
-    numel = math.prod(rest) + (_APART * shape[0] if stacked else 0)
-    start = turn * math.prod(rest)
-
-    def bytes_at(place: int) -> Tensor:
-        blocks = range(start // 256, (start + numel) // 256 + 1)
-        every = torch.cat([torch.randperm(256, generator=_generator(b + _FAR_FROM * place)) for b in blocks])
-        return every[start % 256 :][:numel].to(torch.uint8)
-
-    if dtype.itemsize > 1 and numel > _FAR_FROM:
-        info = torch.iinfo(dtype)
-        flat = torch.randint(info.min, info.max + 1, (numel,), generator=_generator(turn)).to(dtype)
-    else:
-        flat = torch.stack([bytes_at(place) for place in range(dtype.itemsize)], -1).view(dtype).flatten()
-    strides = torch.empty(rest, device="meta").stride()
-    return flat.as_strided(shape, (_APART, *strides)) if stacked else flat.reshape(shape)
-
-
-def made_of(n: fx.Node) -> list[fx.Node]:
-    """What a node is computed from, itself included, in no order. A number of the user's that Dynamo keeps variable is what it is now."""
-    return list(reached([n], lambda x: () if fixed_number(x) else x.all_input_nodes))
-
-
-def _value(n: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """A node's value, computed with the types that the graph has. `env`: values that are known, and come to be."""
-
-    def load(a: Any) -> Any:
-        return _value(a, env) if isinstance(a, fx.Node) else torch.device("cpu") if isinstance(a, torch.device) else a
-
-    if n not in env:
-        if fixed_number(n):
-            env[n] = size_of(n)
-        elif n.op == "get_attr":
-            env[n] = getattr(n.graph.owning_module, str(n.target))
-        else:
-            args, kwargs = fx.node.map_aggregate((n.args, n.kwargs), load)
-            env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-    return env[n]
-
-
 def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
     """How a node is made of its words: nodes with one spelling have one reading, whichever expert's words they are made of."""
     made = made_of(n)
@@ -264,7 +98,7 @@ def _spelling(n: fx.Node, leaf: fx.Node, expert: int | None) -> str:
         if fixed_number(x):
             return size_of(x)
         how = fx.map_arg((x.args, dict(x.kwargs)), lambda a: ("node", number[a]))
-        return (x.name,) if x.op == "placeholder" else (str(x.target), how)
+        return ("list", x.meta["val"].shape) if is_list(x) else (x.name,) if x.op == "placeholder" else (str(x.target), how)
 
     own = expert if leaf.meta["val"].ndim > 2 else None
     return repr((own, [told(x) for x in made]))
@@ -329,5 +163,8 @@ def place(a: Term, expert: Term) -> Place:
         raise No(_why_not(nodes[0], leaves[0], stack))
     (reading,) = readings
     assert reading is not None
+    if reading.shifts:
+        lists = tuple(next(x for x in made_of(n) if is_list(x)) for n in nodes)
+        reading = replace(reading, shifts=lists[:1] if len(set(lists)) == 1 else lists)
     row, column = reindex(tuple(inner), shape_of(nodes[0])[stack:], reading.shape)
     return Place(leaves[0] if len(set(leaves)) == 1 else tuple(leaves), row, column, reading)

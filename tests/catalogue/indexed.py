@@ -102,7 +102,7 @@ class Int4GroupsHit(Int4GroupsByIndex):
 
 
 class _Quantised(nn.Module):
-    """A linear as GPTQ's packers write it: words along the inputs, `g_idx`, zero points less one."""
+    """A linear as AutoGPTQ has it: words along the inputs, `g_idx`, zero points less one (15 is 0), shifts in a buffer of its own."""
 
     def __init__(self, inner: int, out: int) -> None:
         super().__init__()
@@ -111,20 +111,21 @@ class _Quantised(nn.Module):
             self.register_buffer(name, torch.randint(info.min, info.max + 1, shape).int())
         self.register_buffer("scales", (torch.rand(inner // G, out) + 0.3) / 40)
         self.register_buffer("g_idx", (torch.arange(inner) // G)[torch.randperm(inner)].int())
+        self.register_buffer("wf", torch.arange(0, 32, 4, dtype=torch.int32)[None])
 
     def forward(self, x: Tensor) -> Tensor:
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        zeros = torch.bitwise_right_shift(self.qzeros.unsqueeze(2).expand(-1, -1, 8), shifts) & 15
-        zeros = (zeros + 1).reshape(self.scales.shape)
-        q = torch.bitwise_right_shift(self.qweight.unsqueeze(1).expand(-1, 8, -1), shifts[:, None]) & 15
+        zeros = torch.bitwise_right_shift(self.qzeros.unsqueeze(2).expand(-1, -1, 8), self.wf.unsqueeze(0)).to(torch.int8)
+        zeros = torch.bitwise_and(zeros + 1, 15).reshape(self.scales.shape)
+        q = torch.bitwise_right_shift(self.qweight.unsqueeze(1).expand(-1, 8, -1), self.wf.unsqueeze(-1)).to(torch.int8)
+        q = torch.bitwise_and(q, 15)
         group = self.g_idx.long()
         return x @ (self.scales[group] * (q.reshape(-1, q.shape[2]) - zeros[group])).to(x.dtype)
 
 
 class Int4GroupsListed(Int4GroupsByIndex):
-    """Verdict: fused. A list of experts, each of three linears as GPTQ's packers write them, in a loop over those that were hit."""
+    """Verdict: fused. A list of experts, each of three linears as AutoGPTQ has them, in a loop over those that were hit."""
 
-    how = replace(Int4GroupsAlongInputs.how, zero_offset=1.0)
+    how = replace(Int4GroupsAlongInputs.how, zero_offset=1.0, zero_wraps=True, shifted=True)
     expect = Fused(RENORM, replace(_by_index(how).experts, form=Form.SEPARATE, stacked=False))
     near, differs = "", ()
 
@@ -141,9 +142,10 @@ class Int4GroupsListed(Int4GroupsByIndex):
         return out
 
     def weights(self) -> dict[str, list[Tensor]]:
-        names = {"": "qweight", "_scale": "scales", "_zero": "qzeros", "_group": "g_idx"}
+        names = {"": "qweight", "_scale": "scales", "_zero": "qzeros", "_group": "g_idx", "_table": "wf"}
         both = {"up": (0, 1), "down": (2,)}
-        return {f"{p}{what}": [getattr(e[i], b) for i in at for e in self.experts] for p, at in both.items() for what, b in names.items()}
+        found = {f"{p}{what}": [getattr(e[i], b) for i in at for e in self.experts] for p, at in both.items() for what, b in names.items()}
+        return found | {f"{p}_table": 2 * found[f"{p}_table"] for p in both}  # of codes, and of zero points
 
 
 class Int4GroupsOfScalesOnly(Int4GroupsByIndex):

@@ -192,21 +192,23 @@ def array(t: Tensor) -> np.ndarray:
     return t.detach().double().numpy()
 
 
-def code(how: Stored, words: np.ndarray, i: int, j: int) -> int:
+def code(how: Stored, words: np.ndarray, i: int, j: int, shifts: Tensor | None = None) -> int:
     """The code at (i, j), dug out of the word that it lies in."""
     per = len(how.order)
     (a, b), n = ((i // per, j), i) if how.axis == 1 else ((i, j // per), j)
-    return int(words[a, b]) // 2 ** (how.bits * how.order[n % per]) % 2**how.bits
+    place = how.order[n % per]
+    return int(words[a, b]) // 2 ** (how.bits * place if shifts is None else int(shifts.flatten()[place])) % 2**how.bits
 
 
-def unpacked_zeros(how: Stored, zeros: np.ndarray | None) -> np.ndarray | None:
+def unpacked_zeros(how: Stored, zeros: np.ndarray | None, shifts: Tensor | None) -> np.ndarray | None:
     """Zero points one by one."""
     if zeros is None or not how.zero_order:
         return zeros
     axis, per = int(how.zeroed) - 1, len(how.zero_order)
     one = Stored(how.bits, torch.int32, axis=axis, order=how.zero_order)
     rows, columns = zeros.shape[0] * (per if axis == 1 else 1), zeros.shape[1] * (per if axis == 2 else 1)
-    return np.array([[code(one, zeros, i, j) + how.zero_offset for j in range(columns)] for i in range(rows)])
+    found = np.array([[code(one, zeros, i, j, shifts) + how.zero_offset for j in range(columns)] for i in range(rows)])
+    return found % 2**how.bits if how.zero_wraps else found
 
 
 def decoded(
@@ -217,15 +219,16 @@ def decoded(
     table: np.ndarray | None,
     seconds: np.ndarray | None = None,
     group: np.ndarray | None = None,
+    shifts: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> np.ndarray:
     """[R, C]: what is stored, element by element."""
     per, table = len(how.order), np.array(how.values) if how.values else table
-    zeros = unpacked_zeros(how, zeros)
+    zeros = unpacked_zeros(how, zeros, shifts[1])
     rows, columns = words.shape[0] * (per if how.axis == 1 else 1), words.shape[1] * (per if how.axis == 2 else 1)
     out = np.empty((rows, columns))
     for i in range(rows):
         for j in range(columns):
-            q = code(how, words, i, j) if how.axis else words[i, j]
+            q = code(how, words, i, j, shifts[0]) if how.axis else words[i, j]
             row, column = ((i if group is None or how.indexed == 2 else group[i]), (j if group is None or how.indexed == 1 else group[j]))
             at = tuple([int(n) // b for n, b in ((row, how.rows), (column, how.columns)) if b] or [0])
             zero, added = 0 if zeros is None else zeros[at], how.zeroed == ir.stored.Zero.ADDED
@@ -289,7 +292,11 @@ def expert_row(e: Experts, p: Parts, index: int, x: np.ndarray) -> np.ndarray:
         table = getattr(p, f"{name}_table")
         groups = getattr(p, f"{name}_group")
         group = None if not groups else array(groups[part]) if e.stacked and groups[part].ndim == 1 else at(groups, part)
-        return decoded(how, words, scales, zeros, array(table[0]) if table else None, seconds, group)
+        shifts: tuple[Tensor | None, Tensor | None] = (None, None)
+        if how.shifted:
+            one = part if e.stacked else part * e.num_experts + index
+            shifts, table = (table[one], table[len(table) // 2 + one] if how.zero_order else None), []
+        return decoded(how, words, scales, zeros, array(table[0]) if table else None, seconds, group, shifts)
 
     def pair(s: float, a: list[Tensor], b: list[Tensor], v: np.ndarray, part: int = 0) -> np.ndarray | float:
         return s * (at(b, part) @ (at(a, part) @ v)) if s else 0.0

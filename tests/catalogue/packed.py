@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_compile.ir import Form, Stored
 from moe_compile.ir.stored import Exponent, Scale, Zero
 
-from .base import E, H, I
+from .base import E, H, I, Rejected
 from .constant_near_misses import capped
 from .stored import F8, FLOATS, RENORM, BlocksBatched, BlocksHitExperts, Fused, _Blocks, storing
 
@@ -318,6 +318,17 @@ class Mxfp4HighFirst(Mxfp4Table):
     def values(self, q: Tensor) -> Tensor:
         table = torch.tensor(VALUES)
         return torch.stack([table[(q >> 4).long()], table[(q & 15).long()]], -1).flatten(-2)
+
+
+class Mxfp4HalvesApart(Mxfp4Table):
+    """Verdict: rejected. Low nibbles are the first half of each group, high ones the second (GGUF's order)."""
+
+    expect = Rejected("unpacked in an unknown way")
+    near, differs = "Mxfp4Table", ()
+
+    def values(self, q: Tensor) -> Tensor:
+        table, groups = torch.tensor(VALUES), q.unflatten(-1, (-1, G // 2))
+        return torch.cat([table[(groups & 15).long()], table[(groups >> 4).long()]], -1).flatten(-2)
 
 
 class Mxfp4OtherBias(Mxfp4Table):

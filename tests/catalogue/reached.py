@@ -14,6 +14,7 @@ from .dispatch import GroupedSorted
 from .indexed import Int4GroupsByIndex
 from .packed import Int4FloatZero, Int4Offset, Int4OffsetHit, Int4PackedZeros, Int4ZeroAdded, Mxfp4Table, Nf4, Nvfp4
 from .quantised import Int8Grouped
+from .spelled import Int4ShiftsInABuffer
 from .stored import Float8Channels, Float8Matrices, GroupsOfInputs, _Blocks
 
 
@@ -85,6 +86,7 @@ SCHEMES: dict[str, type[Case]] = {
     "Mxfp4": _Mxfp4,
     "Nvfp4": _Nvfp4,
     "Nf4": Nf4,
+    "Int4Shifts": Int4ShiftsInABuffer,
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_compile.ir import Rows, Stored
 
-from .base import RENORM, E, Fused, Rejected
+from .base import RENORM, E, Fused, H, I, Rejected
 from .packed import Int4FloatZero, Int4Offset, Nf4
 from .stored import F8, STORED, B, BlocksBatched, BlocksHitExperts, _Blocks, storing
 
@@ -147,11 +147,11 @@ class Nf4Hit(Nf4):
 
 
 class Nf4Doubled(Nf4):
-    """Verdict: rejected. The number of each run is a code itself, of a table of 256, times a number for each four, and one more is added
-    (bitsandbytes' double quantisation)."""
+    """Verdict: fused, as a list of matrices. The number of each run is a code itself, of a table of 256, times a number for each four, and
+    one more is added (bitsandbytes' double quantisation): the graph makes floats of these, expert by expert."""
 
-    expect = Rejected("double quantisation")
-    near, differs = "Nf4", ()
+    expect = Fused(RENORM, replace(storing(Nf4.how).experts, stacked=False))
+    near, differs = "Nf4", ("experts.stacked",)
     per = 4
 
     def build_experts(self, n: int) -> None:
@@ -162,6 +162,12 @@ class Nf4Doubled(Nf4):
             self.register_buffer(f"{name}_codes", torch.randint(0, 256, (n, runs)).to(torch.uint8))
             self.register_buffer(f"{name}_second", torch.rand(n, runs // self.per) + 0.1)
 
+    def weights(self) -> dict[str, list[Tensor]]:
+        found = super().weights()
+        for name, rows in (("up", 2 * I), ("down", H)):
+            found |= {name: list(found[name][0]), f"{name}_scale": [self.absmax(name, e).view(rows, -1) for e in range(E)]}
+        return found
+
     def absmax(self, name: str, e: Any) -> Tensor:
         floats = self.nested[getattr(self, f"{name}_codes")[e].long()].unflatten(0, (-1, self.per))
         return (floats * getattr(self, f"{name}_second")[e][:, None]).flatten() + getattr(self, f"{name}_scale_inv")[e][0]
@@ -169,6 +175,13 @@ class Nf4Doubled(Nf4):
     def expert(self, e: Any, x: Tensor) -> Tensor:
         g, u = F.linear(x, self.floats(self.up[e], self.absmax("up", e))).chunk(2, -1)
         return F.linear(F.silu(g) * u, self.floats(self.down[e], self.absmax("down", e)))
+
+
+class Nf4DoubledHit(Nf4Doubled):
+    """Verdict: fused as Nf4Doubled. A loop over the experts that were hit, read by example."""
+
+    near, differs, zoo_only = "", (), True
+    run_experts = BlocksHitExperts.run_experts
 
 
 class Nf4OwnTables(Nf4):
@@ -200,18 +213,59 @@ class Int4FloatZeroStacked(Int4FloatZero):
         return torch.einsum("eth,te->th", y, full)
 
 
-class Int4ShiftsInABuffer(Int4Offset):
-    """Verdict: rejected. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which no graph tells."""
+class Int4Written(Int4Offset):
+    """Verdict: fused as Int4Offset. Codes are written into every eighth place of a buffer (compressed-tensors' unpack_from_int32)."""
 
-    expect = Rejected("shifted by numbers that a tensor holds")
     near, differs = "", ()
+
+    def codes(self, q: Tensor) -> Tensor:
+        out = torch.zeros((q.shape[0], q.shape[1] * 8), dtype=torch.int32)
+        for i in range(8):
+            out[:, i::8] = (q >> (4 * i)) & 15
+        return out
+
+
+class Int4WrittenAgain(Int4Written):
+    """Verdict: rejected. The first places are written once more, with other codes."""
+
+    expect = Rejected("is no matrix")
+    near, differs = "Int4Offset", ()
+
+    def codes(self, q: Tensor) -> Tensor:
+        out = super().codes(q)
+        out[:, :1] = 3
+        return out
+
+
+class Int4ShiftsInABuffer(Int4Offset):
+    """Verdict: fused. By how much codes are shifted lies in a buffer (AutoGPTQ's `wf`), which stays an operand."""
+
+    how = replace(Int4Offset.how, shifted=True)
+    expect = storing(how)
+    near, differs = "Int4Offset", ("experts.down_stored.shifted", "experts.up_stored.shifted")
 
     def build_experts(self, n: int) -> None:
         super().build_experts(n)
         self.register_buffer("wf", torch.arange(0, 32, 4, dtype=torch.int32)[None])
 
+    def weights(self) -> dict[str, list[Tensor]]:
+        return super().weights() | {"up_table": [self.wf], "down_table": [self.wf]}
+
     def codes(self, q: Tensor) -> Tensor:
         return (torch.bitwise_right_shift(q.unsqueeze(-1), self.wf.unsqueeze(0)) & 15).flatten(-2)
+
+
+class Int4ShiftsOfAnother(Int4ShiftsInABuffer):
+    """Verdict: rejected. What is in the buffer is half of it: codes are shifted by what is computed of it."""
+
+    expect = Rejected("shifted by numbers that are computed of a tensor's")
+    near, differs = "Int4ShiftsInABuffer", ()
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        return Int4Offset.weights(self)
+
+    def codes(self, q: Tensor) -> Tensor:
+        return (torch.bitwise_right_shift(q.unsqueeze(-1), self.wf // 2 + 1) & 15).flatten(-2)
 
 
 class StaticRowsThatWrap(StaticRows):
