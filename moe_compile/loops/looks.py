@@ -40,6 +40,12 @@ def has_loop(code: types.CodeType) -> bool:
 
 
 @functools.cache
+def loops(code: types.CodeType) -> int:
+    """How many loops there are in code."""
+    return sum(i.opname == "FOR_ITER" for c in codes(code) for i in dis.get_instructions(c))
+
+
+@functools.cache
 def effect(code: types.CodeType) -> str:
     """What code itself does that someone outside could notice, or ""."""
     found = sorted({n for c in codes(code) for n in c.co_names} & _EFFECTS)

@@ -33,7 +33,7 @@ log = logging.getLogger("moe_compile")
 
 
 def in_versions(compile_frame: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any], way: Callable[[], Any]) -> Any:
-    """What `convert_frame._compile` makes of a frame: as a whole where it may hold an expert loop, the `way` it goes otherwise, or as written.
+    """What `convert_frame._compile` makes of a frame: a whole where it may hold an expert loop, the `way` it goes otherwise, or as written.
 
     Where Dynamo gives it up, its code is compiled no more, and what it was compiled to for other modules goes on."""
     try:
