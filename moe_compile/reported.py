@@ -14,7 +14,7 @@ from .findings import BlockReport, Findings, GraphBreak
 from .ir import MoeBlock, Rejection
 from .ir.text import exchange_text, experts_text, formula, shared_text
 from .loops.capture import holds
-from .loops.lines import line_given_up
+from .loops.lines import is_given_up_for_one, line_given_up
 from .report_html import fragment, page
 from .table import render
 
@@ -158,6 +158,6 @@ def skipped_frame(message: str) -> GraphBreak | None:
     path, _, line = place.rstrip(")").rpartition(" line ")
     frame, cause = f"{path}:{line}", _headline(message).rstrip(".")
     why = "" if "graph break in loop" in cause else f" ({cause})"
-    # Dynamo skips code, not a module
-    told = f"{name} holds a break inside a loop: it runs in plain Python, in every module of its class; nothing in it is compiled{why}"
+    whose = "modules of its class that are left as written" if is_given_up_for_one(frame) else "every module of its class"
+    told = f"{name} holds a break inside a loop: it runs in plain Python, in {whose}; nothing in it is compiled{why}"
     return GraphBreak(told, line_given_up(frame) or frame)

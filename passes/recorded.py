@@ -79,6 +79,18 @@ def _match(gm: fx.GraphModule) -> tuple[ExpertsMatch, Puller]:
     return match
 
 
+def _chosen(ids: fx.Node) -> set[int]:
+    """The numbers among ids on the probes that they were recorded with: one of them that no expert goes with stands for none."""
+    run, gm = fx.Interpreter(ids.graph.owning_module), ids.graph.owning_module
+    for n in gm.graph.nodes:
+        if n.op == "placeholder" and "real" not in n.meta:
+            return set()
+        run.env[n] = n.meta["real"] if n.op == "placeholder" else run.run_node(n)
+        if n is ids:
+            break
+    return set(run.env[ids].unique().tolist())
+
+
 def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
     ids, weights = nodes.ids, nodes.weights
     if ids is None or weights is None:
@@ -88,7 +100,7 @@ def _block(m: ExpertsMatch, nodes: RoutingNodes) -> Block:
     if m.experts.first:
         raise Rejection(f"experts before number {m.experts.first} were not hit when it was recorded", m.out, "record")
     count, possible = m.experts.num_experts + m.experts.num_identity, T.upper(m.ids) if m.ids.op == "topk" else None
-    if possible is not None and possible >= count:
+    if possible is not None and possible >= count and len(_chosen(ids)) <= possible:
         why = f"the router chooses among {possible + 1} numbers, and in the example experts were applied for the first {count} only"
         raise Rejection(why, m.out, "record")
     ir = MoeBlock(None, m.experts, None, "")

@@ -79,6 +79,8 @@ def _assembled(m: ExpertsMatch, shadow: Shadow, p: Puller, result: fx.Node) -> B
         found, raw = match_gating(replace(m, ids=place.chosen), shadow.walls), place.raw
     gating: GatingMatch | None = found if isinstance(found, GatingMatch) else None
     note = found.reason if isinstance(found, Rejection) else ""
+    if gating is not None and nodes.partly and not masked:
+        weights = None
     if gating is not None and weights is not None:
         gating.gating = replace(gating.gating, weight_dtype=dtype_of(weights))
     shared = None if writes.touched(shadow.memory, m) else match_shared(m, result, shadow.order, shadow.walls)

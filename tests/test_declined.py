@@ -770,6 +770,19 @@ class BlocksOfOne(Odd):
         return F.linear(h.flatten(1), self.down.transpose(0, 1).repeat(1, 1, 2).flatten(1))
 
 
+class AsManyInEach(BlocksOfOne):
+    """Each block has as many features as there are experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(H, E * E), nn.Linear(E * E, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        hot = torch.zeros(len(x), E).scatter(1, ids, w)
+        return self.narrow((F.relu(self.wide(x)).unflatten(-1, (E, E)) * hot[..., None]).flatten(-2))  # type: ignore[no-any-return]
+
+
 class Vmap(Odd):
     """Experts under torch.func.vmap."""
 

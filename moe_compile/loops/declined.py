@@ -79,6 +79,12 @@ def frame(code: types.CodeType) -> Iterator[None]:
         _now.frame = was
 
 
+def keeps_apart() -> bool:
+    """Whether a reading was declined in the frame that is compiled, and what it asked can be guarded in one more version of its code."""
+    here: _Frame | None = getattr(_now, "frame", None)
+    return here is not None and bool(here.left) and _count(here.code) < MOST
+
+
 def again(tx: Any) -> None:
     """Dynamo (`tx`, of the frame itself) begins to trace: what was declined in an earlier attempt may not be met in this one."""
     here: _Frame | None = getattr(_now, "frame", None)

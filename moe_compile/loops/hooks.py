@@ -188,7 +188,7 @@ def _hook_flags() -> None:
         try:
             with lines.kept(), declined.frame(given["code"]):
                 way = original if _on_already(given) or not _wants(given) else functools.partial(retried, given)
-                return outermost.whole(original, signature, given) or way(*args, **kwargs)
+                return outermost.in_versions(original, signature, given, lambda: way(*args, **kwargs))
         except Exception as e:
             lines.given_up(given["code"], e)
             raise

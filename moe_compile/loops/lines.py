@@ -18,6 +18,7 @@ _NAMELESS = "<string>"
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _now = threading.local()
 _given_up: dict[str, str] = {}
+_for_one: set[str] = set()  # frames that run as written for some modules of their class
 
 
 @contextmanager
@@ -50,13 +51,20 @@ def span(code: types.CodeType) -> tuple[int, int]:
     return code.co_firstlineno, max([code.co_firstlineno, *own, *(last for _, last in inner)])
 
 
-def given_up(code: types.CodeType, e: Exception) -> None:
-    """Dynamo gives up a frame: its error knows the line that it could not go on from, which its counters do not tell."""
+def given_up(code: types.CodeType, e: Exception, for_good: bool = True) -> None:
+    """Dynamo gives up a frame (its code `for_good`): its error knows the line that it could not go on from, its counters do not tell it."""
+    frame = f"{code.co_filename}:{code.co_firstlineno}"
+    (_for_one.discard if for_good else _for_one.add)(frame)
     stack = [f for f in getattr(e, "real_stack", None) or () if not f.filename.startswith(_TORCH)]
     if stack:
-        _given_up[f"{code.co_filename}:{code.co_firstlineno}"] = f"{stack[-1].filename}:{stack[-1].lineno}"
+        _given_up[frame] = f"{stack[-1].filename}:{stack[-1].lineno}"
 
 
 def line_given_up(frame: str) -> str:
     """file:line of what a frame (file:line of its first line) was given up for; "" where that is not known."""
     return _given_up.get(frame, "")
+
+
+def is_given_up_for_one(frame: str) -> bool:
+    """Whether a frame (file:line of its first line) was given up for modules that are like one, not for all of its class."""
+    return frame in _for_one

@@ -40,6 +40,12 @@ def has_loop(code: types.CodeType) -> bool:
 
 
 @functools.cache
+def loops(code: types.CodeType) -> int:
+    """How many loops there are in code."""
+    return sum(i.opname == "FOR_ITER" for c in codes(code) for i in dis.get_instructions(c))
+
+
+@functools.cache
 def effect(code: types.CodeType) -> str:
     """What code itself does that someone outside could notice, or ""."""
     found = sorted({n for c in codes(code) for n in c.co_names} & _EFFECTS)
@@ -117,7 +123,7 @@ def asks(code: types.CodeType) -> bool:
     """Whether code asks its tensors for something that depends on data; `where(mask, a, b)` does not, `where(mask)` does."""
     found = {n for c in codes(code) for n in c.co_names} & ASKS
     if not found:
-        return has_loop(code) and compares(code) and branches_on_rows(code)
+        return has_loop(code) and (compares(code) and branches_on_rows(code) or _reads_ends(code))
     if found != {"where"}:
         return True
     tree = _tree(code)
@@ -137,6 +143,14 @@ def compares(code: types.CodeType) -> bool:
     """Whether code compares and subscripts, as in ``x[ids == e]`` and ``x[chosen.bool()[:, e]]``."""
     found = {i.opname.replace("BINARY_OP", "BINARY_SUBSCR") for i in dis.get_instructions(code)}
     return "BINARY_SUBSCR" in found and ("COMPARE_OP" in found or bool(_MASKS & set(code.co_names)))
+
+
+def _reads_ends(code: types.CodeType) -> bool:
+    """Whether a loop makes a number of an element, ``int(ends[e])``, where something was counted: the rows of each expert lie together."""
+    names = {n for c in codes(code) for n in c.co_names}
+    tree = _tree(code) if "int" in names and names & {"histc", "cumsum", "sum", "searchsorted", "one_hot"} else None
+    calls = (n for loop in ast.walk(tree) if isinstance(loop, ast.For) for n in ast.walk(loop) if isinstance(n, ast.Call)) if tree else ()
+    return any(isinstance(n.func, ast.Name) and n.func.id == "int" and any(isinstance(a, ast.Subscript) for a in n.args) for n in calls)
 
 
 def is_collective(code: types.CodeType) -> bool:

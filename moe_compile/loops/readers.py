@@ -17,17 +17,19 @@ from .bench import Bench, BlockBench, DispatchBench, NoExperts, Unrolls, lies_fl
 from .call import Call, Roles
 from .fewer import MANY, Fewer, pattern
 from .flags import blocks, chooses, reached, scored
-from .looks import branches_on_rows, effect, has_loop, line_of_effect
+from .looks import branches_on_rows, effect, has_loop, line_of_effect, loops
 from .places import Place
 from .probe import candidates
 from .program import is_same
 from .record import record_symbolically
 from .rewrites import cast_stacks, fold_masks, split_stacks
+from .rows import Calls
 
 _MANY, _WORK = 2048, 1 << 30
 _HEAVY = 1 << 26  # elements
 _FEW = 3  # tokens on which large experts are tried in float32; all of those experts are in their own types
 UNROLLED = 16  # experts beyond which a loop that Dynamo can unroll is read all the same
+_LONG = 1000  # calls of torch, which a loop over few experts does not make
 DRAWS = 4  # tries to choose every expert
 SCORED = "no top-k chooses experts here: scores are compared with a number, and what came of it is read back into Python"
 _WHOLE = {"random", "effects", "values"}  # refusals that what stands in front of a loop, in the same function, may be the cause of
@@ -228,7 +230,17 @@ class Block(_Reader):
         self.known = self.own.sizes() | self.table.sizes() | {most, most + 1, self.all + 1, 1}
         usual = max(4 * most, min(16 * most, 256 if self._cheap(256) else 128))
         self.lead = primes(max(most + 1, -(-usual // 5 ** (rank - 1))), self.known - {1}, rank)
+        if loops(self.call.fn.__code__) > 1 and self._one_by_one():
+            self.lead = primes(most + 1, self.known - {1}, rank)
         self.primes = {p: f"{name}.shape[{d}]" for d, p in enumerate(self.lead)}
+
+    def _one_by_one(self) -> bool:
+        """Whether twice the tokens take nearly twice the calls: it goes over them one by one, which few of them tell too."""
+        calls = Calls(), Calls()
+        for lead, counted in zip((self.lead, [*self.lead[:-1], self.lead[-1] // 2]), calls, strict=True):
+            with contextlib.suppress(Exception):
+                self.small.run(self.small.arguments(lead), listener=counted)
+        return calls[0].count > max(_LONG, 1.6 * calls[1].count)
 
     def record(self) -> fx.GraphModule:
         try:
@@ -244,7 +256,8 @@ class Block(_Reader):
             own = effect(fn.__code__) if r.stage == "effects" else ""
             at = f"{fn.__code__.co_filename}:{line_of_effect(fn.__code__)}" if own else r.source
             raise Rejection(own or r.reason + advice, None, r.stage, at, code=r.code, part=r.part) from r.__cause__
-        if _leaves_out(gm, self.table.probe.tensors) or any(map(_is_empty, _picks(gm))):
+        picked = (t for pick in _picks(gm) for t in pytree.tree_leaves(pick.meta["val"]))
+        if _leaves_out(gm, self.table.probe.tensors) or any(0 in t.shape for t in picked):
             if self.draw < DRAWS - 1:
                 raise Rejection("its probes choose some experts only", stage="draw")
             self.partial = True
@@ -312,11 +325,6 @@ class Block(_Reader):
 def _picks(gm: fx.GraphModule) -> list[fx.Node]:
     """Operations whose results have as many rows as the data wants."""
     return [n for n in gm.graph.nodes if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ())]
-
-
-def _is_empty(pick: fx.Node) -> bool:
-    """Whether no row was picked."""
-    return any(0 in t.shape for t in pytree.tree_leaves(pick.meta["val"]))
 
 
 def _leaves_out(gm: fx.GraphModule, tensors: Mapping[str, Tensor]) -> bool:

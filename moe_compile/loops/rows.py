@@ -172,6 +172,16 @@ class FirstCall(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Calls(TorchFunctionMode):
+    """Counts what code calls of torch."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Shape(tuple[Any, ...]):
     """A shape with counts in it."""
 

@@ -87,20 +87,25 @@ def _places(n: fx.Node) -> list[int] | None:
             return list(source.args[0].meta["val"].shape[-1:]) if dim == 1 else None  # type: ignore[union-attr]
         if _picks(source):
             return [source.args[0].meta["val"].shape[dim]]  # type: ignore[union-attr]
-        return _column(source.args[0], dim) if _name(source) == "unbind" else None
+        along = [*source.args[1:], 0][0] if isinstance(source, fx.Node) and _name(source) == "unbind" else None
+        return None if along is None else _column(source.args[0], along, dim)  # type: ignore[union-attr]
     if name == "select":
-        return _column(source, n.args[2])
+        return _column(source, n.args[1], n.args[2])
     if name == "argsort":
         return list(source.meta["val"].shape[-1:])  # type: ignore[union-attr]
     return list(source.meta["val"].shape) if _picks(n) else None  # type: ignore[union-attr]
 
 
-def _column(n: Any, i: Any) -> list[int] | None:
-    """The dim that column `i` of a `nonzero` numbers, whichever way round that lies."""
-    n = n.args[0] if _name(n) in ("t", "transpose") else n
+def _column(n: Any, dim: Any, i: Any) -> list[int] | None:
+    """The dims that the element `i` along `dim` of a `nonzero` numbers, whichever way round that lies: one in a column, all in a row."""
+    turned = _name(n) in ("t", "transpose")
+    n = n.args[0] if turned else n
     if _name(n) != "nonzero":
         return None
-    return [n.args[0].meta["val"].shape[i]] if n.args[0].meta["val"].ndim > 1 else None
+    shape = list(n.args[0].meta["val"].shape)
+    if (dim % 2 == 0) is not turned:
+        return shape
+    return shape[i : i + 1] if len(shape) > 1 else None
 
 
 def _picks(n: object) -> bool:

@@ -185,11 +185,19 @@ def _chain(f: Term) -> list[tuple[Term, int, Term]] | None:
             g, c = conds[0]
             out.append((*c, T.mul(*(x for x in f.args if x is not g))))
             return out
-    if T.is_c(f, 0) or (f.op == "a" and isinstance(f.args[0], fx.Node) and "empty" in str(f.args[0].target)):
+    if _says_all(out) or T.is_c(f, 0) or (f.op == "a" and isinstance(f.args[0], fx.Node) and "empty" in str(f.args[0].target)):
         return out
     if not has_feature(whole):
         return None  # a routing weight that is another one for some experts
     raise No("rows that no expert writes keep an old value")
+
+
+def _says_all(cases: list[tuple[Term, int, Term]]) -> bool:
+    """Whether one selection's number is one of the cases for certain, so that nothing comes behind them."""
+    ids, numbers = {x for x, _, _ in cases}, {e for _, e, _ in cases}
+    (first, *others) = ids
+    top = T.upper(first) if first.op == "topk" and not others else None
+    return top is not None and numbers >= set(range(top + 1))
 
 
 def rolled(parts: list[Part]) -> list[Part]:

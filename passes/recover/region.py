@@ -17,6 +17,7 @@ from ..aten.names import op_name
 from ..terms.text import said
 from .fused import is_fused
 from .given_ids import ends_of
+from .identity import among
 from .match import ExpertsMatch
 from .output_scale import Fold
 from .placed import Placed
@@ -81,13 +82,17 @@ class Block:
 
 @dataclass
 class RoutingNodes:
-    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`, `wraps`: see Block."""
+    """The graph's own [.., k] tensors, found by comparing terms. `raw`: ids before any mapping. `twins`, `wraps`: see Block.
+
+    `partly`: the weights are what is wanted where an id is an expert's, and something else where it is none.
+    """
 
     ids: fx.Node | None
     weights: fx.Node | None
     raw: fx.Node | None
     twins: dict[fx.Node, fx.Node]
     wraps: bool = False
+    partly: bool = False
 
 
 def constant_weight(m: ExpertsMatch) -> float | None:
@@ -115,12 +120,10 @@ def routing_nodes(m: ExpertsMatch, p: Puller, recorded: bool = False) -> Routing
         p.at(found["ids"], (*row_index(m.t, shape_of(found["ids"])[:-1]), slot))
     reached = {n for n, _ in p.memo} | {u for n, _ in p.memo for u in n.all_input_nodes}
     reached |= {x.args[0] for x in T.walk(m.ids) if x.op == "a" and isinstance(x.args[0], fx.Node)}
-    for n in sorted(reached - _in_other_rows(m), key=order.__getitem__):
+    looked = sorted((n for n in reached - _in_other_rows(m) - set(p.walls) if order[n] < order[m.out]), key=order.__getitem__)
+    for n in looked:
         v = n.meta.get("val")
-        if not isinstance(v, torch.Tensor) or n in p.walls or order[n] >= order[m.out]:
-            continue
-        at = _slot_of_row(n, m, slot)
-        if at is None:
+        if not isinstance(v, torch.Tensor) or (at := _slot_of_row(n, m, slot)) is None:
             continue
         term = T.canonical(p.at(n, at))
         for name, value in want.items():
@@ -135,7 +138,21 @@ def routing_nodes(m: ExpertsMatch, p: Puller, recorded: bool = False) -> Routing
         if inner is not None:
             return replace(routing_nodes(replace(m, ids=inner), p, recorded), wraps=True)
     twins = {n: found[name] for name, ns in holders.items() for n in ns if name in found and n is not found[name]}
-    return RoutingNodes(found.get("ids"), found.get("weights"), found.get("raw"), twins)
+    partly = None if "weights" in found or "weights" not in want else _weights_of_experts(m, p, slot, looked)
+    return RoutingNodes(found.get("ids"), found.get("weights", partly), found.get("raw"), twins, partly=partly is not None)
+
+
+def _weights_of_experts(m: ExpertsMatch, p: Puller, slot: T.Term, nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The last tensor [.., k] that holds the weights where an id is an expert's; where it is none, no one reads them."""
+    real = range(m.experts.first, m.experts.first + m.experts.num_experts + m.experts.num_identity)
+    weight, found = T.canonical(among(m.weight, m.ids, real)), None
+    for n in nodes:
+        v = n.meta.get("val")
+        if not isinstance(v, torch.Tensor) or not v.dtype.is_floating_point or (at := _slot_of_row(n, m, slot)) is None:
+            continue
+        if len(at) > 1 and at[-1] is slot and T.canonical(among(p.at(n, at), m.ids, real)) is weight:
+            found = n
+    return found
 
 
 def _without_slots(m: ExpertsMatch, holders: dict[str, list[fx.Node]], recorded: bool) -> dict[str, fx.Node]:
@@ -160,7 +177,7 @@ def _in_other_rows(m: ExpertsMatch) -> set[fx.Node]:
 def _before_mod(n: fx.Node, m: ExpertsMatch, slot: T.Term, p: Puller) -> T.Term | None:
     """i where n[t, slot] = i and ids = i mod E; normal form may have moved a whole E into i."""
     v = n.meta.get("val")
-    if not isinstance(v, torch.Tensor) or v.dtype.is_floating_point or n in p.walls or (at := _slot_of_row(n, m, slot)) is None:
+    if not isinstance(v, torch.Tensor) or v.dtype.is_floating_point or (at := _slot_of_row(n, m, slot)) is None:
         return None
     i = p.at(n, at)
     return i if T.canonical(T.mod(i, m.experts.num_experts)) is T.canonical(m.ids) else None
@@ -204,7 +221,16 @@ def _is_size(n: fx.Node, sizes: set[Any]) -> bool:
 
 
 def data_inputs(n: fx.Node) -> list[fx.Node]:
-    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape."""
+    """Inputs whose values matter; type_as reads no more than a dtype off its second one, zeros_like and size() no more than a shape, which
+    is a value where it is that of rows which a mask picked."""
     if op_name(n) in names.LIKE | names.SIZE or fixed_number(n):
-        return []
+        return [x for x in n.args[:1] if op_name(n) in names.LIKE and isinstance(x, fx.Node) and _is_picked(x)]
     return [x for x in n.args[:1] if isinstance(x, fx.Node)] if op_name(n) == "type_as" else n.all_input_nodes
+
+
+def _is_picked(x: fx.Node) -> bool:
+    """Whether x is rows that were looked up at the places where a mask holds."""
+    if op_name(x) not in names.LOOKUP | {"index_select"}:
+        return False
+    places = (names.through(y, names.VIEW | names.CAST | {"getitem", "select"}) for y in x.all_input_nodes[1:])
+    return any(y is not None and op_name(y) in ("nonzero", "nonzero_numpy", "argwhere", "where") for y in places)

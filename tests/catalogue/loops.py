@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LIST_EXPERTS, RENORM, SHARED, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, Sound, mlp
+from .base import LIST_EXPERTS, RENORM, SHARED, SOFTMAX, SWIGLU_EXPERTS, Case, E, Fused, K, ListCase, Rejected, Sound, mlp
 
 
 class _Stacked(Case):
@@ -438,3 +438,32 @@ class LoopOntoShared(_List):
 
     def extra(self, x: Tensor) -> dict[str, Any]:
         return {"add": self.experts[0](x)}
+
+
+class EndsAsNumbers(Case):
+    """Verdict: fused. Rows lie sorted by expert, and Python makes a number of each expert's end, ``int(ends[e])``."""
+
+    expect = Fused(SOFTMAX, SWIGLU_EXPERTS)
+    moves = True
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        w, ids = logits.softmax(-1).topk(K, dim=-1)
+        return w, ids
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        ends = torch.histc(ids.float(), E, 0, E - 1).long().cumsum(0)
+        rows = x.index_select(0, order // K)
+        y, first = torch.zeros_like(rows), 0
+        for e in range(E):
+            last = int(ends[e])
+            y[first:last] = mlp(rows[first:last], self.up[e], self.down[e])
+            first = last if self.moves else first
+        return torch.zeros_like(x).index_add(0, order // K, y * w.flatten()[order, None])
+
+
+class EndsThatDoNotMove(EndsAsNumbers):
+    """Verdict: either. Every expert's rows begin with the first, so that only the last one's are left."""
+
+    expect, near = Sound(), "EndsAsNumbers"
+    moves = False

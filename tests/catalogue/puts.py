@@ -168,6 +168,28 @@ class SwitchMax(_Switch):
     """Verdict: fused. max over the probabilities, puts by mask."""
 
 
+class SwitchOntoTokens(_Switch):
+    """Verdict: fused as SwitchMax. Put onto a copy of the tokens: each of them has an expert, so that no row of the copy is left."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = x.clone()
+        for e, expert in enumerate(self.experts):
+            out[ids == e] = expert(x[ids == e])
+        return out * w[:, None]
+
+
+class SwitchOntoTokensButOne(_Switch):
+    """Verdict: rejected. Tokens of the last expert pass by."""
+
+    expect, near = Rejected("keep an old value"), "SwitchOntoTokens"
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = x.clone()
+        for e, expert in enumerate(self.experts[:-1]):
+            out[ids == e] = expert(x[ids == e])
+        return out * w[:, None]
+
+
 class SwitchTopOne(_Switch):
     """Verdict: fused as SwitchMax. topk(1)."""
 

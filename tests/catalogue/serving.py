@@ -369,6 +369,59 @@ class ZeroWeightsOfTheLast(ZeroExperts):
         return loop(x, ids, torch.where(ids < E - 1, w, 0.0), self.up, self.down)
 
 
+class ZeroNormalised(ZeroExperts):
+    """Verdict: experts fused, the weights as written: they are normalised over the experts that have weights (MoE++ without its copies)."""
+
+    expect = AsWritten(SWIGLU_EXPERTS, "a comparison (lt) in the router")
+    near, differs = "ZeroWeights", ()
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        real = w * (ids < E)
+        real = real / real.sum(-1, keepdim=True).clamp(min=1e-6)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, mlp(x[token], self.up[e], self.down[e]) * real[token, slot, None])
+        return out
+
+
+class ZeroNormalisedOfTheLast(ZeroNormalised):
+    """Verdict: experts fused, the weights as written: they are normalised without the last expert, which keeps its own."""
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        real = w / (w * (ids < E - 1)).sum(-1, keepdim=True).clamp(min=1e-6)
+        return loop(x, ids, real, self.up, self.down)
+
+
+class IdentityAndZero(IdentityExperts):
+    """Verdict: fused with one identity expert: the last number gives rows of zeros, as many as were chosen by it."""
+
+    expect = Fused(gating(num_experts=E + 2, bias=BiasOn.SCORE, scale=6.0), replace(SWIGLU_EXPERTS, num_identity=1))
+    group = ""
+    any_mapped = True
+    near, differs = "IdentityExperts", ("experts.num_identity",)
+    last = staticmethod(torch.zeros_like)
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E + 2):
+            token, slot = torch.where(ids == e)
+            rows = x[token]
+            y = mlp(rows, self.up[e], self.down[e]) if e < E else rows if e == E else self.last(rows)
+            out.index_add_(0, token, y * w[token, slot, None])
+        return out
+
+
+class IdentityAndOnes(IdentityAndZero):
+    """Verdict: fused as IdentityAndZero, beside an addend: the last number gives ones."""
+
+    last = staticmethod(torch.ones_like)
+
+    def extra(self, x: Tensor) -> dict[str, Any]:
+        w, ids = self.route(self.logits(x))
+        return {"add": (w * (ids == E + 1)).sum(-1, keepdim=True).expand_as(x)}
+
+
 class _NotIdentity(IdentityDense):
     """An addend that is no identity expert's: it stays an addend."""
 
