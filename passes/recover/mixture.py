@@ -69,9 +69,19 @@ def _columns(n: fx.Node, count: int) -> bool:
         parts = [u for u in x.users if op_name(u) in _PARTS]
         if len(parts) >= count or any(op_name(u) == "unbind" for u in parts):
             return True
+        if any(_weighs_stack(v, count) for u in (*parts, *x.users) for v in (u, *u.users)):
+            return True
         if len(seen) < _NEAR:
             seen.extend([u for u in x.users if u not in seen and _sizes(u) == shape][: _NEAR - len(seen)])
     return False
+
+
+def _weighs_stack(n: fx.Node, count: int) -> bool:
+    """Whether n multiplies what `count` tensors were stacked to: the outputs of as many experts."""
+    if op_name(n) not in names.CONTRACTION | {"mul"}:
+        return False
+    stacks = (x for x in n.all_input_nodes if op_name(x) == "stack")
+    return any(isinstance(x.args[0], (list, tuple)) and len(x.args[0]) == count for x in stacks)
 
 
 def _sizes(n: fx.Node) -> tuple[Any, ...] | None:

@@ -197,6 +197,16 @@ class ExpertsChoose(_Told):
         return torch.zeros_like(x).index_add(0, ids.reshape(-1), y.flatten(0, 1))
 
 
+class DenseStacked(_Told):
+    """Verdict: rejected. Multi-gate mixtures (MMoE): what all experts gave is stacked, and weighed by a softmax."""
+
+    expect = Rejected("every expert is applied to every token")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([mlp(x, self.up[e], self.down[e]) for e in range(E)], 1)
+        return (self.logits(x).softmax(-1)[..., None] * y).sum(1)
+
+
 # Selections beside a block ------------------------------------------------------------------------------------------------------
 
 
