@@ -151,7 +151,8 @@ def _is_row(n: fx.Node, choice: fx.Node, experts: object) -> bool:
     if not isinstance(n.meta.get("val"), torch.Tensor) or len(shape_of(n)) < 2 or op_name(n) in names.CREATION:
         return False
     slots = {shape_of(x)[-1] for x in indices(choice) if shape_of(x)}
-    if len(shape_of(n)) > len(shape_of(choice.args[0])) and shape_of(n)[-2:] == (experts, experts):  # type: ignore[arg-type]
+    wider = experts is not None and len(shape_of(n)) > len(shape_of(choice.args[0]))  # type: ignore[arg-type]
+    if wider and shape_of(n)[-2:] == (experts, experts):
         return True  # as many features for each expert as there are experts
     return shape_of(n)[-1] not in {1, experts, *slots}
 
