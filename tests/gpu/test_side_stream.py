@@ -202,8 +202,9 @@ def test_both_streams_are_ordered() -> None:
     for slow_side in (False, True):
         args[0].fill_(float("nan"))
         if slow_side:
-            with torch.cuda.stream(tape.side_stream(args[0].device)):
-                torch.cuda._sleep(20_000_000)
+            for first in (False, True):
+                with torch.cuda.stream(tape.side_stream(args[0].device, first)):
+                    torch.cuda._sleep(20_000_000)
         else:
             torch.cuda._sleep(20_000_000)
         args[0].copy_(source)
@@ -213,10 +214,10 @@ def test_both_streams_are_ordered() -> None:
 
 
 @NEEDS_GPU
-def test_one_side_stream_for_all_layers() -> None:
-    first = tape.side_stream(torch.device("cuda"))
-    assert first is tape.side_stream(torch.device("cuda", torch.cuda.current_device()))
-    assert first != torch.cuda.current_stream()
+def test_two_side_streams_for_all_layers() -> None:
+    each = [tape.side_stream(torch.device("cuda"), first) for first in (False, True)]
+    assert each == [tape.side_stream(torch.device("cuda", torch.cuda.current_device()), first) for first in (False, True)]
+    assert len({torch.cuda.current_stream(), *each}) == 3 and each[1].priority < each[0].priority
 
 
 @NEEDS_GPU
