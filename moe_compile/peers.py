@@ -81,7 +81,7 @@ def lacks(group: Any) -> str:
     if group.size() > (MOST if wanted == "1" else TIMED):
         return f"{group.size()} ranks: more than {TIMED} want MOE_COMPILE_PEERS=1 on every rank, and {MOST} are the most"
     if group.group_name in _met:
-        return "another group of this name has had its memory"
+        return "the ranks of this group, or of another one of its name, have met before"
     if torch.version.hip or not torch.cuda.is_available():
         return "no CUDA"
     try:

@@ -218,7 +218,7 @@ def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
     assert "8 are the most" in peers.lacks(SimpleNamespace(size=lambda: 9))
     monkeypatch.setattr(peers, "_met", {group.group_name})
-    assert "another group of this name" in peers.lacks(group)
+    assert "another one of its name" in peers.lacks(group)
     monkeypatch.setattr(peers, "_met", set())
     if not torch.cuda.is_available():
         assert peers.lacks(group) == "no CUDA"

@@ -244,7 +244,8 @@ def _branch(
     if choice.decode is not None:
         return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
     a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
-    if tokens * call.up.n <= MOST_BY_OURS and x.dtype != torch.float32:
+    apart = call.x.stride(0) >= call.x.shape[1]  # rows that overlap, as of one token expanded, are no tensor map's
+    if tokens * call.up.n <= MOST_BY_OURS and x.dtype != torch.float32 and apart:
         return One(
             call, a, y, None if gate is None and add is None else out, None if gate is None else weights, add, tiles(call, a, choice)
         )
