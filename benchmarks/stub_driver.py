@@ -103,7 +103,7 @@ def install() -> None:
     plans.current_stream = lambda index: 0
     plan._empty = _from_a_pool
     side = type("Stream", (), {"cuda_stream": 1})()
-    plan.side_stream = tape.side_stream = lambda device: side
+    plan.side_stream = tape.side_stream = lambda device, first=False: side
     tune.card = lambda device: CARD
     for module in [m for name, m in sys.modules.items() if name.startswith("moe_compile.lowering.triton.")]:
         for name, told in (("capability", (9, 0)), ("processors", 132)):

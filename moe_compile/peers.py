@@ -78,10 +78,12 @@ def lacks(group: Any) -> str:
     wanted = os.environ.get("MOE_COMPILE_PEERS")
     if wanted == "0":
         return "MOE_COMPILE_PEERS=0"
+    if wanted != "1" and (told := _no_peer_access()):
+        return f"{told} (MOE_COMPILE_PEERS=1 on every rank takes peers' memory nevertheless)"
     if group.size() > (MOST if wanted == "1" else TIMED):
         return f"{group.size()} ranks: more than {TIMED} want MOE_COMPILE_PEERS=1 on every rank, and {MOST} are the most"
     if group.group_name in _met:
-        return "another group of this name has had its memory"
+        return "the ranks of this group, or of another one of its name, have met before"
     if torch.version.hip or not torch.cuda.is_available():
         return "no CUDA"
     try:
@@ -92,6 +94,15 @@ def lacks(group: Any) -> str:
     except Exception as e:  # the other ranks wait for this one's word
         return f"torch {torch.__version__} has no symmetric memory here, or no Triton ({type(e).__name__})"
     return "" if kind in ("CUDA", None) else f"symmetric memory is of kind {kind}"  # None: nobody has chosen, torch does
+
+
+def _no_peer_access() -> str:
+    """What tells NCCL to keep from other cards' memory; "" for nothing. Whoever says so may have cards whose writes to each other do not
+    arrive, where ranks that meet would wait for each other until the group's timeout ends them."""
+    disabled, level = os.environ.get("NCCL_P2P_DISABLE", "0"), os.environ.get("NCCL_P2P_LEVEL", "")
+    if disabled not in ("", "0"):
+        return f"NCCL_P2P_DISABLE={disabled}"
+    return f"NCCL_P2P_LEVEL={level}" if level in ("0", "LOC") else ""
 
 
 def _own(group: Any, size: int) -> Tensor:

@@ -214,11 +214,20 @@ def test_no_memory_is_shared_without_a_reason_against_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("MOE_COMPILE_PEERS", "0")
     assert peers.lacks(group) == "MOE_COMPILE_PEERS=0"
     monkeypatch.delenv("MOE_COMPILE_PEERS")
+    for name, value in (("NCCL_P2P_DISABLE", "1"), ("NCCL_P2P_LEVEL", "LOC")):
+        with monkeypatch.context() as told:
+            told.setenv(name, value)
+            assert f"{name}={value}" in peers.lacks(group)
+            told.setenv("MOE_COMPILE_PEERS", "1")
+            assert name not in peers.lacks(group)
+            told.delenv("MOE_COMPILE_PEERS")
+            told.setenv(name, {"1": "0", "LOC": "NVL"}[value])
+            assert name not in peers.lacks(group)
     assert "more than 2 want MOE_COMPILE_PEERS=1" in peers.lacks(SimpleNamespace(size=lambda: 4))
     monkeypatch.setenv("MOE_COMPILE_PEERS", "1")
     assert "8 are the most" in peers.lacks(SimpleNamespace(size=lambda: 9))
     monkeypatch.setattr(peers, "_met", {group.group_name})
-    assert "another group of this name" in peers.lacks(group)
+    assert "another one of its name" in peers.lacks(group)
     monkeypatch.setattr(peers, "_met", set())
     if not torch.cuda.is_available():
         assert peers.lacks(group) == "no CUDA"

@@ -244,10 +244,8 @@ def _branch(
     if choice.decode is not None:
         return Few(call, empty(x, tokens, call.up.n), out, add, choice.decode, gate is not None)
     a, y = empty(x, tokens, call.up.n), empty(x, tokens, call.down.n)
-    if tokens * call.up.n <= MOST_BY_OURS and x.dtype != torch.float32:
-        return One(
-            call, a, y, None if gate is None and add is None else out, None if gate is None else weights, add, tiles(call, a, choice)
-        )
+    if tokens * call.up.n <= MOST_BY_OURS and (own := _tiles(call, a, choice)) is not None:
+        return One(call, a, y, None if gate is None and add is None else out, None if gate is None else weights, add, own)
     up_in = [t if up_transposed else t.t() for t in p.up]
     pre = [empty(x, tokens, w.shape[1]) for w in up_in]
     plain = gate is None and add is None and not p.down_bias
@@ -258,6 +256,15 @@ def _branch(
 def tiles(c: Call, a: Tensor, choice: Choice) -> tuple[Tile, Tile]:
     """Of both products, as they can be run."""
     return runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+
+
+def _tiles(c: Call, a: Tensor, choice: Choice) -> tuple[Tile, Tile] | None:
+    """None where torch's products are faster, or the kernels do not take the rows."""
+    apart = c.x.stride(0) >= c.x.shape[1]  # rows that overlap, as of one token expanded, are no tensor map's
+    if c.x.dtype == torch.float32 or not apart:
+        return None
+    found = tiles(c, a, choice)
+    return found if all(t.hopper == wanted.hopper for t, wanted in zip(found, (choice.up, choice.down), strict=True)) else None
 
 
 def _finished(y: Tensor, gate: Tensor | None, bias: Biases | None, add: Tensor | None, out: Tensor) -> Tensor:

@@ -99,6 +99,14 @@ def test_no_tokens_is_left_to_the_other_path() -> None:
     assert torch.ops.moe_compile.experts_shared(*args, ir.Overlap.SERIAL).shape == (0, HIDDEN)
 
 
+def test_rows_of_one_token_expanded_go_by_products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, _ = shared_call(5, torch.float16)
+    args[0] = args[0][:1].expand(5, -1)
+    want = fused([args[0].contiguous(), *args[1:]], ir.Overlap.SIDE)
+    monkeypatch.setattr(beside.One, "run", None)
+    assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[torch.float16]
+
+
 def test_mixed_dtypes_are_left_to_the_other_path() -> None:
     args, _ = shared_call(3, torch.float32)
     args[17] = [t.double() for t in args[17]]
@@ -130,6 +138,16 @@ def big(tokens: int, seed: int = 0, **kwargs: Any) -> list[Any]:
 def through_op(args: list[Any], overlap: int) -> Tensor:
     out: Tensor = torch.ops.moe_compile.experts_shared(*args, overlap)
     return out
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [15, 33, 70, 300])
+def test_values_by_each_kind_of_tile(tokens: int, dtype: torch.dtype) -> None:
+    """Of the shared expert's rows: plain tiles, the warp-specialised kernel's of 64 rows and of 128, whose rows come by a tensor map."""
+    for layout in ({}, {"up_bias": True, "down_bias": True}, {"up_transposed": True, "down_transposed": True, "gated": 1}):
+        args, want = shared_call(tokens, dtype, routed=BIG, width=1024, **layout)  # type: ignore[arg-type]
+        assert norm_error(fused(args, ir.Overlap.SIDE), want) <= TOLERANCE[dtype]
 
 
 def captured(args: list[Any], overlap: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -202,8 +220,9 @@ def test_both_streams_are_ordered() -> None:
     for slow_side in (False, True):
         args[0].fill_(float("nan"))
         if slow_side:
-            with torch.cuda.stream(tape.side_stream(args[0].device)):
-                torch.cuda._sleep(20_000_000)
+            for first in (False, True):
+                with torch.cuda.stream(tape.side_stream(args[0].device, first)):
+                    torch.cuda._sleep(20_000_000)
         else:
             torch.cuda._sleep(20_000_000)
         args[0].copy_(source)
@@ -213,10 +232,10 @@ def test_both_streams_are_ordered() -> None:
 
 
 @NEEDS_GPU
-def test_one_side_stream_for_all_layers() -> None:
-    first = tape.side_stream(torch.device("cuda"))
-    assert first is tape.side_stream(torch.device("cuda", torch.cuda.current_device()))
-    assert first != torch.cuda.current_stream()
+def test_two_side_streams_for_all_layers() -> None:
+    each = [tape.side_stream(torch.device("cuda"), first) for first in (False, True)]
+    assert each == [tape.side_stream(torch.device("cuda", torch.cuda.current_device()), first) for first in (False, True)]
+    assert len({torch.cuda.current_stream(), *each}) == 3 and each[1].priority < each[0].priority
 
 
 @NEEDS_GPU
