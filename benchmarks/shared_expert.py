@@ -66,17 +66,17 @@ def inputs(b: Block, tokens: int) -> tuple[list[list[Any]], str]:
 
 def sides(tokens: int) -> dict[str, tuple[int, Callable[..., Any]]]:
     """Activations up to which the products are ours, tiles."""
-    own = shared.tiles
-    return {"torch": (0, own), "ours": (1 << 30, own), "narrow": (1 << 30, lambda c, a, _: own(c, a, narrow(tokens)))}
+    own = shared._tiles
+    return {"torch": (0, own), "ours": (1 << 30, own), "narrow": (1 << 30, lambda c, a, _: shared.tiles(c, a, narrow(tokens)))}
 
 
 def measured(b: Block, tokens: int, only_compile: bool) -> dict[str, Any]:
     given, _ = inputs(b, tokens)
     op = torch.ops.moe_compile.cuda_experts_shared.default
     row: dict[str, Any] = {}
-    before, wanted = (shared.MOST_BY_OURS, shared.tiles), None
+    before, wanted = (shared.MOST_BY_OURS, shared._tiles), None
     for name, (most, tiles) in sides(tokens).items():
-        shared.MOST_BY_OURS, shared.tiles = most, tiles
+        shared.MOST_BY_OURS, shared._tiles = most, tiles
         plans.forget()
         got = op(*given[0]).float()
         wanted = got if wanted is None else wanted
@@ -85,7 +85,7 @@ def measured(b: Block, tokens: int, only_compile: bool) -> dict[str, Any]:
             calls = [lambda g=g: op(*g) for g in given]
             row[f"{name} graph"] = round(tuner.microseconds(calls, SECONDS), 1)
             row[f"{name} host"] = round(least(calls[0], rounds=12, calls=10), 1)
-    shared.MOST_BY_OURS, shared.tiles = before
+    shared.MOST_BY_OURS, shared._tiles = before
     return row
 
 
