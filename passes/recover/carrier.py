@@ -43,14 +43,21 @@ def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
         stacks = [u for u in node[0].users if op_name(u) in names.JOIN]
         wanted = T.canonical(x)
         return next((n for u in stacks for n in _moved(p, u, x, t, out) if _reads(p, n, x, t) is wanted), None)
-    if not isinstance(node, fx.Node) or not idx or idx[-1].op != "v":
+    if not isinstance(node, fx.Node) or feature(x) is None:
         return None
-    if holds_rows(node, idx, t, count):
+    if idx[-1].op == "v" and holds_rows(node, idx, t, count):
         return node
     if any(x.op in _BY_DATA for i in idx for x in T.walk(i)):  # the rows of one expert only
         return None
     made = list(_made_of(p, node, x, t, out))
     return next((n for n in made if _cuts(n, node, out)), made[0] if made else None)
+
+
+def feature(x: Term) -> Term | None:
+    """The feature that an atom x[t, .., f(m)] is read at: its last index, or what a shifted or turned one is made of."""
+    last = x.args[1][-1] if x.args[1] else None
+    found = [last] if last is not None and last.op == "v" else [] if last is None else [v for v in last.atoms if v.args[0] == "m"]
+    return found[0] if len(found) == 1 else None
 
 
 def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
@@ -61,12 +68,12 @@ def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterat
 
 def _reads(p: Puller, n: fx.Node, x: Term, t: Term) -> Term:
     """The element of n that is x[t, m] where n holds the rows in order."""
-    return T.canonical(p.at(n, (*row_of(n, t), x.args[1][-1])))
+    return T.canonical(p.at(n, (*row_of(n, t), feature(x))))
 
 
 def _moved(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
     """What is made of `node` by moving its elements, and has a row of the right width for each row of the result, in the graph's order."""
-    last = x.args[1][-1]
+    last = feature(x)
     seen, order = [node], {n: i for i, n in enumerate(out.graph.nodes)}
     for n in seen:
         moved = (u for u in n.users if op_name(u) in _MOVES and order[u] < order[out] and u not in p.walls)

@@ -19,7 +19,7 @@ from . import adapters, coded, smooth, static_rows
 from . import scales as channels
 from .addends import rolled, slot_variable, split_parts
 from .body import Core, parse_core
-from .carrier import carrier
+from .carrier import carrier, feature
 from .chain import holds_rows_of_experts, holds_statistics, read_chain
 from .copies import EXPERT, OneBody, one_body
 from .doubled import as_list
@@ -306,7 +306,8 @@ def token_node(p: Puller, tokens: list[Term], t: Term, out: fx.Node) -> fx.Node:
     if len(set(tokens)) != 1:
         raise No("gate and up projections read different inputs")
     x = tokens[0]
-    node = carrier(p, x, t, out) if x.args[1][-1].args[0] == "m" else None
+    m = feature(x)
+    node = carrier(p, x, t, out) if m is not None and m.args[0] == "m" else None
     if node is None:
         raise No(f"no tensor of the graph holds the experts' input rows in the order of the tokens{reads(x)}")
     return node

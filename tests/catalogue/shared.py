@@ -160,6 +160,7 @@ class SharedOfOtherTokens(_Shared):
     expect = ROUTED
     group = ""
     near = "SharedAfter"
+    one_token_is_less = True  # one token is itself from behind: a shared expert
 
     def forward(self, x: Tensor) -> Tensor:
         return self.routed(x) + self.shared(x.flip(0))

@@ -170,6 +170,34 @@ class RoutedForOtherTokens(RoutedInAnotherOrder):
         return Parts(p.x, self.logits(inputs[0].reshape(-1, H)), bias=self.bias, **self.weights())
 
 
+class FeaturesTurned(_Tokens):
+    """Verdict: fused as what it is. The router reads the tokens, the experts their features rolled by one."""
+
+    expect = Fused(RENORM, SWIGLU_EXPERTS)
+    group = ""
+    turns = 1
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return super().run_experts(x.roll(self.turns, -1), ids, w)
+
+    def parts(self, *inputs: Any) -> Parts:
+        x = self.rows(inputs[0])
+        return Parts(x.roll(self.turns, -1), self.logits(x), bias=self.bias, **self.weights())
+
+
+class FeaturesTurnedInside(FeaturesTurned):
+    """Verdict: rejected. Each expert rolls the rows that it has gathered: no tensor holds such rows."""
+
+    expect = Rejected("order of the tokens")
+
+    def run_experts(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            out = out.index_add(0, token, mlp(x[token].roll(self.turns, -1), self.up[e], self.down[e]) * w[token, slot, None])
+        return out
+
+
 class RowsOfTheNeighbour(_Tokens):
     """Verdict: rejected. In its second slot an expert reads the next token: no tensor holds such rows."""
 
