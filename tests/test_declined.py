@@ -264,6 +264,17 @@ class MeanOfRows(Hit):
         return super().expert(e, x + x.mean(0, keepdim=True))
 
 
+class ReplacedWhere(Hit):
+    """An output that is set where a condition on it holds; `clamp` is the near miss that fuses."""
+
+    code, says, at = "experts", ("an expert's output is replaced where a condition on it holds", "clamp"), "in ids.unique()"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        y = super().expert(e, x)
+        y[y > 1] = 1
+        return y
+
+
 class Statistics(Hit):
     """A BatchNorm inside an expert, in training."""
 

@@ -89,12 +89,17 @@ def _output(core: Term, h: Term, expert: Term) -> tuple[Term, Term, Term | None,
         elif part.op == "a" and T.uses(part, expert) and T.uses(part, h) and bias is None:
             bias = part
         else:
-            more = No(f"an expert adds to its output what is no projection of its own{reads(part)}")
-            raise adapters.why_no_pair(part, h, expert) or more
+            raise adapters.why_no_pair(part, h, expert) or _why_no_output(part, h)
     if len(sums) != 1:
         raise adapters.NoPair(adapters.APART) if pairs else No("an expert's output is not one down projection")
     scale, total, channel = sums[0]
     return scale, total, bias, channel, pairs
+
+
+def _why_no_output(part: Term, h: Term) -> No:
+    if any(x.op == "ite" and T.uses(x.args[0], h) for x in T.walk(part)):
+        return No("an expert's output is replaced where a condition on it holds (y[y > 1] = 1, where): clamp, relu and the like are read")
+    return No(f"an expert adds to its output what is no projection of its own{reads(part)}")
 
 
 def _why_not_own(fs: tuple[Term, ...], out: Term, inp: Term, own: int) -> str:

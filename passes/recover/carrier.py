@@ -38,18 +38,20 @@ def row_of(n: fx.Node, t: Term) -> tuple[Term, ...]:
 def carrier(p: Puller, x: Term, t: Term, out: fx.Node) -> fx.Node | None:
     """The node whose flattened rows, one for each row of `out`, are x[t, ·]; None when no tensor holds them in that order."""
     node, idx = x.args
-    count = rows(out)
+    count, m = rows(out), feature(x)
+    if m is None:
+        return None
     if isinstance(node, tuple):  # the tensors of a stack
         stacks = [u for u in node[0].users if op_name(u) in names.JOIN]
         wanted = T.canonical(x)
-        return next((n for u in stacks for n in _moved(p, u, x, t, out) if _reads(p, n, x, t) is wanted), None)
-    if not isinstance(node, fx.Node) or feature(x) is None:
+        return next((n for u in stacks for n in _moved(p, u, m, t, out) if _reads(p, n, m, t) is wanted), None)
+    if not isinstance(node, fx.Node):
         return None
     if idx[-1].op == "v" and holds_rows(node, idx, t, count):
         return node
     if any(x.op in _BY_DATA for i in idx for x in T.walk(i)):  # the rows of one expert only
         return None
-    made = list(_made_of(p, node, x, t, out))
+    made = list(_made_of(p, node, x, m, t, out))
     return next((n for n in made if _cuts(n, node, out)), made[0] if made else None)
 
 
@@ -60,20 +62,19 @@ def feature(x: Term) -> Term | None:
     return found[0] if len(found) == 1 else None
 
 
-def _made_of(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
+def _made_of(p: Puller, node: fx.Node, x: Term, m: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
     """What is made of `node` by moving its elements and is x, in the graph's order."""
     wanted = T.canonical(p.at(node, x.args[1]))
-    return (n for n in _moved(p, node, x, t, out) if _reads(p, n, x, t) is wanted)
+    return (n for n in _moved(p, node, m, t, out) if _reads(p, n, m, t) is wanted)
 
 
-def _reads(p: Puller, n: fx.Node, x: Term, t: Term) -> Term:
+def _reads(p: Puller, n: fx.Node, m: Term, t: Term) -> Term:
     """The element of n that is x[t, m] where n holds the rows in order."""
-    return T.canonical(p.at(n, (*row_of(n, t), feature(x))))
+    return T.canonical(p.at(n, (*row_of(n, t), m)))
 
 
-def _moved(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
+def _moved(p: Puller, node: fx.Node, m: Term, t: Term, out: fx.Node) -> Iterator[fx.Node]:
     """What is made of `node` by moving its elements, and has a row of the right width for each row of the result, in the graph's order."""
-    last = feature(x)
     seen, order = [node], {n: i for i, n in enumerate(out.graph.nodes)}
     for n in seen:
         moved = (u for u in n.users if op_name(u) in _MOVES and order[u] < order[out] and u not in p.walls)
@@ -82,7 +83,7 @@ def _moved(p: Puller, node: fx.Node, x: Term, t: Term, out: fx.Node) -> Iterator
         v = n.meta.get("val")
         if not isinstance(v, torch.Tensor) or v.ndim < 2 or v.dtype != node.meta["val"].dtype:
             continue
-        if shape_of(n)[-1] == last.args[1] and T.same_size(rows(n), rows(out)):
+        if shape_of(n)[-1] == m.args[1] and T.same_size(rows(n), rows(out)):
             yield n
 
 
