@@ -224,6 +224,15 @@ class ClippedFunction(Odd):
         return _Clipped.apply(super().expert(e, x))
 
 
+class LargestOfAll(Odd):
+    """All rows of an expert are divided by the largest number in them, as a dynamic scale of a whole tensor is."""
+
+    code, says, at = "inside", ("mixed with each other",), "index_add_"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x / x.abs().amax().clamp(min=1e-6))
+
+
 class Reversed(Odd):
     """The token's features in another order are added inside the expert."""
 
