@@ -86,6 +86,14 @@ class Twice(Product):
         return 2 * torch.matmul(grad, ctx.linear.floats(grad.dtype)), None, None
 
 
+class Clipped(Product):
+    """Near miss: a large gradient is clipped, which small ones do not show."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return torch.matmul(grad.clamp(-30, 30), ctx.linear.floats(grad.dtype)), None, None
+
+
 class InFunction(Linear):
     product: type[Product] = Product
 
@@ -96,6 +104,10 @@ class InFunction(Linear):
 
 class InAnotherFunction(InFunction):
     product = Twice
+
+
+class InClippedFunction(InFunction):
+    product = Clipped
 
 
 class TrainedScales(InFunction):
@@ -156,7 +168,10 @@ def test_doubly_quantised_codes_are_read(linear: type[Linear], rank: int) -> Non
         assert float((got - want).norm()) <= 1e-5 * float(want.norm())
 
 
-@pytest.mark.parametrize(("linear", "own"), [(InFunction, True), (InAnotherFunction, False), (TrainedScales, False)])
+_OTHERS = [(InFunction, True), (InAnotherFunction, False), (InClippedFunction, False), (TrainedScales, False)]
+
+
+@pytest.mark.parametrize(("linear", "own"), _OTHERS)
 def test_a_function_of_other_gradients_stays(linear: type[Linear], own: bool) -> None:
     """What it computes stands in a function's place while its graph is read, where its gradients are those of that; then it does again."""
     seen = []

@@ -209,6 +209,30 @@ class CustomFunction(Odd):
         return _Twice.apply(super().expert(e, x))
 
 
+class _Clipped(_Twice):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-30, 30)
+
+
+class ClippedFunction(Odd):
+    """One whose gradient is its forward pass's but where that is large."""
+
+    training_mode, grad, code, says, at = True, True, "opaque", ("custom autograd.Function",), "x.clone()"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return _Clipped.apply(super().expert(e, x))
+
+
+class LargestOfAll(Odd):
+    """All rows of an expert are divided by the largest number in them, as a dynamic scale of a whole tensor is."""
+
+    code, says, at = "inside", ("mixed with each other",), "index_add_"
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(e, x / x.abs().amax().clamp(min=1e-6))
+
+
 class Reversed(Odd):
     """The token's features in another order are added inside the expert."""
 

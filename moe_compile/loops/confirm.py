@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..ir import Rejection
+from ..passes.aten.node import reached
 from .bench import Bench
 from .neutral import neutral
 from .regenerate import Regenerated
@@ -17,6 +18,7 @@ from .regenerate import Regenerated
 _TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _NEAR = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # how far off what is rounded to few bits may be: two units in the last place
 _SMALL = 1 << 22  # parameter elements up to which their gradients are compared too
+_FAR = {torch.float16: 2.0**5}  # by how much larger numbers are where a function of the user's says its gradients itself: 2^20 otherwise
 
 
 def confirm(written: Regenerated, as_read: Regenerated, reader: Any) -> None:
@@ -141,9 +143,24 @@ def _same_results(got: Any, expected: Any, computed: torch.dtype | None, moved: 
 
 
 def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[str, Any]) -> None:
-    """Raise `Rejection` unless the gradients to all float arguments agree (to small parameters too)."""
+    """Raise `Rejection` unless the gradients to all float arguments agree (to small parameters too).
+
+    An autograd.Function may have others for large numbers alone: one that clips them, or passes what its forward pass clamps. Such are
+    compared there too.
+    """
+    if not _compare_gradients_once(written, bench, arguments):
+        return
+    far = _FAR.get(bench.dtype, 2.0**20)
+    for wide, out in ((1.0, far), (1.0, 1 / far), (far, 1.0)):
+        _compare_gradients_once(written, bench, {k: t * wide if _is_float(t) else t for k, t in arguments.items()}, out, _SMALL << 6)
+
+
+def _compare_gradients_once(
+    written: Regenerated, bench: Bench, arguments: Mapping[str, Any], size: float = 1.0, small: int = _SMALL
+) -> bool:
+    """Whether the user's function has an autograd.Function. size: of the gradients of its results."""
     params = [bench.probe.tensors[p] for p in written.params]
-    leaves = [t for t in (*arguments.values(), *(params if sum(p.numel() for p in params) <= _SMALL else ())) if _is_float(t)]
+    leaves = [t for t in (*arguments.values(), *(params if sum(p.numel() for p in params) <= small else ())) if _is_float(t)]
     for t in leaves:
         t.requires_grad_(True)
     try:
@@ -151,7 +168,8 @@ def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[st
         with bench.types():
             results = theirs, written.by_oracle(*_given(written, bench, arguments))
         both = [[t for t in pytree.tree_leaves(r) if _is_float(t) and t.requires_grad] for r in results]
-        cotangents = [torch.randn(t.shape, generator=bench.generator).to(t.device, t.dtype) for t in both[1]]
+        own = _has_own(both[0])
+        cotangents = [(torch.randn(t.shape, generator=bench.generator) * size).to(t.device, t.dtype) for t in both[1]]
         if [t.shape for t in both[0]] != [t.shape for t in both[1]]:
             raise Rejection("its results have other gradients than what was read", stage="confirm")
         found = [torch.autograd.grad(ts, leaves, cotangents, allow_unused=True) if ts else [None] * len(leaves) for ts in both]
@@ -162,6 +180,13 @@ def _compare_gradients(written: Regenerated, bench: Bench, arguments: Mapping[st
         zero = torch.zeros_like(t)
         if not _agree(zero if x is None else x, zero if y is None else y, 1e-4):
             raise Rejection("its gradients are not those of what was read", stage="confirm")
+    return own
+
+
+def _has_own(results: Sequence[Tensor]) -> bool:
+    """Whether an autograd.Function is among what results were made by."""
+    made = reached([t.grad_fn for t in results if t.grad_fn is not None], lambda f: [g for g, _ in f.next_functions if g is not None])
+    return any(isinstance(f, torch.autograd.function.BackwardCFunction) for f in made)
 
 
 def _is_float(t: Any) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
+
+_N = TypeVar("_N")
 
 
 def example_value(n: fx.Node) -> Any:
@@ -31,7 +33,7 @@ def traced(run: Callable[..., Any], values: Sequence[Any], pre_dispatch: bool = 
         return None
 
 
-def reached(start: Iterable[fx.Node], nexts: Callable[[fx.Node], Iterable[fx.Node]], most: int = 1 << 60) -> Iterator[fx.Node]:
+def reached(start: Iterable[_N], nexts: Callable[[_N], Iterable[_N]], most: int = 1 << 60) -> Iterator[_N]:
     """Some nodes and all that `nexts` leads to from them, each once; behind `most` of them no more are looked for."""
     seen = dict.fromkeys(start)
     waiting = list(seen)

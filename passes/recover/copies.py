@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .. import terms as T
 from ..aten.element import shape_of
@@ -76,7 +77,9 @@ def _twice(e: int) -> Term:
 
 
 def _mixes_rows(body: Term) -> bool:
-    """Whether an expert's function adds up over the tokens that chose it: Σ_r [ids(r, j) = e] x[r, m]."""
+    """Whether an expert's function adds up over the tokens that chose it: Σ_r [ids(r, j) = e] x[r, m]; or takes the largest of its rows."""
+    if any(x.op == "max" and x.args[0].op == "v" and free_unbacked_symbols(x.args[0].args[1]) for x in T.walk(body)):
+        return True
     tokens = {v.args[1] for v in body.atoms if v.args[0] == "t"}
     sums = [x.args for x in T.walk(body) if x.op == "sum" and x.args[0].args[1] in tokens]
     return any(_chosen_by(v, inner) and any(T.uses(a, v) and not ids_atom(a) for a in outer_atoms(inner)) for v, inner in sums)

@@ -74,7 +74,7 @@ def _core_unrounded(body: Term, expert: Term, smooth: bool) -> tuple[Term, list[
         if len(level) != 1 or (which := level.pop()) > 1 or found[which] is not None:
             raise No(_told(rounds[0]))
         _check_every(body, which, expert)
-        body, found[which] = _without(body, rounds, expert, smooth)
+        body, found[which] = _without(body, rounds, expert, smooth, which)
     raise No(_told(_innermost(body)[0]))
 
 
@@ -108,13 +108,16 @@ def _check_every(body: Term, level: int, expert: Term) -> None:
                 raise No("rows are rounded to fewer bits before some of the up projections only", IN_PART)
 
 
-def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tuple[Term, _Found]:
+def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool, level: int) -> tuple[Term, _Found]:
     """The body with y in the place of s · round(y / s); with y / k where k are smooth scales."""
     scales = {s.base: s for r in rounds if (s := _scale(r, body, expert)) is not None}
     hows = {s.rows for s in scales.values()}
     if len(hows) != 1:
         raise No(_told(rounds[0]))
     (how,) = hows
+    number = 1 / how.step if how.step else how.largest
+    if how.step and level:
+        body, number = _by_step(body, rounds, how.step), 1.0
     steps = {base: T.var(1, "s") for base in scales}  # base = factor · s: numbers go out where they came in
     plain = {base: T.mul(T.const(s.factor), steps[base]) for base, s in scales.items()}
     bare = {s.bare: T.mul(T.const(s.bare_factor), steps[base]) for base, s in scales.items() if s.bare is not None}
@@ -122,7 +125,7 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
     for floored, mapping in ((True, plain), (False, plain | bare)):
         ks: set[Term | None] = set()
         read = functools.partial(smoothing.without, along=along, expert=expert, found=ks if smooth else None)
-        out = _cancelled(body, rounds, mapping, along, expert, read, 1 / how.step if how.step else how.largest)
+        out = _cancelled(body, rounds, mapping, along, expert, read, number)
         if not any(s in out.atoms for s in steps.values()):
             if len(ks) > 1:
                 raise No(_told(rounds[0]))
@@ -131,6 +134,19 @@ def _without(body: Term, rounds: list[Term], expert: Term, smooth: bool) -> tupl
                 return out, (how, _step(scales, k, rounds[0]))
             return out, (replace(how, floored=floored and how.floored, smooth=smoothing.kind(k)), k)
     raise No(_told(rounds[0]))  # what was divided by is not what the product is multiplied by
+
+
+def _by_step(body: Term, rounds: list[Term], step: float) -> Term:
+    """c Σ d q = (c / s) Σ (s d) q for q = round(y / s), s a constant: numbers in the sum are the activation's, which gives y, not y / s."""
+    sums = {}
+    for x in T.walk(body):
+        if x.op == "sum" and any(f in rounds or f.op == "fn" and f.args[1][0] in rounds for f in factors(x.args[1])):
+            c, rest = T.coefficient(x.args[1])
+            inner = T.reduce_("sum", x.args[0], T.mul(T.const(step), rest))
+            sums[x] = T.mul(T.const(_near(float(c) / step)), inner)
+    if any(_is_round(x) for x in T.walk(T.subst(body, dict.fromkeys(sums, T.const(1))))):
+        raise No(_told(rounds[0]))
+    return T.subst(body, sums)
 
 
 def _step(scales: dict[Term, _Scale], k: Term | None, r: Term) -> Term | None:
