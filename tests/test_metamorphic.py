@@ -18,7 +18,7 @@ def meaning(spec: Spec) -> MoeBlock:
     return MoeBlock(spec.gating, spec.experts, spec.shared_ir())
 
 
-@examples(24)
+@examples(16)
 @given(spelled(), st.sampled_from([False, False, True]))
 def test_any_spelling_has_the_meaning_of_its_spec(pair: tuple[Spec, Spelling], dynamic: bool) -> None:
     """And computes what eager computes."""
@@ -96,7 +96,7 @@ def test_residual_as_base_is_added_once(pair: tuple[Spec, Spelling]) -> None:
     assert not differences(ir, meaning(spec))
 
 
-@examples(24)
+@examples(16)
 @given(spelled())
 def test_generator_writes_what_its_spec_says(pair: tuple[Spec, Spelling]) -> None:
     """The modules themselves, in eager, against the naive reading of their Spec."""
