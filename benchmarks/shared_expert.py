@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_compile import ir, ops
 from moe_compile.ir import scalar as act
 from moe_compile.lowering.triton import shared, short, tuner
+from moe_compile.lowering.triton.experts import runnable
 from moe_compile.lowering.triton.launch import plans
 from moe_compile.lowering.triton.tune import Choice, Tile
 
@@ -64,10 +65,14 @@ def inputs(b: Block, tokens: int) -> tuple[list[list[Any]], str]:
     return made, text
 
 
+def runnables(c: Any, a: Tensor, choice: Choice) -> tuple[Tile, Tile]:
+    return runnable(c.x, c.up, choice.up), runnable(a, c.down, choice.down)
+
+
 def sides(tokens: int) -> dict[str, tuple[int, Callable[..., Any]]]:
     """Activations up to which the products are ours, tiles."""
     own = shared._tiles
-    return {"torch": (0, own), "ours": (1 << 30, own), "narrow": (1 << 30, lambda c, a, _: shared.tiles(c, a, narrow(tokens)))}
+    return {"torch": (0, own), "ours": (1 << 30, own), "narrow": (1 << 30, lambda c, a, _: runnables(c, a, narrow(tokens)))}
 
 
 def measured(b: Block, tokens: int, only_compile: bool) -> dict[str, Any]:
